@@ -1,0 +1,47 @@
+# Every target sets up .venv by itself: python3 (3.11 or newer) with its venv module and make are all that is needed.
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+ARGS ?=
+
+# Data sets that cannot be generated are looked for here; each is optional.
+ifneq ($(wildcard ../shared/data/.),)
+export KRONFISHER_DATA ?= $(abspath ../shared/data)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY)  ## estimate the Fisher of two small networks with every fit: table and figures
+	$(PYTHON) -m kronfisher.cli demo $(ARGS)
+
+test: $(READY)  ## every test and every docstring example
+	$(PYTHON) -m pytest $(ARGS)
+
+check: $(READY)  ## style and types
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m pyright
+
+bench: $(READY)  ## side by side with other libraries (makes its own environment)
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+docs: $(READY)  ## run the examples of the README and the documentation
+	$(PYTHON) -m pytest --doctest-glob='*.md' README.md docs $(ARGS)
+
+format: $(READY)  ## rewrite the files in the project's style
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+clean:  ## remove what the targets made
+	rm -rf .venv results build dist .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON3) -c 'import sys; sys.exit("kronfisher needs Python 3.11 or newer: make PYTHON3=/path/to/python3" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON3) -m venv .venv
+	$(PYTHON) -m pip install --disable-pip-version-check -r constraints.txt
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,78 @@
+"""What the work would cost with nothing around it: the yardsticks that every library is divided by."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from workloads import Workload
+
+
+def mean_loss(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The ordinary training loss."""
+    if likelihood == "bernoulli":
+        return F.binary_cross_entropy_with_logits(outputs, targets)
+    return F.cross_entropy(outputs.flatten(end_dim=-2), targets.flatten())
+
+
+def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs as ``[rows, I]`` with a last column of ones, the patches written out for a convolution."""
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        inputs = patches.transpose(1, 2)
+    rows = inputs.flatten(end_dim=-2)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+class Floor:
+    """The bare work. Its workload is one of its own: libraries leave hooks and flags on the model and the data that they see."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.model, self.batches, self.likelihood = workload.model, workload.batches, workload.likelihood
+
+    def forward_backward(self) -> None:
+        """Forward and backward with the gradients of the parameters, as in training."""
+        for inputs, targets in self.batches:
+            self.model.zero_grad(set_to_none=True)
+            mean_loss(self.likelihood, self.model(inputs), targets).backward()
+
+    def write_out(self) -> None:
+        """Keep every layer's inputs and output gradients as matrices, for `products` and `solve`."""
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+        def hook(layer: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+            a = rows_of(layer, inputs[0].detach())
+
+            def keep(gradient: Tensor) -> None:
+                channels = gradient.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else gradient
+                self.rows.append((a, channels.flatten(end_dim=-2).contiguous()))
+
+            outputs.register_hook(keep)
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        self.forward_backward()
+        for handle in handles:
+            handle.remove()
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """The bare ``AᵀA`` and ``GᵀG`` of every layer and batch."""
+        return [(a.t() @ a, g.t() @ g) for a, g in self.rows]
+
+    def write_out_factors(self) -> None:
+        """Keep the factors of every layer, for `solve`."""
+        self.batches = self.batches[:1]
+        self.write_out()
+        self.factors = [(ata / len(a), gtg * len(g)) for (a, g), (ata, gtg) in zip(self.rows, self.products(), strict=True)]
+
+    def solve(self, damping: float) -> list[Tensor]:
+        """Damp, factorise and invert every factor with Cholesky, and apply the inverse to one matrix a layer."""
+        solved = []
+        for a, g in self.factors:
+            left, right = (_inverse(f, damping) for f in (g, a))
+            solved.append(left @ torch.ones(len(left), len(right)) @ right)
+        return solved
+
+
+def _inverse(factor: Tensor, damping: float) -> Tensor:
+    damped = factor.clone()
+    damped.diagonal().add_(damping**0.5)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -1,0 +1,126 @@
+"""Measures one library on one workload, in this process and on one thread, and prints the result as one line of JSON.
+
+Run by run.py. The floors run beside the library, in turn, so that whatever else the machine does weighs on both.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from floors import Floor
+from peers import Skip
+from torch import nn
+from workloads import WORKLOADS, Batch, Workload
+
+DAMPING = 1e-3
+
+
+def seconds(work: Callable[[], object]) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    result = work()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def alternate(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every piece of work in every repeat, after one round of warming up; every other round backwards."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for k in range(repeats):
+        for name in list(works)[:: 1 if k % 2 else -1]:
+            times[name].append(seconds(works[name]))
+    return times
+
+
+def ratios(times: dict[str, list[float]], *floors: str) -> dict[str, object]:
+    relative = [own / sum(parts) for own, *parts in zip(times["own"], *(times[f] for f in floors), strict=True)]
+    return {"ratio": spread(relative), **{name: spread(values) for name, values in times.items()}}
+
+
+def factors(adaptor, workload: Workload, floor: Floor, repeats: int) -> dict[str, object]:
+    first = seconds(lambda: adaptor.run(workload.batches))
+    floor.write_out()
+    works = {"own": lambda: adaptor.run(workload.batches), "fb": floor.forward_backward, "gemm": floor.products}
+    return {"first": first, **ratios(alternate(works, repeats), "fb", "gemm")}
+
+
+def solve(adaptor, workload: Workload, floor: Floor, repeats: int, exact: bool) -> dict[str, object]:
+    floor.write_out_factors()
+    vector = {name: torch.randn_like(p) for name, p in floor.model.named_parameters()}
+    computed = adaptor.run(workload.batches)
+    works = {"own": lambda: adaptor.solve(computed, vector, DAMPING, exact), "bare": lambda: floor.solve(DAMPING)}
+    return ratios(alternate(works, repeats), "bare")
+
+
+def memory(adaptor, workload: Workload) -> dict[str, object]:
+    """Peak resident memory of one call above what was resident before it, in MiB, the factors included."""
+    adaptor.run([(x[:2].clone(), y[:2].clone()) for x, y in workload.batches])  # the code and the tables of BLAS
+    gc.collect()
+    with suppress(OSError):  # forget the peak of the imports
+        Path("/proc/self/clear_refs").write_text("5")
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    computed = adaptor.run(workload.batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    del computed
+    return {"extra": (peak - before) / 2**20}
+
+
+class Bare:
+    """Forward and backward with parameter gradients, as if it were a library: the floor of the memory table."""
+
+    def setup(self, model: nn.Module, likelihood: str) -> None:
+        self.model, self.likelihood = model, likelihood
+
+    def run(self, batches: list[Batch]) -> None:
+        Floor(Workload(self.model, batches, self.likelihood)).forward_backward()
+
+
+def measure(peer: str, name: str, what: str, repeats: int) -> dict[str, object]:
+    def build() -> Workload:
+        torch.manual_seed(0)
+        return WORKLOADS[name]()
+
+    try:
+        adaptor = Bare() if peer == "floor" else importlib.import_module(f"peers.{peer}").Adaptor()
+        workload = build()
+        adaptor.setup(workload.model, workload.likelihood)
+        if what == "memory":
+            result = memory(adaptor, workload)
+        elif what == "factors":
+            result = factors(adaptor, workload, Floor(build()), repeats)
+        else:
+            result = solve(adaptor, workload, Floor(build()), repeats, exact=what == "solve-exact")
+        return {"likelihood": adaptor.likelihood, **result}
+    except Skip as reason:
+        return {"skipped": str(reason)}
+    except Exception as error:  # whatever a library dies of belongs in the table
+        return {"skipped": f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("peer")
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("what", choices=["factors", "solve", "solve-exact", "memory"])
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(json.dumps(measure(options.peer, options.workload, options.what, options.repeats)))

@@ -1,0 +1,15 @@
+import kronfisher as kf
+from torch import Tensor, nn
+from workloads import Batch
+
+
+class Adaptor:
+    def setup(self, model: nn.Module, likelihood: str) -> None:
+        self.model, self.likelihood = model, likelihood
+        self.distribution = kf.Bernoulli() if likelihood == "bernoulli" else kf.Categorical()
+
+    def run(self, batches: list[Batch]) -> kf.Fisher:
+        return kf.estimate(self.model, batches, self.distribution, fit="kfac", labels="sampled", samples=1)
+
+    def solve(self, factors: kf.Fisher, vector: dict[str, Tensor], damping: float, exact: bool) -> dict[str, Tensor]:
+        return (factors + (damping if exact else kf.FactoredTikhonov(damping))).solve(vector)

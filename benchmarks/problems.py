@@ -1,0 +1,107 @@
+"""Tiny float64 problems on which matrices of different libraries can be compared entry by entry, and the dense truth."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with all its data. Outputs are ``[N, C]``, or ``[N, R, C]`` for R positions."""
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    likelihood: str
+    ignore_index: int = -100
+    weight: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.model(self.inputs[:1]).shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return self.model(self.inputs[:1])[..., 0].numel()
+
+
+def problem(name: str, model: nn.Module, shape: tuple[int, ...], likelihood: str, **options) -> Problem:
+    """Random inputs, and targets of the right kind."""
+    inputs = torch.randn(shape)
+    outputs = model(inputs).detach()
+    draw: dict[str, Callable[[], Tensor]] = {
+        "gaussian": lambda: torch.randn_like(outputs),
+        "bernoulli": lambda: torch.randint(2, outputs.shape).to(outputs.dtype),
+        "categorical": lambda: torch.randint(outputs.shape[-1], outputs.shape[:-1]),
+    }
+    return Problem(f"{name}, {likelihood}", model, inputs, draw[likelihood](), likelihood, **options)
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def convolution() -> nn.Module:
+    """Stride, padding, an even kernel and a kernel that is not square."""
+    layers = [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, (2, 1)), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(12, 3))
+
+
+def shared_problems() -> Iterator[Problem]:
+    """What other libraries can do as well."""
+    torch.manual_seed(0)
+    for likelihood in ("gaussian", "categorical", "bernoulli"):
+        yield problem("linear", linear(), (7, 4), likelihood)
+    for likelihood in ("gaussian", "categorical"):
+        yield problem("convolution", convolution(), (6, 2, 6, 5), likelihood)
+    for likelihood in ("gaussian", "categorical"):
+        yield problem("sequence", linear(), (5, 4, 4), likelihood)
+
+
+def own_problems() -> Iterator[tuple[Problem, str, str]]:
+    """What other libraries get wrong or refuse: problem, the matrix of ours that is exact there, and why it is."""
+    torch.manual_seed(1)
+    deep = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    yield problem("sequence, deep linear", deep, (5, 4, 4), "gaussian"), "kfac", "K-FAC is exact in deep linear networks"
+    grouped = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten())
+    why = "one datum and one position: exact within a group"
+    yield problem("grouped convolution, one position", grouped, (1, 4, 3, 3), "categorical"), "kfac", why
+    strided = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3))
+    for matrix in ("diagonal", "full"):
+        yield problem("grouped convolution, strided", strided, (4, 4, 4, 5), "categorical"), matrix, "exact by definition"
+    ignored = problem("sequence, all but one position ignored", linear(), (1, 4, 4), "categorical", ignore_index=7)
+    ignored.targets[0, 1:] = 7
+    yield ignored, "kfac", "one datum and one position that counts"
+    ignored = problem("sequence, some positions ignored", linear(), (5, 4, 4), "categorical", ignore_index=7)
+    ignored.targets[torch.rand(5, 4) < 0.5] = 7
+    yield ignored, "full", "exact by definition"
+    weighted = problem("class weights, one datum", linear(), (1, 4), "categorical", weight=torch.tensor([1.0, 3.0, 0.5]))
+    yield weighted, "kfac", "one datum and one position"
+
+
+def truth(problem: Problem) -> Tensor:
+    """The generalised Gauss–Newton matrix ``[P, P]``, a mean over data, from the Jacobian of every output."""
+    parameters = {name: p.detach() for name, p in problem.model.named_parameters()}
+    jacobians = jacrev(lambda p: functional_call(problem.model, p, (problem.inputs,)))(parameters)
+    outputs = problem.model(problem.inputs).detach()
+    classes = outputs.shape[-1]
+    jacobian = torch.cat([j.reshape(-1, classes, parameters[name].numel()) for name, j in jacobians.items()], dim=-1)
+    targets = problem.targets.flatten(end_dim=-2) if problem.targets.is_floating_point() else problem.targets.flatten()
+    total = torch.zeros(jacobian.shape[-1], jacobian.shape[-1])
+    for rows, output, target in zip(jacobian, outputs.flatten(end_dim=-2), targets, strict=True):
+
+        def loss(f: Tensor, y: Tensor = target) -> Tensor:
+            if problem.likelihood == "gaussian":
+                return 0.5 * (f - y).square().sum()
+            if problem.likelihood == "bernoulli":
+                return F.binary_cross_entropy_with_logits(f, y, reduction="sum")
+            options = {"ignore_index": problem.ignore_index, "weight": problem.weight, "reduction": "sum"}
+            return F.cross_entropy(f[None], y[None], **options)
+
+        total += rows.T @ torch.autograd.functional.hessian(loss, output) @ rows
+    return total / len(problem.inputs)

@@ -1,0 +1,75 @@
+"""Turns results into tables."""
+
+import os
+import platform
+from pathlib import Path
+
+TITLES = {
+    "factors": "K-FAC factors: time over (forward and backward + bare products)",
+    "solve": "Factored damping: factorise, invert, one product",
+    "solve-exact": "Exact damping: factorise, one solve",
+    "memory": "Peak extra memory of computing the factors",
+}
+COLUMNS = {
+    "factors": ["/ (fb + gemm)", "quartiles", "seconds", "fb", "gemm", "first call / later"],
+    "solve": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
+    "solve-exact": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
+    "memory": ["MiB"],
+}
+
+
+def machine() -> str:
+    """The processor, the cores and how busy they were."""
+    model = next(
+        (
+            text.split(":")[1].strip()
+            for text in Path("/proc/cpuinfo").read_text().splitlines()
+            if text.startswith("model name")
+        )
+        if Path("/proc/cpuinfo").exists()
+        else iter(()),
+        platform.processor(),
+    )
+    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
+
+
+def cells(result: dict) -> list[str]:
+    """The columns of one row, after its name."""
+    what = result["what"]
+    if "skipped" in result:
+        return [f"skipped: {result['skipped']}", *[""] * (len(COLUMNS[what]) - 1)]
+    if what == "memory":
+        return [f"{result['extra']:.0f}"]
+    ratio, own = result["ratio"], result["own"]
+    row = [f"{ratio['median']:.2f}", f"{ratio['low']:.2f}–{ratio['high']:.2f}", f"{own['median']:.4f}"]
+    row += [f"{result[floor]['median']:.4f}" for floor in ("fb", "gemm", "bare") if floor in result]
+    return [*row, f"{result['first'] / own['median']:.1f}"] if what == "factors" else row
+
+
+def line(result: dict) -> str:
+    """One result for the terminal while others are still running."""
+    return f"{result['peer']}: {'  '.join(cell for cell in cells(result) if cell)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def markdown(run: dict) -> str:
+    """The whole report."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    lines = [f"# Benchmark of {run['date']}", "", f"{run['machine']}; one thread; medians of {run['repeats']} repeats."]
+    lines += ["", f"Versions: {versions}."]
+    for what, title in TITLES.items():
+        chosen = [result for result in run["results"] if result["what"] == what]
+        if chosen:
+            lines += ["", f"## {title}"]
+        for workload in dict.fromkeys(result["workload"] for result in chosen):
+            rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
+            lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
+    if agreement := [result for result in run["results"] if result["what"] == "agreement"]:
+        lines += ["", "## Agreement on tiny float64 problems", ""]
+        header = ["problem", "matrix", "labels", "against", "scale", "relative error", "why this scale"]
+        rows = [[str(row[column]) for column in header] for row in agreement]
+        lines += table(header, rows)
+    return "\n".join(lines) + "\n"

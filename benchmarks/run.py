@@ -1,0 +1,130 @@
+"""Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
+
+python benchmarks/run.py [--what factors solve memory agreement] [--peers ...] [--workloads ...] [--repeats N]
+
+The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import report
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+ENVIRONMENT = HERE / ".venv-peers"
+PYTHON = ENVIRONMENT / "bin" / "python"
+PACKAGES = {
+    "kronfisher": "kronfisher",
+    "curvlinops": "curvlinops-for-pytorch",
+    "laplace": "laplace-torch",
+    "nngeometry": "nngeometry",
+    "asdl": "asdfghjkl",
+    "backpack": "backpack-for-pytorch",
+    "kronfluence": "kronfluence",
+}
+WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
+WHATS = {"factors": ["factors"], "solve": ["solve", "solve-exact"], "memory": ["memory"], "agreement": ["agreement"]}
+
+
+def pip(*arguments: str) -> str | None:
+    """Run pip in the environment; the last line of its complaint where it fails."""
+    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+
+
+def environment() -> dict[str, str]:
+    """Make or reuse the environment of the libraries.
+
+    Returns:
+        Version of every package that is there; ``"skipped: reason"`` of every other.
+    """
+    stamp, constraints, wanted = ENVIRONMENT / "ready.json", ROOT / "constraints.txt", HERE / "requirements.txt"
+    recipe = constraints.read_text() + wanted.read_text()
+    if stamp.exists() and (known := json.loads(stamp.read_text()))["recipe"] == recipe:
+        return known["versions"]
+    print(f"making {ENVIRONMENT.relative_to(ROOT)} (some minutes)", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+    # torch first and by its pin, or the first library to ask for it brings a build of its own choice, a CUDA one perhaps.
+    if complaint := pip("install", "-r", str(constraints)):
+        sys.exit(f"benchmarks: torch cannot be installed: {complaint}")
+    lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith("#")]
+    failed = {}
+    for line in [*lines, "-e ."]:
+        if complaint := pip("install", "-c", str(constraints), "-c", str(wanted), *line.split()):
+            failed["kronfisher" if line == "-e ." else line.split("==")[0]] = complaint
+    # Nothing measured needs torchvision, and one built for another torch stops whatever tries to import it.
+    pip("uninstall", "-y", "torchvision")
+    listing = subprocess.run([PYTHON, "-m", "pip", "list", "--format=json"], capture_output=True, text=True).stdout
+    installed = {package["name"]: package["version"] for package in json.loads(listing)}
+    versions = {
+        name: f"skipped: {failed[package]}" if package in failed else installed[package]
+        for name, package in {**PACKAGES, "torch": "torch"}.items()
+    }
+    if not failed:  # what failed is tried again next time
+        stamp.write_text(json.dumps({"recipe": recipe, "versions": versions}))
+    return versions
+
+
+def child(script: str, *arguments: str, timeout: float) -> dict:
+    """Run one of the scripts beside this one in a fresh process and read its last line."""
+    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    if "memory" in arguments:  # return every freed block at once, so that resident memory means what is in use
+        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [str(PYTHON), str(HERE / script), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"took longer than {timeout:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"skipped": f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][:120]}"}
+    return json.loads(lines[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS), metavar="WHAT")
+    parser.add_argument("--peers", nargs="+", choices=PACKAGES, default=list(PACKAGES), metavar="PEER")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of each measurement after warming up, at least 2")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
+    options = parser.parse_args()
+    versions = environment()
+
+    results = []
+    for what in (kind for name in options.what for kind in WHATS[name]):
+        if what == "agreement":
+            for row in child("agreement.py", *options.peers, timeout=options.timeout)["rows"]:
+                results.append({"what": what, **row})
+            continue
+        for workload in options.workloads:
+            for peer in (["floor"] if what == "memory" else []) + options.peers:
+                version = versions.get(peer, "")
+                if version.startswith("skipped: "):
+                    result = {"skipped": version.removeprefix("skipped: ")}
+                else:
+                    arguments = (peer, workload, what, "--repeats", str(max(2, options.repeats)))
+                    result = child("measure.py", *arguments, timeout=options.timeout)
+                results.append({"what": what, "workload": workload, "peer": peer, **result})
+                print(what, workload, report.line(results[-1]), file=sys.stderr)
+
+    now = datetime.now()
+    run = {"date": now.isoformat(timespec="minutes"), "versions": versions, "repeats": options.repeats}
+    run |= {"machine": report.machine(), "results": results}
+    target = ROOT / "results" / f"benchmark-{now:%Y-%m-%d-%H%M%S}"
+    target.parent.mkdir(exist_ok=True)
+    target.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
+    target.with_suffix(".md").write_text(report.markdown(run))
+    print(report.markdown(run))
+    print(f"written: {target.relative_to(ROOT)}.md and .json", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

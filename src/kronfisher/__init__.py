@@ -1,0 +1,52 @@
+"""Kronecker-factored Fisher matrices for PyTorch.
+
+    import kronfisher as kf
+
+    fisher = kf.estimate(model, loader, kf.Categorical())
+    (fisher + 1e-3).solve(gradient)
+"""
+
+from kronfisher.coverage import Coverage, coverage
+from kronfisher.damping import FactoredTikhonov, Tikhonov
+from kronfisher.error import Distance
+from kronfisher.errors import (
+    DataError,
+    MemoryBudgetError,
+    NumericalError,
+    NumericalWarning,
+    SingularError,
+    UnsupportedError,
+)
+from kronfisher.estimate import estimate
+from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
+from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kronfisher.operators import Fisher
+from kronfisher.operators.storage import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Bernoulli",
+    "Categorical",
+    "Coverage",
+    "DataError",
+    "Diagonal",
+    "Distance",
+    "FactoredTikhonov",
+    "Fisher",
+    "Fit",
+    "Full",
+    "Gaussian",
+    "Likelihood",
+    "MemoryBudgetError",
+    "NumericalError",
+    "NumericalWarning",
+    "SingularError",
+    "Tikhonov",
+    "UnsupportedError",
+    "coverage",
+    "estimate",
+    "load",
+]

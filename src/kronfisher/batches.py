@@ -1,0 +1,108 @@
+"""What a batch is, how it goes into the model, and what can be wrong with it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.errors import DataError, NumericalError
+from kronfisher.isolation import tensors_in
+
+__all__ = ["Forward", "checksum", "passes_over", "run"]
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+
+
+def passes_over(data: Any) -> tuple[Iterable[Any], bool]:
+    """The batches, and whether they can be read more than once.
+
+    A tensor, a mapping or a tuple is one batch; a list, a ``DataLoader`` or any other iterable holds batches.
+
+    Raises:
+        DataError: the data are none of these.
+    """
+    if isinstance(data, Tensor | Mapping | tuple):
+        return [data], True
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is {type(data).__name__}; pass a loader of (inputs, targets) batches, one such tuple, or a tensor.")
+    return data, not isinstance(data, Iterator)
+
+
+def split(batch: Any, where: str) -> tuple[Any, Any]:
+    """Inputs and targets of a batch; targets are None where there are none."""
+    if isinstance(batch, Tensor | Mapping):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return batch[0], None
+    raise DataError(
+        f"{where} is a {type(batch).__name__}"
+        + (f" of {len(batch)} entries" if isinstance(batch, tuple | list) else "")
+        + "; pass (inputs, targets) or give forward(model, batch) -> (outputs, targets)."
+    )
+
+
+def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device, where: str) -> tuple[Tensor, Any]:
+    """The model's outputs on a batch, and its targets.
+
+    A tensor is passed as ``model(x)``, a tuple as ``model(*x)``, a mapping as ``model(**x)``.
+
+    Raises:
+        DataError: the batch lies on another device, or the outputs are not one floating-point tensor.
+    """
+    try:
+        if forward is not None:
+            answer = forward(model, batch)
+            if not isinstance(answer, tuple) or len(answer) != 2:
+                raise DataError(f"{where}: forward must return (outputs, targets), not {type(answer).__name__}.")
+            outputs, targets = answer
+        else:
+            inputs, targets = split(batch, where)
+            for tensor in tensors_in(inputs):
+                if tensor.device != device:
+                    raise DataError(f"{where} lies on {tensor.device}, the model on {device}. Move one: batch.to({str(device)!r}).")
+            if isinstance(inputs, Mapping):
+                outputs = model(**inputs)
+            elif isinstance(inputs, tuple | list):
+                outputs = model(*inputs)
+            else:
+                outputs = model(inputs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        kinds = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors_in(batch))
+        parameter = next(model.parameters())
+        error.add_note(f"in {where} ({kinds}); the model's parameters are {parameter.dtype} on {parameter.device}.")
+        raise
+    if not isinstance(outputs, Tensor):
+        raise DataError(
+            f"{where}: the model returned {type(outputs).__name__}, not a tensor. Give forward=lambda model, batch: (outputs, targets)."
+        )
+    if outputs.dim() == 0 or not outputs.is_floating_point():
+        raise DataError(
+            f"{where}: the model returned {outputs.dtype} {list(outputs.shape)}; expected floating-point outputs with one row per "
+            "datum (not a loss)."
+        )
+    if len(outputs) == 0:
+        raise DataError(f"{where} is empty: the outputs have shape {list(outputs.shape)}. Drop empty batches.")
+    return outputs, targets
+
+
+def not_finite(batch: Any, where: str) -> NumericalError:
+    """The error for outputs with NaN or Inf, which says whether the data brought them."""
+    for tensor in tensors_in(batch):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            return NumericalError(
+                f"{where}: the batch holds {bad} values that are NaN or Inf (a tensor of shape {list(tensor.shape)}). "
+                "Clean or drop them; nothing was changed."
+            )
+    return NumericalError(
+        f"{where}: the model's outputs hold NaN or Inf although the batch is finite. Look for overflow in the weights; "
+        "nothing was changed."
+    )
+
+
+def checksum(batch: Any) -> list[Tensor]:
+    """Numbers by which the same batch is recognised in the next pass."""
+    return [tensor.detach().double().sum() for tensor in tensors_in(batch)]

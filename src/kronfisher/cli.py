@@ -1,0 +1,230 @@
+"""The command line: ``kronfisher demo``, ``kronfisher compare`` and ``kronfisher coverage``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from kronfisher.experiments.comparison import Comparison
+    from kronfisher.experiments.study import Study
+
+__all__ = ["main"]
+
+READING = """\
+relative error  ‖F̂ − F‖ / ‖F‖ against the exact blocks of the same data and labels: 0 is exact, 1 no better than zero
+trace ratio     tr F̂ / tr F: 1 if the overall size of the curvature is right
+time            of the estimate; memory: of the matrix kept"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    The exit code is 0 when done, 1 if the task is impossible, 2 for bad options (nothing is written then), and 130 when
+    interrupted (what was finished is written).
+
+    Args:
+        arguments: default: those of the process.
+    """
+    try:
+        app = _app()
+    except ImportError as error:
+        sys.exit(f'kronfisher: the command line needs more packages ({error}): pip install "kronfisher[cli]"')
+    try:
+        sys.exit(app(arguments, standalone_mode=False, prog_name="kronfisher") or 0)
+    except (KeyboardInterrupt, EOFError):
+        _stop("interrupted before anything was finished; nothing was written", 130)
+    except (ValueError, FileNotFoundError) as error:
+        _stop(str(error), 2)
+    except (NotImplementedError, ArithmeticError, MemoryError, ImportError, OSError) as error:
+        _stop(str(error), 1)
+    except Exception as error:
+        # The exceptions of typer moved between its versions; they all know their message and their exit code.
+        if type(error).__name__ == "Abort":
+            _stop("interrupted before anything was finished; nothing was written", 130)
+        if not hasattr(error, "format_message"):
+            raise
+        _stop(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _app() -> Any:
+    """The commands; made here so that importing this module needs no extra."""
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+    import typer
+
+    from kronfisher.experiments import data, networks
+    from kronfisher.experiments.study import Study
+    from kronfisher.fits import FITS
+
+    app = typer.Typer(
+        help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    default = Study()
+
+    def option(text: str, *names: str) -> Any:
+        return typer.Option(*names, help=text)
+
+    data_help, network_help = f"one of {', '.join(data.NAMES)}", f"one of {', '.join(networks.NAMES)}"
+    folder_help = "folder with the files of the data sets (default: $KRONFISHER_DATA)"
+    seed_help = "of data, initial weights, training and label draws"
+
+    @app.command()
+    def demo(output: Annotated[Path, option("folder for figures and JSON")] = Path("results/demo")) -> int:
+        """Train two small networks on handwritten digits and compare every fit of their Fisher matrices."""
+        _writable(output, folder=True)
+        for network, epochs in (("convnet", 15), ("mlp", 15)):
+            study = Study(network=network, fits=tuple(FITS), epochs=epochs)
+            code = _run(study, output / f"{network}.json", output)
+            if code:
+                return code
+        print(READING)
+        return 0
+
+    @app.command()
+    def compare(
+        data_name: Annotated[str, option(data_help, "--data")] = default.data,
+        network: Annotated[str, option(network_help)] = default.network,
+        fits: Annotated[str, option(f"comma-separated, of {', '.join(sorted(FITS))}")] = ",".join(default.fits),
+        labels: Annotated[str, option("sampled, exact or observed")] = default.labels,
+        samples: Annotated[int, option("label draws a datum, for sampled labels")] = default.samples,
+        limit: Annotated[int, option("data that the Fisher is estimated from")] = default.limit,
+        train_size: Annotated[int | None, option("data that the network is trained on (default: all)")] = None,
+        batch_size: Annotated[int, option("of training and estimating")] = default.batch_size,
+        epochs: Annotated[int, option("of training; 0 compares at the initial weights")] = default.epochs,
+        lr: Annotated[float, option("Adam's learning rate")] = default.lr,
+        seed: Annotated[int, option(seed_help)] = default.seed,
+        split: Annotated[int, option("published split of a UCI set")] = default.split,
+        data_dir: Annotated[Path | None, option(folder_help)] = None,
+        json: Annotated[Path | None, option("write settings and results to this file")] = None,
+        figures: Annotated[Path | None, option("draw PNG figures into this folder")] = None,
+        memory_budget: Annotated[str | None, option("most memory that an estimate may take, such as 500MB")] = None,
+    ) -> int:
+        """Train a network, estimate its Fisher matrix with each fit, and say how good each is and what it cost."""
+        study = Study(
+            data=data_name,
+            network=network,
+            fits=tuple(name.strip() for name in fits.split(",") if name.strip()),
+            labels=labels,
+            samples=samples,
+            limit=limit,
+            train_size=train_size,
+            batch_size=batch_size,
+            epochs=epochs,
+            lr=lr,
+            seed=seed,
+            split=split,
+            data_dir=data_dir,
+            memory_budget=_bytes(memory_budget),
+        )
+        _writable(json, folder=False)
+        _writable(figures, folder=True)
+        return _run(study, json, figures)
+
+    @app.command()
+    def coverage(
+        data_name: Annotated[str, option(data_help, "--data")] = default.data,
+        network: Annotated[str, option(network_help)] = default.network,
+        seed: Annotated[int, option(seed_help)] = default.seed,
+        data_dir: Annotated[Path | None, option(folder_help)] = None,
+    ) -> None:
+        """Show how each parameter of a network would be treated, before any work."""
+        from kronfisher.coverage import coverage as covered
+
+        dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
+        print(covered(model.eval(), dataset.batches(2)[0]))
+
+    return app
+
+
+def _run(study: "Study", json: Path | None, figures: Path | None) -> int:
+    """Run with progress, print the tables, write the files; the exit code."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        comparison = study.run(
+            say=lambda text: progress.console.print(text, markup=False),
+            step=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    if not comparison.rows:
+        raise KeyboardInterrupt
+    _show(comparison)
+    paths = []
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(comparison.to_json())
+        paths.append(json)
+    if figures is not None:
+        from kronfisher.experiments.figures import draw
+
+        paths += draw(comparison, figures, study.network)
+    if paths:
+        print("written:", *paths, sep="\n  ", end="\n\n")
+    if not comparison.finished:
+        print(f"kronfisher: interrupted after {len(comparison.rows)} of {len(study.fits)} fits", file=sys.stderr)
+        return 130
+    return 0 if any(not row.failure for row in comparison.rows) else 1
+
+
+def _show(comparison: "Comparison") -> None:
+    """The tables: drawn for a terminal, plain text for a file or a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        print(f"\n{comparison}\n")
+        return
+    for table in comparison.tables():
+        drawn = Table(title=table.title, title_justify="left", title_style="bold")
+        for k, name in enumerate(table.header):
+            drawn.add_column(name, justify="left" if k < table.text else "right", style="cyan" if k == 0 else None)
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+    for note in comparison.notes():
+        console.print(note, markup=False, style="yellow")
+
+
+def _bytes(text: str | None) -> int | None:
+    """``500MB`` → 500,000,000; ValueError if it is no size."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    stripped = text.strip().lower()
+    unit = stripped.lstrip("0123456789.")
+    try:
+        return int(float(stripped.removesuffix(unit)) * units[unit.strip()])
+    except (ValueError, KeyError):
+        raise ValueError(f"memory-budget {text!r} is no size; write it as 500MB, 2GB or a number of bytes") from None
+
+
+def _writable(path: Path | None, *, folder: bool) -> None:
+    """ValueError if nothing can be written there, found out before hours of work."""
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is {'a file, not a folder' if folder else 'a folder, not a file'}")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not folder and path.exists():
+        parent = path
+    if not os.access(parent, os.W_OK) or (parent.is_file() and parent != path):
+        raise ValueError(f"{path} cannot be written: {parent} is {'a file' if parent.is_file() else 'read-only'}")
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"kronfisher: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Factored Tikhonov damping of Kronecker products (Martens & Grosse 2015, section 6.3)."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.damping.damping import Damping
+from kronfisher.errors import NumericalWarning
+from kronfisher.operators import sides
+from kronfisher.operators.kronecker import Kronecker
+from kronfisher.operators.operator import Operator
+
+__all__ = ["FactoredTikhonov"]
+
+
+@dataclass(frozen=True)
+class FactoredTikhonov(Damping, kind="factored"):
+    """``(B + √λ/π·1) ⊗ (A + π√λ·1)`` with ``π² = (tr A / I) / (tr B / O)``: stays one product, so Cholesky inverts it.
+
+    It is ``B ⊗ A + λ·1`` and two terms more, ``π√λ·B ⊗ 1 + √λ/π·1 ⊗ A``: an approximation with an inverse of its own.
+    π makes it independent of how a scale is split between A and B. Groups are damped one by one. A product that is zero
+    becomes ``λ·1``. Operators of any other structure get exact Tikhonov damping.
+
+    λ is raised, with a warning, to ``(10 ε max(I, O))²`` times the mean eigenvalue of ``B ⊗ A`` (ε of the dtype) if it
+    is smaller: the added diagonals would drown in the rounding errors of A and B.
+
+    Example:
+        >>> X = Kronecker(A=torch.tensor([[[4.0]]]), B=torch.tensor([[[1.0]]]))
+        >>> (X + FactoredTikhonov(1.0)).to_dense()  # pi = 2: (4 + 2) * (1 + 1/2)
+        tensor([[9.]])
+    """
+
+    def damp(self, operator: Operator, value: float) -> Operator:
+        """The damped product; ``X + λ·1`` for anything but a `Kronecker`.
+
+        Warns:
+            NumericalWarning: λ was raised to the floor, or is below the precision of an exactly damped operator.
+        """
+        if not isinstance(operator, Kronecker):
+            return operator.shifted(value)
+        left, right = operator.B, operator.A
+        root_a, root_b = (sides.diagonal(side).mean(1).clamp_min(0).sqrt() for side in (right, left))
+        nonzero = (root_a > 0) & (root_b > 0)  # a side of zero trace is zero, and so is the product
+        ratio = torch.where(nonzero, root_a, 1) / torch.where(nonzero, root_b, 1)
+        root = self._root(value, root_a * root_b, operator)
+        return Kronecker(
+            _add(right, nonzero, ratio * root),
+            _add(left, nonzero, root / ratio),
+            operator.name,
+            definite=True,
+        )
+
+    def _root(self, value: float, mean_root: Tensor, operator: Kronecker) -> Tensor:
+        # √λ per group. The shift relative to the mean eigenvalue of its side is √(λ / mean of X) on both sides alike.
+        width = max(operator.A.shape[1], operator.B.shape[1])
+        floor = 10 * torch.finfo(operator.dtype).eps * width * mean_root
+        root = torch.full_like(floor, value**0.5)
+        if bool((root < floor).any()):
+            lowest = float(floor.max().item()) ** 2
+            warnings.warn(
+                f"{operator.name or operator.structure}: λ = {value:.1e} is too small for {operator.dtype}; raised to "
+                f"{lowest:.1e}. Use a larger λ or float64.",
+                NumericalWarning,
+                stacklevel=4,
+            )
+        return torch.maximum(root, floor)
+
+
+def _add(side: Tensor, nonzero: Tensor, shift: Tensor) -> Tensor:
+    # side + shift·1 where the product is not zero, shift·1 where it is
+    kept = side * nonzero.view(-1, *[1] * (side.dim() - 1))
+    diagonal = shift[:, None].expand(-1, side.shape[1])
+    return kept + (torch.diag_embed(diagonal) if side.dim() == 3 else diagonal)

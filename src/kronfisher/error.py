@@ -1,0 +1,208 @@
+"""How far an approximation is from the true blocks, without writing these out.
+
+``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and ``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs
+every pair of samples, so samples are kept; small blocks are written out after all, which is cheaper and more precise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.estimate import Recipe, accumulate
+from kronfisher.fits.fit import Fit, Plan, State, per_datum
+from kronfisher.fits.full import Full
+from kronfisher.linalg import full_precision, mirror
+from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
+from kronfisher.operators.memory import available_memory
+from kronfisher.samples import Samples
+
+__all__ = ["Distance", "measure"]
+
+_WRITTEN_OUT = 2048  # blocks up to this dimension are compared as dense matrices
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Relative Frobenius errors ``‖F − X‖ / ‖F‖``; zero where both vanish.
+
+    Attributes:
+        blocks: block name → error of that block.
+        norms: block name → ‖F‖ of the true block (mean or sum over data, as the matrix measured).
+        count: N, data that the true blocks were taken over.
+
+    In float32, values below 5e-4 are rounding noise for blocks that are not written out.
+    """
+
+    blocks: Mapping[str, float]
+    norms: Mapping[str, float]
+    count: float
+
+    @property
+    def relative(self) -> float:
+        """The error of all blocks together, against the block-diagonal truth."""
+        missed = sum((error * self.norms[name]) ** 2 for name, error in self.blocks.items() if self.norms[name])
+        total = sum(norm**2 for norm in self.norms.values())
+        return (missed / total) ** 0.5 if total else 0.0
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.blocks)
+        lines = [f"{name:<{width}}  {error:.4f}" for name, error in self.blocks.items()]
+        return "\n".join([*lines, f"{'all':<{width}}  {self.relative:.4f}"])
+
+
+def measure(
+    fisher: Fisher, data: Any, recipe: Recipe, *, memory_budget: int | None = None, progress: bool = False
+) -> Distance:
+    """The error of a Fisher matrix against the true blocks on `data`, with the recipe's labels and seed.
+
+    Args:
+        fisher: the approximation.
+        data: as for `estimate`; the same loader gives the very samples that were fitted.
+        recipe: model, likelihood and labels of the truth.
+        memory_budget: bytes for the samples that have to be kept; None: what is free.
+        progress: as for `estimate`.
+
+    Raises:
+        MemoryBudgetError: so many samples do not fit; pass fewer data.
+        DataError: the model's uses of its parameters are not those of the matrix.
+    """
+    device = fisher.device
+    budget = available_memory(device) if memory_budget is None else memory_budget
+    fits: dict[str, Fit] = {}
+    distances: dict[str, CrossTerms] = {}
+    for (blocks, operator), name in zip(fisher.entries, fisher.blocks, strict=True):
+        several = (blocks,) if isinstance(blocks, Block) else blocks
+        if fisher.reduction == "sum":
+            operator = operator / fisher.count
+        distances[name] = CrossTerms(several, operator, budget)
+        fits.update({parameter: distances[name] for block in several for parameter in block.parameters})
+    run = recipe.accumulator(fits)
+    accumulate(run, data, progress)
+    count = float(run.count)
+    found = {id(group.fit): group for group in run.groups}
+    scale = count if fisher.reduction == "sum" else 1.0
+    errors, norms = {}, {}
+    for name, terms in distances.items():
+        group = found.get(id(terms))
+        with full_precision(device.type), torch.no_grad():
+            truth, missed = terms.norms(group.state) if group else (0.0, float(terms.operator.frobenius_norm()))
+        errors[name] = missed / truth if truth else (0.0 if not missed else float("inf"))
+        norms[name] = truth * scale
+    return Distance(errors, norms, count)
+
+
+@dataclass(frozen=True, eq=False)
+class CrossTerms(Fit):
+    """A fit that makes no operator: it sums what the distance from a given one is made of.
+
+    Attributes:
+        blocks: of the operator, in its order.
+        operator: X, of the mean over data.
+        budget: bytes for kept samples.
+    """
+
+    blocks: tuple[Block, ...]
+    operator: Operator
+    budget: int
+    kept: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # one fit for each operator, or blocks of several would be joined
+
+    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+        """The operator's own group."""
+        if {block.key for block in blocks} != {block.key for block in self.blocks}:
+            names = ", ".join(block.name for block in self.blocks)
+            raise DataError(f"{names}: the model uses these parameters in another way than when the matrix was estimated.")
+        return [self.blocks]
+
+    @property
+    def _written_out(self) -> bool:
+        return len(self.blocks) > 1 or self.operator.dim <= _WRITTEN_OUT
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        """Dense where small, else two scalars and the samples."""
+        return Plan(4 * element * self.operator.dim**2 if self._written_out else 0)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        """Sums of the route."""
+        if self._written_out:
+            return Full().init(group, plan, like)
+        sums = {"norm": like.new_zeros((), dtype=torch.float64), "cross": like.new_zeros((), dtype=torch.float64)}
+        return State(group, plan, sums)
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
+        if self._written_out:
+            return Full().update(state, samples)
+        (use,) = samples
+        state.sums["cross"] += quadratic(use, self.operator)
+        for rows in _rows(use):
+            self._afford(rows)
+            state.sums["norm"] += _squared_products(rows, rows)
+            for others in self.kept:
+                state.sums["norm"] += 2 * _squared_products(rows, others)
+            self.kept.append(rows)
+        return state
+
+    def _afford(self, rows: tuple[Tensor, ...]) -> None:
+        distinct = {tensor.data_ptr(): tensor for entry in (*self.kept, rows) for tensor in entry}
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+        if needed > self.budget:
+            names = ", ".join(block.name for block in self.blocks)
+            raise MemoryBudgetError(
+                f"{names}: the exact error needs {needed:,} bytes for the samples so far, more than the {self.budget:,} there are. "
+                "Pass fewer data to fisher.error(...), or a larger memory_budget."
+            )
+
+    def norms(self, state: State) -> tuple[float, float]:
+        """``‖F‖`` and ``‖F − X‖`` of the mean over data."""
+        state.checked()
+        if self._written_out:
+            truth = per_datum(mirror(state.sums["products"]), state.count).double()
+            return float(truth.norm()), float((truth - self.operator.to_dense().double()).norm())
+        norm = float(state.sums["norm"]) / float(state.count) ** 2
+        cross = float(state.sums["cross"]) / float(state.count)
+        own = float(self.operator.frobenius_norm().double()) ** 2
+        self.kept.clear()
+        return norm**0.5, max(norm - 2 * cross + own, 0.0) ** 0.5
+
+
+def quadratic(samples: Samples, operator: Operator) -> Tensor:
+    """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
+    if isinstance(operator, Kronecker) and operator.A.dim() == 3 and operator.B.dim() == 3:
+        total = samples.gradients.new_zeros((), dtype=torch.float64)
+        for plain, turned in zip(samples.pieces(), samples.rotated(operator.A, operator.B), strict=True):
+            total += plain.inner(turned)
+        return total
+    if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
+        basis = operator.basis
+        turned = sum(part.squares() for part in samples.rotated(basis.A, basis.B))
+        return (turned.flatten().double() * operator.values.double()).sum()
+    if isinstance(operator, Diagonal):
+        return (samples.squares().flatten().double() * operator.values.double()).sum()
+    total = samples.gradients.new_zeros((), dtype=torch.float64)
+    for gradients in samples.per_sample():
+        rows = gradients.transpose(0, 1).flatten(1)
+        total += (rows * operator.matvecs(rows)).sum(dtype=torch.float64)
+    return total
+
+
+def _rows(samples: Samples) -> list[tuple[Tensor, ...]]:
+    """Samples in the smaller of two forms: inputs and gradients (T = 1, one group), or the products G_k written out."""
+    if samples.positions == 1 and samples.shape[0] == 1:
+        a, g = samples.activations.dense()[0, :, 0], samples.gradients[0, :, 0]
+        return [(a[low : low + 512], g[low : low + 512]) for low in range(0, len(a), 512)]
+    return [(part.transpose(0, 1).flatten(1),) for part in samples.per_sample()]
+
+
+def _squared_products(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Tensor:
+    """``Σ_{k,l} ⟨G_k, G_l⟩²`` over k in x and l in y."""
+    products = x[0] @ y[0].mT
+    for left, right in zip(x[1:], y[1:], strict=True):
+        products = products * (left @ right.mT)
+    return products.square().sum(dtype=torch.float64)

@@ -1,0 +1,237 @@
+"""From a model, data and a likelihood to its Fisher matrix."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.accumulate import Accumulator, Choice, Labels
+from kronfisher.batches import Forward, checksum, passes_over
+from kronfisher.blocks import Block, View
+from kronfisher.errors import DataError
+from kronfisher.fits import Fit
+from kronfisher.isolation import isolated, trainable, unwrapped
+from kronfisher.likelihoods import Likelihood
+from kronfisher.linalg import full_precision, promote
+from kronfisher.operators import Diagonal, Fisher, Operator
+from kronfisher.operators.info import BlockInfo, Info
+
+__all__ = ["Recipe", "accumulate", "estimate"]
+
+Progress = bool | Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an estimate was asked for, so that its error can be measured under the same labels later."""
+
+    model: nn.Module
+    likelihood: Likelihood
+    labels: Labels = "sampled"
+    samples: int = 1
+    forward: Forward | None = None
+    seed: int = 0
+    memory_budget: int | None = None
+    exact_limit: int = 1000
+    measured: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False)
+
+    def accumulator(self, fit: Choice) -> Accumulator:
+        """Empty states for the model's trainable parameters."""
+        return Accumulator(
+            self.model,
+            trainable(self.model),
+            self.likelihood,
+            fit,
+            self.labels,
+            self.samples,
+            self.seed,
+            self.forward,
+            self.memory_budget,
+            self.exact_limit,
+        )
+
+    def error(self, fisher: Fisher, data: Any, **options: Any) -> Any:
+        """See `kronfisher.error`; what was measured shows in the report."""
+        from kronfisher.error import measure  # the measurement runs an estimate of its own
+
+        self.measured[fisher.info.changes] = found = measure(fisher, data, self, **options)
+        return found
+
+
+def estimate(
+    model: nn.Module,
+    data: Any,
+    likelihood: Likelihood,
+    *,
+    fit: Choice = "kfac",
+    labels: Labels = "sampled",
+    samples: int = 1,
+    forward: Forward | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    seed: int = 0,
+    memory_budget: int | None = None,
+    exact_limit: int = 1000,
+    progress: Progress = False,
+) -> Fisher:
+    """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
+
+    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed over its positions
+    and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout should be off); its parameters,
+    gradients, buffers, hooks and modes and the global random state are the same afterwards as before.
+
+    Args:
+        model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP and
+            ``torch.compile`` wrappers are removed, compiled parts run eagerly.
+        data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. A tensor goes in as
+            ``model(x)``, a tuple as ``model(*x)``, a mapping as ``model(**x)``.
+        likelihood: what the outputs mean, such as ``kf.Categorical()``.
+        fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to either.
+        labels: ``"exact"``: all columns of the output Hessian's root (the GGN; one backward pass each); ``"sampled"``: labels drawn
+            from the model, a Monte-Carlo estimate of the same; ``"observed"``: the given targets (the empirical Fisher, which is
+            another matrix). The first two need no targets, except for masks and class weights.
+        samples: label draws per datum; F is their mean.
+        forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
+        reduction: ``"mean"`` or ``"sum"`` over the N data.
+        seed: of the label draws and of whatever the model itself draws (dropout). The same seed and thread count give the same bits.
+        memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices that do not
+            fit are refused early.
+        exact_limit: backward passes per batch beyond which exact labels are refused.
+        progress: True writes a line to standard error; a function receives the same text.
+
+    Returns:
+        A symmetric positive semidefinite linear operator over the parameters.
+
+    Raises:
+        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled; it names both.
+        DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
+        NumericalError: NaN or Inf; it names the batch or the layer.
+        MemoryBudgetError: the matrices do not fit; it says how many bytes they take.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> loader = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(3)]
+        >>> fisher = kf.estimate(model, loader, kf.Categorical())
+        >>> fisher.count, fisher.dim, list(fisher.blocks)
+        (48.0, 67, ['0.weight', '2.weight'])
+        >>> step = (fisher + 1e-3).solve({name: torch.ones_like(p) for name, p in model.named_parameters()})
+        >>> step["0.weight"].shape
+        torch.Size([8, 4])
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
+    began = time.perf_counter()
+    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
+    run = recipe.accumulator(fit)
+    accumulate(run, data, progress)
+    with full_precision(next(iter(run.parameters.values())).device.type), torch.no_grad():
+        entries: list[tuple[Block | tuple[Block, ...], Operator]] = []
+        infos: dict[str, BlockInfo] = {}
+        for group in run.groups:
+            operator = group.fit.finish(group.state)
+            entries.append((group.blocks if len(group.blocks) > 1 else group.blocks[0], operator))
+            infos[" + ".join(block.name for block in group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+        for block, operator in _unused(run):
+            entries.append((block, operator))
+            infos[block.name] = BlockInfo("unused: zero")
+    order = {name: place for place, name in enumerate(run.parameters)}
+    entries.sort(key=lambda entry: order[(entry[0] if isinstance(entry[0], Block) else entry[0][0]).name])
+    count = float(run.count)
+    info = Info(
+        count=count,
+        labels=labels,
+        samples=samples,
+        seed=seed,
+        likelihood=repr(likelihood),
+        seconds=time.perf_counter() - began,
+        trainable=sum(p.numel() for p in run.parameters.values()),
+        blocks=infos,
+    )
+    shapes = {name: p.shape for name, p in run.parameters.items()}
+    fisher = Fisher(tuple(entries), shapes, info, recipe)
+    return fisher if reduction == "mean" else fisher.reduced("sum")
+
+
+def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
+    """Read the data as often as the fits need and fill their states.
+
+    Raises:
+        DataError: there are no data, they cannot be read again, or they came in another order.
+    """
+    batches, again = passes_over(data)
+    tell = _teller(progress)
+    sums: list[list[Tensor]] = []
+    number = index = 0
+    try:
+        while True:
+            run.start_pass()
+            with isolated(run.model, run.seed):
+                index = 0
+                for index, batch in enumerate(_read(batches, number), 1):
+                    where = f"batch {index - 1}" + (f" of pass {number + 1}" if number else "")
+                    run.add(batch, where)
+                    if run.passes > 1:
+                        _compare(sums, index - 1, batch, number, again)
+                    tell(f"pass {number + 1}/{run.passes}, {index} batches, {run.backward_passes} backward passes")
+            if not index:
+                raise DataError("The data hold no batch. Pass a loader with at least one batch; a generator can be read only once.")
+            if number and index != len(sums):
+                raise DataError(f"Pass {number + 1} read {index} batches, the first one {len(sums)}. {_SAME}")
+            with full_precision(run.device.type), torch.no_grad():
+                more = run.next_pass()
+            if not more:
+                break
+            number += 1
+    except BaseException as error:
+        if not isinstance(error, Exception):  # interrupted from outside
+            error.add_note(
+                f"kronfisher stopped after {index} batches of pass {number + 1}; no estimate was made. The model, its gradients "
+                "and buffers and the random state are as before. Estimate on fewer data, or with a cheaper fit."
+            )
+        raise
+    finally:
+        tell("")
+
+
+_SAME = "A fit that reads the data several times needs the same batches in the same order: fix the loader's order, or pass a list."
+
+
+def _read(batches: Iterable[Any], number: int) -> Iterator[Any]:
+    try:
+        yield from batches
+    except Exception as error:
+        error.add_note(f"while the loader was read in pass {number + 1}")
+        raise
+
+
+def _compare(sums: list[list[Tensor]], index: int, batch: Any, number: int, again: bool) -> None:
+    """Remember a batch in the first pass, recognise it later."""
+    if not again:
+        raise DataError("This fit reads the data more than once, and a generator can be read only once. Pass a list or a DataLoader.")
+    found = checksum(batch)
+    if number == 0:
+        sums.append(found)
+    elif index >= len(sums) or not all(torch.equal(x, y) for x, y in zip(found, sums[index], strict=True)):
+        raise DataError(f"batch {index} of pass {number + 1} is not the one of the first pass. {_SAME}")
+
+
+def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
+    """Parameters that the outputs never depended on: their Fisher matrix is exactly zero."""
+    seen = {name for group in run.groups for block in group.blocks for name in block.parameters}
+    for name, parameter in run.parameters.items():
+        if name not in seen:
+            view = View.of(name, parameter).reshaped(1, *parameter.shape)
+            zeros = promote(parameter.detach()).new_zeros(parameter.numel())
+            yield Block(name, "unused", None, view), Diagonal(zeros, name=name)
+
+
+def _teller(progress: Progress) -> Callable[[str], None]:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda text: None
+    return lambda text: print(f"\r{text:<78}" if text else "", end="" if text else "\n", file=sys.stderr, flush=True)

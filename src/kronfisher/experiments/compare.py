@@ -1,0 +1,125 @@
+"""How well, and at what cost, each fit approximates the Fisher of one network on one set of data."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
+from kronfisher.estimate import estimate
+from kronfisher.experiments.comparison import Comparison, Row
+from kronfisher.fits import FITS, Fit
+from kronfisher.likelihoods import Likelihood
+
+__all__ = ["compare", "measure", "parameters"]
+
+SHOWN = 400  # the largest dimension of the block whose dense matrix is kept for the pictures
+
+
+def compare(
+    model: nn.Module,
+    data: Iterable | tuple | Tensor,
+    likelihood: Likelihood,
+    *,
+    fits: Sequence[str | Fit] | None = None,
+    labels: str = "sampled",
+    samples: int = 1,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Estimate the Fisher of `model` with every fit and measure each against the exact blocks.
+
+    The errors cost more than the estimates: they take the inner products of all pairs of per-sample gradients, so some
+    hundreds of data are plenty.
+
+    Args:
+        model: as for `kronfisher.estimate`; put it in the mode that you mean (eval, as a rule).
+        data: batches that can be iterated repeatedly and always come in the same order; or one batch.
+        likelihood: what the outputs mean.
+        fits: names or fit objects (default: every registered one).
+        labels: "sampled", "exact" or "observed".
+        samples: label draws a datum, for sampled labels.
+        seed: of the draws, the same for all fits.
+        memory_budget: bytes; a fit that would take more is reported as refused.
+        progress: print a line on standard error as each fit is done.
+
+    Returns:
+        One row per fit. A fit that cannot be computed has its reason instead of numbers.
+
+    Raises:
+        DataError: the data cannot be iterated again, or a batch does not fit.
+        UnsupportedError: the model cannot be treated by any fit.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> result = kf.compare(layer, torch.randn(20, 3), kf.Gaussian(), fits=["kfac", "full"], labels="exact")
+        >>> [f"{row.fit} {row.error:.2f} {row.trace:.2f}" for row in result.rows]
+        ['kfac 0.00 1.00', 'full 0.00 1.00']
+    """
+    options = {"labels": labels, "samples": samples, "seed": seed, "memory_budget": memory_budget}
+    rows = []
+    for row in measure(model, data, likelihood, fits, **options):
+        rows.append(row)
+        if progress:
+            print(row, file=sys.stderr, flush=True)
+    return Comparison(tuple(rows), {**options, "parameters": parameters(model)})
+
+
+def measure(
+    model: nn.Module,
+    data: Iterable | tuple | Tensor,
+    likelihood: Likelihood,
+    fits: Sequence[str | Fit] | None = None,
+    **options: Any,
+) -> Iterator[Row]:
+    """The rows of `compare`, each as soon as it is known; `options` are those of `kronfisher.estimate`."""
+    if isinstance(data, Iterator):
+        raise DataError(
+            "compare reads the data once for every fit, and an iterator is empty after the first: give a list"
+        )
+    first = data if isinstance(data, tuple | Tensor) else next(iter(data), None)
+    if first is None:
+        raise DataError("compare was given no batches: the data are empty")
+    # The first estimate in a process pays for loading and allocating; it also shows early what cannot be treated.
+    estimate(model, first, likelihood, fit="diagonal", **options)
+    exact = _timed(model, data, likelihood, "diagonal", options)  # has the exact trace
+    for fit in fits if fits is not None else tuple(FITS):
+        try:
+            fisher, seconds = exact if fit == "diagonal" else _timed(model, data, likelihood, fit, options)
+            error = fisher.error(data)
+        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+            yield Row(_label(fit), failure=str(reason))
+            continue
+        trace = float(fisher.trace() / exact[0].trace())
+        blocks = {name: float(value) for name, value in error.blocks.items()}
+        yield Row(
+            _label(fit), int(fisher.count), seconds, fisher.bytes, float(error.relative), blocks, trace, _shown(fisher)
+        )
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _timed(model: nn.Module, data: Any, likelihood: Likelihood, fit: str | Fit, options: dict[str, Any]) -> Any:
+    start = time.perf_counter()
+    fisher = estimate(model, data, likelihood, fit=fit, **options)
+    return fisher, time.perf_counter() - start
+
+
+def _label(fit: str | Fit) -> str:
+    return fit if isinstance(fit, str) else repr(fit)
+
+
+def _shown(fisher: Any) -> tuple[str, Tensor] | None:
+    """The largest block that is small enough to look at."""
+    small = {name: block.dim for name, block in fisher.blocks.items() if block.dim <= SHOWN}
+    if not small:
+        return None
+    name = max(small, key=lambda name: small[name])
+    return name, fisher.blocks[name].to_dense().cpu()

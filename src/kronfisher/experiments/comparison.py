@@ -1,0 +1,123 @@
+"""What a comparison of fits found: one row per fit, as tables for people and as JSON for programs."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.experiments.tables import Table, duration, number, size
+
+__all__ = ["Comparison", "Row"]
+
+DESCRIPTIONS = {
+    "kfac": "one Kronecker product a layer (K-FAC, KFC)",
+    "kfac-reduce": "the same, positions summed out first",
+    "ekfac": "K-FAC's eigenvectors, measured eigenvalues",
+    "diagonal": "the diagonal alone",
+    "full": "each layer's dense matrix: the truth",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one fit reached.
+
+    Attributes:
+        fit: its name, or its settings where it was given as an object.
+        count: N, the data it was estimated from.
+        seconds: wall time of the estimate alone, after a first batch has warmed everything up.
+        bytes: of the operator.
+        error: ‖F̂ − F‖ / ‖F‖ in the Frobenius norm over all blocks, F the exact blocks of the same data and labels.
+        blocks: the same for every block, by name.
+        trace: tr F̂ / tr F.
+        shown: the name and the dense matrix ``[D, D]`` of one small block, the same for all
+            fits; None if there is none.
+        failure: why there is no result; the numbers are then NaN or 0.
+    """
+
+    fit: str
+    count: int = 0
+    seconds: float = math.nan
+    bytes: int = 0
+    error: float = math.nan
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    trace: float = math.nan
+    shown: tuple[str, Tensor] | None = None
+    failure: str = ""
+
+    def __str__(self) -> str:
+        numbers = f"relative error {number(self.error)}, {duration(self.seconds)}, {size(self.bytes)}"
+        return f"{self.fit}: {self.failure or numbers}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows of a comparison; ``str()`` gives two tables for people, `to_json` everything for programs.
+
+    Attributes:
+        rows: one per fit, in the order asked for.
+        settings: what the numbers depend on: labels, samples, seed, number of parameters, …
+        finished: whether every fit asked for is there.
+    """
+
+    rows: tuple[Row, ...]
+    settings: Mapping[str, Any]
+    finished: bool = True
+
+    def tables(self) -> list[Table]:
+        """The overview, and the error of every block if any fit has one."""
+        done, s = [row for row in self.rows if not row.failure], self.settings
+        where = f" of {s['network']} on {s['data']}" if "network" in s and "data" in s else ""
+        draws = f", {s['samples']} a datum" if s["labels"] == "sampled" else ""
+        count = f"{done[0].count:,} data, " if done else ""
+        title = f"Fisher matrix{where}: {s['parameters']:,} parameters, {count}{s['labels']} labels{draws}"
+        overview = Table(title, ("fit", "what it is", "relative error", "trace ratio", "time", "memory"), text=2)
+        for row in self.rows:
+            what = DESCRIPTIONS.get(row.fit, "")
+            numbers = (number(row.error), number(row.trace), duration(row.seconds), size(row.bytes))
+            overview.add(row.fit, what, *(("–",) * 4 if row.failure else numbers))
+        names = list(dict.fromkeys(name for row in done for name in row.blocks))
+        blocks = Table("Relative error of each block", ("block", *(row.fit for row in done)))
+        for name in names:
+            blocks.add(name, *(number(row.blocks.get(name, math.nan)) for row in done))
+        return [overview, blocks] if names else [overview]
+
+    def notes(self) -> list[str]:
+        """A line for every fit that has no numbers, and one if fits are missing."""
+        failed = [f"{row.fit} was not computed: {row.failure}" for row in self.rows if row.failure]
+        return failed if self.finished else [*failed, "Interrupted: the other fits are missing."]
+
+    def to_json(self) -> str:
+        """Settings, versions and rows as JSON; a number that is not finite is null."""
+        rows = [
+            {
+                "fit": r.fit,
+                "seconds": r.seconds,
+                "bytes": r.bytes,
+                "count": r.count,
+                "relative_error": r.error,
+                "trace_ratio": r.trace,
+            }
+            | {"blocks": dict(r.blocks), "failure": r.failure or None}
+            for r in self.rows
+        ]
+        versions = {"kronfisher": version("kronfisher"), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        whole = {"finished": self.finished, "settings": dict(self.settings), "versions": versions, "rows": rows}
+        return json.dumps(_finite(whole), indent=2, ensure_ascii=False) + "\n"
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, [*self.tables(), *self.notes()]))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

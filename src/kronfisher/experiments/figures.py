@@ -1,0 +1,145 @@
+"""Pictures of a comparison: errors and costs, and what one block looks like under each fit."""
+
+from pathlib import Path
+from typing import Any
+
+from kronfisher.experiments.comparison import Comparison, Row
+from kronfisher.experiments.tables import duration, size
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, distinct for colour-blind eyes too.
+COLOURS: tuple[str, ...] = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#444444", "#D55E00", "#CC79A7", "#F0E442")
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "font.size": 10,
+    "legend.frameon": False,
+    "figure.dpi": 120,
+}
+
+
+def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -> list[Path]:
+    """Write the figures of a comparison as PNG files.
+
+    ``<name>.png`` has the relative error of every block and fit beside time against error; ``<name>-block.png`` shows
+    the matrix and the spectrum of one small block under each fit, if there is a small one.
+
+    Args:
+        comparison: rows without numbers are left out.
+        folder: is made if need be.
+        name: what the files are called.
+
+    Returns:
+        The paths of the files written; none if no fit has numbers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('figures are drawn by matplotlib: pip install "kronfisher[experiments]"') from error
+    rows = [row for row in comparison.rows if not row.failure]
+    if not rows:
+        return []
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = {row.fit: COLOURS[k % len(COLOURS)] for k, row in enumerate(rows)}
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        figures = {name: _overview(rows, colours, comparison.settings)}
+        if rows[0].shown is not None:
+            figures[f"{name}-block"] = _block([row for row in rows if row.shown], colours)
+        for stem, figure in figures.items():
+            paths.append(folder / f"{stem}.png")
+            figure.savefig(paths[-1])
+    return paths
+
+
+def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
+    """Left: grouped bars of relative errors. Right: time against error, with the memory in the legend."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    blocks = list(dict.fromkeys(name for row in rows for name in row.blocks))
+    figure = Figure(figsize=(max(11.0, 6.0 + 0.16 * (len(blocks) + 1) * len(rows)), 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[max(1.7, 0.06 * len(blocks) * len(rows)), 1])
+    width = 0.8 / len(rows)
+    for k, row in enumerate(rows):
+        heights = [row.error, *(row.blocks.get(name, float("nan")) for name in blocks)]
+        places = [j + (k - (len(rows) - 1) / 2) * width for j in range(len(heights))]
+        left.bar(places, heights, 0.92 * width, color=colours[row.fit], label=row.fit)
+        right.scatter(row.seconds, row.error, s=90, color=colours[row.fit], edgecolors="white", zorder=3, clip_on=False)
+    left.axvspan(-0.5, 0.5, color="#f4f4f4", zorder=0)
+    left.set_xlim(-0.5, len(blocks) + 0.5)
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(blocks) > 5 else {}
+    left.set_xticks(range(len(blocks) + 1), ["all blocks", *map(_short, blocks)], **slanted)
+    left.grid(visible=False, axis="x")
+    left.set_ylabel("relative error  ‖F̂ − F‖ / ‖F‖")
+    left.set_title(f"How far each fit is from the Fisher matrix{_of(settings)}")
+    right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
+    right.xaxis.set_minor_formatter(NullFormatter())
+    right.margins(x=0.15)
+    right.set_xlabel(f"wall time of the estimate, {rows[0].count:,} data")
+    right.set_ylabel("relative error, all blocks")
+    right.set_title("What it costs")
+    for axes in (left, right):
+        axes.set_ylim(0, 1.08 * max(1e-3, *(max(row.error, *row.blocks.values()) for row in rows)))
+    labels = [f"{row.fit} ({size(row.bytes)})" for row in rows]
+    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(6, len(rows)))
+    return figure
+
+
+def _block(rows: list[Row], colours: dict[str, str]) -> Any:
+    """Above: the dense matrix of a small block under each fit, one colour scale. Below: its eigenvalues."""
+    import torch
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row.fit != "full")  # the truth comes first
+    shown = {row.fit: row.shown[1].double() for row in rows if row.shown is not None}
+    names = {row.shown[0] for row in rows if row.shown is not None}
+    # The few largest entries, all on the diagonal, would leave the others white.
+    limit = float(torch.stack([matrix.abs().quantile(0.98) for matrix in shown.values()]).max()) or 1.0
+    figure = Figure(figsize=(max(8.0, 2.4 * len(shown) + 0.9), 6.2), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    above, below = halves
+    panels = above.subplots(1, len(shown), squeeze=False)[0]
+    image = None
+    for axes, (fit, matrix) in zip(panels, shown.items(), strict=True):
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set_title(fit, loc="center", color=colours[fit])
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(True)
+    above.colorbar(image, ax=list(panels), label="entry", shrink=0.8, pad=0.015, extend="both")
+    dim = len(next(iter(shown.values())))
+    above.suptitle(f"{', '.join(map(_short, names))}: the block of {dim} × {dim} weights under each fit", fontsize=12)
+    axes = below.subplots()
+    for k, (fit, matrix) in enumerate(shown.items()):
+        values = torch.linalg.eigvalsh(matrix).flip(0)
+        values = values[values > 1e-6 * values[0]]  # below is rounding
+        truth = {"lw": 6, "alpha": 0.3} if fit == "full" else {"lw": 1.8, "ls": ("-", "--")[k % 2]}
+        axes.plot(range(1, len(values) + 1), values, color=colours[fit], label=fit, **truth)
+    axes.set_yscale("log")
+    axes.set_xlabel("rank of the eigenvalue")
+    axes.set_ylabel("eigenvalue")
+    axes.set_title("Its spectrum")
+    axes.legend(loc="lower left", ncols=2)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _of(settings: Any) -> str:
+    return f" of {settings['network']} on {settings['data']}" if "network" in settings and "data" in settings else ""

@@ -1,0 +1,48 @@
+"""How the networks are put together: layers with names, and initial weights by a seed of their own."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def seeded(build: Callable[..., Model]) -> Callable[..., Model]:
+    """Give the builder of a network the keyword argument `seed` (default 0), which alone decides the initial weights.
+
+    Example:
+        >>> build = seeded(lambda: nn.Linear(1, 1))
+        >>> build(seed=3).weight.item() == build(seed=3).weight.item() != build(seed=4).weight.item()
+        True
+    """
+
+    @wraps(build)
+    def wrapped(*args: Any, seed: int = 0, **kwargs: Any) -> Model:
+        # The networks are built on the CPU, so its generator is the only one to save.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build(*args, **kwargs)
+
+    return wrapped
+
+
+def stack(**layers: list[nn.Module]) -> nn.Sequential:
+    """The layers one after another: a module with parameters is called as its keyword, what follows it by its kind.
+
+    Example:
+        >>> stack(first=[nn.Linear(2, 3), nn.ReLU()], second=[nn.Linear(3, 1)])
+        Sequential(
+          (first): Linear(in_features=2, out_features=3, bias=True)
+          (relu1): ReLU()
+          (second): Linear(in_features=3, out_features=1, bias=True)
+        )
+    """
+    named = OrderedDict[str, nn.Module]()
+    for k, (name, (first, *rest)) in enumerate(layers.items(), start=1):
+        named[name] = first
+        named |= {f"{type(module).__name__.lower()}{k}": module for module in rest}
+    return nn.Sequential(named)

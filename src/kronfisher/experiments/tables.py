@@ -1,0 +1,80 @@
+"""Numbers and tables that people read."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Table:
+    """Rows of text under a title; ``str()`` aligns the first `text` columns left and the numbers after them right.
+
+    Example:
+        >>> table = Table("Two fits", ("fit", "error"))
+        >>> table.add("kfac", "0.41"), table.add("full", "0")
+        (None, None)
+        >>> print(table)
+        Two fits
+        fit   error
+        ───────────
+        kfac   0.41
+        full      0
+    """
+
+    title: str
+    header: tuple[str, ...]
+    text: int = 1
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        """Append one row, as many cells as the header has."""
+        if len(cells) != len(self.header):
+            raise ValueError(f"{len(cells)} cells for {len(self.header)} columns")
+        self.rows.append(cells)
+
+    def __str__(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(self.header))]
+
+        def aligned(line: tuple[str, ...]) -> str:
+            cells = (
+                c.ljust(w) if k < self.text else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            return "  ".join(cells).rstrip()
+
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([self.title, aligned(self.header), rule, *map(aligned, self.rows)])
+
+
+def number(value: float) -> str:
+    """Three decimals, or three digits where that would show none.
+
+    Example:
+        >>> number(0.41234), number(12.3), number(3e-6), number(0.0), number(float("nan"))
+        ('0.412', '12.300', '0.000', '0.000', '–')
+    """
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """A wall time with its unit.
+
+    Example:
+        >>> duration(0.0123), duration(3.21), duration(75.0)
+        ('12 ms', '3.2 s', '75 s')
+    """
+    if math.isnan(seconds):
+        return "–"
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 60 else f"{seconds:.0f} s"
+
+
+def size(number_of_bytes: int) -> str:
+    """A number of bytes in decimal units.
+
+    Example:
+        >>> size(512), size(5_400), size(4_000_000_000)
+        ('512 B', '5.4 kB', '4.0 GB')
+    """
+    value, units = float(number_of_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,92 @@
+"""A few epochs of Adam: enough to measure curvature where networks live, not at their random start."""
+
+from collections.abc import Callable
+from math import isfinite
+
+import torch
+from torch import nn
+
+from kronfisher.errors import NumericalError
+from kronfisher.experiments.data.dataset import Dataset, generator
+from kronfisher.likelihoods import Likelihood
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    likelihood: Likelihood | None = None,
+    *,
+    epochs: int = 5,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Train `model` in place on the training data with Adam and the negative log-likelihood; leaves it in eval mode.
+
+    Args:
+        model: takes ``[n, *input_shape]`` and gives ``[n, outputs]``.
+        dataset: whose training data are used.
+        likelihood: whose negative ``log_prob``, averaged over data, is the loss (default: that of the data set).
+        epochs: passes over the training data, each in another order.
+        batch_size: data in a step.
+        lr: Adam's learning rate.
+        seed: of the order of the data.
+        on_step: called after every step with the number of steps done, of steps in all, and the mean loss of the step.
+
+    Returns:
+        The mean loss of every epoch.
+
+    Raises:
+        NumericalError: the loss is no longer finite.
+
+    Example:
+        >>> from kronfisher.experiments import data, networks
+        >>> digits = data.load("digits")
+        >>> model = networks.for_data("mlp", digits)
+        >>> first, *_, last = train(model, digits, epochs=5, lr=0.01)
+        >>> last < 0.5 * first
+        True
+    """
+    likelihood = likelihood or dataset.likelihood
+    random, device = generator(seed), next(model.parameters()).device
+    inputs, targets = dataset.train_inputs, dataset.train_targets
+    steps_per_epoch = -(-len(inputs) // batch_size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    model.train()
+    history = []
+    for epoch in range(epochs):
+        losses = []
+        for indices in torch.randperm(len(inputs), generator=random).split(batch_size):
+            x, y = inputs[indices].to(device), targets[indices].to(device)
+            optimizer.zero_grad()
+            loss = -likelihood.log_prob(model(x), y).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step = epoch * steps_per_epoch + len(losses)
+            if not isfinite(losses[-1]):
+                raise NumericalError(f"the training loss is {losses[-1]} after {step} steps: lower lr (now {lr:g})")
+            if on_step is not None:
+                on_step(step, epochs * steps_per_epoch, losses[-1])
+        history.append(sum(losses) / len(losses))
+    optimizer.zero_grad()
+    model.eval()
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 500) -> dict[str, float]:
+    """The mean negative log-likelihood of the test data and, for classes, the share that is classified correctly.
+
+    Returns:
+        ``{"loss": …}``, with ``"accuracy"`` for classes; the loss is summed over outputs and averaged over data.
+    """
+    device, loss, correct = next(model.parameters()).device, 0.0, 0
+    for x, y in dataset.batches(batch_size, test=True):
+        outputs, y = model(x.to(device)), y.to(device)
+        loss += -dataset.likelihood.log_prob(outputs, y).sum().item()
+        if dataset.task == "classes":
+            correct += int((outputs.argmax(1) == y).sum())
+    number = len(dataset.test_inputs)
+    return {"loss": loss / number} | ({"accuracy": correct / number} if dataset.task == "classes" else {})

@@ -1,0 +1,43 @@
+"""The diagonal of a block: one number per weight."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.fits.fit import Fit, Plan, State, elements, per_datum, register, sizes
+from kronfisher.operators import Diagonal as DiagonalOperator
+from kronfisher.samples import Samples
+
+__all__ = ["Diagonal"]
+
+
+@dataclass(frozen=True)
+class Diagonal(Fit):
+    """The exact diagonal ``Σ_k G_k∘²`` of a block; everything beside it is dropped.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> fisher = kf.estimate(layer, torch.randn(50, 2), kf.Gaussian(), fit="diagonal", labels="exact")
+        >>> fisher["bias"].structure
+        'diagonal 9'
+    """
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        return Plan(element * elements(*sizes(group)))
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        return State(group, plan, {"squares": like.new_zeros(sizes(group))})
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        (use,) = samples
+        state.sums["squares"] += use.squares()
+        return state
+
+    def finish(self, state: State) -> DiagonalOperator:
+        state.checked()
+        return DiagonalOperator(per_datum(state.sums["squares"], state.count).flatten(), name=state.name)
+
+
+register("diagonal", Diagonal)

@@ -1,0 +1,165 @@
+"""From samples to an operator: the protocol of every fit.
+
+A fit is a frozen bag of settings. What it accumulates lives in a `State`, a tree of sums: states add, so that batching, moving averages
+and partitions of the data are one `+` and one `*`. Only `finish` divides by the number of data.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.errors import NumericalError
+from kronfisher.operators import Operator
+from kronfisher.samples import WORKSPACE, Samples
+
+__all__ = ["FITS", "Fit", "Plan", "State", "named", "register"]
+
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit is going to do with a group of blocks, by static cost.
+
+    Attributes:
+        bytes: size of the state and of the operator made from it.
+        passes: times the data are read.
+        owned: whether rows must be sorted by sample.
+        workspace: bytes that temporaries may take.
+    """
+
+    bytes: int
+    passes: int = 1
+    owned: bool = True
+    workspace: int = WORKSPACE
+
+
+@dataclass
+class State:
+    """Sums over samples; the only mutable thing of a fit.
+
+    Attributes:
+        blocks: the group.
+        plan: how it is treated.
+        sums: name → sum over samples, unscaled.
+        fixed: name → what stays during a pass (a basis).
+        count: N, data so far.
+        rows: positions that counted so far.
+        phase: number of the pass, from 0.
+    """
+
+    blocks: tuple[Block, ...]
+    plan: Plan
+    sums: dict[str, Tensor]
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    count: Number = 0.0
+    rows: Number = 0.0
+    phase: int = 0
+
+    @property
+    def name(self) -> str:
+        return ", ".join(block.name for block in self.blocks)
+
+    def checked(self) -> "State":
+        """Itself, if every sum is finite.
+
+        Raises:
+            NumericalError: naming the block.
+        """
+        for name, value in self.sums.items():
+            if not bool(torch.isfinite(value).all()):
+                raise NumericalError(
+                    f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or an input "
+                    "of this layer overflowed: look at its weights, or use float64."
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Base of all fits: one block at a time, one pass, linear states. Subclasses say what is summed and what it becomes."""
+
+    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+        """Which blocks are treated together."""
+        return [(block,) for block in blocks]
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        """Bytes and passes for a group whose numbers take `element` bytes each."""
+        raise NotImplementedError
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        """An empty state with the dtype and device of `like`."""
+        raise NotImplementedError
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        """Add the samples of one backward pass, one entry per block of the group; the state given is used up."""
+        raise NotImplementedError
+
+    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+        """``wx·x + wy·y``: moving averages, partitions of the data, ranks of a process group.
+
+        Raises:
+            ValueError: the states are of different blocks, passes or bases.
+        """
+        same = x.blocks == y.blocks and x.phase == y.phase and x.fixed.keys() == y.fixed.keys()
+        if not same or not all(x.fixed[name] is y.fixed[name] or torch.equal(x.fixed[name], y.fixed[name]) for name in x.fixed):
+            raise ValueError(
+                f"{x.name}: states can be combined only for the same blocks, in the same pass and basis; "
+                "finish one of them, or restart its average in the new basis."
+            )
+        sums = {name: wx * value + wy * y.sums[name] for name, value in x.sums.items()}
+        return replace(x, sums=sums, count=wx * x.count + wy * y.count, rows=wx * x.rows + wy * y.rows)
+
+    def next_pass(self, state: State) -> State | None:
+        """The state with which the data are read once more, or None when it is done."""
+        return None
+
+    def finish(self, state: State) -> Operator:
+        """The operator of the mean over data: the only place where 1/N is applied."""
+        raise NotImplementedError
+
+
+FITS: dict[str, Callable[[], Fit]] = {}
+"""Name → fit with its default settings; the conformance tests run every one."""
+
+
+def register(name: str, build: Callable[[], Fit]) -> None:
+    """Make a fit known by name."""
+    FITS[name] = build
+
+
+def named(fit: "Fit | str") -> Fit:
+    """The fit itself, or the one known by that name.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> named("kfac")
+        KFAC(mode='expand')
+    """
+    if isinstance(fit, Fit):
+        return fit
+    if not isinstance(fit, str) or fit not in FITS:
+        raise ValueError(f"fit={fit!r} is not known; use a fit object such as KFAC() or one of {sorted(FITS)}.")
+    return FITS[fit]()
+
+
+def sizes(group: tuple[Block, ...]) -> tuple[int, int, int]:
+    """H, O, I of a group of one block."""
+    (block,) = group
+    return block.shape
+
+
+def elements(*shape: int) -> int:
+    """How many numbers a tensor of that shape holds."""
+    return prod(shape)
+
+
+def per_datum(value: Tensor, count: Number) -> Tensor:
+    """``value / count``, zero where nothing was counted."""
+    if isinstance(count, Tensor):
+        return value / count.clamp_min(torch.finfo(value.dtype).tiny)
+    return value / count if count else torch.zeros_like(value)

@@ -1,0 +1,69 @@
+"""The exact block, dense: the truth that everything else approximates, affordable for small parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.fits.fit import Fit, Plan, State, per_datum, register
+from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.operators import Dense
+from kronfisher.samples import Samples
+
+__all__ = ["Full"]
+
+
+@dataclass(frozen=True)
+class Full(Fit):
+    """``F = Σ_k vec(G_k) vec(G_k)ᵀ``, a layer's weight and bias whole and dense.
+
+    Groups of a convolution and chunks of a packed parameter stay together, with their cross terms.
+
+    Args:
+        across_layers: one matrix over all parameters that this fit is given, with the cross terms between layers.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> fisher = kf.estimate(layer, torch.randn(50, 2), kf.Gaussian(), fit=kf.Full(), labels="exact")
+        >>> fisher.to_dense().shape
+        torch.Size([9, 9])
+    """
+
+    across_layers: bool = False
+
+    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+        if self.across_layers:
+            return [tuple(blocks)] if blocks else []
+        groups: list[tuple[Block, ...]] = []
+        for block in blocks:
+            shared = [group for group in groups if any(set(block.parameters) & set(other.parameters) for other in group)]
+            for group in shared:
+                groups.remove(group)
+            groups.append((*(other for group in shared for other in group), block))
+        return groups
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        return Plan(2 * element * sum(block.dim for block in group) ** 2)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        dim = sum(block.dim for block in group)
+        return State(group, plan, {"products": like.new_zeros(dim, dim)})
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        if len(samples) == 1:
+            for gradients in samples[0].per_sample():
+                add_symmetric_product_(state.sums["products"], gradients.transpose(0, 1).flatten(1))
+            return state
+        rows = [torch.cat([part.transpose(0, 1).flatten(1) for part in use.per_sample()]) for use in samples]
+        add_symmetric_product_(state.sums["products"], torch.cat(rows, dim=1))
+        return state
+
+    def finish(self, state: State) -> Dense:
+        state.checked()
+        return Dense(per_datum(mirror(state.sums["products"]), state.count), name=state.name)
+
+
+register("full", Full)

@@ -1,0 +1,9 @@
+"""Likelihoods: which vectors have to be sent backwards through a network for its Fisher matrix."""
+
+from kronfisher.likelihoods.bernoulli import Bernoulli
+from kronfisher.likelihoods.categorical import Categorical
+from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.gaussian import Gaussian
+from kronfisher.likelihoods.likelihood import REGISTRY, Likelihood, Registered, register
+
+__all__ = ["REGISTRY", "Bernoulli", "Categorical", "Draws", "Gaussian", "Likelihood", "Registered", "register"]

@@ -1,0 +1,79 @@
+"""Independent binary targets: the likelihood of binary cross-entropy."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+
+
+@dataclass(frozen=True, eq=False)
+class Bernoulli(Likelihood):
+    """Independent binary targets with probabilities `p = sigmoid(outputs)`, summed over the entries of a datum.
+
+    Outputs `[N, ...]` of any shape are logits, targets of the same shape lie in [0, 1]; fractions are soft labels. The
+    Hessian is `diag(p(1-p))`, so that the exact square root has one column `e_c √(p_c(1-p_c))` per output entry.
+
+    Examples:
+        >>> bernoulli = Bernoulli()
+        >>> bernoulli.observed(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        tensor([[-0.5000,  0.5000]])
+        >>> [v.tolist() for v in bernoulli.exact(torch.zeros(1, 2))]
+        [[[0.5, 0.0]], [[0.0, 0.5]]]
+    """
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`Σ y log p + (1 - y) log(1 - p)` over the entries of a datum, `[N]`; see the base class."""
+        outputs = promote(outputs)
+        targets = require_shape(targets, outputs.shape, "Bernoulli").to(outputs.dtype)
+        return -sum_per_datum(functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+
+    def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
+        """Zeros and ones like the outputs; see the base class."""
+        probability = torch.sigmoid(promote(outputs.detach()))
+        uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=probability.dtype)
+        return (uniform < probability).to(outputs.dtype)
+
+    def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`√(p(1-p))` for every entry of the outputs; see the base class."""
+        logits = promote(outputs.detach())
+        return (torch.sigmoid(logits) * torch.sigmoid(-logits)).sqrt()
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`p - y`; see the base class."""
+        logits = promote(outputs.detach())
+        targets = require_shape(targets, outputs.shape, "Bernoulli").detach().to(logits.dtype)
+        # (1 - y) p - y (1 - p): a confident prediction keeps its digits, which p - 1 would lose.
+        return ((1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)).to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
+        """As the base class; in addition targets of the outputs' shape with values in [0, 1]."""
+        super().check(outputs, targets, where, labels)
+        if targets is None:
+            return
+        require_shape(targets, outputs.shape, "Bernoulli", where)
+        if targets.is_complex():
+            fail(where, f"Bernoulli needs real targets, found {targets.dtype}", "give zeros and ones")
+        outside = ~((targets >= 0) & (targets <= 1))
+        if outside.any():
+            fail(
+                where,
+                f"Bernoulli needs targets in [0, 1], found {targets[outside][0].item()}",
+                "give zeros and ones, or probabilities; labels -1/+1 become (targets + 1) / 2",
+            )
+
+
+def _example(*shape: int):
+    def make(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+        targets = torch.randint(2, shape, generator=generator)
+        return outputs.to(dtype), targets.to(dtype)
+
+    return make
+
+
+register("bernoulli", Bernoulli, _example(4, 3))
+register("bernoulli-images", Bernoulli, _example(3, 1, 2, 2))

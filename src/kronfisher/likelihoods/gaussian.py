@@ -1,0 +1,103 @@
+"""Gaussian noise of known variance: the likelihood of squared error."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian(Likelihood):
+    """Independent normal targets with mean `outputs` and a given variance; `½ (f - y)²/σ²` up to a constant.
+
+    Outputs `[N, ...]` of any shape, targets of the same shape. The Hessian is `diag(1/σ²)`, so that the exact square
+    root has one column `e_c/σ_c` per output entry. A *mean* squared error over C entries is `variance = C/2`.
+
+    Args:
+        variance: σ², positive: a number, or a tensor that broadcasts to the output of one datum.
+
+    Raises:
+        ValueError: The variance is not positive and finite.
+
+    Examples:
+        >>> gaussian = Gaussian(variance=0.25)
+        >>> gaussian.observed(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 2.5]]))
+        tensor([[ 4., -2.]])
+        >>> [v.tolist() for v in gaussian.exact(torch.zeros(1, 2))]
+        [[[2.0, 0.0]], [[0.0, 2.0]]]
+    """
+
+    variance: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the variance once, so that no later step has to."""
+        variance = torch.as_tensor(self.variance)
+        if not bool(((variance > 0) & torch.isfinite(variance)).all()):
+            raise ValueError(f"variance={self.variance} must be positive and finite; it is σ², not its logarithm")
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
+        outputs, variance = promote(outputs), self._variance(outputs)
+        residual = require_shape(targets, outputs.shape, "Gaussian") - outputs
+        return -0.5 * sum_per_datum(residual.square() / variance + (2 * math.pi * variance).log())
+
+    def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
+        """`f + σε`, like the outputs; see the base class."""
+        mean = promote(outputs.detach())
+        return (mean + self._variance(outputs).sqrt() * self._noise(mean, draws)).to(outputs.dtype)
+
+    def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`1/σ` for every entry of the outputs; see the base class."""
+        return self._variance(outputs).rsqrt().expand(outputs.shape)
+
+    def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
+        """`-ε/σ`, the gradient at `f + σε` without the cancellation; see the base class."""
+        return (-self._noise(promote(outputs), draws) * self._variance(outputs).rsqrt()).to(outputs.dtype)
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`(f - y)/σ²`; see the base class."""
+        residual = promote(outputs.detach()) - require_shape(targets, outputs.shape, "Gaussian").detach()
+        return (residual / self._variance(outputs)).to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
+        """As the base class; in addition the shapes of targets and variance, and finite targets."""
+        super().check(outputs, targets, where, labels)
+        variance = torch.as_tensor(self.variance)
+        shape, datum = list(variance.shape), list(outputs.shape[1:])
+        if len(shape) > len(datum) or any(v not in (1, d) for v, d in zip(shape[::-1], datum[::-1], strict=False)):
+            fail(
+                where,
+                f"Gaussian has a variance of shape {shape}, the output of one datum has shape {datum}",
+                "give one number or a tensor that broadcasts to it",
+            )
+        if targets is not None:
+            require_shape(targets, outputs.shape, "Gaussian", where)
+            if targets.is_complex() or not torch.isfinite(targets).all():
+                fail(
+                    where,
+                    "Gaussian needs real, finite targets, found NaN, infinite or complex ones",
+                    "remove or impute them",
+                )
+
+    def _variance(self, outputs: Tensor) -> Tensor:
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        return torch.as_tensor(self.variance).detach().to(outputs.device, dtype, non_blocking=True)
+
+    def _noise(self, mean: Tensor, draws: Draws) -> Tensor:
+        return draws.normal(mean.shape, device=mean.device, dtype=mean.dtype)
+
+
+def _example(*shape: int):
+    def make(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        outputs, targets = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        return outputs, targets
+
+    return make
+
+
+register("gaussian", Gaussian, _example(4, 3))
+register("gaussian-variances", lambda: Gaussian(torch.tensor([0.5, 1.0, 4.0])), _example(3, 2, 3))

@@ -1,0 +1,281 @@
+"""What a likelihood is: which vectors to send backwards, and what they mean."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.likelihoods.draws import Draws
+
+
+class Likelihood(ABC):
+    """A distribution `p(targets | outputs)`, and the square roots of its Hessian with respect to the outputs.
+
+    Outputs are `[N, ...]`, the data first, and every datum has its own likelihood. All vectors are shaped like the
+    outputs and are derivatives of one datum's own negative log-likelihood, summed over its positions and never divided
+    by N. They come back detached, in the outputs' dtype, computed in float32 or better.
+
+    The Hessian meant is the one averaged over labels drawn from the model, that is, the Fisher matrix of the outputs.
+    For outputs that are natural parameters (logits, means of known variance, logarithms of rates) it does not depend
+    on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
+
+    A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. If the
+    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. A
+    likelihood with positions that do not count overrides `positions`, and zeroes them in `sampled` and `exact`.
+
+    Examples:
+        Lifetimes with the logarithm of their rate as the output, for which the Hessian is one:
+
+        >>> class Exponential(Likelihood):
+        ...     def log_prob(self, outputs, targets):
+        ...         return sum_per_datum(outputs - targets * outputs.exp())
+        ...     def sample(self, outputs, draws):
+        ...         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=outputs.dtype)
+        ...         return -uniform.log() / outputs.detach().exp()
+        ...     def root(self, outputs, targets=None):
+        ...         return torch.ones_like(outputs)
+        >>> Exponential().observed(torch.zeros(2, 1), torch.tensor([[3.0], [1.0]]))
+        tensor([[2.],
+                [0.]])
+        >>> [v.tolist() for v in Exponential().exact(torch.zeros(1, 2))]
+        [[[1.0, 0.0]], [[0.0, 1.0]]]
+    """
+
+    @abstractmethod
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of every datum's targets, with all normalising constants.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The labels, as `sample` makes them.
+
+        Returns:
+            `[N]`, summed over positions and entries, differentiable with respect to the outputs.
+        """
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
+        """Labels drawn from the model.
+
+        Args:
+            outputs: `[N, ...]`.
+            draws: Source of random numbers; ask it for shapes that begin with N, so that batching changes nothing.
+
+        Returns:
+            Targets, detached, as `log_prob` takes them.
+        """
+
+    def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Square root of the Hessian of one datum where it is diagonal: entries of the outputs are independent.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The observed labels, for likelihoods whose scale depends on them.
+
+        Returns:
+            Like the outputs, in float32 or better.
+
+        Raises:
+            UnsupportedError: The likelihood defines neither `root` nor `exact`.
+        """
+        name = type(self).__name__
+        raise UnsupportedError(
+            f'labels="exact": {name} does not say what the square root of its Hessian is; define {name}.root if the '
+            f'outputs are independent, {name}.columns and {name}.exact if not, or ask for labels="sampled"'
+        )
+
+    def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
+        """Which positions count, bool `[N, P]` with P positions per datum; None where all of them do."""
+        return None
+
+    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """How many vectors `exact` yields: V, the number of columns of one datum's square root."""
+        return math.prod(outputs.shape[1:])
+
+    def exact(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the columns of a square root of every datum's Hessian, one at a time.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The observed labels, where masks or weights depend on them.
+
+        Yields:
+            `columns(outputs, targets)` vectors v like the outputs; for one datum `Σ v vᵀ` is its Hessian.
+
+        Raises:
+            UnsupportedError: The likelihood defines neither `root` nor `exact`.
+        """
+        root = self.root(promote(outputs.detach()), targets).to(outputs.dtype).unsqueeze(-1).flatten(1)
+        for c in range(root.shape[1]):
+            vector = torch.zeros_like(root)
+            vector[:, c] = root[:, c]
+            yield vector.reshape(outputs.shape)
+
+    def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
+        """Gradient of the negative log-probability of one label per position drawn from the model.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The observed labels, where masks or weights depend on them; otherwise unused.
+            draws: Source of random numbers, one stream for each Monte-Carlo draw.
+
+        Returns:
+            v like the outputs with `E[v vᵀ]` the Hessian of every datum; M draws are scaled by 1/√M by the caller.
+        """
+        wide = promote(outputs.detach())
+        return self.observed(wide, self.sample(wide, draws)).to(outputs.dtype)
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of the negative log-probability of the observed targets, for the empirical Fisher.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The observed labels.
+
+        Returns:
+            Like the outputs; not divided by N.
+        """
+        with torch.enable_grad():
+            leaf = promote(outputs.detach()).requires_grad_()
+            (gradient,) = torch.autograd.grad(-self.log_prob(leaf, targets).sum(), leaf)
+        return gradient.to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
+        """Refuses outputs and targets that do not fit, before any work; reads values, so once per batch.
+
+        Args:
+            outputs: What the model returned.
+            targets: What the data gave, None if nothing.
+            where: Name of the batch in the message.
+            labels: "exact", "sampled" or "observed"; the last needs targets.
+
+        Raises:
+            DataError: Wrong type, dtype, shape, device or value.
+            NumericalError: The outputs are not finite.
+        """
+        name = type(self).__name__
+        if not isinstance(outputs, Tensor):
+            fail(
+                where,
+                f"{name} needs the outputs to be one tensor, found {type(outputs).__name__}",
+                "choose the tensor in forward(model, batch) -> (outputs, targets)",
+            )
+        if not outputs.is_floating_point():
+            fail(where, f"{name} needs floating-point outputs, found {outputs.dtype}", "return logits or means")
+        if outputs.ndim == 0:
+            fail(
+                where,
+                f"{name} needs outputs [N, ...], one row per datum, found a scalar",
+                "return the outputs of every datum, not their loss",
+            )
+        if not torch.isfinite(outputs).all():
+            raise NumericalError(
+                f"{where}: {int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are NaN or infinite; "
+                f"look for NaN in the inputs and in the parameters (in place of -inf use a finite value such as -1e4)"
+            )
+        if targets is None:
+            if labels == "observed":
+                fail(
+                    where,
+                    'labels="observed" needs targets, found none',
+                    'give (inputs, targets) batches, or ask for labels="sampled"',
+                )
+            return
+        if not isinstance(targets, Tensor):
+            fail(
+                where,
+                f"{name} needs the targets to be a tensor, found {type(targets).__name__}",
+                "convert them with torch.as_tensor",
+            )
+        if targets.device != outputs.device:
+            fail(
+                where,
+                f"targets are on {targets.device}, outputs on {outputs.device}",
+                f'move them with targets.to("{outputs.device}")',
+            )
+        if targets.shape[:1] != outputs.shape[:1]:
+            fail(
+                where,
+                f"targets {list(targets.shape)} and outputs {list(outputs.shape)} differ in the number of data",
+                "the first dimension of both counts the data",
+            )
+
+
+class Registered(NamedTuple):
+    """A likelihood as the conformance tests meet it.
+
+    Attributes:
+        factory: Makes the likelihood.
+        example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+    """
+
+    factory: Callable[[], Likelihood]
+    example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
+
+
+REGISTRY: dict[str, Registered] = {}
+
+
+def register(
+    name: str,
+    factory: Callable[[], Likelihood],
+    example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]],
+) -> None:
+    """Enters a likelihood into `REGISTRY` and thereby into every conformance test.
+
+    Args:
+        name: Unique name, shown in the tests.
+        factory: Makes the likelihood.
+        example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in REGISTRY:
+        raise ValueError(f"a likelihood named {name!r} is registered already; choose another name")
+    REGISTRY[name] = Registered(factory, example)
+
+
+def promote(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better: float16 and bfloat16 become float32, float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def sum_per_datum(tensor: Tensor) -> Tensor:
+    """Sum of `[N, ...]` over everything but the data: `[N]`."""
+    return tensor.unsqueeze(-1).flatten(1).sum(1)
+
+
+def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where: str = "targets") -> Tensor:
+    """The targets, once they are known to have this very shape: broadcasting would be silently wrong.
+
+    Args:
+        targets: What was given.
+        shape: What is needed.
+        name: Who needs it, for the message.
+        where: Name of the batch, for the message.
+
+    Returns:
+        The targets.
+
+    Raises:
+        DataError: There are none, or their shape differs.
+    """
+    if targets is None:
+        fail(where, f"{name} needs targets of shape {list(shape)}, found none", "give (inputs, targets) batches")
+    if tuple(targets.shape) != tuple(shape):
+        fail(
+            where,
+            f"{name} needs targets of shape {list(shape)}, found {list(targets.shape)}",
+            "reshape the targets or the outputs; nothing is broadcast",
+        )
+    return targets
+
+
+def fail(where: str, what: str, remedy: str) -> NoReturn:
+    """Raises a `DataError` that says where, what and what to do."""
+    raise DataError(f"{where}: {what}; {remedy}")

@@ -1,0 +1,164 @@
+"""Dense linear algebra with one policy for precision, failure and fallback.
+
+Everything that factorises or multiplies for a curvature estimate goes through here, so that precision does not depend on global flags
+and a matrix that cannot be factorised is reported by the name of the block it belongs to.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import NumericalError, NumericalWarning, SingularError
+
+__all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "promote"]
+
+_WIDE = 240  # below this many columns a product is too small for splitting it to pay
+
+
+@contextmanager
+def full_precision(device_type: str = "cpu") -> Iterator[None]:
+    """Run float32 products in float32, whatever the global matmul flags and autocast say.
+
+    Second moments of bfloat16 or TF32 products lose the small eigenvalues that an inverse is made of.
+    """
+    precision = torch.get_float32_matmul_precision()
+    autocast = torch.is_autocast_enabled(device_type)
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        if autocast:
+            with torch.autocast(device_type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def promote(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better: half precisions become float32, float64 stays float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
+    """``total += xᵀ x`` where only the upper triangle of `total` has to come out right; `mirror` fills in the rest.
+
+    Torch has no symmetric rank-k update. Multiplying only block columns down to the diagonal, straight into the sum, takes about two
+    thirds of the plain product's time for wide matrices (a few small products lose, so narrow ones are multiplied whole).
+
+    Args:
+        total: ``[D, D]`` or ``[H, D, D]``, written to; may be a strided window.
+        x: ``[R, D]`` or ``[H, R, D]``, R rows of D columns, of the same dtype.
+
+    Returns:
+        `total`.
+
+    Example:
+        >>> mirror(add_symmetric_product_(torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
+        tensor([[10., 14.],
+                [14., 20.]])
+    """
+    if total.dim() == 3 and len(total) == 1:
+        add_symmetric_product_(total[0], x[0])
+    elif total.dim() == 3:
+        total.baddbmm_(x.mT, x)
+    elif (width := total.shape[-1]) < _WIDE:
+        total.addmm_(x.mT, x)
+    else:
+        pieces = 4 if width < 3 * _WIDE else 8
+        edges = [round(width * k / pieces) for k in range(pieces + 1)]
+        for low, high in pairwise(edges):
+            total[:high, low:high].addmm_(x[:, :high].mT, x[:, low:high])
+    return total
+
+
+def mirror(upper: Tensor) -> Tensor:
+    """The symmetric matrix ``[..., D, D]`` with the upper triangle of `upper`."""
+    return upper.triu() + upper.triu(1).mT
+
+
+def _require_finite(matrix: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError(
+            f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the loss; "
+            "nothing was changed."
+        )
+
+
+def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, with fallbacks that are visible.
+
+    The matrix is symmetrised and checked for finiteness; if the solver fails, float64 on a copy in main memory is tried.
+
+    Args:
+        matrix: ``[..., D, D]``.
+        name: what the matrix is, for messages.
+        semidefinite: negative eigenvalues are rounding noise: set them to zero.
+
+    Returns:
+        ``[..., D]`` ascending eigenvalues and ``[..., D, D]`` eigenvectors in columns.
+
+    Raises:
+        NumericalError: the matrix is not finite or cannot be decomposed at all.
+
+    Example:
+        >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
+        tensor([1., 2.])
+    """
+    symmetric = (matrix + matrix.mT) / 2
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+        failed = not bool(torch.isfinite(values).all())
+    except torch.linalg.LinAlgError:
+        failed = True
+    if failed:
+        _require_finite(symmetric, name)
+        warnings.warn(f"{name}: eigh failed in {matrix.dtype}; redone in float64", NumericalWarning, stacklevel=2)
+        try:
+            values, vectors = torch.linalg.eigh(symmetric.to("cpu", torch.float64))
+        except torch.linalg.LinAlgError as error:
+            raise NumericalError(f"{name}: no eigendecomposition even in float64 ({error})") from error
+        values, vectors = values.to(matrix), vectors.to(matrix)
+    return (values.clamp_min(0) if semidefinite else values), vectors
+
+
+def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
+    """The lower Cholesky factor of a positive definite matrix.
+
+    Args:
+        matrix: ``[..., D, D]``.
+        name: what the matrix is, for messages.
+
+    Returns:
+        ``[..., D, D]``, lower triangular, ``L Lᵀ = matrix``.
+
+    Raises:
+        NumericalError: the matrix is not finite.
+        SingularError: the matrix is not positive definite to working precision.
+
+    Example:
+        >>> cholesky(torch.tensor([[4.0]]))
+        tensor([[2.]])
+    """
+    factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    scale = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp_min(0).sqrt()
+    tiny = (pivots <= scale * matrix.shape[-1] * torch.finfo(matrix.dtype).eps).any() | ~torch.isfinite(pivots).all()
+    if bool((info != 0).any() | tiny):
+        _require_finite(matrix, name)
+        raise SingularError(singular_message(name, matrix.diagonal(dim1=-2, dim2=-1).mean().item(), matrix.dtype))
+    return factor
+
+
+def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:
+    """What to tell the user when the matrix of a block cannot be inverted."""
+    floor = max(mean, torch.finfo(dtype).tiny) * torch.finfo(dtype).eps * 10
+    return (
+        f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
+        f"(fisher + λ).solve(v) with λ ≥ {floor:.1e} (its mean eigenvalue is {mean:.3g})."
+    )

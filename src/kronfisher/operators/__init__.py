@@ -1,0 +1,28 @@
+"""Structured symmetric positive semidefinite matrices, and the Fisher matrix made of them."""
+
+from kronfisher.operators.dense import Dense
+from kronfisher.operators.diagonal import Diagonal
+from kronfisher.operators.eigen import DenseBasis, Eigen, KroneckerBasis
+from kronfisher.operators.fisher import Fisher
+from kronfisher.operators.info import BlockInfo, Info
+from kronfisher.operators.kronecker import Kronecker
+from kronfisher.operators.operator import Operator
+from kronfisher.operators.report import Report
+from kronfisher.operators.storage import load
+from kronfisher.operators.total import Total
+
+__all__ = [
+    "BlockInfo",
+    "Dense",
+    "DenseBasis",
+    "Diagonal",
+    "Eigen",
+    "Fisher",
+    "Info",
+    "Kronecker",
+    "KroneckerBasis",
+    "Operator",
+    "Report",
+    "Total",
+    "load",
+]

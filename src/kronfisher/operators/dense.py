@@ -1,0 +1,121 @@
+"""A matrix without structure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+from kronfisher.linalg import eigh, full_precision
+from kronfisher.operators import sides
+from kronfisher.operators.diagonal import Diagonal
+from kronfisher.operators.eigen import DenseBasis, Eigen
+from kronfisher.operators.operator import Operator, nonnegative, stable_norm
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Operator, kind="dense"):
+    """A symmetric positive semidefinite matrix, entry by entry.
+
+    Attributes:
+        matrix: ``[D, D]``.
+        name: what the matrix belongs to, for messages.
+
+    Example:
+        >>> X = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> X.eigenvalues()
+        tensor([3., 1.])
+        >>> X.solve(torch.tensor([3.0, 0.0])).round(decimals=4)
+        tensor([ 2., -1.])
+    """
+
+    matrix: Tensor
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.matrix.dim() != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise DataError(f"{self.name or 'Dense'}: the matrix must be [D, D], not {list(self.matrix.shape)}")
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self.matrix)
+
+    @property
+    def structure(self) -> str:
+        """The size."""
+        return f"dense {self.dim}x{self.dim}"
+
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """The matrix times K rows ``[K, D]``."""
+        with full_precision(rows.device.type):
+            return rows @ self.matrix.mT
+
+    def solves(self, rows: Tensor) -> Tensor:
+        """By the Cholesky factor."""
+        return torch.cholesky_solve(rows.mT, self._factor).mT
+
+    def inverse(self) -> "Dense":
+        """Dense again."""
+        return Dense(torch.cholesky_inverse(self._factor), self.name)
+
+    def logdet(self) -> Tensor:
+        """From the Cholesky factor."""
+        return sides.logdet(self._factor[None])[0]
+
+    def spectral(self) -> Eigen:
+        """Eigenvectors in a `DenseBasis`."""
+        return self._spectral
+
+    def scaled(self, factor: float) -> "Dense":
+        """Entry by entry."""
+        return replace(self, matrix=self.matrix * nonnegative(factor, "the factor"))
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal."""
+        return self.matrix.trace()
+
+    def diagonal(self) -> Tensor:
+        """``[D]`` (a copy)."""
+        return self.matrix.diagonal().clone()
+
+    def frobenius_norm(self) -> Tensor:
+        """From the entries."""
+        return stable_norm(self.matrix.flatten())
+
+    def to_dense(self) -> Tensor:
+        """The matrix (a copy)."""
+        return self.matrix.clone()
+
+    def merged(self, other: Operator) -> Operator | None:
+        """Dense and diagonal matrices are added in place of the sum."""
+        if isinstance(other, Dense):
+            return replace(self, matrix=self.matrix + other.matrix)
+        return replace(self, matrix=self.matrix + other.values.diag()) if isinstance(other, Diagonal) else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return {"matrix": self.matrix}
+
+    def settings(self) -> dict[str, Any]:
+        """The name."""
+        return {"name": self.name}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """From the matrix."""
+        return cls(tensors["matrix"], **settings)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return sides.factor(self.matrix[None], self.name or self.structure)[0]
+
+    @cached_property
+    def _spectral(self) -> Eigen:
+        values, vectors = eigh(self.matrix, self.name or self.structure)
+        return Eigen(DenseBasis(vectors), values, self.name)

@@ -1,0 +1,204 @@
+"""Eigenvalues in a basis: the spectral form of every operator, and EKFAC's own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from kronfisher.errors import DataError
+from kronfisher.linalg import full_precision
+from kronfisher.operators import sides
+from kronfisher.operators.operator import Operator
+from kronfisher.operators.spectral import Spectral
+
+__all__ = ["Basis", "DenseBasis", "Eigen", "KroneckerBasis"]
+
+
+class Basis(Protocol):
+    """An orthogonal matrix U ``[D, D]``."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def size(self) -> str:
+        """For reports."""
+        ...
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """``Uᵀ v`` for K rows v ``[K, D]``."""
+        ...
+
+    def back(self, rows: Tensor) -> Tensor:
+        """``U v`` for K rows v ``[K, D]``."""
+        ...
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``(U∘²) v`` for K rows v ``[K, D]``: eigenvalues to the diagonal."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What defines it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis:
+    """``blockdiag_h(U_B ⊗ U_A)``: eigenvectors of two factors, in columns.
+
+    Attributes:
+        A: ``[H, I, I]``; ``[H, I]`` of ones for the identity.
+        B: ``[H, O, O]``; ``[H, O]`` of ones for the identity.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        sides.check(self.tensors(), "KroneckerBasis")
+
+    @property
+    def dim(self) -> int:
+        """D = H·O·I."""
+        return len(self.A) * self.A.shape[1] * self.B.shape[1]
+
+    @property
+    def size(self) -> str:
+        """I x O, after the number of groups if there are several."""
+        return sides.size(self.A, self.B)
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """``U_Bᵀ W U_A`` for K rows W ``[K, D]``."""
+        return sides.sandwich(sides.transpose(self.B), rows, sides.transpose(self.A))
+
+    def back(self, rows: Tensor) -> Tensor:
+        """``U_B W U_Aᵀ`` for K rows W ``[K, D]``."""
+        return sides.sandwich(self.B, rows, self.A)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``U_B∘² W (U_A∘²)ᵀ`` for K rows W ``[K, D]``."""
+        return sides.sandwich(self.B.square(), rows, self.A.square())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B."""
+        return {"A": self.A, "B": self.B}
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBasis:
+    """Eigenvectors in the columns of one matrix.
+
+    Attributes:
+        U: ``[D, D]``.
+    """
+
+    U: Tensor
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self.U)
+
+    @property
+    def size(self) -> str:
+        """D x D."""
+        return f"{self.dim}x{self.dim}"
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """``Uᵀ v`` for K rows v ``[K, D]``."""
+        with full_precision(rows.device.type):
+            return rows @ self.U
+
+    def back(self, rows: Tensor) -> Tensor:
+        """``U v`` for K rows v ``[K, D]``."""
+        with full_precision(rows.device.type):
+            return rows @ self.U.mT
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``(U∘²) v`` for K rows v ``[K, D]``."""
+        with full_precision(rows.device.type):
+            return rows @ self.U.square().mT
+
+    def tensors(self) -> dict[str, Tensor]:
+        """U."""
+        return {"U": self.U}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigen(Spectral, kind="eigen"):
+    """``U diag(values) Uᵀ``; with a `KroneckerBasis` and free eigenvalues this is EKFAC (George et al. 2018).
+
+    Attributes:
+        basis: U, shared by every function of this matrix.
+        values: ``[D]``, nonnegative; canonical order ``[H, O, I]`` for a `KroneckerBasis`.
+        name: what the matrix belongs to, for messages.
+        definite: the values are positive by construction, so that none is mistaken for rounding noise.
+        form: what `structure` says where this is the spectral form of something else.
+
+    Example:
+        >>> import torch
+        >>> identity = torch.eye(2)[None]
+        >>> ekfac = Eigen(KroneckerBasis(identity, identity), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        >>> (ekfac + 1.0).solve(torch.ones(4))
+        tensor([0.5000, 0.3333, 0.2500, 0.2000])
+    """
+
+    basis: Basis
+    values: Tensor
+    name: str = ""
+    definite: bool = False
+    form: str = ""
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (self.basis.dim,):
+            expected = f"{self.basis.dim} eigenvalues expected"
+            raise DataError(f"{self.name or 'Eigen'}: {expected}, not {list(self.values.shape)}")
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.basis.dim
+
+    @property
+    def structure(self) -> str:
+        """The form it came from, or its own."""
+        label = "dense" if isinstance(self.basis, DenseBasis) else "eigenvalue-corrected"
+        return self.form or f"{label} {self.basis.size}"
+
+    def map(self, function: Callable[[Tensor], Tensor], *, definite: bool = False) -> Self:
+        """``U f(S) Uᵀ``, sharing U."""
+        return replace(self, values=function(self.values), definite=definite)
+
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """``U S Uᵀ v`` for K rows v ``[K, D]``."""
+        return self.basis.back(self.basis.rotate(rows) * self.values)
+
+    def diagonal(self) -> Tensor:
+        """``(U∘²) S``, ``[D]``."""
+        return self.basis.spread(self.values[None])[0]
+
+    def merged(self, other: Operator) -> Operator | None:
+        """Sums in one and the same basis are sums of eigenvalues."""
+        if isinstance(other, Eigen) and other.basis is self.basis:
+            return replace(self, values=self.values + other.values, definite=self.definite or other.definite)
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values and the basis."""
+        return {"values": self.values, **{f"basis.{key}": t for key, t in self.basis.tensors().items()}}
+
+    def settings(self) -> dict[str, Any]:
+        """Name, definiteness and form."""
+        return {"name": self.name, "definite": self.definite, "form": self.form}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """The basis is told by its tensors."""
+        if "basis.U" in tensors:
+            basis = DenseBasis(tensors["basis.U"])
+        else:
+            basis = KroneckerBasis(tensors["basis.A"], tensors["basis.B"])
+        return cls(basis, tensors["values"], **settings)

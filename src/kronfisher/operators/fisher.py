@@ -1,0 +1,405 @@
+"""The Fisher matrix over the parameters of a model: a block-diagonal of operators behind a change of basis."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.errors import DataError
+from kronfisher.operators.info import Info
+from kronfisher.operators.memory import require_memory
+from kronfisher.operators.operator import Operator, as_number, nonnegative, stable_norm
+from kronfisher.operators.report import Report, report
+from kronfisher.operators.vectors import Shapes, Vector, read
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+__all__ = ["Fisher"]
+
+Blocks = tuple[Block, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fisher:
+    """A symmetric positive semidefinite matrix ``[P, P]`` over the parameters of a model.
+
+    A vector is a dict by parameter name, ``{name: [*shape]}`` or ``{name: [K, *shape]}`` for K of them, or one flat
+    tensor ``[P]`` or ``[P, K]`` in the order of the names; answers come back in the same form. Every operation gives a
+    new Fisher and leaves this one as it was; copies with another λ share their eigenvectors.
+
+    Attributes:
+        entries: pairs of a block, or of several blocks that one operator treats together, and its operator.
+        shapes: name to shape of every covered parameter, in the order of the model.
+        info: how the matrix was made.
+        context: what `error` needs of the estimate it comes from; it is not saved.
+
+    Raises:
+        DataError: blocks, operators and shapes do not fit each other.
+
+    Example:
+        >>> from kronfisher.blocks import View
+        >>> from kronfisher.operators import Diagonal
+        >>> block = Block("w", "linear", View.of("w", torch.zeros(1, 2, 2)))
+        >>> fisher = Fisher([(block, Diagonal(torch.tensor([1.0, 2.0, 3.0, 4.0])))], {"w": (1, 2, 2)}, Info(count=10))
+        >>> fisher @ torch.ones(4)
+        tensor([1., 2., 3., 4.])
+        >>> (fisher + 1.0).solve({"w": torch.ones(1, 2, 2)})["w"]
+        tensor([[[0.5000, 0.3333],
+                 [0.2500, 0.2000]]])
+    """
+
+    entries: tuple[tuple[Block | Blocks, Operator], ...]
+    shapes: Shapes
+    info: Info
+    context: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        shapes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
+        object.__setattr__(self, "entries", tuple(tuple(entry) for entry in self.entries))
+        object.__setattr__(self, "shapes", shapes)
+        seen = {}
+        for blocks, operator in self._items():
+            label = block_name(blocks)
+            if sum(b.dim for b in blocks) != operator.dim:
+                rows = sum(b.dim for b in blocks)
+                raise DataError(f"{label}: the blocks have {rows} rows, {operator!r} has {operator.dim}")
+            for view in (view for block in blocks for view in block.views):
+                if shapes.get(view.parameter) != torch.Size(view.shape):
+                    raise DataError(f"{label}: {view.parameter} {list(view.shape)} is not among the shapes given")
+                seen[view.parameter] = seen.get(view.parameter, 0) + view.numel
+        if wrong := [name for name, shape in shapes.items() if seen.get(name, 0) != prod(shape)]:
+            raise DataError(f"the blocks do not cover each element exactly once of {', '.join(wrong)}")
+        if len(self.blocks) != len(self.entries) or not self.entries:
+            raise DataError("a Fisher needs at least one block, and blocks need different names")
+
+    # Facts ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The covered parameters, in the order of a flat vector."""
+        return tuple(self.shapes)
+
+    @property
+    def dim(self) -> int:
+        """P, the number of covered parameters (numbers)."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Operator]:
+        """Block name to operator; several blocks under one operator join their names."""
+        return {block_name(blocks): operator for blocks, operator in self._items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of the operators."""
+        return reduce(torch.promote_types, (operator.dtype for _, operator in self.entries))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operators are."""
+        return self.entries[0][1].device
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all operators."""
+        return sum(operator.bytes for _, operator in self.entries)
+
+    @property
+    def count(self) -> float:
+        """N, the number of data."""
+        return self.info.count
+
+    @property
+    def rows(self) -> Mapping[str, float]:
+        """Block name to unmasked positions over all data."""
+        return {name: block.rows for name, block in self.info.blocks.items()}
+
+    @property
+    def reduction(self) -> str:
+        """``"mean"`` or ``"sum"`` over data."""
+        return self.info.reduction
+
+    @property
+    def labels(self) -> str:
+        """``"exact"``, ``"sampled"`` or ``"observed"``."""
+        return self.info.labels
+
+    def __getitem__(self, name: str) -> Operator:
+        """The operator of a block, or the one that covers a parameter.
+
+        Raises:
+            KeyError: no block or parameter is called so, or several blocks share the parameter.
+        """
+        if name in self.blocks:
+            return self.blocks[name]
+        found = {block_name(bs): op for bs, op in self._items() if any(name in block.parameters for block in bs)}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            raise KeyError(f"{name} is shared by several blocks; name one of them: {', '.join(found)}")
+        raise KeyError(f"{name} is not covered; covered are {', '.join(self.names)}")
+
+    # Operations that give a vector or a number -----------------------------------------------------------------------
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __matmul__(self, v: Vector) -> Any:
+        return self._through(v, lambda operator, rows: operator.matvecs(rows))
+
+    @overload
+    def solve(self, v: Tensor) -> Tensor: ...
+    @overload
+    def solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def solve(self, v: Vector) -> Any:
+        """``F⁻¹ v``, in the form of `v`.
+
+        Raises:
+            SingularError: a block has numerically zero eigenvalues; the message names it. Add damping first.
+            DataError: `v` does not fit.
+        """
+        return self._through(v, lambda operator, rows: operator.solves(rows))
+
+    def sample(self, n: int, *, seed: int = 0, inverse: bool = True) -> dict[str, Tensor]:
+        """Draw n parameter vectors from ``N(0, F⁻¹)``: F is read as a precision.
+
+        Args:
+            n: how many.
+            seed: of a generator of its own; torch's global state is not touched.
+            inverse: ``False`` draws from ``N(0, F)`` instead.
+
+        Returns:
+            ``{name: [n, *shape]}``.
+
+        Raises:
+            SingularError: as in `solve`, for ``inverse=True``.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def draw(operator: Operator) -> Tensor:
+            noise = torch.randn(n, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
+            return operator.colour(noise, inverse=inverse)
+
+        return self._scatter(n, self.dtype, draw)
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The diagonal, ``{name: [*shape]}``."""
+        rows = self._scatter(1, self.dtype, lambda operator: operator.diagonal()[None])
+        return {name: tensor[0] for name, tensor in rows.items()}
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a 0-dim tensor."""
+        return torch.stack([operator.trace().to(self.dtype) for _, operator in self.entries]).sum()
+
+    def logdet(self) -> Tensor:
+        """``log |F|``, a 0-dim tensor; SingularError as in `solve`."""
+        return torch.stack([operator.logdet().to(self.dtype) for _, operator in self.entries]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """``√(Σ F_ij²)``, a 0-dim tensor."""
+        norms = [operator.frobenius_norm().to(self.dtype) for _, operator in self.entries]
+        return stable_norm(torch.stack(norms))
+
+    def eigenvalues(self) -> Tensor:
+        """All P eigenvalues ``[P]``, descending."""
+        values = [operator.eigenvalues().to(self.dtype) for _, operator in self.entries]
+        return torch.cat(values).sort(descending=True).values
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, ``[P, P]`` in the order of flat vectors.
+
+        Raises:
+            MemoryBudgetError: it does not fit the memory that is available.
+        """
+        size = torch.finfo(self.dtype).bits // 8
+        largest = max(operator.dim for _, operator in self.entries)
+        require_memory(
+            (self.dim**2 + 2 * largest**2) * size,
+            self.device,
+            f"the dense {self.dim} x {self.dim} matrix",
+            "Use products (@), solve, diagonal or trace, or one block: fisher[name].to_dense().",
+        )
+        dense = torch.zeros(self.dim, self.dim, dtype=self.dtype, device=self.device)
+        positions, _ = read(torch.arange(self.dim, device=self.device), self.shapes)
+        for blocks, operator in self._items():
+            index = gather(blocks, positions)[0]
+            dense[index[:, None], index] = operator.to_dense().to(self.dtype)
+        return dense
+
+    # Operations that give a Fisher ------------------------------------------------------------------------------------
+
+    def mapped(self, function: Callable[[Operator], Operator], change: str) -> "Fisher":
+        """A Fisher of changed blocks; `change` says in a word what was done to them."""
+        entries = tuple((blocks, function(operator)) for blocks, operator in self.entries)
+        return replace(self, entries=entries, info=self.info.changed(change) if change else self.info)
+
+    def inverse(self) -> "Fisher":
+        """``F⁻¹``; make it once and apply it often. SingularError as in `solve`."""
+        return self.mapped(lambda operator: operator.inverse(), "inverse")
+
+    def sqrt(self) -> "Fisher":
+        """The symmetric positive semidefinite square root."""
+        return self.mapped(lambda operator: operator.sqrt(), "sqrt")
+
+    def inverse_sqrt(self) -> "Fisher":
+        """The symmetric ``F^{-1/2}``; SingularError as in `solve`."""
+        return self.mapped(lambda operator: operator.inverse_sqrt(), "inverse sqrt")
+
+    def shifted(self, damping: float) -> "Fisher":
+        """``F + λ·1``, exact Tikhonov damping; λ in the units of F's own eigenvalues (mind the reduction).
+
+        Raises:
+            ValueError: λ is negative or not finite.
+        """
+        shift = nonnegative(damping, "the damping λ")
+        return self.mapped(lambda operator: operator.shifted(shift), f"+ {shift:g}") if shift else self
+
+    def scaled(self, factor: float) -> "Fisher":
+        """``α·F`` for α of at least 0 (ValueError otherwise)."""
+        factor = nonnegative(factor, "the factor")
+        return self.mapped(lambda operator: operator.scaled(factor), f"* {factor:g}")
+
+    def reduced(self, reduction: Literal["mean", "sum"]) -> "Fisher":
+        """The same data as a mean or as a sum over them: times or divided by `count` where that changes."""
+        if reduction == self.reduction:
+            return self
+        factor = self.count if reduction == "sum" else 1 / self.count
+        changed = self.mapped(lambda operator: operator.scaled(factor), "")
+        return replace(changed, info=replace(self.info, reduction=reduction))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Fisher":
+        """On another device or in another precision (float32 or float64)."""
+        return self.mapped(lambda operator: operator.to(device, dtype), "")
+
+    def __add__(self, other: object) -> "Fisher":
+        if isinstance(other, Fisher):
+            return self._plus(other)
+        number = as_number(other)
+        return NotImplemented if number is None else self.shifted(number)  # a damping answers by its own __radd__
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> "Fisher":
+        number = as_number(factor)
+        return NotImplemented if number is None else self.scaled(number)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Fisher":
+        number = as_number(divisor)
+        if number is None:
+            return NotImplemented
+        return self.scaled(1 / nonnegative(number, "the divisor"))
+
+    # Reports, files, other libraries ----------------------------------------------------------------------------------
+
+    def error(self, data: Any, **options: Any) -> Any:
+        """Relative Frobenius error against the true blocks on `data`, per block and in all.
+
+        Raises:
+            DataError: the matrix was loaded from a file or made by hand, and knows no model.
+        """
+        if self.context is None:
+            raise DataError("this Fisher knows no model; call kronfisher.error(fisher, model, data, likelihood)")
+        return self.context.error(self, data, **options)
+
+    def report(self) -> Report:
+        """What the matrix consists of and what it cost; print it."""
+        return report(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix to a safetensors file, all or nothing; read it back with `kronfisher.load(path, model)`.
+
+        Raises:
+            ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+        """
+        from kronfisher.operators.storage import save
+
+        save(self, path)
+
+    def to_scipy(self) -> "LinearOperator":
+        """The matrix as a ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors.
+
+        Raises:
+            ImportError: SciPy is missing; ``pip install "kronfisher[scipy]"``.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError('SciPy is missing; pip install "kronfisher[scipy]"') from error
+
+        dtype = str(self.dtype).removeprefix("torch.")
+
+        def multiply(v: Any) -> Any:
+            flat = torch.from_numpy(np.array(v, dtype=dtype, order="C")).to(self.device).reshape(self.dim, -1)
+            return (self @ flat).cpu().numpy().reshape(v.shape)
+
+        products = {"matvec": multiply, "rmatvec": multiply, "matmat": multiply, "rmatmat": multiply}
+        make: Any = LinearOperator  # its stubs describe the subclasses' constructor
+        return make((self.dim, self.dim), dtype=dtype, **products)
+
+    def __repr__(self) -> str:
+        blocks = f"{len(self.entries)} block{'s' if len(self.entries) > 1 else ''}"
+        return f"<Fisher of {self.dim} parameters in {blocks}, {self.dtype}, {self.reduction} over {self.count:g} data>"
+
+    # Within -----------------------------------------------------------------------------------------------------------
+
+    def _items(self) -> Iterator[tuple[Blocks, Operator]]:
+        for blocks, operator in self.entries:
+            yield (blocks,) if isinstance(blocks, Block) else blocks, operator
+
+    def _plus(self, other: "Fisher") -> "Fisher":
+        mine, theirs = dict(self._items()), dict(other._items())
+        if mine.keys() != theirs.keys() or self.shapes != other.shapes:
+            odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
+            differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
+            raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
+        entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
+        return replace(self, entries=entries, info=self.info.joined(other.info))
+
+    def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
+        rows, form = read(v, self.shapes)
+        for name, tensor in rows.items():
+            if tensor.device != self.device:
+                raise DataError(f"the Fisher is on {self.device}, the vector at {name} on {tensor.device}; move either")
+            if not tensor.is_floating_point():
+                raise DataError(f"the vector at {name} is {tensor.dtype}; it must be floating point")
+        dtype = reduce(torch.promote_types, (t.dtype for t in rows.values()), self.dtype)
+        rows = {name: tensor.to(dtype) for name, tensor in rows.items()}
+        out = {name: tensor.new_empty(tensor.shape) for name, tensor in rows.items()}
+        for blocks, operator in self._items():
+            scatter(blocks, apply(operator.to(dtype=dtype), gather(blocks, rows)), out)
+        return form.write(out)
+
+    def _scatter(self, count: int, dtype: torch.dtype, make: Callable[[Operator], Tensor]) -> dict[str, Tensor]:
+        out = {n: torch.empty(count, *shape, dtype=dtype, device=self.device) for n, shape in self.shapes.items()}
+        for blocks, operator in self._items():
+            scatter(blocks, make(operator).to(dtype), out)
+        return out
+
+
+def block_name(blocks: Blocks) -> str:
+    """What reports call one or several blocks under one operator."""
+    names = [block.name for block in blocks]
+    return " + ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} blocks)"
+
+
+def gather(blocks: Blocks, rows: Mapping[str, Tensor]) -> Tensor:
+    """Canonical rows ``[K, D]`` of all the blocks, one after the other."""
+    parts = [block.gather(rows) for block in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def scatter(blocks: Blocks, rows: Tensor, out: Mapping[str, Tensor]) -> None:
+    """Write what `gather` read."""
+    for block, part in zip(blocks, rows.split([block.dim for block in blocks], dim=1), strict=True):
+        block.scatter(part, out)

@@ -1,0 +1,86 @@
+"""How a Fisher matrix was made: what cannot be read off its numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from kronfisher.errors import DataError
+
+__all__ = ["BlockInfo", "Info"]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """How one block was made.
+
+    Attributes:
+        method: the fit, in words, such as ``KFAC(mode='expand')``.
+        rows: unmasked positions over all data that used the block's weight.
+        seconds: time spent on this block alone.
+        error: relative Frobenius error ``‖F − X‖ / ‖F‖``, if it was measured.
+    """
+
+    method: str = ""
+    rows: float = 0.0
+    seconds: float = 0.0
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """How a Fisher matrix was made.
+
+    Attributes:
+        count: N, the number of data.
+        reduction: ``"mean"`` (the sum over data divided by N) or ``"sum"``.
+        labels: ``"exact"``, ``"sampled"`` or ``"observed"``.
+        samples: label draws per datum, where labels were sampled.
+        seed: of the draws.
+        likelihood: in words.
+        seconds: wall time of the whole estimate, passes over the model included.
+        trainable: how many trainable parameters (numbers) the model has; None if unknown.
+        blocks: block name to what concerns it alone.
+        changes: what was done to the matrix since, in order, such as ``"+ 0.001"`` or ``"inverse"``.
+    """
+
+    count: float
+    reduction: Literal["mean", "sum"] = "mean"
+    labels: str = "sampled"
+    samples: int = 1
+    seed: int = 0
+    likelihood: str = ""
+    seconds: float = 0.0
+    trainable: int | None = None
+    blocks: Mapping[str, BlockInfo] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+
+    def changed(self, change: str) -> "Info":
+        """The same with one more change."""
+        return replace(self, changes=(*self.changes, change))
+
+    def joined(self, other: "Info") -> "Info":
+        """Of the sum of two matrices: the data of both.
+
+        Raises:
+            DataError: one is a mean and the other a sum over data.
+        """
+        if self.reduction != other.reduction:
+            raise DataError(
+                f"one Fisher is a {self.reduction} over its data, the other a {other.reduction}; "
+                f'bring both to one: fisher.reduced("sum").'
+            )
+        blocks = {
+            name: replace(mine, rows=mine.rows + theirs.rows, seconds=mine.seconds + theirs.seconds, error=None)
+            for name, mine in self.blocks.items()
+            if (theirs := other.blocks.get(name)) is not None
+        }
+        changes = self.changes if self.changes == other.changes else (*self.changes, "sum", *other.changes)
+        count, seconds = self.count + other.count, self.seconds + other.seconds
+        return replace(self, count=count, seconds=seconds, blocks=blocks, changes=changes)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From ``dataclasses.asdict`` of it, tuples become lists; unknown keys are left out."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        blocks = {name: BlockInfo(**block) for name, block in known.get("blocks", {}).items()}
+        return cls(**{**known, "blocks": blocks, "changes": tuple(known.get("changes", ()))})

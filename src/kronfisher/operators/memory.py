@@ -1,0 +1,53 @@
+"""How much memory there is."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from kronfisher.errors import MemoryBudgetError
+
+__all__ = ["available_memory", "require_memory"]
+
+
+def available_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be allocated on a device; a very large number where nobody can tell."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [_system(), _container()]
+    return min(limit for limit in limits if limit is not None) if any(x is not None for x in limits) else 2**62
+
+
+def require_memory(needed: int, device: torch.device | str, what: str, remedy: str) -> None:
+    """Refuse early what cannot fit.
+
+    Raises:
+        MemoryBudgetError: fewer than `needed` bytes are available on the device.
+    """
+    if needed > (free := available_memory(device)):
+        raise MemoryBudgetError(
+            f"{what} takes {needed:,} bytes ({needed / 2**30:.1f} GiB) on {device}, where {free / 2**30:.1f} GiB are "
+            f"available. {remedy}"
+        )
+
+
+def _system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _container() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return None

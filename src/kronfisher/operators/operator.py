@@ -1,0 +1,268 @@
+"""What every structured symmetric positive semidefinite matrix can do.
+
+A subclass says how it multiplies and what its spectrum is; everything else is derived here, once, and a subclass
+replaces what it can do more cheaply. Vectors are canonical: ``[D]`` with ``D = H·O·I`` in row-major order of
+``W [H, O, I]``. Operators are never written after they were made: every operation gives a new one, which may share
+tensors and eigenvectors with the old.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+
+if TYPE_CHECKING:
+    from kronfisher.operators.spectral import Spectral
+
+__all__ = ["Operator", "as_number", "nonnegative", "stable_norm"]
+
+
+def as_number(value: object) -> float | None:
+    """`value` as a float if it is a real number or a tensor of one element, else None."""
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return float(value.item())
+    return None
+
+
+def nonnegative(value: object, what: str) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is not a finite number of zero or more, so that the matrix would not stay positive semidefinite.
+    """
+    number = as_number(value)
+    if number is None or not math.isfinite(number) or number < 0:
+        raise ValueError(f"{what} must be a finite number of at least 0 to keep the matrix semidefinite; it is {value}")
+    return number
+
+
+def stable_norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm over the last axis; entries of 1e-30, as late in training, are not lost by squaring them."""
+    scale = tensor.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+    return scale[..., 0] * torch.linalg.vector_norm(tensor / scale, dim=-1)
+
+
+class Operator(ABC):
+    """A symmetric positive semidefinite matrix ``[D, D]`` with structure.
+
+    A subclass is registered by its `kind` (``class Mine(Operator, kind="mine")``), which is how a saved file names it.
+
+    Attributes:
+        name: what the matrix belongs to, for messages.
+    """
+
+    kinds: ClassVar[dict[str, type["Operator"]]] = {}
+    kind: ClassVar[str] = ""
+    name: str
+
+    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind:
+            cls.kind = kind
+            Operator.kinds[kind] = cls
+
+    # What a subclass must say -----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D, the number of rows and of columns."""
+
+    @property
+    @abstractmethod
+    def structure(self) -> str:
+        """A few words for reports, such as ``kronecker 401x120`` (I x O)."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define the matrix, and nothing that can be derived from them."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What `from_tensors` needs besides the tensors; plain JSON."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """The operator that gave these `tensors` and `settings`."""
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Operator":
+        """The operator of the class that ``settings["kind"]`` names; KeyError if there is none."""
+        rest = {key: value for key, value in settings.items() if key != "kind"}
+        return Operator.kinds[settings["kind"]].from_tensors(tensors, **rest)
+
+    @abstractmethod
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """Multiply K vectors ``[K, D]`` of the operator's dtype, without checks."""
+
+    @abstractmethod
+    def spectral(self) -> "Spectral":
+        """The same matrix as eigenvectors and eigenvalues; computed once and shared by every copy with another λ."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a 0-dim tensor."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> "Operator":
+        """``factor · X``, for a factor of at least 0 (ValueError otherwise)."""
+
+    # What follows from it ---------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64."""
+        return next(iter(self.tensors().values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
+    @property
+    def bytes(self) -> int:
+        """The memory of the defining tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def solves(self, rows: Tensor) -> Tensor:
+        """``X⁻¹`` times K vectors ``[K, D]`` of the operator's dtype, without checks of the vectors."""
+        return self.inverse().matvecs(rows)
+
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """Turn n rows of white noise ``[n, D]`` into draws from ``N(0, X⁻¹)``, or from ``N(0, X)``."""
+        return (self.inverse_sqrt() if inverse else self.sqrt()).matvecs(noise)
+
+    def solve(self, v: Tensor) -> Tensor:
+        """``X⁻¹ v`` for `v` ``[D]`` or ``[D, K]``, in the same form.
+
+        Raises:
+            SingularError: X has numerically zero eigenvalues; add damping first.
+            DataError: `v` does not fit.
+        """
+        return self._through(v, lambda operator, rows: operator.solves(rows))
+
+    def inverse(self) -> "Operator":
+        """``X⁻¹`` as an operator; make it once and apply it often. SingularError as in `solve`."""
+        return self.spectral().positive_map(torch.reciprocal)
+
+    def inverse_sqrt(self) -> "Operator":
+        """The symmetric ``X^{-1/2}`` as an operator. SingularError as in `solve`."""
+        return self.spectral().positive_map(torch.rsqrt)
+
+    def sqrt(self) -> "Operator":
+        """The symmetric positive semidefinite square root as an operator."""
+        spectral = self.spectral()
+        return spectral.map(torch.sqrt, definite=spectral.definite)
+
+    def logdet(self) -> Tensor:
+        """``log |X|``, a 0-dim tensor. SingularError as in `solve`."""
+        return self.spectral().checked().values.log().sum()
+
+    def eigenvalues(self) -> Tensor:
+        """All D eigenvalues, descending."""
+        return self.spectral().values.sort(descending=True).values
+
+    def frobenius_norm(self) -> Tensor:
+        """``‖X‖ = √(Σ X_ij²)``, a 0-dim tensor."""
+        return stable_norm(self.spectral().values)
+
+    def shifted(self, damping: float) -> "Operator":
+        """``X + λ·1``, exact Tikhonov damping; λ is in the units of X's own eigenvalues.
+
+        Raises:
+            ValueError: λ is negative or not finite.
+
+        Warns:
+            NumericalWarning: λ is below the rounding error of the largest eigenvalue.
+        """
+        return self if nonnegative(damping, "the damping λ") == 0 else self.spectral().shifted(damping)
+
+    def sample(self, n: int, *, seed: int = 0, inverse: bool = True) -> Tensor:
+        """Draw n vectors from ``N(0, X⁻¹)``: X is read as a precision, as in a posterior.
+
+        Args:
+            n: how many.
+            seed: of the operator's own generator on its own device; torch's global state is not touched.
+            inverse: ``False`` draws from ``N(0, X)`` instead.
+
+        Returns:
+            ``[n, D]``.
+
+        Raises:
+            SingularError: as in `solve`, for ``inverse=True``.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        noise = torch.randn(n, self.dim, generator=generator, dtype=self.dtype, device=self.device)
+        return self.colour(noise, inverse=inverse)
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, ``[D, D]``."""
+        return self.matvecs(torch.eye(self.dim, dtype=self.dtype, device=self.device))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Operator":
+        """The operator on another device or in another precision (float32 or float64); itself if nothing changes.
+
+        Raises:
+            DataError: another dtype; factorisations need float32 or better.
+        """
+        if dtype not in (None, torch.float32, torch.float64):
+            raise DataError(f"{self.name or self.structure}: operators live in float32 or float64, not {dtype}")
+        old = self.tensors()
+        new = {key: tensor.to(device=device, dtype=dtype) for key, tensor in old.items()}
+        return self if all(new[key] is old[key] for key in old) else type(self).from_tensors(new, **self.settings())
+
+    def merged(self, other: "Operator") -> "Operator | None":
+        """``X + other`` in one operator if that is as cheap as either, else None."""
+        return None
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self._through(v, lambda operator, rows: operator.matvecs(rows))
+
+    def __add__(self, other: object) -> "Operator":
+        if isinstance(other, Operator):
+            return Operator.kinds["total"].from_terms((self, other))  # pyright: ignore[reportAttributeAccessIssue]
+        number = as_number(other)
+        return NotImplemented if number is None else self.shifted(number)  # a damping answers by its own __radd__
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> "Operator":
+        number = as_number(factor)
+        return NotImplemented if number is None else self.scaled(number)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Operator":
+        number = as_number(divisor)
+        if number is None:
+            return NotImplemented
+        return self.scaled(1 / nonnegative(number, "the divisor"))
+
+    def __repr__(self) -> str:
+        return f"<{self.structure}{f' of {self.name}' if self.name else ''}, {self.dtype}>"
+
+    def _through(self, v: Tensor, apply: Callable[["Operator", Tensor], Tensor]) -> Tensor:
+        if not isinstance(v, Tensor):
+            raise DataError(f"{self!r} takes a tensor, not {type(v).__name__}")
+        if v.dim() not in (1, 2) or v.shape[0] != self.dim:
+            raise DataError(f"{self!r} takes [{self.dim}] or [{self.dim}, K], not {list(v.shape)}")
+        if not v.is_floating_point():
+            raise DataError(f"{self!r} takes floating-point vectors, not {v.dtype}; convert with .to({self.dtype})")
+        if v.device != self.device:
+            raise DataError(f"{self!r} is on {self.device}, the vector on {v.device}; move one of them with .to(...)")
+        dtype = torch.promote_types(self.dtype, v.dtype)
+        operator, v = self.to(dtype=dtype), v.to(dtype)
+        return apply(operator, v[None])[0] if v.dim() == 1 else apply(operator, v.mT).mT

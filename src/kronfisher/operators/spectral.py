@@ -1,0 +1,92 @@
+"""A matrix whose eigenvalues are at hand: every function of it is a function of numbers."""
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import NumericalError, NumericalWarning, SingularError
+from kronfisher.linalg import singular_message
+from kronfisher.operators.operator import Operator, nonnegative
+
+__all__ = ["Spectral", "negligible"]
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """The share of the largest eigenvalue at and below which an eigenvalue cannot be told from zero."""
+    return 10 * torch.finfo(dtype).eps
+
+
+class Spectral(Operator):
+    """A matrix given by eigenvalues in a basis that all its functions share.
+
+    Attributes:
+        values: ``[D]`` eigenvalues, in the order of the basis.
+        definite: the eigenvalues are known to be positive (they were damped, say), however small beside the largest.
+    """
+
+    values: Tensor
+    definite: bool
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor], *, definite: bool = False) -> Self:
+        """``U f(S) Uᵀ`` in the same basis, for `function` acting on each eigenvalue."""
+
+    def spectral(self) -> Self:
+        """Itself."""
+        return self
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest eigenvalue."""
+        low, high = torch.stack(torch.aminmax(self.values)).tolist()
+        return low, high
+
+    def checked(self) -> Self:
+        """Itself, if it can be inverted.
+
+        Raises:
+            SingularError: an eigenvalue is numerically zero.
+            NumericalError: an eigenvalue is not finite.
+        """
+        low, high = self.extremes
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NumericalError(f"{self.name or self.structure}: an eigenvalue is NaN or Inf")
+        if low <= 0 or not (self.definite or low > negligible(self.dtype) * high):
+            raise SingularError(singular_message(self.name or self.structure, self.values.mean().item(), self.dtype))
+        return self
+
+    def positive_map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """`map` by a function from positive to positive numbers; SingularError as in `checked`."""
+        return self.checked().map(function, definite=True)
+
+    def shifted(self, damping: float) -> Self:
+        """``X + λ·1`` in the same basis; see `Operator.shifted`."""
+        shift = nonnegative(damping, "the damping λ")
+        if shift == 0:
+            return self
+        low, high = self.extremes
+        if shift < torch.finfo(self.dtype).eps * high:
+            warnings.warn(
+                f"{self.name or self.structure}: λ = {shift:.1e} is below the {self.dtype} precision of the largest "
+                f"eigenvalue {high:.1e}; small eigenvalues are noise of that size. Use a larger λ or float64.",
+                NumericalWarning,
+                stacklevel=3,
+            )
+        result = self.map(lambda values: values + shift, definite=low + shift > 0)
+        vars(result)["extremes"] = (low + shift, high + shift)  # known, so a new λ needs no answer from the device
+        return result
+
+    def scaled(self, factor: float) -> Self:
+        """``factor · X`` in the same basis; see `Operator.scaled`."""
+        factor = nonnegative(factor, "the factor")
+        return self.map(lambda values: values * factor, definite=self.definite and factor > 0)
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return self.values.sum()

@@ -1,0 +1,83 @@
+"""The forms in which a user may write a vector over the parameters, and the way back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+
+__all__ = ["Form", "Shapes", "Vector", "flatten", "read"]
+
+Vector = Tensor | Mapping[str, Tensor]
+Shapes = Mapping[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Flat or by parameter; one vector or K of them."""
+
+    flat: bool
+    many: bool
+
+    def write(self, rows: dict[str, Tensor]) -> Vector:
+        """``{name: [K, *shape]}`` in this form."""
+        if self.flat:
+            vectors = flatten(rows)
+            return vectors.mT if self.many else vectors[0]
+        return rows if self.many else {name: tensor[0] for name, tensor in rows.items()}
+
+
+def flatten(rows: Mapping[str, Tensor]) -> Tensor:
+    """``{name: [K, *shape]}`` as ``[K, P]``."""
+    return torch.cat([tensor.flatten(1) for tensor in rows.values()], dim=1)
+
+
+def read(v: Vector, shapes: Shapes) -> tuple[dict[str, Tensor], Form]:
+    """Any form of vector as ``{name: [K, *shape]}`` in the order of `shapes`.
+
+    Raises:
+        DataError: names, shapes or numbers do not fit; the message lists what is missing or unknown.
+    """
+    if isinstance(v, Tensor):
+        rows, form = _from_flat(v, shapes)
+    elif isinstance(v, Mapping):
+        rows, form = _from_names(v, shapes)
+    else:
+        raise DataError(f"a vector is a dict of tensors by parameter name or one flat tensor, not {type(v).__name__}")
+    return rows, form
+
+
+def _from_flat(v: Tensor, shapes: Shapes) -> tuple[dict[str, Tensor], Form]:
+    sizes = [prod(shape) for shape in shapes.values()]
+    if v.dim() not in (1, 2) or v.shape[0] != sum(sizes):
+        raise DataError(f"a flat vector here is [{sum(sizes)}] or [{sum(sizes)}, K], not {list(v.shape)}")
+    rows = v[None] if v.dim() == 1 else v.mT
+    parts = rows.split(sizes, dim=1)
+    named = {n: part.reshape(len(rows), *shape) for part, (n, shape) in zip(parts, shapes.items(), strict=True)}
+    return named, Form(flat=True, many=v.dim() == 2)
+
+
+def _from_names(v: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tensor], Form]:
+    missing, unknown = [n for n in shapes if n not in v], [n for n in v if n not in shapes]
+    if missing or unknown:
+        raise DataError(
+            "a vector must name exactly the parameters that the Fisher covers"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+        )
+    single = {name: v[name].shape == shape for name, shape in shapes.items()}
+    if all(single.values()):
+        return {name: v[name][None] for name in shapes}, Form(flat=False, many=False)
+    counts = {}
+    for name, shape in shapes.items():
+        if v[name].dim() != len(shape) + 1 or v[name].shape[1:] != shape:
+            also = " (others hold one vector)" if single[name] else ""
+            expected = f"{list(shape)}, or [K{''.join(f', {n}' for n in shape)}] for K vectors"
+            raise DataError(f"{name}: the vector has shape {list(v[name].shape)}{also}; expected {expected}")
+        counts[name] = len(v[name])
+    if len(set(counts.values())) > 1:
+        raise DataError(f"the leading axis must be the same number of vectors everywhere: {counts}")
+    return {name: v[name] for name in shapes}, Form(flat=False, many=True)

@@ -1,0 +1,266 @@
+"""The canonical form of every use of a weight, and its few contractions.
+
+A layer is ``y[k, t] = W a[k, t]`` for samples k and positions t. With inputs ``a [H, n, T, I]`` and output gradients ``g [H, n, T, O]`` the
+gradient of sample k is ``G_k = Σ_t g[k, t] a[k, t]ᵀ``, shape ``[O, I]``. Nothing below this file knows what a convolution is, nothing
+above it what a Kronecker product is. H counts groups of a convolution and is 1 otherwise. A sample is one datum under one label draw or
+one column of the output Hessian's root.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronfisher.linalg import add_symmetric_product_
+
+__all__ = ["Activations", "Dense", "Ones", "Samples", "chunks", "join"]
+
+WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
+
+
+def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[tuple[int, int]]:
+    """Ranges of samples whose temporaries of `bytes_each` bytes a sample fit the workspace."""
+    step = max(1, min(total, workspace // max(bytes_each, 1)))
+    for low in range(0, total, step):
+        yield low, min(low + step, total)
+
+
+class Activations:
+    """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
+
+    Attributes:
+        shape: H, n, T, I; I counts the homogeneous coordinate of a bias.
+    """
+
+    shape: tuple[int, int, int, int]
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        """The inputs of samples low to high, written out: ``[H, high − low, T, I]``."""
+        raise NotImplementedError
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]`` only."""
+        heads, n, positions, width = self.shape
+        for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
+            rows = self.dense(low, high).to(total.dtype)
+            add_symmetric_product_(total, rows.reshape(heads, -1, width))
+
+    def summed(self) -> Tensor:
+        """``Σ_t a``: ``[H, n, 1, I]``."""
+        heads, n, positions, width = self.shape
+        parts = [
+            self.dense(low, high).sum(dim=2, keepdim=True)
+            for low, high in chunks(n, heads * positions * width * 4)
+        ]
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Dense(Activations):
+    """Inputs that are there as a tensor.
+
+    Attributes:
+        values: ``[H, n, T, I]`` without the bias coordinate; zero where masked.
+        bias: whether a last coordinate of one belongs to them.
+        mask: ``[n, T]``, one where the position counts: the bias coordinate; None counts all.
+    """
+
+    values: Tensor
+    bias: bool = False
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        heads, n, positions, width = self.values.shape
+        return heads, n, positions, width + self.bias
+
+    def _ones(self, low: int, high: int | None) -> Tensor:
+        values = self.values[:, low:high]
+        if self.mask is None:
+            return values.new_ones(()).expand(*values.shape[:3], 1)
+        return self.mask[low:high, :, None].to(values.dtype).expand(len(values), -1, -1, -1)
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        values = self.values[:, low:high]
+        return torch.cat([values, self._ones(low, high)], dim=-1) if self.bias else values
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        rows = self.values.to(total.dtype).flatten(1, 2)
+        width = rows.shape[-1]
+        add_symmetric_product_(total[:, :width, :width], rows)
+        if self.bias:  # the last column, without a copy of the rest
+            total[:, :width, width] += rows.sum(dim=1)
+            total[:, width, width] += rows.shape[1] if self.mask is None else self.mask.sum()
+
+    def summed(self) -> Tensor:
+        values = self.values.sum(dim=2, keepdim=True)
+        return torch.cat([values, self._ones(0, None).sum(dim=2, keepdim=True)], dim=-1) if self.bias else values
+
+
+@dataclass(frozen=True)
+class Ones(Activations):
+    """The constant input of a bias or of an elementwise scale: I = 1.
+
+    Attributes:
+        like: a tensor that gives dtype and device.
+        sizes: H, n, T.
+        mask: ``[n, T]``, one where the position counts; None counts all.
+    """
+
+    like: Tensor
+    sizes: tuple[int, int, int]
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (*self.sizes, 1)
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        heads, n, positions = self.sizes
+        count = len(range(n)[low:high])
+        if self.mask is None:
+            return self.like.new_ones(()).expand(heads, count, positions, 1)
+        return self.mask[low:high, :, None].to(self.like.dtype).expand(heads, count, positions, 1)
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        total += self.sizes[1] * self.sizes[2] if self.mask is None else self.mask.sum()
+
+    def summed(self) -> Tensor:
+        return self.dense().sum(dim=2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All that a fit sees of a block in one backward pass.
+
+    Attributes:
+        activations: ``a [H, n, T, I]``.
+        gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood; zero where masked.
+        first: False for the second and further columns or draws of the same data: their activations were counted already.
+        lengths: ``[n]`` positions that count, of each sample; None: all T.
+        workspace: bytes that temporaries may take.
+
+    Example:
+        >>> a, g = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5)
+        >>> samples = Samples(Dense(a), g)
+        >>> [G.shape for G in samples.per_sample()]
+        [torch.Size([1, 2, 5, 4])]
+        >>> samples.squares()[0, 0, 0]
+        tensor(18.)
+    """
+
+    activations: Activations
+    gradients: Tensor
+    first: bool = True
+    lengths: Tensor | None = None
+    workspace: int = WORKSPACE
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, O, I."""
+        return self.gradients.shape[0], self.gradients.shape[-1], self.activations.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return self.gradients.shape[2]
+
+    def __len__(self) -> int:
+        return self.gradients.shape[1]
+
+    @property
+    def rows(self) -> int | Tensor:
+        """Positions that count, over all samples."""
+        return len(self) * self.positions if self.lengths is None else self.lengths.sum()
+
+    def add_input_covariance_(self, total: Tensor) -> None:
+        """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]``."""
+        self.activations.add_covariance_(total, self.workspace)
+
+    def add_output_covariance_(self, total: Tensor) -> None:
+        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``."""
+        add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
+
+    def per_sample(self) -> Iterator[Tensor]:
+        """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
+        heads, outputs, width = self.shape
+        size = self.gradients.element_size() * heads * width * (outputs + self.positions)
+        for low, high in chunks(len(self), size, self.workspace):
+            a, g = self.activations.dense(low, high), self.gradients[:, low:high]
+            yield g.mT @ a if self.positions > 1 else g.squeeze(2).unsqueeze(-1) * a
+
+    def squares(self) -> Tensor:
+        """``Σ_k G_k∘²``, shape ``[H, O, I]``: the diagonal of the block."""
+        if self.positions == 1:  # (g_o a_i)² needs no outer product per sample
+            return self.gradients.squeeze(2).square().mT @ self.activations.dense().squeeze(2).square()
+        heads, outputs, width = self.shape
+        total = self.gradients.new_zeros(heads, outputs, width)
+        for gradients in self.per_sample():
+            total += gradients.square().sum(dim=1)
+        return total
+
+    def pieces(self) -> Iterator["Samples"]:
+        """A few samples at a time, their inputs written out."""
+        heads, outputs, width = self.shape
+        size = self.gradients.element_size() * heads * self.positions * 2 * (width + outputs)
+        for low, high in chunks(len(self), size, self.workspace):
+            activations = Dense(self.activations.dense(low, high))
+            yield replace(self, activations=activations, gradients=self.gradients[:, low:high], lengths=None)
+
+    def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
+        """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for matrices ``U_A [H, I, I]`` and ``U_B [H, O, O]``."""
+        for piece in self.pieces():
+            activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))
+            yield replace(piece, activations=activations, gradients=piece.gradients @ outputs.unsqueeze(1))
+
+    def inner(self, other: "Samples") -> Tensor:
+        """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
+        if self.positions == 1:
+            inputs = (self.activations.dense() * other.activations.dense()).sum(-1)
+            return (inputs * (self.gradients * other.gradients).sum(-1)).sum(dtype=torch.float64)
+        total = self.gradients.new_zeros((), dtype=torch.float64)
+        for mine, theirs in zip(self.per_sample(), other.per_sample(), strict=True):
+            total += (mine * theirs).sum(dtype=torch.float64)
+        return total
+
+    def reduced(self) -> "Samples":
+        """Positions summed out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
+        gradients = self.gradients.sum(dim=2, keepdim=True)
+        if self.lengths is None:
+            lengths, gradients = None, gradients / self.positions
+        else:
+            gradients = gradients / self.lengths.clamp_min(1).to(gradients.dtype)[:, None, None]
+            lengths = (self.lengths > 0).to(self.lengths.dtype)
+        return replace(self, activations=Dense(self.activations.summed()), gradients=gradients, lengths=lengths)
+
+
+    def masked(self, positions: Tensor) -> "Samples":
+        """Samples without the positions that do not count.
+
+        Args:
+            positions: bool ``[n, P]``. Where P is this use's T, position by position; else a sample goes when none of its positions counts.
+        """
+        if positions.shape[1] != self.positions:
+            positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
+        keep = positions.to(self.gradients.dtype)
+        activations = self.activations
+        if isinstance(activations, Ones):
+            activations = replace(activations, mask=keep)
+        elif isinstance(activations, Dense):
+            activations = replace(activations, values=activations.values * keep[..., None], mask=keep)
+        else:  # a bias coordinate is masked like any other
+            activations = Dense(activations.dense() * keep[..., None])
+        return replace(self, activations=activations, gradients=self.gradients * keep[..., None], lengths=keep.sum(dim=1))
+
+
+def join(uses: list[Samples]) -> Samples:
+    """Uses of one weight by the same samples as one: positions side by side along T."""
+    if len(uses) == 1:
+        return uses[0]
+    lengths = None
+    if any(use.lengths is not None for use in uses):
+        each = [use.gradients.new_full((len(use),), use.positions) if use.lengths is None else use.lengths for use in uses]
+        lengths = torch.stack(each).sum(dim=0)
+    activations = torch.cat([use.activations.dense() for use in uses], dim=2)
+    gradients = torch.cat([use.gradients for use in uses], dim=2)
+    return replace(uses[0], activations=Dense(activations), gradients=gradients, lengths=lengths)

@@ -1,0 +1,162 @@
+"""Convolutions in one, two and three dimensions: patches are the inputs, one block per group."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronfisher.linalg import promote
+from kronfisher.samples import Activations, Ones
+from kronfisher.uses.ownership import Ownership
+from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
+
+__all__ = ["ConvolutionUse", "Patches"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a kernel moves: sizes per spatial axis; padding before and after."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    def windows(self, images: Tensor) -> Tensor:
+        """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
+        pads = [amount for pair in reversed(self.padding) for amount in pair]
+        images = F.pad(images, pads) if any(pads) else images
+        for axis, (size, step, spread) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            images = images.unfold(axis + 2, (size - 1) * spread + 1, step)[..., ::spread]
+        return images
+
+
+@dataclass(frozen=True)
+class Patches(Activations):
+    """Patches of images, unfolded when asked for.
+
+    Attributes:
+        images: ``[n·F, C, *size]``, the images of a sample together.
+        window: how the kernel moves over them.
+        groups: H; channels are split evenly.
+        samples: n.
+        bias: whether a last coordinate of one belongs to them.
+    """
+
+    images: Tensor
+    window: Window
+    groups: int
+    samples: int
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        sizes = zip(self.images.shape[2:], *(getattr(self.window, f) for f in ("kernel", "stride", "padding", "dilation")), strict=True)
+        positions = prod((size + sum(pad) - (k - 1) * spread - 1) // step + 1 for size, k, step, pad, spread in sizes)
+        width = self.images.shape[1] // self.groups * prod(self.window.kernel)
+        return self.groups, self.samples, len(self.images) // self.samples * positions, width + self.bias
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        heads, samples, positions, width = self.shape
+        high = samples if high is None else min(high, samples)
+        frames = len(self.images) // samples
+        windows = self.window.windows(self.images[low * frames : high * frames])
+        axes = len(self.window.kernel)
+        windows = windows.unflatten(1, (heads, -1))  # [R, H, C/H, *positions, *kernel]
+        order = (1, 2, *range(3 + axes, 3 + 2 * axes), 0, *range(3, 3 + axes))
+        windows = windows.permute(order)  # features first, so that whole lines of the image are copied
+        rows = self.images.new_empty(heads, width, (high - low) * positions)
+        rows[:, : width - self.bias].view(windows.shape).copy_(windows)
+        if self.bias:
+            rows[:, -1] = 1
+        return rows.unflatten(2, (high - low, positions)).permute(0, 2, 3, 1)
+
+
+@dataclass
+class ConvolutionUse(Use):
+    """``y = conv(x, W) + b`` with H groups."""
+
+    window: Window
+    groups: int
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == len(self.window.kernel) + 2 else tensor.unsqueeze(0)
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        return output[:1] if len(output) == len(self.window.kernel) + 2 else (1,)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return self._batched(gradient).flatten(1)
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        images = self._batched(promote(gradient)).flatten(2).unflatten(1, (self.groups, -1))  # [R, H, O, T]
+        grouped = owner.group(images, 1)  # [n, F, H, O, T]
+        return grouped.permute(2, 0, 1, 4, 3).flatten(2, 3)
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        if not weight:
+            heads, samples, positions, _ = self.gradients(owner, gradient).shape
+            return Ones(promote(gradient), (heads, samples, positions))
+        images = owner.group(self._batched(promote(self.checked_inputs())), 1)
+        return Patches(images.flatten(0, 1), self.window, self.groups, owner.samples, bias)
+
+
+@handles(F.conv1d, F.conv2d, F.conv3d)
+def convolution(
+    view: Viewer,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Iterator[Use]:
+    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; other padding modes pad before they come here."""
+    kernel, shift = view(weight), view(bias)
+    if not (kernel or shift):
+        return
+    axes = weight.dim() - 2
+    stride, dilation = _each(stride, axes), _each(dilation, axes)
+    size = tuple(weight.shape[2:])
+    window = Window(size, stride, _padding(padding, size, dilation), dilation)
+    yield ConvolutionUse(
+        kernel.reshaped(groups, weight.shape[0] // groups, *weight.shape[1:]) if kernel else None,
+        shift.reshaped(groups, -1) if shift else None,
+        input if kernel else None,
+        window,
+        groups,
+    )
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _padding(
+    padding: int | str | Sequence[int], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    if padding == "same":  # torch puts the odd one behind
+        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if isinstance(padding, str):
+        return ((0, 0),) * len(kernel)
+    return tuple((amount, amount) for amount in _each(padding, len(kernel)))
+
+
+EXAMPLES["conv1d, stride and dilation"] = lambda: (nn.Conv1d(2, 3, 2, stride=2, padding=1, dilation=2), (4, 2, 7))
+EXAMPLES["conv2d"] = lambda: (nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0)), (4, 2, 5, 4))
+EXAMPLES["conv2d without bias, same"] = lambda: (nn.Conv2d(1, 2, 3, padding="same", dilation=2, bias=False), (4, 1, 5, 4))
+EXAMPLES["conv2d, circular"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), (3, 1, 4, 4))
+EXAMPLES["conv2d, reflect"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), (3, 1, 4, 4))
+EXAMPLES["conv2d, groups"] = lambda: (nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 3))
+EXAMPLES["conv2d, depthwise"] = lambda: (nn.Conv2d(3, 3, 2, groups=3), (4, 3, 3, 3))
+EXAMPLES["conv3d"] = lambda: (nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), (3, 1, 3, 4, 3))
+EXAMPLES["conv2d, channels last"] = lambda: (
+    nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+    (3, 2, 4, 4),
+)

@@ -1,0 +1,126 @@
+"""Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a bias of one's own.
+
+Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight is ``W [O, 1]`` with
+an input of one, and every position is summed out first.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.blocks import View
+from kronfisher.errors import UnsupportedError
+from kronfisher.linalg import promote
+from kronfisher.samples import Activations, Ones
+from kronfisher.uses.ownership import Ownership
+from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
+
+__all__ = ["ElementwiseUse"]
+
+
+@dataclass
+class ElementwiseUse(Use):
+    """``y = p ∘ x`` or ``y = x ± p`` with p broadcast.
+
+    Attributes:
+        aligned: p's shape with its axes at those of y (counted from the last), one where it is broadcast.
+        factor: what the output gradient is multiplied by, computed when needed from the checked inputs; None: one.
+        sign: of p in the output.
+        certain: whether the operator is known to act on data (a norm), so that shapes may decide which row is whose.
+    """
+
+    aligned: tuple[int, ...]
+    factor: Callable[[Tensor], Tensor] | None = None
+    sign: float = 1.0
+    certain: bool = False
+    summing = True
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        return output or (1,)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return (gradient if gradient.dim() else gradient.unsqueeze(0)).unsqueeze(-1)
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        gradient = promote(gradient) * self.sign
+        if self.factor is not None:
+            gradient = gradient * self.factor(promote(self.checked_inputs()))
+        if owner.order is not None or gradient.dim() == 0:
+            raise UnsupportedError(f"{self.name}: rows of this elementwise use do not lie along an axis of data.")
+        aligned = [1] * (gradient.dim() - len(self.aligned)) + list(self.aligned)
+        if aligned.pop(owner.axis) != 1:
+            raise UnsupportedError(
+                f"{self.name}: this parameter has elements of its own for each datum of the batch, so it has no Fisher "
+                "matrix over data. Freeze it with requires_grad_(False)."
+            )
+        grouped = owner.split(gradient)  # [n, rows of the axis, other axes]
+        away = [1, *(axis + 2 for axis, size in enumerate(aligned) if size == 1)]
+        summed = grouped.sum(dim=away)
+        return summed.reshape(1, owner.samples, 1, -1)
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return Ones(promote(gradient), (1, owner.samples, 1))
+
+
+def broadcast(view: View) -> View:
+    """The window with one instead of repeated elements (``expand`` has stride 0), and a leading axis for H."""
+    axes = range(len(view.size))
+    size = tuple(1 if view.stride[k] == 0 else view.size[k] for k in axes)
+    return replace(view, size=(1, *size), stride=(0, *view.stride))
+
+
+def _uses(view: Viewer, x: object, p: object, multiply: bool, sign: float = 1.0) -> Iterator[Use]:
+    left, right = view(x), view(p)
+    if bool(left) == bool(right):
+        return
+    other, window = (x, right) if right else (p, left)
+    assert window is not None
+    shared = broadcast(window)
+    if not multiply:
+        yield ElementwiseUse(None, shared, None, shared.size[1:], sign=sign if right else 1.0)
+    elif isinstance(other, Tensor):
+        yield ElementwiseUse(None, shared, other, shared.size[1:], factor=lambda inputs: inputs)
+    # a parameter times a number meets no data here
+
+
+@handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
+def multiply(view: Viewer, input: Tensor, other: Tensor) -> Iterator[Use]:
+    """``p * x`` and ``x * p``."""
+    return _uses(view, input, other, multiply=True)
+
+
+@handles(Tensor.mul_, Tensor.__imul__)
+def multiply_(view: Viewer, input: Tensor, other: Tensor) -> Iterator[Use]:
+    """``x *= p``: x is about to be overwritten, so keep a copy."""
+    return _uses(view, input.detach().clone() if view(other) else input, other, multiply=True)
+
+
+@handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+def add(view: Viewer, input: Tensor, other: Tensor, *, alpha: float = 1) -> Iterator[Use]:
+    """``p + x`` and ``x + p``."""
+    return _uses(view, input, other, multiply=False) if alpha == 1 else iter(())
+
+
+@handles(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__)
+def subtract(view: Viewer, input: Tensor, other: Tensor, *, alpha: float = 1) -> Iterator[Use]:
+    """``x − p`` and ``p − x``."""
+    return _uses(view, input, other, multiply=False, sign=-1.0) if alpha == 1 else iter(())
+
+
+class _Affine(nn.Module):
+    # Scales and shifts of several shapes, in place and expanded.
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 1))
+        self.table, self.gain = nn.Parameter(torch.randn(1, 2, 3)), nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh() * self.scale
+        x -= self.shift
+        x = x + self.table.expand(len(x), -1, -1)
+        return self.gain * x.sin()
+
+
+EXAMPLES["scales and shifts"] = lambda: (_Affine(), (5, 2, 3))

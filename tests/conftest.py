@@ -1,0 +1,13 @@
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("kronfisher", deadline=None, print_blob=True)  # time limits fail on busy machines only
+settings.load_profile("kronfisher")
+torch.set_num_threads(1)  # the problems are tiny: more threads cost more than they bring, and change the last bits
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same global random state, whichever ran before."""
+    torch.manual_seed(0)

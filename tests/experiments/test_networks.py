@@ -1,0 +1,107 @@
+"""Networks: they fit their data, are what their papers say, and depend on their seed alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from kronfisher.experiments import data, networks
+from kronfisher.experiments.data import Dataset
+
+
+def tiny(shape, outputs, name="tiny"):
+    inputs = torch.rand(3, *shape)
+    return Dataset(name, inputs, torch.zeros(3, outputs), inputs, torch.zeros(3, outputs), "values", outputs)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "lenet5", "resnet", "alexnet"])
+@pytest.mark.parametrize(("shape", "outputs"), [((1, 28, 28), 10), ((3, 12, 12), 4), ((1, 8, 8), 10), ((64,), 2)])
+def test_networks_fit_their_data(name, shape, outputs):
+    dataset = tiny(shape, outputs)
+    model = networks.for_data(name, dataset).eval()
+    assert model(dataset.test_inputs).shape == (3, outputs)
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("curves", 784), ("mnist", 784), ("faces", 625), ("digits", 64)])
+def test_autoencoders_have_the_published_widths(name, pixels):
+    dataset = tiny((pixels,), pixels, name)
+    model = networks.for_data("autoencoder", dataset)
+    widths = {
+        "curves": [400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784],
+        "mnist": [1000, 500, 250, 30, 250, 500, 1000, 784],
+        "faces": [2000, 1000, 500, 30, 500, 1000, 2000, 625],
+        "digits": [48, 24, 6, 24, 48, 64],
+    }[name]
+    assert [m.out_features for m in model if isinstance(m, nn.Linear)] == widths
+    assert sum(isinstance(m, nn.Sigmoid) for m in model) == len(widths) - 2  # neither the code nor the output
+    assert isinstance(model[-1], nn.Linear)
+    assert model(dataset.test_inputs).shape == (3, pixels)
+
+
+def test_sparse_initialisation():
+    model = networks.autoencoder((784, 400, 6), seed=0)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            assert ((layer.weight != 0).sum(1) == min(15, layer.in_features)).all()
+            assert (layer.bias == 0).all()
+    values = model[0].weight[model[0].weight != 0]
+    assert values.mean().abs() < 0.05 and (values.std() - 1).abs() < 0.05
+
+
+def test_rectified_autoencoder_rectifies_its_code_and_keeps_signals_alive():
+    model = networks.autoencoder((784, 400, 200, 100, 50, 25, 6), activation="relu", seed=0)
+    kinds = [type(m) for m in model]
+    assert kinds == [nn.Linear, nn.ReLU] * 11 + [nn.Linear]
+    size = model(torch.rand(50, 784)).square().mean().sqrt()
+    assert 0.01 < size < 10
+    with pytest.raises(ValueError, match='"sigmoid" or "relu"'):
+        networks.autoencoder((784, 400, 6), activation="tanh")
+
+
+def test_lenet5_is_lenet5():
+    model = networks.for_data("lenet5", tiny((1, 28, 28), 10))
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+    assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "lenet5", "resnet"])
+def test_initial_weights_depend_on_the_seed_alone(name):
+    dataset = tiny((1, 8, 8), 10)
+    before = torch.get_rng_state()
+    first, other = networks.for_data(name, dataset, seed=1), networks.for_data(name, dataset, seed=2)
+    torch.rand(5)
+    again = networks.for_data(name, dataset, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters(), strict=True))
+    torch.set_rng_state(before)
+    networks.for_data(name, dataset, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_table_networks_have_one_hidden_layer_of_50():
+    assert [tuple(p.shape) for p in networks.for_data("mlp", tiny((13,), 1)).parameters()] == [
+        (50, 13),
+        (50,),
+        (1, 50),
+        (1,),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "message"),
+    [
+        ("vgg", tiny((1, 8, 8), 10), "no network 'vgg'.*lenet5"),
+        ("lenet5", tiny((13,), 1), r"lenet5 takes square images.*\[13\]"),
+        ("resnet", tiny((1, 8, 9), 2), "square images"),
+        ("alexnet", tiny((1, 7, 7), 2), "at least 8×8 pixels"),
+        ("autoencoder", tiny((1, 8, 8), 10), "64 inputs and 10 outputs"),
+        ("autoencoder", tiny((13,), 13), "784, 625, 64 pixels"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        networks.for_data(name, dataset)
+
+
+def test_activation_is_refused_where_there_is_none_to_choose():
+    with pytest.raises(ValueError, match="lenet5 has rectified units only"):
+        networks.for_data("lenet5", data.load("digits"), activation="tanh")
