@@ -2,8 +2,12 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
 if TYPE_CHECKING:
     from kronfisher.experiments.comparison import Comparison
@@ -30,18 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
         app = _app()
     except ImportError as error:
         sys.exit(f'kronfisher: the command line needs more packages ({error}): pip install "kronfisher[cli]"')
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(app(arguments, standalone_mode=False, prog_name="kronfisher") or 0)
-    except (KeyboardInterrupt, EOFError):
-        _stop("interrupted before anything was finished; nothing was written", 130)
-    except (ValueError, FileNotFoundError) as error:
-        _stop(str(error), 2)
-    except (NotImplementedError, ArithmeticError, MemoryError, ImportError, OSError) as error:
+        sys.exit(app(arguments or ["--help"], standalone_mode=False, prog_name="kronfisher") or 0)
+    except (DataError, UnsupportedError, NumericalError, MemoryError, ImportError, OSError) as error:
         _stop(str(error), 1)
     except Exception as error:
-        # The exceptions of typer moved between its versions; they all know their message and their exit code.
-        if type(error).__name__ == "Abort":
-            _stop("interrupted before anything was finished; nothing was written", 130)
+        # The exceptions of typer moved between its versions; they all know their message.
         if not hasattr(error, "format_message"):
             raise
         _stop(error.format_message(), 2)  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,7 +59,6 @@ def _app() -> Any:
     app = typer.Typer(
         help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
         add_completion=False,
-        no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
@@ -76,7 +74,8 @@ def _app() -> Any:
     @app.command()
     def demo(output: Annotated[Path, option("folder for figures and JSON")] = Path("results/demo")) -> int:
         """Train two small networks on handwritten digits and compare every fit of their Fisher matrices."""
-        _writable(output, folder=True)
+        with _options():
+            _writable(output, folder=True)
         for network, epochs in (("convnet", 15), ("mlp", 15)):
             study = Study(network=network, fits=tuple(FITS), epochs=epochs)
             code = _run(study, output / f"{network}.json", output)
@@ -105,24 +104,25 @@ def _app() -> Any:
         memory_budget: Annotated[str | None, option("most memory that an estimate may take, such as 500MB")] = None,
     ) -> int:
         """Train a network, estimate its Fisher matrix with each fit, and say how good each is and what it cost."""
-        study = Study(
-            data=data_name,
-            network=network,
-            fits=tuple(name.strip() for name in fits.split(",") if name.strip()),
-            labels=labels,
-            samples=samples,
-            limit=limit,
-            train_size=train_size,
-            batch_size=batch_size,
-            epochs=epochs,
-            lr=lr,
-            seed=seed,
-            split=split,
-            data_dir=data_dir,
-            memory_budget=_bytes(memory_budget),
-        )
-        _writable(json, folder=False)
-        _writable(figures, folder=True)
+        with _options():
+            study = Study(
+                data=data_name,
+                network=network,
+                fits=tuple(name.strip() for name in fits.split(",") if name.strip()),
+                labels=labels,
+                samples=samples,
+                limit=limit,
+                train_size=train_size,
+                batch_size=batch_size,
+                epochs=epochs,
+                lr=lr,
+                seed=seed,
+                split=split,
+                data_dir=data_dir,
+                memory_budget=_bytes(memory_budget),
+            )
+            _writable(json, folder=False)
+            _writable(figures, folder=True)
         return _run(study, json, figures)
 
     @app.command()
@@ -135,7 +135,8 @@ def _app() -> Any:
         """Show how each parameter of a network would be treated, before any work."""
         from kronfisher.coverage import coverage as covered
 
-        dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
+        with _options():
+            dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
         print(covered(model.eval(), dataset.batches(2)[0]))
 
     return app
@@ -148,14 +149,19 @@ def _run(study: "Study", json: Path | None, figures: Path | None) -> int:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)
+    with _interruptible(), _options():
+        dataset, model = study.load()
+    quiet = not console.is_terminal  # the lines that are said remain
+    with _interruptible(), Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(f"training {study.network}", total=None)
         comparison = study.run(
+            dataset,
+            model,
             say=lambda text: progress.console.print(text, markup=False),
             step=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )
-    if not comparison.rows:
-        raise KeyboardInterrupt
+        if not comparison.rows:
+            raise KeyboardInterrupt
     _show(comparison)
     paths = []
     if json is not None:
@@ -219,6 +225,24 @@ def _writable(path: Path | None, *, folder: bool) -> None:
         parent = path
     if not os.access(parent, os.W_OK) or (parent.is_file() and parent != path):
         raise ValueError(f"{path} cannot be written: {parent} is {'a file' if parent.is_file() else 'read-only'}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt in here leaves nothing behind: one line, exit 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop("interrupted before anything was finished; nothing was written", 130)
+
+
+@contextmanager
+def _options() -> Iterator[None]:
+    """What is wrong in here is wrong with the options: one line, exit 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _stop(str(error), 2)
 
 
 def _stop(message: str, code: int) -> None:

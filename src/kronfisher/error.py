@@ -14,7 +14,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimate import Recipe, accumulate
-from kronfisher.fits.fit import Fit, Plan, State, per_datum
+from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
 from kronfisher.linalg import full_precision, mirror
 from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
@@ -163,7 +163,7 @@ class CrossTerms(Fit):
         """``‖F‖`` and ``‖F − X‖`` of the mean over data."""
         state.checked()
         if self._written_out:
-            truth = per_datum(mirror(state.sums["products"]), state.count).double()
+            truth = mirror(state.sums["products"], reciprocal(state.count)).double()
             return float(truth.norm()), float((truth - self.operator.to_dense().double()).norm())
         norm = float(state.sums["norm"]) / float(state.count) ** 2
         cross = float(state.sums["cross"]) / float(state.count)

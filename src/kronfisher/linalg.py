@@ -17,6 +17,7 @@ from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 __all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "promote"]
 
 _WIDE = 240  # below this many columns a product is too small for splitting it to pay
+_TILE = 256
 
 
 @contextmanager
@@ -77,9 +78,20 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def mirror(upper: Tensor) -> Tensor:
-    """The symmetric matrix ``[..., D, D]`` with the upper triangle of `upper`."""
-    return upper.triu() + upper.triu(1).mT
+def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """`scale` times the symmetric matrix ``[..., D, D]`` with the upper triangle of `upper`."""
+    width = upper.shape[-1]
+    result = upper * scale
+    if width < _WIDE:
+        return result.triu() + result.triu(1).mT
+    for matrix in result.view(-1, width, width):
+        for low in range(0, width, _TILE):  # tile by tile: a large matrix read by columns misses the cache at every number
+            high = min(low + _TILE, width)
+            for left in range(0, low, _TILE):
+                matrix[low:high, left : left + _TILE] = matrix[left : left + _TILE, low:high].t()
+            corner = matrix[low:high, low:high]
+            corner.copy_(corner.triu() + corner.triu(1).t())
+    return result
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

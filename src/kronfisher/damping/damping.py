@@ -68,3 +68,5 @@ class Damping(ABC):
     def __radd__(self, operator: Fisher) -> Fisher: ...
     def __radd__(self, operator: Operator | Fisher) -> Operator | Fisher:
         return self(operator) if isinstance(operator, (Operator, Fisher)) else NotImplemented
+
+    __add__ = __radd__

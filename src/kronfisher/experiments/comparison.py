@@ -30,14 +30,14 @@ class Row:
     Attributes:
         fit: its name, or its settings where it was given as an object.
         count: N, the data it was estimated from.
-        seconds: wall time of the estimate alone, after a first batch has warmed everything up.
+        seconds: wall time of the estimate alone, warmed up; the shortest of three where that costs nothing.
         bytes: of the operator.
         error: ‖F̂ − F‖ / ‖F‖ in the Frobenius norm over all blocks, F the exact blocks of the same data and labels.
         blocks: the same for every block, by name.
         trace: tr F̂ / tr F.
         shown: the name and the dense matrix ``[D, D]`` of one small block, the same for all
             fits; None if there is none.
-        failure: why there is no result; the numbers are then NaN or 0.
+        failure: why there is no result, or no error; the numbers missing are NaN or 0.
     """
 
     fit: str
@@ -71,16 +71,15 @@ class Comparison:
 
     def tables(self) -> list[Table]:
         """The overview, and the error of every block if any fit has one."""
-        done, s = [row for row in self.rows if not row.failure], self.settings
+        done, s = [row for row in self.rows if row.blocks], self.settings
         where = f" of {s['network']} on {s['data']}" if "network" in s and "data" in s else ""
         draws = f", {s['samples']} a datum" if s["labels"] == "sampled" else ""
         count = f"{done[0].count:,} data, " if done else ""
         title = f"Fisher matrix{where}: {s['parameters']:,} parameters, {count}{s['labels']} labels{draws}"
         overview = Table(title, ("fit", "what it is", "relative error", "trace ratio", "time", "memory"), text=2)
         for row in self.rows:
-            what = DESCRIPTIONS.get(row.fit, "")
             numbers = (number(row.error), number(row.trace), duration(row.seconds), size(row.bytes))
-            overview.add(row.fit, what, *(("–",) * 4 if row.failure else numbers))
+            overview.add(row.fit, DESCRIPTIONS.get(row.fit, ""), *numbers)
         names = list(dict.fromkeys(name for row in done for name in row.blocks))
         blocks = Table("Relative error of each block", ("block", *(row.fit for row in done)))
         for name in names:
@@ -89,7 +88,7 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """A line for every fit that has no numbers, and one if fits are missing."""
-        failed = [f"{row.fit} was not computed: {row.failure}" for row in self.rows if row.failure]
+        failed = [f"{row.fit}: {row.failure}" for row in self.rows if row.failure]
         return failed if self.finished else [*failed, "Interrupted: the other fits are missing."]
 
     def to_json(self) -> str:

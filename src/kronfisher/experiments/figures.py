@@ -1,5 +1,6 @@
 """Pictures of a comparison: errors and costs, and what one block looks like under each fit."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from kronfisher.experiments.tables import duration, size
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, distinct for colour-blind eyes too.
-COLOURS: tuple[str, ...] = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#444444", "#D55E00", "#CC79A7", "#F0E442")
+# Okabe and Ito's colours, distinct for colour-blind eyes too; the same fit has the same colour in every picture.
+COLOURS = {"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"}
+OTHERS = ("#D55E00", "#CC79A7", "#8C6BB1", "#A6761D")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,17 +48,19 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
         import matplotlib
     except ImportError as error:
         raise ImportError('figures are drawn by matplotlib: pip install "kronfisher[experiments]"') from error
-    rows = [row for row in comparison.rows if not row.failure]
+    rows = [row for row in comparison.rows if isfinite(row.error)]
     if not rows:
         return []
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    colours = {row.fit: COLOURS[k % len(COLOURS)] for k, row in enumerate(rows)}
+    others = [row.fit for row in rows if row.fit not in COLOURS]
+    colours = COLOURS | {fit: OTHERS[k % len(OTHERS)] for k, fit in enumerate(others)}
     paths = []
     with matplotlib.rc_context(STYLE):
         figures = {name: _overview(rows, colours, comparison.settings)}
         if rows[0].shown is not None:
-            figures[f"{name}-block"] = _block([row for row in rows if row.shown], colours)
+            block = rows[0].shown[0]
+            figures[f"{name}-block"] = _block([row for row in rows if row.shown and row.shown[0] == block], colours)
         for stem, figure in figures.items():
             paths.append(folder / f"{stem}.png")
             figure.savefig(paths[-1])
@@ -66,11 +70,11 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
 def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     """Left: grouped bars of relative errors. Right: time against error, with the memory in the legend."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     blocks = list(dict.fromkeys(name for row in rows for name in row.blocks))
-    figure = Figure(figsize=(max(11.0, 6.0 + 0.16 * (len(blocks) + 1) * len(rows)), 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[max(1.7, 0.06 * len(blocks) * len(rows)), 1])
+    wide = min(14.0, max(7.0, 2.0 + 0.13 * (len(blocks) + 1) * len(rows)))
+    figure = Figure(figsize=(wide + 4.0, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[wide, 4.0])
     width = 0.8 / len(rows)
     for k, row in enumerate(rows):
         heights = [row.error, *(row.blocks.get(name, float("nan")) for name in blocks)]
@@ -85,10 +89,11 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     left.set_ylabel("relative error  ‖F̂ − F‖ / ‖F‖")
     left.set_title(f"How far each fit is from the Fisher matrix{_of(settings)}")
     right.set_xscale("log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
-    right.xaxis.set_minor_formatter(NullFormatter())
-    right.margins(x=0.15)
+    low, high = min(row.seconds for row in rows) / 1.5, max(row.seconds for row in rows) * 1.5
+    ticks = [digit * 10.0**k for k in range(-7, 7) for digit in (1, 2, 5) if low <= digit * 10.0**k <= high]
+    right.set_xlim(low, high)
+    right.set_xticks(ticks, map(duration, ticks))
+    right.minorticks_off()
     right.set_xlabel(f"wall time of the estimate, {rows[0].count:,} data")
     right.set_ylabel("relative error, all blocks")
     right.set_title("What it costs")
@@ -115,25 +120,26 @@ def _block(rows: list[Row], colours: dict[str, str]) -> Any:
     panels = above.subplots(1, len(shown), squeeze=False)[0]
     image = None
     for axes, (fit, matrix) in zip(panels, shown.items(), strict=True):
-        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axes.set_title(fit, loc="center", color=colours[fit])
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
     above.colorbar(image, ax=list(panels), label="entry", shrink=0.8, pad=0.015, extend="both")
     dim = len(next(iter(shown.values())))
-    above.suptitle(f"{', '.join(map(_short, names))}: the block of {dim} × {dim} weights under each fit", fontsize=12)
+    above.suptitle(f"{', '.join(map(_short, names))}: its block, {dim} × {dim}, under each fit", fontsize=12)
     axes = below.subplots()
     for k, (fit, matrix) in enumerate(shown.items()):
         values = torch.linalg.eigvalsh(matrix).flip(0)
         values = values[values > 1e-6 * values[0]]  # below is rounding
-        truth = {"lw": 6, "alpha": 0.3} if fit == "full" else {"lw": 1.8, "ls": ("-", "--")[k % 2]}
-        axes.plot(range(1, len(values) + 1), values, color=colours[fit], label=fit, **truth)
+        # The truth is a broad band below; broken lines lie above solid ones, so that equal spectra both show.
+        style: Any = {"lw": 6, "alpha": 0.3} if fit == "full" else {"lw": 1.8, "ls": ("-", "--")[k % 2]}
+        axes.plot(range(1, len(values) + 1), values.numpy(), color=colours[fit], label=fit, zorder=2 + k % 2, **style)
     axes.set_yscale("log")
     axes.set_xlabel("rank of the eigenvalue")
     axes.set_ylabel("eigenvalue")
     axes.set_title("Its spectrum")
-    axes.legend(loc="lower left", ncols=2)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

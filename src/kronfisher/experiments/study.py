@@ -99,22 +99,25 @@ class Study:
 
     def run(
         self,
+        dataset: Dataset,
+        model: nn.Module,
         say: Callable[[str], None] = lambda text: None,
         step: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> Comparison:
-        """Load, train, and compare the fits.
+        """Train the model, in place, and compare the fits.
 
         A `KeyboardInterrupt` while fits are compared ends the comparison early: what is finished is returned, and its
         `finished` is False. During training there is nothing to save, and it passes through.
 
         Args:
+            dataset: from `load`.
+            model: from `load`.
             say: called with a line of text whenever a part is done.
             step: called with what is being done, how many steps of it are done, and of how many.
 
         Returns:
             One row per finished fit, the settings beside them.
         """
-        dataset, model = self.load()
         say(f"{dataset.name}: {len(dataset.train_inputs):,} data to train on, {len(dataset.test_inputs):,} to test")
         start, settings = time.perf_counter(), self._settings(model)
         if self.epochs:
@@ -136,12 +139,15 @@ class Study:
         say(f"{self.network}: trained in {duration(time.perf_counter() - start)}, {quality}")
         rows, options = [], {k: settings[k] for k in ("labels", "samples", "seed", "memory_budget")}
         batches = dataset.batches(self.batch_size, self.limit)
+
+        def progress(text: str) -> None:
+            fit = self.fits[min(len(rows), len(self.fits) - 1)]
+            step(f"{fit}: {text}" if text else fit, len(rows), len(self.fits))
+
         try:
-            step(f"estimating {self.fits[0]}", 0, len(self.fits))
-            for row in measure(model, batches, dataset.likelihood, self.fits, **options):
+            for row in measure(model, batches, dataset.likelihood, self.fits, progress=progress, **options):
                 rows.append(row)
                 say(f"  {row}")
-                step(f"estimating {self.fits[min(len(rows), len(self.fits) - 1)]}", len(rows), len(self.fits))
         except KeyboardInterrupt:
             return Comparison(tuple(rows), settings, finished=False)
         return Comparison(tuple(rows), settings)

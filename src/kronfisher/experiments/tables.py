@@ -46,11 +46,11 @@ class Table:
 
 
 def number(value: float) -> str:
-    """Three decimals, or three digits where that would show none.
+    """Three decimals: what is below is rounding noise in an error of float32 matrices.
 
     Example:
-        >>> number(0.41234), number(12.3), number(3e-6), number(0.0), number(float("nan"))
-        ('0.412', '12.300', '0.000', '0.000', '–')
+        >>> number(0.41234), number(12.3), number(3e-6), number(float("nan"))
+        ('0.412', '12.300', '0.000', '–')
     """
     return "–" if math.isnan(value) else f"{value:.3f}"
 
@@ -59,21 +59,25 @@ def duration(seconds: float) -> str:
     """A wall time with its unit.
 
     Example:
-        >>> duration(0.0123), duration(3.21), duration(75.0)
-        ('12 ms', '3.2 s', '75 s')
+        >>> duration(0.0005), duration(0.0123), duration(3.21), duration(75.0)
+        ('0.5 ms', '12 ms', '3.2 s', '75 s')
     """
     if math.isnan(seconds):
         return "–"
-    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 60 else f"{seconds:.0f} s"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms" if seconds < 0.00095 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds:.0f} s"
 
 
 def size(number_of_bytes: int) -> str:
     """A number of bytes in decimal units.
 
     Example:
-        >>> size(512), size(5_400), size(4_000_000_000)
-        ('512 B', '5.4 kB', '4.0 GB')
+        >>> size(0), size(512), size(5_400), size(4_000_000_000)
+        ('–', '512 B', '5.4 kB', '4.0 GB')
     """
+    if not number_of_bytes:
+        return "–"
     value, units = float(number_of_bytes), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.95 and len(units) > 1:
         value, units = value / 1000, units[1:]

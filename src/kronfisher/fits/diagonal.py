@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, per_datum, register, sizes
+from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.operators import Diagonal as DiagonalOperator
 from kronfisher.samples import Samples
 
@@ -37,7 +37,7 @@ class Diagonal(Fit):
 
     def finish(self, state: State) -> DiagonalOperator:
         state.checked()
-        return DiagonalOperator(per_datum(state.sums["squares"], state.count).flatten(), name=state.name)
+        return DiagonalOperator((state.sums["squares"] * reciprocal(state.count)).flatten(), name=state.name)
 
 
 register("diagonal", Diagonal)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, per_datum, register, sizes
+from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
 from kronfisher.linalg import eigh
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
@@ -68,7 +68,7 @@ class EKFAC(Fit):
     def finish(self, state: State) -> Eigen:
         state.checked()
         basis = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"])
-        return Eigen(basis, per_datum(state.sums["eigenvalues"], state.count).flatten(), name=state.name)
+        return Eigen(basis, (state.sums["eigenvalues"] * reciprocal(state.count)).flatten(), name=state.name)
 
 
 register("ekfac", EKFAC)

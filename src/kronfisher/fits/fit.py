@@ -71,7 +71,7 @@ class State:
             NumericalError: naming the block.
         """
         for name, value in self.sums.items():
-            if not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(value.sum())):  # one NaN or Inf makes the sum one
                 raise NumericalError(
                     f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or an input "
                     "of this layer overflowed: look at its weights, or use float64."
@@ -158,8 +158,8 @@ def elements(*shape: int) -> int:
     return prod(shape)
 
 
-def per_datum(value: Tensor, count: Number) -> Tensor:
-    """``value / count``, zero where nothing was counted."""
+def reciprocal(count: Number) -> Number:
+    """``1 / count``, zero where nothing was counted."""
     if isinstance(count, Tensor):
-        return value / count.clamp_min(torch.finfo(value.dtype).tiny)
-    return value / count if count else torch.zeros_like(value)
+        return torch.where(count > 0, 1 / count, torch.zeros_like(count))
+    return 1 / count if count else 0.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, per_datum, register
+from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.operators import Dense
 from kronfisher.samples import Samples
@@ -63,7 +63,7 @@ class Full(Fit):
 
     def finish(self, state: State) -> Dense:
         state.checked()
-        return Dense(per_datum(mirror(state.sums["products"]), state.count), name=state.name)
+        return Dense(mirror(state.sums["products"], reciprocal(state.count)), name=state.name)
 
 
 register("full", Full)

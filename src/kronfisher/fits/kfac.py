@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, per_datum, register, sizes
+from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker
 from kronfisher.samples import Samples
@@ -63,8 +63,8 @@ class KFAC(Fit):
 
     def finish(self, state: State) -> Kronecker:
         state.checked()
-        inputs = per_datum(mirror(state.sums["inputs"]), state.rows)
-        outputs = per_datum(mirror(state.sums["outputs"]), state.count)
+        inputs = mirror(state.sums["inputs"], reciprocal(state.rows))
+        outputs = mirror(state.sums["outputs"], reciprocal(state.count))
         return Kronecker(inputs, outputs, name=state.name)
 
 

@@ -60,6 +60,12 @@ class Dense(Operator, kind="dense"):
         """By the Cholesky factor."""
         return torch.cholesky_solve(rows.mT, self._factor).mT
 
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """``N(0, X⁻¹)`` by the Cholesky factor, ``N(0, X)`` by the symmetric root, which exists when X is singular."""
+        if not inverse:
+            return super().colour(noise, inverse=False)
+        return torch.linalg.solve_triangular(self._factor.mT, noise.mT, upper=True).mT
+
     def inverse(self) -> "Dense":
         """Dense again."""
         return Dense(torch.cholesky_inverse(self._factor), self.name)

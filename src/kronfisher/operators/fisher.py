@@ -39,7 +39,7 @@ class Fisher:
         entries: pairs of a block, or of several blocks that one operator treats together, and its operator.
         shapes: name to shape of every covered parameter, in the order of the model.
         info: how the matrix was made.
-        context: what `error` needs of the estimate it comes from; it is not saved.
+        context: what `error` asks, by ``context.error(fisher, data, **options)``; `estimate` sets it, a file has none.
 
     Raises:
         DataError: blocks, operators and shapes do not fit each other.
@@ -303,14 +303,23 @@ class Fisher:
     # Reports, files, other libraries ----------------------------------------------------------------------------------
 
     def error(self, data: Any, **options: Any) -> Any:
-        """Relative Frobenius error against the true blocks on `data`, per block and in all.
+        """Relative Frobenius error against the true blocks on `data`, per block and in all; `report` shows it then.
+
+        Returns:
+            What the context's ``error(fisher, data, **options)`` returns: an object with `blocks`, block name to error,
+            and `relative`, that of all.
 
         Raises:
             DataError: the matrix was loaded from a file or made by hand, and knows no model.
         """
         if self.context is None:
-            raise DataError("this Fisher knows no model; call kronfisher.error(fisher, model, data, likelihood)")
-        return self.context.error(self, data, **options)
+            raise DataError(
+                "this Fisher was loaded or made by hand and knows no model; measure the error of the one that "
+                "kronfisher.estimate returns"
+            )
+        found = self.context.error(self, data, **options)
+        vars(self)["_measured"] = found  # a cache on this very matrix: another one has another error
+        return found
 
     def report(self) -> Report:
         """What the matrix consists of and what it cost; print it."""
@@ -359,7 +368,7 @@ class Fisher:
 
     def _plus(self, other: "Fisher") -> "Fisher":
         mine, theirs = dict(self._items()), dict(other._items())
-        if mine.keys() != theirs.keys() or self.shapes != other.shapes:
+        if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
             odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
             differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
             raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")

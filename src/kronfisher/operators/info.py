@@ -17,7 +17,7 @@ class BlockInfo:
         method: the fit, in words, such as ``KFAC(mode='expand')``.
         rows: unmasked positions over all data that used the block's weight.
         seconds: time spent on this block alone.
-        error: relative Frobenius error ``‖F − X‖ / ‖F‖``, if it was measured.
+        error: relative Frobenius error ``‖F − X‖ / ‖F‖``, if the fit knows it.
     """
 
     method: str = ""
@@ -55,8 +55,9 @@ class Info:
     changes: tuple[str, ...] = ()
 
     def changed(self, change: str) -> "Info":
-        """The same with one more change."""
-        return replace(self, changes=(*self.changes, change))
+        """The same with one more change; errors were those of the matrix before it."""
+        blocks = {name: replace(block, error=None) for name, block in self.blocks.items()}
+        return replace(self, changes=(*self.changes, change), blocks=blocks)
 
     def joined(self, other: "Info") -> "Info":
         """Of the sum of two matrices: the data of both.

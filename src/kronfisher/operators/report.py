@@ -1,6 +1,7 @@
 """What a Fisher matrix consists of and what it cost, for people."""
 
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from kronfisher.operators.info import BlockInfo
@@ -44,11 +45,13 @@ class Report:
         rows: one per block.
         facts: what holds for all of them, by name.
         seconds: of the whole estimate; those of the rows are a part of it.
+        error: relative Frobenius error of all blocks together, None where it was not measured.
     """
 
     rows: tuple[Row, ...]
     facts: dict[str, str]
     seconds: float
+    error: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -69,10 +72,10 @@ class Report:
             )
             for r in self.rows
         ]
-        total = ("total", f"{self.parameters:,}", "", "", "", _bytes(self.bytes), f"{self.seconds:.2f}")
+        total = ("total", f"{self.parameters:,}", "", "", _error(self.error), _bytes(self.bytes), f"{self.seconds:.2f}")
         lines = _table([head, *body, total], left=(0, 3))
         rule = "-" * max(map(len, lines))
-        facts = ", ".join(f"{key}: {value}" for key, value in self.facts.items())
+        facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), max(len(rule), 110))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts])
 
 
@@ -89,15 +92,16 @@ def report(fisher: "Fisher") -> Report:
         -------------------------------------------------------------
         w               3  100.0%  diagonal 3      -    12 B     0.00
         -------------------------------------------------------------
-        total           3                               12 B     0.00
+        total           3                          -    12 B     0.00
         data: 8, reduction: mean, labels: sampled (1 per datum), coverage: 75.0% of 4 trainable parameters
     """
-    info, total = fisher.info, fisher.dim
+    info, total, measured = fisher.info, fisher.dim, vars(fisher).get("_measured")
     rows = []
     for name, operator in fisher.blocks.items():
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
-        made = (block.method, block.error, operator.bytes, block.seconds)
+        error = block.error if measured is None else measured.blocks.get(name)
+        made = (block.method, error, operator.bytes, block.seconds)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
@@ -108,7 +112,7 @@ def report(fisher: "Fisher") -> Report:
         facts["coverage"] = f"{total / info.trainable:.1%} of {info.trainable:,} trainable parameters"
     if info.changes:
         facts["then"] = ", ".join(info.changes)
-    return Report(tuple(rows), facts, info.seconds)
+    return Report(tuple(rows), facts, info.seconds, None if measured is None else measured.relative)
 
 
 def _error(error: float | None) -> str:

@@ -33,7 +33,7 @@ def sandwich(left: Tensor, rows: Tensor, right: Tensor) -> Tensor:
         matrix = left @ matrix if left.dim() == 3 else left[..., None] * matrix
         matrix = matrix.reshape(groups, outputs * count, inputs)
         matrix = matrix @ right.mT if right.dim() == 3 else matrix * right[:, None, :]
-    return _rows(matrix, count)
+    return _rows(matrix, count, groups, outputs, inputs)
 
 
 def _columns(rows: Tensor, groups: int, outputs: int, inputs: int) -> Tensor:
@@ -41,9 +41,9 @@ def _columns(rows: Tensor, groups: int, outputs: int, inputs: int) -> Tensor:
     return matrix.reshape(groups, outputs, len(rows) * inputs)
 
 
-def _rows(matrix: Tensor, count: int) -> Tensor:
-    groups, height, inputs = matrix.shape
-    return matrix.reshape(groups, height // count, count, inputs).permute(2, 0, 1, 3).reshape(count, -1)
+def _rows(matrix: Tensor, count: int, groups: int, outputs: int, inputs: int) -> Tensor:
+    matrix = matrix.reshape(groups, outputs, count, inputs).permute(2, 0, 1, 3)
+    return matrix.reshape(count, groups * outputs * inputs)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def factor(side: Tensor, name: str, *, definite: bool = False) -> Tensor:
     """The lower Cholesky factor as a side.
 
     Raises:
-        SingularError: an eigenvalue is numerically zero. Rounding hides that from the factorisation itself in up to half
-            of the cases, so the condition is estimated too, unless `definite` says that the side was damped.
+        SingularError: an eigenvalue is numerically zero. Rounding hides that from the factorisation itself as often as
+            not, so the condition is estimated too, unless `definite` says that the side was damped.
     """
     lower = cholesky(side, name) if side.dim() == 3 else side.sqrt()
     if side.dim() == 2:
@@ -97,9 +97,10 @@ def _condition(side: Tensor, lower: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(side.shape[1], 1, generator=generator, dtype=side.dtype).to(side.device)
     high = low = probe.expand(len(side), -1, 1)
-    for _ in range(8):
-        high = side @ (high / torch.linalg.vector_norm(high, dim=1, keepdim=True))
-        low = torch.cholesky_solve(low / torch.linalg.vector_norm(low, dim=1, keepdim=True), lower)
+    with full_precision(side.device.type):
+        for _ in range(4):
+            high = side @ (high / torch.linalg.vector_norm(high, dim=1, keepdim=True))
+            low = torch.cholesky_solve(low / torch.linalg.vector_norm(low, dim=1, keepdim=True), lower)
     return torch.linalg.vector_norm(high, dim=(1, 2)) * torch.linalg.vector_norm(low, dim=(1, 2))
 
 
@@ -120,7 +121,7 @@ def solve(left: Tensor, rows: Tensor, right: Tensor, *, whiten: bool = False) ->
     matrix = _solve_left(left, _columns(rows, groups, outputs, inputs), whiten)
     matrix = matrix.reshape(groups, outputs * count, inputs)
     matrix = _solve_left(right, matrix.mT, whiten).mT
-    return _rows(matrix, count)
+    return _rows(matrix, count, groups, outputs, inputs)
 
 
 def _solve_left(lower: Tensor, matrix: Tensor, whiten: bool) -> Tensor:

@@ -65,7 +65,7 @@ def load(path: str | Path, model: torch.nn.Module) -> Fisher:
         model: the model the matrix belongs to; its parameters must have the names and shapes of the file.
 
     Returns:
-        The Fisher, with the dtype it was saved in. It knows no data: ask ``kronfisher.error(fisher, model, ...)``.
+        The Fisher, with the dtype it was saved in. It knows no data, so that its error cannot be measured.
 
     Raises:
         DataError: the file is damaged or of another format, or the model does not match; the message says where.

@@ -87,6 +87,10 @@ class Total(Operator, kind="total"):
         """By the Cholesky factor of the matrix itself; UnsupportedError as in `spectral`."""
         return self._dense("its inverse").solves(rows)
 
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """As the matrix itself does; UnsupportedError as in `spectral`."""
+        return self._dense("its root").colour(noise, inverse=inverse)
+
     def inverse(self) -> Operator:
         """Of the matrix itself; UnsupportedError as in `spectral`."""
         return self._dense("its inverse").inverse()

@@ -68,16 +68,14 @@ def _from_names(v: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tens
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; unknown: {', '.join(unknown)}" if unknown else "")
         )
-    single = {name: v[name].shape == shape for name, shape in shapes.items()}
-    if all(single.values()):
-        return {name: v[name][None] for name in shapes}, Form(flat=False, many=False)
-    counts = {}
+    counts = {}  # None for one vector without the leading axis
     for name, shape in shapes.items():
-        if v[name].dim() != len(shape) + 1 or v[name].shape[1:] != shape:
-            also = " (others hold one vector)" if single[name] else ""
+        if v[name].shape != shape and v[name].shape[1:] != shape:
             expected = f"{list(shape)}, or [K{''.join(f', {n}' for n in shape)}] for K vectors"
-            raise DataError(f"{name}: the vector has shape {list(v[name].shape)}{also}; expected {expected}")
-        counts[name] = len(v[name])
+            raise DataError(f"the vector at {name} has shape {list(v[name].shape)}; expected {expected}")
+        counts[name] = None if v[name].shape == shape else len(v[name])
     if len(set(counts.values())) > 1:
-        raise DataError(f"the leading axis must be the same number of vectors everywhere: {counts}")
-    return {name: v[name] for name in shapes}, Form(flat=False, many=True)
+        listed = ", ".join(f"{name} has {'one' if n is None else f'[{n}, ...]'}" for name, n in counts.items())
+        raise DataError(f"all parameters must hold the same number of vectors; {listed}")
+    many = None not in counts.values()
+    return {name: v[name] if many else v[name][None] for name in shapes}, Form(flat=False, many=many)

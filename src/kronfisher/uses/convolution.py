@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfisher.linalg import promote
-from kronfisher.samples import Activations, Ones
+from kronfisher.samples import WORKSPACE, Activations, Ones
+from kronfisher.uses import shifts
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
 
@@ -24,6 +25,11 @@ class Window:
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
+
+    def steps(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Positions along each axis of images of that size."""
+        axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + sum(pad) - (k - 1) * spread - 1) // step + 1 for n, k, step, pad, spread in axes)
 
     def windows(self, images: Tensor) -> Tensor:
         """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
@@ -54,8 +60,7 @@ class Patches(Activations):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        sizes = zip(self.images.shape[2:], *(getattr(self.window, f) for f in ("kernel", "stride", "padding", "dilation")), strict=True)
-        positions = prod((size + sum(pad) - (k - 1) * spread - 1) // step + 1 for size, k, step, pad, spread in sizes)
+        positions = prod(self.window.steps(self.images.shape[2:]))
         width = self.images.shape[1] // self.groups * prod(self.window.kernel)
         return self.groups, self.samples, len(self.images) // self.samples * positions, width + self.bias
 
@@ -73,6 +78,38 @@ class Patches(Activations):
         if self.bias:
             rows[:, -1] = 1
         return rows.unflatten(2, (high - low, positions)).permute(0, 2, 3, 1)
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """Without writing patches out where that is faster (`shifts`)."""
+        size, window, axes = self.images.shape[2:], self.window, len(self.window.kernel)
+        shape = tuple(
+            (*values, fill)[:2]  # one axis is treated as two, the second of size one
+            for values, fill in (
+                (size, 1),
+                (window.kernel, 1),
+                ([before for before, _ in window.padding], 0),
+                (window.steps(size), 1),
+                (window.dilation, 1),
+            )
+        )
+        simple = axes <= 2 and set(window.stride) == {1} and self.images.device.type == "cpu"
+        channels = self.images.shape[1] // self.groups
+        route = shifts.cheapest(shape, len(self.images), channels) if simple else "patches"
+        if route == "patches":
+            super().add_covariance_(total, workspace)
+            return
+        width = self.shape[-1] - self.bias
+        images = self.images.to(total.dtype)
+        for part, factor in zip(images.chunk(self.groups, dim=1), total[:, :width, :width], strict=True):
+            part = part.reshape(len(images), channels, *(*size, 1)[:2])
+            if route == "rows":
+                shifts.add_row_covariance_(factor, part, shape, window.padding[1] if axes == 2 else (0, 0))
+            else:
+                shifts.add_shifted_covariance_(factor, part, shape)
+        if self.bias:
+            sums = window.windows(images.sum(dim=0, keepdim=True)).sum(dim=tuple(range(2, 2 + axes)))
+            total[:, :width, width] += sums.reshape(self.groups, -1)
+            total[:, width, width] += prod(self.shape[1:3])
 
 
 @dataclass
@@ -93,8 +130,8 @@ class ConvolutionUse(Use):
 
     def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
         images = self._batched(promote(gradient)).flatten(2).unflatten(1, (self.groups, -1))  # [R, H, O, T]
-        grouped = owner.group(images, 1)  # [n, F, H, O, T]
-        return grouped.permute(2, 0, 1, 4, 3).flatten(2, 3)
+        grouped = owner.group(images, 1).permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
+        return grouped.flatten(3).permute(0, 2, 3, 1)
 
     def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:

@@ -35,9 +35,9 @@ def load(
         split: which published split of a UCI set.
 
     Raises:
-        ValueError: there is no data set of that name.
+        ValueError: there is no data set of that name, or no such split.
         FileNotFoundError: a file is missing; the message says which, and where it comes from.
-        DataError: a file is damaged, or the split does not exist.
+        DataError: a file is damaged.
 
     Example:
         >>> load("curves", train_size=100, test_size=10)

@@ -36,7 +36,8 @@ def uci(name: str, data_dir: str | Path | None = None, split: int = 0) -> Datase
 
     Raises:
         FileNotFoundError: a file is missing; the message says which, and whose it is.
-        DataError: there is no such split, or a file is not what its name says.
+        ValueError: there is no such split.
+        DataError: a file is not what its name says.
     """
 
     def table(file: str, ndmin: Literal[1, 2] = 1) -> np.ndarray:
@@ -48,7 +49,7 @@ def uci(name: str, data_dir: str | Path | None = None, split: int = 0) -> Datase
 
     splits = int(table("n_splits")[0])
     if not 0 <= split < splits:
-        raise DataError(f"{name} has splits 0 to {splits - 1}, not {split}")
+        raise ValueError(f"{name} has splits 0 to {splits - 1}, not {split}")
     data, features, target = table("data", 2), table("index_features"), table("index_target")
     columns = np.concatenate([features, target]).astype(int)
     parts = []
