@@ -1,7 +1,8 @@
 """Compares matrices of kronfisher with those of other libraries, and with dense ones, on tiny float64 problems.
 
-Run by run.py with the names of the libraries; prints one line of JSON. A row says by which factor the other library's matrix differs by
-convention; the relative error is what remains in Frobenius norm after that factor, which is derived and never fitted.
+Run by run.py with the names of the libraries; prints one line of JSON. A row says by which factor the other library's
+matrix differs by convention; the relative error is what remains, in Frobenius norm, after that factor, which is
+derived and never fitted.
 """
 
 import importlib
@@ -9,15 +10,17 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from math import prod
+from functools import partial
 
-import kronfisher as kf
 import torch
 from peers import Skip
 from problems import Problem, own_problems, shared_problems, truth
-from torch import Tensor
+from torch import Tensor, nn
+
+import kronfisher as kf
 
 MATRICES = ["kfac", "kfac-reduce", "ekfac", "diagonal", "full"]
+LIBRARIES = ["curvlinops", "nngeometry", "backpack"]
 
 
 def estimate(problem: Problem, matrix: str, labels: str = "exact", reduction: str = "mean") -> kf.Fisher:
@@ -27,51 +30,72 @@ def estimate(problem: Problem, matrix: str, labels: str = "exact", reduction: st
         "bernoulli": kf.Bernoulli(),
         "categorical": kf.Categorical(ignore_index=problem.ignore_index, weight=problem.weight, class_dim=-1),
     }[problem.likelihood]
-    halves = [slice(0, 1 + len(problem.inputs) // 2), slice(1 + len(problem.inputs) // 2, None)]
-    batches = [(problem.inputs[half], problem.targets[half]) for half in halves if len(problem.inputs[half])]
+    half = 1 + len(problem.inputs) // 2
+    batches = [(problem.inputs[part], problem.targets[part]) for part in (slice(0, half), slice(half, None))]
     fit = kf.Full(across_layers=True) if matrix == "full" else matrix
+    batches = [batch for batch in batches if len(batch[0])]
     return kf.estimate(problem.model, batches, likelihood, fit=fit, labels=labels, reduction=reduction)
 
 
-def difference(theirs: Tensor, ours: Tensor, scale: float) -> float:
-    return ((theirs - scale * ours).norm() / theirs.norm()).item()
-
-
-def within_parameters(model: torch.nn.Module) -> Tensor:
-    """One where two entries belong to the same parameter."""
-    return torch.block_diag(*(torch.ones(p.numel(), p.numel()) for p in model.parameters()))
-
-
-def within_groups(model: torch.nn.Module) -> Tensor:
-    """One where two entries belong to the same layer and the same group of its channels."""
-    marks = []
-    for layer in (m for m in model.modules() if list(m.parameters(recurse=False))):
+def same_group(model: nn.Module) -> Tensor:
+    """One where both entries belong to one layer and one group of its channels: the blocks of K-FAC."""
+    marks, layers = [], [layer for layer in model.modules() if list(layer.parameters(recurse=False))]
+    for k, layer in enumerate(layers):
         for p in layer.parameters(recurse=False):
             group = torch.arange(len(p)) * getattr(layer, "groups", 1) // len(p)
-            marks.append(group.repeat_interleave(p[0].numel()) + 1000 * len(marks) // 2)
+            marks.append(100 * k + group.repeat_interleave(p[0].numel()))
     marks = torch.cat(marks)
-    return (marks[:, None] == marks).to(torch.float64)
+    return (marks[:, None] == marks).double()
+
+
+def row(problem: Problem, matrix: str, labels: str, against: str, scale: str, error: str, why: str) -> dict[str, str]:
+    names = {"problem": problem.name, "matrix": matrix, "labels": labels, "against": against}
+    return {**names, "scale": scale, "relative error": error, "why this scale": why}
+
+
+def difference(theirs: Tensor, ours: Tensor) -> str:
+    return f"{(theirs - ours).norm() / theirs.norm():.1e}"
 
 
 def against_library(name: str) -> Iterator[dict]:
     library = importlib.import_module(f"references.{name}")
+    cases = [(matrix, labels, r) for matrix in MATRICES for labels in ("exact", "observed") for r in ("mean", "sum")]
     for problem in shared_problems():
-        for matrix in MATRICES:
-            for labels in ("exact", "observed"):
-                for reduction in ("mean", "sum"):
-                    row = {"problem": problem.name, "matrix": f"{matrix}, {reduction}", "labels": labels, "against": name}
-                    try:
-                        theirs, scale, why = library.matrix(problem, matrix, labels, reduction)
-                    except Skip:
-                        continue
-                    except Exception as error:
-                        reason = f"skipped: {type(error).__name__}: {' '.join(str(error).split())}"[:120]
-                        yield row | {"scale": "", "relative error": reason, "why this scale": ""}
-                        continue
-                    ours = estimate(problem, matrix, labels, reduction).to_dense()
-                    if theirs.dim() == 1:
-                        ours = ours.diagonal()
-                    elif getattr(library, "SEPARATE_BIAS", False) and matrix == "kfac":
-                        ours = ours * within_parameters(problem.model)
-                    error = difference(theirs, ours, scale)
-                    yield row | {"scale": f"{scale:.4g}", "relative error": f"{error:.1e}", "why this scale": why}
+        for matrix, labels, reduction in cases:
+            try:
+                theirs, scale, why = library.matrix(problem, matrix, labels, reduction)
+            except Skip:
+                continue
+            except Exception as error:  # whatever the library dies of belongs in the table
+                reason = f"skipped: {type(error).__name__}: {' '.join(str(error).split())}"[:120]
+                yield row(problem, f"{matrix}, {reduction}", labels, name, "", reason, "")
+                continue
+            if matrix == "kfac" and hasattr(library, "counterpart"):
+                ours = library.counterpart(problem, partial(estimate, problem, labels=labels, reduction=reduction))
+            else:
+                ours = estimate(problem, matrix, labels, reduction).to_dense()
+            ours = ours.diagonal() if theirs.dim() == 1 else ours
+            yield row(
+                problem, f"{matrix}, {reduction}", labels, name, f"{scale:.4g}", difference(theirs, scale * ours), why
+            )
+
+
+def against_truth() -> Iterator[dict]:
+    for problem, matrix, why in own_problems():
+        theirs, ours = truth(problem), estimate(problem, matrix).to_dense()
+        if matrix == "kfac":
+            theirs = theirs * same_group(problem.model)
+        elif matrix == "diagonal":
+            theirs, ours = theirs.diagonal(), ours.diagonal()
+        yield row(problem, f"{matrix}, mean", "exact", "dense truth", "1", difference(theirs, ours), why)
+    for problem in shared_problems():
+        error = difference(truth(problem), estimate(problem, "full").to_dense())
+        yield row(problem, "full, mean", "exact", "dense truth", "1", error, "exact by definition")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("ignore")
+    rows = [r for name in LIBRARIES if name in sys.argv[1:] for r in against_library(name)] + [*against_truth()]
+    print(json.dumps({"rows": rows}))

@@ -23,7 +23,7 @@ def rows_of(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class Floor:
-    """The bare work. Its workload is one of its own: libraries leave hooks and flags on the model and the data that they see."""
+    """The bare work, on a workload of its own: libraries leave hooks and flags on the model and the data they see."""
 
     def __init__(self, workload: Workload) -> None:
         self.model, self.batches, self.likelihood = workload.model, workload.batches, workload.likelihood
@@ -61,7 +61,9 @@ class Floor:
         """Keep the factors of every layer, for `solve`."""
         self.batches = self.batches[:1]
         self.write_out()
-        self.factors = [(ata / len(a), gtg * len(g)) for (a, g), (ata, gtg) in zip(self.rows, self.products(), strict=True)]
+        self.factors = [
+            (ata / len(a), gtg * len(a)) for (a, _), (ata, gtg) in zip(self.rows, self.products(), strict=True)
+        ]
 
     def solve(self, damping: float) -> list[Tensor]:
         """Damp, factorise and invert every factor with Cholesky, and apply the inverse to one matrix a layer."""

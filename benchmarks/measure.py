@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from floors import Floor
@@ -54,14 +55,14 @@ def ratios(times: dict[str, list[float]], *floors: str) -> dict[str, object]:
     return {"ratio": spread(relative), **{name: spread(values) for name, values in times.items()}}
 
 
-def factors(adaptor, workload: Workload, floor: Floor, repeats: int) -> dict[str, object]:
+def factors(adaptor: Any, workload: Workload, floor: Floor, repeats: int) -> dict[str, object]:
     first = seconds(lambda: adaptor.run(workload.batches))
     floor.write_out()
     works = {"own": lambda: adaptor.run(workload.batches), "fb": floor.forward_backward, "gemm": floor.products}
     return {"first": first, **ratios(alternate(works, repeats), "fb", "gemm")}
 
 
-def solve(adaptor, workload: Workload, floor: Floor, repeats: int, exact: bool) -> dict[str, object]:
+def solve(adaptor: Any, workload: Workload, floor: Floor, repeats: int, exact: bool) -> dict[str, object]:
     floor.write_out_factors()
     vector = {name: torch.randn_like(p) for name, p in floor.model.named_parameters()}
     computed = adaptor.run(workload.batches)
@@ -69,9 +70,14 @@ def solve(adaptor, workload: Workload, floor: Floor, repeats: int, exact: bool) 
     return ratios(alternate(works, repeats), "bare")
 
 
-def memory(adaptor, workload: Workload) -> dict[str, object]:
+def memory(prepare: Callable[[], tuple[Any, Workload]]) -> dict[str, object]:
     """Peak resident memory of one call above what was resident before it, in MiB, the factors included."""
-    adaptor.run([(x[:2].clone(), y[:2].clone()) for x, y in workload.batches])  # the code and the tables of BLAS
+    adaptor, workload = (
+        prepare()
+    )  # to load code and the tables of BLAS; libraries leave results on the model, so drop it
+    adaptor.run([(x[:2], y[:2]) for x, y in workload.batches])
+    del adaptor, workload
+    adaptor, workload = prepare()
     gc.collect()
     with suppress(OSError):  # forget the peak of the imports
         Path("/proc/self/clear_refs").write_text("5")
@@ -79,7 +85,7 @@ def memory(adaptor, workload: Workload) -> dict[str, object]:
     computed = adaptor.run(workload.batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del computed
-    return {"extra": (peak - before) / 2**20}
+    return {"likelihood": adaptor.likelihood, "extra": (peak - before) / 2**20}
 
 
 class Bare:
@@ -97,13 +103,17 @@ def measure(peer: str, name: str, what: str, repeats: int) -> dict[str, object]:
         torch.manual_seed(0)
         return WORKLOADS[name]()
 
-    try:
+    def prepare() -> tuple[Any, Workload]:
         adaptor = Bare() if peer == "floor" else importlib.import_module(f"peers.{peer}").Adaptor()
         workload = build()
         adaptor.setup(workload.model, workload.likelihood)
+        return adaptor, workload
+
+    try:
         if what == "memory":
-            result = memory(adaptor, workload)
-        elif what == "factors":
+            return memory(prepare)
+        adaptor, workload = prepare()
+        if what == "factors":
             result = factors(adaptor, workload, Floor(build()), repeats)
         else:
             result = solve(adaptor, workload, Floor(build()), repeats, exact=what == "solve-exact")

@@ -1,4 +1,4 @@
-"""Tiny float64 problems on which matrices of different libraries can be compared entry by entry, and the dense truth."""
+"""Tiny float64 problems on which matrices of different libraries are compared entry by entry, and the dense truth."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,9 +47,16 @@ def linear() -> nn.Module:
 
 
 def convolution() -> nn.Module:
-    """Stride, padding, an even kernel and a kernel that is not square."""
-    layers = [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, (2, 1)), nn.Tanh(), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(12, 3))
+    """Stride, padding, dilation and an even kernel."""
+    layers = [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 2, dilation=(1, 2)), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 3))
+
+
+class Averaged(nn.Sequential):
+    """Positions averaged before the last layer: many positions in the first, one in the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](self[1](self[0](x)).mean(dim=1))
 
 
 def shared_problems() -> Iterator[Problem]:
@@ -61,27 +68,33 @@ def shared_problems() -> Iterator[Problem]:
         yield problem("convolution", convolution(), (6, 2, 6, 5), likelihood)
     for likelihood in ("gaussian", "categorical"):
         yield problem("sequence", linear(), (5, 4, 4), likelihood)
+        yield problem("sequence, averaged", Averaged(*linear()), (5, 4, 4), likelihood)
 
 
 def own_problems() -> Iterator[tuple[Problem, str, str]]:
     """What other libraries get wrong or refuse: problem, the matrix of ours that is exact there, and why it is."""
     torch.manual_seed(1)
+    by_definition, single = "exact by definition", "one datum and one position"
+
     deep = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
-    yield problem("sequence, deep linear", deep, (5, 4, 4), "gaussian"), "kfac", "K-FAC is exact in deep linear networks"
+    yield problem("sequence, deep linear", deep, (5, 4, 4), "gaussian"), "kfac", "exact in deep linear networks"
+
     grouped = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten())
-    why = "one datum and one position: exact within a group"
-    yield problem("grouped convolution, one position", grouped, (1, 4, 3, 3), "categorical"), "kfac", why
-    strided = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3))
+    yield problem("groups, one position", grouped, (1, 4, 3, 3), "categorical"), "kfac", f"{single}, within a group"
+    layers = [nn.Conv2d(4, 6, 2, groups=2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 3)]
     for matrix in ("diagonal", "full"):
-        yield problem("grouped convolution, strided", strided, (4, 4, 4, 5), "categorical"), matrix, "exact by definition"
-    ignored = problem("sequence, all but one position ignored", linear(), (1, 4, 4), "categorical", ignore_index=7)
+        strided = problem("groups, strided", nn.Sequential(*layers), (4, 4, 4, 5), "categorical")
+        yield strided, matrix, by_definition
+
+    ignored = problem("all but one position ignored", linear(), (1, 4, 4), "categorical", ignore_index=7)
     ignored.targets[0, 1:] = 7
-    yield ignored, "kfac", "one datum and one position that counts"
-    ignored = problem("sequence, some positions ignored", linear(), (5, 4, 4), "categorical", ignore_index=7)
+    yield ignored, "kfac", f"{single} that counts"
+    ignored = problem("some positions ignored", linear(), (5, 4, 4), "categorical", ignore_index=7)
     ignored.targets[torch.rand(5, 4) < 0.5] = 7
-    yield ignored, "full", "exact by definition"
-    weighted = problem("class weights, one datum", linear(), (1, 4), "categorical", weight=torch.tensor([1.0, 3.0, 0.5]))
-    yield weighted, "kfac", "one datum and one position"
+    yield ignored, "full", by_definition
+
+    weight = torch.tensor([1.0, 3.0, 0.5])
+    yield problem("class weights, one datum", linear(), (1, 4), "categorical", weight=weight), "kfac", single
 
 
 def truth(problem: Problem) -> Tensor:

@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+TOLERANCE = 1e-5
+
 TITLES = {
     "factors": "K-FAC factors: time over (forward and backward + bare products)",
     "solve": "Factored damping: factorise, invert, one product",
@@ -46,6 +48,12 @@ def cells(result: dict) -> list[str]:
     return [*row, f"{result['first'] / own['median']:.1f}"] if what == "factors" else row
 
 
+def disagrees(result: dict) -> bool:
+    """Whether two matrices that ought to be equal are not."""
+    error = result.get("relative error", "")
+    return result["what"] == "agreement" and not error.startswith("skipped") and not float(error) <= TOLERANCE
+
+
 def line(result: dict) -> str:
     """One result for the terminal while others are still running."""
     return f"{result['peer']}: {'  '.join(cell for cell in cells(result) if cell)}"
@@ -68,8 +76,10 @@ def markdown(run: dict) -> str:
             rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
     if agreement := [result for result in run["results"] if result["what"] == "agreement"]:
+        skipped = sum(result["relative error"].startswith("skipped") for result in agreement)
+        failed = sum(map(disagrees, agreement))
         lines += ["", "## Agreement on tiny float64 problems", ""]
+        lines += [f"{len(agreement) - skipped} comparisons, {failed} beyond {TOLERANCE:.0e}; {skipped} skipped.", ""]
         header = ["problem", "matrix", "labels", "against", "scale", "relative error", "why this scale"]
-        rows = [[str(row[column]) for column in header] for row in agreement]
-        lines += table(header, rows)
+        lines += table(header, [[result[column] for column in header] for result in agreement])
     return "\n".join(lines) + "\n"

@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
         return known["versions"]
     print(f"making {ENVIRONMENT.relative_to(ROOT)} (some minutes)", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-    # torch first and by its pin, or the first library to ask for it brings a build of its own choice, a CUDA one perhaps.
+    # torch first and by its pin, or the first library to ask for it brings a build of its own choice.
     if complaint := pip("install", "-r", str(constraints)):
         sys.exit(f"benchmarks: torch cannot be installed: {complaint}")
     lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith("#")]
@@ -74,9 +74,11 @@ def environment() -> dict[str, str]:
 
 def child(script: str, *arguments: str, timeout: float) -> dict:
     """Run one of the scripts beside this one in a fresh process and read its last line."""
+    # Whether glibc keeps a freed block or returns it and pays for fresh pages next time depends on history, and decides
+    # a quarter of some libraries' time. For times it keeps all; for memory it returns all: what is resident is in use.
+    threshold = "65536" if "memory" in arguments else "4000000000"
     settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    if "memory" in arguments:  # return every freed block at once, so that resident memory means what is in use
-        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    settings |= {"MALLOC_MMAP_THRESHOLD_": threshold, "MALLOC_TRIM_THRESHOLD_": threshold}
     command = [str(PYTHON), str(HERE / script), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=timeout)
@@ -84,7 +86,8 @@ def child(script: str, *arguments: str, timeout: float) -> dict:
         return {"skipped": f"took longer than {timeout:.0f} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"skipped": f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][:120]}"}
+        complaint = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"skipped": f"exit code {done.returncode}: {complaint[:120]}"}
     return json.loads(lines[-1])
 
 
@@ -93,7 +96,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS), metavar="WHAT")
     parser.add_argument("--peers", nargs="+", choices=PACKAGES, default=list(PACKAGES), metavar="PEER")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD")
-    parser.add_argument("--repeats", type=int, default=9, help="repeats of each measurement after warming up, at least 2")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats after one round of warming up, at least 2")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
     options = parser.parse_args()
     versions = environment()
@@ -101,8 +104,10 @@ def main() -> None:
     results = []
     for what in (kind for name in options.what for kind in WHATS[name]):
         if what == "agreement":
-            for row in child("agreement.py", *options.peers, timeout=options.timeout)["rows"]:
-                results.append({"what": what, **row})
+            found = child("agreement.py", *options.peers, timeout=options.timeout)
+            if "skipped" in found:
+                sys.exit(f"benchmarks: the comparison of matrices failed: {found['skipped']}")
+            results += [{"what": what, **row} for row in found["rows"]]
             continue
         for workload in options.workloads:
             for peer in (["floor"] if what == "memory" else []) + options.peers:
@@ -124,6 +129,8 @@ def main() -> None:
     target.with_suffix(".md").write_text(report.markdown(run))
     print(report.markdown(run))
     print(f"written: {target.relative_to(ROOT)}.md and .json", file=sys.stderr)
+    if any(report.disagrees(result) for result in results):
+        sys.exit("benchmarks: some matrices differ by more than they should; see the table")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Only `nn.Linear` and `nn.Conv2d` have parameters, because several of the librari
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class GPT(nn.Module):
 def dense_layers(*widths: int, activation: type[nn.Module], linear: tuple[int, ...] = ()) -> nn.Sequential:
     """Linear layers with activations between them, none after those numbered in `linear`."""
     layers: list[nn.Module] = []
-    for k, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for k, (inner, outer) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(inner, outer))
         if k < len(widths) - 2 and k not in linear:
             layers.append(activation())
@@ -81,9 +82,7 @@ def autoencoder() -> Workload:
 
 def mlp() -> Workload:
     """2048-2048-2048-10, ReLU; 2 batches of 1024."""
-    return Workload(
-        dense_layers(2048, 2048, 2048, 10, activation=nn.ReLU), classified((2048,), 2, 1024), "categorical"
-    )
+    return Workload(dense_layers(2048, 2048, 2048, 10, activation=nn.ReLU), classified((2048,), 2, 1024), "categorical")
 
 
 def gpt() -> Workload:

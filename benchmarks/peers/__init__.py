@@ -2,11 +2,11 @@
 
 A module here is named as its library and has a class `Adaptor`:
 
-- `setup(model, likelihood)` prepares the library for a model and one of the likelihoods "bernoulli" and "categorical", sets
-  `self.likelihood` to the one used ("gaussian" where the library has nothing closer), or raises `Skip`.
-- `run(batches)` computes the K-FAC factors of all parameters with one Monte-Carlo sample and returns whatever holds them.
-- `solve(factors, vector, damping, exact)` factorises from scratch and applies the damped inverse to one vector, a dict by
-  parameter name. `exact` asks for (F + λ)⁻¹; otherwise either factor is damped by its share of √λ.
+- `setup(model, likelihood)` prepares the library for a model and one of the likelihoods "bernoulli" and "categorical",
+  sets `self.likelihood` to the one used ("gaussian" where the library has nothing closer), or raises `Skip`.
+- `run(batches)` computes the K-FAC factors of all parameters with one Monte-Carlo sample and returns what holds them.
+- `solve(factors, vector, damping, exact)` factorises from scratch and applies the damped inverse to one vector, a dict
+  by parameter name. `exact` asks for (F + λ)⁻¹; otherwise either factor is damped by its share of √λ.
 """
 
 import torch

@@ -1,8 +1,9 @@
 from backpack import backpack, extend
 from backpack.extensions import KFAC
-from peers import Skip
 from torch import Tensor, nn
 from workloads import Batch
+
+from peers import Skip
 
 
 class Adaptor:

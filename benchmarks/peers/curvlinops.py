@@ -1,8 +1,9 @@
 import torch
 from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-from peers import ClassesSecond
 from torch import Tensor, nn
 from workloads import Batch
+
+from peers import ClassesSecond
 
 LOSSES = {"bernoulli": nn.BCEWithLogitsLoss, "categorical": nn.CrossEntropyLoss}
 
@@ -31,7 +32,9 @@ class Adaptor:
         operator.compute_kronecker_factors()
         return operator
 
-    def solve(self, factors: KFACLinearOperator, vector: dict[str, Tensor], damping: float, exact: bool) -> list[Tensor]:
+    def solve(
+        self, factors: KFACLinearOperator, vector: dict[str, Tensor], damping: float, exact: bool
+    ) -> list[Tensor]:
         inverse = KFACInverseLinearOperator(
             factors, damping=damping, use_exact_damping=exact, use_heuristic_damping=not exact
         )

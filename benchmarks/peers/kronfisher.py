@@ -1,6 +1,7 @@
-import kronfisher as kf
 from torch import Tensor, nn
 from workloads import Batch
+
+import kronfisher as kf
 
 
 class Adaptor:
@@ -12,4 +13,5 @@ class Adaptor:
         return kf.estimate(self.model, batches, self.distribution, fit="kfac", labels="sampled", samples=1)
 
     def solve(self, factors: kf.Fisher, vector: dict[str, Tensor], damping: float, exact: bool) -> dict[str, Tensor]:
-        return (factors + (damping if exact else kf.FactoredTikhonov(damping))).solve(vector)
+        fresh = factors * 1.0  # a Fisher keeps its eigenvectors for the next damping
+        return (fresh + (damping if exact else kf.FactoredTikhonov(damping))).solve(vector)

@@ -7,9 +7,10 @@ from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
 from kronfluence.factor.eigen import perform_eigendecomposition
 from kronfluence.task import Task
 from kronfluence.utils.state import State
-from peers import Skip, joined
 from torch import Tensor, nn
 from workloads import Batch
+
+from peers import Skip, joined
 
 
 class SampledLoss(Task):

@@ -1,9 +1,10 @@
 import torch
 from laplace.curvature import CurvlinopsGGN
 from laplace.utils import Kron
-from peers import ClassesSecond, Skip
 from torch import Tensor, nn
 from workloads import Batch
+
+from peers import ClassesSecond, Skip
 
 
 class Adaptor:

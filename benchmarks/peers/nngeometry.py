@@ -4,10 +4,11 @@ from nngeometry.backend import TorchHooksJacobianBackend
 from nngeometry.layercollection import LayerCollection
 from nngeometry.object.pspace import PMatKFAC
 from nngeometry.object.vector import PVector
-from peers import Skip
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from workloads import Batch
+
+from peers import Skip
 
 
 class Adaptor:

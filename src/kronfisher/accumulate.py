@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -22,6 +22,7 @@ from kronfisher.linalg import full_precision, promote
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import WORKSPACE, Dense, Samples, join
 from kronfisher.uses import Ownership, Use
+from kronfisher.uses.ownership import coupled, scattered
 
 __all__ = ["Accumulator", "Choice", "Group", "Labels"]
 
@@ -50,6 +51,16 @@ class Part:
     block: Block
     weight: bool
     bias: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A group that a fit is going to treat."""
+
+    fit: Fit
+    blocks: tuple[Block, ...]
+    plan: Plan
+    like: Tensor
 
 
 @dataclass
@@ -90,10 +101,16 @@ class Accumulator:
         if self.labels not in ("exact", "sampled", "observed"):
             raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
         if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples={self.samples!r}: the number of label draws per datum is an integer of at least 1.")
-        self._fits = choose(self.fit, self.parameters)
+            raise ValueError(
+                f"samples={self.samples!r}: the number of label draws per datum is an integer of at least 1."
+            )
+        if not isinstance(self.likelihood, Likelihood):
+            raise TypeError(
+                f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."
+            )
+        self.fits = choose(self.fit, self.parameters)
         self._places: dict[Key, tuple[Group, int]] = {}
-        self._owners: dict[tuple, Ownership] = {}
+        self._rules: dict[tuple, Ownership] = {}
         self.device = next(iter(self.parameters.values())).device
         self.start_pass()
 
@@ -123,24 +140,30 @@ class Accumulator:
             NumericalError: the batch or the outputs hold NaN or Inf.
             MemoryBudgetError: the states do not fit the budget.
         """
-        with Capture(self.parameters) as capture:
-            outputs, targets = run(self.model, batch, self.forward, self.device, where)
+        capture, outputs, targets = self.observe(batch, where)
         proof = covered(capture, outputs, where)
         values = outputs.detach()
         try:
             self.likelihood.check(values, targets, where, self.labels)
         except NumericalError as error:
             raise not_finite(batch, where) from error
+        steps = self._steps(values, targets, where)
         mask = self.likelihood.positions(values, targets)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
-        parts = {index: self._parts(capture.calls[index]) for index in sorted(proof.alive)}
-        self._place([part.block for several in parts.values() for part in several])
-        parts = {index: kept for index, several in parts.items() if (kept := [p for p in several if self._wanted(p)])}
-        owners = self._find_owners(capture, outputs, parts, mask is not None)
-        stream = Stream(self._places, parts, owners, mask)
-        steps = self.likelihood.columns(values, targets) if self.labels == "exact" else self.samples
-        for column, vector in enumerate(self._vectors(values, targets, where)):
+        parts = self.parts(capture, proof)
+        self._place([part.block for several in parts.values() for part in several], where)
+        entries = {}
+        for index, several in parts.items():
+            placed = [(part, *self._places[part.block.key]) for part in several]
+            if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
+                entries[index] = wanted
+        plain = {index: [part for part, _, _ in several] for index, several in entries.items()}
+        owned = {part.block.key for several in entries.values() for part, group, _ in several if group.state.plan.owned}
+        owners, problems = self.find_owners(capture, outputs, proof, plain, owned, mask is not None)
+        refuse(problems, where)
+        stream = Stream(entries, owners, mask)
+        for column, vector in enumerate(self._vectors(values, targets)):
             stream.first = column == 0
             capture.backward(outputs, vector, stream.receive, proof.sources, retain=column + 1 < steps)
             stream.flush()
@@ -151,15 +174,27 @@ class Accumulator:
             if not group.done:
                 group.state.count = group.state.count + size
 
-    def _vectors(self, outputs: Tensor, targets: Any, where: str) -> Iterator[Tensor]:
+    def observe(self, batch: Any, where: str) -> tuple[Capture, Tensor, Any]:
+        """Run one batch forward under capture: with its outputs and targets."""
+        with Capture(self.parameters) as capture:
+            outputs, targets = run(self.model, batch, self.forward, self.device, where)
+        return capture, outputs, targets
+
+    def _steps(self, outputs: Tensor, targets: Any, where: str) -> int:
+        """How many backward passes the batch takes."""
+        if self.labels != "exact":
+            return self.samples if self.labels == "sampled" else 1
+        columns = self.likelihood.columns(outputs, targets)
+        log.info("%s: exact labels take %d backward passes", where, columns)
+        if columns > self.exact_limit:
+            raise DataError(
+                f"{where}: exact labels take {columns} backward passes for each batch, the limit is {self.exact_limit}. "
+                "Use labels='sampled' with samples=M, or raise exact_limit."
+            )
+        return columns
+
+    def _vectors(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
         if self.labels == "exact":
-            columns = self.likelihood.columns(outputs, targets)
-            log.info("%s: exact labels take %d backward passes", where, columns)
-            if columns > self.exact_limit:
-                raise DataError(
-                    f"{where}: exact labels take {columns} backward passes for each batch, the limit is {self.exact_limit}. Use "
-                    f"labels='sampled' with samples=M, or raise exact_limit."
-                )
             yield from self.likelihood.exact(outputs, targets)
         elif self.labels == "sampled":
             for draws in self._draws:
@@ -167,43 +202,61 @@ class Accumulator:
         else:
             yield self.likelihood.observed(outputs, targets)
 
-    def _parts(self, call: Call) -> list[Part]:
-        """Blocks of a call's uses: a weight and its bias together where one fit treats both, else each alone."""
-        parts: list[Part] = []
-        for use in call.uses:
-            weight, bias = use.weight, use.bias
-            if weight and bias and self._fits[weight.parameter] == self._fits[bias.parameter]:
-                parts.append(Part(use, Block(weight.parameter, call.operator, weight, bias), True, True))
-                continue
-            if weight:
-                parts.append(Part(use, Block(weight.parameter, call.operator, weight, None), True, False))
-            if bias:
-                parts.append(Part(use, Block(bias.parameter, call.operator, None, bias), False, True))
+    def parts(self, capture: Capture, proof: Proof) -> dict[int, list[Part]]:
+        """Index of a call → blocks of its uses: weight and bias together where one fit treats both, else each alone."""
+        parts: dict[int, list[Part]] = {}
+        for index in sorted(proof.alive):
+            call, several = capture.calls[index], parts.setdefault(index, [])
+            for use in call.uses:
+                weight, bias = use.weight, use.bias
+                if weight and bias and self.fits[weight.parameter] == self.fits[bias.parameter]:
+                    several.append(Part(use, Block(weight.label, call.operator, weight, bias), True, True))
+                    continue
+                if weight:
+                    several.append(Part(use, Block(weight.label, call.operator, weight, None), True, False))
+                if bias:
+                    several.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
         return parts
 
-    def _wanted(self, part: Part) -> bool:
-        return not self._places[part.block.key][0].done
+    def planned(self, blocks: Iterable[Block], where: str) -> list[Planned]:
+        """Groups for the blocks that are seen for the first time.
 
-    def _place(self, blocks: list[Block]) -> None:
-        """Plan groups for blocks seen for the first time."""
+        Raises:
+            UnsupportedError: a fit would have to change a group that it has begun to fill.
+        """
+        new: dict[Fit, list[Block]] = {}
+        for block in blocks:
+            new.setdefault(self.fits[block.parameters[0]], []).append(block)
+        planned = []
+        for fit, members in new.items():
+            begun = [group.blocks for group in self.groups if group.fit == fit]
+            groups = fit.groups([*(block for group in begun for block in group), *members])
+            if any(group not in groups for group in begun):
+                raise UnsupportedError(
+                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and {fit!r} treats "
+                    "it together with layers that earlier batches have been counted for. Put a batch that uses every "
+                    "parameter first, or choose a fit that treats layers apart."
+                )
+            for group in groups:
+                if group not in begun:
+                    like = promote(self.parameters[group[0].parameters[0]].detach().new_empty(0))
+                    planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
+        return planned
+
+    def _place(self, blocks: list[Block], where: str) -> None:
+        """Make states for blocks seen for the first time."""
         new = {block.key: block for block in blocks if block.key not in self._places}
         if not new:
             return
-        check_windows([*(block for group in self.groups for block in group.blocks), *new.values()], self.parameters)
-        by_fit: dict[Fit, list[Block]] = {}
-        for block in new.values():
-            by_fit.setdefault(self._fits[block.name], []).append(block)
-        planned = []
-        for fit, members in by_fit.items():
-            for group in fit.groups(members):
-                like = promote(self.parameters[group[0].name].detach()[:0])
-                planned.append((fit, group, fit.plan(group, like.element_size()), like))
-        workspace = self._afford([*(group.state.plan for group in self.groups), *(plan for _, _, plan, _ in planned)])
-        for fit, group, plan, like in planned:
-            entry = Group(fit, group, fit.init(group, replace(plan, workspace=workspace), like))
-            entry.state.count = self.count
-            self.groups.append(entry)
-            self._places.update({block.key: (entry, position) for position, block in enumerate(group)})
+        refuse(misused([*(block for group in self.groups for block in group.blocks), *new.values()]), where)
+        planned = self.planned(new.values(), where)
+        workspace = self._afford([*(group.state.plan for group in self.groups), *(entry.plan for entry in planned)])
+        for entry in planned:
+            plan = replace(entry.plan, workspace=workspace)
+            group = Group(entry.fit, entry.blocks, entry.fit.init(entry.blocks, plan, entry.like))
+            group.state.count = self.count
+            self.groups.append(group)
+            self._places.update({block.key: (group, position) for position, block in enumerate(entry.blocks)})
 
     def _afford(self, plans: list[Plan]) -> int:
         """Bytes left for temporaries, once the states have theirs."""
@@ -217,97 +270,130 @@ class Accumulator:
             )
         return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - needed), 1)
 
-    def _find_owners(
-        self, capture: Capture, outputs: Tensor, parts: Mapping[int, list[Part]], masked: bool
-    ) -> dict[tuple[int, int], Ownership]:
-        """Which sample owns each row of each use: by shape where that decides, else by a probe, remembered for later batches."""
+    def find_owners(
+        self,
+        capture: Capture,
+        outputs: Tensor,
+        proof: Proof,
+        parts: Mapping[int, list[Part]],
+        owned: Container[Key],
+        masked: bool,
+    ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str]]:
+        """Which sample owns each row of each use, and parameter → reason where nobody can say.
+
+        Where rows must be sorted by sample a probe looks once, and its rule holds for later batches; a fit that sums over
+        all rows takes each for itself, if they belong to single samples at all: the shape tells, or the probe.
+        """
         owners: dict[tuple[int, int], Ownership] = {}
-        doubtful: list[tuple[int, int, tuple]] = []
+        doubtful: dict[tuple[int, int], Use] = {}
         samples = len(outputs)
+
+        def sorting(use: Use, block: Block) -> bool:
+            return use.summing or masked or block.key in owned
+
         for index, several in parts.items():
             call = capture.calls[index]
             for position, part in enumerate(several):
                 lead = part.use.lead(call.shape)
-                plan = self._places[part.block.key][0].state.plan
-                key = (index, call.operator, part.block.key, lead, samples)
-                known = self._owners.get(key)
-                if known is None and not (plan.owned or masked or part.use.summing):
-                    known = Ownership(prod(lead))  # every row for itself: the fit sums over all of them anyway
-                if known is None and part.use.certain:
-                    known = Ownership.by_shape(lead, samples)
-                if known is None:
-                    doubtful.append((index, position, key))
+                sort = sorting(part.use, part.block)
+                rule = self._rules.get((index, call.operator, part.block.key, sort))
+                if samples == 1:
+                    owners[index, position] = Ownership(1)
+                elif not sort and (rule or lead[:1] == (samples,)):
+                    owners[index, position] = Ownership(prod(lead))
+                elif rule and (fitted := rule.fitted(lead, samples)):
+                    owners[index, position] = fitted
                 else:
-                    owners[index, position] = known
-        if doubtful:
-            gradients = capture.probe(outputs, {index for index, _, _ in doubtful})
-            for index, position, key in doubtful:
-                use = parts[index][position].use
-                plain, scaled = (use.rows(promote(gradient)) for gradient in gradients[index])
-                what = f"{use.name} (used by {capture.calls[index].operator})"
-                owners[index, position] = self._owners[key] = Ownership.by_probe(plain, scaled, samples, what)
-        return owners
+                    doubtful[index, position] = part.use
+        problems: dict[str, str] = {}
+        for (index, position), found in (capture.probe(outputs, doubtful, proof.sources) if doubtful else {}).items():
+            call, part = capture.calls[index], parts[index][position]
+            what = f"{part.block.name} (used by {call.operator})"
+            if found is None:
+                problems[part.block.name] = coupled(what)
+                continue
+            sort = sorting(part.use, part.block)
+            rule, sure = Ownership.by_owners(found, samples) if sort else (Ownership(found.numel()), True)
+            if rule is None:
+                problems[part.block.name] = scattered(what, tuple(found.shape), samples)
+                continue
+            owners[index, position] = rule
+            if sure:
+                self._rules[index, call.operator, part.block.key, sort] = rule
+        return owners, problems
 
 
 class Stream:
-    """Receives output gradients during one backward pass and passes samples on as soon as a group is complete."""
+    """Receives output gradients during one backward pass and passes samples on as soon as a group is complete.
+
+    Args:
+        entries: index of a call → its parts, with the group that each belongs to and its place in it.
+        owners: (index of a call, number of the part) → which sample owns each row.
+        mask: ``[N, P]`` output positions that count, or None.
+    """
 
     def __init__(
         self,
-        places: Mapping[Key, tuple[Group, int]],
-        parts: Mapping[int, list[Part]],
+        entries: Mapping[int, list[tuple[Part, Group, int]]],
         owners: Mapping[tuple[int, int], Ownership],
         mask: Tensor | None,
     ) -> None:
-        self._places, self._parts, self._owners, self._mask = places, parts, owners, mask
-        self._expected = Counter(part.block.key for several in parts.values() for part in several)
-        self._arrived: dict[Key, list[Samples]] = {}
+        self._entries, self._owners, self._mask = entries, owners, mask
+        places = [(id(group), position) for several in entries.values() for _, group, position in several]
+        self._expected = Counter(places)
+        self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
+        self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
         self.first = True
 
     def receive(self, call: Call, gradient: Tensor) -> None:
         """Turn the gradient of a call's output into samples."""
         with full_precision(gradient.device.type):
-            for position, part in enumerate(self._parts.get(call.index, ())):
+            for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
                 began = time.perf_counter()
-                owner = self._owners[call.index, position]
-                group, _ = self._places[part.block.key]
+                owner, own = self._owners[call.index, number], gradient.to(part.use.dtype)
                 samples = Samples(
-                    part.use.activations(owner, gradient, part.weight, part.bias),
-                    part.use.gradients(owner, gradient),
+                    part.use.activations(owner, own, part.weight, part.bias),
+                    part.use.gradients(owner, own),
                     self.first,
                     workspace=group.state.plan.workspace,
                 )
                 if self._mask is not None:
                     samples = samples.masked(self._mask)
-                uses = self._arrived.setdefault(part.block.key, [])
-                uses.append(samples)
-                if len(uses) == self._expected[part.block.key]:
-                    self._complete(part.block.key)
+                if group.state.plan.owned:
+                    self._arrive(group, position, samples)
+                else:  # sums over rows: uses of one weight need not wait for each other
+                    group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
 
     def flush(self) -> None:
         """Pass on what waits for uses whose gradient was zero everywhere and never came."""
-        for key in list(self._arrived):
-            self._complete(key)
-        for identity in list(self._ready):
-            group = next(group for group, _ in self._places.values() if id(group) == identity)
-            some = next(iter(self._ready[identity].values()))
+        for key, position in list(self._arrived):
+            self._complete(self._groups[key], position)
+        for key in list(self._ready):
+            group, ready = self._groups[key], self._ready[key]
+            some = next(iter(ready.values()))
             for position, block in enumerate(group.blocks):
-                if position not in self._ready[identity]:
-                    self._ready[identity][position] = _nothing(block, some, self.first)
+                if position not in ready:
+                    ready[position] = _nothing(block, some, self.first)
             self._update(group)
 
-    def _complete(self, key: Key) -> None:
-        group, position = self._places[key]
+    def _arrive(self, group: Group, position: int, samples: Samples) -> None:
+        uses = self._arrived.setdefault((id(group), position), [])
+        uses.append(samples)
+        if len(uses) == self._expected[id(group), position]:
+            self._complete(group, position)
+
+    def _complete(self, group: Group, position: int) -> None:
         ready = self._ready.setdefault(id(group), {})
-        ready[position] = join(self._arrived.pop(key))
+        ready[position] = join(self._arrived.pop((id(group), position)))
         if len(ready) == len(group.blocks):
             self._update(group)
 
     def _update(self, group: Group) -> None:
         ready = self._ready.pop(id(group))
-        group.state = group.fit.update(group.state, tuple(ready[position] for position in range(len(group.blocks))))
+        samples = tuple(ready[position] for position in range(len(group.blocks)))
+        group.state = group.fit.update(group.state, samples)
 
 
 def _nothing(block: Block, like: Samples, first: bool) -> Samples:
@@ -329,16 +415,22 @@ def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
     if not isinstance(fit, Mapping):
         return dict.fromkeys(parameters, named(fit))
     patterns = {pattern: named(choice) for pattern, choice in fit.items()}
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in parameters)]
+    idle = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
     if idle:
         raise ValueError(f"fit: the patterns {idle} match no trainable parameter; there are {list(parameters)}.")
     chosen = {}
     for name in parameters:
-        match = next((choice for pattern, choice in patterns.items() if fnmatchcase(name, pattern)), None)
+        match = next((choice for pattern, choice in patterns.items() if _matches(name, pattern)), None)
         if match is None:
-            raise ValueError(f"fit: no pattern matches {name}; add '*' for the rest, or freeze it with requires_grad_(False).")
+            raise ValueError(
+                f"fit: no pattern matches {name}; add '*' for the rest, or freeze it with requires_grad_(False)."
+            )
         chosen[name] = match
     return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may hold brackets, which mean something in a pattern
 
 
 def covered(capture: Capture, outputs: Tensor, where: str) -> Proof:
@@ -349,41 +441,60 @@ def covered(capture: Capture, outputs: Tensor, where: str) -> Proof:
     """
     proof = capture.prove(outputs)
     if proof.unclaimed:
-        lines = [f"  {name}: used by {', '.join(sorted(operators))}" for name, operators in proof.unclaimed.items()]
+        lines = [unclaimed(name, operators) for name, operators in proof.unclaimed.items()]
         raise UnsupportedError(
-            f"{where}: these trainable parameters are used by operators that are not supported yet:\n" + "\n".join(lines) + "\n"
-            "Freeze them with requires_grad_(False) to leave them out of the Fisher matrix."
+            f"{where}: these trainable parameters are used by operators that are not supported yet:\n  "
+            + "\n  ".join(lines)
+            + "\nFreeze them with requires_grad_(False) to leave them out of the Fisher matrix."
         )
     if not proof.alive:
-        raise UnsupportedError(
-            f"{where}: the outputs depend on no trainable parameter, or were detached from them (torch.no_grad, .detach()) "
-            "inside the model."
-        )
+        raise detached(where)
     return proof
 
 
-def check_windows(blocks: list[Block], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that several blocks share or that blocks show only in part.
+def unclaimed(name: str, operators: Iterable[str]) -> str:
+    """What to say of a parameter used by operators that are not understood."""
+    hint = (
+        " (reentrant checkpointing hides its layers: use_reentrant=False)" if "CheckpointFunction" in operators else ""
+    )
+    return f"{name}: used by {', '.join(sorted(operators))}{hint}"
 
-    Raises:
-        UnsupportedError: naming the parameter and the operators.
-    """
+
+def detached(where: str) -> UnsupportedError:
+    """The error for outputs that no trainable parameter has a part in."""
+    return UnsupportedError(
+        f"{where}: the outputs depend on no trainable parameter, or were detached from them (torch.no_grad, .detach()) "
+        "inside the model."
+    )
+
+
+def misused(blocks: Iterable[Block]) -> dict[str, str]:
+    """Name → reason of parameters that several blocks share or that blocks show only in part."""
     windows: dict[str, list[tuple[View, Block]]] = {}
     for block in blocks:
         for view in block.views:
             windows.setdefault(view.parameter, []).append((view, block))
+    problems = {}
     for name, several in windows.items():
         counts = several[0][0].counter()
         for view, _ in several:
             view.mark(counts)
         operators = ", ".join(sorted({block.operator for _, block in several}))
         if bool((counts > 1).any()):
-            raise UnsupportedError(
-                f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its transpose; that is not "
-                "supported yet. Freeze it with requires_grad_(False)."
+            problems[name] = (
+                f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its "
+                "transpose, with and without a bias, or with different biases; that is not supported yet. Freeze it with "
+                "requires_grad_(False)."
             )
-        if bool((counts == 0).any()):
-            raise UnsupportedError(
-                f"{name}: only {int((counts > 0).sum())} of its {parameters[name].numel()} elements are used (by {operators}); that is not "
-                "supported yet. Freeze it, or split it into parameters of their own."
+        elif bool((counts == 0).any()):
+            problems[name] = (
+                f"{name}: only {int((counts > 0).sum())} of its {counts.numel()} elements are used (by {operators}); that "
+                "is not supported yet. Freeze it, or split it into parameters of their own."
             )
+    return problems
+
+
+def refuse(problems: Mapping[str, str], where: str) -> None:
+    """Raise an UnsupportedError that lists what is wrong with which parameter, if anything is."""
+    if problems:
+        raise UnsupportedError(f"{where}: " + "\n".join(problems.values()))

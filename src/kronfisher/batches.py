@@ -25,7 +25,9 @@ def passes_over(data: Any) -> tuple[Iterable[Any], bool]:
     if isinstance(data, Tensor | Mapping | tuple):
         return [data], True
     if not isinstance(data, Iterable):
-        raise DataError(f"data is {type(data).__name__}; pass a loader of (inputs, targets) batches, one such tuple, or a tensor.")
+        raise DataError(
+            f"data is {type(data).__name__}; pass a loader of (inputs, targets) batches, one such tuple, or a tensor."
+        )
     return data, not isinstance(data, Iterator)
 
 
@@ -52,6 +54,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
     Raises:
         DataError: the batch lies on another device, or the outputs are not one floating-point tensor.
     """
+    batch = ordinary(batch)
     try:
         if forward is not None:
             answer = forward(model, batch)
@@ -62,7 +65,9 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
             inputs, targets = split(batch, where)
             for tensor in tensors_in(inputs):
                 if tensor.device != device:
-                    raise DataError(f"{where} lies on {tensor.device}, the model on {device}. Move one: batch.to({str(device)!r}).")
+                    raise DataError(
+                        f"{where} lies on {tensor.device}, the model on {device}. Move one: batch.to({str(device)!r})."
+                    )
             if isinstance(inputs, Mapping):
                 outputs = model(**inputs)
             elif isinstance(inputs, tuple | list):
@@ -103,6 +108,28 @@ def not_finite(batch: Any, where: str) -> NumericalError:
     )
 
 
-def checksum(batch: Any) -> list[Tensor]:
-    """Numbers by which the same batch is recognised in the next pass."""
-    return [tensor.detach().double().sum() for tensor in tensors_in(batch)]
+def checksum(batch: Any) -> Tensor:
+    """A number for each tensor of a batch, made of its bits and their order: by it the next pass recognises the batch."""
+    sums = []
+    for tensor in tensors_in(batch):
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        bits = flat.detach().contiguous().flatten().view(_BITS[flat.element_size()]).long()
+        order = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums.append((bits * (2 * order + 1)).sum().cpu())  # odd factors, modulo 2^64
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.long)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def ordinary(value: Any) -> Any:
+    """The same with copies of tensors that were made under ``torch.inference_mode``, which no graph may hold."""
+    if not any(tensor.is_inference() for tensor in tensors_in(value)):
+        return value
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: ordinary(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(ordinary, value))
+    return type(value)(map(ordinary, value)) if isinstance(value, tuple | list) else value

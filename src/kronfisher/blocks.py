@@ -1,8 +1,9 @@
 """Where a canonical weight ``W [H, O, I]`` lies inside the parameters of a model.
 
-An operator knows only canonical matrices; a model knows only parameters. A `View` is the strided window through which an operator of
-the model saw a parameter (whole, transposed, a chunk of it), a `Block` is one canonical matrix made of such windows: a weight, with its
-bias as a last column where both are treated together. Gathering and scattering are the change of basis between the two worlds.
+An operator knows only canonical matrices; a model knows only parameters. A `View` is the strided window through which
+an operator of the model saw a parameter (whole, transposed, a chunk of it), a `Block` is one canonical matrix made of
+such windows: a weight, with its bias as a last column where both are treated together. Gathering and scattering are the
+change of basis between the two worlds.
 """
 
 from collections.abc import Mapping
@@ -62,6 +63,40 @@ class View:
     @property
     def row_major(self) -> bool:
         return all(n == 1 or s == t for n, s, t in zip(self.shape, self.layout, _row_major(self.shape), strict=True))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the window shows an element more than once (``expand``, ``unfold``)."""
+        reach = 0  # of the axes with smaller strides
+        for stride, size in sorted((s, n) for s, n in zip(self.stride, self.size, strict=True) if n > 1):
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+        return False
+
+    @property
+    def label(self) -> str:
+        """The parameter's name, with the ranges of its axes that the window shows if not all of it.
+
+        Example:
+            >>> View.of("w", weight := torch.zeros(6, 2), weight.chunk(3)[1]).label
+            'w[2:4, :]'
+        """
+        if self.numel == prod(self.shape):
+            return self.parameter
+        last = self.offset + sum(stride * (size - 1) for stride, size in zip(self.stride, self.size, strict=True))
+        ranges = []
+        for low, high, size in zip(self._place(self.offset), self._place(last), self.shape, strict=True):
+            ranges.append(":" if high - low + 1 == size else f"{low}:{high + 1}")
+        return f"{self.parameter}[{', '.join(ranges)}]"
+
+    def _place(self, offset: int) -> Sizes:
+        """Where an element of the parameter's memory stands in its shape."""
+        index = [0] * len(self.shape)
+        for axis in sorted(range(len(self.shape)), key=lambda axis: self.layout[axis], reverse=True):
+            if self.shape[axis] > 1:
+                index[axis], offset = divmod(offset, self.layout[axis])
+        return tuple(index)
 
     def reshaped(self, *size: int) -> "View":
         """The same elements under another shape; axes may be split or added, or merged where memory allows."""
@@ -123,7 +158,8 @@ class Block:
         name: how reports call it: the weight's name, or the bias's where it stands alone.
         operator: the operator that used it, as torch calls it.
         weight: window of size ``[H, O, *]`` whose other axes flatten to I.
-        bias: window of size ``[H, *]`` whose other axes flatten to O; a last column of the matrix if there is a weight, else all of it.
+        bias: window of size ``[H, *]`` whose other axes flatten to O; a last column of the matrix if there is a weight,
+            else all of it.
 
     Example:
         >>> weight, bias = torch.zeros(2, 3), torch.zeros(2)

@@ -1,25 +1,28 @@
-"""One forward pass under observation, then backward passes that stream output gradients; nothing of the model is changed.
+"""One forward pass under observation, then backward passes that stream output gradients; the model is not changed.
 
-Operators are seen, not modules: a mode of torch's function protocol receives every call with the very parameters. For each use the
-gradient edge of its output is kept and a hook waits there, so that in-place activations and views later on do no harm. The backward
-pass asks only for the outputs of the earliest uses: no parameter gradient is ever computed. Coverage is proved on the autograd graph:
-every edge into a trainable parameter must have been claimed by a use.
+Operators are seen, not modules: a mode of torch's function protocol receives every call with the very parameters. For
+each use the gradient edge of its output is kept and a hook waits there, so that in-place activations and views later on
+do no harm. The backward pass asks only for the outputs of the earliest uses: no parameter gradient is ever computed.
+Coverage is proved on the autograd graph: every edge into a trainable parameter must have been claimed by a use.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
-from kronfisher.uses import OPERATORS, Use
+from kronfisher.linalg import promote
+from kronfisher.uses import OPERATORS, Probe, Use
 
 __all__ = ["Call", "Capture", "Proof"]
 
@@ -57,7 +60,7 @@ class Proof:
 
     Attributes:
         reached: names of trainable parameters that the outputs depend on.
-        unclaimed: name → operators through which the outputs depend on it that no use accounts for.
+        unclaimed: name → operators that use it and that no use accounts for.
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
     """
@@ -90,41 +93,64 @@ class Capture(TorchFunctionMode):
         self.calls: list[Call] = []
         self._roots = {id(p): (name, p) for name, p in self.parameters.items()}
         self._claims: dict[tuple[Node, Node], int] = {}
+        self._owners: dict[Node, int] = {}  # nodes that a call made
         self._chains: dict[Node, str] = {}  # nodes between a parameter and its uses: views and casts
         self._touched: dict[str, set[str]] = {}
+        self._hidden: dict[str, set[str]] = {}  # used inside autograd functions, where no graph is made
         self._receiver: Receiver | None = None
 
     def view(self, tensor: Any) -> View | None:
         """The window on a trainable parameter that the tensor is, or None."""
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or _cut(tensor):
             return None
-        found = self._roots.get(id(tensor))
-        if found is None and tensor._base is not None:
-            found = self._roots.get(id(tensor._base))
+        found = self._root(tensor)
         return View.of(*found, tensor) if found else None
+
+    def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The trainable parameter, or the copy of it, that the tensor is a view of."""
+        found = self._roots.get(id(tensor))
+        if found is None and (base := tensor._base) is not None:
+            found = self._roots.get(id(base))
+        return found
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         handler = OPERATORS.get(func)
-        uses: tuple[Use, ...] = ()
-        if handler is not None and torch.is_grad_enabled():
-            bound = _bind(handler, args, kwargs, self.view)
-            uses = tuple(bound) if bound is not None else ()
-        if not uses:
-            result = func(*args, **kwargs)
-            self._note(func, args, kwargs, result)
-            return result
-        operands = {get_gradient_edge(t).node: self.view(t) for t in _tensors(args, kwargs) if t.requires_grad}
+        uses = self._uses(handler, args, kwargs) if handler is not None and torch.is_grad_enabled() else ()
+        if uses:
+            tensors = [t for t in _tensors(args, kwargs) if t.requires_grad and not _cut(t)]
+            operands = {get_gradient_edge(t).node: self.view(t) for t in tensors}
+            return self._record(_name(func), uses, operands, func(*args, **kwargs))
         result = func(*args, **kwargs)
-        return self._record(_name(func), uses, operands, result)
+        if isinstance(result, Tensor | tuple | list):
+            self._note(func, args, kwargs, result)
+        return result
 
-    def _record(self, operator: str, uses: tuple[Use, ...], operands: dict[Node, View | None], result: Tensor) -> Tensor:
+    def _uses(self, handler: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Use, ...]:
+        """What an operator does with trainable parameters; nothing unless every one that it is given is accounted for."""
+        try:
+            uses = tuple(handler(self.view, *args, **kwargs))
+        except TypeError:
+            if _accepts(handler, self.view, *args, **kwargs):
+                raise
+            return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
+        if not uses:
+            return ()
+        tensors = list(_tensors(args, kwargs))
+        windows = [view for use in uses for view in (use.weight, use.bias) if view]
+        given = sum(self.view(tensor) is not None for tensor in tensors)
+        strided = all(tensor.layout is torch.strided for tensor in tensors)
+        return uses if strided and given == len(windows) and not any(view.overlaps for view in windows) else ()
+
+    def _record(
+        self, operator: str, uses: tuple[Use, ...], operands: dict[Node, View | None], result: Tensor
+    ) -> Tensor:
         if torch._C._functorch.is_functorch_wrapped_tensor(result):
             raise UnsupportedError(
-                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data cannot be "
-                "told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
+                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data cannot "
+                "be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
             )
         if not result.requires_grad:
             return result
@@ -138,14 +164,31 @@ class Capture(TorchFunctionMode):
                 anchor = result = result.clone()
         call = Call(len(self.calls), operator, uses, tuple(result.shape), get_gradient_edge(anchor))
         self.calls.append(call)
-        anchor.register_hook(lambda gradient: self._receive(call, gradient))
+        capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
+        anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
+        for use in uses:
+            use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
         for node, view in operands.items():
             if view is not None:
                 self._chain(node, view.parameter)
-        for edge in _edges_into(get_gradient_edge(anchor).node, operands):
-            if operands[edge[1]] is not None:
-                self._claims[edge] = call.index
+        self._claim(call, operands)
         return result
+
+    def _claim(self, call: Call, operands: Mapping[Node, View | None]) -> None:
+        """Note the edges from the nodes that one operator made into its trainable operands, and those nodes as its own."""
+        stack = [call.edge.node]
+        self._owners[call.edge.node] = call.index
+        while stack:
+            node = stack.pop()
+            for child, _ in node.next_functions:
+                if child is None:
+                    continue
+                if child in operands:
+                    if operands[child] is not None:
+                        self._claims[node, child] = call.index
+                elif self._owners.get(child) != call.index:
+                    self._owners[child] = call.index
+                    stack.append(child)
 
     def _chain(self, node: Node | None, name: str) -> None:
         while node is not None and node not in self._chains:
@@ -154,21 +197,23 @@ class Capture(TorchFunctionMode):
 
     def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Follow copies of parameters, and remember for messages which operators saw which parameter."""
-        if not isinstance(result, Tensor) or not result.requires_grad:
+        results = [result] if isinstance(result, Tensor) else list(_tensors((result,), {}))
+        grad = torch.is_grad_enabled()
+        if not results or (grad and not any(tensor.requires_grad for tensor in results)):
             return
         for tensor in _tensors(args, kwargs):
-            found = self._roots.get(id(tensor))
-            if found is None and tensor._base is not None:
-                found = self._roots.get(id(tensor._base))
+            found = self._root(tensor)
             if found is None or id(result) in self._roots:
                 continue
             name, root = found
-            if result._base is root:
-                continue
-            if func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
+            if not grad:
+                if function := _running_function():
+                    self._hidden.setdefault(name, set()).add(function)
+            elif func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
                 self._roots[id(result)] = (name, result)
-            else:
-                self._touched.setdefault(name, set()).add(_name(func))
+            elif any(tensor._base is not root for tensor in results):
+                form = " in a form that is not known" if func in OPERATORS else ""
+                self._touched.setdefault(name, set()).add(_name(func) + form)
 
     def prove(self, outputs: Tensor) -> Proof:
         """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
@@ -176,7 +221,7 @@ class Capture(TorchFunctionMode):
         Raises:
             UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
         """
-        proof = Proof()
+        proof = Proof(unclaimed={name: set(functions) for name, functions in self._hidden.items()})
         if not outputs.requires_grad:
             return proof
         leaves = {id(p): name for name, p in self.parameters.items()}
@@ -200,6 +245,11 @@ class Capture(TorchFunctionMode):
                     "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 )
             for child in children:
+                owner = self._owners.get(child)
+                if owner is not None and child not in calls and owner != self._owners.get(node):
+                    # such as a second derivative, which meets the weight in the midst of the operator's nodes
+                    for use in self.calls[owner].uses:
+                        proof.unclaimed.setdefault(use.name, set()).add(node.name())
                 name = self._chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
                 if name is None or node in self._chains:
                     stack.append((child, False))
@@ -219,7 +269,7 @@ class Capture(TorchFunctionMode):
         return proof
 
     def backward(self, outputs: Tensor, vector: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
-        """Back-propagate `vector`, shaped like the outputs, and hand each call's output gradient to `receive` on arrival.
+        """Back-propagate `vector`, shaped like the outputs, and hand output gradients to `receive` as they arrive.
 
         Args:
             outputs: what the captured forward pass returned.
@@ -237,40 +287,53 @@ class Capture(TorchFunctionMode):
         finally:
             self._receiver = None
 
-    def probe(self, outputs: Tensor, calls: set[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Gradients at the outputs of some calls: of a random combination of all outputs, and with datum k times k = 1..N."""
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        factor = torch.arange(1, len(outputs) + 1, device=outputs.device).to(outputs.dtype)
-        scaled = vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
-        order = sorted(calls)
-        edges = [self.calls[index].edge for index in order]
-        found = [
-            torch.autograd.grad(outputs, edges, direction, retain_graph=True, allow_unused=True)
-            for direction in (vector, scaled)
-        ]
-        gradients = {}
-        for index, pair in zip(order, zip(*found, strict=True), strict=True):
-            shape = self.calls[index].shape
-            gradients[index] = tuple(outputs.new_zeros(shape) if g is None else g.reshape(shape) for g in pair)
-        return gradients
+    def probe(self, outputs: Tensor, uses: Mapping[tuple[int, Hashable], Use], sources: list[int]) -> dict[Any, Any]:
+        """The sample that owns each row of some uses, −1 where unknown; None in place of all where rows mix samples.
 
-    def _receive(self, call: Call, gradient: Tensor) -> None:
+        Args:
+            outputs: what the captured forward pass returned.
+            uses: (index of a call, anything) → a use made by it.
+            sources: as for `backward`.
+        """
+        probe = Probe(len(outputs), outputs.dtype)
+        vector = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+        passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
+        wanted: dict[int, list[Any]] = {}
+        for key in uses:
+            wanted.setdefault(key[0], []).append(key)
+
+        def receive(call: Call, gradient: Tensor) -> None:
+            for key in wanted.get(call.index, ()):
+                passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
+
+        for factor in probe.factors().to(outputs):
+            scaled = vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
+            self.backward(outputs, scaled, receive, sources, retain=True)
+        unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1) for key, use in uses.items()}
+        return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
+
+    def _receive(self, index: int, gradient: Tensor) -> None:
         if self._receiver is not None and gradient is not None:
+            call = self.calls[index]
             self._receiver(call, gradient.reshape(call.shape))
 
 
-def _bind(handler: Callable, args: tuple, kwargs: dict[str, Any], view: Callable) -> Iterator[Use] | None:
+def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
+    if capture is not None:
+        capture._receive(index, gradient)
+
+
+def _cut(tensor: Tensor) -> bool:
+    """Whether the tensor is a view made under ``torch.no_grad()``: it says that it requires a gradient, and gets none."""
+    return tensor.grad_fn is None and tensor._base is not None
+
+
+def _accepts(handler: Callable, *args: Any, **kwargs: Any) -> bool:
     try:
-        _signature(handler).bind(view, *args, **kwargs)
+        signature(handler).bind(*args, **kwargs)
     except TypeError:
-        return None  # a form of the operator that the handler does not know; the graph will show what it leaves unclaimed
-    return handler(view, *args, **kwargs)
-
-
-@lru_cache(maxsize=None)
-def _signature(handler: Callable) -> Signature:
-    return signature(handler)
+        return False
+    return True
 
 
 def _name(func: Callable) -> str:
@@ -285,16 +348,14 @@ def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from (item for item in value if isinstance(item, Tensor))
 
 
-def _edges_into(start: Node, stops: Mapping[Node, Any]) -> Iterator[tuple[Node, Node]]:
-    """Edges of the graph from the nodes that one operator made into its operands."""
-    seen, stack = {start}, [start]
-    while stack:
-        node = stack.pop()
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            if child in stops:
-                yield node, child
-            elif child not in seen:
-                seen.add(child)
-                stack.append(child)
+def _running_function() -> str:
+    """The innermost autograd function that is being applied; empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return frame.f_locals["cls"].__name__
+        frame = frame.f_back
+    return ""
+
+
+_APPLY = Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]

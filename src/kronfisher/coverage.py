@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from kronfisher.accumulate import Choice, choose
-from kronfisher.batches import Forward, passes_over, run
-from kronfisher.capture import Capture
-from kronfisher.isolation import isolated, trainable, unwrapped
+from kronfisher.accumulate import Choice, detached, misused, unclaimed
+from kronfisher.batches import Forward, passes_over
+from kronfisher.errors import DataError
+from kronfisher.estimate import Recipe
+from kronfisher.isolation import isolated, unwrapped
+from kronfisher.likelihoods import Gaussian
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 
@@ -23,6 +25,7 @@ class CoverageRow:
         numel: how many numbers it holds.
         operators: the operators of torch that use it.
         treatment: the fit, ``"unused"`` or ``"unsupported"``.
+        reason: why it is not supported, if it is not.
     """
 
     parameter: str
@@ -30,6 +33,7 @@ class CoverageRow:
     numel: int
     operators: tuple[str, ...]
     treatment: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,19 @@ class Coverage:
             share = f"{100 * row.numel / total:.1f} %"
             cells.append((row.parameter, shape, share, ", ".join(row.operators) or "-", row.treatment))
         widths = [max(len(line[k]) for line in cells) for k in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         facts = f"{100 * self.share:.1f} % of {total:,} trainable numbers covered"
-        return "\n".join([*lines, facts + (f"; {self.frozen:,} frozen" if self.frozen else "")])
+        lines.append(facts + (f"; {self.frozen:,} frozen" if self.frozen else ""))
+        return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason)])
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
-    """What `estimate` would cover, from one forward pass; parameters that are not supported are listed, not raised.
+    """What `estimate` would cover, from one forward pass, and a few backward where the owners of rows are to be found out.
+
+    Parameters that are not supported are listed with the reason, not raised; no matrix is made.
 
     Args:
         model: as for `estimate`.
@@ -79,8 +88,9 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         forward: as for `estimate`.
 
     Raises:
-        UnsupportedError: the model cannot be treated at all (BatchNorm in train mode, scripted parts, no trainable parameter).
-        DataError: the batch does not fit the model.
+        UnsupportedError: the model cannot be treated at all (BatchNorm in train mode, scripted parts, no trainable
+            parameter on the way to the outputs).
+        DataError: there is no batch, or it does not fit the model.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -91,29 +101,42 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         bias       2      25.0 %  linear   KFAC(mode='expand')
         100.0 % of 8 trainable numbers covered
     """
-    model = unwrapped(model)
-    parameters = trainable(model)
-    fits = choose(fit, parameters)
+    run = Recipe(unwrapped(model), Gaussian(), forward=forward).accumulator(fit)
     batches, _ = passes_over(batch)
-    with isolated(model, 0):
-        first = next(iter(batches))
-        with Capture(parameters) as capture:
-            outputs, _ = run(model, first, forward, next(iter(parameters.values())).device, "the batch")
+    with isolated(run.model, 0):
+        first = next(iter(batches), None)
+        if first is None:
+            raise DataError("The data hold no batch, so there is nothing to run the model on.")
+        capture, outputs, _ = run.observe(first, "the batch")
         proof = capture.prove(outputs)
-    operators: dict[str, dict[str, None]] = {name: {} for name in parameters}
-    for call in capture.calls:
-        for use in call.uses:
-            for view in (use.weight, use.bias):
-                if view is not None and call.index in proof.alive:
-                    operators[view.parameter][call.operator] = None
+        if not proof.alive and not proof.unclaimed:
+            raise detached("the batch")
+        reasons = {name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}
+        parts = run.parts(capture, proof)
+        blocks = {part.block.key: part.block for several in parts.values() for part in several}
+        reasons |= misused(blocks.values())
+        fine = {
+            index: [part for part in several if not reasons.keys() & set(part.block.parameters)]
+            for index, several in parts.items()
+        }
+        planned = run.planned(
+            {part.block.key: part.block for several in fine.values() for part in several}.values(), ""
+        )
+        owned = {block.key for entry in planned if entry.plan.owned for block in entry.blocks}
+        _, problems = run.find_owners(capture, outputs, proof, fine, owned, masked=False)
+    for block in blocks.values():
+        reasons.update({name: problems[block.name] for name in block.parameters if block.name in problems})
+    operators: dict[str, set[str]] = {name: set() for name in run.parameters}
+    for block in blocks.values():
+        for name in block.parameters:
+            operators[name].add(block.operator)
     rows = []
-    for name, parameter in parameters.items():
-        if name in proof.unclaimed:
-            used, treatment = tuple(sorted(proof.unclaimed[name])), "unsupported"
-        elif name in proof.reached:
-            used, treatment = tuple(operators[name]), repr(fits[name])
-        else:
-            used, treatment = (), "unused"
-        rows.append(CoverageRow(name, tuple(parameter.shape), parameter.numel(), used, treatment))
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    for name, parameter in run.parameters.items():
+        treatment = repr(run.fits[name]) if name in proof.reached else "unused"
+        used = operators[name] | proof.unclaimed.get(name, set())
+        if name in reasons:
+            treatment = "unsupported"
+        shape = tuple(parameter.shape)
+        rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reasons.get(name, "")))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
     return Coverage(tuple(rows), frozen)

@@ -1,11 +1,12 @@
 """How far an approximation is from the true blocks, without writing these out.
 
-``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and ``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs
-every pair of samples, so samples are kept; small blocks are written out after all, which is cheaper and more precise.
+``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and ``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``.
+The first needs every pair of samples, so samples are kept; small blocks are written out after all, which is cheaper and
+more precise.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
-from kronfisher.estimate import Recipe, accumulate
+from kronfisher.estimate import Recipe, accumulate, plain_arithmetic
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
-from kronfisher.linalg import full_precision, mirror
+from kronfisher.linalg import mirror
 from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import Samples
@@ -69,28 +70,36 @@ def measure(
 
     Raises:
         MemoryBudgetError: so many samples do not fit; pass fewer data.
-        DataError: the model's uses of its parameters are not those of the matrix.
+        DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its parameters
+            are not those of the matrix.
     """
     device = fisher.device
+    if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
+        raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
     budget = available_memory(device) if memory_budget is None else memory_budget
-    fits: dict[str, Fit] = {}
-    distances: dict[str, CrossTerms] = {}
+    fits: dict[str, CrossTerms] = {}
+    terms: dict[str, CrossTerms] = {}
     for (blocks, operator), name in zip(fisher.entries, fisher.blocks, strict=True):
         several = (blocks,) if isinstance(blocks, Block) else blocks
         if fisher.reduction == "sum":
             operator = operator / fisher.count
-        distances[name] = CrossTerms(several, operator, budget)
-        fits.update({parameter: distances[name] for block in several for parameter in block.parameters})
-    run = recipe.accumulator(fits)
+        parameters = {parameter for block in several for parameter in block.parameters}
+        shared = next((fits[parameter] for parameter in parameters if parameter in fits), None)
+        terms[name] = shared or CrossTerms({}, budget)
+        terms[name].operators[several] = operator
+        fits.update(dict.fromkeys(parameters, terms[name]))
+    run = replace(recipe, memory_budget=memory_budget).accumulator(fits)
     accumulate(run, data, progress)
     count = float(run.count)
-    found = {id(group.fit): group for group in run.groups}
+    found = {group.blocks: group for group in run.groups}
     scale = count if fisher.reduction == "sum" else 1.0
     errors, norms = {}, {}
-    for name, terms in distances.items():
-        group = found.get(id(terms))
-        with full_precision(device.type), torch.no_grad():
-            truth, missed = terms.norms(group.state) if group else (0.0, float(terms.operator.frobenius_norm()))
+    for (blocks, _), name in zip(fisher.entries, fisher.blocks, strict=True):
+        several = (blocks,) if isinstance(blocks, Block) else blocks
+        group = found.get(several)
+        with plain_arithmetic(device):
+            own = float(terms[name].operators[several].frobenius_norm())
+            truth, missed = terms[name].norms(group.state) if group else (0.0, own)
         errors[name] = missed / truth if truth else (0.0 if not missed else float("inf"))
         norms[name] = truth * scale
     return Distance(errors, norms, count)
@@ -98,77 +107,80 @@ def measure(
 
 @dataclass(frozen=True, eq=False)
 class CrossTerms(Fit):
-    """A fit that makes no operator: it sums what the distance from a given one is made of.
+    """A fit that makes no operator: it sums what the distances from given ones are made of.
 
     Attributes:
-        blocks: of the operator, in its order.
-        operator: X, of the mean over data.
+        operators: blocks → X, of the mean over data; the blocks of all share parameters.
         budget: bytes for kept samples.
     """
 
-    blocks: tuple[Block, ...]
-    operator: Operator
+    operators: dict[tuple[Block, ...], Operator]
     budget: int
-    kept: list[tuple[Tensor, ...]] = field(default_factory=list)
+    kept: dict[tuple[Block, ...], list[tuple[Tensor, ...]]] = field(default_factory=dict)
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # one fit for each operator, or blocks of several would be joined
+    __eq__, __hash__ = object.__eq__, object.__hash__  # by identity, or blocks of several would be joined
 
     def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-        """The operator's own group."""
-        if {block.key for block in blocks} != {block.key for block in self.blocks}:
-            names = ", ".join(block.name for block in self.blocks)
-            raise DataError(f"{names}: the model uses these parameters in another way than when the matrix was estimated.")
-        return [self.blocks]
+        """The operators' own groups."""
+        keys = {block.key for block in blocks}
+        groups = [group for group in self.operators if keys.issuperset(block.key for block in group)]
+        if sum(len(group) for group in groups) != len(keys):
+            names = ", ".join(block.name for block in blocks)
+            raise DataError(
+                f"{names}: the model uses these parameters in another way than when the matrix was estimated."
+            )
+        return groups
 
-    @property
-    def _written_out(self) -> bool:
-        return len(self.blocks) > 1 or self.operator.dim <= _WRITTEN_OUT
+    def _written_out(self, group: tuple[Block, ...]) -> bool:
+        return len(group) > 1 or self.operators[group].dim <= _WRITTEN_OUT
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         """Dense where small, else two scalars and the samples."""
-        return Plan(4 * element * self.operator.dim**2 if self._written_out else 0)
+        return Plan(4 * element * self.operators[group].dim ** 2 if self._written_out(group) else 0)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         """Sums of the route."""
-        if self._written_out:
+        if self._written_out(group):
             return Full().init(group, plan, like)
         sums = {"norm": like.new_zeros((), dtype=torch.float64), "cross": like.new_zeros((), dtype=torch.float64)}
         return State(group, plan, sums)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
-        if self._written_out:
+        if self._written_out(state.blocks):
             return Full().update(state, samples)
         (use,) = samples
-        state.sums["cross"] += quadratic(use, self.operator)
+        kept = self.kept.setdefault(state.blocks, [])
+        state.sums["cross"] += quadratic(use, self.operators[state.blocks])
         for rows in _rows(use):
-            self._afford(rows)
             state.sums["norm"] += _squared_products(rows, rows)
-            for others in self.kept:
+            for others in kept:
                 state.sums["norm"] += 2 * _squared_products(rows, others)
-            self.kept.append(rows)
+            kept.append(rows)
+            self._afford(state.name)
         return state
 
-    def _afford(self, rows: tuple[Tensor, ...]) -> None:
-        distinct = {tensor.data_ptr(): tensor for entry in (*self.kept, rows) for tensor in entry}
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+    def _afford(self, name: str) -> None:
+        entries = [entry for kept in self.kept.values() for entry in kept]
+        distinct = {tensor.untyped_storage().data_ptr(): tensor for entry in entries for tensor in entry}
+        needed = sum(tensor.untyped_storage().nbytes() for tensor in distinct.values())
         if needed > self.budget:
-            names = ", ".join(block.name for block in self.blocks)
             raise MemoryBudgetError(
-                f"{names}: the exact error needs {needed:,} bytes for the samples so far, more than the {self.budget:,} there are. "
-                "Pass fewer data to fisher.error(...), or a larger memory_budget."
+                f"{name}: the exact error needs {needed:,} bytes for the samples so far, more than the {self.budget:,} "
+                "there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
             )
 
     def norms(self, state: State) -> tuple[float, float]:
         """``‖F‖`` and ``‖F − X‖`` of the mean over data."""
         state.checked()
-        if self._written_out:
+        operator = self.operators[state.blocks]
+        if self._written_out(state.blocks):
             truth = mirror(state.sums["products"], reciprocal(state.count)).double()
-            return float(truth.norm()), float((truth - self.operator.to_dense().double()).norm())
+            return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
         norm = float(state.sums["norm"]) / float(state.count) ** 2
         cross = float(state.sums["cross"]) / float(state.count)
-        own = float(self.operator.frobenius_norm().double()) ** 2
-        self.kept.clear()
+        own = float(operator.frobenius_norm().double()) ** 2
+        self.kept.pop(state.blocks, None)
         return norm**0.5, max(norm - 2 * cross + own, 0.0) ** 0.5
 
 

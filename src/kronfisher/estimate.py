@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from kronfisher.isolation import isolated, trainable, unwrapped
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, promote
 from kronfisher.operators import Diagonal, Fisher, Operator
+from kronfisher.operators.fisher import block_name
 from kronfisher.operators.info import BlockInfo, Info
 
 __all__ = ["Recipe", "accumulate", "estimate"]
@@ -128,18 +130,18 @@ def estimate(
     recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
     run = recipe.accumulator(fit)
     accumulate(run, data, progress)
-    with full_precision(next(iter(run.parameters.values())).device.type), torch.no_grad():
+    with plain_arithmetic(run.device):
         entries: list[tuple[Block | tuple[Block, ...], Operator]] = []
         infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks if len(group.blocks) > 1 else group.blocks[0], operator))
-            infos[" + ".join(block.name for block in group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+            infos[block_name(group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
         for block, operator in _unused(run):
             entries.append((block, operator))
             infos[block.name] = BlockInfo("unused: zero")
     order = {name: place for place, name in enumerate(run.parameters)}
-    entries.sort(key=lambda entry: order[(entry[0] if isinstance(entry[0], Block) else entry[0][0]).name])
+    entries.sort(key=lambda entry: order[(entry[0] if isinstance(entry[0], Block) else entry[0][0]).parameters[0]])
     count = float(run.count)
     info = Info(
         count=count,
@@ -164,8 +166,8 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
     """
     batches, again = passes_over(data)
     tell = _teller(progress)
-    sums: list[list[Tensor]] = []
-    number = index = 0
+    sums: dict[int, Tensor] = {}
+    number = index = count = 0
     try:
         while True:
             run.start_pass()
@@ -177,15 +179,17 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
                     if run.passes > 1:
                         _compare(sums, index - 1, batch, number, again)
                     tell(f"pass {number + 1}/{run.passes}, {index} batches, {run.backward_passes} backward passes")
+            if number and index != count:
+                raise DataError(f"Pass {number + 1} read {index} batches, the first one {count}. {_SAME}")
             if not index:
-                raise DataError("The data hold no batch. Pass a loader with at least one batch; a generator can be read only once.")
-            if number and index != len(sums):
-                raise DataError(f"Pass {number + 1} read {index} batches, the first one {len(sums)}. {_SAME}")
-            with full_precision(run.device.type), torch.no_grad():
+                raise DataError(
+                    "The data hold no batch. Pass a loader with at least one batch; a generator can be read only once."
+                )
+            with plain_arithmetic(run.device):
                 more = run.next_pass()
             if not more:
                 break
-            number += 1
+            count, number = index, number + 1
     except BaseException as error:
         if not isinstance(error, Exception):  # interrupted from outside
             error.add_note(
@@ -197,7 +201,17 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
         tell("")
 
 
-_SAME = "A fit that reads the data several times needs the same batches in the same order: fix the loader's order, or pass a list."
+_SAME = (
+    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with the "
+    "global generators has it, one with a generator of its own has not): fix the loader's order, or pass a list."
+)
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Ordinary tensors without graphs, in full precision, whatever the caller's modes are."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device.type):
+        yield
 
 
 def _read(batches: Iterable[Any], number: int) -> Iterator[Any]:
@@ -208,14 +222,16 @@ def _read(batches: Iterable[Any], number: int) -> Iterator[Any]:
         raise
 
 
-def _compare(sums: list[list[Tensor]], index: int, batch: Any, number: int, again: bool) -> None:
+def _compare(sums: dict[int, Tensor], index: int, batch: Any, number: int, again: bool) -> None:
     """Remember a batch in the first pass, recognise it later."""
     if not again:
-        raise DataError("This fit reads the data more than once, and a generator can be read only once. Pass a list or a DataLoader.")
+        raise DataError(
+            "This fit reads the data more than once, and a generator can be read only once. Pass a list or a DataLoader."
+        )
     found = checksum(batch)
     if number == 0:
-        sums.append(found)
-    elif index >= len(sums) or not all(torch.equal(x, y) for x, y in zip(found, sums[index], strict=True)):
+        sums[index] = found
+    elif index in sums and not torch.equal(found, sums[index]):
         raise DataError(f"batch {index} of pass {number + 1} is not the one of the first pass. {_SAME}")
 
 

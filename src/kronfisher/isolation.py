@@ -1,11 +1,16 @@
-"""Leaving no trace: random state, buffers, modes and flags are the same after an estimate as before it."""
+"""Leaving no trace: random state, buffers, hooks and flags are the same after an estimate as before it."""
 
-from collections.abc import Iterator, Mapping
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from kronfisher.errors import UnsupportedError
 
@@ -17,6 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Raises:
         UnsupportedError: a part of it is scripted: its operators cannot be seen.
+        TypeError: it is no module.
     """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -25,10 +31,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; pass the torch.nn.Module that owns the parameters.")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError(
-                f"{name or 'the model'} is a scripted module, whose operators cannot be seen. Pass the module it was scripted from."
+                f"{name or 'the model'} is a scripted module, whose operators cannot be seen. "
+                "Pass the module it was scripted from."
             )
     return model
 
@@ -42,44 +51,52 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedError(
-            "The model has no trainable parameters, so its Fisher matrix is empty. Set requires_grad_(True) on those to treat."
+            "The model has no trainable parameters, so its Fisher matrix is empty. "
+            "Set requires_grad_(True) on those to treat."
         )
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise UnsupportedError(f"{name} is not initialised yet. Run the model once on a batch before estimating.")
         if not parameter.is_floating_point():
-            raise UnsupportedError(f"{name} has dtype {parameter.dtype}; only real floating-point parameters are supported.")
+            raise UnsupportedError(
+                f"{name} has dtype {parameter.dtype}; only real floating-point parameters are supported."
+            )
+        if parameter.layout is not torch.strided or parameter.numel() == 0 or parameter.is_meta:
+            raise UnsupportedError(
+                f"{name} {list(parameter.shape)} has layout {parameter.layout} and lies on {parameter.device}; only "
+                "dense parameters that hold numbers are supported. Freeze it with requires_grad_(False)."
+            )
     return parameters
 
 
 @contextmanager
 def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run the model without a trace: eagerly, with gradients on, from a random state of our own, buffers put back at the end."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    buffers = [
-        (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    """Run the model without a trace: eagerly, with gradients on, from a random state of our own.
+
+    It meets copies of its buffers, and neither its own backward hooks nor global ones: they would be called with
+    gradients that are not those of the user's loss, and may change them.
+    """
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            for owner, name, buffer, version, values in buffers:
-                owner[name] = buffer
-                if buffer._version != version:
-                    with torch.no_grad():
-                        buffer.copy_(values)
+        stack.enter_context(_random_state(model, seed))
+        stack.enter_context(_without_weight_cache())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_replaced(_backward_hooks(model), {}))
+        copies: dict[int, Tensor] = {}
+        for module in model.modules():
+            buffers = {
+                name: copies.setdefault(id(b), b.detach().clone())
+                for name, b in module._buffers.items()
+                if b is not None
+            }
+            stack.enter_context(_replaced([module._buffers], {**module._buffers, **buffers}))
+        yield
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
+    """All tensors in nested tuples, lists, mappings and data classes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -88,3 +105,62 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+@contextmanager
+def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
+    """Torch's generators on the model's devices, NumPy's and Python's: seeded, and put back at the end."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    python, arrays = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
+            state = torch.Generator(device).manual_seed(seed).get_state()
+            torch.get_device_module(device).set_rng_state(state, device)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are none of our business
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def _without_weight_cache() -> Iterator[None]:
+    """Autocast keeps its copies of weights for the next call; then uses of one weight could not be told apart."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def _replaced(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
+    """Other contents for some dictionaries, the old ones at the end."""
+    saved = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+    try:
+        for dictionary, _ in saved:
+            dictionary.clear()
+            dictionary.update(contents)
+        yield
+    finally:
+        for dictionary, old in saved:
+            dictionary.clear()
+            dictionary.update(old)
+
+
+def _backward_hooks(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    yield torch_module._global_backward_hooks
+    yield torch_module._global_backward_pre_hooks
+    for module in model.modules():
+        yield module._backward_hooks
+        yield module._backward_pre_hooks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_
 
-__all__ = ["Activations", "Dense", "Ones", "Samples", "chunks", "join"]
+__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 
@@ -61,29 +61,21 @@ class Dense(Activations):
     """Inputs that are there as a tensor.
 
     Attributes:
-        values: ``[H, n, T, I]`` without the bias coordinate; zero where masked.
+        values: ``[H, n, T, I]`` without the bias coordinate.
         bias: whether a last coordinate of one belongs to them.
-        mask: ``[n, T]``, one where the position counts: the bias coordinate; None counts all.
     """
 
     values: Tensor
     bias: bool = False
-    mask: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         heads, n, positions, width = self.values.shape
         return heads, n, positions, width + self.bias
 
-    def _ones(self, low: int, high: int | None) -> Tensor:
-        values = self.values[:, low:high]
-        if self.mask is None:
-            return values.new_ones(()).expand(*values.shape[:3], 1)
-        return self.mask[low:high, :, None].to(values.dtype).expand(len(values), -1, -1, -1)
-
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         values = self.values[:, low:high]
-        return torch.cat([values, self._ones(low, high)], dim=-1) if self.bias else values
+        return torch.cat([values, values.new_ones(()).expand(*values.shape[:3], 1)], dim=-1) if self.bias else values
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         rows = self.values.to(total.dtype).flatten(1, 2)
@@ -91,11 +83,12 @@ class Dense(Activations):
         add_symmetric_product_(total[:, :width, :width], rows)
         if self.bias:  # the last column, without a copy of the rest
             total[:, :width, width] += rows.sum(dim=1)
-            total[:, width, width] += rows.shape[1] if self.mask is None else self.mask.sum()
+            total[:, width, width] += rows.shape[1]
 
     def summed(self) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
-        return torch.cat([values, self._ones(0, None).sum(dim=2, keepdim=True)], dim=-1) if self.bias else values
+        positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
+        return torch.cat([values, positions], dim=-1) if self.bias else values
 
 
 @dataclass(frozen=True)
@@ -105,12 +98,10 @@ class Ones(Activations):
     Attributes:
         like: a tensor that gives dtype and device.
         sizes: H, n, T.
-        mask: ``[n, T]``, one where the position counts; None counts all.
     """
 
     like: Tensor
     sizes: tuple[int, int, int]
-    mask: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -118,16 +109,30 @@ class Ones(Activations):
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         heads, n, positions = self.sizes
-        count = len(range(n)[low:high])
-        if self.mask is None:
-            return self.like.new_ones(()).expand(heads, count, positions, 1)
-        return self.mask[low:high, :, None].to(self.like.dtype).expand(heads, count, positions, 1)
+        return self.like.new_ones(()).expand(heads, len(range(n)[low:high]), positions, 1)
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
-        total += self.sizes[1] * self.sizes[2] if self.mask is None else self.mask.sum()
+        total += self.sizes[1] * self.sizes[2]
 
-    def summed(self) -> Tensor:
-        return self.dense().sum(dim=2, keepdim=True)
+
+@dataclass(frozen=True)
+class Masked(Activations):
+    """Inputs of which some positions do not count: zero there, the bias coordinate too.
+
+    Attributes:
+        inner: all of them.
+        mask: ``[n, T]``, one where the position counts.
+    """
+
+    inner: Activations
+    mask: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.inner.shape
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        return self.inner.dense(low, high) * self.mask[low:high, :, None]
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,10 @@ class Samples:
 
     Attributes:
         activations: ``a [H, n, T, I]``.
-        gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood; zero where masked.
+        gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood.
         first: False for the second and further columns or draws of the same data: their activations were counted already.
-        lengths: ``[n]`` positions that count, of each sample; None: all T.
+        mask: ``[n, T]``, one where the position counts; None: all of them. Products of a and g are not masked: where a position that
+            does not count still acts on others (through a convolution, say) its g is not zero and belongs to the gradient.
         workspace: bytes that temporaries may take.
 
     Example:
@@ -153,7 +159,7 @@ class Samples:
     activations: Activations
     gradients: Tensor
     first: bool = True
-    lengths: Tensor | None = None
+    mask: Tensor | None = None
     workspace: int = WORKSPACE
 
     @property
@@ -171,11 +177,16 @@ class Samples:
     @property
     def rows(self) -> int | Tensor:
         """Positions that count, over all samples."""
-        return len(self) * self.positions if self.lengths is None else self.lengths.sum()
+        return len(self) * self.positions if self.mask is None else self.mask.sum()
+
+    @property
+    def counted(self) -> Activations:
+        """The inputs, zero at positions that do not count."""
+        return self.activations if self.mask is None else Masked(self.activations, self.mask)
 
     def add_input_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]``."""
-        self.activations.add_covariance_(total, self.workspace)
+        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``."""
+        self.counted.add_covariance_(total, self.workspace)
 
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``."""
@@ -205,7 +216,7 @@ class Samples:
         size = self.gradients.element_size() * heads * self.positions * 2 * (width + outputs)
         for low, high in chunks(len(self), size, self.workspace):
             activations = Dense(self.activations.dense(low, high))
-            yield replace(self, activations=activations, gradients=self.gradients[:, low:high], lengths=None)
+            yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
     def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
         """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for matrices ``U_A [H, I, I]`` and ``U_B [H, O, O]``."""
@@ -226,41 +237,33 @@ class Samples:
     def reduced(self) -> "Samples":
         """Positions summed out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
         gradients = self.gradients.sum(dim=2, keepdim=True)
-        if self.lengths is None:
-            lengths, gradients = None, gradients / self.positions
+        if self.mask is None:
+            mask, gradients = None, gradients / self.positions
         else:
-            gradients = gradients / self.lengths.clamp_min(1).to(gradients.dtype)[:, None, None]
-            lengths = (self.lengths > 0).to(self.lengths.dtype)
-        return replace(self, activations=Dense(self.activations.summed()), gradients=gradients, lengths=lengths)
-
+            lengths = self.mask.sum(dim=1, keepdim=True)
+            mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
+        return replace(self, activations=Dense(self.counted.summed()), gradients=gradients, mask=mask)
 
     def masked(self, positions: Tensor) -> "Samples":
-        """Samples without the positions that do not count.
+        """Samples that know which positions count.
 
         Args:
-            positions: bool ``[n, P]``. Where P is this use's T, position by position; else a sample goes when none of its positions counts.
+            positions: bool ``[n, P]``. Where P is this use's T it holds position by position; else a sample counts with all its
+                positions if any of the P does.
         """
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
-        keep = positions.to(self.gradients.dtype)
-        activations = self.activations
-        if isinstance(activations, Ones):
-            activations = replace(activations, mask=keep)
-        elif isinstance(activations, Dense):
-            activations = replace(activations, values=activations.values * keep[..., None], mask=keep)
-        else:  # a bias coordinate is masked like any other
-            activations = Dense(activations.dense() * keep[..., None])
-        return replace(self, activations=activations, gradients=self.gradients * keep[..., None], lengths=keep.sum(dim=1))
+        return replace(self, mask=positions.to(self.gradients.dtype))
 
 
 def join(uses: list[Samples]) -> Samples:
     """Uses of one weight by the same samples as one: positions side by side along T."""
     if len(uses) == 1:
         return uses[0]
-    lengths = None
-    if any(use.lengths is not None for use in uses):
-        each = [use.gradients.new_full((len(use),), use.positions) if use.lengths is None else use.lengths for use in uses]
-        lengths = torch.stack(each).sum(dim=0)
+    mask = None
+    if any(use.mask is not None for use in uses):
+        every = uses[0].gradients.new_ones(()).expand
+        mask = torch.cat([every(len(use), use.positions) if use.mask is None else use.mask for use in uses], dim=1)
     activations = torch.cat([use.activations.dense() for use in uses], dim=2)
     gradients = torch.cat([use.gradients for use in uses], dim=2)
-    return replace(uses[0], activations=Dense(activations), gradients=gradients, lengths=lengths)
+    return replace(uses[0], activations=Dense(activations), gradients=gradients, mask=mask)

@@ -170,7 +170,7 @@ def test_uci(uci_dir, split):
 
 def test_damaged_uci_files(uci_dir):
     folder, _ = uci_dir
-    with pytest.raises(DataError, match="splits 0 to 1, not 2"):
+    with pytest.raises(ValueError, match="splits 0 to 1, not 2"):
         data.load("yacht", data_dir=folder, split=2)
     tables = folder / "uci" / "UCI_Datasets" / "yacht" / "data"
     np.savetxt(tables / "index_test_0.txt", [3, 10])

@@ -23,7 +23,7 @@ DESCRIPTIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """What one fit reached.
 
@@ -55,7 +55,7 @@ class Row:
         return f"{self.fit}: {self.failure or numbers}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """All rows of a comparison; ``str()`` gives two tables for people, `to_json` everything for programs.
 

@@ -118,13 +118,14 @@ class Study:
         Returns:
             One row per finished fit, the settings beside them.
         """
-        say(f"{dataset.name}: {len(dataset.train_inputs):,} data to train on, {len(dataset.test_inputs):,} to test")
+        learned = dataset.head(self.train_size)
+        say(f"{dataset.name}: {len(learned.train_inputs):,} data to train on, {len(dataset.test_inputs):,} to test")
         start, settings = time.perf_counter(), self._settings(model)
         if self.epochs:
             what = f"training {self.network}"
             train(
                 model,
-                dataset.head(self.train_size),
+                learned,
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 lr=self.lr,

@@ -42,6 +42,13 @@ class Bernoulli(Likelihood):
         logits = promote(outputs.detach())
         return (torch.sigmoid(logits) * torch.sigmoid(-logits)).sqrt()
 
+    def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
+        """`p - y` for drawn y; see the base class."""
+        logits = promote(outputs.detach())
+        probability = torch.sigmoid(logits)
+        uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=probability.dtype)
+        return torch.where(uniform < probability, -torch.sigmoid(-logits), probability).to(outputs.dtype)
+
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`p - y`; see the base class."""
         logits = promote(outputs.detach())
@@ -57,8 +64,9 @@ class Bernoulli(Likelihood):
         require_shape(targets, outputs.shape, "Bernoulli", where)
         if targets.is_complex():
             fail(where, f"Bernoulli needs real targets, found {targets.dtype}", "give zeros and ones")
-        outside = ~((targets >= 0) & (targets <= 1))
-        if outside.any():
+        low, high = targets.aminmax()  # one pass where all is well; NaN fails both comparisons
+        if not bool((low >= 0) & (high <= 1)):
+            outside = ~((targets >= 0) & (targets <= 1))
             fail(
                 where,
                 f"Bernoulli needs targets in [0, 1], found {targets[outside][0].item()}",

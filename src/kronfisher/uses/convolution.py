@@ -187,7 +187,10 @@ def _padding(
 
 EXAMPLES["conv1d, stride and dilation"] = lambda: (nn.Conv1d(2, 3, 2, stride=2, padding=1, dilation=2), (4, 2, 7))
 EXAMPLES["conv2d"] = lambda: (nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0)), (4, 2, 5, 4))
-EXAMPLES["conv2d without bias, same"] = lambda: (nn.Conv2d(1, 2, 3, padding="same", dilation=2, bias=False), (4, 1, 5, 4))
+EXAMPLES["conv2d without bias, same"] = lambda: (
+    nn.Conv2d(1, 2, 3, padding="same", dilation=2, bias=False),
+    (4, 1, 5, 4),
+)
 EXAMPLES["conv2d, circular"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), (3, 1, 4, 4))
 EXAMPLES["conv2d, reflect"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), (3, 1, 4, 4))
 EXAMPLES["conv2d, groups"] = lambda: (nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 3))

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.blocks import View
-from kronfisher.errors import UnsupportedError
-from kronfisher.linalg import promote
 from kronfisher.samples import Activations, Ones
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
@@ -22,46 +20,40 @@ __all__ = ["ElementwiseUse"]
 
 @dataclass
 class ElementwiseUse(Use):
-    """``y = p ∘ x`` or ``y = x ± p`` with p broadcast.
+    """``y = p ∘ x`` or ``y = x ± p`` with p broadcast; rows are the axes of y that p does not have.
 
     Attributes:
         aligned: p's shape with its axes at those of y (counted from the last), one where it is broadcast.
         factor: what the output gradient is multiplied by, computed when needed from the checked inputs; None: one.
         sign: of p in the output.
-        certain: whether the operator is known to act on data (a norm), so that shapes may decide which row is whose.
     """
 
     aligned: tuple[int, ...]
     factor: Callable[[Tensor], Tensor] | None = None
     sign: float = 1.0
-    certain: bool = False
     summing = True
 
+    def _axes(self, dimensions: int) -> tuple[list[int], list[int]]:
+        """The axes of an output of so many dimensions that p does not have, and those that it has."""
+        aligned = [1] * (dimensions - len(self.aligned)) + list(self.aligned)
+        return [k for k, size in enumerate(aligned) if size == 1], [k for k, size in enumerate(aligned) if size != 1]
+
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
-        return output or (1,)
+        return tuple(output[axis] for axis in self._axes(len(output))[0])
 
     def rows(self, gradient: Tensor) -> Tensor:
-        return (gradient if gradient.dim() else gradient.unsqueeze(0)).unsqueeze(-1)
+        lead, features = self._axes(gradient.dim())
+        return gradient.permute(*lead, *features).unsqueeze(-1).flatten(len(lead))
 
     def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
-        gradient = promote(gradient) * self.sign
+        gradient = gradient if self.sign == 1 else gradient * self.sign
         if self.factor is not None:
-            gradient = gradient * self.factor(promote(self.checked_inputs()))
-        if owner.order is not None or gradient.dim() == 0:
-            raise UnsupportedError(f"{self.name}: rows of this elementwise use do not lie along an axis of data.")
-        aligned = [1] * (gradient.dim() - len(self.aligned)) + list(self.aligned)
-        if aligned.pop(owner.axis) != 1:
-            raise UnsupportedError(
-                f"{self.name}: this parameter has elements of its own for each datum of the batch, so it has no Fisher "
-                "matrix over data. Freeze it with requires_grad_(False)."
-            )
-        grouped = owner.split(gradient)  # [n, rows of the axis, other axes]
-        away = [1, *(axis + 2 for axis, size in enumerate(aligned) if size == 1)]
-        summed = grouped.sum(dim=away)
-        return summed.reshape(1, owner.samples, 1, -1)
+            gradient = gradient * self.factor(self.checked_inputs())
+        rows = self.rows(gradient)
+        return owner.group(rows, rows.dim() - 1).sum(dim=1)[None, :, None]
 
     def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        return Ones(promote(gradient), (1, owner.samples, 1))
+        return Ones(gradient, (1, owner.samples, 1))
 
 
 def broadcast(view: View) -> View:

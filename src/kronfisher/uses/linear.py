@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfisher.blocks import View
-from kronfisher.linalg import promote
 from kronfisher.samples import Activations, Dense, Ones
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
@@ -32,14 +31,14 @@ class RowUse(Use):
         return self._rows(gradient)
 
     def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
-        rows = self._rows(promote(gradient))
+        rows = self._rows(gradient)
         return owner.group(rows, rows.dim() - 1).unsqueeze(0)
 
     def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
             heads, samples, positions, _ = self.gradients(owner, gradient).shape
-            return Ones(promote(gradient), (heads, samples, positions))
-        rows = self._rows(promote(self.checked_inputs()))
+            return Ones(gradient, (heads, samples, positions))
+        rows = self._rows(self.checked_inputs())
         return Dense(owner.group(rows, rows.dim() - 1).unsqueeze(0), bias)
 
 
@@ -47,7 +46,7 @@ class RowUse(Use):
 def linear(view: Viewer, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Use]:
     """``F.linear(x [..., I], W [O, I], b [O])``, whatever leads; a weight ``[I]`` has one output."""
     matrix, vector = view(weight), view(bias)
-    if weight.dim() != 2 or not (matrix or vector):
+    if weight.dim() != 2 or not (matrix or vector) or (vector and vector.size != weight.shape[:1]):
         return
     yield RowUse(
         matrix.reshaped(1, *matrix.size) if matrix else None,
@@ -64,9 +63,13 @@ def matmul(view: Viewer, input: Tensor, other: Tensor) -> Iterator[Use]:
         return
     matrix, x = (right, input) if right else (left, other)
     assert matrix is not None
-    if len(matrix.size) != 2 or 0 in matrix.stride or (left and x.dim() < 2):
+    if len(matrix.size) != 2 or (left and x.dim() < 2):
         return
-    use = RowUse((matrix.permuted(1, 0) if right else matrix).reshaped(1, *(matrix.size[::-1] if right else matrix.size)), None, x)
+    use = RowUse(
+        (matrix.permuted(1, 0) if right else matrix).reshaped(1, *(matrix.size[::-1] if right else matrix.size)),
+        None,
+        x,
+    )
     use.transposed = left is not None
     yield use
 
@@ -77,7 +80,7 @@ def addmm(
 ) -> Iterator[Use]:
     """``b [O] + x [n, I] @ M [I, O]``."""
     matrix, vector = view(mat2), view(input)
-    if beta != 1 or alpha != 1 or view(mat1) or not (matrix or vector) or (vector and len(vector.size) != 1):
+    if beta != 1 or alpha != 1 or not (matrix or vector) or (vector and vector.size != mat2.shape[1:]):
         return
     yield RowUse(_columns(matrix), vector.reshaped(1, -1) if vector else None, mat1 if matrix else None)
 

@@ -22,9 +22,9 @@ def _uses(
 ) -> Iterator[Use]:
     scale, shift = view(weight), view(bias)
     if scale:
-        yield ElementwiseUse(None, scale.reshaped(1, *scale.size), input, aligned, normalise, certain=True)
+        yield ElementwiseUse(None, scale.reshaped(1, *scale.size), input, aligned, normalise)
     if shift:
-        yield ElementwiseUse(None, shift.reshaped(1, *shift.size), None, aligned, certain=True)
+        yield ElementwiseUse(None, shift.reshaped(1, *shift.size), None, aligned)
 
 
 def _channels(input: Tensor) -> tuple[int, ...]:

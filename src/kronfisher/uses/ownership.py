@@ -1,18 +1,17 @@
 """Which sample owns a row of a layer's inputs and outputs.
 
-Most layers keep data along their first axis; some see sequence-first tensors or batch and time flattened into one axis. Shapes decide
-where they can; else a probe does: multiply the back-propagated vector of datum k by k and see by which factor each row's gradient grew.
+Most layers keep data along their first axis; some see sequence-first tensors or batch and time flattened into one axis,
+and some mix data. Shapes cannot tell for sure, so a probe does: multiply the back-propagated vector of every datum by a
+power of two of its own and see by which one each row's gradient grew. Powers of two are exact: even noise grows by them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import UnsupportedError
-
-__all__ = ["Ownership"]
+__all__ = ["Ownership", "Probe"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Ownership:
         samples: n.
         axis: the leading axis along which samples lie.
         major: where that axis holds several rows of each sample: they stand together (else samples alternate).
-        order: ``[R]`` row numbers sorted by sample, where no axis does it.
+        order: ``[R]`` places along the axis sorted by sample, where they lie in no regular order.
 
     Example:
         >>> rows = torch.arange(6).reshape(3, 2)  # three positions of two samples, sequence first
@@ -39,6 +38,8 @@ class Ownership:
     def split(self, rows: Tensor) -> Tensor:
         """``[*lead, *rest] → [n, R/n along the axis, other lead axes in their order, *rest]``."""
         rows = rows.movedim(self.axis, 0)
+        if self.order is not None:
+            rows = rows[self.order]
         if self.major:
             return rows.unflatten(0, (self.samples, -1))
         return rows.unflatten(0, (-1, self.samples)).transpose(0, 1)
@@ -46,72 +47,120 @@ class Ownership:
     def group(self, rows: Tensor, lead: int) -> Tensor:
         """``[*lead, *rest] → [n, T, *rest]``; `lead` is the number of leading axes."""
         rest = rows.shape[lead:]
-        if self.order is not None:
-            return rows.flatten(0, lead - 1)[self.order].reshape(self.samples, -1, *rest)
-        if self.axis == 0 and self.major:
+        if self.axis == 0 and self.major and self.order is None:
             return rows.reshape(self.samples, -1, *rest)
         return self.split(rows).reshape(self.samples, -1, *rest)
 
     def owners(self, lead: tuple[int, ...]) -> Tensor:
-        """The sample of every row, ``[R]``."""
+        """The sample of every row, shaped as the leading axes."""
         rows = self.group(torch.arange(prod(lead)).reshape(lead), len(lead))
         owners = torch.empty(prod(lead), dtype=torch.long)
         owners[rows.flatten()] = torch.arange(self.samples).repeat_interleave(rows.shape[1])
-        return owners
+        return owners.reshape(lead)
+
+    def fitted(self, lead: tuple[int, ...], samples: int) -> "Ownership | None":
+        """The same rule for a batch of another size, or None where it does not fit."""
+        if self.order is not None or self.axis >= len(lead) or lead[self.axis] % samples:
+            return None
+        return replace(self, samples=samples)
 
     @classmethod
-    def by_shape(cls, lead: tuple[int, ...], samples: int) -> "Ownership | None":
-        """The rule that shapes alone give, or None where they do not decide."""
-        if samples == 1:
-            return cls(1)
-        if lead and lead[0] == samples and samples not in lead[1:]:
-            return cls(samples)
-        return None
-
-    @classmethod
-    def by_probe(cls, plain: Tensor, scaled: Tensor, samples: int, what: str) -> "Ownership":
-        """The rule that explains how each row grew when datum k was multiplied by k = 1..n.
-
-        Args:
-            plain: ``[*lead, F]`` gradients of a random combination of the outputs.
-            scaled: the same with datum k's outputs multiplied by k.
-            samples: n.
-            what: the use, for messages.
-
-        Raises:
-            UnsupportedError: rows mix data, or belong to samples in unequal numbers.
-        """
-        lead = tuple(plain.shape[:-1])
-        plain, scaled = plain.flatten(0, -2).double(), scaled.flatten(0, -2).double()
-        energy = plain.square().sum(-1)
-        alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions say nothing
-        if not bool(alive.any()):
-            return next(iter(cls._candidates(lead, samples)), cls(1)) if prod(lead) % samples == 0 else cls(1)
-        ratio = (plain * scaled).sum(-1)[alive] / energy[alive]
-        residual = (scaled[alive] - ratio[:, None] * plain[alive]).norm(dim=-1) / (ratio.abs() * energy[alive].sqrt())
-        owner = ratio.round()
-        clean = (residual < 1e-2) & ((ratio - owner).abs() < 0.05 + 1e-3 * owner) & (owner >= 1) & (owner <= samples)
-        if not bool(clean.all()):
-            raise UnsupportedError(
-                f"{what}: the gradients of single rows mix several data, so no per-datum gradient exists. Data are coupled "
-                "(normalisation over the batch, attention across it) or the parameter acts before it meets the data. "
-                "Put such layers in eval mode, or freeze the parameter with requires_grad_(False)."
-            )
-        owner = owner.long().cpu() - 1
-        alive = alive.cpu()
-        fitting = [rule for rule in cls._candidates(lead, samples) if torch.equal(rule.owners(lead)[alive], owner)]
-        if fitting:
-            return fitting[0]
-        counts = torch.bincount(owner, minlength=samples)
-        if bool(alive.all()) and bool((counts == counts[0]).all()):
-            return cls(samples, order=torch.argsort(owner, stable=True).to(plain.device))
-        raise UnsupportedError(
-            f"{what}: rows of shape {list(lead)} belong to the {samples} data in unequal numbers or in no pattern that is "
-            "known; pass padded batches, or freeze the parameter with requires_grad_(False)."
-        )
-
-    @classmethod
-    def _candidates(cls, lead: tuple[int, ...], samples: int) -> "list[Ownership]":
+    def candidates(cls, lead: tuple[int, ...], samples: int) -> "list[Ownership]":
+        """The rules that shapes allow, the likeliest first."""
         exact = [cls(samples, axis) for axis, size in enumerate(lead) if size == samples]
         folded = [axis for axis, size in enumerate(lead) if size > samples and size % samples == 0]
         return exact + [cls(samples, axis, major) for axis in folded for major in (True, False)]
+
+    @classmethod
+    def by_owners(cls, owners: Tensor, samples: int) -> "tuple[Ownership | None, bool]":
+        """The rule that explains the owners of rows, and whether nothing else could.
+
+        Args:
+            owners: the sample of every row, shaped as the leading axes; −1 where nobody knows.
+            samples: n.
+        """
+        lead, known = tuple(owners.shape), owners >= 0
+        rules = cls.candidates(lead, samples)
+        fitting = [rule for rule in rules if torch.equal(rule.owners(lead)[known], owners[known])]
+        if fitting:
+            return fitting[0], len(fitting) == 1
+        for axis in range(len(lead)):  # data in another order, such as sorted by length
+            lines = owners.movedim(axis, 0).reshape(lead[axis], -1)
+            line = lines.amax(dim=1)
+            counts = torch.bincount(line.clamp_min(0), minlength=samples)
+            if bool(((lines == line[:, None]) | (lines < 0)).all() & (line >= 0).all() & (counts == counts[0]).all()):
+                return cls(samples, axis, order=torch.argsort(line, stable=True)), True
+        return None, True
+
+
+class Probe:
+    """Reads off the gradients of rows which sample owns them.
+
+    The number of every datum is written in digits; in the pass of its place a digit d multiplies the datum's vector by 2^d.
+
+    Args:
+        samples: n.
+        dtype: of the outputs; half precisions with a small range take fewer powers, and more passes.
+    """
+
+    width = 4  # a row's gradient is known by so many random projections of it
+
+    def __init__(self, samples: int, dtype: torch.dtype) -> None:
+        self.samples = samples
+        self.base = 4 if torch.finfo(dtype).max < 1e6 else 32
+        self.digits = 1
+        while self.base**self.digits < samples:
+            self.digits += 1
+
+    def factors(self) -> Tensor:
+        """``[1 + digits, n]``: by what to multiply the vector of each datum, pass by pass; the first pass is plain."""
+        places = self.base ** torch.arange(self.digits)
+        digit = torch.arange(self.samples) // places[:, None] % self.base
+        return torch.cat([torch.ones(1, self.samples), 2.0 ** (digit - self.base // 2)])
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """``[*lead, F] → [*lead, min(F, width)]``: the gradient of every row, in short."""
+        features = rows.shape[-1]
+        if features <= self.width:
+            return rows.double()
+        generator = torch.Generator().manual_seed(features)
+        return (rows @ torch.randn(features, self.width, generator=generator).to(rows)).double()
+
+    def owners(self, passes: list[Tensor]) -> Tensor | None:
+        """The sample of every row, −1 where its gradient is zero; None if a row belongs to several samples.
+
+        Args:
+            passes: ``[*lead, width]`` projections of each pass.
+        """
+        plain, *scaled = passes
+        energy = plain.square().sum(-1)
+        alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions say nothing
+        energy, owner, clean = energy.where(alive, 1), torch.zeros_like(energy), torch.ones_like(alive)
+        for place, turned in enumerate(scaled):
+            ratio = (plain * turned).sum(-1) / energy
+            missed = (turned - ratio.unsqueeze(-1) * plain).norm(dim=-1) / energy.sqrt()
+            power = ratio.clamp_min(2.0**-40).log2()
+            digit = power.round() + self.base // 2
+            clean &= (missed < 1e-3 * ratio) & ((power - power.round()).abs() < 1e-3)
+            clean &= (digit >= 0) & (digit < self.base)
+            owner += digit * self.base**place
+        if not bool((clean & (owner < self.samples) | ~alive).all()):
+            return None
+        return owner.where(alive, -1).long().cpu()
+
+
+def coupled(what: str) -> str:
+    """What to say of a use whose rows belong to several data."""
+    return (
+        f"{what}: the gradients of single rows mix several data, so no per-datum gradient exists. Data are coupled "
+        "(normalisation over the batch, attention across it), the parameter acts before it meets the data, or it has "
+        "elements of its own for each datum. Put such layers in eval mode, or freeze it with requires_grad_(False)."
+    )
+
+
+def scattered(what: str, lead: tuple[int, ...], samples: int) -> str:
+    """What to say of a use whose rows belong to data in no order that is known."""
+    return (
+        f"{what}: rows of shape {list(lead)} belong to the {samples} data in unequal numbers or in no pattern that is "
+        "known. Pad the sequences of a batch to one length, or freeze the parameter with requires_grad_(False)."
+    )

@@ -112,7 +112,9 @@ def add_row_covariance_(total: Tensor, images: Tensor, shape: Shape, padding: tu
         padding: zeros left and right of each row.
     """
     _, (tall, wide), _, _, (down, across) = shape
-    strips = F.pad(images, padding).unfold(3, (wide - 1) * across + 1, 1)[..., ::across]  # [R, C, height, columns, wide]
+    strips = F.pad(images, padding).unfold(3, (wide - 1) * across + 1, 1)[
+        ..., ::across
+    ]  # [R, C, height, columns, wide]
     strips = strips.permute(1, 4, 2, 0, 3).contiguous().flatten(3).flatten(0, 1)  # [C·wide, height, R·columns]
     blocks = _blocks(total, images.shape[1], tall, wide)
     for axis in vertical_axes(shape):
@@ -141,7 +143,9 @@ def add_shifted_covariance_(total: Tensor, images: Tensor, shape: Shape) -> None
     """
     _, (tall, wide), *_ = shape
     channels = images.shape[1]
-    by_row = images.permute(2, 3, 0, 1).contiguous()  # a run of pixels of one row, over all images, is one contiguous matrix
+    by_row = images.permute(
+        2, 3, 0, 1
+    ).contiguous()  # a run of pixels of one row, over all images, is one contiguous matrix
     by_column = by_row.transpose(0, 1).contiguous()
     blocks = _blocks(total, channels, tall, wide)
     for vertical, horizontal in differences(shape):

@@ -1,14 +1,15 @@
 """A use: one call of an operator with a trainable weight, and the registry of operators that are understood.
 
-A handler stands for an operator of torch and takes the same arguments after ``view``, which tells whether a tensor is a window on a
-trainable parameter (`View`) or not (None). It answers with the uses that the call makes; none where it does not understand the call, in
-which case coverage by the graph finds the parameter unclaimed.
+A handler stands for an operator of torch and takes the same arguments after ``view``, which tells whether a tensor is a
+window on a trainable parameter (`View`) or not (None). It answers with the uses that the call makes; none where it does
+not understand the call, in which case coverage by the graph finds the parameter unclaimed.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronfisher.blocks import View
@@ -52,8 +53,8 @@ class Use:
     bias: View | None
     inputs: Tensor | None
 
+    dtype = torch.float32  # of the samples: the parameter's, or better
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
-    certain = True  # the operator itself says that leading axes count data; an elementwise product may act before the data come in
 
     def __post_init__(self) -> None:
         if self.inputs is not None:
@@ -81,11 +82,11 @@ class Use:
         raise NotImplementedError
 
     def checked_inputs(self) -> Tensor:
-        """The inputs, if nobody has written over them since."""
+        """The inputs in the dtype of the samples, if nobody has written over them since."""
         assert self.inputs is not None
         if self.inputs._version != self._version:
             raise UnsupportedError(
-                f"{self.name}: the input of this layer was modified in place after the layer had used it, so its values are "
-                "gone. Replace that in-place operation by one that returns a new tensor."
+                f"{self.name}: the input of this layer was modified in place after the layer had used it, so its values "
+                "are gone. Replace that in-place operation by one that returns a new tensor."
             )
-        return self.inputs
+        return self.inputs.to(self.dtype)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Task = Literal["classes", "values", "probabilities"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
     """A data set in memory, float32, split into training and test data.
 

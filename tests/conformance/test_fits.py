@@ -1,0 +1,228 @@
+"""Every registered fit of every registered use under every registered likelihood, against dense truth.
+
+What is registered later enters by itself. A fit whose formula is known here is compared with it, number by number; every fit is held to what
+all of them promise: its error is the one it says, the same call gives the same bits, batches and their order do not matter, sums are N means.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kronfisher as kf
+from kronfisher.fits import FITS, named
+from kronfisher.likelihoods import REGISTRY
+from kronfisher.operators import Eigen, KroneckerBasis
+from kronfisher.uses import EXAMPLES
+from tests.conformance.truth import DRAWS, SEED, Problem, Tap, problem
+
+LABELS = ("exact", "observed", "sampled")
+# Not every use meets every likelihood where neither matters: each use meets a categorical, a masked and a Gaussian one in turn.
+FEW = ("categorical-weighted", "categorical-sequence", "gaussian-variances")
+
+examples = pytest.mark.parametrize("example", EXAMPLES)
+fits = pytest.mark.parametrize("fit", FITS)
+few = pytest.mark.parametrize("likelihood", FEW)
+
+
+def estimate(p: Problem, fit, labels: str = "exact", data=None, **options) -> kf.Fisher:
+    options = {"samples": DRAWS, "seed": SEED, **options}
+    return kf.estimate(p.model, p.batch if data is None else data, p.likelihood, fit=fit, labels=labels, **options)
+
+
+def close(found: Tensor, truth: Tensor, what: str, tolerance: float = 1e-10) -> None:
+    assert truth.norm() > 1e-3, f"{what}: nothing to compare"
+    distance = float((found - truth).norm() / truth.norm())
+    assert distance <= tolerance, f"{what}: relative distance {distance:.1e}"
+
+
+@examples
+@pytest.mark.parametrize("likelihood", REGISTRY)
+def test_full_across_layers_is_the_truth(example, likelihood):
+    p = problem(example, likelihood)
+    for labels in LABELS:
+        fisher = estimate(p, kf.Full(across_layers=True), labels)
+        close(fisher.to_dense(), p.truth(labels), labels)
+        assert fisher.count == p.count and fisher.labels == labels
+
+
+def kept(p: Problem, positions: int) -> Tensor:
+    """Which of a layer's positions count, ``[N, T]``: one by one where they are the outputs' own, else all of a datum or none."""
+    mask = p.counted
+    return (mask if mask.shape[1] == positions else mask.any(1, keepdim=True).expand(-1, positions)).double()
+
+
+def factors(p: Problem, a: Tensor, g: Tensor, reduce: bool) -> tuple[Tensor, Tensor]:
+    """K-FAC's A ``[H, I, I]`` and B ``[H, O, O]`` by the formula: sums over data and positions, one rank-one matrix after the other."""
+    heads, data, positions, width = a.shape
+    keep = kept(p, positions)
+    if reduce:
+        lengths = keep.sum(1)
+        a = (a * keep[:, :, None]).sum(2, keepdim=True)
+        g = g.sum(3, keepdim=True) / lengths.clamp_min(1)[:, None, None]
+        keep = (lengths > 0).double()[:, None]
+    A, B = a.new_zeros(heads, width, width), a.new_zeros(heads, g.shape[-1], g.shape[-1])
+    for h in range(heads):
+        for n in range(data):
+            for t in range(a.shape[2]):
+                A[h] += keep[n, t] * torch.outer(a[h, n, t], a[h, n, t])
+                for v in range(len(g)):
+                    B[h] += torch.outer(g[v, h, n, t], g[v, h, n, t])
+    return A / keep.sum(), B / p.count
+
+
+def kronecker(p: Problem, labels: str, reduce: bool) -> Tensor:
+    """The whole matrix of K-FAC, ``[P, P]``."""
+    dense = torch.zeros_like(p.truth(labels))
+    for tap, a, g in p.rows(labels):
+        A, B = factors(p, a, g, reduce)
+        for h, index in enumerate(tap.index.flatten(1)):
+            dense[index[:, None], index] = torch.kron(B[h], A[h])
+    return dense
+
+
+def check_kfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    close(fisher.to_dense(), kronecker(p, labels, reduce=False), labels)
+
+
+def check_reduce(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    close(fisher.to_dense(), kronecker(p, labels, reduce=True), labels)
+
+
+def check_full(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    truth, masked = p.truth(labels), torch.zeros_like(p.truth(labels))
+    for tap in {tap.name: tap for tap, _, _ in p.rows(labels)}.values():
+        index = tap.index.flatten()
+        masked[index[:, None], index] = truth[index[:, None], index]
+    close(fisher.to_dense(), masked, labels)
+
+
+def check_diagonal(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    close(fisher.to_dense(), p.truth(labels).diagonal().diag(), labels)
+
+
+def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    truth = p.truth(labels)
+    basis_error = estimate(p, "kfac", labels).error(p.batch)
+    error = fisher.error(p.batch)
+    for tap, a, g in p.rows(labels):
+        operator = fisher[tap.name]
+        assert isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis)
+        check_eigenvectors(p, tap, a, g, operator.basis)
+        U = torch.block_diag(*(torch.kron(b, a) for b, a in zip(operator.basis.B, operator.basis.A, strict=True)))
+        index = tap.index.flatten()
+        block = truth[index[:, None], index]
+        close(operator.values, (U.T @ block @ U).diagonal(), f"{labels}, {tap.name}")
+        assert error.blocks[tap.name] <= basis_error.blocks[tap.name] + 1e-10, tap.name
+
+
+def check_eigenvectors(p: Problem, tap: Tap, a: Tensor, g: Tensor, basis: KroneckerBasis) -> None:
+    for side, vectors in zip(factors(p, a, g, reduce=False), (basis.A, basis.B), strict=True):
+        identity = torch.eye(side.shape[-1], dtype=side.dtype).expand_as(side)
+        torch.testing.assert_close(vectors.mT @ vectors, identity, rtol=0, atol=1e-12)
+        turned = vectors.mT @ side @ vectors
+        off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
+        assert off.norm() <= 1e-10 * side.norm(), f"{tap.name}: not the eigenvectors of K-FAC"
+
+
+FORMULAS = {
+    "kfac": check_kfac,
+    "kfac-reduce": check_reduce,
+    "ekfac": check_ekfac,
+    "diagonal": check_diagonal,
+    "full": check_full,
+}
+
+
+@examples
+@pytest.mark.parametrize("likelihood", REGISTRY)
+@pytest.mark.parametrize("fit", [name for name in FITS if name in FORMULAS])
+def test_agrees_with_its_formula(example, likelihood, fit):
+    p = problem(example, likelihood)
+    for labels in LABELS:
+        FORMULAS[fit](p, labels, estimate(p, fit, labels))
+
+
+@examples
+@pytest.mark.parametrize("likelihood", REGISTRY)
+@fits
+def test_error_is_the_dense_distance(example, likelihood, fit, monkeypatch):
+    p = problem(example, likelihood)
+    truth = p.truth("exact")
+    fisher = estimate(p, fit)
+    difference, missed, total = truth - fisher.to_dense(), 0.0, 0.0
+    expected = {}
+    for (blocks, _), name in zip(fisher.entries, fisher.blocks, strict=True):
+        several = blocks if isinstance(blocks, tuple) else (blocks,)
+        index = p.part(tuple(dict.fromkeys(parameter for block in several for parameter in block.parameters)))
+        far, norm = (matrix[index[:, None], index].norm() for matrix in (difference, truth))
+        expected[name] = float(far / norm)
+        missed, total = missed + far**2, total + norm**2
+    for written_out in (10**9, 0):  # the truth as a matrix; or never formed, only inner products of samples
+        monkeypatch.setattr("kronfisher.error._WRITTEN_OUT", written_out)
+        found = fisher.error(p.batch)
+        assert found.count == p.count
+        # An error of nearly zero is the root of a difference of squares: half the digits.
+        assert found.blocks == pytest.approx(expected, rel=1e-7, abs=1e-10 if written_out else 3e-7)
+        assert found.relative == pytest.approx(float((missed / total).sqrt()), rel=1e-7, abs=1e-10 if written_out else 3e-7)
+
+
+@examples
+@few
+@fits
+def test_sum_is_count_times_mean(example, likelihood, fit):
+    p = problem(example, likelihood)
+    mean, total = (estimate(p, fit, reduction=reduction) for reduction in ("mean", "sum"))
+    assert mean.count == total.count == p.count > 1
+    close(total.to_dense(), p.count * mean.to_dense(), "sum", 1e-12)
+    assert total.error(p.batch).blocks == pytest.approx(mean.error(p.batch).blocks, abs=1e-7)
+
+
+@examples
+@few
+@fits
+def test_same_call_gives_the_same_bits(example, likelihood, fit):
+    p = problem(example, likelihood)
+    for labels in LABELS:
+        torch.rand(())  # the global random state may differ
+        assert torch.equal(estimate(p, fit, labels).to_dense(), estimate(p, fit, labels).to_dense()), labels
+    assert not torch.equal(
+        estimate(p, fit, "sampled").to_dense(), estimate(p, fit, "sampled", seed=SEED + 1).to_dense()
+    )
+
+
+@examples
+@few
+@fits
+def test_batches_do_not_matter(example, likelihood, fit):
+    p = problem(example, likelihood)
+    loaders = [[(p.x[s], p.targets[s]) for s in parts] for parts in ([slice(0, 1), slice(1, None)], [slice(0, 2), slice(2, None)])]
+    loaders.append([(x, y) for x, y in zip(p.x.split(1), p.targets.split(1), strict=True)])
+    for labels in LABELS:
+        whole = estimate(p, fit, labels)
+        for loader in loaders:
+            parts = estimate(p, fit, labels, loader)
+            assert parts.count == whole.count
+            close(parts.to_dense(), whole.to_dense(), f"{labels}, {len(loader)} batches")
+
+
+@examples
+@few
+@fits
+def test_order_does_not_matter(example, likelihood, fit):
+    p = problem(example, likelihood)
+    order = torch.arange(len(p.x)).flip(0).roll(1)
+    for labels in ("exact", "observed"):
+        whole, permuted = estimate(p, fit, labels), estimate(p, fit, labels, (p.x[order], p.targets[order]))
+        close(permuted.to_dense(), whole.to_dense(), labels)
+
+
+@examples
+@few
+@fits
+def test_single_precision_agrees(example, likelihood, fit):
+    p, single = problem(example, likelihood), problem(example, likelihood, torch.float32)
+    fisher = estimate(single, fit)
+    assert fisher.dtype == torch.float32
+    if fit in FORMULAS and fit != "ekfac":  # eigenvectors of eigenvalues that nearly agree need not
+        close(fisher.to_dense().double(), estimate(p, fit).to_dense(), fit, 1e-3)
+    assert fisher.error(single.batch).relative == pytest.approx(estimate(p, fit).error(p.batch).relative, abs=1e-3)

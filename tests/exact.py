@@ -1,0 +1,66 @@
+"""Dense truth for any model: gradients by ``torch.autograd.grad``, one datum and one column at a time; no capture involved."""
+
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.operators.fisher import gather
+from kronfisher.operators.vectors import read
+
+
+class Written(nn.Module):
+    """A model from its forward function, its parameters and its submodules."""
+
+    def __init__(self, function, **members):
+        super().__init__()
+        self.function = function
+        for name, member in members.items():
+            if isinstance(member, nn.Module):
+                self.add_module(name, member)
+            else:
+                self.register_parameter(name, nn.Parameter(member))
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def exact_fisher(model, batches, likelihood=None, targets=None):
+    """``[P, P]`` in float64: mean over data of ``Jᵀ H J``, summed over the columns of each datum's output Hessian root."""
+    likelihood = likelihood or kf.Gaussian()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total, count = 0.0, 0
+    for inputs in batches if isinstance(batches, list) else [batches]:
+        outputs = model(inputs)
+        count += len(outputs)
+        for column in likelihood.exact(outputs.detach(), targets):
+            for k in range(len(outputs)):
+                alone = torch.zeros_like(column)
+                alone[k] = column[k]
+                found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
+                parts = [p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+                row = torch.cat(parts).double()
+                total = total + torch.outer(row, row)
+    return total / count
+
+
+def kept(fisher):
+    """``[P, P]``: 1 where the structure keeps an element of the exact matrix, for fits that are exact where they keep."""
+    positions, _ = read(torch.arange(fisher.dim), fisher.shapes)
+    mask = torch.zeros(fisher.dim, fisher.dim, dtype=torch.float64)
+    for blocks, operator in fisher.entries:
+        index = gather((blocks,) if not isinstance(blocks, tuple) else blocks, positions)[0]
+        mask[index[:, None], index] = torch.eye(len(index), dtype=torch.float64) if operator.kind == "diagonal" else 1.0
+    return mask
+
+
+def assert_exact(model, batches, fit="full", tolerance=1e-5, likelihood=None, targets=None, truth=None):
+    """An estimate with exact labels agrees with the dense truth wherever its structure keeps an element."""
+    likelihood = likelihood or kf.Gaussian()
+    data = (batches, targets) if targets is not None else batches
+    fisher = kf.estimate(model, data, likelihood, fit=fit, labels="exact")
+    truth = exact_fisher(model, batches, likelihood, targets) if truth is None else truth
+    truth = truth * kept(fisher)
+    assert truth.norm() > 1e-3, "nothing to compare"
+    distance = float((fisher.to_dense().double() - truth).norm() / truth.norm())
+    assert distance < tolerance, f"relative distance {distance:.1e}"
+    return fisher

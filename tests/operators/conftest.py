@@ -1,0 +1,207 @@
+"""One operator of every kind and shape, each with the dense matrix it stands for, built independently in float64."""
+
+import pytest
+import torch
+
+from kronfisher.blocks import Block, View
+from kronfisher.operators import (
+    BlockInfo,
+    Dense,
+    DenseBasis,
+    Diagonal,
+    Eigen,
+    Fisher,
+    Info,
+    Kronecker,
+    KroneckerBasis,
+)
+
+GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
+
+
+def spd(*shape, seed):
+    """Symmetric positive definite, far from the identity, condition about 30."""
+    g = torch.randn(*shape, shape[-1] + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return g @ g.mT + 0.3 * torch.eye(shape[-1], dtype=torch.float64)
+
+
+def positive(*shape, seed):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.2
+
+
+def orthogonal(*shape, seed):
+    return torch.linalg.eigh(spd(*shape, seed=seed)).eigenvectors
+
+
+def full(side):
+    return side if side.dim() == 3 else torch.stack([row.diag() for row in side])
+
+
+def kron(B, A):
+    return torch.block_diag(*(torch.kron(b, a) for b, a in zip(full(B), full(A), strict=True)))
+
+
+def kronecker(groups, diagonal_a=False, diagonal_b=False, seed=0, inputs=INPUTS, outputs=OUTPUTS):
+    A = positive(groups, inputs, seed=seed) if diagonal_a else spd(groups, inputs, seed=seed)
+    B = positive(groups, outputs, seed=seed + 1) if diagonal_b else spd(groups, outputs, seed=seed + 1)
+    return Kronecker(A, B, name="layer.weight"), kron(B, A)
+
+
+def eigenvalue_corrected(groups):
+    UA, UB = orthogonal(groups, INPUTS, seed=2), orthogonal(groups, OUTPUTS, seed=3)
+    values = positive(groups * INPUTS * OUTPUTS, seed=4)
+    U = kron(UB, UA)
+    return Eigen(KroneckerBasis(UA, UB), values, name="layer.weight"), U @ values.diag() @ U.T
+
+
+def dense_basis():
+    U, values = orthogonal(5, seed=5), positive(5, seed=6)
+    return Eigen(DenseBasis(U), values), U @ values.diag() @ U.T
+
+
+def dense(size=6):
+    matrix = spd(size, seed=7)
+    return Dense(matrix, name="all"), matrix
+
+
+def diagonal(size=6):
+    values = positive(size, seed=8)
+    return Diagonal(values, name="scale"), values.diag()
+
+
+def total(groups):
+    (X, x), (Y, y), (Z, z) = kronecker(groups), kronecker(groups, seed=20), diagonal(groups * INPUTS * OUTPUTS)
+    return X + Y + Z, x + y + z
+
+
+def shifted(groups):
+    X, x = kronecker(groups)
+    return X + 0.25, x + 0.25 * torch.eye(len(x), dtype=torch.float64)
+
+
+MAKE = {
+    **{f"kronecker-{h}": lambda h=h: kronecker(h) for h in GROUPS},
+    **{f"kronecker-diagonal-A-{h}": lambda h=h: kronecker(h, diagonal_a=True) for h in GROUPS},
+    **{f"kronecker-diagonal-B-{h}": lambda h=h: kronecker(h, diagonal_b=True) for h in GROUPS},
+    "kronecker-diagonal-both": lambda: kronecker(3, diagonal_a=True, diagonal_b=True),
+    "kronecker-tall": lambda: kronecker(1, inputs=1, outputs=5),
+    "kronecker-1x1": lambda: kronecker(1, inputs=1, outputs=1),
+    **{f"eigenvalue-corrected-{h}": lambda h=h: eigenvalue_corrected(h) for h in GROUPS},
+    **{f"kronecker-shifted-{h}": lambda h=h: shifted(h) for h in GROUPS},
+    "dense-basis": dense_basis,
+    "dense": dense,
+    "dense-1": lambda: dense(1),
+    "diagonal": diagonal,
+    "diagonal-1": lambda: diagonal(1),
+    **{f"total-{h}": lambda h=h: total(h) for h in GROUPS},
+}
+
+
+@pytest.fixture(params=MAKE)
+def case(request):
+    """A float64 operator and its dense twin."""
+    return MAKE[request.param]()
+
+
+@pytest.fixture
+def make():
+    """The makers by name, and of their parts."""
+    return MAKE
+
+
+@pytest.fixture
+def kronecker_of():
+    return kronecker
+
+
+class Model(torch.nn.Module):
+    """Parameters stored in every way a canonical weight may have to be read from."""
+
+    def __init__(self):
+        super().__init__()
+        self.transposed = torch.nn.Parameter(torch.randn(3, 2))  # [I, O], used as W = transposed.t()
+        self.bias = torch.nn.Parameter(torch.randn(2))
+        self.conv = torch.nn.Conv2d(4, 4, (2, 1), groups=2).to(memory_format=torch.channels_last)
+        self.frozen = torch.nn.Parameter(torch.randn(2), requires_grad=False)
+        self.alone = torch.nn.Parameter(torch.randn(5))
+        self.scale = torch.nn.Parameter(torch.randn(3))
+        self.first = torch.nn.Linear(2, 2, bias=False)
+        self.second = torch.nn.Linear(3, 1)
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+def blocks_of(model):
+    def whole(name, *size):
+        return View.of(name, model.get_parameter(name)).reshaped(*size)
+
+    transposed = View.of("transposed", model.transposed, model.transposed.t()[None])
+    return {
+        "fc": Block("transposed", "linear", transposed, whole("bias", 1, 2)),
+        "conv": Block("conv.weight", "conv2d", whole("conv.weight", 2, 2, 2, 2, 1), whole("conv.bias", 2, 2)),
+        "alone": Block("alone", "add", None, whole("alone", 1, 5)),
+        "scale": Block("scale", "layer_norm", whole("scale", 1, 3, 1)),
+        "first": Block("first.weight", "linear", whole("first.weight", 1, 2, 2)),
+        "second": Block("second.weight", "linear", whole("second.weight", 1, 1, 3), whole("second.bias", 1, 1)),
+    }
+
+
+def positions_of(model):
+    """Where each canonical coordinate lies in a flat vector, by plain operations on the parameters' own shapes."""
+    at, start = {}, 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            at[name] = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+            start += parameter.numel()
+    return {
+        "fc": torch.cat([at["transposed"].t(), at["bias"][:, None]], 1).flatten(),
+        "conv": torch.cat([at["conv.weight"].reshape(2, 2, -1), at["conv.bias"].view(2, 2, 1)], 2).flatten(),
+        "alone": at["alone"],
+        "scale": at["scale"],
+        "first": at["first.weight"].flatten(),
+        "second": torch.cat([at["second.weight"].flatten(), at["second.bias"]]),
+    }, start
+
+
+def fisher_of(model, seed=0):
+    """A Fisher with an operator of every kind, one of them across two layers, and its dense twin."""
+    blocks, (positions, size) = blocks_of(model), positions_of(model)
+    fc, fc_dense = kronecker(1, inputs=4, outputs=2, seed=seed)
+    conv, conv_dense = kronecker(2, inputs=5, outputs=2, seed=seed + 10)
+    values = positive(20, seed=seed)
+    scale, scale_dense = dense(3)
+    both, both_dense = kronecker(1, inputs=8, outputs=1, seed=seed + 30)
+    other, other_dense = kronecker(1, inputs=2, outputs=4, seed=seed + 40)
+    parts = [
+        (("fc",), fc, fc_dense),
+        (("conv",), (conv + 0.1), conv_dense + 0.1 * torch.eye(20).double()),
+        (("alone",), Diagonal(values[:5]), values[:5].diag()),
+        (("scale",), scale, scale_dense),
+        (("first", "second"), both + other, both_dense + other_dense),
+    ]
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    entries = []
+    for names, operator, block_dense in parts:
+        index = torch.cat([positions[name] for name in names])
+        matrix[index[:, None], index] = block_dense
+        entries.append((blocks[names[0]] if len(names) == 1 else tuple(blocks[n] for n in names), operator))
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    made = {"transposed": BlockInfo("KFAC()", rows=40.0, seconds=0.5, error=0.25)}
+    return Fisher(
+        tuple(entries), shapes, Info(count=20.0, likelihood="Categorical()", trainable=size, blocks=made)
+    ), matrix
+
+
+@pytest.fixture
+def fisher(model):
+    """A float64 Fisher and its dense twin."""
+    return fisher_of(model)
+
+
+@pytest.fixture
+def another_fisher():
+    """A maker of Fishers over the same blocks with other numbers."""
+    return fisher_of

@@ -1,0 +1,139 @@
+"""Files: what is written is read, and what does not fit is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from kronfisher.errors import DataError
+from kronfisher.operators import load, storage
+
+safetensors = pytest.importorskip("safetensors")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "fisher.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip(fisher, model, path, dtype):
+    F = fisher[0].to(dtype=dtype)
+    for G in (F, F + 0.25, (F * 3.0).inverse()):
+        G.save(path)
+        H = load(path, model)
+        assert H.dtype == dtype and H.device.type == "cpu" and H.context is None
+        for (_, restored), (_, saved) in zip(H.entries, G.entries, strict=True):
+            assert all(torch.equal(restored.tensors()[key], tensor) for key, tensor in saved.tensors().items())
+        torch.testing.assert_close(H.to_dense(), G.to_dense())
+        assert H.info == G.info and H.shapes == G.shapes and H.names == G.names
+        assert [o.structure for o in H.blocks.values()] == [o.structure for o in G.blocks.values()]
+        assert list(H.blocks) == list(G.blocks) and [e[0] for e in H.entries] == [e[0] for e in G.entries]
+        torch.testing.assert_close((H + 0.1).logdet(), (G + 0.1).logdet())
+        assert (H + G).info.count == 40  # the blocks are the same
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_tensors_that_share_memory_are_saved(fisher, model, path):
+    F = fisher[0]
+    (F.inverse() + F.inverse()).save(path)
+    doubled = F + F  # every tensor of a lazy sum occurs twice
+    doubled.save(str(path))
+    assert torch.equal(load(str(path), model).to_dense(), doubled.to_dense())
+
+
+def test_the_file_says_what_it_holds(fisher, path):
+    fisher[0].save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kronfisher"])
+    assert header["format"] == storage.FORMAT and header["dtype"] == "torch.float64"
+    assert header["shapes"]["conv.weight"] == [4, 2, 2, 1]
+    assert header["info"]["count"] == 20 and header["info"]["reduction"] == "mean"
+    assert header["info"]["labels"] == "sampled" and header["info"]["blocks"]["transposed"]["method"] == "KFAC()"
+    assert {"vec", "kronecker", "scale"} <= header["conventions"].keys()
+    assert [entry["operator"]["kind"] for entry in header["entries"]] == [
+        "kronecker",
+        "eigen",
+        "diagonal",
+        "dense",
+        "total",
+    ]
+
+
+def test_another_model_is_refused(fisher, model, path):
+    fisher[0].save(path)
+    model.alone = torch.nn.Parameter(torch.zeros(6))
+    del model.scale
+    model.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(DataError) as error:
+        load(path, model)
+    message = str(error.value)
+    assert "not in the model: scale" in message
+    assert "alone (file [5], model [6])" in message
+    assert "extra.weight, extra.bias" in message and "conv" not in message
+
+
+def test_a_frozen_parameter_may_be_there(fisher, model, path):
+    fisher[0].save(path)
+    model.scale.requires_grad_(False)
+    model.frozen = torch.nn.Parameter(torch.zeros(99), requires_grad=False)
+    assert load(path, model).names == fisher[0].names
+
+
+def test_damaged_and_foreign_files_are_refused(fisher, model, path, tmp_path):
+    fisher[0].save(path)
+    content = path.read_bytes()
+    for broken in (content[:-1], content[: len(content) // 2], content[:4], b"", b"\xff" * 200, content + b"x"):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="damaged"):
+            load(path, model)
+    safetensors.torch.save_file({"w": torch.ones(2)}, path)
+    with pytest.raises(DataError, match="not one of kronfisher"):
+        load(path, model)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load(tmp_path / "missing.safetensors", model)
+
+
+def rewrite(path, change):
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kronfisher"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"kronfisher": json.dumps(header)})
+
+
+def test_unknown_formats_and_inconsistent_contents_are_refused(fisher, model, path):
+    fisher[0].save(path)
+    rewrite(path, lambda header, tensors: header.update(format=99))
+    with pytest.raises(DataError, match="format 99"):
+        load(path, model)
+    fisher[0].save(path)
+    rewrite(path, lambda header, tensors: header["entries"][0]["operator"].update(kind="unknown"))
+    with pytest.raises(DataError, match=r"damaged.*unknown"):
+        load(path, model)
+    fisher[0].save(path)
+    rewrite(path, lambda header, tensors: tensors.pop("0.A"))
+    with pytest.raises(DataError, match="damaged"):
+        load(path, model)
+
+
+def test_an_interrupted_write_leaves_the_old_file(fisher, model, path, monkeypatch):
+    F = fisher[0]
+    F.save(path)
+    old = path.read_bytes()
+
+    def half(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def never(source, target):
+        raise KeyboardInterrupt
+
+    for module, name, interrupted in ((safetensors.torch, "save_file", half), (os, "replace", never)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                (F + 1.0).save(path)
+        assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
+    assert torch.equal(load(path, model).to_dense(), F.to_dense())
