@@ -1,9 +1,6 @@
 """Kronecker-factored Fisher matrices for PyTorch.
 
-    import kronfisher as kf
-
-    fisher = kf.estimate(model, loader, kf.Categorical())
-    (fisher + 1e-3).solve(gradient)
+A matrix comes from ``kf.estimate(model, loader, kf.Categorical())`` and is a linear operator over the parameters.
 """
 
 from kronfisher.coverage import Coverage, coverage

@@ -1,7 +1,7 @@
 """Dense linear algebra with one policy for precision, failure and fallback.
 
-Everything that factorises or multiplies for a curvature estimate goes through here, so that precision does not depend on global flags
-and a matrix that cannot be factorised is reported by the name of the block it belongs to.
+Everything that factorises or multiplies for a curvature estimate goes through here, so that precision does not depend
+on global flags and a matrix that cannot be factorised is reported by the name of the block it belongs to.
 """
 
 import warnings
@@ -48,8 +48,8 @@ def promote(tensor: Tensor) -> Tensor:
 def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
     """``total += xᵀ x`` where only the upper triangle of `total` has to come out right; `mirror` fills in the rest.
 
-    Torch has no symmetric rank-k update. Halving the matrix again and again and multiplying only what lies above the diagonal, straight
-    into the sum, takes about two thirds of the plain product's time for wide matrices.
+    Torch has no symmetric rank-k update. Halving the matrix again and again and multiplying only what lies above the
+    diagonal, straight into the sum, takes about two thirds of the plain product's time for wide matrices.
 
     Args:
         total: ``[D, D]`` or ``[H, D, D]``, written to; may be a strided window.
@@ -90,7 +90,8 @@ def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     if width <= _TILE:
         return result.triu() + result.triu(1).mT
     for matrix in result.view(-1, width, width):
-        for low in range(0, width, _TILE):  # tile by tile: a large matrix read by columns misses the cache at every number
+        # Tile by tile: a large matrix that is read by columns misses the cache at every number.
+        for low in range(0, width, _TILE):
             high = min(low + _TILE, width)
             for left in range(0, low, _TILE):
                 matrix[low:high, left : left + _TILE] = matrix[left : left + _TILE, low:high].t()
@@ -102,15 +103,15 @@ def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 def _require_finite(matrix: Tensor, name: str) -> None:
     if not bool(torch.isfinite(matrix).all()):
         raise NumericalError(
-            f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the loss; "
-            "nothing was changed."
+            f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the "
+            "loss; nothing was changed."
         )
 
 
 def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix, with fallbacks that are visible.
 
-    The matrix is symmetrised and checked for finiteness; if the solver fails, float64 on a copy in main memory is tried.
+    The matrix is symmetrised; if the solver fails, it is checked for finiteness and float64 in main memory is tried.
 
     Args:
         matrix: ``[..., D, D]``.
@@ -131,14 +132,14 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
     try:
         values, vectors = torch.linalg.eigh(symmetric)
         failed = not bool(torch.isfinite(values).all())
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         failed = True
     if failed:
         _require_finite(symmetric, name)
         warnings.warn(f"{name}: eigh failed in {matrix.dtype}; redone in float64", NumericalWarning, stacklevel=2)
         try:
             values, vectors = torch.linalg.eigh(symmetric.to("cpu", torch.float64))
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"{name}: no eigendecomposition even in float64 ({error})") from error
         values, vectors = values.to(matrix), vectors.to(matrix)
     return (values.clamp_min(0) if semidefinite else values), vectors

@@ -1,9 +1,9 @@
 """The canonical form of every use of a weight, and its few contractions.
 
-A layer is ``y[k, t] = W a[k, t]`` for samples k and positions t. With inputs ``a [H, n, T, I]`` and output gradients ``g [H, n, T, O]`` the
-gradient of sample k is ``G_k = Σ_t g[k, t] a[k, t]ᵀ``, shape ``[O, I]``. Nothing below this file knows what a convolution is, nothing
-above it what a Kronecker product is. H counts groups of a convolution and is 1 otherwise. A sample is one datum under one label draw or
-one column of the output Hessian's root.
+A layer is ``y[k, t] = W a[k, t]`` for samples k and positions t. With inputs ``a [H, n, T, I]`` and output gradients
+``g [H, n, T, O]`` the gradient of sample k is ``G_k = Σ_t g[k, t] a[k, t]ᵀ``, shape ``[O, I]``. Nothing below this file
+knows what a convolution is, nothing above it what a Kronecker product is. H counts groups of a convolution and is 1
+otherwise. A sample is one datum under one label draw or one column of the output Hessian's root.
 """
 
 from collections.abc import Iterator
@@ -50,8 +50,7 @@ class Activations:
         """``Σ_t a``: ``[H, n, 1, I]``."""
         heads, n, positions, width = self.shape
         parts = [
-            self.dense(low, high).sum(dim=2, keepdim=True)
-            for low, high in chunks(n, heads * positions * width * 4)
+            self.dense(low, high).sum(dim=2, keepdim=True) for low, high in chunks(n, heads * positions * width * 4)
         ]
         return torch.cat(parts, dim=1)
 
@@ -142,9 +141,11 @@ class Samples:
     Attributes:
         activations: ``a [H, n, T, I]``.
         gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood.
-        first: False for the second and further columns or draws of the same data: their activations were counted already.
-        mask: ``[n, T]``, one where the position counts; None: all of them. Products of a and g are not masked: where a position that
-            does not count still acts on others (through a convolution, say) its g is not zero and belongs to the gradient.
+        first: False for the second and further columns or draws of the same data: their activations were counted
+            already.
+        mask: ``[n, T]``, one where the position counts; None: all of them. Products of a and g are not masked: where a
+            position that does not count still acts on others (through a convolution, say) its g is not zero and
+            belongs to the gradient.
         workspace: bytes that temporaries may take.
 
     Example:
@@ -248,8 +249,8 @@ class Samples:
         """Samples that know which positions count.
 
         Args:
-            positions: bool ``[n, P]``. Where P is this use's T it holds position by position; else a sample counts with all its
-                positions if any of the P does.
+            positions: bool ``[n, P]``. Where P is this use's T it holds position by position; else a sample counts with
+                all its positions if any of the P does.
         """
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)

@@ -30,7 +30,7 @@ def estimate(p: Problem, fit, labels: str = "exact", data=None, **options) -> kf
 
 
 def close(found: Tensor, truth: Tensor, what: str, tolerance: float = 1e-10) -> None:
-    assert truth.norm() > 1e-3, f"{what}: nothing to compare"
+    assert truth.norm() > 1e-12, f"{what}: nothing to compare"
     distance = float((found - truth).norm() / truth.norm())
     assert distance <= tolerance, f"{what}: relative distance {distance:.1e}"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronfisher import KFAC, Categorical, DataError, Gaussian, UnsupportedError, estimate
+from kronfisher import KFAC, Categorical, DataError, Fisher, Gaussian, MemoryBudgetError, UnsupportedError, estimate
 from kronfisher.experiments import compare as module
 from kronfisher.experiments.compare import compare, measure
 from kronfisher.experiments.comparison import Comparison, Row
@@ -61,9 +61,18 @@ def test_a_refused_fit_has_its_reason_and_the_others_their_numbers(problem):
     assert math.isnan(full.error) and "bytes" in full.failure and full.bytes == 0
     assert f"full: {full.failure}" in str(result)
     assert json.loads(result.to_json())["rows"][0]["relative_error"] is None
-    # The diagonal itself fits; the dense truth that its error is measured against does not.
-    assert diagonal.trace == pytest.approx(1) and diagonal.bytes == 82 * 8 and math.isnan(diagonal.error)
-    assert "its error could not be measured" in diagonal.failure
+    assert not diagonal.failure and 0 < diagonal.error < 1 and diagonal.bytes == 82 * 8
+
+
+def test_a_fit_whose_error_cannot_be_measured_keeps_its_other_numbers(problem, monkeypatch):
+    def refuse(*_, **__):
+        raise MemoryBudgetError("too many bytes")
+
+    model, data = problem
+    monkeypatch.setattr(Fisher, "error", refuse)
+    (row,) = compare(model, data, Categorical(), fits=["diagonal"]).rows
+    assert row.trace == pytest.approx(1) and row.bytes == 82 * 8 and row.count == 12 and math.isnan(row.error)
+    assert row.failure == "its error could not be measured: too many bytes"
 
 
 def test_every_fit_sees_the_same_labels(problem):

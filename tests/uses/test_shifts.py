@@ -44,7 +44,9 @@ def test_routes_agree(problem):
     truth = 0.5 + 2 * rows.mT @ rows
     with pytest.MonkeyPatch.context() as patch:
         for route in ROUTES:
-            torch.testing.assert_close(factor(window, images, groups, bias, route, patch), truth, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                factor(window, images, groups, bias, route, patch), truth, rtol=1e-12, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

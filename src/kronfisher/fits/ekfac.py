@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
@@ -19,8 +18,8 @@ __all__ = ["EKFAC"]
 class EKFAC(Fit):
     """Eigenvectors of a rank-one fit, eigenvalues ``S = Σ_k (U_Bᵀ G_k U_A)∘²`` (George et al. 2018).
 
-    Never worse in Frobenius norm than the product whose basis it uses. It reads the data once more than `basis` does, in the same
-    order and with the same label draws.
+    Never worse in Frobenius norm than the product whose basis it uses. It reads the data once more than `basis` does,
+    in the same order and with the same label draws.
 
     Args:
         basis: the fit whose Kronecker product gives the eigenvectors.

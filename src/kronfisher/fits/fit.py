@@ -1,7 +1,7 @@
 """From samples to an operator: the protocol of every fit.
 
-A fit is a frozen bag of settings. What it accumulates lives in a `State`, a tree of sums: states add, so that batching, moving averages
-and partitions of the data are one `+` and one `*`. Only `finish` divides by the number of data.
+A fit is a frozen bag of settings. What it accumulates lives in a `State`, a tree of sums: states add, so that batching,
+moving averages and partitions of the data are one `+` and one `*`. Only `finish` divides by the number of data.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,15 +73,15 @@ class State:
         for name, value in self.sums.items():
             if not bool(torch.isfinite(value.sum())):  # one NaN or Inf makes the sum one
                 raise NumericalError(
-                    f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or an input "
-                    "of this layer overflowed: look at its weights, or use float64."
+                    f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or "
+                    "an input of this layer overflowed: look at its weights, or use float64."
                 )
         return self
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Base of all fits: one block at a time, one pass, linear states. Subclasses say what is summed and what it becomes."""
+    """Base of all fits: one block at a time, one pass, linear states; a subclass says what is summed."""
 
     def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
         """Which blocks are treated together."""
@@ -106,7 +106,9 @@ class Fit:
             ValueError: the states are of different blocks, passes or bases.
         """
         same = x.blocks == y.blocks and x.phase == y.phase and x.fixed.keys() == y.fixed.keys()
-        if not same or not all(x.fixed[name] is y.fixed[name] or torch.equal(x.fixed[name], y.fixed[name]) for name in x.fixed):
+        if not same or not all(
+            x.fixed[name] is y.fixed[name] or torch.equal(x.fixed[name], y.fixed[name]) for name in x.fixed
+        ):
             raise ValueError(
                 f"{x.name}: states can be combined only for the same blocks, in the same pass and basis; "
                 "finish one of them, or restart its average in the new basis."

@@ -39,7 +39,9 @@ class Full(Fit):
             return [tuple(blocks)] if blocks else []
         groups: list[tuple[Block, ...]] = []
         for block in blocks:
-            shared = [group for group in groups if any(set(block.parameters) & set(other.parameters) for other in group)]
+            shared = [
+                group for group in groups if any(set(block.parameters) & set(other.parameters) for other in group)
+            ]
             for group in shared:
                 groups.remove(group)
             groups.append((*(other for group in shared for other in group), block))

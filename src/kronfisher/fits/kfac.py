@@ -18,12 +18,13 @@ __all__ = ["KFAC"]
 class KFAC(Fit):
     """``F ≈ (Σ g gᵀ) ⊗ (Σ a aᵀ) / rows``, sums over data, positions and label draws; a counts once per datum.
 
-    For convolutions this is KFC (Grosse & Martens 2016); for weights shared over positions it is K-FAC-expand. It is exact for one
-    datum with T = 1, and for deep linear networks with a Gaussian likelihood.
+    For convolutions this is KFC (Grosse & Martens 2016); for weights shared over positions it is K-FAC-expand. It is
+    exact for one datum with T = 1, and for deep linear networks with a Gaussian likelihood.
 
     Args:
         mode: ``"expand"`` treats positions as if they were independent data; ``"reduce"`` sums them out first,
-            ``a ← Σ_t a``, ``g ← (1/T) Σ_t g`` (Eschenhagen et al. 2023), exact where positions are summed or averaged at the end.
+            ``a ← Σ_t a``, ``g ← (1/T) Σ_t g`` (Eschenhagen et al. 2023), exact where positions are summed or averaged
+            at the end.
 
     Raises:
         ValueError: another mode.

@@ -31,6 +31,15 @@ class Window:
         axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + sum(pad) - (k - 1) * spread - 1) // step + 1 for n, k, step, pad, spread in axes)
 
+    def planar(self, size: Sequence[int]) -> shifts.Shape:
+        """What `shifts` has to know, by rows and columns; a single axis gets a second one of size one."""
+
+        def pair(values: Sequence[int], fill: int) -> tuple[int, int]:
+            return values[0], values[1] if len(values) > 1 else fill
+
+        before = [low for low, _ in self.padding]
+        return pair(size, 1), pair(self.kernel, 1), pair(before, 0), pair(self.steps(size), 1), pair(self.dilation, 1)
+
     def windows(self, images: Tensor) -> Tensor:
         """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
         pads = [amount for pair in reversed(self.padding) for amount in pair]
@@ -82,19 +91,10 @@ class Patches(Activations):
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         """Without writing patches out where that is faster (`shifts`)."""
         size, window, axes = self.images.shape[2:], self.window, len(self.window.kernel)
-        shape = tuple(
-            (*values, fill)[:2]  # one axis is treated as two, the second of size one
-            for values, fill in (
-                (size, 1),
-                (window.kernel, 1),
-                ([before for before, _ in window.padding], 0),
-                (window.steps(size), 1),
-                (window.dilation, 1),
-            )
-        )
-        simple = axes <= 2 and set(window.stride) == {1} and self.images.device.type == "cpu"
-        channels = self.images.shape[1] // self.groups
-        route = shifts.cheapest(shape, len(self.images), channels) if simple else "patches"
+        channels, route = self.images.shape[1] // self.groups, "patches"
+        shape = window.planar(size)
+        if axes <= 2 and set(window.stride) == {1} and self.images.device.type == "cpu":
+            route = shifts.cheapest(shape, len(self.images), channels)
         if route == "patches":
             super().add_covariance_(total, workspace)
             return
@@ -152,7 +152,7 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Iterator[Use]:
-    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; other padding modes pad before they come here."""
+    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; other padding modes pad beforehand."""
     kernel, shift = view(weight), view(bias)
     if not (kernel or shift):
         return

@@ -1,14 +1,16 @@
 """The input factor of a convolution without writing its patches out.
 
-For stride 1 the block of ``Σ_t a aᵀ`` that belongs to kernel offsets δ and δ' is a sum over image positions q of ``x[q] x[q + d(δ' − δ)]ᵀ``
-(d the dilation). It depends on the pair only through its difference Δ, up to the range that q runs over, which shifts with δ. So cut
-each axis where one of these ranges begins or ends, multiply once for every Δ and segment, and add up the segments of each pair: exact,
-13 differences instead of 45 pairs for a 3×3 kernel, and no k²-fold copy. The same along rows only suits few channels.
+For stride 1 the block of ``Σ_t a aᵀ`` that belongs to kernel offsets δ and δ' is a sum over image positions q of ``x[q]
+x[q + d(δ' − δ)]ᵀ`` (d the dilation). It depends on the pair only through its difference Δ, up to the range that q runs
+over, which shifts with δ. So cut each axis where one of these ranges begins or ends, multiply once for every Δ and
+segment, and add up the segments of each pair: exact, 13 differences instead of 45 pairs for a 3×3 kernel, and no
+k²-fold copy. The same along rows only suits few channels.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ class Axis:
             low = max(dilation * offset - pad, 0, -shift)
             ranges.append((low, max(low, min(dilation * offset - pad + positions, size, size - shift))))
         cuts = sorted({end for ends in ranges for end in ends})
-        segments = tuple((low, high) for low, high in zip(cuts[:-1], cuts[1:], strict=True))
+        segments = tuple((low, high) for low, high in pairwise(cuts))
         members = tuple(tuple(float(low <= a and b <= high) for a, b in segments) for low, high in ranges)
         used = [k for k in range(len(segments)) if any(row[k] for row in members)]
         return cls(
@@ -61,7 +63,7 @@ Shape = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]
 
 @lru_cache(maxsize=256)
 def differences(shape: Shape) -> tuple[tuple[Axis, Axis], ...]:
-    """One of each pair ±Δ; `shape` is the image's size, the kernel, zeros before, positions and dilation, each (rows, columns)."""
+    """One of each pair ±Δ; `shape`: image, kernel, zeros before, positions and dilation, each (rows, columns)."""
     (height, width), (tall, wide), (top, left), (rows, columns), (down, across) = shape
     vertical = {dy: Axis.of(height, tall, top, rows, down, dy) for dy in range(tall)}
     horizontal = {dx: Axis.of(width, wide, left, columns, across, dx) for dx in range(1 - wide, wide)}
@@ -79,8 +81,8 @@ def vertical_axes(shape: Shape) -> tuple[Axis, ...]:
 def cheapest(shape: Shape, images: int, channels: int) -> str:
     """The route by a static model of one core's nanoseconds: ``"patches"``, ``"rows"`` or ``"shifts"``.
 
-    The model counts multiplications at a rate that falls off for narrow matrices, a price per small product, and copies; its constants
-    were fitted to timings over C = 1–256, images of 7–28 pixels and kernels of 3 and 5.
+    The model counts multiplications at a rate that falls off for narrow matrices, a price per small product, and
+    copies; its constants were fitted to timings over C = 1–256, images of 7–28 pixels and kernels of 3 and 5.
     """
     (height, _), (tall, wide), _, (rows, columns), _ = shape
     width, strip = channels * tall * wide, channels * wide
@@ -103,7 +105,7 @@ def _rate(width: int) -> float:
 def add_row_covariance_(total: Tensor, images: Tensor, shape: Shape, padding: tuple[int, int]) -> None:
     """As `add_shifted_covariance_`, with patches written out along each row and differences used between rows only.
 
-    For few channels this beats both other routes: the copy is k-fold, not k²-fold, and there is one product per segment of rows.
+    For few channels this beats both other routes: the copy is k-fold, not k²-fold, and every segment is one product.
 
     Args:
         total: ``[C·kernel, C·kernel]``, both triangles are added to; may be a strided window.
@@ -163,7 +165,7 @@ def add_shifted_covariance_(total: Tensor, images: Tensor, shape: Shape) -> None
 def _runs(
     by_row: Tensor, by_column: Tensor, rows: tuple[int, int], columns: tuple[int, int], down: int, across: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of contiguous matrices ``[pixels·R, C]`` whose products add up to that of a segment with its shifted self."""
+    """Pairs of contiguous ``[pixels·R, C]`` whose products add up to that of a segment with its shifted self."""
     images, (a, b), (c, d) = by_row, rows, columns
     if d - c < b - a:
         images, (a, b), (c, d), down, across = by_column, columns, rows, across, down
