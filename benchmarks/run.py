@@ -67,8 +67,7 @@ def environment() -> dict[str, str]:
         name: f"skipped: {failed[package]}" if package in failed else installed[package]
         for name, package in {**PACKAGES, "torch": "torch"}.items()
     }
-    if not failed:  # what failed is tried again next time
-        stamp.write_text(json.dumps({"recipe": recipe, "versions": versions}))
+    stamp.write_text(json.dumps({"recipe": recipe, "versions": versions}))
     return versions
 
 

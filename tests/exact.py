@@ -37,7 +37,9 @@ def exact_fisher(model, batches, likelihood=None, targets=None):
                 alone = torch.zeros_like(column)
                 alone[k] = column[k]
                 found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
-                parts = [p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+                parts = [
+                    p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)
+                ]
                 row = torch.cat(parts).double()
                 total = total + torch.outer(row, row)
     return total / count

@@ -73,7 +73,17 @@ def twice(y):
     return y.sigmoid_()
 
 
-IN_PLACE = [relu, flat_relu, slice_assignment, slice_values, slice_tanh, slice_add, select_relu, transposed_tanh, chunked]
+IN_PLACE = [
+    relu,
+    flat_relu,
+    slice_assignment,
+    slice_values,
+    slice_tanh,
+    slice_add,
+    select_relu,
+    transposed_tanh,
+    chunked,
+]
 IN_PLACE += [twice]
 
 
@@ -113,13 +123,26 @@ def test_parameter_added_in_place():
 
 def test_parameter_added_to_a_view_that_lives_on():
     def forward(m, x):
-        x = x.clone()
+        x = x * m.q
         part = x[:, :2]
-        part += m.p  # x changes with it, and x is what the model goes on with
+        part += m.p  # x changes with it, and the model goes on with both
+        part.tanh_()
+        return x * 3 + part.sum(1, keepdim=True)
+
+    assert_exact(Written(forward, p=torch.randn(2), q=torch.randn(3)), torch.randn(5, 3))
+
+
+def test_unsupported_use_before_one_in_place():
+    """The graph of an operator in place goes on into what was there before; that is not its own."""
+
+    def forward(m, x):
+        x = x + m.p.abs()
+        x[:, :2] += m.p[:2]
+        x[:, 2:] *= m.p[2:]
         return x
 
-    with pytest.raises(kf.UnsupportedError, match=r"p: used by .*add, whose output is a view that was modified in place"):
-        kf.estimate(Written(forward, p=torch.randn(2)), torch.randn(5, 3), kf.Gaussian())
+    with pytest.raises(kf.UnsupportedError, match="p: used by abs"):
+        kf.estimate(Written(forward, p=torch.randn(3)), torch.randn(5, 3), kf.Gaussian())
 
 
 def test_inputs_modified_after_use_are_refused():
@@ -181,8 +204,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_of_parameters(name):
-    model = Written(VIEWS[name], w=W.clone(), b=B.clone()) if name != "unused" else None
-    x = torch.randn(5, 3)
+    model, x = Written(VIEWS[name], w=W.clone(), b=B.clone()), torch.randn(5, 3)
     fisher = assert_exact(model, x)
     assert set(fisher.names) == {"w", "b"}
     kf.estimate(model, x, kf.Gaussian(), fit="kfac").error(x)
@@ -232,7 +254,7 @@ def test_windows_that_leave_something_out_or_overlap():
         "w: used by linear in a form": lambda m, x: F.linear(x, m.w[:1].expand(4, 3)) + F.linear(x, m.w).sum(),
         "w: used by cat": lambda m, x: F.linear(x, torch.cat([m.w, m.w])),
         "w: used by mul": lambda m, x: F.linear(x, m.w * 2),
-        "w: used by index": lambda m, x: F.linear(x, m.w[[0, 1, 2]]),
+        "w: used by getitem": lambda m, x: F.linear(x, m.w[[0, 1, 2]]),
         "w: used by contiguous": lambda m, x: x @ m.w.t().contiguous(),
     }
     for message, forward in cases.items():
@@ -371,8 +393,9 @@ def test_checkpointing(first, labels):
     options = {"fit": "ekfac", "labels": labels, "samples": 3}
     found = kf.estimate(model, [x, x], kf.Gaussian(), **options).to_dense()
     assert torch.allclose(found, kf.estimate(plain, [x, x], kf.Gaussian(), **options).to_dense(), atol=1e-6)
-    with pytest.raises(kf.UnsupportedError, match="use_reentrant=False"):
-        kf.estimate(build(True), x, kf.Gaussian())
+    if not first:
+        with pytest.raises(kf.UnsupportedError, match="use_reentrant=False"):
+            kf.estimate(build(True), x, kf.Gaussian())
 
 
 def test_reentrant_checkpoint_of_data_hides_its_layers_without_a_trace_in_the_graph():
@@ -457,7 +480,7 @@ def test_unsupported_lookups_and_bilinear_forms():
     "outputs, message",
     [
         (lambda m, x: m.p, "no trainable parameter"),
-        (lambda m, x: m.p[:1].expand(len(x), 2), "p: used by ExpandBackward0"),
+        (lambda m, x: m.p[0].expand(len(x), 2), "p: used by SelectBackward0"),
         (lambda m, x: m.p.relu(), "p: used by relu"),
         (lambda m, x: x @ torch.eye(3)[:, :2] + 0 * m.p.sum(), "p: used by sum"),
     ],

@@ -61,7 +61,8 @@ def snapshot(model):
     for name, module in model.named_modules():
         state[f"{name}.mode"] = module.training
         state[f"{name}.buffers"] = {
-            key: b if b is None else (id(b), b._version, b.tolist(), b.requires_grad) for key, b in module._buffers.items()
+            key: b if b is None else (id(b), b._version, b.tolist(), b.requires_grad)
+            for key, b in module._buffers.items()
         }
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             state[f"{name}.{kind}"] = (id(getattr(module, kind)), list(getattr(module, kind).items()))

@@ -15,6 +15,7 @@ from kronfisher.errors import (
     UnsupportedError,
 )
 from kronfisher.estimate import estimate
+from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
@@ -27,6 +28,7 @@ __all__ = [
     "KFAC",
     "Bernoulli",
     "Categorical",
+    "Comparison",
     "Coverage",
     "DataError",
     "Diagonal",
@@ -43,6 +45,7 @@ __all__ = [
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
+    "compare",
     "coverage",
     "estimate",
     "load",

@@ -45,6 +45,7 @@ class Call:
         uses: what it did with them.
         shape: the output's shape.
         edge: where the output's gradient arrives.
+        window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Call:
     uses: tuple[Use, ...]
     shape: tuple[int, ...]
     edge: GradientEdge
+    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
 
 @dataclass
@@ -120,8 +122,10 @@ class Capture(TorchFunctionMode):
         handler = OPERATORS.get(func)
         uses = self._uses(handler, args, kwargs) if handler is not None and torch.is_grad_enabled() else ()
         if uses:
-            tensors = [t for t in _tensors(args, kwargs) if t.requires_grad and not _cut(t)]
-            operands = {get_gradient_edge(t).node: self.view(t) for t in tensors}
+            tensors = [tensor for tensor in _tensors(args, kwargs) if tensor.requires_grad and not _cut(tensor)]
+            bases = (tensor._base for tensor in tensors)  # from which an operator in place goes on
+            operands: dict[Node, View | None] = {get_gradient_edge(b).node: None for b in bases if b is not None}
+            operands |= {get_gradient_edge(tensor).node: self.view(tensor) for tensor in tensors}
             return self._record(_name(func), uses, operands, func(*args, **kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
@@ -154,15 +158,16 @@ class Capture(TorchFunctionMode):
             )
         if not result.requires_grad:
             return result
-        anchor = result
+        anchor, window = result, None
         if result._is_view():
-            # A view that is later changed in place gets a new history; its base, made by this operator, keeps its own.
+            # A view that is later changed in place gets a new history; its base keeps the one that this operator gave it.
             base = result._base
-            if base is not None and base.numel() == result.numel() and base.is_contiguous() and result.is_contiguous():
-                anchor = base
+            if base is not None and base.is_contiguous():
+                anchor, window = base, (result.shape, result.stride(), result.storage_offset() - base.storage_offset())
             else:
                 anchor = result = result.clone()
-        call = Call(len(self.calls), operator, uses, tuple(result.shape), get_gradient_edge(anchor))
+        edge = get_gradient_edge(anchor)
+        call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, window)
         self.calls.append(call)
         capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
@@ -315,6 +320,8 @@ class Capture(TorchFunctionMode):
     def _receive(self, index: int, gradient: Tensor) -> None:
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
+            if call.window is not None:
+                gradient = gradient.contiguous().as_strided(*call.window)
             self._receiver(call, gradient.reshape(call.shape))
 
 

@@ -16,7 +16,7 @@ from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 __all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "promote"]
 
 _NARROW = 128  # up to this many columns a product is too small for splitting it to pay
-_TILE = 256
+_TILE = 128
 
 
 @contextmanager
@@ -87,16 +87,15 @@ def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """`scale` times the symmetric matrix ``[..., D, D]`` with the upper triangle of `upper`."""
     width = upper.shape[-1]
     result = upper * scale
-    if width <= _TILE:
-        return result.triu() + result.triu(1).mT
+    keep = torch.ones(min(_TILE, width), min(_TILE, width), dtype=torch.bool, device=upper.device).triu()
+    # Tile by tile: a large matrix that is read by columns misses the cache at every number.
     for matrix in result.view(-1, width, width):
-        # Tile by tile: a large matrix that is read by columns misses the cache at every number.
         for low in range(0, width, _TILE):
             high = min(low + _TILE, width)
-            for left in range(0, low, _TILE):
-                matrix[low:high, left : left + _TILE] = matrix[left : left + _TILE, low:high].t()
+            if low:
+                matrix[low:high, :low] = matrix[:low, low:high].t()
             corner = matrix[low:high, low:high]
-            corner.copy_(corner.triu() + corner.triu(1).t())
+            corner.copy_(torch.where(keep[: high - low, : high - low], corner, corner.t()))
     return result
 
 

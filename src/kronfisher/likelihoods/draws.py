@@ -27,10 +27,9 @@ class Draws:
 
     def __init__(self, seed: int, stream: int = 0):
         self.seed, self.stream = seed, stream
-        # torch's CPU generator keeps the low 32 bits of its seed only. Hashing separates neighbouring seeds, and the
-        # sum keeps the streams of one seed distinct, which hashing both together would not promise.
-        key = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
-        self._generator = torch.Generator("cpu").manual_seed((key + stream) % 2**32)
+        # numpy's generator takes a tenth of the time of torch's on the CPU, and all bits of its seed count.
+        key = np.random.SeedSequence(seed % 2**64, spawn_key=(stream,))
+        self._generator = np.random.Generator(np.random.PCG64(key))
 
     def __repr__(self) -> str:
         return f"Draws(seed={self.seed}, stream={self.stream})"
@@ -52,7 +51,7 @@ class Draws:
         Returns:
             A tensor of that shape, the next numbers of the sequence.
         """
-        numbers = torch.rand(tuple(shape), generator=self._generator, dtype=torch.float64, device="cpu").to(dtype)
+        numbers = torch.from_numpy(self._generator.random(tuple(shape))).to(dtype)
         eps = torch.finfo(dtype).eps
         return numbers.clamp_(eps / 4, 1 - eps / 2).to(device, non_blocking=True)
 
