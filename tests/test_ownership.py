@@ -126,7 +126,7 @@ def test_dead_rows_say_nothing_and_do_no_harm():
 def test_a_layer_that_wakes_up_later():
     """Nothing may be concluded about the layout from a batch in which a layer was dead."""
     model = Written(lambda m, x: (m.l0(x.transpose(0, 1)) * m.open).sum(0), l0=nn.Linear(3, 2), open=torch.ones(()))
-    model.function = lambda m, x: m.l0((x.transpose(0, 1))).mul(x.sum() > 0).sum(0) + m.open
+    model.function = lambda m, x: m.l0(x.transpose(0, 1)).mul(x.sum() > 0).sum(0) + m.open
     x = torch.randn(4, 4, 3)
     assert_exact(model, [x - 10, x + 10, x + 11])
 

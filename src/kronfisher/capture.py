@@ -288,7 +288,10 @@ class Capture(TorchFunctionMode):
             return
         self._receiver = receive
         try:
-            torch.autograd.grad(outputs, list(edges), vector, retain_graph=retain, allow_unused=True)
+            # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
+            # second's worth of symbolic algebra at the first call.
+            product = (outputs * vector).sum()
+            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
         finally:
             self._receiver = None
 

@@ -1,12 +1,13 @@
 """How far an approximation is from the true blocks, without writing these out.
 
 ``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and ``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``.
-The first needs every pair of samples, so samples are kept; small blocks are written out after all, which is cheaper and
+The first needs all pairs of samples, so samples are kept; small blocks are written out after all, which is cheaper and
 more precise.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import hypot, inf
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimate import Recipe, accumulate, plain_arithmetic
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
-from kronfisher.linalg import mirror
+from kronfisher.isolation import trainable
+from kronfisher.linalg import mirror, promote
 from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import Samples
@@ -29,29 +31,30 @@ _WRITTEN_OUT = 2048  # blocks up to this dimension are compared as dense matrice
 
 @dataclass(frozen=True)
 class Distance:
-    """Relative Frobenius errors ``‖F − X‖ / ‖F‖``; zero where both vanish.
+    """Frobenius distances from the true blocks; in float32 relative ones below 5e-4 are noise for large blocks.
 
     Attributes:
-        blocks: block name → error of that block.
-        norms: block name → ‖F‖ of the true block (mean or sum over data, as the matrix measured).
+        distances: block name → ``‖F − X‖`` (mean or sum over data, as the matrix measured).
+        norms: block name → ``‖F‖`` of the true block.
         count: N, data that the true blocks were taken over.
-
-    In float32, values below 5e-4 are rounding noise for blocks that are not written out.
     """
 
-    blocks: Mapping[str, float]
+    distances: Mapping[str, float]
     norms: Mapping[str, float]
     count: float
 
     @property
+    def blocks(self) -> dict[str, float]:
+        """Block name → relative error ``‖F − X‖ / ‖F‖``; zero where both vanish, infinite where only F does."""
+        return {name: _ratio(distance, self.norms[name]) for name, distance in self.distances.items()}
+
+    @property
     def relative(self) -> float:
-        """The error of all blocks together, against the block-diagonal truth."""
-        missed = sum((error * self.norms[name]) ** 2 for name, error in self.blocks.items() if self.norms[name])
-        total = sum(norm**2 for norm in self.norms.values())
-        return (missed / total) ** 0.5 if total else 0.0
+        """The relative error of all blocks together, against the block-diagonal truth."""
+        return _ratio(hypot(*self.distances.values()), hypot(*self.norms.values()))
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self.blocks)
+        width = max(3, *(len(name) for name in self.blocks))
         lines = [f"{name:<{width}}  {error:.4f}" for name, error in self.blocks.items()]
         return "\n".join([*lines, f"{'all':<{width}}  {self.relative:.4f}"])
 
@@ -73,36 +76,43 @@ def measure(
         DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its parameters
             are not those of the matrix.
     """
-    device = fisher.device
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
+    parameters = trainable(recipe.model)
+    if odd := parameters.keys() ^ fisher.shapes.keys():
+        raise DataError(
+            f"the trainable parameters of the model are not those of the matrix ({', '.join(sorted(odd))}): freeze and "
+            "unfreeze as when it was estimated."
+        )
+    device = next(iter(parameters.values())).device
     budget = available_memory(device) if memory_budget is None else memory_budget
+    groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]
     fits: dict[str, CrossTerms] = {}
-    terms: dict[str, CrossTerms] = {}
-    for (blocks, operator), name in zip(fisher.entries, fisher.blocks, strict=True):
-        several = (blocks,) if isinstance(blocks, Block) else blocks
-        if fisher.reduction == "sum":
-            operator = operator / fisher.count
-        parameters = {parameter for block in several for parameter in block.parameters}
-        shared = next((fits[parameter] for parameter in parameters if parameter in fits), None)
-        terms[name] = shared or CrossTerms({}, budget)
-        terms[name].operators[several] = operator
-        fits.update(dict.fromkeys(parameters, terms[name]))
+    for group, (_, operator) in zip(groups, fisher.entries, strict=True):
+        names = {parameter for block in group for parameter in block.parameters}
+        scaled = operator / fisher.count if fisher.reduction == "sum" else operator
+        own = scaled.to(device, promote(parameters[group[0].parameters[0]].detach().new_empty(0)).dtype)
+        joined = CrossTerms({group: own}, budget)
+        for other in {id(fits[name]): fits[name] for name in names if name in fits}.values():
+            joined.operators.update(other.operators)  # blocks that share a parameter come from one fit
+            names |= {name for name, fit in fits.items() if fit is other}
+        fits.update(dict.fromkeys(names, joined))
     run = replace(recipe, memory_budget=memory_budget).accumulator(fits)
     accumulate(run, data, progress)
     count = float(run.count)
-    found = {group.blocks: group for group in run.groups}
+    found = {group.blocks: group.state for group in run.groups}
     scale = count if fisher.reduction == "sum" else 1.0
-    errors, norms = {}, {}
-    for (blocks, _), name in zip(fisher.entries, fisher.blocks, strict=True):
-        several = (blocks,) if isinstance(blocks, Block) else blocks
-        group = found.get(several)
+    distances, norms = {}, {}
+    for name, group in zip(fisher.blocks, groups, strict=True):
+        fit = fits[group[0].parameters[0]]
         with plain_arithmetic(device):
-            own = float(terms[name].operators[several].frobenius_norm())
-            truth, missed = terms[name].norms(group.state) if group else (0.0, own)
-        errors[name] = missed / truth if truth else (0.0 if not missed else float("inf"))
-        norms[name] = truth * scale
-    return Distance(errors, norms, count)
+            norm, distance = fit.norms(group, found.get(group))
+        distances[name], norms[name] = distance * scale, norm * scale
+    return Distance(distances, norms, count)
+
+
+def _ratio(distance: float, norm: float) -> float:
+    return distance / norm if norm else (inf if distance else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +137,8 @@ class CrossTerms(Fit):
         if sum(len(group) for group in groups) != len(keys):
             names = ", ".join(block.name for block in blocks)
             raise DataError(
-                f"{names}: the model uses these parameters in another way than when the matrix was estimated."
+                f"{names}: the model uses these parameters in another way than when the matrix was estimated, or did not "
+                "use them then."
             )
         return groups
 
@@ -170,18 +181,20 @@ class CrossTerms(Fit):
                 "there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
             )
 
-    def norms(self, state: State) -> tuple[float, float]:
-        """``‖F‖`` and ``‖F − X‖`` of the mean over data."""
+    def norms(self, group: tuple[Block, ...], state: State | None) -> tuple[float, float]:
+        """``‖F‖`` and ``‖F − X‖`` of the mean over data; F is zero where there is no state."""
+        operator = self.operators[group]
+        own = float(operator.frobenius_norm().double())
+        if state is None:
+            return 0.0, own
         state.checked()
-        operator = self.operators[state.blocks]
-        if self._written_out(state.blocks):
+        if self._written_out(group):
             truth = mirror(state.sums["products"], reciprocal(state.count)).double()
             return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
-        norm = float(state.sums["norm"]) / float(state.count) ** 2
-        cross = float(state.sums["cross"]) / float(state.count)
-        own = float(operator.frobenius_norm().double()) ** 2
-        self.kept.pop(state.blocks, None)
-        return norm**0.5, max(norm - 2 * cross + own, 0.0) ** 0.5
+        scale = float(reciprocal(state.count))
+        norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
+        self.kept.pop(group, None)
+        return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
 
 
 def quadratic(samples: Samples, operator: Operator) -> Tensor:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,6 @@ class Recipe:
     seed: int = 0
     memory_budget: int | None = None
     exact_limit: int = 1000
-    measured: dict[tuple[str, ...], Any] = field(default_factory=dict, compare=False)
 
     def accumulator(self, fit: Choice) -> Accumulator:
         """Empty states for the model's trainable parameters."""
@@ -57,11 +56,10 @@ class Recipe:
         )
 
     def error(self, fisher: Fisher, data: Any, **options: Any) -> Any:
-        """See `kronfisher.error`; what was measured shows in the report."""
+        """See `kronfisher.error.measure`."""
         from kronfisher.error import measure  # the measurement runs an estimate of its own
 
-        self.measured[fisher.info.changes] = found = measure(fisher, data, self, **options)
-        return found
+        return measure(fisher, data, self, **options)
 
 
 def estimate(
@@ -130,6 +128,7 @@ def estimate(
     recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
     run = recipe.accumulator(fit)
     accumulate(run, data, progress)
+    count = float(run.count)
     with plain_arithmetic(run.device):
         entries: list[tuple[Block | tuple[Block, ...], Operator]] = []
         infos: dict[str, BlockInfo] = {}
@@ -142,7 +141,6 @@ def estimate(
             infos[block.name] = BlockInfo("unused: zero")
     order = {name: place for place, name in enumerate(run.parameters)}
     entries.sort(key=lambda entry: order[(entry[0] if isinstance(entry[0], Block) else entry[0][0]).parameters[0]])
-    count = float(run.count)
     info = Info(
         count=count,
         labels=labels,
@@ -185,6 +183,8 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
                 raise DataError(
                     "The data hold no batch. Pass a loader with at least one batch; a generator can be read only once."
                 )
+            if not float(run.count):
+                raise DataError("No datum counts: all positions are masked, or have the target that is ignored.")
             with plain_arithmetic(run.device):
                 more = run.next_pass()
             if not more:

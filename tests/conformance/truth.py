@@ -1,8 +1,9 @@
-"""Dense truth by automatic differentiation, datum by datum; K-FAC's rows by naive loops. Nothing here uses the library's capture.
+"""Dense truth by automatic differentiation, datum by datum; K-FAC's rows by naive loops. Nothing here uses the capture.
 
-A `Problem` is a tiny model with data and a likelihood. Its gradients are taken by ``torch.autograd.grad`` of one datum at a time, the output
-Hessian by differentiating ``-log_prob`` twice. `taps` says, for a module, at which tensors K-FAC's output gradients arrive and which inputs
-belong to them, by slicing patches in Python loops; `Problem.rows` proves them right: assembled, they must give autograd's own gradients.
+A `Problem` is a tiny model with data and a likelihood. Its gradients are taken by ``torch.autograd.grad`` of one datum
+at a time, the output Hessian by differentiating ``-log_prob`` twice. `taps` says, for a module, at which tensors the
+output gradients of K-FAC arrive and which inputs belong to them, by slicing patches in Python loops; `Problem.rows`
+proves them right: assembled, they must give autograd's own gradients.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,7 @@ def shake(module: nn.Module) -> nn.Module:
 def output_vectors(
     likelihood: Likelihood, outputs: Tensor, targets: Tensor, labels: str, samples: int = 1, seed: int = 0
 ) -> Tensor:
-    """What to back-propagate, ``[V, N, *shape]``: a root of the Hessian found by autograd and eigh, drawn labels, or the gradient."""
+    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient."""
     outputs = outputs.detach()
     if labels == "sampled":
         draws = [likelihood.sampled(outputs, targets, Draws(seed, stream)) for stream in range(samples)]
@@ -123,7 +125,13 @@ def dense(rows: Tensor, count: float) -> Tensor:
 
 
 def dense_fisher(
-    model: nn.Module, x: Tensor, targets: Tensor, likelihood: Likelihood, labels: str = "exact", samples: int = 1, seed: int = 0
+    model: nn.Module,
+    x: Tensor,
+    targets: Tensor,
+    likelihood: Likelihood,
+    labels: str = "exact",
+    samples: int = 1,
+    seed: int = 0,
 ) -> Tensor:
     """The whole Fisher matrix of the mean over data, every datum counted."""
     vectors = output_vectors(likelihood, model(x), targets, labels, samples, seed)
@@ -156,17 +164,27 @@ class Problem:
         return int(self.counted.any(1).sum())
 
     def vectors(self, labels: str) -> Tensor:
+        """What is back-propagated, ``[V, N, *shape]``."""
+        return self._once("vectors", labels, lambda: self._vectors(labels))
+
+    def _vectors(self, labels: str) -> Tensor:
         return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED)
+
+    def gradients(self, labels: str) -> Tensor:
+        """``[V, N, P]``."""
+        return self._once("gradients", labels, lambda: gradients(self.model, self.x, self.vectors(labels)))
 
     def truth(self, labels: str) -> Tensor:
         """The Fisher matrix of the mean over data, ``[P, P]``."""
-        if labels not in self._truths:
-            rows = gradients(self.model, self.x, self.vectors(labels))
-            self._truths[labels] = dense(rows, self.count)
-        return self._truths[labels]
+        return self._once("truth", labels, lambda: dense(self.gradients(labels), self.count))
+
+    def _once(self, what: str, labels: str, make: Callable[[], Any]) -> Any:
+        if (what, labels) not in self._made:
+            self._made[what, labels] = make()
+        return self._made[what, labels]
 
     @cached_property
-    def _truths(self) -> dict[str, Tensor]:
+    def _made(self) -> dict[tuple[str, str], Any]:
         return {}
 
     def part(self, names: tuple[str, ...]) -> Tensor:
@@ -175,9 +193,11 @@ class Problem:
         return torch.cat([places[name].flatten() for name in names])
 
     def rows(self, labels: str) -> "list[tuple[Tap, Tensor, Tensor]]":
-        """For every block its tap, ``a [H, N, T, I]`` and ``g [V, H, N, T, O]``, proved to give autograd's gradients."""
-        vectors = self.vectors(labels)
-        truth = gradients(self.model, self.x, vectors)
+        """For every block its tap, ``a [H, N, T, I]`` and ``g [V, H, N, T, O]``, proved to give the gradients."""
+        return self._once("rows", labels, lambda: self._rows(labels))
+
+    def _rows(self, labels: str) -> "list[tuple[Tap, Tensor, Tensor]]":
+        vectors, truth = self.vectors(labels), self.gradients(labels)
         inputs, outputs, seen = [], [], []
         for k in range(len(self.x)):
             hidden, found = taps(self.model.module, self.x[k : k + 1], positions(self.model))
@@ -207,13 +227,21 @@ def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tenso
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         y, groups = module(x), module.groups
         return y, [
-            _with_bias(y, patches(module, x[0]), lambda g: g[0].flatten(1).unflatten(0, (groups, -1)).mT, places, module)
+            _with_bias(
+                y, patches(module, x[0]), lambda g: g[0].flatten(1).unflatten(0, (groups, -1)).mT, places, module
+            )
         ]
     if hasattr(module, "left"):
         return _matrix_products(module, x, places)
     y = module(x)  # only vectors: scales and shifts
     vectors = [
-        Tap(f"module.{name}", p, x.new_ones(1, 1, 1), lambda g: g.reshape(1, 1, -1), places[f"module.{name}"].reshape(1, -1, 1))
+        Tap(
+            f"module.{name}",
+            p,
+            x.new_ones(1, 1, 1),
+            lambda g: g.reshape(1, 1, -1),
+            places[f"module.{name}"].reshape(1, -1, 1),
+        )
         for name, p in trainable(module).items()
     ]
     return y, vectors
@@ -242,7 +270,7 @@ def _matrix_products(module: nn.Module, x: Tensor, places: dict[str, Tensor]) ->
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What a convolution's kernel sees of one image ``[C, *size]``, ``[H, T, C/H · kernel]``, one slice per position."""
+    """What a kernel sees of one image ``[C, *size]``, ``[H, T, C/H · kernel]``, one slice per position."""
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if module.padding == "same":
         totals = [spread * (k - 1) for k, spread in zip(kernel, dilation, strict=True)]
@@ -267,7 +295,7 @@ _PROBLEMS: dict[tuple[str, str], Problem] = {}
 
 
 def problem(example: str, likelihood: str, dtype: torch.dtype = torch.float64) -> Problem:
-    """A registered use under a registered likelihood, the same whoever asks; float64 ones are kept with their truths."""
+    """A registered use under a registered likelihood, the same whoever asks; float64 ones are kept."""
     if dtype == torch.float64 and (example, likelihood) in _PROBLEMS:
         return _PROBLEMS[example, likelihood]
     with torch.random.fork_rng():
@@ -280,7 +308,9 @@ def problem(example: str, likelihood: str, dtype: torch.dtype = torch.float64) -
         drawn = [entry.example(generator, torch.float64) for _ in x]  # at least one datum each
         outputs, targets = (torch.cat(parts)[: len(x)] for parts in zip(*drawn, strict=True))
         model = Headed(module, module(x)[0].numel(), tuple(outputs.shape[1:])).double()
-    found = Problem(model.to(dtype), entry.factory(), x.to(dtype), targets.to(dtype) if targets.is_floating_point() else targets)
+    found = Problem(
+        model.to(dtype), entry.factory(), x.to(dtype), targets.to(dtype) if targets.is_floating_point() else targets
+    )
     if dtype == torch.float64:
         _PROBLEMS[example, likelihood] = found
     return found

@@ -1,0 +1,104 @@
+"""What coverage says is what an estimate does: the same treatments, and refusals where it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kronfisher as kf
+from tests.exact import Written
+
+X = torch.randn(5, 3)
+
+
+def test_the_table():
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.LayerNorm(4), nn.Linear(4, 2), nn.Linear(2, 2))
+    model[4].requires_grad_(False)
+    coverage = kf.coverage(model, X, fit={"3.bias": "diagonal", "*": "kfac"})
+    assert [row.treatment for row in coverage.rows] == [
+        "KFAC(mode='expand')", "KFAC(mode='expand')", "unsupported", "KFAC(mode='expand')", "KFAC(mode='expand')",
+        "KFAC(mode='expand')", "Diagonal()",
+    ]  # fmt: skip
+    assert [row.operators for row in coverage.rows][1:4] == [("linear",), ("prelu",), ("layer_norm",)]
+    assert coverage.frozen == 6 and not coverage.complete
+    assert coverage.share == pytest.approx(34 / 35)
+    lines = str(coverage).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "share", "used", "by", "treated", "by"]
+    assert lines[4].split() == ["1.weight", "1", "2.9", "%", "prelu", "unsupported"]
+    assert lines[-2] == "97.1 % of 35 trainable numbers covered; 6 frozen" and lines[-1] == "1.weight: used by prelu"
+
+
+def test_no_state_is_made_and_nothing_is_big(monkeypatch):
+    monkeypatch.setattr(kf.Full, "init", lambda *a: pytest.fail("a matrix was made"))
+    wide = nn.Sequential(nn.Linear(3, 2000), nn.Linear(2000, 2))
+    assert kf.coverage(wide, X, fit="full").complete
+
+
+@pytest.mark.parametrize("data", [X, (X, torch.zeros(5)), [X, "never read"], ({"input": X}, None), iter([X])])
+def test_forms_of_data(data):
+    assert kf.coverage(nn.Linear(3, 2), data).complete
+
+
+def test_forward():
+    found = kf.coverage(nn.Linear(3, 2), {"x": X, "n": 3}, forward=lambda model, batch: (model(batch["x"]), None))
+    assert found.complete and found.share == 1
+
+
+def tied():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+SUSPECTS = {
+    "fine": lambda: nn.Linear(3, 2),
+    "unused": lambda: Written(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)),
+    "twice with other biases": tied,
+    "swapped": lambda: Written(lambda m, x: F.linear(F.linear(x, m.w), m.w.t()), w=torch.randn(2, 3)),
+    "in part": lambda: Written(lambda m, x: F.linear(x, m.w[:2]) + m.b, w=torch.randn(4, 3), b=torch.randn(2)),
+    "by another operator too": lambda: Written(
+        lambda m, x: F.linear(x, m.w) + torch.einsum("ni,oi->no", x, m.w), w=torch.randn(2, 3)
+    ),
+    "as an input": lambda: Written(lambda m, x: m.l(x) + m.l(m.t.expand(5, 3)), l=nn.Linear(3, 2), t=torch.randn(1, 3)),
+    "coupled": lambda: Written(lambda m, x: m.l1(m.l0(x) - m.l0(x).mean(0)), l0=nn.Linear(3, 3), l1=nn.Linear(3, 2)),
+    "for each datum": lambda: Written(lambda m, x: m.l(x) + m.p, l=nn.Linear(3, 2), p=torch.randn(5, 2)),
+    "before the data": lambda: Written(lambda m, x: x * (m.g * torch.ones(4, 3)).mean(0), g=torch.randn(3)),
+    "normalised weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    "expanded": lambda: Written(lambda m, x: F.linear(x, m.w.expand(2, 3)), w=torch.randn(1, 3)),
+}
+
+
+@pytest.mark.parametrize("fit", ["full", "kfac", "diagonal"])
+@pytest.mark.parametrize("name", SUSPECTS)
+def test_coverage_and_estimate_agree(name, fit):
+    model = SUSPECTS[name]()
+    coverage = kf.coverage(model, X, fit=fit)
+    refused = [row for row in coverage.rows if row.treatment == "unsupported"]
+    assert (not refused) == coverage.complete == (name in ("fine", "unused") or (name == "coupled" and fit == "kfac"))
+    if not refused:
+        fisher = kf.estimate(model, X, kf.Gaussian(), fit=fit)
+        for row in coverage.rows:
+            used = float(fisher.diagonal()[row.parameter].abs().sum()) > 0
+            assert used == (row.treatment != "unused")
+        return
+    with pytest.raises(kf.UnsupportedError) as caught:
+        kf.estimate(model, X, kf.Gaussian(), fit=fit)
+    for row in refused:
+        assert row.reason and row.parameter in row.reason + str(caught.value)
+        assert row.operators
+
+
+def test_what_cannot_be_treated_at_all_is_raised():
+    for model, message in (
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "train mode"),
+        (Written(lambda m, x: m.l(x).detach(), l=nn.Linear(3, 2)), "depend on no trainable parameter"),
+    ):
+        with pytest.raises(kf.UnsupportedError, match=message):
+            kf.coverage(model, X)
+    with pytest.raises(kf.DataError, match="no batch"):
+        kf.coverage(nn.Linear(3, 2), [])
+    with pytest.raises(ValueError, match="no pattern matches bias"):
+        kf.coverage(nn.Linear(3, 2), X, fit={"weight": "kfac"})
+    with pytest.raises(RuntimeError) as caught:
+        kf.coverage(nn.Linear(4, 2), X)
+    assert "in the batch (torch.float32 [5, 3])" in caught.value.__notes__[0]
