@@ -84,8 +84,7 @@ def test_coverage_and_estimate_agree(name, fit):
     with pytest.raises(kf.UnsupportedError) as caught:
         kf.estimate(model, X, kf.Gaussian(), fit=fit)
     for row in refused:
-        assert row.reason and row.parameter in row.reason + str(caught.value)
-        assert row.operators
+        assert row.operators and row.reason.split(":")[0].split(" ")[0] in str(caught.value)
 
 
 def test_what_cannot_be_treated_at_all_is_raised():

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -159,7 +159,7 @@ class Accumulator:
             if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
                 entries[index] = wanted
         plain = {index: [part for part, _, _ in several] for index, several in entries.items()}
-        owned = {part.block.key for several in entries.values() for part, group, _ in several if group.state.plan.owned}
+        owned = {block.key for group in self.groups if group.state.plan.owned for block in group.blocks}
         owners, problems = self.find_owners(capture, outputs, proof, plain, owned, mask is not None)
         refuse(problems, where)
         stream = Stream(entries, owners, mask)
@@ -188,8 +188,8 @@ class Accumulator:
         log.info("%s: exact labels take %d backward passes", where, columns)
         if columns > self.exact_limit:
             raise DataError(
-                f"{where}: exact labels take {columns} backward passes for each batch, the limit is {self.exact_limit}. "
-                "Use labels='sampled' with samples=M, or raise exact_limit."
+                f"{where}: exact labels take {columns} backward passes for each batch, and the limit is "
+                f"{self.exact_limit}. Use labels='sampled' with samples=M, or raise exact_limit."
             )
         return columns
 
@@ -233,9 +233,9 @@ class Accumulator:
             groups = fit.groups([*(block for group in begun for block in group), *members])
             if any(group not in groups for group in begun):
                 raise UnsupportedError(
-                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and {fit!r} treats "
-                    "it together with layers that earlier batches have been counted for. Put a batch that uses every "
-                    "parameter first, or choose a fit that treats layers apart."
+                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and {fit!r} "
+                    "treats it together with layers that earlier batches have been counted for. Put a batch that uses "
+                    "every parameter first, or choose a fit that treats layers apart."
                 )
             for group in groups:
                 if group not in begun:
@@ -265,8 +265,9 @@ class Accumulator:
         if needed > limit:
             raise MemoryBudgetError(
                 f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices, more than the "
-                f"{'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes ({limit / 2**30:.2f} GiB). Use a "
-                "smaller structure for the largest layers, for example fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
+                f"{'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
+                f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
+                "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
         return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - needed), 1)
 
@@ -281,11 +282,11 @@ class Accumulator:
     ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str]]:
         """Which sample owns each row of each use, and parameter → reason where nobody can say.
 
-        Where rows must be sorted by sample a probe looks once, and its rule holds for later batches; a fit that sums over
-        all rows takes each for itself, if they belong to single samples at all: the shape tells, or the probe.
+        Where rows must be sorted by sample a probe looks once, and its rule holds for later batches; a fit that sums
+        over all rows takes each for itself, if they belong to single samples at all: the shape tells, or the probe.
         """
         owners: dict[tuple[int, int], Ownership] = {}
-        doubtful: dict[tuple[int, int], Use] = {}
+        doubtful: dict[tuple[int, Hashable], Use] = {}
         samples = len(outputs)
 
         def sorting(use: Use, block: Block) -> bool:
@@ -437,7 +438,7 @@ def covered(capture: Capture, outputs: Tensor, where: str) -> Proof:
     """The proof that every way from the outputs to a trainable parameter is understood.
 
     Raises:
-        UnsupportedError: naming the parameters and the operators that are not, or outputs without any trainable parameter.
+        UnsupportedError: naming the parameters and the operators that are not, or outputs without any of them.
     """
     proof = capture.prove(outputs)
     if proof.unclaimed:
@@ -476,6 +477,8 @@ def misused(blocks: Iterable[Block]) -> dict[str, str]:
             windows.setdefault(view.parameter, []).append((view, block))
     problems = {}
     for name, several in windows.items():
+        if len(several) == 1 and several[0][0].whole:
+            continue
         counts = several[0][0].counter()
         for view, _ in several:
             view.mark(counts)
@@ -483,13 +486,13 @@ def misused(blocks: Iterable[Block]) -> dict[str, str]:
         if bool((counts > 1).any()):
             problems[name] = (
                 f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its "
-                "transpose, with and without a bias, or with different biases; that is not supported yet. Freeze it with "
-                "requires_grad_(False)."
+                "transpose, with and without a bias, or with different biases; that is not supported yet. Freeze it "
+                "with requires_grad_(False)."
             )
         elif bool((counts == 0).any()):
             problems[name] = (
-                f"{name}: only {int((counts > 0).sum())} of its {counts.numel()} elements are used (by {operators}); that "
-                "is not supported yet. Freeze it, or split it into parameters of their own."
+                f"{name}: only {int((counts > 0).sum())} of its {counts.numel()} elements are used (by {operators}); "
+                "that is not supported yet. Freeze it, or split it into parameters of their own."
             )
     return problems
 

@@ -81,12 +81,13 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
         raise
     if not isinstance(outputs, Tensor):
         raise DataError(
-            f"{where}: the model returned {type(outputs).__name__}, not a tensor. Give forward=lambda model, batch: (outputs, targets)."
+            f"{where}: the model returned {type(outputs).__name__}, not a tensor. "
+            "Give forward=lambda model, batch: (outputs, targets)."
         )
     if outputs.dim() == 0 or not outputs.is_floating_point():
         raise DataError(
-            f"{where}: the model returned {outputs.dtype} {list(outputs.shape)}; expected floating-point outputs with one row per "
-            "datum (not a loss)."
+            f"{where}: the model returned {outputs.dtype} {list(outputs.shape)}; expected floating-point outputs with one "
+            "row per datum (not a loss)."
         )
     if len(outputs) == 0:
         raise DataError(f"{where} is empty: the outputs have shape {list(outputs.shape)}. Drop empty batches.")
@@ -109,7 +110,7 @@ def not_finite(batch: Any, where: str) -> NumericalError:
 
 
 def checksum(batch: Any) -> Tensor:
-    """A number for each tensor of a batch, made of its bits and their order: by it the next pass recognises the batch."""
+    """A number for each tensor of a batch, made of its bits in their order: the next pass recognises the batch."""
     sums = []
     for tensor in tensors_in(batch):
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor

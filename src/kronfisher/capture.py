@@ -120,47 +120,64 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = OPERATORS.get(func)
-        uses = self._uses(handler, args, kwargs) if handler is not None and torch.is_grad_enabled() else ()
-        if uses:
-            tensors = [tensor for tensor in _tensors(args, kwargs) if tensor.requires_grad and not _cut(tensor)]
-            bases = (tensor._base for tensor in tensors)  # from which an operator in place goes on
-            operands: dict[Node, View | None] = {get_gradient_edge(b).node: None for b in bases if b is not None}
-            operands |= {get_gradient_edge(tensor).node: self.view(tensor) for tensor in tensors}
-            return self._record(_name(func), uses, operands, func(*args, **kwargs))
+        if handler is not None and torch.is_grad_enabled():
+            tensors = list(_tensors(args, kwargs))
+            views = {id(tensor): self.view(tensor) for tensor in tensors}
+            if uses := self._uses(handler, args, kwargs, tensors, views):
+                made = [tensor for tensor in tensors if tensor.grad_fn is not None]
+                bases = (tensor._base for tensor in made)  # from which an operator in place goes on
+                operands = {b.grad_fn: None for b in bases if b is not None and b.grad_fn is not None}
+                operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
+                return self._record(_name(func), uses, views, operands, func(*args, **kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
             self._note(func, args, kwargs, result)
         return result
 
-    def _uses(self, handler: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Use, ...]:
-        """What an operator does with trainable parameters; nothing unless every one that it is given is accounted for."""
+    def _uses(
+        self,
+        handler: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        views: Mapping[int, View | None],
+    ) -> tuple[Use, ...]:
+        """What an operator does with trainable parameters; nothing unless each that it is given is accounted for."""
+
+        def view(value: Any) -> View | None:
+            return views.get(id(value))
+
         try:
-            uses = tuple(handler(self.view, *args, **kwargs))
+            uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
-            if _accepts(handler, self.view, *args, **kwargs):
+            if _accepts(handler, view, *args, **kwargs):
                 raise
             return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
         if not uses:
             return ()
-        tensors = list(_tensors(args, kwargs))
-        windows = [view for use in uses for view in (use.weight, use.bias) if view]
-        given = sum(self.view(tensor) is not None for tensor in tensors)
+        windows = [window for use in uses for window in (use.weight, use.bias) if window]
+        given = sum(views[id(tensor)] is not None for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
-        return uses if strided and given == len(windows) and not any(view.overlaps for view in windows) else ()
+        return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
     def _record(
-        self, operator: str, uses: tuple[Use, ...], operands: dict[Node, View | None], result: Tensor
+        self,
+        operator: str,
+        uses: tuple[Use, ...],
+        views: Mapping[int, View | None],
+        operands: Mapping[Node, View | None],
+        result: Tensor,
     ) -> Tensor:
         if torch._C._functorch.is_functorch_wrapped_tensor(result):
             raise UnsupportedError(
-                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data cannot "
-                "be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
+                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data "
+                "cannot be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
             )
         if not result.requires_grad:
             return result
         anchor, window = result, None
         if result._is_view():
-            # A view that is later changed in place gets a new history; its base keeps the one that this operator gave it.
+            # A view that is changed in place later gets a new history; its base keeps the one this operator gave it.
             base = result._base
             if base is not None and base.is_contiguous():
                 anchor, window = base, (result.shape, result.stride(), result.storage_offset() - base.storage_offset())
@@ -176,11 +193,11 @@ class Capture(TorchFunctionMode):
         for node, view in operands.items():
             if view is not None:
                 self._chain(node, view.parameter)
-        self._claim(call, operands)
+        self._claim(call, views, operands)
         return result
 
-    def _claim(self, call: Call, operands: Mapping[Node, View | None]) -> None:
-        """Note the edges from the nodes that one operator made into its trainable operands, and those nodes as its own."""
+    def _claim(self, call: Call, views: Mapping[int, View | None], operands: Mapping[Node, View | None]) -> None:
+        """Note the nodes that one operator made as its own, and their edges into its trainable operands."""
         stack = [call.edge.node]
         self._owners[call.edge.node] = call.index
         while stack:
@@ -188,8 +205,9 @@ class Capture(TorchFunctionMode):
             for child, _ in node.next_functions:
                 if child is None:
                     continue
-                if child in operands:
-                    if operands[child] is not None:
+                leaf = getattr(child, "variable", None)
+                if leaf is not None or child in operands:
+                    if (operands[child] if leaf is None else views.get(id(leaf))) is not None:
                         self._claims[node, child] = call.index
                 elif self._owners.get(child) != call.index:
                     self._owners[child] = call.index
@@ -252,7 +270,7 @@ class Capture(TorchFunctionMode):
             for child in children:
                 owner = self._owners.get(child)
                 if owner is not None and child not in calls and owner != self._owners.get(node):
-                    # such as a second derivative, which meets the weight in the midst of the operator's nodes
+                    # a second derivative, say, which meets the weight in the midst of the operator's nodes
                     for use in self.calls[owner].uses:
                         proof.unclaimed.setdefault(use.name, set()).add(node.name())
                 name = self._chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
@@ -334,7 +352,7 @@ def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
 
 
 def _cut(tensor: Tensor) -> bool:
-    """Whether the tensor is a view made under ``torch.no_grad()``: it says that it requires a gradient, and gets none."""
+    """Whether the tensor is a view made under ``torch.no_grad()``: it claims to require a gradient, and gets none."""
     return tensor.grad_fn is None and tensor._base is not None
 
 

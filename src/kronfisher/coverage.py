@@ -77,9 +77,9 @@ class Coverage:
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
-    """What `estimate` would cover, from one forward pass, and a few backward where the owners of rows are to be found out.
+    """What `estimate` would cover: parameters that are not supported are listed with the reason, not raised.
 
-    Parameters that are not supported are listed with the reason, not raised; no matrix is made.
+    It takes one forward pass, and a few backward where it has to be found out which datum owns a row. No matrix is made.
 
     Args:
         model: as for `estimate`.

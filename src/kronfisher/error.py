@@ -1,8 +1,8 @@
 """How far an approximation is from the true blocks, without writing these out.
 
-``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and ``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``.
-The first needs all pairs of samples, so samples are kept; small blocks are written out after all, which is cheaper and
-more precise.
+``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and
+``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs all pairs of samples, so samples are kept; small blocks are
+written out after all, which is cheaper and more precise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,8 +73,8 @@ def measure(
 
     Raises:
         MemoryBudgetError: so many samples do not fit; pass fewer data.
-        DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its parameters
-            are not those of the matrix.
+        DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its
+            parameters are not those of the matrix.
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
@@ -137,8 +137,8 @@ class CrossTerms(Fit):
         if sum(len(group) for group in groups) != len(keys):
             names = ", ".join(block.name for block in blocks)
             raise DataError(
-                f"{names}: the model uses these parameters in another way than when the matrix was estimated, or did not "
-                "use them then."
+                f"{names}: the model uses these parameters in another way than when the matrix was estimated, or did "
+                "not use them then."
             )
         return groups
 

@@ -14,7 +14,6 @@ from kronfisher.accumulate import Accumulator, Choice, Labels
 from kronfisher.batches import Forward, checksum, passes_over
 from kronfisher.blocks import Block, View
 from kronfisher.errors import DataError
-from kronfisher.fits import Fit
 from kronfisher.isolation import isolated, trainable, unwrapped
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, promote
@@ -79,26 +78,29 @@ def estimate(
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
 
-    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed over its positions
-    and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout should be off); its parameters,
-    gradients, buffers, hooks and modes and the global random state are the same afterwards as before.
+    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed over
+    its positions and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout should be
+    off); its parameters, gradients, buffers, hooks and modes and the global random state are the same afterwards as
+    before. Its backward hooks are not called.
 
     Args:
         model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP and
             ``torch.compile`` wrappers are removed, compiled parts run eagerly.
-        data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. A tensor goes in as
-            ``model(x)``, a tuple as ``model(*x)``, a mapping as ``model(**x)``.
+        data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. A tensor
+            goes in as ``model(x)``, a tuple as ``model(*x)``, a mapping as ``model(**x)``.
         likelihood: what the outputs mean, such as ``kf.Categorical()``.
-        fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to either.
-        labels: ``"exact"``: all columns of the output Hessian's root (the GGN; one backward pass each); ``"sampled"``: labels drawn
-            from the model, a Monte-Carlo estimate of the same; ``"observed"``: the given targets (the empirical Fisher, which is
-            another matrix). The first two need no targets, except for masks and class weights.
+        fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to
+            either.
+        labels: ``"exact"``: all columns of the output Hessian's root (the GGN; one backward pass each); ``"sampled"``:
+            labels drawn from the model, a Monte-Carlo estimate of the same; ``"observed"``: the given targets (the
+            empirical Fisher, which is another matrix). The first two need no targets, except for masks and class weights.
         samples: label draws per datum; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
         reduction: ``"mean"`` or ``"sum"`` over the N data.
-        seed: of the label draws and of whatever the model itself draws (dropout). The same seed and thread count give the same bits.
-        memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices that do not
-            fit are refused early.
+        seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
+            thread count give the same bits.
+        memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices
+            that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
         progress: True writes a line to standard error; a function receives the same text.
 
@@ -106,8 +108,10 @@ def estimate(
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled; it names both.
+        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
+        TypeError: `model` is no module or `likelihood` no likelihood.
+        ValueError: another option makes no sense.
         NumericalError: NaN or Inf; it names the batch or the layer.
         MemoryBudgetError: the matrices do not fit; it says how many bytes they take.
 
@@ -140,7 +144,7 @@ def estimate(
             entries.append((block, operator))
             infos[block.name] = BlockInfo("unused: zero")
     order = {name: place for place, name in enumerate(run.parameters)}
-    entries.sort(key=lambda entry: order[(entry[0] if isinstance(entry[0], Block) else entry[0][0]).parameters[0]])
+    entries.sort(key=lambda entry: order[_blocks(entry[0])[0].parameters[0]])
     info = Info(
         count=count,
         labels=labels,
@@ -154,6 +158,10 @@ def estimate(
     shapes = {name: p.shape for name, p in run.parameters.items()}
     fisher = Fisher(tuple(entries), shapes, info, recipe)
     return fisher if reduction == "mean" else fisher.reduced("sum")
+
+
+def _blocks(entry: Block | tuple[Block, ...]) -> tuple[Block, ...]:
+    return (entry,) if isinstance(entry, Block) else entry
 
 
 def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
@@ -193,8 +201,8 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
     except BaseException as error:
         if not isinstance(error, Exception):  # interrupted from outside
             error.add_note(
-                f"kronfisher stopped after {index} batches of pass {number + 1}; no estimate was made. The model, its gradients "
-                "and buffers and the random state are as before. Estimate on fewer data, or with a cheaper fit."
+                f"kronfisher stopped after {index} batches of pass {number + 1}; no estimate was made. The model, its "
+                "gradients and buffers and the random state are as before. Estimate on fewer data, or with a cheaper fit."
             )
         raise
     finally:
@@ -226,7 +234,8 @@ def _compare(sums: dict[int, Tensor], index: int, batch: Any, number: int, again
     """Remember a batch in the first pass, recognise it later."""
     if not again:
         raise DataError(
-            "This fit reads the data more than once, and a generator can be read only once. Pass a list or a DataLoader."
+            "This fit reads the data more than once, and a generator can be read only once. "
+            "Pass a list or a DataLoader."
         )
     found = checksum(batch)
     if number == 0:

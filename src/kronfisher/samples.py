@@ -46,13 +46,11 @@ class Activations:
             rows = self.dense(low, high).to(total.dtype)
             add_symmetric_product_(total, rows.reshape(heads, -1, width))
 
-    def summed(self) -> Tensor:
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
         heads, n, positions, width = self.shape
-        parts = [
-            self.dense(low, high).sum(dim=2, keepdim=True) for low, high in chunks(n, heads * positions * width * 4)
-        ]
-        return torch.cat(parts, dim=1)
+        ranges = chunks(n, heads * positions * width * 8, workspace)
+        return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Dense(Activations):
             total[:, :width, width] += rows.sum(dim=1)
             total[:, width, width] += rows.shape[1]
 
-    def summed(self) -> Tensor:
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
         positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
         return torch.cat([values, positions], dim=-1) if self.bias else values
@@ -243,7 +241,7 @@ class Samples:
         else:
             lengths = self.mask.sum(dim=1, keepdim=True)
             mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
-        return replace(self, activations=Dense(self.counted.summed()), gradients=gradients, mask=mask)
+        return replace(self, activations=Dense(self.counted.summed(self.workspace)), gradients=gradients, mask=mask)
 
     def masked(self, positions: Tensor) -> "Samples":
         """Samples that know which positions count.

@@ -45,9 +45,10 @@ class Bernoulli(Likelihood):
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`p - y` for drawn y; see the base class."""
         logits = promote(outputs.detach())
-        probability = torch.sigmoid(logits)
-        uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=probability.dtype)
-        return torch.where(uniform < probability, -torch.sigmoid(-logits), probability).to(outputs.dtype)
+        uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=logits.dtype)
+        # s σ(s f) with s = 1 - 2y is p for y = 0 and p - 1 for y = 1, with all its digits and without branches.
+        sign = (uniform < torch.sigmoid(logits)).to(logits.dtype).mul_(-2).add_(1)
+        return (sign * logits).sigmoid_().mul_(sign).to(outputs.dtype)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`p - y`; see the base class."""

@@ -1,7 +1,7 @@
-"""Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a bias of one's own.
+"""Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a lone bias.
 
-Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight is ``W [O, 1]`` with
-an input of one, and every position is summed out first.
+Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight is
+``W [O, 1]`` with an input of one, and every position is summed out first.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,9 +58,13 @@ class ElementwiseUse(Use):
 
 def broadcast(view: View) -> View:
     """The window with one instead of repeated elements (``expand`` has stride 0), and a leading axis for H."""
-    axes = range(len(view.size))
-    size = tuple(1 if view.stride[k] == 0 else view.size[k] for k in axes)
-    return replace(view, size=(1, *size), stride=(0, *view.stride))
+    size = (1, *(1 if step == 0 else n for n, step in zip(view.size, view.stride, strict=True)))
+    stride, following = [], 1
+    for n, step in zip(reversed(size), (*reversed(view.stride), 0), strict=True):
+        # The stride along a single element means nothing, and differs between a batch of one datum and one of several.
+        stride.append(following if n == 1 else step)
+        following = stride[-1] * n
+    return replace(view, size=size, stride=tuple(reversed(stride)))
 
 
 def _uses(view: Viewer, x: object, p: object, multiply: bool, sign: float = 1.0) -> Iterator[Use]:

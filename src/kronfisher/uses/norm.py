@@ -83,19 +83,19 @@ def batch_norm(
     if training:
         where = next((f" of {view.parameter}" for view in map(view, (weight, bias)) if view), "")
         raise UnsupportedError(
-            f"BatchNorm{where} is in train mode, or keeps no running statistics: it couples the data of a batch, so no "
-            "gradient belongs to a single datum and the Fisher matrix is not defined. Call model.eval() (or .eval() on the "
-            "BatchNorm layers) first."
+            f"BatchNorm{where} is in train mode, or keeps no running statistics: it couples the data of a batch, so "
+            "no gradient belongs to a single datum and the Fisher matrix is not defined. Call model.eval() (or .eval() "
+            "on the BatchNorm layers) first."
         )
 
     def normalise(x: Tensor) -> Tensor:  # x may be wider than the statistics
-        own = [None if statistic is None else statistic.to(x.dtype) for statistic in (running_mean, running_var)]
-        return F.batch_norm(x, *own, eps=eps)
+        mean, variance = (None if s is None else s.to(x.dtype) for s in (running_mean, running_var))
+        return F.batch_norm(x, mean, variance, eps=eps)
 
     return _uses(view, input, weight, bias, _channels(input), normalise)
 
 
-EXAMPLES["layer norm"] = lambda: (nn.LayerNorm((2, 3)), (4, 2, 3))
+EXAMPLES["layer norm"] = lambda: (nn.LayerNorm([2, 3]), (4, 2, 3))
 EXAMPLES["rms norm"] = lambda: (nn.RMSNorm(3), (4, 2, 3))
 EXAMPLES["group norm"] = lambda: (nn.GroupNorm(2, 4), (5, 4, 3))
 EXAMPLES["batch norm, eval"] = lambda: (nn.BatchNorm2d(3).eval(), (4, 3, 2, 2))

@@ -2,7 +2,7 @@
 
 Most layers keep data along their first axis; some see sequence-first tensors or batch and time flattened into one axis,
 and some mix data. Shapes cannot tell for sure, so a probe does: multiply the back-propagated vector of every datum by a
-power of two of its own and see by which one each row's gradient grew. Powers of two are exact: even noise grows by them.
+power of two of its own and see by which one each row's gradient grew. Powers of two are exact, so even noise tells.
 """
 
 from dataclasses import dataclass, replace
@@ -64,15 +64,15 @@ class Ownership:
             return None
         return replace(self, samples=samples)
 
-    @classmethod
-    def candidates(cls, lead: tuple[int, ...], samples: int) -> "list[Ownership]":
+    @staticmethod
+    def candidates(lead: tuple[int, ...], samples: int) -> "list[Ownership]":
         """The rules that shapes allow, the likeliest first."""
-        exact = [cls(samples, axis) for axis, size in enumerate(lead) if size == samples]
+        exact = [Ownership(samples, axis) for axis, size in enumerate(lead) if size == samples]
         folded = [axis for axis, size in enumerate(lead) if size > samples and size % samples == 0]
-        return exact + [cls(samples, axis, major) for axis in folded for major in (True, False)]
+        return exact + [Ownership(samples, axis, major) for axis in folded for major in (True, False)]
 
-    @classmethod
-    def by_owners(cls, owners: Tensor, samples: int) -> "tuple[Ownership | None, bool]":
+    @staticmethod
+    def by_owners(owners: Tensor, samples: int) -> "tuple[Ownership | None, bool]":
         """The rule that explains the owners of rows, and whether nothing else could.
 
         Args:
@@ -80,7 +80,7 @@ class Ownership:
             samples: n.
         """
         lead, known = tuple(owners.shape), owners >= 0
-        rules = cls.candidates(lead, samples)
+        rules = Ownership.candidates(lead, samples)
         fitting = [rule for rule in rules if torch.equal(rule.owners(lead)[known], owners[known])]
         if fitting:
             return fitting[0], len(fitting) == 1
@@ -89,14 +89,14 @@ class Ownership:
             line = lines.amax(dim=1)
             counts = torch.bincount(line.clamp_min(0), minlength=samples)
             if bool(((lines == line[:, None]) | (lines < 0)).all() & (line >= 0).all() & (counts == counts[0]).all()):
-                return cls(samples, axis, order=torch.argsort(line, stable=True)), True
+                return Ownership(samples, axis, order=torch.argsort(line, stable=True)), True
         return None, True
 
 
 class Probe:
     """Reads off the gradients of rows which sample owns them.
 
-    The number of every datum is written in digits; in the pass of its place a digit d multiplies the datum's vector by 2^d.
+    The number of every datum is written in digits; in the pass of its place a digit d multiplies its vector by 2^d.
 
     Args:
         samples: n.

@@ -86,7 +86,7 @@ class Use:
         assert self.inputs is not None
         if self.inputs._version != self._version:
             raise UnsupportedError(
-                f"{self.name}: the input of this layer was modified in place after the layer had used it, so its values "
-                "are gone. Replace that in-place operation by one that returns a new tensor."
+                f"{self.name}: the input of this layer was modified in place after the layer had used it, so its "
+                "values are gone. Replace that in-place operation by one that returns a new tensor."
             )
         return self.inputs.to(self.dtype)
