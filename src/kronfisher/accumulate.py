@@ -233,9 +233,9 @@ class Accumulator:
             groups = fit.groups([*(block for group in begun for block in group), *members])
             if any(group not in groups for group in begun):
                 raise UnsupportedError(
-                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and {fit!r} "
-                    "treats it together with layers that earlier batches have been counted for. Put a batch that uses "
-                    "every parameter first, or choose a fit that treats layers apart."
+                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and "
+                    f"{fit!r} treats it together with layers that earlier batches have been counted for. Put a batch that "
+                    "uses every parameter first, or choose a fit that treats layers apart."
                 )
             for group in groups:
                 if group not in begun:

@@ -86,8 +86,8 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
         )
     if outputs.dim() == 0 or not outputs.is_floating_point():
         raise DataError(
-            f"{where}: the model returned {outputs.dtype} {list(outputs.shape)}; expected floating-point outputs with one "
-            "row per datum (not a loss)."
+            f"{where}: the model returned {outputs.dtype} {list(outputs.shape)}; expected floating-point outputs with "
+            "one row per datum (not a loss)."
         )
     if len(outputs) == 0:
         raise DataError(f"{where} is empty: the outputs have shape {list(outputs.shape)}. Drop empty batches.")

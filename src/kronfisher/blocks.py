@@ -48,7 +48,7 @@ class View:
             (1, 3)
         """
         window = parameter if window is None else window
-        offset = window.storage_offset() - parameter.storage_offset() if window is not parameter else 0
+        offset = int(window.storage_offset() - parameter.storage_offset()) if window is not parameter else 0
         return cls(name, tuple(parameter.shape), parameter.stride(), tuple(window.shape), window.stride(), offset)
 
     @property

@@ -15,6 +15,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -126,7 +127,7 @@ class Capture(TorchFunctionMode):
             if uses := self._uses(handler, args, kwargs, tensors, views):
                 made = [tensor for tensor in tensors if tensor.grad_fn is not None]
                 bases = (tensor._base for tensor in made)  # from which an operator in place goes on
-                operands = {b.grad_fn: None for b in bases if b is not None and b.grad_fn is not None}
+                operands: dict[Any, View | None] = {base.grad_fn: None for base in bases if base is not None}
                 operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
                 return self._record(_name(func), uses, views, operands, func(*args, **kwargs))
         result = func(*args, **kwargs)
@@ -168,7 +169,7 @@ class Capture(TorchFunctionMode):
         operands: Mapping[Node, View | None],
         result: Tensor,
     ) -> Tensor:
-        if torch._C._functorch.is_functorch_wrapped_tensor(result):
+        if is_functorch_wrapped_tensor(result):
             raise UnsupportedError(
                 f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data "
                 "cannot be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
@@ -180,7 +181,8 @@ class Capture(TorchFunctionMode):
             # A view that is changed in place later gets a new history; its base keeps the one this operator gave it.
             base = result._base
             if base is not None and base.is_contiguous():
-                anchor, window = base, (result.shape, result.stride(), result.storage_offset() - base.storage_offset())
+                offset = int(result.storage_offset() - base.storage_offset())
+                anchor, window = base, (tuple(result.shape), result.stride(), offset)
             else:
                 anchor = result = result.clone()
         edge = get_gradient_edge(anchor)

@@ -79,7 +79,7 @@ class Coverage:
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
     """What `estimate` would cover: parameters that are not supported are listed with the reason, not raised.
 
-    It takes one forward pass, and a few backward where it has to be found out which datum owns a row. No matrix is made.
+    It takes one forward pass, and a few backward where it has to be found out which datum owns a row.
 
     Args:
         model: as for `estimate`.

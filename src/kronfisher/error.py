@@ -85,14 +85,14 @@ def measure(
             "unfreeze as when it was estimated."
         )
     device = next(iter(parameters.values())).device
-    budget = available_memory(device) if memory_budget is None else memory_budget
+    kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
     groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]
     fits: dict[str, CrossTerms] = {}
     for group, (_, operator) in zip(groups, fisher.entries, strict=True):
         names = {parameter for block in group for parameter in block.parameters}
         scaled = operator / fisher.count if fisher.reduction == "sum" else operator
         own = scaled.to(device, promote(parameters[group[0].parameters[0]].detach().new_empty(0)).dtype)
-        joined = CrossTerms({group: own}, budget)
+        joined = CrossTerms({group: own}, kept)
         for other in {id(fits[name]): fits[name] for name in names if name in fits}.values():
             joined.operators.update(other.operators)  # blocks that share a parameter come from one fit
             names |= {name for name, fit in fits.items() if fit is other}
@@ -115,20 +115,51 @@ def _ratio(distance: float, norm: float) -> float:
     return distance / norm if norm else (inf if distance else 0.0)
 
 
+@dataclass
+class Kept:
+    """Samples of large blocks, until all their pairs have been multiplied.
+
+    Attributes:
+        budget: bytes that they may take.
+        rows: blocks → samples, some at a time, in the form of `_rows`.
+        bytes: that they take.
+    """
+
+    budget: int
+    rows: dict[tuple[Block, ...], list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    bytes: int = 0
+
+    def add(self, state: State, rows: tuple[Tensor, ...]) -> None:
+        """Keep some more, or refuse."""
+        several = self.rows.setdefault(state.blocks, [])
+        last = {tensor.untyped_storage().data_ptr() for entry in several[-1:] for tensor in entry}
+        new = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in rows}
+        self.bytes += sum(size for place, size in new.items() if place not in last)  # parts of one batch share storage
+        if self.bytes > self.budget:
+            raise MemoryBudgetError(
+                f"{state.name}: the exact error needs {self.bytes:,} bytes for the samples so far, more than the "
+                f"{self.budget:,} there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
+            )
+        several.append(rows)
+
+
 @dataclass(frozen=True, eq=False)
 class CrossTerms(Fit):
     """A fit that makes no operator: it sums what the distances from given ones are made of.
 
     Attributes:
         operators: blocks → X, of the mean over data; the blocks of all share parameters.
-        budget: bytes for kept samples.
+        kept: samples of all blocks.
     """
 
     operators: dict[tuple[Block, ...], Operator]
-    budget: int
-    kept: dict[tuple[Block, ...], list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    kept: "Kept"
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # by identity, or blocks of several would be joined
+    def __eq__(self, other: object) -> bool:
+        return self is other  # or blocks of several would be joined
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
         """The operators' own groups."""
@@ -161,25 +192,13 @@ class CrossTerms(Fit):
         if self._written_out(state.blocks):
             return Full().update(state, samples)
         (use,) = samples
-        kept = self.kept.setdefault(state.blocks, [])
         state.sums["cross"] += quadratic(use, self.operators[state.blocks])
         for rows in _rows(use):
             state.sums["norm"] += _squared_products(rows, rows)
-            for others in kept:
+            for others in self.kept.rows.get(state.blocks, ()):
                 state.sums["norm"] += 2 * _squared_products(rows, others)
-            kept.append(rows)
-            self._afford(state.name)
+            self.kept.add(state, rows)
         return state
-
-    def _afford(self, name: str) -> None:
-        entries = [entry for kept in self.kept.values() for entry in kept]
-        distinct = {tensor.untyped_storage().data_ptr(): tensor for entry in entries for tensor in entry}
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in distinct.values())
-        if needed > self.budget:
-            raise MemoryBudgetError(
-                f"{name}: the exact error needs {needed:,} bytes for the samples so far, more than the {self.budget:,} "
-                "there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
-            )
 
     def norms(self, group: tuple[Block, ...], state: State | None) -> tuple[float, float]:
         """``‖F‖`` and ``‖F − X‖`` of the mean over data; F is zero where there is no state."""
@@ -193,7 +212,6 @@ class CrossTerms(Fit):
             return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
         scale = float(reciprocal(state.count))
         norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
-        self.kept.pop(group, None)
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
 
 
@@ -206,8 +224,8 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
         return total
     if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
         basis = operator.basis
-        turned = sum(part.squares() for part in samples.rotated(basis.A, basis.B))
-        return (turned.flatten().double() * operator.values.double()).sum()
+        turned = torch.stack([part.squares().double() for part in samples.rotated(basis.A, basis.B)]).sum(dim=0)
+        return (turned.flatten() * operator.values.double()).sum()
     if isinstance(operator, Diagonal):
         return (samples.squares().flatten().double() * operator.values.double()).sum()
     total = samples.gradients.new_zeros((), dtype=torch.float64)

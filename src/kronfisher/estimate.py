@@ -78,22 +78,23 @@ def estimate(
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
 
-    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed over
-    its positions and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout should be
-    off); its parameters, gradients, buffers, hooks and modes and the global random state are the same afterwards as
-    before. Its backward hooks are not called.
+    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed
+    over its positions and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout
+    should be off); its parameters, gradients, buffers, hooks and modes and the global random state are the same
+    afterwards as before. Its backward hooks are not called.
 
     Args:
-        model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP and
-            ``torch.compile`` wrappers are removed, compiled parts run eagerly.
-        data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. A tensor
-            goes in as ``model(x)``, a tuple as ``model(*x)``, a mapping as ``model(**x)``.
+        model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP
+            and ``torch.compile`` wrappers are removed, compiled parts run eagerly.
+        data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. Inputs
+            go in as ``model(x)`` (a tensor), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping).
         likelihood: what the outputs mean, such as ``kf.Categorical()``.
         fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to
             either.
         labels: ``"exact"``: all columns of the output Hessian's root (the GGN; one backward pass each); ``"sampled"``:
             labels drawn from the model, a Monte-Carlo estimate of the same; ``"observed"``: the given targets (the
-            empirical Fisher, which is another matrix). The first two need no targets, except for masks and class weights.
+            empirical Fisher, which is another matrix). The first two need no targets, except for masks and class
+            weights.
         samples: label draws per datum; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
         reduction: ``"mean"`` or ``"sum"`` over the N data.
@@ -134,17 +135,18 @@ def estimate(
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        entries: list[tuple[Block | tuple[Block, ...], Operator]] = []
+        entries: list[tuple[tuple[Block, ...], Operator]] = []
         infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
-            entries.append((group.blocks if len(group.blocks) > 1 else group.blocks[0], operator))
+            entries.append((group.blocks, operator))
             infos[block_name(group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+            group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         for block, operator in _unused(run):
-            entries.append((block, operator))
+            entries.append(((block,), operator))
             infos[block.name] = BlockInfo("unused: zero")
     order = {name: place for place, name in enumerate(run.parameters)}
-    entries.sort(key=lambda entry: order[_blocks(entry[0])[0].parameters[0]])
+    entries.sort(key=lambda entry: order[entry[0][0].parameters[0]])
     info = Info(
         count=count,
         labels=labels,
@@ -156,12 +158,9 @@ def estimate(
         blocks=infos,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
-    fisher = Fisher(tuple(entries), shapes, info, recipe)
+    several = tuple((blocks if len(blocks) > 1 else blocks[0], operator) for blocks, operator in entries)
+    fisher = Fisher(several, shapes, info, recipe)
     return fisher if reduction == "mean" else fisher.reduced("sum")
-
-
-def _blocks(entry: Block | tuple[Block, ...]) -> tuple[Block, ...]:
-    return (entry,) if isinstance(entry, Block) else entry
 
 
 def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
@@ -202,7 +201,8 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
         if not isinstance(error, Exception):  # interrupted from outside
             error.add_note(
                 f"kronfisher stopped after {index} batches of pass {number + 1}; no estimate was made. The model, its "
-                "gradients and buffers and the random state are as before. Estimate on fewer data, or with a cheaper fit."
+                "gradients and buffers and the random state are as before. Estimate on fewer data, or with a cheaper "
+                "fit."
             )
         raise
     finally:
@@ -210,8 +210,8 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
 
 
 _SAME = (
-    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with the "
-    "global generators has it, one with a generator of its own has not): fix the loader's order, or pass a list."
+    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with "
+    "the global generators has it, one with a generator of its own has not): fix the loader's order, or pass a list."
 )
 
 

@@ -160,7 +160,7 @@ def _decomposed(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
-    """The lower Cholesky factor of a positive definite matrix.
+    """The lower Cholesky factor of a positive definite matrix, of which only the lower triangle is read.
 
     Args:
         matrix: ``[..., D, D]``.
@@ -177,7 +177,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
         >>> cholesky(torch.tensor([[4.0]]))
         tensor([[2.]])
     """
-    factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+    factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     scale = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp_min(0).sqrt()
     tiny = (pivots <= scale * matrix.shape[-1] * torch.finfo(matrix.dtype).eps).any() | ~torch.isfinite(pivots).all()

@@ -1,7 +1,7 @@
 """Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a lone bias.
 
-Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight is
-``W [O, 1]`` with an input of one, and every position is summed out first.
+Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight
+is ``W [O, 1]`` with an input of one, and every position is summed out first.
 """
 
 from collections.abc import Callable, Iterator
