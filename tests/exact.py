@@ -1,4 +1,4 @@
-"""Dense truth for any model: gradients by ``torch.autograd.grad``, one datum and one column at a time; no capture involved."""
+"""Dense truth for any model: gradients by ``torch.autograd.grad``, one datum and one column at a time; no capture."""
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class Written(nn.Module):
 
 
 def exact_fisher(model, batches, likelihood=None, targets=None):
-    """``[P, P]`` in float64: mean over data of ``Jᵀ H J``, summed over the columns of each datum's output Hessian root."""
+    """``[P, P]`` in float64: mean over data of ``Jᵀ H J``, a sum over columns of each datum's output Hessian root."""
     likelihood = likelihood or kf.Gaussian()
     parameters = [p for p in model.parameters() if p.requires_grad]
     total, count = 0.0, 0
@@ -46,7 +46,7 @@ def exact_fisher(model, batches, likelihood=None, targets=None):
 
 
 def kept(fisher):
-    """``[P, P]``: 1 where the structure keeps an element of the exact matrix, for fits that are exact where they keep."""
+    """``[P, P]``: 1 where the structure keeps an element of the exact matrix, for fits that are exact there."""
     positions, _ = read(torch.arange(fisher.dim), fisher.shapes)
     mask = torch.zeros(fisher.dim, fisher.dim, dtype=torch.float64)
     for blocks, operator in fisher.entries:

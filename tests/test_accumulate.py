@@ -1,4 +1,4 @@
-"""Between batches and states: which fit treats what, masks, gradients that never come, refusals that name everything."""
+"""Between batches and states: which fit treats what, masks, gradients that never come, refusals with names."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from kronfisher.fits import FITS
 from kronfisher.isolation import trainable
 from tests.exact import Written, assert_exact, exact_fisher, kept
 
-# Which fit treats what --------------------------------------------------------------------------------------------------
+# Which fit treats what -----------------------------------------------------------------------------------------------
 
 
 def test_the_first_pattern_that_matches_counts():
@@ -43,7 +43,7 @@ def test_weight_and_bias_part_where_their_fits_differ():
     assert list(joined.blocks) == ["0.weight", "2.weight"] and joined["0.bias"] is joined["0.weight"]
 
 
-# Masks ------------------------------------------------------------------------------------------------------------------
+# Masks ---------------------------------------------------------------------------------------------------------------
 
 
 def targets(n=4, positions=6, classes=3):
@@ -95,7 +95,7 @@ def test_padding_a_batch_changes_nothing(fit, first):
         assert (found.to_dense() - plain.to_dense()).norm() < 1e-12 * plain.to_dense().norm()
 
 
-# Gradients that never come ------------------------------------------------------------------------------------------------
+# Gradients that never come -------------------------------------------------------------------------------------------
 
 
 class Deaf(torch.autograd.Function):
@@ -137,7 +137,7 @@ def test_outputs_that_are_apart():
         assert torch.allclose(fisher[name].A[0], rows.T @ rows / 6, atol=1e-6)
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------------
+# Refusals ------------------------------------------------------------------------------------------------------------
 
 
 def test_all_that_is_not_supported_is_named_at_once():

@@ -1,4 +1,6 @@
-"""The distance from the truth: the same number as with dense matrices, whatever was done to the matrix and on any data."""
+"""The distance from the truth: the same number as with dense matrices, whatever was done to the matrix, on any data."""
+
+import weakref
 
 import pytest
 import torch
@@ -186,6 +188,10 @@ def test_budget(model, x, monkeypatch):
         kf.MemoryBudgetError, match=r"2\.weight: the exact error needs [\d,]+ bytes .* than the 100 there"
     ):
         fisher.error(x, memory_budget=100)
+    both = 8 * 9 * (4 + 4 + 5 + 2)  # inputs with ones, and gradients, of two layers
+    assert fisher.error([x], memory_budget=both).relative > 0
+    with pytest.raises(kf.MemoryBudgetError, match=rf"0\.weight: the exact error needs {both:,} bytes"):
+        fisher.error([x], memory_budget=both - 1)  # one budget for all layers
     monkeypatch.setattr(module, "_WRITTEN_OUT", 2048)
     with pytest.raises(kf.MemoryBudgetError, match="more than the memory_budget of 100 bytes"):
         fisher.error(x, memory_budget=100)
@@ -211,10 +217,10 @@ def test_all_targets_ignored(model, x):
 def test_nothing_is_kept_and_it_shows_in_the_report(model, x, monkeypatch):
     monkeypatch.setattr(module, "_WRITTEN_OUT", 0)
     made = []
-    begin = module.CrossTerms.__init__
-    monkeypatch.setattr(module.CrossTerms, "__init__", lambda self, *a: (begin(self, *a), made.append(self))[0])
+    begin = module.Kept.__init__
+    monkeypatch.setattr(module.Kept, "__init__", lambda self, *a: (begin(self, *a), made.append(weakref.ref(self)))[0])
     fisher = kf.estimate(model, x, kf.Gaussian())
     found = fisher.error(x)
-    assert made and all(not terms.kept for terms in made)
+    assert len(made) == 1 and made[0]() is None
     assert str(found).splitlines()[-1].split() == ["all", f"{found.relative:.4f}"]
     assert [row.error for row in fisher.report().rows] == list(found.blocks.values())

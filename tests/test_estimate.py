@@ -13,7 +13,8 @@ from kronfisher.fits import FITS
 from tests.exact import Written, assert_exact, exact_fisher
 
 FIT_NAMES = sorted(FITS)
-X, Y = torch.randn(12, 3), torch.randint(3, (12,))
+SEEDED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(12, 3, generator=SEEDED), torch.randint(3, (12,), generator=SEEDED)
 
 
 def network(dtype=torch.float64, dropout=0.0):
@@ -113,7 +114,7 @@ def test_parts_of_other_precision():
         kf.estimate(down, X, kf.Gaussian(), fit=fit).error(X)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.BatchNorm1d(4).eval(), nn.GroupNorm(2, 4), nn.RMSNorm(4)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.BatchNorm1d(4).eval(), nn.GroupNorm(1, 4), nn.RMSNorm(4)])
 def test_half_precision_models(norm):
     model = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 2))
     exact = kf.estimate(model, X, kf.Gaussian(), fit="full", labels="exact").to_dense()
@@ -394,8 +395,8 @@ def test_blocks_come_in_the_order_of_the_model():
 
 def test_scalar_and_odd_parameters():
     model = Written(
-        lambda m, x: m.gain * m.l(x) * m.row + m.shift, gain=torch.randn(()), row=torch.randn(1, 2), shift=torch.randn(1),
-        l=nn.Linear(3, 2),
+        lambda m, x: m.gain * m.l(x) * m.row + m.shift,
+        gain=torch.randn(()), row=torch.randn(1, 2), shift=torch.randn(1), l=nn.Linear(3, 2),
     )  # fmt: skip
     for fit in FIT_NAMES:
         kf.estimate(model, X, kf.Gaussian(), fit=fit)

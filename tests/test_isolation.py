@@ -294,6 +294,34 @@ def test_autocast_and_a_weight_with_an_unsupported_use():
         kf.estimate(model, torch.randn(4, 3), kf.Gaussian())
 
 
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal", "full", "kfac-reduce"])
+def test_the_default_device_is_none_of_our_business(fit):
+    """Nothing of ours may be made on it by accident; on the meta device that would show."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4))
+    data = [(torch.randn(5, 3, 4), torch.randint(4, (5,)))]
+    plain = kf.estimate(model, data, kf.Categorical(), fit=fit, samples=2)
+    torch.set_default_device("meta")
+    try:
+        found = kf.estimate(model, data, kf.Categorical(), fit=fit, samples=2)
+        error = found.error(data)
+        assert kf.coverage(model, data, fit=fit).complete
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found.to_dense(), plain.to_dense()) and error.relative == plain.error(data).relative
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nor_is_the_default_dtype(dtype):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4)), torch.randn(5, 3)
+    plain = kf.estimate(model, x, kf.Gaussian(), fit="ekfac")
+    torch.set_default_dtype(dtype)
+    try:
+        found = kf.estimate(model, x, kf.Gaussian(), fit="ekfac")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found.to_dense(), plain.to_dense())
+
+
 def test_compiled_models_are_captured_eagerly():
     pytest.importorskip("torch._dynamo")
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)

@@ -1,4 +1,4 @@
-"""Whose row is it: wherever the data lie, sums per datum are exact; where data are mixed, fits that need them refuse."""
+"""Whose row is it: wherever the data lie, sums per datum are exact; where data are mixed, they are refused."""
 
 import pytest
 import torch
@@ -112,6 +112,24 @@ def test_an_order_that_changes_from_batch_to_batch():
         l=nn.Linear(3, 2),
     )
     assert_exact(model, [torch.randn(N, 3) for _ in range(3)])
+
+
+def test_one_position_does_not_show_how_several_lie():
+    """Flattened by time or by datum is the same for sequences of one; the next batch has longer ones."""
+    to, back = LAYOUTS["flat, time major"]
+    model = Written(lambda m, x: back(m.l(to(x)).tanh(), len(x)).sum(1), l=nn.Linear(3, 2))
+    assert_exact(model, [torch.randn(N, 1, 3), torch.randn(N, 3, 3), torch.randn(N, N, 3), torch.randn(2, 1, 3)])
+
+
+def test_no_positions_at_all():
+    model = Written(lambda m, x: m.l(x).tanh().sum(1) + m.b, l=nn.Linear(3, 2), b=torch.randn(2))
+    long, short = torch.randn(N, 3, 3), torch.randn(N, 0, 3)
+    assert_exact(model, [short, long, short])
+    for fit in ("kfac", "ekfac", "kfac-reduce", "diagonal"):
+        some = kf.estimate(model, [short, long], kf.Gaussian(), fit=fit, labels="exact")
+        alone = kf.estimate(model, long, kf.Gaussian(), fit=fit, labels="exact")
+        assert torch.allclose(some["l.weight"].to_dense(), alone["l.weight"].to_dense() / 2, atol=1e-5)
+        assert kf.estimate(model, short, kf.Gaussian(), fit=fit)["l.weight"].trace() == 0
 
 
 def test_dead_rows_say_nothing_and_do_no_harm():

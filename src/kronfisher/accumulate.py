@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ __all__ = ["Accumulator", "Choice", "Group", "Labels"]
 Labels = Literal["exact", "sampled", "observed"]
 Choice = Fit | str | Mapping[str, Fit | str]
 Key = tuple[View | None, View | None]
+# Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
+_RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, Ownership]]] = WeakKeyDictionary()
 log = logging.getLogger("kronfisher")
 
 
@@ -110,7 +113,6 @@ class Accumulator:
             )
         self.fits = choose(self.fit, self.parameters)
         self._places: dict[Key, tuple[Group, int]] = {}
-        self._rules: dict[tuple, Ownership] = {}
         self.device = next(iter(self.parameters.values())).device
         self.start_pass()
 
@@ -206,7 +208,10 @@ class Accumulator:
         """Index of a call → blocks of its uses: weight and bias together where one fit treats both, else each alone."""
         parts: dict[int, list[Part]] = {}
         for index in sorted(proof.alive):
-            call, several = capture.calls[index], parts.setdefault(index, [])
+            call = capture.calls[index]
+            if not prod(call.shape):
+                continue  # no positions at all: it adds nothing
+            several = parts.setdefault(index, [])
             for use in call.uses:
                 weight, bias = use.weight, use.bias
                 if weight and bias and self.fits[weight.parameter] == self.fits[bias.parameter]:
@@ -234,8 +239,8 @@ class Accumulator:
             if any(group not in groups for group in begun):
                 raise UnsupportedError(
                     f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and "
-                    f"{fit!r} treats it together with layers that earlier batches have been counted for. Put a batch that "
-                    "uses every parameter first, or choose a fit that treats layers apart."
+                    f"{fit!r} treats it together with layers that earlier batches have been counted for. Put a batch "
+                    "that uses every parameter first, or choose a fit that treats layers apart."
                 )
             for group in groups:
                 if group not in begun:
@@ -282,9 +287,10 @@ class Accumulator:
     ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str]]:
         """Which sample owns each row of each use, and parameter → reason where nobody can say.
 
-        Where rows must be sorted by sample a probe looks once, and its rule holds for later batches; a fit that sums
-        over all rows takes each for itself, if they belong to single samples at all: the shape tells, or the probe.
+        A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates too.
+        Where rows need not be sorted by sample, each stands for itself, if it belongs to a single sample at all.
         """
+        rules = _RULES.setdefault(self.model, {}).setdefault(proof.graph, {})
         owners: dict[tuple[int, int], Ownership] = {}
         doubtful: dict[tuple[int, Hashable], Use] = {}
         samples = len(outputs)
@@ -297,10 +303,10 @@ class Accumulator:
             for position, part in enumerate(several):
                 lead = part.use.lead(call.shape)
                 sort = sorting(part.use, part.block)
-                rule = self._rules.get((index, call.operator, part.block.key, sort))
+                rule = rules.get((index, part.block.key, sort))
                 if samples == 1:
                     owners[index, position] = Ownership(1)
-                elif not sort and (rule or lead[:1] == (samples,)):
+                elif not sort and rule:
                     owners[index, position] = Ownership(prod(lead))
                 elif rule and (fitted := rule.fitted(lead, samples)):
                     owners[index, position] = fitted
@@ -319,8 +325,8 @@ class Accumulator:
                 problems[part.block.name] = scattered(what, tuple(found.shape), samples)
                 continue
             owners[index, position] = rule
-            if sure:
-                self._rules[index, call.operator, part.block.key, sort] = rule
+            if sure and bool((found >= 0).any()):
+                rules[index, part.block.key, sort] = rule
         return owners, problems
 
 

@@ -117,7 +117,7 @@ def checksum(batch: Any) -> Tensor:
         bits = flat.detach().contiguous().flatten().view(_BITS[flat.element_size()]).long()
         order = torch.arange(1, len(bits) + 1, device=bits.device)
         sums.append((bits * (2 * order + 1)).sum().cpu())  # odd factors, modulo 2^64
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.long)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.long, device="cpu")
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

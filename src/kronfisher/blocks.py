@@ -134,7 +134,7 @@ class View:
 
     def counter(self) -> Tensor:
         """Zeros shaped and laid out as the parameter, for `mark`."""
-        return torch.empty_strided(self.shape, self.layout, dtype=torch.int32).zero_()
+        return torch.empty_strided(self.shape, self.layout, dtype=torch.int32, device="cpu").zero_()
 
     def _memory(self, vectors: Tensor) -> Tensor:
         # The window counts elements in the order of the parameter's memory, so lay the vectors out as the parameter is.

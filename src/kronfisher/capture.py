@@ -66,12 +66,14 @@ class Proof:
         unclaimed: name → operators that use it and that no use accounts for.
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
+        graph: a number that stands for the graph's nodes: another one means another computation.
     """
 
     reached: set[str] = field(default_factory=set)
     unclaimed: dict[str, set[str]] = field(default_factory=dict)
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
+    graph: int = 0
 
 
 class Capture(TorchFunctionMode):
@@ -253,6 +255,7 @@ class Capture(TorchFunctionMode):
         calls = {call.edge.node: call.index for call in self.calls}
         below: dict[Node, bool] = {}
         claimed: set[int] = set()
+        nodes: list[str] = []
         stack: list[tuple[Node, bool]] = [(get_gradient_edge(outputs).node, False)]
         while stack:
             node, done = stack.pop()
@@ -264,7 +267,8 @@ class Capture(TorchFunctionMode):
                 continue
             below[node] = False
             stack.append((node, True))
-            if "CheckpointFunction" in node.name():
+            nodes.append(node.name())
+            if "CheckpointFunction" in nodes[-1]:
                 raise UnsupportedError(
                     "The model uses reentrant checkpointing, which hides its layers from the graph. "
                     "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
@@ -291,6 +295,7 @@ class Capture(TorchFunctionMode):
                 operator = f"{self.calls[index].operator}, whose output is a view that was modified in place"
                 proof.unclaimed.setdefault(use.name, set()).add(operator)
         proof.sources = [index for node, index in calls.items() if node in below and not below[node]]
+        proof.graph = hash(tuple(nodes))
         return proof
 
     def backward(self, outputs: Tensor, vector: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
@@ -324,7 +329,8 @@ class Capture(TorchFunctionMode):
             sources: as for `backward`.
         """
         probe = Probe(len(outputs), outputs.dtype)
-        vector = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+        generator = torch.Generator("cpu").manual_seed(0)
+        vector = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
         passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
         wanted: dict[int, list[Any]] = {}
         for key in uses:
@@ -337,7 +343,7 @@ class Capture(TorchFunctionMode):
         for factor in probe.factors().to(outputs):
             scaled = vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
             self.backward(outputs, scaled, receive, sources, retain=True)
-        unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1) for key, use in uses.items()}
+        unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
 
     def _receive(self, index: int, gradient: Tensor) -> None:

@@ -10,7 +10,7 @@ from kronfisher.batches import Forward, passes_over
 from kronfisher.errors import DataError
 from kronfisher.estimate import Recipe
 from kronfisher.isolation import isolated, unwrapped
-from kronfisher.likelihoods import Gaussian
+from kronfisher.likelihoods import Categorical
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 
@@ -101,7 +101,7 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         bias       2      25.0 %  linear   KFAC(mode='expand')
         100.0 % of 8 trainable numbers covered
     """
-    run = Recipe(unwrapped(model), Gaussian(), forward=forward).accumulator(fit)
+    run = Recipe(unwrapped(model), Categorical(), forward=forward).accumulator(fit)  # any: no label is drawn
     batches, _ = passes_over(batch)
     with isolated(run.model, 0):
         first = next(iter(batches), None)

@@ -158,8 +158,8 @@ def estimate(
         blocks=infos,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
-    several = tuple((blocks if len(blocks) > 1 else blocks[0], operator) for blocks, operator in entries)
-    fisher = Fisher(several, shapes, info, recipe)
+    single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator in entries)
+    fisher = Fisher(single, shapes, info, recipe)
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 

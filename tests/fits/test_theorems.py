@@ -1,5 +1,7 @@
 """The exactness theorems of K-FAC, EKFAC, the diagonal and the full matrix, in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,8 +121,7 @@ class Pooled(nn.Module):
     def __init__(self, pool_after: int | None, pool: str = "sum", bias: bool = True):
         super().__init__()
         widths = [3, 4, 2, 3, 2]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairs).double()
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(widths)).double()
         self.pool_after, self.pool = pool_after, pool
         shake(self)
 
@@ -251,7 +252,7 @@ def test_masked_positions_leave_both_factors_and_the_rows():
 def test_masked_positions_keep_the_gradient_that_flows_through_them(fit):
     """An ignored pixel is still seen by its neighbours' outputs."""
     model = shake(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))).double()
-    x, y = torch.randn(4, 2, 3, 3).double(), torch.randint(3, (4, 3, 3))
+    x, y = torch.randn(4, 2, 3, 4).double(), torch.randint(3, (4, 3, 4))
     y[:, 1] = IGNORED
     likelihood = kf.Categorical()
     fisher = kf.estimate(model, (x, y), likelihood, fit=fit, labels="exact").to_dense()

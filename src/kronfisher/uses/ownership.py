@@ -21,7 +21,8 @@ class Ownership:
     Attributes:
         samples: n.
         axis: the leading axis along which samples lie.
-        major: where that axis holds several rows of each sample: they stand together (else samples alternate).
+        folded: whether that axis holds several rows of each sample.
+        major: then: they stand together (else samples alternate).
         order: ``[R]`` places along the axis sorted by sample, where they lie in no regular order.
 
     Example:
@@ -32,6 +33,7 @@ class Ownership:
 
     samples: int
     axis: int = 0
+    folded: bool = False
     major: bool = True
     order: Tensor | None = None
 
@@ -53,14 +55,16 @@ class Ownership:
 
     def owners(self, lead: tuple[int, ...]) -> Tensor:
         """The sample of every row, shaped as the leading axes."""
-        rows = self.group(torch.arange(prod(lead)).reshape(lead), len(lead))
-        owners = torch.empty(prod(lead), dtype=torch.long)
-        owners[rows.flatten()] = torch.arange(self.samples).repeat_interleave(rows.shape[1])
+        rows = self.group(torch.arange(prod(lead), device="cpu").reshape(lead), len(lead))
+        owners = torch.empty(prod(lead), dtype=torch.long, device="cpu")
+        owners[rows.flatten()] = torch.arange(self.samples, device="cpu").repeat_interleave(rows.shape[1])
         return owners.reshape(lead)
 
     def fitted(self, lead: tuple[int, ...], samples: int) -> "Ownership | None":
-        """The same rule for a batch of another size, or None where it does not fit."""
+        """The same rule for a batch of another size, or None where it does not say how that lies."""
         if self.order is not None or self.axis >= len(lead) or lead[self.axis] % samples:
+            return None
+        if lead[self.axis] > samples and not self.folded:  # one row of each sample does not show how several lie
             return None
         return replace(self, samples=samples)
 
@@ -69,7 +73,7 @@ class Ownership:
         """The rules that shapes allow, the likeliest first."""
         exact = [Ownership(samples, axis) for axis, size in enumerate(lead) if size == samples]
         folded = [axis for axis, size in enumerate(lead) if size > samples and size % samples == 0]
-        return exact + [Ownership(samples, axis, major) for axis in folded for major in (True, False)]
+        return exact + [Ownership(samples, axis, True, major) for axis in folded for major in (True, False)]
 
     @staticmethod
     def by_owners(owners: Tensor, samples: int) -> "tuple[Ownership | None, bool]":
@@ -114,17 +118,17 @@ class Probe:
 
     def factors(self) -> Tensor:
         """``[1 + digits, n]``: by what to multiply the vector of each datum, pass by pass; the first pass is plain."""
-        places = self.base ** torch.arange(self.digits)
-        digit = torch.arange(self.samples) // places[:, None] % self.base
-        return torch.cat([torch.ones(1, self.samples), 2.0 ** (digit - self.base // 2)])
+        places = self.base ** torch.arange(self.digits, device="cpu")
+        digit = torch.arange(self.samples, device="cpu") // places[:, None] % self.base
+        return torch.cat([torch.ones(1, self.samples, device="cpu"), 2.0 ** (digit - self.base // 2)])
 
     def projected(self, rows: Tensor) -> Tensor:
         """``[*lead, F] → [*lead, min(F, width)]``: the gradient of every row, in short."""
         features = rows.shape[-1]
         if features <= self.width:
             return rows.double()
-        generator = torch.Generator().manual_seed(features)
-        return (rows @ torch.randn(features, self.width, generator=generator).to(rows)).double()
+        generator = torch.Generator("cpu").manual_seed(features)
+        return (rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)).double()
 
     def owners(self, passes: list[Tensor]) -> Tensor | None:
         """The sample of every row, −1 where its gradient is zero; None if a row belongs to several samples.
@@ -133,6 +137,8 @@ class Probe:
             passes: ``[*lead, width]`` projections of each pass.
         """
         plain, *scaled = passes
+        if not plain.numel():
+            return torch.full(plain.shape[:-1], -1, device="cpu")
         energy = plain.square().sum(-1)
         alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions say nothing
         energy, owner, clean = energy.where(alive, 1), torch.zeros_like(energy), torch.ones_like(alive)
