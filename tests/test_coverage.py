@@ -74,7 +74,7 @@ def test_coverage_and_estimate_agree(name, fit):
     model = SUSPECTS[name]()
     coverage = kf.coverage(model, X, fit=fit)
     refused = [row for row in coverage.rows if row.treatment == "unsupported"]
-    assert (not refused) == coverage.complete == (name in ("fine", "unused") or (name == "coupled" and fit == "kfac"))
+    assert (not refused) == coverage.complete == (name in ("fine", "unused"))
     if not refused:
         fisher = kf.estimate(model, X, kf.Gaussian(), fit=fit)
         for row in coverage.rows:

@@ -166,7 +166,6 @@ class Accumulator:
         refuse(problems, where)
         stream = Stream(entries, owners, mask)
         for column, vector in enumerate(self._vectors(values, targets)):
-            stream.first = column == 0
             capture.backward(outputs, vector, stream.receive, proof.sources, retain=column + 1 < steps)
             stream.flush()
             self.backward_passes += 1
@@ -351,7 +350,7 @@ class Stream:
         self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
         self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
-        self.first = True
+        self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
 
     def receive(self, call: Call, gradient: Tensor) -> None:
         """Turn the gradient of a call's output into samples."""
@@ -362,9 +361,10 @@ class Stream:
                 samples = Samples(
                     part.use.activations(owner, own, part.weight, part.bias),
                     part.use.gradients(owner, own),
-                    self.first,
+                    (call.index, number) not in self._counted,
                     workspace=group.state.plan.workspace,
                 )
+                self._counted.add((call.index, number))
                 if self._mask is not None:
                     samples = samples.masked(self._mask)
                 if group.state.plan.owned:
@@ -382,7 +382,7 @@ class Stream:
             some = next(iter(ready.values()))
             for position, block in enumerate(group.blocks):
                 if position not in ready:
-                    ready[position] = _nothing(block, some, self.first)
+                    ready[position] = _nothing(block, some)
             self._update(group)
 
     def _arrive(self, group: Group, position: int, samples: Samples) -> None:
@@ -403,10 +403,10 @@ class Stream:
         group.state = group.fit.update(group.state, samples)
 
 
-def _nothing(block: Block, like: Samples, first: bool) -> Samples:
+def _nothing(block: Block, like: Samples) -> Samples:
     heads, outputs, inputs = block.shape
     zeros = like.gradients.new_zeros
-    return Samples(Dense(zeros(heads, len(like), 1, inputs)), zeros(heads, len(like), 1, outputs), first)
+    return Samples(Dense(zeros(heads, len(like), 1, inputs)), zeros(heads, len(like), 1, outputs), first=False)
 
 
 def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:

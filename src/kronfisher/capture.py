@@ -350,7 +350,9 @@ class Capture(TorchFunctionMode):
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
             if call.window is not None:
-                gradient = gradient.contiguous().as_strided(*call.window)
+                size, stride, offset = call.window
+                gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
+                gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
             self._receiver(call, gradient.reshape(call.shape))
 
 

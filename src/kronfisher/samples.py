@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import add_symmetric_product_
 
 __all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
@@ -259,6 +260,8 @@ def join(uses: list[Samples]) -> Samples:
     """Uses of one weight by the same samples as one: positions side by side along T."""
     if len(uses) == 1:
         return uses[0]
+    if len({use.first for use in uses}) > 1:
+        raise UnsupportedError("A layer that is applied several times got gradients for some of them only; use samples=1.")
     mask = None
     if any(use.mask is not None for use in uses):
         every = uses[0].gradients.new_ones(()).expand

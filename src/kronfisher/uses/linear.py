@@ -55,7 +55,7 @@ def linear(view: Viewer, input: Tensor, weight: Tensor, bias: Tensor | None = No
     )
 
 
-@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm)
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(view: Viewer, input: Tensor, other: Tensor) -> Iterator[Use]:
     """``x [..., I] @ M [I, O]`` and ``M [O, I] @ x [..., I, n]``, where M is a window on a parameter."""
     left, right = view(input), view(other)
