@@ -75,6 +75,17 @@ def markdown(run: dict) -> str:
         for workload in dict.fromkeys(result["workload"] for result in chosen):
             rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
+    if scaling := [result for result in run["results"] if result["what"] == "scaling"]:
+        lines += ["", "## One layer's factors against samples and positions (milliseconds)", ""]
+        if "skipped" in scaling[0]:
+            lines += [f"skipped: {scaling[0]['skipped']}"]
+        else:
+            rows = [
+                [r["series"], f"{r['exponent']:.2f}", ", ".join(f"{size}: {time:.2f}" for size, time in r["points"])]
+                for r in scaling
+            ]
+            lines += table(["layer and what grows", "exponent at large sizes", "measured"], rows)
+            lines += ["", "The figure lies beside this table. An exponent of 1 is linear."]
     if agreement := [result for result in run["results"] if result["what"] == "agreement"]:
         skipped = sum(result["relative error"].startswith("skipped") for result in agreement)
         failed = sum(map(disagrees, agreement))

@@ -1,6 +1,6 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory agreement] [--peers ...] [--workloads ...] [--repeats N]
+python benchmarks/run.py [--what factors solve memory scaling agreement] [--peers ...] [--workloads ...] [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
 """
@@ -29,7 +29,7 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {"factors": ["factors"], "solve": ["solve", "solve-exact"], "memory": ["memory"], "agreement": ["agreement"]}
+WHATS = {name: [name] for name in ("factors", "memory", "scaling", "agreement")} | {"solve": ["solve", "solve-exact"]}
 
 
 def pip(*arguments: str) -> str | None:
@@ -71,14 +71,14 @@ def environment() -> dict[str, str]:
     return versions
 
 
-def child(script: str, *arguments: str, timeout: float) -> dict:
+def child(script: str, *arguments: str, timeout: float, python: str | Path = PYTHON) -> dict:
     """Run one of the scripts beside this one in a fresh process and read its last line."""
     # Whether glibc keeps a freed block or returns it and pays for fresh pages next time depends on history, and decides
     # a quarter of some libraries' time. For times it keeps all; for memory it returns all: what is resident is in use.
     threshold = "65536" if "memory" in arguments else "4000000000"
     settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     settings |= {"MALLOC_MMAP_THRESHOLD_": threshold, "MALLOC_TRIM_THRESHOLD_": threshold}
-    command = [str(PYTHON), str(HERE / script), *arguments]
+    command = [str(python), str(HERE / script), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
     options = parser.parse_args()
     versions = environment()
+    now = datetime.now()
+    target = ROOT / "results" / f"benchmark-{now:%Y-%m-%d-%H%M%S}"
+    target.parent.mkdir(exist_ok=True)
 
     results = []
     for what in (kind for name in options.what for kind in WHATS[name]):
@@ -107,6 +110,13 @@ def main() -> None:
             if "skipped" in found:
                 sys.exit(f"benchmarks: the comparison of matrices failed: {found['skipped']}")
             results += [{"what": what, **row} for row in found["rows"]]
+            continue
+        if what == "scaling":  # with the project's own interpreter, which can draw
+            figure, repeats = target.with_suffix(".png"), str(max(2, options.repeats))
+            arguments = (str(figure), "--repeats", repeats)
+            found = child("scaling.py", *arguments, timeout=options.timeout, python=sys.executable)
+            results += [{"what": what, **row} for row in found.get("rows", [found])]
+            print(what, found.get("figure", found.get("skipped")), file=sys.stderr)
             continue
         for workload in options.workloads:
             for peer in (["floor"] if what == "memory" else []) + options.peers:
@@ -119,11 +129,8 @@ def main() -> None:
                 results.append({"what": what, "workload": workload, "peer": peer, **result})
                 print(what, workload, report.line(results[-1]), file=sys.stderr)
 
-    now = datetime.now()
     run = {"date": now.isoformat(timespec="minutes"), "versions": versions, "repeats": options.repeats}
     run |= {"machine": report.machine(), "results": results}
-    target = ROOT / "results" / f"benchmark-{now:%Y-%m-%d-%H%M%S}"
-    target.parent.mkdir(exist_ok=True)
     target.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
     target.with_suffix(".md").write_text(report.markdown(run))
     print(report.markdown(run))

@@ -111,6 +111,40 @@ def test_in_place_after_other_layers(change, layer, shape):
     assert_exact(Written(lambda m, x: change(m.layer(x)).flatten(1), layer=layer()), torch.randn(shape))
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_that_are_parts_of_larger_ones(shape, bias):
+    """The gradient of the second arrives as a window somewhere inside that of both."""
+
+    def forward(m, x):
+        first, second = torch.cat([m.l0(x), m.l1(x).relu_()]).chunk(2)
+        return (first.tanh() * second + torch.stack([m.l0(x), m.l2(x)]).sin()[1]).flatten(1)
+
+    assert_exact(linears(forward, (3, 2), (3, 2), (3, 2), bias=bias), torch.randn(shape))
+
+
+def test_gradients_that_come_in_some_columns_only():
+    """Each column of exact labels reaches one half; the inputs of the other must be counted when its turn comes."""
+    model = linears(lambda m, x: torch.cat([m.l0(x), Half.apply(m.l1(x))], 1), (3, 2), (3, 2))
+    x = torch.randn(5, 3)
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+    rows = torch.cat([x, torch.ones(5, 1)], 1)
+    for name in fisher.blocks:
+        assert torch.allclose(fisher[name].A[0], rows.T @ rows / 5, atol=1e-6)
+
+
+class Half(torch.autograd.Function):
+    """Keeps a zero gradient to itself."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if g.any() else None
+
+
 def test_parameter_added_in_place():
     def forward(m, x):
         x = x.clone()

@@ -255,7 +255,7 @@ class Capture(TorchFunctionMode):
         calls = {call.edge.node: call.index for call in self.calls}
         below: dict[Node, bool] = {}
         claimed: set[int] = set()
-        nodes: list[str] = []
+        nodes: list[tuple] = []
         stack: list[tuple[Node, bool]] = [(get_gradient_edge(outputs).node, False)]
         while stack:
             node, done = stack.pop()
@@ -267,8 +267,8 @@ class Capture(TorchFunctionMode):
                 continue
             below[node] = False
             stack.append((node, True))
-            nodes.append(node.name())
-            if "CheckpointFunction" in nodes[-1]:
+            nodes.append((node.name(), len(children), *(getattr(node, name, None) for name in _DIMS)))
+            if "CheckpointFunction" in nodes[-1][0]:
                 raise UnsupportedError(
                     "The model uses reentrant checkpointing, which hides its layers from the graph. "
                     "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
@@ -354,6 +354,9 @@ class Capture(TorchFunctionMode):
                 gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
                 gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
             self._receiver(call, gradient.reshape(call.shape))
+
+
+_DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
 
 
 def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
