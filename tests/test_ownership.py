@@ -267,6 +267,9 @@ def test_which_passes_are_run():
     sequences = torch.randn(8, 5, 3)
     assert passes("ekfac", [sequences, sequences[:3, :2]], first) == 4 + 2
     assert passes("diagonal", torch.randn(40, 3), nn.Linear(3, 2)) == 1 + 3  # two digits
+    gated = Written(lambda m, x: m.a(x) + 0 * m.b(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
+    assert passes("diagonal", [x, x, x], gated) == 3 + 2  # a silent layer is not asked again and again,
+    assert passes("diagonal", [x, x], gated) == 2 + 2  # but nothing was learned about it
 
 
 # The rules by themselves ----------------------------------------------------------------------------------------------

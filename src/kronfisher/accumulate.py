@@ -113,6 +113,7 @@ class Accumulator:
             )
         self.fits = choose(self.fit, self.parameters)
         self._places: dict[Key, tuple[Group, int]] = {}
+        self._guesses: dict[tuple, Ownership] = {}
         self.device = next(iter(self.parameters.values())).device
         self.start_pass()
 
@@ -286,8 +287,9 @@ class Accumulator:
     ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str]]:
         """Which sample owns each row of each use, and parameter → reason where nobody can say.
 
-        A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates too.
-        Where rows need not be sorted by sample, each stands for itself, if it belongs to a single sample at all.
+        A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates
+        too. What a use without any gradient leaves to be guessed from its shape holds for this estimate only. Where
+        rows need not be sorted by sample, each stands for itself, if it belongs to a single sample at all.
         """
         rules = _RULES.setdefault(self.model, {}).setdefault(proof.graph, {})
         owners: dict[tuple[int, int], Ownership] = {}
@@ -302,7 +304,7 @@ class Accumulator:
             for position, part in enumerate(several):
                 lead = part.use.lead(call.shape)
                 sort = sorting(part.use, part.block)
-                rule = rules.get((index, part.block.key, sort))
+                rule = rules.get(place := (index, part.block.key, sort)) or self._guesses.get((proof.graph, *place))
                 if samples == 1:
                     owners[index, position] = Ownership(1)
                 elif not sort and rule:
@@ -326,6 +328,8 @@ class Accumulator:
             owners[index, position] = rule
             if sure and bool((found >= 0).any()):
                 rules[index, part.block.key, sort] = rule
+            elif sure:
+                self._guesses[proof.graph, index, part.block.key, sort] = rule
         return owners, problems
 
 
