@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.accumulate import Accumulator, choose, misused
+from kronfisher.accumulate import Accumulator
 from kronfisher.blocks import Block, View
+from kronfisher.claims import misused
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits import FITS
+from kronfisher.fits import FITS, choose
 from kronfisher.isolation import trainable
 from tests.exact import Written, assert_exact, exact_fisher, kept
 

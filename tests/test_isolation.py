@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import kronfisher as kf
-from kronfisher.isolation import isolated, tensors_in, trainable, unwrapped
+from kronfisher.isolation import isolated, tensors_in, trainable
+from kronfisher.models import unwrapped
 from tests.exact import Written
 
 

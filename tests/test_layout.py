@@ -14,11 +14,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module may import from its own row and from the rows above it.
 ROWS = [
-    {"errors", "linalg"},
+    {"errors", "linalg", "models"},
     {"samples", "blocks", "operators", "likelihoods"},
     {"uses", "fits", "damping"},
     {"capture"},
-    {"estimate", "error", "coverage", "accumulate", "batches", "isolation"},
+    {"estimate", "error", "coverage", "accumulate", "stream", "claims", "batches", "isolation"},
     {"experiments"},
     {"__init__"},
     {"cli"},

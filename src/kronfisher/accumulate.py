@@ -1,11 +1,8 @@
 """Batches in, states out: runs a model under capture and streams samples of every block into its fit."""
 
 import logging
-import time
-from collections import Counter
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -15,45 +12,25 @@ from torch import Tensor, nn
 
 from kronfisher.batches import Forward, not_finite, run
 from kronfisher.blocks import Block, View
-from kronfisher.capture import Call, Capture, Proof
+from kronfisher.capture import Capture, Proof
+from kronfisher.claims import covered, misused, refuse
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.fits import Fit, Plan, State, named
+from kronfisher.fits import Choice, Fit, Plan, choose
 from kronfisher.likelihoods import Draws, Likelihood
-from kronfisher.linalg import full_precision, promote
+from kronfisher.linalg import promote
 from kronfisher.operators.memory import available_memory
-from kronfisher.samples import WORKSPACE, Dense, Samples, join
+from kronfisher.samples import WORKSPACE
+from kronfisher.stream import Group, Part, Stream
 from kronfisher.uses import Ownership, Use
 from kronfisher.uses.ownership import coupled, scattered
 
-__all__ = ["Accumulator", "Choice", "Group", "Labels"]
+__all__ = ["Accumulator", "Labels"]
 
 Labels = Literal["exact", "sampled", "observed"]
-Choice = Fit | str | Mapping[str, Fit | str]
 Key = tuple[View | None, View | None]
 # Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, Ownership]]] = WeakKeyDictionary()
 log = logging.getLogger("kronfisher")
-
-
-@dataclass
-class Group:
-    """Blocks that one fit treats together, with its state and the seconds spent on it."""
-
-    fit: Fit
-    blocks: tuple[Block, ...]
-    state: State
-    seconds: float = 0.0
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one use contributes to one block: its weight, its bias, or both."""
-
-    use: Use
-    block: Block
-    weight: bool
-    bias: bool
 
 
 @dataclass(frozen=True)
@@ -331,183 +308,3 @@ class Accumulator:
             elif sure:
                 self._guesses[proof.graph, index, part.block.key, sort] = rule
         return owners, problems
-
-
-class Stream:
-    """Receives output gradients during one backward pass and passes samples on as soon as a group is complete.
-
-    Args:
-        entries: index of a call → its parts, with the group that each belongs to and its place in it.
-        owners: (index of a call, number of the part) → which sample owns each row.
-        mask: ``[N, P]`` output positions that count, or None.
-    """
-
-    def __init__(
-        self,
-        entries: Mapping[int, list[tuple[Part, Group, int]]],
-        owners: Mapping[tuple[int, int], Ownership],
-        mask: Tensor | None,
-    ) -> None:
-        self._entries, self._owners, self._mask = entries, owners, mask
-        places = [(id(group), position) for several in entries.values() for _, group, position in several]
-        self._expected = Counter(places)
-        self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
-        self._arrived: dict[tuple[int, int], list[Samples]] = {}
-        self._ready: dict[int, dict[int, Samples]] = {}
-        self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
-
-    def receive(self, call: Call, gradient: Tensor) -> None:
-        """Turn the gradient of a call's output into samples."""
-        with full_precision(gradient.device.type):
-            for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
-                began = time.perf_counter()
-                owner, own = self._owners[call.index, number], gradient.to(part.use.dtype)
-                samples = Samples(
-                    part.use.activations(owner, own, part.weight, part.bias),
-                    part.use.gradients(owner, own),
-                    (call.index, number) not in self._counted,
-                    workspace=group.state.plan.workspace,
-                )
-                self._counted.add((call.index, number))
-                if self._mask is not None:
-                    samples = samples.masked(self._mask)
-                if group.state.plan.owned:
-                    self._arrive(group, position, samples)
-                else:  # sums over rows: uses of one weight need not wait for each other
-                    group.state = group.fit.update(group.state, (samples,))
-                group.seconds += time.perf_counter() - began
-
-    def flush(self) -> None:
-        """Pass on what waits for uses whose gradient was zero everywhere and never came."""
-        for key, position in list(self._arrived):
-            self._complete(self._groups[key], position)
-        for key in list(self._ready):
-            group, ready = self._groups[key], self._ready[key]
-            some = next(iter(ready.values()))
-            for position, block in enumerate(group.blocks):
-                if position not in ready:
-                    ready[position] = _nothing(block, some)
-            self._update(group)
-
-    def _arrive(self, group: Group, position: int, samples: Samples) -> None:
-        uses = self._arrived.setdefault((id(group), position), [])
-        uses.append(samples)
-        if len(uses) == self._expected[id(group), position]:
-            self._complete(group, position)
-
-    def _complete(self, group: Group, position: int) -> None:
-        ready = self._ready.setdefault(id(group), {})
-        ready[position] = join(self._arrived.pop((id(group), position)))
-        if len(ready) == len(group.blocks):
-            self._update(group)
-
-    def _update(self, group: Group) -> None:
-        ready = self._ready.pop(id(group))
-        samples = tuple(ready[position] for position in range(len(group.blocks)))
-        group.state = group.fit.update(group.state, samples)
-
-
-def _nothing(block: Block, like: Samples) -> Samples:
-    heads, outputs, inputs = block.shape
-    zeros = like.gradients.new_zeros
-    return Samples(Dense(zeros(heads, len(like), 1, inputs)), zeros(heads, len(like), 1, outputs), first=False)
-
-
-def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
-    """The fit of every parameter, by the first pattern that its name matches.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a parameter no pattern.
-
-    Example:
-        >>> choose({"*.bias": "diagonal", "*": "kfac"}, {"fc.weight": 0, "fc.bias": 0})
-        {'fc.weight': KFAC(mode='expand'), 'fc.bias': Diagonal()}
-    """
-    if not isinstance(fit, Mapping):
-        return dict.fromkeys(parameters, named(fit))
-    patterns = {pattern: named(choice) for pattern, choice in fit.items()}
-    idle = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
-    if idle:
-        raise ValueError(f"fit: the patterns {idle} match no trainable parameter; there are {list(parameters)}.")
-    chosen = {}
-    for name in parameters:
-        match = next((choice for pattern, choice in patterns.items() if _matches(name, pattern)), None)
-        if match is None:
-            raise ValueError(
-                f"fit: no pattern matches {name}; add '*' for the rest, or freeze it with requires_grad_(False)."
-            )
-        chosen[name] = match
-    return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)  # a name may hold brackets, which mean something in a pattern
-
-
-def covered(capture: Capture, outputs: Tensor, where: str) -> Proof:
-    """The proof that every way from the outputs to a trainable parameter is understood.
-
-    Raises:
-        UnsupportedError: naming the parameters and the operators that are not, or outputs without any of them.
-    """
-    proof = capture.prove(outputs)
-    if proof.unclaimed:
-        lines = [unclaimed(name, operators) for name, operators in proof.unclaimed.items()]
-        raise UnsupportedError(
-            f"{where}: these trainable parameters are used by operators that are not supported yet:\n  "
-            + "\n  ".join(lines)
-            + "\nFreeze them with requires_grad_(False) to leave them out of the Fisher matrix."
-        )
-    if not proof.alive:
-        raise detached(where)
-    return proof
-
-
-def unclaimed(name: str, operators: Iterable[str]) -> str:
-    """What to say of a parameter used by operators that are not understood."""
-    hint = (
-        " (reentrant checkpointing hides its layers: use_reentrant=False)" if "CheckpointFunction" in operators else ""
-    )
-    return f"{name}: used by {', '.join(sorted(operators))}{hint}"
-
-
-def detached(where: str) -> UnsupportedError:
-    """The error for outputs that no trainable parameter has a part in."""
-    return UnsupportedError(
-        f"{where}: the outputs depend on no trainable parameter, or were detached from them (torch.no_grad, .detach()) "
-        "inside the model."
-    )
-
-
-def misused(blocks: Iterable[Block]) -> dict[str, str]:
-    """Name → reason of parameters that several blocks share or that blocks show only in part."""
-    windows: dict[str, list[tuple[View, Block]]] = {}
-    for block in blocks:
-        for view in block.views:
-            windows.setdefault(view.parameter, []).append((view, block))
-    problems = {}
-    for name, several in windows.items():
-        if len(several) == 1 and several[0][0].whole:
-            continue
-        counts = several[0][0].counter()
-        for view, _ in several:
-            view.mark(counts)
-        operators = ", ".join(sorted({block.operator for _, block in several}))
-        if bool((counts > 1).any()):
-            problems[name] = (
-                f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its "
-                "transpose, with and without a bias, or with different biases; that is not supported yet. Freeze it "
-                "with requires_grad_(False)."
-            )
-        elif bool((counts == 0).any()):
-            problems[name] = (
-                f"{name}: only {int((counts > 0).sum())} of its {counts.numel()} elements are used (by {operators}); "
-                "that is not supported yet. Freeze it, or split it into parameters of their own."
-            )
-    return problems
-
-
-def refuse(problems: Mapping[str, str], where: str) -> None:
-    """Raise an UnsupportedError that lists what is wrong with which parameter, if anything is."""
-    if problems:
-        raise UnsupportedError(f"{where}: " + "\n".join(problems.values()))

@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from kronfisher.accumulate import Choice, detached, misused, unclaimed
 from kronfisher.batches import Forward, passes_over
+from kronfisher.claims import detached, misused, unclaimed
 from kronfisher.errors import DataError
 from kronfisher.estimate import Recipe
-from kronfisher.isolation import isolated, unwrapped
+from kronfisher.fits import Choice
+from kronfisher.isolation import isolated
 from kronfisher.likelihoods import Categorical
+from kronfisher.models import unwrapped
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 

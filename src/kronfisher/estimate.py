@@ -10,13 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kronfisher.accumulate import Accumulator, Choice, Labels
+from kronfisher.accumulate import Accumulator, Labels
 from kronfisher.batches import Forward, checksum, passes_over
 from kronfisher.blocks import Block, View
 from kronfisher.errors import DataError
-from kronfisher.isolation import isolated, trainable, unwrapped
+from kronfisher.fits import Choice
+from kronfisher.isolation import isolated, trainable
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, promote
+from kronfisher.models import unwrapped
 from kronfisher.operators import Diagonal, Fisher, Operator
 from kronfisher.operators.fisher import block_name
 from kronfisher.operators.info import BlockInfo, Info

@@ -261,7 +261,10 @@ def join(uses: list[Samples]) -> Samples:
     if len(uses) == 1:
         return uses[0]
     if len({use.first for use in uses}) > 1:
-        raise UnsupportedError("A layer that is applied several times got gradients for some of them only; use samples=1.")
+        raise UnsupportedError(
+            "A layer that is applied several times got its first gradients in different label draws or columns, so its "
+            "inputs cannot be counted once each. Use labels='sampled' with samples=1."
+        )
     mask = None
     if any(use.mask is not None for use in uses):
         every = uses[0].gradients.new_ones(()).expand

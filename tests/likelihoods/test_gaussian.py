@@ -72,3 +72,8 @@ def test_nothing_is_broadcast_without_check_either():
     for method in (Gaussian().observed, Gaussian().log_prob):
         with pytest.raises(DataError, match=r"targets of shape \[4, 1\], found \[4\]"):
             method(torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_a_number_as_variance_keeps_its_digits():
+    (column,) = Gaussian(0.1).exact(torch.zeros(1, 1, dtype=torch.float64))
+    assert abs(column.item() - 0.1**-0.5) < 1e-15 * 0.1**-0.5 * 4

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import kronfisher as kf
 from kronfisher.errors import DataError
 from kronfisher.operators import load, storage
 
@@ -137,3 +138,11 @@ def test_an_interrupted_write_leaves_the_old_file(fisher, model, path, monkeypat
                 (F + 1.0).save(path)
         assert path.read_bytes() == old and os.listdir(path.parent) == [path.name]
     assert torch.equal(load(path, model).to_dense(), F.to_dense())
+
+
+def test_wrappers_around_the_model_do_not_matter(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    fisher = kf.estimate(model, torch.randn(8, 3), kf.Gaussian(), labels="exact")
+    fisher.save(tmp_path / "fisher")
+    loaded = kf.load(tmp_path / "fisher", torch.nn.DataParallel(model))
+    assert torch.equal(loaded.to_dense(), fisher.to_dense()) and loaded.names == ("weight", "bias")

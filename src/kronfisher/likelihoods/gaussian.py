@@ -35,8 +35,8 @@ class Gaussian(Likelihood):
 
     def __post_init__(self) -> None:
         """Checks the variance once, so that no later step has to."""
-        variance = torch.as_tensor(self.variance)
-        if not bool(((variance > 0) & torch.isfinite(variance)).all()):
+        fine = torch.as_tensor(self.variance, device=None if isinstance(self.variance, Tensor) else "cpu")
+        if not bool(((fine > 0) & torch.isfinite(fine)).all()):
             raise ValueError(f"variance={self.variance} must be positive and finite; it is σ², not its logarithm")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ class Gaussian(Likelihood):
 
     def _variance(self, outputs: Tensor) -> Tensor:
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        return torch.as_tensor(self.variance).detach().to(outputs.device, dtype, non_blocking=True)
+        if isinstance(self.variance, Tensor):
+            return self.variance.detach().to(outputs.device, dtype, non_blocking=True)
+        return torch.tensor(self.variance, device=outputs.device, dtype=dtype)
 
     def _noise(self, mean: Tensor, draws: Draws) -> Tensor:
         return draws.normal(mean.shape, device=mean.device, dtype=mean.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kronfisher.blocks import Block, View
 from kronfisher.errors import DataError
+from kronfisher.models import unwrapped
 from kronfisher.operators.fisher import Fisher
 from kronfisher.operators.info import Info
 from kronfisher.operators.operator import Operator
@@ -73,7 +74,7 @@ def load(path: str | Path, model: torch.nn.Module) -> Fisher:
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
     """
     safetensors = _safetensors()
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

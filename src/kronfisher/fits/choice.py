@@ -1,0 +1,42 @@
+"""Which fit treats which parameter."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from kronfisher.fits.fit import Fit, named
+
+__all__ = ["Choice", "choose"]
+
+Choice = Fit | str | Mapping[str, Fit | str]
+
+
+def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
+    """The fit of every parameter, by the first pattern that its name matches.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a parameter no pattern.
+
+    Example:
+        >>> choose({"*.bias": "diagonal", "*": "kfac"}, {"fc.weight": 0, "fc.bias": 0})
+        {'fc.weight': KFAC(mode='expand'), 'fc.bias': Diagonal()}
+    """
+    if not isinstance(fit, Mapping):
+        return dict.fromkeys(parameters, named(fit))
+    patterns = {pattern: named(choice) for pattern, choice in fit.items()}
+    idle = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
+    if idle:
+        raise ValueError(f"fit: the patterns {idle} match no trainable parameter; there are {list(parameters)}.")
+    chosen = {}
+    for name in parameters:
+        match = next((choice for pattern, choice in patterns.items() if _matches(name, pattern)), None)
+        if match is None:
+            raise ValueError(
+                f"fit: no pattern matches {name}; add '*' for the rest, or freeze it with requires_grad_(False)."
+            )
+        chosen[name] = match
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may hold brackets, which mean something in a pattern

@@ -1,0 +1,118 @@
+"""From output gradients, as they arrive, to the states of the fits."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.capture import Call
+from kronfisher.fits import Fit, State
+from kronfisher.linalg import full_precision
+from kronfisher.samples import Dense, Samples, join
+from kronfisher.uses import Ownership, Use
+
+__all__ = ["Group", "Part", "Stream"]
+
+
+@dataclass
+class Group:
+    """Blocks that one fit treats together, with its state and the seconds spent on it."""
+
+    fit: Fit
+    blocks: tuple[Block, ...]
+    state: State
+    seconds: float = 0.0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one use contributes to one block: its weight, its bias, or both."""
+
+    use: Use
+    block: Block
+    weight: bool
+    bias: bool
+
+
+class Stream:
+    """Receives output gradients during one backward pass and passes samples on as soon as a group is complete.
+
+    Args:
+        entries: index of a call → its parts, with the group that each belongs to and its place in it.
+        owners: (index of a call, number of the part) → which sample owns each row.
+        mask: ``[N, P]`` output positions that count, or None.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[int, list[tuple[Part, Group, int]]],
+        owners: Mapping[tuple[int, int], Ownership],
+        mask: Tensor | None,
+    ) -> None:
+        self._entries, self._owners, self._mask = entries, owners, mask
+        places = [(id(group), position) for several in entries.values() for _, group, position in several]
+        self._expected = Counter(places)
+        self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
+        self._arrived: dict[tuple[int, int], list[Samples]] = {}
+        self._ready: dict[int, dict[int, Samples]] = {}
+        self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
+
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Turn the gradient of a call's output into samples."""
+        with full_precision(gradient.device.type):
+            for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
+                began = time.perf_counter()
+                owner, own = self._owners[call.index, number], gradient.to(part.use.dtype)
+                samples = Samples(
+                    part.use.activations(owner, own, part.weight, part.bias),
+                    part.use.gradients(owner, own),
+                    (call.index, number) not in self._counted,
+                    workspace=group.state.plan.workspace,
+                )
+                self._counted.add((call.index, number))
+                if self._mask is not None:
+                    samples = samples.masked(self._mask)
+                if group.state.plan.owned:
+                    self._arrive(group, position, samples)
+                else:  # sums over rows: uses of one weight need not wait for each other
+                    group.state = group.fit.update(group.state, (samples,))
+                group.seconds += time.perf_counter() - began
+
+    def flush(self) -> None:
+        """Pass on what waits for uses whose gradient was zero everywhere and never came."""
+        for key, position in list(self._arrived):
+            self._complete(self._groups[key], position)
+        for key in list(self._ready):
+            group, ready = self._groups[key], self._ready[key]
+            some = next(iter(ready.values()))
+            for position, block in enumerate(group.blocks):
+                if position not in ready:
+                    ready[position] = _nothing(block, some)
+            self._update(group)
+
+    def _arrive(self, group: Group, position: int, samples: Samples) -> None:
+        uses = self._arrived.setdefault((id(group), position), [])
+        uses.append(samples)
+        if len(uses) == self._expected[id(group), position]:
+            self._complete(group, position)
+
+    def _complete(self, group: Group, position: int) -> None:
+        ready = self._ready.setdefault(id(group), {})
+        ready[position] = join(self._arrived.pop((id(group), position)))
+        if len(ready) == len(group.blocks):
+            self._update(group)
+
+    def _update(self, group: Group) -> None:
+        ready = self._ready.pop(id(group))
+        samples = tuple(ready[position] for position in range(len(group.blocks)))
+        group.state = group.fit.update(group.state, samples)
+
+
+def _nothing(block: Block, like: Samples) -> Samples:
+    heads, outputs, inputs = block.shape
+    zeros = like.gradients.new_zeros
+    return Samples(Dense(zeros(heads, len(like), 1, inputs)), zeros(heads, len(like), 1, outputs), first=False)
