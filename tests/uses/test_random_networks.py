@@ -77,6 +77,7 @@ def linear(draw, shape):
         "flat storage": (lambda s, x: x @ s.w.view(inputs, -1), {"w": weight(inputs * outputs)}),
         "packed": (lambda s, x: packed(s, x, outputs), {"w": weight(2 * outputs, inputs), "b": weight(2 * outputs)}),
         "chunks": (lambda s, x: chunked(s, x), {"w": weight(2 * outputs, inputs)}),
+        "data in another order": (lambda s, x: s.linear(x.roll(1, 0)).roll(-1, 0), module),
     }
     if deep:
         ways |= {
@@ -218,6 +219,7 @@ def shared(draw, shape):
     ways = {
         "twice": lambda s, x: s.module(s.module(x).tanh()),
         "two inputs": lambda s, x: s.module(x).tanh() * s.module(x.cos()),
+        "two orders": lambda s, x: s.module(x).tanh() * s.module(x.roll(1, 0).cos()).roll(-1, 0),
     }
     if len(shape) > 1:
         ways |= {
@@ -280,6 +282,10 @@ def networks(draw):
         layers.append(layer)
     layers.append(Layer("outputs", lambda s, x: x.flatten(1).sin()))
     model = nn.Sequential(*layers)
+    written = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    if {layer.name for layer in written} & {"data in another order", "two orders"}:
+        for layer in written:  # a datum that is dead altogether does not show its place in an order: refused
+            layer.activation = "tanh_" if layer.activation == "relu_" else layer.activation
     parameters = list(model.parameters())
     if not parameters:
         model.append(nn.Linear(prod(shape), 2))
