@@ -18,7 +18,7 @@ ROWS = [
     {"samples", "blocks", "operators", "likelihoods"},
     {"uses", "fits", "damping"},
     {"capture"},
-    {"estimate", "error", "coverage", "accumulate", "stream", "claims", "batches", "isolation"},
+    {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation"},
     {"experiments"},
     {"__init__"},
     {"cli"},

@@ -340,3 +340,18 @@ def test_half_precision_tells_large_batches_apart(dtype, layout):
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     tolerance = 1e-10 if dtype == torch.float64 else 0.03
     assert (found.to_dense().double() - exact.to_dense()).norm() < tolerance * exact.to_dense().norm()
+
+
+def test_data_sorted_inside_the_model():
+    """A batch that happens to come in order says nothing about the next one."""
+
+    def by_length(m, x):
+        order = x[:, 0].argsort()
+        return m.b(m.a(x[order]).tanh())[order.argsort()]
+
+    model = Written(by_length, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    x = torch.randn(N, 3)
+    ordered = x[x[:, 0].argsort()]
+    both = kf.estimate(model, [ordered, x], kf.Gaussian(), fit="full", labels="exact").to_dense()
+    alone = kf.estimate(model, x, kf.Gaussian(), fit="full", labels="exact").to_dense()
+    assert (both - alone).norm() < 1e-5 * alone.norm()  # the same data, whatever their order

@@ -282,6 +282,8 @@ class Accumulator:
                 lead = part.use.lead(call.shape)
                 sort = sorting(part.use, part.block)
                 rule = rules.get(place := (index, part.block.key, sort)) or self._guesses.get((proof.graph, *place))
+                if sort and proof.gathers:
+                    rule = None  # the next batch may come in another order
                 if samples == 1:
                     owners[index, position] = Ownership(1)
                 elif not sort and rule:

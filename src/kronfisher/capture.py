@@ -66,6 +66,7 @@ class Proof:
         unclaimed: name → operators that use it and that no use accounts for.
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
+        gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
         graph: a number that stands for the graph's nodes: another one means another computation.
     """
 
@@ -74,6 +75,7 @@ class Proof:
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
     graph: int = 0
+    gathers: bool = False
 
 
 class Capture(TorchFunctionMode):
@@ -296,6 +298,7 @@ class Capture(TorchFunctionMode):
                 proof.unclaimed.setdefault(use.name, set()).add(operator)
         proof.sources = [index for node, index in calls.items() if node in below and not below[node]]
         proof.graph = hash(tuple(nodes))
+        proof.gathers = any(name.startswith(_GATHERING) for name, *_ in nodes)
         return proof
 
     def backward(self, outputs: Tensor, vector: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
@@ -356,6 +359,7 @@ class Capture(TorchFunctionMode):
             self._receiver(call, gradient.reshape(call.shape))
 
 
+_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
 _DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
 
 

@@ -8,11 +8,11 @@ from torch import nn
 from kronfisher.batches import Forward, passes_over
 from kronfisher.claims import detached, misused, unclaimed
 from kronfisher.errors import DataError
-from kronfisher.estimate import Recipe
 from kronfisher.fits import Choice
 from kronfisher.isolation import isolated
 from kronfisher.likelihoods import Categorical
 from kronfisher.models import unwrapped
+from kronfisher.passes import Recipe
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
-from kronfisher.estimate import Recipe, accumulate, plain_arithmetic
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
 from kronfisher.isolation import trainable
 from kronfisher.linalg import mirror, promote
 from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.memory import available_memory
+from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
 
-__all__ = ["Distance", "measure"]
+__all__ = ["Distance", "Origin", "measure"]
 
 _WRITTEN_OUT = 2048  # blocks up to this dimension are compared as dense matrices
 
@@ -57,6 +57,17 @@ class Distance:
         width = max(3, *(len(name) for name in self.blocks))
         lines = [f"{name:<{width}}  {error:.4f}" for name, error in self.blocks.items()]
         return "\n".join([*lines, f"{'all':<{width}}  {self.relative:.4f}"])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a Fisher matrix comes from: its ``fisher.error(data)`` asks for the same labels on that data."""
+
+    recipe: Recipe
+
+    def error(self, fisher: Fisher, data: Any, **options: Any) -> Distance:
+        """See `measure`."""
+        return measure(fisher, data, self.recipe, **options)
 
 
 def measure(

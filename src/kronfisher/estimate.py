@@ -1,66 +1,25 @@
 """From a model, data and a likelihood to its Fisher matrix."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kronfisher.accumulate import Accumulator, Labels
-from kronfisher.batches import Forward, checksum, passes_over
+from kronfisher.batches import Forward
 from kronfisher.blocks import Block, View
-from kronfisher.errors import DataError
+from kronfisher.error import Origin
 from kronfisher.fits import Choice
-from kronfisher.isolation import isolated, trainable
 from kronfisher.likelihoods import Likelihood
-from kronfisher.linalg import full_precision, promote
+from kronfisher.linalg import promote
 from kronfisher.models import unwrapped
 from kronfisher.operators import Diagonal, Fisher, Operator
 from kronfisher.operators.fisher import block_name
 from kronfisher.operators.info import BlockInfo, Info
+from kronfisher.passes import Progress, Recipe, accumulate, plain_arithmetic
 
-__all__ = ["Recipe", "accumulate", "estimate"]
-
-Progress = bool | Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an estimate was asked for, so that its error can be measured under the same labels later."""
-
-    model: nn.Module
-    likelihood: Likelihood
-    labels: Labels = "sampled"
-    samples: int = 1
-    forward: Forward | None = None
-    seed: int = 0
-    memory_budget: int | None = None
-    exact_limit: int = 1000
-
-    def accumulator(self, fit: Choice) -> Accumulator:
-        """Empty states for the model's trainable parameters."""
-        return Accumulator(
-            self.model,
-            trainable(self.model),
-            self.likelihood,
-            fit,
-            self.labels,
-            self.samples,
-            self.seed,
-            self.forward,
-            self.memory_budget,
-            self.exact_limit,
-        )
-
-    def error(self, fisher: Fisher, data: Any, **options: Any) -> Any:
-        """See `kronfisher.error.measure`."""
-        from kronfisher.error import measure  # the measurement runs an estimate of its own
-
-        return measure(fisher, data, self, **options)
+__all__ = ["estimate"]
 
 
 def estimate(
@@ -161,89 +120,8 @@ def estimate(
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
     single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator in entries)
-    fisher = Fisher(single, shapes, info, recipe)
+    fisher = Fisher(single, shapes, info, Origin(recipe))
     return fisher if reduction == "mean" else fisher.reduced("sum")
-
-
-def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
-    """Read the data as often as the fits need and fill their states.
-
-    Raises:
-        DataError: there are no data, they cannot be read again, or they came in another order.
-    """
-    batches, again = passes_over(data)
-    tell = _teller(progress)
-    sums: dict[int, Tensor] = {}
-    number = index = count = 0
-    try:
-        while True:
-            run.start_pass()
-            with isolated(run.model, run.seed):
-                index = 0
-                for index, batch in enumerate(_read(batches, number), 1):
-                    where = f"batch {index - 1}" + (f" of pass {number + 1}" if number else "")
-                    run.add(batch, where)
-                    if run.passes > 1:
-                        _compare(sums, index - 1, batch, number, again)
-                    tell(f"pass {number + 1}/{run.passes}, {index} batches, {run.backward_passes} backward passes")
-            if number and index != count:
-                raise DataError(f"Pass {number + 1} read {index} batches, the first one {count}. {_SAME}")
-            if not index:
-                raise DataError(
-                    "The data hold no batch. Pass a loader with at least one batch; a generator can be read only once."
-                )
-            if not float(run.count):
-                raise DataError("No datum counts: all positions are masked, or have the target that is ignored.")
-            with plain_arithmetic(run.device):
-                more = run.next_pass()
-            if not more:
-                break
-            count, number = index, number + 1
-    except BaseException as error:
-        if not isinstance(error, Exception):  # interrupted from outside
-            error.add_note(
-                f"kronfisher stopped after {index} batches of pass {number + 1}; no estimate was made. The model, its "
-                "gradients and buffers and the random state are as before. Estimate on fewer data, or with a cheaper "
-                "fit."
-            )
-        raise
-    finally:
-        tell("")
-
-
-_SAME = (
-    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with "
-    "the global generators has it, one with a generator of its own has not): fix the loader's order, or pass a list."
-)
-
-
-@contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """Ordinary tensors without graphs, in full precision, whatever the caller's modes are."""
-    with torch.inference_mode(False), torch.no_grad(), full_precision(device.type):
-        yield
-
-
-def _read(batches: Iterable[Any], number: int) -> Iterator[Any]:
-    try:
-        yield from batches
-    except Exception as error:
-        error.add_note(f"while the loader was read in pass {number + 1}")
-        raise
-
-
-def _compare(sums: dict[int, Tensor], index: int, batch: Any, number: int, again: bool) -> None:
-    """Remember a batch in the first pass, recognise it later."""
-    if not again:
-        raise DataError(
-            "This fit reads the data more than once, and a generator can be read only once. "
-            "Pass a list or a DataLoader."
-        )
-    found = checksum(batch)
-    if number == 0:
-        sums[index] = found
-    elif index in sums and not torch.equal(found, sums[index]):
-        raise DataError(f"batch {index} of pass {number + 1} is not the one of the first pass. {_SAME}")
 
 
 def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
@@ -254,11 +132,3 @@ def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
             view = View.of(name, parameter).reshaped(1, *parameter.shape)
             zeros = promote(parameter.detach()).new_zeros(parameter.numel())
             yield Block(name, "unused", None, view), Diagonal(zeros, name=name)
-
-
-def _teller(progress: Progress) -> Callable[[str], None]:
-    if callable(progress):
-        return progress
-    if not progress:
-        return lambda text: None
-    return lambda text: print(f"\r{text:<78}" if text else "", end="" if text else "\n", file=sys.stderr, flush=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import kronfisher as kf
 from kronfisher.accumulate import Accumulator
 from kronfisher.blocks import Block
-from kronfisher.estimate import accumulate
 from kronfisher.fits.fit import Fit, Plan, State
 from kronfisher.isolation import trainable
+from kronfisher.passes import accumulate
 from kronfisher.samples import Samples
 
 ACTIVATIONS = {

@@ -55,7 +55,13 @@ def linear(view: Viewer, input: Tensor, weight: Tensor, bias: Tensor | None = No
     )
 
 
-@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+@handles(torch.mm, Tensor.mm)
+def mm(view: Viewer, input: Tensor, mat2: Tensor) -> Iterator[Use]:
+    """As `matmul`, which calls its second argument otherwise."""
+    return matmul(view, input, mat2)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(view: Viewer, input: Tensor, other: Tensor) -> Iterator[Use]:
     """``x [..., I] @ M [I, O]`` and ``M [O, I] @ x [..., I, n]``, where M is a window on a parameter."""
     left, right = view(input), view(other)
