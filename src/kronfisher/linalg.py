@@ -171,7 +171,8 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
 
     Raises:
         NumericalError: the matrix is not finite.
-        SingularError: the matrix is not positive definite to working precision.
+        SingularError: a pivot is not positive to working precision. Rounding hides about half of all matrices that lack
+            one rank only; where that matters, look at the condition of the factor (as `operators.sides.factor` does).
 
     Example:
         >>> cholesky(torch.tensor([[4.0]]))

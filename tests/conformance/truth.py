@@ -219,7 +219,7 @@ class Problem:
 
 
 def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
-    """The module's output on one datum, and where its weights meet it."""
+    """The module's output on one datum, and where its weights meet it; a new kind of weight needs a branch here."""
     if isinstance(module, nn.Linear):
         y = module(x)
         a = x.reshape(1, -1, x.shape[-1])

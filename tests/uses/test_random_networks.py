@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -282,10 +282,6 @@ def networks(draw):
         layers.append(layer)
     layers.append(Layer("outputs", lambda s, x: x.flatten(1).sin()))
     model = nn.Sequential(*layers)
-    written = [layer for layer in model.modules() if isinstance(layer, Layer)]
-    if {layer.name for layer in written} & {"data in another order", "two orders"}:
-        for layer in written:  # a datum that is dead altogether does not show its place in an order: refused
-            layer.activation = "tanh_" if layer.activation == "relu_" else layer.activation
     parameters = list(model.parameters())
     if not parameters:
         model.append(nn.Linear(prod(shape), 2))
@@ -348,7 +344,11 @@ def test_samples_are_the_gradients_of_every_datum(network):
     truth = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(detached, x.clone(), targets)
 
     found = {name: torch.zeros(len(x), *p.shape) for name, p in parameters.items()}
-    samples = captured(model, x, targets)
+    try:
+        samples = captured(model, x, targets)
+    except kf.UnsupportedError as error:  # data in another order, one of which is too silent to tell its place
+        assert "in no pattern that is known" in str(error) and "order" in str(model)
+        reject()
     for block, use in samples.items():
         rows = torch.cat([part.transpose(0, 1).flatten(1) for part in use.per_sample()])
         block.scatter(rows, found)
