@@ -408,3 +408,10 @@ def test_one_output_without_an_axis_of_its_own():
     model = Written(lambda m, x: m.l(x).squeeze(1), l=nn.Linear(3, 1))
     assert_exact(model, X)
     assert_exact(model, X[:1])
+
+
+def test_exact_labels_are_announced_before_the_work(caplog):
+    said = []
+    with caplog.at_level("INFO", logger="kronfisher"):
+        kf.estimate(nn.Linear(3, 4), torch.randn(5, 3), kf.Categorical(), labels="exact", progress=said.append)
+    assert said[0] == "batch 0: exact labels take 3 backward passes" == caplog.messages[0]

@@ -1,7 +1,7 @@
 """Batches in, states out: runs a model under capture and streams samples of every block into its fit."""
 
 import logging
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
@@ -61,6 +61,7 @@ class Accumulator:
         groups: filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
+        tell: receives a line on what is about to take long.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Accumulator:
     groups: list[Group] = field(default_factory=list)
     count: float | Tensor = 0.0
     backward_passes: int = 0
+    tell: Callable[[str], None] = log.debug
 
     def __post_init__(self) -> None:
         if self.labels not in ("exact", "sampled", "observed"):
@@ -164,7 +166,9 @@ class Accumulator:
         if self.labels != "exact":
             return self.samples if self.labels == "sampled" else 1
         columns = self.likelihood.columns(outputs, targets)
-        log.info("%s: exact labels take %d backward passes", where, columns)
+        announcement = f"{where}: exact labels take {columns} backward passes"
+        log.info(announcement)
+        self.tell(announcement)
         if columns > self.exact_limit:
             raise DataError(
                 f"{where}: exact labels take {columns} backward passes for each batch, and the limit is "

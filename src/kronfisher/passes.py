@@ -58,7 +58,7 @@ def accumulate(run: Accumulator, data: Any, progress: Progress = False) -> None:
         DataError: there are no data, they cannot be read again, or they came in another order.
     """
     batches, again = passes_over(data)
-    tell = _teller(progress)
+    tell = run.tell = _teller(progress)
     sums: dict[int, Tensor] = {}
     number = index = count = 0
     try:
