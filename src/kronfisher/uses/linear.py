@@ -58,7 +58,7 @@ def linear(view: Viewer, input: Tensor, weight: Tensor, bias: Tensor | None = No
 @handles(torch.mm, Tensor.mm)
 def mm(view: Viewer, input: Tensor, mat2: Tensor) -> Iterator[Use]:
     """As `matmul`, which calls its second argument otherwise."""
-    return matmul(view, input, mat2)
+    yield from matmul(view, input, mat2)
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
