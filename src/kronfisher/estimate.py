@@ -58,7 +58,7 @@ def estimate(
             weights.
         samples: label draws per datum; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
-        reduction: ``"mean"`` or ``"sum"`` over the N data.
+        reduction: ``"mean"`` or ``"sum"`` over the N data. A datum whose positions are all ignored does not count.
         seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
             thread count give the same bits.
         memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices

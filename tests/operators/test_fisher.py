@@ -198,14 +198,39 @@ def test_derived_matrices_keep_and_extend_the_facts(fisher, another_fisher, mode
     G = ((F * 2.0) + 0.5).inverse()
     assert (G.count, G.reduction, G.labels, G.rows, G.context) == (20, "mean", "sampled", {"transposed": 40}, "context")
     assert G.info.changes == ("* 2", "+ 0.5", "inverse") and not F.info.changes
-    joined = F + another_fisher(model, seed=50)[0]
-    assert joined.count == 40 and joined.rows == {"transposed": 80}
+    other = another_fisher(model, seed=50)[0]
+    joined = F.reduced("sum") + other.reduced("sum")
+    assert joined.count == 40 and joined.rows == {"transposed": 80} and joined.context is None
+    close(joined.reduced("mean").to_dense(), (dense + other.to_dense()) / 2)
     total = F.reduced("sum")
     assert total.reduction == "sum" and total.count == 20
     close(total.to_dense(), 20 * dense)
     close(total.reduced("mean").to_dense(), dense)
     with pytest.raises(DataError, match="mean over its data"):
         F + total
+
+
+def test_sums_of_means_stay_consistent_with_their_count(fisher, another_fisher, model):
+    F, _ = fisher
+    other = another_fisher(model, seed=50)[0]
+    joined = F + other  # two means over 20 data each
+    assert (joined.count, joined.reduction, joined.rows) == (20, "mean", {"transposed": 40})
+    sums = (F.reduced("sum") + other.reduced("sum")).to_dense()
+    close(joined.reduced("sum").to_dense(), sums)
+    close((joined * joined.count).to_dense(), sums)
+    fewer = replace(other, info=replace(other.info, count=5.0))
+    with pytest.raises(DataError, match=r"means over 20 and 5 data.*reduced"):
+        F + fewer
+    assert (F + replace(other, info=replace(other.info, labels="exact"))).labels == "sampled + exact"
+
+
+@pytest.mark.parametrize("change", ["inverse", "sqrt", "inverse_sqrt"])
+def test_inverses_and_roots_are_no_sums_over_data(fisher, change):
+    F, _ = fisher
+    changed = getattr(F + 1.0, change)()
+    assert changed.reduced("mean") is changed
+    with pytest.raises(DataError, match=r"neither a mean nor a sum.*fisher.reduced\('sum'\) first"):
+        changed.reduced("sum")
 
 
 def test_only_the_same_blocks_add_up(fisher, model):

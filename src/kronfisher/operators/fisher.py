@@ -269,9 +269,18 @@ class Fisher:
         return self.mapped(lambda operator: operator.scaled(factor), f"* {factor:g}")
 
     def reduced(self, reduction: Literal["mean", "sum"]) -> "Fisher":
-        """The same data as a mean or as a sum over them: times or divided by `count` where that changes."""
+        """The same data as a mean or as a sum over them: times or divided by `count` where that changes.
+
+        Raises:
+            DataError: the matrix is an inverse or a root, which is neither; reduce first, then invert.
+        """
         if reduction == self.reduction:
             return self
+        if odd := {"inverse", "sqrt", "inverse sqrt"} & set(self.info.changes):
+            raise DataError(
+                f"this is an {' and '.join(sorted(odd))} of a Fisher, neither a mean nor a sum over data; take "
+                f"fisher.reduced({reduction!r}) first and its inverse or root then."
+            )
         factor = self.count if reduction == "sum" else 1 / self.count
         changed = self.mapped(lambda operator: operator.scaled(factor), "")
         return replace(changed, info=replace(self.info, reduction=reduction))
@@ -373,7 +382,8 @@ class Fisher:
             differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
             raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
         entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
-        return replace(self, entries=entries, info=self.info.joined(other.info))
+        # The truth that either was estimated against is not that of their sum.
+        return replace(self, entries=entries, info=self.info.joined(other.info), context=None)
 
     def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
         rows, form = read(v, self.shapes)

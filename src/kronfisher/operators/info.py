@@ -60,24 +60,32 @@ class Info:
         return replace(self, changes=(*self.changes, change), blocks=blocks)
 
     def joined(self, other: "Info") -> "Info":
-        """Of the sum of two matrices: the data of both.
+        """Of the sum of two matrices: sums are one over all data, means over N data each are still over N.
 
         Raises:
-            DataError: one is a mean and the other a sum over data.
+            DataError: one is a mean and the other a sum over data, or they are means over different numbers of data.
         """
         if self.reduction != other.reduction:
             raise DataError(
                 f"one Fisher is a {self.reduction} over its data, the other a {other.reduction}; "
                 f'bring both to one: fisher.reduced("sum").'
             )
+        if self.reduction == "mean" and self.count != other.count:
+            raise DataError(
+                f"means over {self.count:g} and {other.count:g} data do not add up to a mean over any number of data; add "
+                'sums: fisher.reduced("sum") + other.reduced("sum"), which .reduced("mean") turns into a mean over all.'
+            )
+        more = 0 if self.reduction == "mean" else 1
         blocks = {
-            name: replace(mine, rows=mine.rows + theirs.rows, seconds=mine.seconds + theirs.seconds, error=None)
+            name: replace(mine, rows=mine.rows + more * theirs.rows, seconds=mine.seconds + theirs.seconds, error=None)
             for name, mine in self.blocks.items()
             if (theirs := other.blocks.get(name)) is not None
         }
         changes = self.changes if self.changes == other.changes else (*self.changes, "sum", *other.changes)
-        count, seconds = self.count + other.count, self.seconds + other.seconds
-        return replace(self, count=count, seconds=seconds, blocks=blocks, changes=changes)
+        count = self.count + more * other.count
+        labels = self.labels if self.labels == other.labels else f"{self.labels} + {other.labels}"
+        seconds = self.seconds + other.seconds
+        return replace(self, count=count, labels=labels, seconds=seconds, blocks=blocks, changes=changes)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
