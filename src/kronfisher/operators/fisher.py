@@ -382,8 +382,8 @@ class Fisher:
             differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
             raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
         entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
-        # The truth that either was estimated against is not that of their sum.
-        return replace(self, entries=entries, info=self.info.joined(other.info), context=None)
+        context = self.context if self.context == other.context else None  # else no one truth belongs to the sum
+        return replace(self, entries=entries, info=self.info.joined(other.info), context=context)
 
     def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
         rows, form = read(v, self.shapes)

@@ -72,8 +72,8 @@ class Info:
             )
         if self.reduction == "mean" and self.count != other.count:
             raise DataError(
-                f"means over {self.count:g} and {other.count:g} data do not add up to a mean over any number of data; add "
-                'sums: fisher.reduced("sum") + other.reduced("sum"), which .reduced("mean") turns into a mean over all.'
+                f"means over {self.count:g} and {other.count:g} data do not add up to a mean over any number of data. "
+                'Add sums, fisher.reduced("sum") + other.reduced("sum"); .reduced("mean") makes that a mean over all.'
             )
         more = 0 if self.reduction == "mean" else 1
         blocks = {
