@@ -1,0 +1,65 @@
+"""States combine linearly: partitions of the data, moving averages; in one basis only."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.fits import FITS
+from kronfisher.isolation import isolated
+from kronfisher.passes import Recipe, accumulate
+
+ONE_PASS = [name for name in FITS if name != "ekfac"]
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv1d(2, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
+
+
+def states(model, data, fit):
+    run = Recipe(model, kf.Categorical(), labels="exact").accumulator(fit)
+    with isolated(model, 0):
+        run.add((data, None), "batch 0")
+    return run.groups
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_partitions_add_up_and_averages_are_weighted(fit):
+    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    for one, other, both in zip(*(states(model, data, fit) for data in (x, y, torch.cat([x, y]))), strict=True):
+        before = {name: value.clone() for name, value in one.state.sums.items()}
+        joined = one.fit.combine(one.state, other.state)
+        assert (joined.count, joined.rows) == (both.state.count, both.state.rows) and joined.count == 13
+        average = one.fit.combine(one.state, other.state, 0.95, 0.05)
+        assert average.count == pytest.approx(0.95 * 5 + 0.05 * 8)
+        for name, value in joined.sums.items():
+            torch.testing.assert_close(value.triu(), both.state.sums[name].triu(), rtol=1e-10, atol=1e-12)
+            expected = 0.95 * one.state.sums[name] + 0.05 * other.state.sums[name]
+            torch.testing.assert_close(average.sums[name], expected)
+            assert torch.equal(one.state.sums[name], before[name])  # what goes in is left alone
+
+
+@pytest.mark.parametrize("fit", ONE_PASS)
+def test_a_combined_state_finishes_as_the_mean_over_both(fit):
+    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    whole = kf.estimate(model, torch.cat([x, y]), kf.Categorical(), fit=fit, labels="exact")
+    for one, other in zip(states(model, x, fit), states(model, y, fit), strict=True):
+        operator = one.fit.finish(one.fit.combine(one.state, other.state))
+        torch.testing.assert_close(operator.to_dense(), whole.blocks[one.state.name].to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_states_of_other_blocks_or_bases_do_not_combine():
+    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    first, second = states(model, x, "kfac")
+    with pytest.raises(ValueError, match=r"0\.weight: states can be combined only"):
+        first.fit.combine(first.state, second.state)
+    groups = []
+    for data in (x, y):
+        run = Recipe(model, kf.Categorical(), labels="exact").accumulator("ekfac")
+        accumulate(run, data)
+        groups.append(run.groups[0])
+    with pytest.raises(ValueError, match="same pass and basis"):
+        groups[0].fit.combine(groups[0].state, groups[1].state)
+    doubled = groups[0].fit.combine(groups[0].state, groups[0].state)
+    torch.testing.assert_close(groups[0].fit.finish(doubled).values, groups[0].fit.finish(groups[0].state).values)
