@@ -8,6 +8,7 @@ from kronfisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.error import Distance
 from kronfisher.errors import (
     DataError,
+    IndefiniteError,
     MemoryBudgetError,
     NumericalError,
     NumericalWarning,
@@ -38,6 +39,7 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "IndefiniteError",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",
