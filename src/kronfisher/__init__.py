@@ -17,7 +17,7 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
+from kronfisher.fits import EKFAC, KFAC, KL, TKFAC, Diagonal, Fit, Full
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
@@ -27,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KL",
+    "TKFAC",
     "Bernoulli",
     "Categorical",
     "Comparison",

@@ -9,7 +9,7 @@ from kronfisher.fits import FITS
 from kronfisher.isolation import isolated
 from kronfisher.passes import Recipe, accumulate
 
-ONE_PASS = [name for name in FITS if name != "ekfac"]
+ONE_PASS = [name for name in FITS if name not in ("ekfac", "kl")]
 
 
 def network():

@@ -260,7 +260,7 @@ def test_roots_are_roots(fit):
     assert distance(inverse_root @ inverse_root @ dense, eye(len(dense))) < 1e-10
 
 
-@fits
+@pytest.mark.parametrize("fit", [name for name in FITS if name != "kl"])  # which fits F + λ: never zero
 @pytest.mark.parametrize("damping", [DAMPING, kf.FactoredTikhonov(DAMPING)], ids=["exact", "factored"])
 def test_zero_curvature_meets_a_prior(fit, damping):
     """Seen: a crash, or a prior that is lost, where a layer has no curvature at all."""

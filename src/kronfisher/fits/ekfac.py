@@ -44,7 +44,7 @@ class EKFAC(Fit):
         return self.basis.init(group, plan, like)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        if not state.fixed:
+        if "eigenvalues" not in state.sums:
             return self.basis.update(state, samples)
         (use,) = samples
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
@@ -52,7 +52,7 @@ class EKFAC(Fit):
         return state
 
     def next_pass(self, state: State) -> State | None:
-        if state.fixed:
+        if "eigenvalues" in state.sums:
             return None
         again = self.basis.next_pass(state)
         if again is not None:
