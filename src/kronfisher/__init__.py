@@ -17,17 +17,20 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, KL, TKFAC, Diagonal, Fit, Full
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.rearrangement import nearest_kronecker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "KL",
+    "KPSVD",
     "TKFAC",
     "Bernoulli",
     "Categorical",
@@ -42,6 +45,8 @@ __all__ = [
     "Full",
     "Gaussian",
     "IndefiniteError",
+    "KFACCorrected",
+    "KroneckerSum",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",
@@ -53,4 +58,5 @@ __all__ = [
     "coverage",
     "estimate",
     "load",
+    "nearest_kronecker",
 ]

@@ -34,6 +34,14 @@ class EKFAC(Fit):
 
     basis: Fit = field(default_factory=KFAC)
 
+    @property
+    def linear(self) -> bool:
+        return self.basis.linear
+
+    @property
+    def by_batch(self) -> bool:
+        return self.basis.by_batch
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         heads, outputs, inputs = sizes(group)
         first = self.basis.plan(group, element)
@@ -50,6 +58,10 @@ class EKFAC(Fit):
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             state.sums["eigenvalues"] += part.squares()
         return state
+
+    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+        first = "eigenvalues" not in x.sums and "eigenvalues" not in y.sums
+        return self.basis.combine(x, y, wx, wy) if first else super().combine(x, y, wx, wy)
 
     def next_pass(self, state: State) -> State | None:
         if "eigenvalues" in state.sums:
