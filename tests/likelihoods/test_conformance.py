@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
-from kronfisher.likelihoods import REGISTRY, Draws, Likelihood, Registered, register
+from kronfisher.likelihoods import REGISTRY, Categorical, Draws, Likelihood, Registered, register
 from kronfisher.likelihoods.likelihood import sum_per_datum
 
 
@@ -108,6 +108,26 @@ def test_sampled_converges_at_the_monte_carlo_rate(name):
             ratios.append((outer(vectors) / draws - truth).square().sum() / (variance / draws))
         # Squared error over squared standard error: one on average, with a spread below √(2/repeats) = .32.
         assert 0.4 < torch.stack(ratios).mean() < 1.8, (draws, ratios)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_mean_and_noise_variance_are_those_of_the_samples(name):
+    likelihood, outputs, _ = make(name)
+    draws = 20000
+    labels = likelihood.sample(outputs.repeat(draws, *[1] * (outputs.ndim - 1)), Draws(4))
+    mean, variance = likelihood.mean(outputs), likelihood.noise_variance(outputs)
+    assert mean.shape == variance.shape and mean.dtype == variance.dtype == torch.float64
+    if isinstance(likelihood, Categorical):
+        axis = (likelihood.class_dim or 1) % outputs.ndim
+        labels = torch.nn.functional.one_hot(labels, outputs.shape[axis]).movedim(-1, axis)
+    labels = labels.double().reshape(draws, *mean.shape)
+    assert mean.shape == labels.shape[1:] and variance.min() > 1e-3
+    errors = (labels.mean(0) - mean) / (variance / draws).sqrt()
+    assert errors.abs().max() < 5 and errors.abs().max() > 0.01
+    torch.testing.assert_close(labels.var(0), variance, rtol=0.2, atol=0)
+    assert likelihood.mean(outputs.bfloat16()).dtype == likelihood.noise_variance(outputs.half()).dtype == torch.float32
+    likelihood.mean(outputs.requires_grad_()).square().sum().backward()
+    assert outputs.grad is not None and outputs.grad.norm() > 0
 
 
 @cases
@@ -252,6 +272,10 @@ def test_likelihood_without_root_still_has_sampled_and_observed_labels():
     assert torch.equal(Minimal().sampled(outputs, None, Draws(0)), Exponential().sampled(outputs, None, Draws(0)))
     with pytest.raises(UnsupportedError, match=r'Minimal.*define Minimal.root.*ask for labels="sampled"'):
         next(Minimal().exact(outputs, targets))
+    with pytest.raises(UnsupportedError, match=r"predictions: Minimal does not say what its mean is; define Minimal"):
+        Minimal().mean(outputs)
+    with pytest.raises(UnsupportedError, match=r"define Minimal\.noise_variance"):
+        Minimal().noise_variance(outputs)
 
 
 def test_empty_batch_has_empty_vectors():

@@ -37,6 +37,14 @@ class Bernoulli(Likelihood):
         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=probability.dtype)
         return (uniform < probability).to(outputs.dtype)
 
+    def mean(self, outputs: Tensor) -> Tensor:
+        """`p`; see the base class."""
+        return torch.sigmoid(promote(outputs))
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`p(1-p)`; see the base class."""
+        return torch.sigmoid(promote(outputs)) * torch.sigmoid(-promote(outputs))
+
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`√(p(1-p))` for every entry of the outputs; see the base class."""
         logits = promote(outputs.detach())

@@ -64,6 +64,15 @@ class Categorical(Likelihood):
         logits, axis = self._rows(outputs.detach(), None)
         return self._draw(logits.softmax(-1), draws).reshape(_without(outputs, axis))
 
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The class probabilities `p`, in the layout of the outputs; see the base class."""
+        return promote(outputs).softmax(self._axis(outputs, None))
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`p(1-p)` for every class; see the base class."""
+        p = self.mean(outputs)
+        return p * (1 - p)
+
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""
         if targets is None or targets.is_floating_point():

@@ -50,6 +50,14 @@ class Gaussian(Likelihood):
         mean = promote(outputs.detach())
         return (mean + self._variance(outputs).sqrt() * self._noise(mean, draws)).to(outputs.dtype)
 
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The outputs; see the base class."""
+        return promote(outputs)
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`σ²`; see the base class."""
+        return self._variance(outputs).expand(outputs.shape)
+
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`1/σ` for every entry of the outputs; see the base class."""
         return self._variance(outputs).rsqrt().expand(outputs.shape)

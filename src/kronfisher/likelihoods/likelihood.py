@@ -24,8 +24,9 @@ class Likelihood(ABC):
     on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
 
     A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. If the
-    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. A
-    likelihood with positions that do not count overrides `positions`, and zeroes them in `sampled` and `exact`.
+    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. `mean`
+    and `noise_variance` add predictions. A likelihood with positions that do not count overrides `positions`, and
+    zeroes them in `sampled` and `exact`.
 
     Examples:
         Lifetimes with the logarithm of their rate as the output, for which the Hessian is one:
@@ -68,6 +69,39 @@ class Likelihood(ABC):
         Returns:
             Targets, detached, as `log_prob` takes them.
         """
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Mean of the targets under the model: the inverse link. Predictions need it, Fisher matrices do not.
+
+        Args:
+            outputs: `[N, ...]`.
+
+        Returns:
+            `E[targets]` in float32 or better, differentiable with respect to the outputs; for classes their
+            probabilities, with the classes where the outputs have them.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("mean")
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """Variance of the targets around their `mean`, entry by entry: what remains if the outputs are certain.
+
+        Args:
+            outputs: `[N, ...]`.
+
+        Returns:
+            Like the `mean`, in squared units of the targets; for classes the variance p(1-p) of their indicators.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("noise_variance")
+
+    def _undefined(self, method: str) -> UnsupportedError:
+        name = type(self).__name__
+        return UnsupportedError(f"predictions: {name} does not say what its {method} is; define {name}.{method}")
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Square root of the Hessian of one datum where it is diagonal: entries of the outputs are independent.
