@@ -27,9 +27,13 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ y log p + (1 - y) log(1 - p)` over the entries of a datum, `[N]`; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`y log p + (1 - y) log(1 - p)` of every entry; see the base class."""
         outputs = promote(outputs)
         targets = require_shape(targets, outputs.shape, "Bernoulli").to(outputs.dtype)
-        return -sum_per_datum(functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+        return -functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Zeros and ones like the outputs; see the base class."""

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape
+from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+
+_CHUNK = 2**22  # probabilities that are in hand at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,10 @@ class Categorical(Likelihood):
         weight: Non-negative weight `[C]` of every class. The loss of a position is then `-w_y log p_y` with its
             observed target y, so that all labels need targets, and `log_prob` is this weighted sum.
         class_dim: 1 or -1, the dimension of the classes; None to decide by the shape of the targets.
+        label_smoothing: α in [0, 1): the observed label y counts for 1-α and every class for α/C more, as in
+            `torch.nn.CrossEntropyLoss`. It changes `log_prob` and observed labels only: the Hessian of the loss does
+            not depend on labels, and drawn ones come from the model's own p, whose Fisher matrix that Hessian is.
+            (Smoothing drawn labels as well would give (1-α)² of it.)
 
     Raises:
         ValueError: A setting is out of range.
@@ -41,28 +48,46 @@ class Categorical(Likelihood):
     ignore_index: int = -100
     weight: Tensor | None = None
     class_dim: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the settings once."""
         if self.class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim={self.class_dim} must be 1 for [N, C, ...], -1 for [N, ..., C], or None")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1): what all classes share")
         w = self.weight
         if w is not None and not (w.ndim == 1 and bool(((w >= 0) & torch.isfinite(w)).all())):
             raise ValueError(f"weight must be one non-negative, finite number per class, [C]; found {w}")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ w_y log p_y` over the positions of a datum, `[N]`; see the base class."""
-        logits, axis = self._rows(outputs, targets)
-        scale, y = self._labels(outputs, targets, axis)
-        log_p = logits.log_softmax(-1)
-        if y.is_floating_point():
-            return (y * log_p).sum((1, 2))
-        return (scale * log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)).sum(1)
+        """`Σ w_y log p_y` over the positions of a datum, `[N]`; smoothed where asked to; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
+        axis = self._axis(outputs, targets)
+        log_p = promote(_to_rows(outputs, axis)).log_softmax(-1)
+        if _soft(targets):
+            found = (self._soft(targets, outputs, axis) * log_p).sum(-1)
+        else:
+            own, even, index = self._hard(targets, outputs, axis)
+            found = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            if self.label_smoothing:
+                found = found + even * (log_p @ self._weights(outputs, axis))
+        return found.reshape(_without(outputs, axis))
+
+    def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """The dimension of the classes; see the base class."""
+        return self._axis(outputs, targets)
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Class indices, int64, shaped like the outputs without the classes; see the base class."""
-        logits, axis = self._rows(outputs.detach(), None)
-        return self._draw(logits.softmax(-1), draws).reshape(_without(outputs, axis))
+        axis = self._axis(outputs, None)
+        shape = _without(outputs, axis)
+        uniform = self._uniform(outputs, axis, draws)
+        parts = [_inverted(p, uniform[part]) for p, part in _probabilities(outputs, axis)]
+        return torch.cat(parts).reshape(shape) if parts else uniform.long().reshape(shape)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """The class probabilities `p`, in the layout of the outputs; see the base class."""
@@ -75,7 +100,7 @@ class Categorical(Likelihood):
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""
-        if targets is None or targets.is_floating_point():
+        if targets is None or _soft(targets):
             return None
         return (targets.long() != self.ignore_index).unsqueeze(-1).flatten(1)
 
@@ -90,9 +115,10 @@ class Categorical(Likelihood):
         With tail sums `q_i = Σ_{j>i} p_j`, column i has `√(p_i q_i / q_{i-1})` at i and `-p_j/q_i` times that at j > i.
         See the base class.
         """
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale = self._scale(outputs, targets, axis)
-        p = logits.softmax(-1)
+        axis = self._axis(outputs, targets)
+        n, classes = len(outputs), outputs.shape[axis]
+        scale = self._scale(outputs, targets, axis).reshape(n, -1)
+        p = promote(_to_rows(outputs.detach(), axis)).softmax(-1).reshape(n, scale.shape[1], classes)
         tail = p.flip(-1).cumsum(-1).flip(-1)  # tail[i] = q_{i-1}; summing small terms alone keeps their digits
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
@@ -103,21 +129,35 @@ class Categorical(Likelihood):
                 vector = torch.zeros_like(p)
                 vector[:, t, i] = pivot[:, t, i]
                 vector[:, t, i + 1 :] = -(p[:, t, i + 1 :] / after[:, t, i, None]) * pivot[:, t, i, None]
-                yield self._like(vector, outputs, axis)
+                yield _like(vector, outputs, axis)
 
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
-        p = logits.softmax(-1)
-        return self._like(_residual(p, self._draw(p, draws)) * scale, outputs, axis)
+        axis = self._axis(outputs, targets)
+        root = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
+        uniform = self._uniform(outputs, axis, draws)
+        rows = _empty_rows(outputs, axis)
+        for p, part in _probabilities(outputs, axis):
+            rows[part] = _residual_(p, _inverted(p, uniform[part])).mul_(root[part])
+        return _like(rows, outputs, axis)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale, y = self._labels(outputs, targets, axis)
-        p, scale = logits.softmax(-1), scale.unsqueeze(-1)
-        return self._like(scale * p - y if y.is_floating_point() else scale * _residual(p, y), outputs, axis)
+        axis = self._axis(outputs, targets)
+        rows = _empty_rows(outputs, axis)
+        if _soft(targets):
+            y = self._soft(targets.detach(), outputs, axis)
+            for p, part in _probabilities(outputs, axis):
+                rows[part] = p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
+            return _like(rows, outputs, axis)
+        own, even, index = self._hard(targets, outputs, axis)
+        weights = self._weights(outputs, axis)
+        for p, part in _probabilities(outputs, axis):
+            # The smoothed loss adds the mean over all classes of their weighted losses.
+            smooth = (p * weights.sum()).sub_(weights).mul_(even[part].unsqueeze(-1)) if self.label_smoothing else None
+            vector = _residual_(p, index[part]).mul_(own[part].unsqueeze(-1))
+            rows[part] = vector if smooth is None else vector.add_(smooth)
+        return _like(rows, outputs, axis)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
@@ -194,43 +234,54 @@ class Categorical(Likelihood):
             "say Categorical(class_dim=1) or Categorical(class_dim=-1), or correct the targets",
         )
 
-    def _rows(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, int]:
-        """Logits as `[N, P, C]` in float32 or better, and the dimension that the classes came from."""
-        axis = self._axis(outputs, targets)
-        return promote(_to_rows(outputs, axis)), axis
-
-    def _like(self, rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
-        """`[N, P, C]` in the layout and dtype of the outputs."""
-        return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
-
-    def _labels(self, outputs: Tensor, targets: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
-        """What multiplies the Hessian of every position `[N, P]`, and the targets as rows.
-
-        The targets are indices `[N, P]` (0 where ignored, there the scale is 0), or weighted probabilities `[N, P, C]`.
-        """
+    def _weights(self, outputs: Tensor, axis: int) -> Tensor:
+        """The weight of every class, `[C]`."""
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        weight = None if self.weight is None else self.weight.detach().to(outputs.device, dtype)
-        if targets is not None and targets.is_floating_point():
-            y = _to_rows(require_shape(targets, outputs.shape, "Categorical").detach(), axis).to(dtype)
-            y = y if weight is None else y * weight
-            return y.sum(-1), y
+        if self.weight is None:
+            return torch.ones(outputs.shape[axis], device=outputs.device, dtype=dtype)
+        return self.weight.detach().to(outputs.device, dtype)
+
+    def _hard(self, targets: Tensor | None, outputs: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every position `[R]`: the weight of its own class, that of each class alike, and the class.
+
+        The first two are zero where the position is ignored, and so is the class.
+        """
         # Widened first: compared as uint8, ignore_index=-100 would be label 156.
-        y = require_shape(targets, _without(outputs, axis), "Categorical").long().unsqueeze(-1).flatten(1)
-        counts = y != self.ignore_index
-        y = y.where(counts, 0)
-        return (counts.to(dtype) if weight is None else weight[y] * counts), y
+        index = require_shape(targets, _without(outputs, axis), "Categorical").long().flatten()
+        counts = index != self.ignore_index
+        index = index.where(counts, 0)
+        weights = self._weights(outputs, axis)
+        smoothing = self.label_smoothing
+        counts = counts.to(weights.dtype)
+        return (1 - smoothing) * weights[index] * counts, counts * (smoothing / outputs.shape[axis]), index
+
+    def _soft(self, targets: Tensor, outputs: Tensor, axis: int) -> Tensor:
+        """Class probabilities in the targets as rows `[R, C]`, smoothed and times the weight of the class."""
+        weights = self._weights(outputs, axis)
+        y = _to_rows(require_shape(targets, outputs.shape, "Categorical"), axis).to(weights.dtype)
+        if self.label_smoothing:
+            y = y * (1 - self.label_smoothing) + self.label_smoothing / y.shape[-1]
+        return y if self.weight is None else y * weights
 
     def _scale(self, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor:
-        """What multiplies the Hessian of every position `[N, P]`; without targets all positions count alike."""
+        """What multiplies the Hessian of every position `[R]`; without targets all positions count alike."""
         if targets is None and self.weight is None:
-            return torch.ones_like(promote(outputs.detach()).select(axis, 0).unsqueeze(-1).flatten(1))
-        return self._labels(outputs, targets, axis)[0]
+            dtype = torch.promote_types(outputs.dtype, torch.float32)
+            return torch.ones(math.prod(_without(outputs, axis)), device=outputs.device, dtype=dtype)
+        if _soft(targets):
+            return self._soft(targets.detach(), outputs, axis).sum(-1)
+        own, even, _ = self._hard(targets, outputs, axis)
+        return own + even * self._weights(outputs, axis).sum()
 
-    def _draw(self, p: Tensor, draws: Draws) -> Tensor:
-        """Class indices `[N, P]` by inverting the distribution function at one uniform number each."""
-        cumulative = p.cumsum(-1)
-        uniform = draws.uniform(p.shape[:2], device=p.device, dtype=p.dtype) * cumulative[..., -1]
-        return torch.searchsorted(cumulative, uniform.unsqueeze(-1)).squeeze(-1)
+    def _uniform(self, outputs: Tensor, axis: int, draws: Draws) -> Tensor:
+        """One uniform number for every position, `[R]`."""
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        return draws.uniform(_without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
+
+
+def _soft(targets: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the targets are class probabilities."""
+    return targets is not None and targets.is_floating_point()
 
 
 def _without(outputs: Tensor, axis: int) -> tuple[int, ...]:
@@ -238,14 +289,40 @@ def _without(outputs: Tensor, axis: int) -> tuple[int, ...]:
 
 
 def _to_rows(tensor: Tensor, axis: int) -> Tensor:
+    """`[R, C]`: positions of all data, one after the other."""
     last = tensor.movedim(axis, -1)
-    return last.unsqueeze(1).flatten(1, -2)
+    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 
 
-def _residual(p: Tensor, y: Tensor) -> Tensor:
-    """`p - onehot(y)`, its entry at y from the other entries: `p_y - 1` would lose the digits of a confident model."""
-    others = p.scatter(-1, y.unsqueeze(-1), 0)
-    return others.scatter(-1, y.unsqueeze(-1), -others.sum(-1, keepdim=True))
+def _empty_rows(outputs: Tensor, axis: int) -> Tensor:
+    return outputs.new_empty(math.prod(_without(outputs, axis)), outputs.shape[axis])
+
+
+def _like(rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
+    """Rows in the layout and dtype of the outputs."""
+    return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
+
+
+def _probabilities(outputs: Tensor, axis: int) -> Iterator[tuple[Tensor, slice]]:
+    """Softmax of some rows at a time, in float32 or better: with a vocabulary, copies of all would add up."""
+    rows = _to_rows(outputs.detach(), axis)
+    step = max(1, _CHUNK // max(rows.shape[-1], 1))
+    for low in range(0, len(rows), step):
+        part = slice(low, min(low + step, len(rows)))
+        yield promote(rows[part]).softmax(-1), part
+
+
+def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
+    """Class indices `[R]` by inverting the distribution function at one uniform number each."""
+    cumulative = p.cumsum(-1)
+    return torch.searchsorted(cumulative, (uniform * cumulative[..., -1]).unsqueeze(-1)).squeeze(-1)
+
+
+def _residual_(p: Tensor, y: Tensor) -> Tensor:
+    """`p - onehot(y)` in place, its entry at y from the others: `p_y - 1` would lose a confident model's digits."""
+    index = y.unsqueeze(-1)
+    p.scatter_(-1, index, 0)
+    return p.scatter_(-1, index, -p.sum(-1, keepdim=True))
 
 
 def _register(name: str, likelihood: Categorical, *shape: int) -> None:
@@ -263,6 +340,7 @@ def _register(name: str, likelihood: Categorical, *shape: int) -> None:
 _WEIGHT = torch.tensor([0.5, 2.0, 1.0])
 _register("categorical", Categorical(), 4, 3)
 _register("categorical-sequence", Categorical(class_dim=-1), 3, 2, 3)
+_register("categorical-smoothed", Categorical(label_smoothing=0.2, class_dim=-1), 3, 2, 3)
 _register("categorical-images", Categorical(class_dim=1), 3, 3, 2, 2)
 _register("categorical-weighted", Categorical(weight=_WEIGHT), 4, 3)
 _register("categorical-weighted-sequence", Categorical(ignore_index=0, weight=_WEIGHT, class_dim=-1), 3, 2, 3)

@@ -41,9 +41,13 @@ class Gaussian(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`-½((y - f)²/σ² + log 2πσ²)` of every entry; see the base class."""
         outputs, variance = promote(outputs), self._variance(outputs)
         residual = require_shape(targets, outputs.shape, "Gaussian") - outputs
-        return -0.5 * sum_per_datum(residual.square() / variance + (2 * math.pi * variance).log())
+        return -0.5 * (residual.square() / variance + (2 * math.pi * variance).log())
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """`f + σε`, like the outputs; see the base class."""

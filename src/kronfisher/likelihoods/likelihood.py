@@ -70,6 +70,28 @@ class Likelihood(ABC):
             Targets, detached, as `log_prob` takes them.
         """
 
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of every position, whose sum over a datum is `log_prob`; weights per position need it.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The labels, as `sample` makes them.
+
+        Returns:
+            The shape of the outputs, without their `joint_dim`.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("log_probs", "weights per position")
+
+    def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int | None:
+        """The dimension of the outputs whose entries describe one target together, such as the classes.
+
+        None where every entry of the outputs has a target of its own.
+        """
+        return None
+
     def mean(self, outputs: Tensor) -> Tensor:
         """Mean of the targets under the model: the inverse link. Predictions need it, Fisher matrices do not.
 
@@ -99,9 +121,9 @@ class Likelihood(ABC):
         """
         raise self._undefined("noise_variance")
 
-    def _undefined(self, method: str) -> UnsupportedError:
+    def _undefined(self, method: str, purpose: str = "predictions") -> UnsupportedError:
         name = type(self).__name__
-        return UnsupportedError(f"predictions: {name} does not say what its {method} is; define {name}.{method}")
+        return UnsupportedError(f"{purpose}: {name} does not say what its {method} is; define {name}.{method}")
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Square root of the Hessian of one datum where it is diagonal: entries of the outputs are independent.
