@@ -116,9 +116,9 @@ class Categorical(Likelihood):
         See the base class.
         """
         axis = self._axis(outputs, targets)
-        n, classes = len(outputs), outputs.shape[axis]
-        scale = self._scale(outputs, targets, axis).reshape(n, -1)
-        p = promote(_to_rows(outputs.detach(), axis)).softmax(-1).reshape(n, scale.shape[1], classes)
+        n, *places = _without(outputs, axis)
+        scale = self._scale(outputs, targets, axis).reshape(n, math.prod(places))
+        p = promote(_to_rows(outputs.detach(), axis)).softmax(-1).reshape(*scale.shape, outputs.shape[axis])
         tail = p.flip(-1).cumsum(-1).flip(-1)  # tail[i] = q_{i-1}; summing small terms alone keeps their digits
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
