@@ -17,7 +17,7 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
-from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, Likelihood, Poisson
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
 
@@ -38,10 +38,12 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",
     "NumericalWarning",
+    "Poisson",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",

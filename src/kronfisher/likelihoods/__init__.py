@@ -4,6 +4,19 @@ from kronfisher.likelihoods.bernoulli import Bernoulli
 from kronfisher.likelihoods.categorical import Categorical
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.gaussian import Gaussian
+from kronfisher.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from kronfisher.likelihoods.likelihood import REGISTRY, Likelihood, Registered, register
+from kronfisher.likelihoods.poisson import Poisson
 
-__all__ = ["REGISTRY", "Bernoulli", "Categorical", "Draws", "Gaussian", "Likelihood", "Registered", "register"]
+__all__ = [
+    "REGISTRY",
+    "Bernoulli",
+    "Categorical",
+    "Draws",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "Poisson",
+    "Registered",
+    "register",
+]

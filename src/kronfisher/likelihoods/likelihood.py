@@ -268,10 +268,17 @@ class Registered(NamedTuple):
     Attributes:
         factory: Makes the likelihood.
         example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+        labels: `outputs -> targets, targets, …` over which the mean of the Hessian of `-log_prob` is its average over
+            the model's own labels; None if that Hessian does not depend on the label.
     """
 
     factory: Callable[[], Likelihood]
     example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
+    labels: Callable[[Tensor], Sequence[Tensor]] | None = None
+
+    def hessian_labels(self, outputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        """Targets over which to average the Hessian; the given ones if it does not depend on them."""
+        return (targets,) if self.labels is None else self.labels(outputs)
 
 
 REGISTRY: dict[str, Registered] = {}
@@ -281,6 +288,7 @@ def register(
     name: str,
     factory: Callable[[], Likelihood],
     example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]],
+    labels: Callable[[Tensor], Sequence[Tensor]] | None = None,
 ) -> None:
     """Enters a likelihood into `REGISTRY` and thereby into every conformance test.
 
@@ -288,18 +296,34 @@ def register(
         name: Unique name, shown in the tests.
         factory: Makes the likelihood.
         example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+        labels: Needed if the Hessian of `-log_prob` depends on the label, see `Registered`; where it is linear in the
+            label, the mean of the targets is enough.
 
     Raises:
         ValueError: The name is taken.
     """
     if name in REGISTRY:
         raise ValueError(f"a likelihood named {name!r} is registered already; choose another name")
-    REGISTRY[name] = Registered(factory, example)
+    REGISTRY[name] = Registered(factory, example, labels)
 
 
 def promote(tensor: Tensor) -> Tensor:
     """The tensor in float32 or better: float16 and bfloat16 become float32, float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def require_exponentials(exponents: Tensor, name: str, what: str, where: str) -> None:
+    """Refuses exponents that overflow in the precision of the outputs: vectors would not be finite.
+
+    Raises:
+        NumericalError: One is too large.
+    """
+    limit = math.log(torch.finfo(exponents.dtype).max)
+    if exponents.numel() and not bool((largest := exponents.max()) < limit):
+        raise NumericalError(
+            f"{where}: {name} needs {what} below {limit:.0f}, or their exponentials overflow in {exponents.dtype}, "
+            f"found {float(largest):.3g}; look for divergence, or bound the outputs"
+        )
 
 
 def sum_per_datum(tensor: Tensor) -> Tensor:
