@@ -17,7 +17,15 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
-from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, Likelihood, Poisson
+from kronfisher.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+    Weighted,
+)
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
 
@@ -47,6 +55,7 @@ __all__ = [
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
+    "Weighted",
     "compare",
     "coverage",
     "estimate",

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.isolation import tensors_in
 
-__all__ = ["Forward", "checksum", "passes_over", "run"]
+__all__ = ["Forward", "Mask", "checksum", "passes_over", "positions_of", "run"]
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+Mask = Callable[[Any], Tensor] | str
 
 
 def passes_over(data: Any) -> tuple[Iterable[Any], bool]:
@@ -92,6 +93,45 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
     if len(outputs) == 0:
         raise DataError(f"{where} is empty: the outputs have shape {list(outputs.shape)}. Drop empty batches.")
     return outputs, targets
+
+
+def positions_of(batch: Any, mask: Mask, outputs: Tensor, where: str) -> Tensor:
+    """Which positions of a batch count, bool ``[N, P]`` on the device of the outputs.
+
+    Args:
+        batch: as the loader gave it.
+        mask: a function of the batch, or the key of the batch or of its inputs that holds it.
+        outputs: ``[N, ...]``.
+        where: the name of the batch in messages.
+
+    Raises:
+        DataError: there is none, or it is not a number of zeros and ones for each datum.
+    """
+    if isinstance(mask, str):
+        parts = [batch, batch[0]] if isinstance(batch, tuple | list) and batch else [batch]
+        found = next((part[mask] for part in parts if isinstance(part, Mapping) and mask in part), None)
+        if found is None:
+            keys = [list(part) for part in parts if isinstance(part, Mapping)]
+            raise DataError(
+                f"{where}: mask={mask!r} is no key of the batch or its inputs"
+                + (f" (keys {keys[0]})" if keys else ", which are no mappings")
+                + ". Name one, or give a function of the batch that returns the mask."
+            )
+    else:
+        found = mask(batch)
+    if not isinstance(found, Tensor) or found.is_complex() or found.ndim == 0 or len(found) != len(outputs):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(
+            f"{where}: the mask is {shape}, and there are {len(outputs)} data; it must be a tensor [N, P] with one "
+            "number for each position: true where it counts."
+        )
+    other = found[(found != 0) & (found != 1)] if found.dtype != torch.bool else found[:0]
+    if other.numel():
+        raise DataError(
+            f"{where}: the mask holds {float(other[0])}, and it must be true (or 1) where a position counts and false "
+            "(or 0) elsewhere. For weights use kf.Weighted."
+        )
+    return (found != 0).unsqueeze(-1).flatten(1).to(outputs.device)
 
 
 def not_finite(batch: Any, where: str) -> NumericalError:

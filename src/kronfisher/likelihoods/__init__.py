@@ -7,6 +7,8 @@ from kronfisher.likelihoods.gaussian import Gaussian
 from kronfisher.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from kronfisher.likelihoods.likelihood import REGISTRY, Likelihood, Registered, register
 from kronfisher.likelihoods.poisson import Poisson
+from kronfisher.likelihoods.positions import along_outputs, masked_positions
+from kronfisher.likelihoods.weighted import Weighted
 
 __all__ = [
     "REGISTRY",
@@ -18,5 +20,8 @@ __all__ = [
     "Likelihood",
     "Poisson",
     "Registered",
+    "Weighted",
+    "along_outputs",
+    "masked_positions",
     "register",
 ]

@@ -246,7 +246,7 @@ class Likelihood(ABC):
             fail(
                 where,
                 f"{name} needs the targets to be a tensor, found {type(targets).__name__}",
-                "convert them with torch.as_tensor",
+                "convert them with torch.as_tensor (pairs (targets, weight) are for Weighted)",
             )
         if targets.device != outputs.device:
             fail(
