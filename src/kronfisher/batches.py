@@ -259,7 +259,7 @@ def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if record:
         other = copy(value)
         for name, item in new.items():
-            object.__setattr__(other, name, item)
+            object.__setattr__(other, str(name), item)
         return other
     return type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
 

@@ -49,7 +49,9 @@ def estimate(
         model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP
             and ``torch.compile`` wrappers are removed, compiled parts run eagerly.
         data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. Inputs
-            go in as ``model(x)`` (a tensor), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping).
+            go in as ``model(x)`` (a tensor or array), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping). A batch
+            may also be one mapping or data class, with targets under the key ``"labels"``. Of the outputs their tensor
+            ``logits`` is taken, if they are none themselves. See ``docs/likelihoods.md``.
         likelihood: what the outputs mean, such as ``kf.Categorical()``.
         fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to
             either.
