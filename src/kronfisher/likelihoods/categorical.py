@@ -1,7 +1,7 @@
 """One of C classes: the likelihood of softmax and cross-entropy."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -86,8 +86,9 @@ class Categorical(Likelihood):
         axis = self._axis(outputs, None)
         shape = _without(outputs, axis)
         uniform = self._uniform(outputs, axis, draws)
-        parts = [_inverted(p, uniform[part]) for p, part in _probabilities(outputs, axis)]
-        return torch.cat(parts).reshape(shape) if parts else uniform.long().reshape(shape)
+        rows = _to_rows(outputs.detach(), axis)
+        parts = [_inverted(promote(rows[part]).softmax(-1), uniform[part]) for part in _parts(rows)]
+        return torch.cat(parts).reshape(shape)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """The class probabilities `p`, in the layout of the outputs; see the base class."""
@@ -136,28 +137,32 @@ class Categorical(Likelihood):
         axis = self._axis(outputs, targets)
         root = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
         uniform = self._uniform(outputs, axis, draws)
-        rows = _empty_rows(outputs, axis)
-        for p, part in _probabilities(outputs, axis):
-            rows[part] = _residual_(p, _inverted(p, uniform[part])).mul_(root[part])
-        return _like(rows, outputs, axis)
+
+        def vector(p: Tensor, part: slice) -> Tensor:
+            return _residual_(p, _inverted(p, uniform[part])).mul_(root[part])
+
+        return _from_probabilities(outputs, axis, vector)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
         axis = self._axis(outputs, targets)
-        rows = _empty_rows(outputs, axis)
         if _soft(targets):
             y = self._soft(targets.detach(), outputs, axis)
-            for p, part in _probabilities(outputs, axis):
-                rows[part] = p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
-            return _like(rows, outputs, axis)
-        own, even, index = self._hard(targets, outputs, axis)
+
+            def vector(p: Tensor, part: slice) -> Tensor:
+                return p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
+
+            return _from_probabilities(outputs, axis, vector)
+        own, even, index = (number.unsqueeze(-1) for number in self._hard(targets, outputs, axis))
         weights = self._weights(outputs, axis)
-        for p, part in _probabilities(outputs, axis):
+
+        def vector(p: Tensor, part: slice) -> Tensor:
             # The smoothed loss adds the mean over all classes of their weighted losses.
-            smooth = (p * weights.sum()).sub_(weights).mul_(even[part].unsqueeze(-1)) if self.label_smoothing else None
-            vector = _residual_(p, index[part]).mul_(own[part].unsqueeze(-1))
-            rows[part] = vector if smooth is None else vector.add_(smooth)
-        return _like(rows, outputs, axis)
+            smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
+            found = _residual_(p, index[part].squeeze(-1)).mul_(own[part])
+            return found if smooth is None else found.add_(smooth)
+
+        return _from_probabilities(outputs, axis, vector)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
@@ -294,22 +299,30 @@ def _to_rows(tensor: Tensor, axis: int) -> Tensor:
     return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 
 
-def _empty_rows(outputs: Tensor, axis: int) -> Tensor:
-    return outputs.new_empty(math.prod(_without(outputs, axis)), outputs.shape[axis])
-
-
 def _like(rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
     """Rows in the layout and dtype of the outputs."""
     return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
 
 
-def _probabilities(outputs: Tensor, axis: int) -> Iterator[tuple[Tensor, slice]]:
-    """Softmax of some rows at a time, in float32 or better: with a vocabulary, copies of all would add up."""
-    rows = _to_rows(outputs.detach(), axis)
+def _parts(rows: Tensor) -> list[slice]:
+    """Some rows at a time; at least one part, if an empty one."""
     step = max(1, _CHUNK // max(rows.shape[-1], 1))
-    for low in range(0, len(rows), step):
-        part = slice(low, min(low + step, len(rows)))
-        yield promote(rows[part]).softmax(-1), part
+    return [slice(low, low + step) for low in range(0, max(len(rows), 1), step)]
+
+
+def _from_probabilities(outputs: Tensor, axis: int, vector: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Vectors made of the softmax of some rows at a time: with a vocabulary, copies of all would add up.
+
+    The probabilities are in float32 or better, and may be overwritten.
+    """
+    rows = _to_rows(outputs.detach(), axis)
+    parts = _parts(rows)
+    if len(parts) == 1:
+        return _like(vector(promote(rows).softmax(-1), parts[0]), outputs, axis)
+    found = torch.empty_like(rows)
+    for part in parts:
+        found[part] = vector(promote(rows[part]).softmax(-1), part)
+    return _like(found, outputs, axis)
 
 
 def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
