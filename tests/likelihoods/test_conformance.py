@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.likelihoods import REGISTRY, Categorical, Draws, Likelihood, Registered, register
-from kronfisher.likelihoods.likelihood import sum_per_datum
+from kronfisher.likelihoods.checks import sum_per_datum
 
 
 class Exponential(Likelihood):

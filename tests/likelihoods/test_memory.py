@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kronfisher as kf
-from kronfisher.likelihoods import Draws, Likelihood, Weighted
+from kronfisher.likelihoods import REGISTRY, Draws, Likelihood, Weighted
 
 
 class Memory(TorchDispatchMode):
@@ -65,7 +65,7 @@ LIKELIHOODS = {
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_vectors_take_a_small_multiple_of_the_outputs(name, monkeypatch):
-    monkeypatch.setattr("kronfisher.likelihoods.categorical._CHUNK", 2**16)
+    monkeypatch.setattr("kronfisher.likelihoods.softmax._CHUNK", 2**16)
     likelihood, allowed = LIKELIHOODS[name]
     outputs, targets = torch.randn(8, 32, 5000), torch.randint(5000, (8, 32))
     targets = (targets, torch.rand(8)) if isinstance(likelihood, Weighted) else targets
@@ -97,7 +97,7 @@ def test_checks_make_no_copies():
 @pytest.mark.parametrize("labels", ["sampled", "exact"])
 def test_an_estimate_with_ten_thousand_outputs(likelihood: Likelihood, labels, monkeypatch):
     """All parameters of the head together are small: N·C·P would be 500 times the outputs."""
-    monkeypatch.setattr("kronfisher.likelihoods.categorical._CHUNK", 2**16)
+    monkeypatch.setattr("kronfisher.likelihoods.softmax._CHUNK", 2**16)
     classes, n = (10_000, 64) if labels == "sampled" else (200, 256)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, classes))
     x, size = torch.randn(n, 5), 4 * n * classes
@@ -105,3 +105,25 @@ def test_an_estimate_with_ten_thousand_outputs(likelihood: Likelihood, labels, m
         fisher = kf.estimate(model, x, likelihood, fit="diagonal", labels=labels, exact_limit=classes)
     assert fisher.trace() > 0
     assert memory.peak < 18 * size and memory.largest <= 2 * size, (memory.peak / size, memory.largest / size)
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if "categorical" in name])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_a_few_rows_at_a_time_give_the_same(name, soft, monkeypatch):
+    factory, example, _ = REGISTRY[name]
+    likelihood = factory()
+    outputs, targets = example(torch.Generator().manual_seed(1), torch.float64)
+    if soft:
+        targets = (2 * outputs).softmax(likelihood.joint_dim(outputs, targets))
+
+    def everything():
+        return [
+            likelihood.sampled(outputs, targets, Draws(0)),
+            likelihood.observed(outputs, targets),
+            likelihood.sample(outputs, Draws(1)).double(),
+        ]
+
+    whole = everything()
+    monkeypatch.setattr("kronfisher.likelihoods.softmax._CHUNK", 2 * 3)
+    for found, expected in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)

@@ -1,17 +1,18 @@
 """One of C classes: the likelihood of softmax and cross-entropy."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
-
-_CHUNK = 2**22  # probabilities that are in hand at a time
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.softmax import from_probabilities, inverted, like, parts, residual_, to_rows, without
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Categorical(Likelihood):
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
         axis = self._axis(outputs, targets)
-        log_p = promote(_to_rows(outputs, axis)).log_softmax(-1)
+        log_p = promote(to_rows(outputs, axis)).log_softmax(-1)
         if _soft(targets):
             found = (self._soft(targets, outputs, axis) * log_p).sum(-1)
         else:
@@ -75,7 +76,7 @@ class Categorical(Likelihood):
             found = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             if self.label_smoothing:
                 found = found + even * (log_p @ self._weights(outputs, axis))
-        return found.reshape(_without(outputs, axis))
+        return found.reshape(without(outputs, axis))
 
     def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """The dimension of the classes; see the base class."""
@@ -84,11 +85,11 @@ class Categorical(Likelihood):
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Class indices, int64, shaped like the outputs without the classes; see the base class."""
         axis = self._axis(outputs, None)
-        shape = _without(outputs, axis)
+        shape = without(outputs, axis)
         uniform = self._uniform(outputs, axis, draws)
-        rows = _to_rows(outputs.detach(), axis)
-        parts = [_inverted(promote(rows[part]).softmax(-1), uniform[part]) for part in _parts(rows)]
-        return torch.cat(parts).reshape(shape)
+        rows = to_rows(outputs.detach(), axis)
+        drawn = [inverted(promote(rows[part]).softmax(-1), uniform[part]) for part in parts(rows)]
+        return torch.cat(drawn).reshape(shape)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """The class probabilities `p`, in the layout of the outputs; see the base class."""
@@ -108,7 +109,7 @@ class Categorical(Likelihood):
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """P·(C-1); see the base class."""
         axis = self._axis(outputs, targets)
-        return math.prod(_without(outputs, axis)[1:]) * (outputs.shape[axis] - 1)
+        return math.prod(without(outputs, axis)[1:]) * (outputs.shape[axis] - 1)
 
     def exact(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the columns of the Cholesky factor of `w_y (diag(p) - p pᵀ)`, one position after the other.
@@ -117,9 +118,9 @@ class Categorical(Likelihood):
         See the base class.
         """
         axis = self._axis(outputs, targets)
-        n, *places = _without(outputs, axis)
+        n, *places = without(outputs, axis)
         scale = self._scale(outputs, targets, axis).reshape(n, math.prod(places))
-        p = promote(_to_rows(outputs.detach(), axis)).softmax(-1).reshape(*scale.shape, outputs.shape[axis])
+        p = promote(to_rows(outputs.detach(), axis)).softmax(-1).reshape(*scale.shape, outputs.shape[axis])
         tail = p.flip(-1).cumsum(-1).flip(-1)  # tail[i] = q_{i-1}; summing small terms alone keeps their digits
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
@@ -130,7 +131,7 @@ class Categorical(Likelihood):
                 vector = torch.zeros_like(p)
                 vector[:, t, i] = pivot[:, t, i]
                 vector[:, t, i + 1 :] = -(p[:, t, i + 1 :] / after[:, t, i, None]) * pivot[:, t, i, None]
-                yield _like(vector, outputs, axis)
+                yield like(vector, outputs, axis)
 
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
@@ -139,9 +140,9 @@ class Categorical(Likelihood):
         uniform = self._uniform(outputs, axis, draws)
 
         def vector(p: Tensor, part: slice) -> Tensor:
-            return _residual_(p, _inverted(p, uniform[part])).mul_(root[part])
+            return residual_(p, inverted(p, uniform[part])).mul_(root[part])
 
-        return _from_probabilities(outputs, axis, vector)
+        return from_probabilities(outputs, axis, vector)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
@@ -152,17 +153,17 @@ class Categorical(Likelihood):
             def vector(p: Tensor, part: slice) -> Tensor:
                 return p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
 
-            return _from_probabilities(outputs, axis, vector)
+            return from_probabilities(outputs, axis, vector)
         own, even, index = (number.unsqueeze(-1) for number in self._hard(targets, outputs, axis))
         weights = self._weights(outputs, axis)
 
         def vector(p: Tensor, part: slice) -> Tensor:
             # The smoothed loss adds the mean over all classes of their weighted losses.
             smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
-            found = _residual_(p, index[part].squeeze(-1)).mul_(own[part])
+            found = residual_(p, index[part].squeeze(-1)).mul_(own[part])
             return found if smooth is None else found.add_(smooth)
 
-        return _from_probabilities(outputs, axis, vector)
+        return from_probabilities(outputs, axis, vector)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
@@ -212,7 +213,7 @@ class Categorical(Likelihood):
                 f"Categorical needs integer class indices, found {targets.dtype} of shape {list(targets.shape)}",
                 "convert them with targets.long()",
             )
-        targets = require_shape(targets, _without(outputs, axis), "Categorical", where).long()
+        targets = require_shape(targets, without(outputs, axis), "Categorical", where).long()
         outside = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
         if outside.any():
             fail(
@@ -227,7 +228,7 @@ class Categorical(Likelihood):
             return 1
         if self.class_dim is not None:
             return self.class_dim % outputs.ndim
-        choices = {axis: _without(outputs, axis) for axis in (1, outputs.ndim - 1)}
+        choices = {axis: without(outputs, axis) for axis in (1, outputs.ndim - 1)}
         fits = [axis for axis, shape in choices.items() if targets is not None and tuple(targets.shape) == shape]
         if len(fits) == 1:
             return fits[0]
@@ -252,7 +253,7 @@ class Categorical(Likelihood):
         The first two are zero where the position is ignored, and so is the class.
         """
         # Widened first: compared as uint8, ignore_index=-100 would be label 156.
-        index = require_shape(targets, _without(outputs, axis), "Categorical").long().flatten()
+        index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
         counts = index != self.ignore_index
         index = index.where(counts, 0)
         weights = self._weights(outputs, axis)
@@ -263,7 +264,7 @@ class Categorical(Likelihood):
     def _soft(self, targets: Tensor, outputs: Tensor, axis: int) -> Tensor:
         """Class probabilities in the targets as rows `[R, C]`, smoothed and times the weight of the class."""
         weights = self._weights(outputs, axis)
-        y = _to_rows(require_shape(targets, outputs.shape, "Categorical"), axis).to(weights.dtype)
+        y = to_rows(require_shape(targets, outputs.shape, "Categorical"), axis).to(weights.dtype)
         if self.label_smoothing:
             y = y * (1 - self.label_smoothing) + self.label_smoothing / y.shape[-1]
         return y if self.weight is None else y * weights
@@ -272,7 +273,7 @@ class Categorical(Likelihood):
         """What multiplies the Hessian of every position `[R]`; without targets all positions count alike."""
         if targets is None and self.weight is None:
             dtype = torch.promote_types(outputs.dtype, torch.float32)
-            return torch.ones(math.prod(_without(outputs, axis)), device=outputs.device, dtype=dtype)
+            return torch.ones(math.prod(without(outputs, axis)), device=outputs.device, dtype=dtype)
         if _soft(targets):
             return self._soft(targets.detach(), outputs, axis).sum(-1)
         own, even, _ = self._hard(targets, outputs, axis)
@@ -281,7 +282,7 @@ class Categorical(Likelihood):
     def _uniform(self, outputs: Tensor, axis: int, draws: Draws) -> Tensor:
         """One uniform number for every position, `[R]`."""
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        return draws.uniform(_without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
+        return draws.uniform(without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
 
 
 def _soft(targets: Tensor | None) -> TypeGuard[Tensor]:
@@ -289,60 +290,11 @@ def _soft(targets: Tensor | None) -> TypeGuard[Tensor]:
     return targets is not None and targets.is_floating_point()
 
 
-def _without(outputs: Tensor, axis: int) -> tuple[int, ...]:
-    return (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
-
-
-def _to_rows(tensor: Tensor, axis: int) -> Tensor:
-    """`[R, C]`: positions of all data, one after the other."""
-    last = tensor.movedim(axis, -1)
-    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
-
-
-def _like(rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
-    """Rows in the layout and dtype of the outputs."""
-    return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
-
-
-def _parts(rows: Tensor) -> list[slice]:
-    """Some rows at a time; at least one part, if an empty one."""
-    step = max(1, _CHUNK // max(rows.shape[-1], 1))
-    return [slice(low, low + step) for low in range(0, max(len(rows), 1), step)]
-
-
-def _from_probabilities(outputs: Tensor, axis: int, vector: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Vectors made of the softmax of some rows at a time: with a vocabulary, copies of all would add up.
-
-    The probabilities are in float32 or better, and may be overwritten.
-    """
-    rows = _to_rows(outputs.detach(), axis)
-    parts = _parts(rows)
-    if len(parts) == 1:
-        return _like(vector(promote(rows).softmax(-1), parts[0]), outputs, axis)
-    found = torch.empty_like(rows)
-    for part in parts:
-        found[part] = vector(promote(rows[part]).softmax(-1), part)
-    return _like(found, outputs, axis)
-
-
-def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
-    """Class indices `[R]` by inverting the distribution function at one uniform number each."""
-    cumulative = p.cumsum(-1)
-    return torch.searchsorted(cumulative, (uniform * cumulative[..., -1]).unsqueeze(-1)).squeeze(-1)
-
-
-def _residual_(p: Tensor, y: Tensor) -> Tensor:
-    """`p - onehot(y)` in place, its entry at y from the others: `p_y - 1` would lose a confident model's digits."""
-    index = y.unsqueeze(-1)
-    p.scatter_(-1, index, 0)
-    return p.scatter_(-1, index, -p.sum(-1, keepdim=True))
-
-
 def _register(name: str, likelihood: Categorical, *shape: int) -> None:
     def example(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
         axis = (likelihood.class_dim or 1) % len(shape)
-        targets = torch.randint(shape[axis], _without(outputs, axis), generator=generator)
+        targets = torch.randint(shape[axis], without(outputs, axis), generator=generator)
         if len(shape) > 2:
             targets[:, -1] = likelihood.ignore_index
         return outputs.to(dtype), targets

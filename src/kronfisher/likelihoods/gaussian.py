@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,13 +3,15 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import NumericalError, UnsupportedError
+from kronfisher.likelihoods.checks import fail
 from kronfisher.likelihoods.draws import Draws
+from kronfisher.linalg import promote
 
 
 class Likelihood(ABC):
@@ -20,8 +22,8 @@ class Likelihood(ABC):
     by N. They come back detached, in the outputs' dtype, computed in float32 or better.
 
     The Hessian meant is the one averaged over labels drawn from the model, that is, the Fisher matrix of the outputs.
-    For outputs that are natural parameters (logits, means of known variance, logarithms of rates) it does not depend
-    on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
+    For outputs that are natural parameters (logits, means of known variance, logarithms of Poisson rates) it does not
+    depend on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
 
     A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. If the
     entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. `mean`
@@ -29,11 +31,11 @@ class Likelihood(ABC):
     zeroes them in `sampled` and `exact`.
 
     Examples:
-        Lifetimes with the logarithm of their rate as the output, for which the Hessian is one:
+        Lifetimes with the logarithm of their rate as the output; the mean of the Hessian is one:
 
         >>> class Exponential(Likelihood):
         ...     def log_prob(self, outputs, targets):
-        ...         return sum_per_datum(outputs - targets * outputs.exp())
+        ...         return (outputs - targets * outputs.exp()).flatten(1).sum(1)
         ...     def sample(self, outputs, draws):
         ...         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=outputs.dtype)
         ...         return -uniform.log() / outputs.detach().exp()
@@ -305,58 +307,3 @@ def register(
     if name in REGISTRY:
         raise ValueError(f"a likelihood named {name!r} is registered already; choose another name")
     REGISTRY[name] = Registered(factory, example, labels)
-
-
-def promote(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better: float16 and bfloat16 become float32, float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def require_exponentials(exponents: Tensor, name: str, what: str, where: str) -> None:
-    """Refuses exponents that overflow in the precision of the outputs: vectors would not be finite.
-
-    Raises:
-        NumericalError: One is too large.
-    """
-    limit = math.log(torch.finfo(exponents.dtype).max)
-    if exponents.numel() and not bool((largest := exponents.max()) < limit):
-        raise NumericalError(
-            f"{where}: {name} needs {what} below {limit:.0f}, or their exponentials overflow in {exponents.dtype}, "
-            f"found {float(largest):.3g}; look for divergence, or bound the outputs"
-        )
-
-
-def sum_per_datum(tensor: Tensor) -> Tensor:
-    """Sum of `[N, ...]` over everything but the data: `[N]`."""
-    return tensor.unsqueeze(-1).flatten(1).sum(1)
-
-
-def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where: str = "targets") -> Tensor:
-    """The targets, once they are known to have this very shape: broadcasting would be silently wrong.
-
-    Args:
-        targets: What was given.
-        shape: What is needed.
-        name: Who needs it, for the message.
-        where: Name of the batch, for the message.
-
-    Returns:
-        The targets.
-
-    Raises:
-        DataError: There are none, or their shape differs.
-    """
-    if targets is None:
-        fail(where, f"{name} needs targets of shape {list(shape)}, found none", "give (inputs, targets) batches")
-    if tuple(targets.shape) != tuple(shape):
-        fail(
-            where,
-            f"{name} needs targets of shape {list(shape)}, found {list(targets.shape)}",
-            "reshape the targets or the outputs; nothing is broadcast",
-        )
-    return targets
-
-
-def fail(where: str, what: str, remedy: str) -> NoReturn:
-    """Raises a `DataError` that says where, what and what to do."""
-    raise DataError(f"{where}: {what}; {remedy}")

@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor
 
-from kronfisher.likelihoods.likelihood import fail
+from kronfisher.likelihoods.checks import fail
 
 __all__ = ["along_outputs", "masked_positions", "spread"]
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.likelihoods.checks import fail, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, sum_per_datum
+from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.positions import masked_positions, spread
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)
