@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward, not_finite, run
+from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
 from kronfisher.blocks import Block, View
 from kronfisher.capture import Capture, Proof
 from kronfisher.claims import covered, misused, refuse
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fits import Choice, Fit, Plan, choose
-from kronfisher.likelihoods import Draws, Likelihood
+from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
 from kronfisher.linalg import promote
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import WORKSPACE
@@ -58,6 +58,7 @@ class Accumulator:
         forward: how a batch goes through the model, if not as `batches.run` does it.
         memory_budget: bytes for states and temporaries; None: what is free.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        mask: which positions count, as for `estimate`.
         groups: filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
@@ -74,6 +75,7 @@ class Accumulator:
     forward: Forward | None = None
     memory_budget: int | None = None
     exact_limit: int = 1000
+    mask: Mask | None = None
     groups: list[Group] = field(default_factory=list)
     count: float | Tensor = 0.0
     backward_passes: int = 0
@@ -130,7 +132,11 @@ class Accumulator:
         except NumericalError as error:
             raise not_finite(batch, where) from error
         steps = self._steps(values, targets, where)
-        mask = self.likelihood.positions(values, targets)
+        mask, kept = self.likelihood.positions(values, targets), None
+        if self.mask is not None:
+            given = positions_of(batch, self.mask, values, where)
+            kept = along_outputs(given, values, self.likelihood.joint_dim(values, targets), where)
+            mask = masked_positions(given, mask, where)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
         parts = self.parts(capture, proof)
@@ -146,6 +152,7 @@ class Accumulator:
         refuse(problems, where)
         stream = Stream(entries, owners, mask)
         for column, vector in enumerate(self._vectors(values, targets)):
+            vector = vector if kept is None else vector * kept  # what is masked has no loss
             capture.backward(outputs, vector, stream.receive, proof.sources, retain=column + 1 < steps)
             stream.flush()
             self.backward_passes += 1
