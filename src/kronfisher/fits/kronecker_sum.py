@@ -167,7 +167,9 @@ class KroneckerSum(Fit):
         if not number:
             return "no samples"
         steps = float(state.sums["steps"]) / number
-        text = f"{self.method}, {steps:.0f} steps, accuracy {state.facts['accuracy']}"
+        worst = state.facts["accuracy"]
+        done = "" if worst <= self.tolerance else " (NOT converged)"
+        text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
         return text if number == 1 else f"{text}; {number:.0f} pieces"
 
     # Within -----------------------------------------------------------------------------------------------------------
@@ -205,8 +207,7 @@ class KroneckerSum(Fit):
             state.sums |= _stacks(kind, A, B)
         state.sums["pieces"] += 1
         state.sums["steps"] += steps
-        worst = max(accuracy, float(state.facts.get("accuracy", 0)))
-        state.facts["accuracy"] = f"{worst:.0e}"
+        state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
 
     def _found(
         self, piece: list[Samples], terms: int, odd: bool, less: Terms | None
