@@ -2,40 +2,25 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
-
 from kronfisher.blocks import Block, View
-from kronfisher.capture import Capture, Proof
 from kronfisher.errors import UnsupportedError
 
-__all__ = ["covered", "detached", "misused", "refuse", "unclaimed"]
+__all__ = ["detached", "hidden", "misused", "refuse", "unclaimed"]
 
 
-def covered(capture: Capture, outputs: Tensor, where: str) -> Proof:
-    """The proof that every way from the outputs to a trainable parameter is understood.
-
-    Raises:
-        UnsupportedError: naming the parameters and the operators that are not, or outputs without any of them.
-    """
-    proof = capture.prove(outputs)
-    if proof.unclaimed:
-        lines = [unclaimed(name, operators) for name, operators in proof.unclaimed.items()]
-        raise UnsupportedError(
-            f"{where}: these trainable parameters are used by operators that are not supported yet:\n  "
-            + "\n  ".join(lines)
-            + "\nFreeze them with requires_grad_(False) to leave them out of the Fisher matrix."
-        )
-    if not proof.alive:
-        raise detached(where)
-    return proof
+def hidden(name: str, functions: Iterable[str]) -> str:
+    """What to say of a parameter used inside autograd functions that it was not given to."""
+    hint = (
+        " Reentrant checkpointing hides its layers: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        if "CheckpointFunction" in functions
+        else " Pass the parameter to the function, or freeze it with requires_grad_(False)."
+    )
+    return f"{name}: used by {', '.join(sorted(functions))} inside, where no graph shows its gradient.{hint}"
 
 
 def unclaimed(name: str, operators: Iterable[str]) -> str:
     """What to say of a parameter used by operators that are not understood."""
-    hint = (
-        " (reentrant checkpointing hides its layers: use_reentrant=False)" if "CheckpointFunction" in operators else ""
-    )
-    return f"{name}: used by {', '.join(sorted(operators))}{hint}"
+    return f"{name}: used by {', '.join(sorted(operators))}"
 
 
 def detached(where: str) -> UnsupportedError:

@@ -165,6 +165,7 @@ class CrossTerms(Fit):
 
     operators: dict[tuple[Block, ...], Operator]
     kept: "Kept"
+    exact = True
 
     def __eq__(self, other: object) -> bool:
         return self is other  # or blocks of several would be joined

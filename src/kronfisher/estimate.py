@@ -10,6 +10,7 @@ from kronfisher.accumulate import Accumulator, Labels
 from kronfisher.batches import Forward
 from kronfisher.blocks import Block, View
 from kronfisher.error import Origin
+from kronfisher.fallback import FALLBACK
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import promote
@@ -35,6 +36,7 @@ def estimate(
     seed: int = 0,
     memory_budget: int | None = None,
     exact_limit: int = 1000,
+    strict: bool = False,
     progress: Progress = False,
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
@@ -64,13 +66,16 @@ def estimate(
         memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices
             that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is taken from
+            the gradients of single data, one backward pass each, and the report says so.
         progress: True writes a line to standard error; a function receives the same text.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled.
+        UnsupportedError: data are coupled, or parts of the model cannot be seen; with ``strict=True`` also wherever a
+            trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
         ValueError: another option makes no sense.
@@ -93,6 +98,7 @@ def estimate(
     began = time.perf_counter()
     recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
     run = recipe.accumulator(fit)
+    run.strict = strict
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
@@ -101,7 +107,10 @@ def estimate(
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks, operator))
-            infos[block_name(group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+            reason = "\n".join(run.fallback[b.name] for b in group.blocks if b.operator == FALLBACK)
+            method = f"fallback: {group.fit!r}" if reason and len(group.blocks) == 1 else repr(group.fit)
+            rows = float(group.state.rows)
+            infos[block_name(group.blocks)] = BlockInfo(method, rows, group.seconds, reason=reason)
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         for block, operator in _unused(run):
             entries.append(((block,), operator))

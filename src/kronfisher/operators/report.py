@@ -25,6 +25,7 @@ class Row:
         error: relative Frobenius error, None where it was not measured.
         bytes: memory of its operator.
         seconds: spent on it alone.
+        reason: why only the fallback could treat it: a parameter used in a way that is not understood.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     error: float | None
     bytes: int
     seconds: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Report:
         head = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
         body = [
             (
-                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}", r.structure),
+                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}"),
+                ("fallback: " if r.reason else "") + r.structure,
                 *(_error(r.error), _bytes(r.bytes), f"{r.seconds:.2f}"),
             )
             for r in self.rows
@@ -76,7 +79,8 @@ class Report:
         lines = _table([head, *body, total], left=(0, 3))
         rule = "-" * max(map(len, lines))
         facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), max(len(rule), 110))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts])
+        reasons = dict.fromkeys(f"fallback for {line}" for r in self.rows for line in r.reason.splitlines())
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts, *reasons])
 
 
 def report(fisher: "Fisher") -> Report:
@@ -101,7 +105,7 @@ def report(fisher: "Fisher") -> Report:
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
         error = block.error if measured is None else measured.blocks.get(name)
-        made = (block.method, error, operator.bytes, block.seconds)
+        made = (block.method, error, operator.bytes, block.seconds, block.reason)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
