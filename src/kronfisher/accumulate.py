@@ -222,8 +222,7 @@ class Accumulator:
             call = capture.calls[index]
             if not call.constant and any(use.name in self.fallback for use in call.uses):
                 edges[len(edges)] = (call.operator, call.edge)
-        mixing = capture.mixing(outputs, {key: edge for key, (_, edge) in edges.items()})
-        if mixing:
+        if mixing := capture.mixing(outputs, {key: edge for key, (_, edge) in edges.items()}) if edges else []:
             names = ", ".join(sorted({edges[key][0] for key in mixing}))
             refuse({names: coupled(f"{names} (with {', '.join(self.fallback)})")}, where)
         fine.add(proof.graph)
@@ -270,10 +269,10 @@ class Accumulator:
             for use in call.uses:
                 weight, bias = (v if v and v.parameter not in self.fallback else None for v in (use.weight, use.bias))
                 if weight and bias and self.fits[weight.parameter] == self.fits[bias.parameter]:
-                    several.append(Part(use, Block(weight.label, call.operator, weight, bias), True, True))
+                    several.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
                     continue
                 if weight:
-                    several.append(Part(use, Block(weight.label, call.operator, weight, None), True, False))
+                    several.append(Part(use, Block(weight.label, call.operator, weight, None, use.onehot), True, False))
                 if bias:
                     several.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
         return parts

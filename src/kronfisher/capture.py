@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
-from kronfisher.uses import OPERATORS, Probe, Use
+from kronfisher.uses import OPERATORS, Probe, Use, Viewer
 
 __all__ = ["Call", "Capture", "Proof"]
 
@@ -112,6 +112,7 @@ class Capture(TorchFunctionMode):
         self._chains: dict[Node, str] = {}  # nodes between a parameter and its uses: views and casts
         self._constant = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
         self._meetings: list[tuple[str, GradientEdge]] = []
+        self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
         self._touched: dict[str, set[str]] = {}
         self._hidden: dict[str, set[str]] = {}  # used inside autograd functions, where no graph is made
         self._receiver: Receiver | None = None
@@ -138,7 +139,13 @@ class Capture(TorchFunctionMode):
         if handler is not None and torch.is_grad_enabled():
             tensors = list(_tensors(args, kwargs))
             views = {id(tensor): self.view(tensor) for tensor in tensors}
-            if uses := self._uses(handler, args, kwargs, tensors, views):
+            lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
+            if all(map(self._is_constant, tensors)):
+                lookups = {}  # they do not meet data here
+            if uses := self._uses(handler, args, kwargs, tensors, Viewer(views, lookups)):
+                for tensor in tensors:
+                    if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
+                        views[id(tensor)] = lookups[id(tensor)].weight
                 made = [tensor for tensor in tensors if tensor.grad_fn is not None]
                 bases = (tensor._base for tensor in made)  # from which an operator in place goes on
                 operands: dict[Any, View | None] = {base.grad_fn: None for base in bases if base is not None}
@@ -157,13 +164,9 @@ class Capture(TorchFunctionMode):
         args: tuple,
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        views: Mapping[int, View | None],
+        view: Viewer,
     ) -> tuple[Use, ...]:
         """What an operator does with trainable parameters; nothing unless each that it is given is accounted for."""
-
-        def view(value: Any) -> View | None:
-            return views.get(id(value))
-
         try:
             uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
@@ -172,8 +175,8 @@ class Capture(TorchFunctionMode):
             return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
         if not uses:
             return ()
-        windows = [window for use in uses for window in (use.weight, use.bias) if window]
-        given = sum(views[id(tensor)] is not None for tensor in tensors)
+        windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
+        given = sum(view(tensor) is not None for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
@@ -208,6 +211,8 @@ class Capture(TorchFunctionMode):
         edge = get_gradient_edge(anchor)
         call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, constant, window)
         self.calls.append(call)
+        if constant and len(uses) == 1:
+            self._lookups[id(result)] = (result, uses[0])
         capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
         for use in uses:
@@ -337,7 +342,8 @@ class Capture(TorchFunctionMode):
         proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
         proof.meetings += self._meetings
         proof.graph = hash(tuple(nodes))
-        proof.gathers = any(name.startswith(_GATHERING) for name, *_ in nodes)
+        picking = (node.name() for node in below if self._owners.get(node) not in proof.alive)
+        proof.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
         return proof
 
     def _look_into(self, node: Any, proof: Proof, leaves: Mapping[int, str], constant: set[Node]) -> None:

@@ -8,6 +8,7 @@ otherwise. A sample is one datum under one label draw or one column of the outpu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,41 @@ class Activations:
             rows = self.dense(low, high).to(total.dtype)
             add_symmetric_product_(total, rows.reshape(heads, -1, width))
 
-    def summed(self, workspace: int = WORKSPACE) -> Tensor:
-        """``Σ_t a``: ``[H, n, 1, I]``."""
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a∘²``, ``[H, I]``: the diagonal of the covariance."""
+        heads, n, positions, width = self.shape
+        for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
+            total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
+
+    def summed(self, workspace: int = WORKSPACE) -> "Activations":
+        """``Σ_t a``: T = 1."""
         heads, n, positions, width = self.shape
         ranges = chunks(n, heads * positions * width * 8, workspace)
-        return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
+        return Dense(torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1))
+
+    def masked(self, mask: Tensor) -> "Activations":
+        """Zero at positions where ``mask [n, T]`` is."""
+        return Masked(self, mask)
+
+    def scaled(self, side: Tensor) -> "Activations":
+        """``a`` times a vector ``[H, I]``, elementwise."""
+        return Dense(self.dense() * side[:, None, None])
+
+    def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
+        """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
+        return None
+
+    @staticmethod
+    def joined(several: "list[Activations]") -> "Activations":
+        """Positions of all, side by side along T."""
+        kinds = {type(each) for each in several}
+        together = kinds.pop().side_by_side(several) if len(kinds) == 1 else None
+        return together or Dense(torch.cat([each.dense() for each in several], dim=2))
+
+    @classmethod
+    def side_by_side(cls, several: "list[Any]") -> "Activations | None":
+        """As `joined`, where all are of this kind and need not be written out."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,10 +114,10 @@ class Dense(Activations):
             total[:, :width, width] += rows.sum(dim=1)
             total[:, width, width] += rows.shape[1]
 
-    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+    def summed(self, workspace: int = WORKSPACE) -> "Dense":
         values = self.values.sum(dim=2, keepdim=True)
         positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
-        return torch.cat([values, positions], dim=-1) if self.bias else values
+        return Dense(torch.cat([values, positions], dim=-1) if self.bias else values)
 
 
 @dataclass(frozen=True)
@@ -110,6 +141,9 @@ class Ones(Activations):
         return self.like.new_ones(()).expand(heads, len(range(n)[low:high]), positions, 1)
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        total += self.sizes[1] * self.sizes[2]
+
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         total += self.sizes[1] * self.sizes[2]
 
 
@@ -182,14 +216,18 @@ class Samples:
     @property
     def counted(self) -> Activations:
         """The inputs, zero at positions that do not count."""
-        return self.activations if self.mask is None else Masked(self.activations, self.mask)
+        return self.activations if self.mask is None else self.activations.masked(self.mask)
 
     def add_input_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``."""
-        self.counted.add_covariance_(total, self.workspace)
+        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``, or diagonal ``[H, I]``."""
+        add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
+        add(total, self.workspace)
 
     def add_output_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``."""
+        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
+        if total.dim() == 2:
+            total += self.gradients.to(total.dtype).square().sum(dim=(1, 2))
+            return
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
 
     def per_sample(self) -> Iterator[Tensor]:
@@ -202,6 +240,9 @@ class Samples:
 
     def squares(self) -> Tensor:
         """``Σ_k G_k∘²``, shape ``[H, O, I]``: the diagonal of the block."""
+        shorter = self.activations.squares(self.gradients, self.workspace)
+        if shorter is not None:
+            return shorter
         if self.positions == 1:  # (g_o a_i)² needs no outer product per sample
             return self.gradients.squeeze(2).square().mT @ self.activations.dense().squeeze(2).square()
         heads, outputs, width = self.shape
@@ -219,10 +260,22 @@ class Samples:
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
     def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
-        """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for matrices ``U_A [H, I, I]`` and ``U_B [H, O, O]``."""
+        """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
+
+        Args:
+            inputs: ``U_A [H, I, I]``, or the diagonal ``[H, I]`` of a diagonal one.
+            outputs: ``U_B [H, O, O]``, or ``[H, O]``.
+        """
+
+        def turned(gradients: Tensor) -> Tensor:
+            return gradients @ outputs.unsqueeze(1) if outputs.dim() == 3 else gradients * outputs[:, None, None]
+
+        if inputs.dim() == 2:  # inputs need not be written out
+            yield replace(self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None)
+            return
         for piece in self.pieces():
             activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))
-            yield replace(piece, activations=activations, gradients=piece.gradients @ outputs.unsqueeze(1))
+            yield replace(piece, activations=activations, gradients=turned(piece.gradients))
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
@@ -242,7 +295,7 @@ class Samples:
         else:
             lengths = self.mask.sum(dim=1, keepdim=True)
             mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
-        return replace(self, activations=Dense(self.counted.summed(self.workspace)), gradients=gradients, mask=mask)
+        return replace(self, activations=self.counted.summed(self.workspace), gradients=gradients, mask=mask)
 
     def masked(self, positions: Tensor) -> "Samples":
         """Samples that know which positions count.
@@ -269,6 +322,6 @@ def join(uses: list[Samples]) -> Samples:
     if any(use.mask is not None for use in uses):
         every = uses[0].gradients.new_ones(()).expand
         mask = torch.cat([every(len(use), use.positions) if use.mask is None else use.mask for use in uses], dim=1)
-    activations = torch.cat([use.activations.dense() for use in uses], dim=2)
+    activations = Activations.joined([use.activations for use in uses])
     gradients = torch.cat([use.gradients for use in uses], dim=2)
-    return replace(uses[0], activations=Dense(activations), gradients=gradients, mask=mask)
+    return replace(uses[0], activations=activations, gradients=gradients, mask=mask)
