@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
-from kronfisher.uses import OPERATORS, Probe, Use, Viewer
+from kronfisher.uses import OPERATORS, REWRITES, Probe, Use, Viewer
 
 __all__ = ["Call", "Capture", "Proof"]
 
@@ -135,6 +135,9 @@ class Capture(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in REWRITES and torch.is_grad_enabled():
+            with self:
+                return REWRITES[func](*args, **kwargs)
         handler = OPERATORS.get(func)
         if handler is not None and torch.is_grad_enabled():
             tensors = list(_tensors(args, kwargs))

@@ -271,7 +271,9 @@ class Samples:
             return gradients @ outputs.unsqueeze(1) if outputs.dim() == 3 else gradients * outputs[:, None, None]
 
         if inputs.dim() == 2:  # inputs need not be written out
-            yield replace(self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None)
+            yield replace(
+                self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None
+            )
             return
         for piece in self.pieces():
             activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))

@@ -17,7 +17,7 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.samples import Activations
 from kronfisher.uses.ownership import Ownership
 
-__all__ = ["EXAMPLES", "OPERATORS", "Use", "Viewer", "handles"]
+__all__ = ["EXAMPLES", "OPERATORS", "REWRITES", "Use", "Viewer", "handles", "rewrites"]
 
 
 class Viewer:
@@ -46,6 +46,20 @@ OPERATORS: dict[Callable, Handler] = {}
 
 EXAMPLES: dict[str, Callable[[], tuple[Any, tuple[int, ...]]]] = {}
 """Name → builder of a small module and the shape of its input; the conformance tests run every one."""
+
+
+REWRITES: dict[Callable, Callable] = {}
+"""Operator of torch → the same made of operators that have handlers."""
+
+
+def rewrites(operator: Callable) -> Callable[[Callable], Callable]:
+    """Register what is run in place of an operator that hides its uses of weights."""
+
+    def register(function: Callable) -> Callable:
+        REWRITES[operator] = function
+        return function
+
+    return register
 
 
 def handles(*operators: Callable) -> Callable[[Handler], Handler]:
