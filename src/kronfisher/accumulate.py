@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kronfisher.batches import Forward, not_finite, run
 from kronfisher.blocks import Block, View
 from kronfisher.capture import Capture, Proof
-from kronfisher.claims import detached, hidden, misused, refuse, unclaimed
+from kronfisher.claims import detached, hidden, refuse, settle, unclaimed
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fallback import FALLBACK, per_sample_block
 from kronfisher.fits import Choice, Diagonal, Fit, Plan, choose
@@ -63,6 +63,7 @@ class Accumulator:
         exact_limit: backward passes per batch beyond which exact labels are refused.
         strict: refuse what only the fallback can treat.
         groups: filled by the first batch.
+        apart: names of weights and biases that have several partners and are treated without them.
         fallback: parameter → reason why only the gradients of single data, one by one, tell about it.
         count: N so far.
         backward_passes: how many were run.
@@ -82,6 +83,7 @@ class Accumulator:
     strict: bool = False
     groups: list[Group] = field(default_factory=list)
     fallback: dict[str, str] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
     count: float | Tensor = 0.0
     backward_passes: int = 0
     tell: Callable[[str], None] = log.debug
@@ -142,7 +144,7 @@ class Accumulator:
         proof, parts, owners = self.understand(capture, outputs, mask is not None, where)
         if self.strict:
             refuse(self.fallback, where)
-        alone = {name: per_sample_block(name, self.parameters[name]) for name in self.fallback}
+        alone = self._alone()
         self._place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
         entries = {}
         for index, several in parts.items():
@@ -185,9 +187,13 @@ class Accumulator:
             parts = self.parts(capture, proof)
             blocks = {part.block.key: part.block for several in parts.values() for part in several}
             known = {block.key: block for group in self.groups for block in group.blocks}
-            if problems := misused({**known, **blocks}.values()):
-                self._give_up(problems, where)
-                continue
+            if not blocks.keys() <= known.keys():
+                claims = settle({**known, **blocks}.values(), [n for n, fit in self.fits.items() if fit.exact])
+                self._keep_apart(claims.apart, known.values(), where)
+                self._give_up(claims.problems, where)
+                if claims.apart or claims.problems:
+                    continue
+            blocks |= {block.key: block for block in self._alone().values()}
             planned = self.planned([block for key, block in blocks.items() if key not in known], where)
             owned = {block.key for group in self.groups if group.state.plan.owned for block in group.blocks}
             owned |= {block.key for entry in planned if entry.plan.owned for block in entry.blocks}
@@ -199,6 +205,23 @@ class Accumulator:
         if self.fallback:
             self._check_apart(capture, outputs, proof, where)
         return proof, parts, owners
+
+    def _alone(self) -> dict[str, Block]:
+        """The blocks of parameters that the fallback treats."""
+        return {name: per_sample_block(name, self.parameters[name]) for name in self.fallback}
+
+    def _keep_apart(self, names: set[str], known: Iterable[Block], where: str) -> None:
+        """Treat weights and biases with several partners without these, from the first batch on."""
+        late = {name for block in known if len(block.views) > 1 for name in block.parameters} & names
+        refuse(
+            {
+                name: f"{name} is used with another bias, or without one, than in earlier batches, which were counted "
+                "together with it. Put a batch first in which it is used in all ways."
+                for name in late
+            },
+            where,
+        )
+        self.apart |= names
 
     def _give_up(self, problems: Mapping[str, str], where: str) -> None:
         """Leave parameters to the fallback, unless earlier batches were counted for them in another way."""
@@ -268,7 +291,7 @@ class Accumulator:
             several = parts.setdefault(index, [])
             for use in call.uses:
                 weight, bias = (v if v and v.parameter not in self.fallback else None for v in (use.weight, use.bias))
-                if weight and bias and self.fits[weight.parameter] == self.fits[bias.parameter]:
+                if weight and bias and self._together(weight.parameter, bias.parameter):
                     several.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
                     continue
                 if weight:
@@ -276,6 +299,9 @@ class Accumulator:
                 if bias:
                     several.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
         return parts
+
+    def _together(self, weight: str, bias: str) -> bool:
+        return self.fits[weight] == self.fits[bias] and not self.apart & {weight, bias}
 
     def fit_of(self, block: Block) -> Fit:
         """The fit that its parameters were given, if it can treat the block."""

@@ -9,6 +9,7 @@ from torch import nn
 from kronfisher.accumulate import Accumulator, Labels
 from kronfisher.batches import Forward
 from kronfisher.blocks import Block, View
+from kronfisher.claims import left_over, swapped
 from kronfisher.error import Origin
 from kronfisher.fallback import FALLBACK
 from kronfisher.fits import Choice
@@ -102,7 +103,7 @@ def estimate(
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        entries: list[tuple[tuple[Block, ...], Operator]] = []
+        entries: list[Entry] = []
         infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
@@ -112,6 +113,7 @@ def estimate(
             rows = float(group.state.rows)
             infos[block_name(group.blocks)] = BlockInfo(method, rows, group.seconds, reason=reason)
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
+        entries = _joined(entries)
         for block, operator in _unused(run):
             entries.append(((block,), operator))
             infos[block.name] = BlockInfo("unused: zero")
@@ -133,11 +135,33 @@ def estimate(
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 
+Entry = tuple[tuple[Block, ...], Operator]
+
+
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
+    joined: list[Entry] = []
+    for blocks, operator in entries:
+        weight = blocks[0].weight
+        for k, (others, other) in enumerate(joined):
+            windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
+            if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
+                first = (others, other + operator.transposed())
+                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed())
+                break
+        else:
+            joined.append((blocks, operator))
+    return joined
+
+
 def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
-    """Parameters that the outputs never depended on: their Fisher matrix is exactly zero."""
-    seen = {name for group in run.groups for block in group.blocks for name in block.parameters}
+    """Parameters, or parts of them, that the outputs never depended on: their Fisher matrix is exactly zero."""
+    seen: dict[str, list[View]] = {}
+    for group in run.groups:
+        for view in (view for block in group.blocks for view in block.views):
+            seen.setdefault(view.parameter, []).append(view)
     for name, parameter in run.parameters.items():
-        if name not in seen:
-            view = View.of(name, parameter).reshaped(1, *parameter.shape)
-            zeros = promote(parameter.detach()).new_zeros(parameter.numel())
-            yield Block(name, "unused", None, view), Diagonal(zeros, name=name)
+        whole = View.of(name, parameter).reshaped(1, *parameter.shape)
+        for view in left_over(seen[name]) if name in seen else [whole]:
+            zeros = promote(parameter.detach()).new_zeros(view.numel)
+            yield Block(view.label, "unused", None, view), Diagonal(zeros, name=view.label)

@@ -10,16 +10,30 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block, View
+from kronfisher.indices import Indices
 from kronfisher.linalg import promote
+from kronfisher.samples import Ones, Samples
 
-__all__ = ["FALLBACK", "per_sample_block", "per_sample_gradients"]
+__all__ = ["FALLBACK", "per_sample_block", "per_sample_gradients", "written_out"]
 
 FALLBACK = "per-sample gradients"
 
 
 def per_sample_block(name: str, parameter: Tensor) -> Block:
-    """All of a parameter as one vector of outputs, whose input is one."""
-    return Block(name, FALLBACK, None, View.of(name, parameter).reshaped(1, *(parameter.shape or (1,))))
+    """All of a parameter as one matrix, its first axis against the others; a vector as outputs whose input is one."""
+    view = View.of(name, parameter).reshaped(1, *(parameter.shape or (1,)))
+    return Block(name, FALLBACK, *((view, None) if parameter.dim() > 1 else (None, view)))
+
+
+def written_out(gradients: Tensor) -> Samples:
+    """Gradients ``G_k [n, *shape]`` as samples of the block: a position for each input, which is one there."""
+    count, outputs = len(gradients), gradients.shape[1] if gradients.dim() > 1 else 1
+    if gradients.dim() < 3:
+        return Samples(Ones(gradients, (1, count, 1)), gradients.reshape(1, count, 1, outputs))
+    rows = gradients.flatten(2).mT[None]
+    inputs = rows.shape[2]
+    each = torch.arange(inputs, device=rows.device)[None, :, None].expand(count, -1, 1)
+    return Samples(Indices(each, torch.ones_like(each, dtype=rows.dtype), inputs), rows)
 
 
 def per_sample_gradients(

@@ -3,16 +3,16 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.capture import Call
-from kronfisher.fallback import per_sample_gradients
+from kronfisher.fallback import per_sample_gradients, written_out
 from kronfisher.fits import Fit, State
 from kronfisher.linalg import full_precision
-from kronfisher.samples import Dense, Ones, Samples, join
+from kronfisher.samples import Dense, Samples, join
 from kronfisher.uses import Ownership, Use
 
 __all__ = ["Group", "Part", "Stream"]
@@ -98,8 +98,7 @@ class Stream:
         for rows in per_sample_gradients(outputs, vector, leaves, None if whole else workspace):
             with full_precision(outputs.device.type):
                 for name, (group, position) in self._singles.items():
-                    gradients = rows[name].flatten(1)[None, :, None]
-                    samples = Samples(Ones(gradients, (1, len(rows[name]), 1)), gradients)
+                    samples = replace(written_out(rows[name]), workspace=group.state.plan.workspace)
                     if whole:
                         self._arrive(group, position, samples)
                     else:
