@@ -142,7 +142,6 @@ def _joined(entries: list[Entry]) -> list[Entry]:
     """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
     joined: list[Entry] = []
     for blocks, operator in entries:
-        weight = blocks[0].weight
         for k, (others, other) in enumerate(joined):
             windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
             if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):

@@ -1,4 +1,4 @@
-"""Inputs that are rows of the identity, or sums of a few: what a lookup in a table of weights sees. Never written out."""
+"""Inputs that are rows of the identity, or sums of a few: what a lookup in a table sees, never written out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

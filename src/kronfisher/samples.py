@@ -219,7 +219,7 @@ class Samples:
         return self.activations if self.mask is None else self.activations.masked(self.mask)
 
     def add_input_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``, or diagonal ``[H, I]``."""
+        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
         add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
         add(total, self.workspace)
 

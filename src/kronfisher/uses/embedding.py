@@ -104,8 +104,8 @@ def _table(view: Viewer, weight: Tensor, max_norm: float | None, scale_grad_by_f
     if max_norm is not None or scale_grad_by_freq:
         option = "max_norm, which changes the weights" if max_norm is not None else "scale_grad_by_freq"
         raise UnsupportedError(
-            f"{table.parameter}: this embedding uses {option} by what else is in the batch, so no gradient belongs to a "
-            "single datum. Build it without that option, or freeze it with requires_grad_(False)."
+            f"{table.parameter}: this embedding uses {option} by what else is in the batch, so no gradient belongs to "
+            "a single datum. Build it without that option, or freeze it with requires_grad_(False)."
         )
     return table.permuted(1, 0).reshaped(1, *table.size[::-1])
 

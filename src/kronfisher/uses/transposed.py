@@ -90,4 +90,7 @@ EXAMPLES["conv_transpose2d, groups and dilation"] = lambda: (
     nn.ConvTranspose2d(4, 2, (2, 3), stride=(1, 2), padding=(0, 3), dilation=(2, 1), groups=2),
     (3, 4, 2, 3),
 )
-EXAMPLES["conv_transpose3d, no bias"] = lambda: (nn.ConvTranspose3d(2, 1, 2, stride=2, bias=False), (3, 2, 2, 1, 2))
+EXAMPLES["conv_transpose3d, no bias"] = lambda: (
+    nn.ConvTranspose3d(2, 1, (2, 1, 2), stride=(1, 2, 1), bias=False),
+    (3, 2, 2, 1, 2),
+)
