@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kronfisher.batches import Forward, not_finite, run
 from kronfisher.blocks import Block, View
 from kronfisher.capture import Capture, Proof
-from kronfisher.claims import detached, hidden, refuse, settle, unclaimed
+from kronfisher.claims import detached, hidden, refuse, settle, unclaimed, unknown
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fallback import FALLBACK, per_sample_block
 from kronfisher.fits import Choice, Diagonal, Fit, Plan, choose
@@ -142,8 +142,8 @@ class Accumulator:
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
         proof, parts, owners = self.understand(capture, outputs, mask is not None, where)
-        if self.strict:
-            refuse(self.fallback, where)
+        if self.strict and self.fallback:
+            raise unknown(self.fallback, where)
         alone = self._alone()
         self._place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
         entries = {}
@@ -408,8 +408,8 @@ class Accumulator:
             what = f"{part.block.name} (used by {call.operator})"
             if found is None:
                 if call.constant:
-                    reason = f"{', '.join(part.block.parameters)}: used by {call.operator} before it meets the data"
-                    problems |= dict.fromkeys(part.block.parameters, reason)
+                    for name in part.block.parameters:
+                        problems[name] = f"{name}: used by {call.operator} before it meets the data"
                 else:
                     refused[part.block.name] = coupled(what)
                 continue

@@ -9,7 +9,7 @@ from torch import Tensor
 from kronfisher.blocks import Block, View
 from kronfisher.errors import UnsupportedError
 
-__all__ = ["Claims", "detached", "hidden", "left_over", "refuse", "settle", "swapped", "unclaimed"]
+__all__ = ["Claims", "detached", "hidden", "left_over", "refuse", "settle", "swapped", "unclaimed", "unknown"]
 
 
 def hidden(name: str, functions: Iterable[str]) -> str:
@@ -25,6 +25,16 @@ def hidden(name: str, functions: Iterable[str]) -> str:
 def unclaimed(name: str, operators: Iterable[str]) -> str:
     """What to say of a parameter used by operators that are not understood."""
     return f"{name}: used by {', '.join(sorted(operators))}"
+
+
+def unknown(problems: Mapping[str, str], where: str) -> UnsupportedError:
+    """The error for parameters that only the fallback could treat, where it is not wanted."""
+    lines = "\n  ".join(problems.values())
+    return UnsupportedError(
+        f"{where}: strict=True, and these trainable parameters are used in ways that are not understood:\n  {lines}\n"
+        "Without strict=True their diagonal is taken from the gradients of single data; freeze them with "
+        "requires_grad_(False) to leave them out of the Fisher matrix."
+    )
 
 
 def detached(where: str) -> UnsupportedError:

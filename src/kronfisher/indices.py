@@ -50,7 +50,7 @@ class Indices(Activations):
         ones = self.weights.new_ones(()).expand(*self.values.shape, 1)
         self._add_squares(total[0, :, None], positions.expand_as(self.values), ones, slice(None))
 
-    def summed(self, workspace: int = WORKSPACE) -> "Indices":
+    def reduced(self, workspace: int = WORKSPACE) -> "Indices":
         return Indices(self.values.flatten(1)[:, None], self.weights.flatten(1)[:, None], self.width)
 
     def masked(self, mask: Tensor) -> "Indices":

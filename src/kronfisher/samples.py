@@ -54,11 +54,15 @@ class Activations:
         for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
             total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
 
-    def summed(self, workspace: int = WORKSPACE) -> "Activations":
-        """``Σ_t a``: T = 1."""
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+        """``Σ_t a``: ``[H, n, 1, I]``."""
         heads, n, positions, width = self.shape
         ranges = chunks(n, heads * positions * width * 8, workspace)
-        return Dense(torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1))
+        return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
+
+    def reduced(self, workspace: int = WORKSPACE) -> "Activations":
+        """The same as inputs of T = 1."""
+        return Dense(self.summed(workspace))
 
     def masked(self, mask: Tensor) -> "Activations":
         """Zero at positions where ``mask [n, T]`` is."""
@@ -114,10 +118,10 @@ class Dense(Activations):
             total[:, :width, width] += rows.sum(dim=1)
             total[:, width, width] += rows.shape[1]
 
-    def summed(self, workspace: int = WORKSPACE) -> "Dense":
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
         positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
-        return Dense(torch.cat([values, positions], dim=-1) if self.bias else values)
+        return torch.cat([values, positions], dim=-1) if self.bias else values
 
 
 @dataclass(frozen=True)
@@ -297,7 +301,7 @@ class Samples:
         else:
             lengths = self.mask.sum(dim=1, keepdim=True)
             mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
-        return replace(self, activations=self.counted.summed(self.workspace), gradients=gradients, mask=mask)
+        return replace(self, activations=self.counted.reduced(self.workspace), gradients=gradients, mask=mask)
 
     def masked(self, positions: Tensor) -> "Samples":
         """Samples that know which positions count.
