@@ -39,7 +39,7 @@ def exact_fisher(model, batches, likelihood=None, targets=None):
                 alone[k] = column[k]
                 found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
                 parts = [
-                    p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)
+                    p.new_zeros(p.numel()) if g is None else g.to_dense().flatten() for p, g in zip(parameters, found, strict=True)
                 ]
                 row = torch.cat(parts).double()
                 total = total + torch.outer(row, row)
