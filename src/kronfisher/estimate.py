@@ -108,10 +108,15 @@ def estimate(
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks, operator))
-            reason = "\n".join(run.fallback[b.name] for b in group.blocks if b.operator == FALLBACK)
-            method = f"fallback: {group.fit!r}" if reason and len(group.blocks) == 1 else repr(group.fit)
-            rows = float(group.state.rows)
-            infos[block_name(group.blocks)] = BlockInfo(method, rows, group.seconds, reason=reason)
+            alone = [block.name for block in group.blocks if block.operator == FALLBACK]
+            method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
+            notes = [
+                group.fit.notes(group.state),
+                *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
+            ]
+            infos[block_name(group.blocks)] = BlockInfo(
+                method, float(group.state.rows), group.seconds, notes="; ".join(filter(None, notes))
+            )
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         entries = _joined(entries)
         for block, operator in _unused(run):
@@ -133,6 +138,10 @@ def estimate(
     single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator in entries)
     fisher = Fisher(single, shapes, info, Origin(recipe))
     return fisher if reduction == "mean" else fisher.reduced("sum")
+
+
+def _why(name: str, reason: str, among: int) -> str:
+    return "fallback: " + (reason if among > 1 else reason.removeprefix(f"{name}: "))
 
 
 Entry = tuple[tuple[Block, ...], Operator]

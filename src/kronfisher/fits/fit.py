@@ -131,6 +131,10 @@ class Fit:
         """The operator of the mean over data: the only place where 1/N is applied."""
         raise NotImplementedError
 
+    def notes(self, state: State) -> str:
+        """What the report says about this block besides its structure, such as iterations and convergence."""
+        return ""
+
 
 FITS: dict[str, Callable[[], Fit]] = {}
 """Name → fit with its default settings; the conformance tests run every one."""

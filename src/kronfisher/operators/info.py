@@ -18,14 +18,14 @@ class BlockInfo:
         rows: unmasked positions over all data that used the block's weight.
         seconds: time spent on this block alone.
         error: relative Frobenius error ``‖F − X‖ / ‖F‖``, if the fit knows it.
-        reason: why only the fallback could treat it, if it did.
+        notes: what else the fit has to say, such as iterations and convergence.
     """
 
     method: str = ""
     rows: float = 0.0
     seconds: float = 0.0
     error: float | None = None
-    reason: str = ""
+    notes: str = ""
 
 
 @dataclass(frozen=True)
