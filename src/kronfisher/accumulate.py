@@ -208,7 +208,7 @@ class Accumulator:
 
     def _alone(self) -> dict[str, Block]:
         """The blocks of parameters that the fallback treats."""
-        return {name: per_sample_block(name, self.parameters[name]) for name in self.fallback}
+        return {name: per_sample_block(name, p) for name, p in self.parameters.items() if name in self.fallback}
 
     def _keep_apart(self, names: set[str], known: Iterable[Block], where: str) -> None:
         """Treat weights and biases with several partners without these, from the first batch on."""

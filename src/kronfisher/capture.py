@@ -318,7 +318,7 @@ class Capture(TorchFunctionMode):
                     "The model uses reentrant checkpointing, which hides its layers from the graph. "
                     "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 )
-            if isinstance(node, BackwardCFunction) and node not in constant:
+            if isinstance(node, BackwardCFunction):
                 self._look_into(node, proof, leaves, constant)
             for child in children:
                 owner = self._owners.get(child)
@@ -362,7 +362,7 @@ class Capture(TorchFunctionMode):
                 names.add(name)
             elif child in constant or child in self._chains:
                 stack += [deeper for deeper, _ in child.next_functions]
-        if names:
+        if names and node not in constant:
             several = len(getattr(node, "_input_metadata", (None,)))
             proof.meetings += [(node.name(), GradientEdge(node, place)) for place in range(several)]
         for name in names:
