@@ -297,7 +297,8 @@ class Capture(TorchFunctionMode):
             return proof
         leaves = {id(p): name for name, p in self.parameters.items()}
         constant = {tensor.grad_fn for tensor in self._constant.values() if tensor.grad_fn is not None}
-        calls = {call.edge.node: call.index for call in self.calls}
+        # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
+        calls = {call.edge.node: call.index for call in self.calls if call.edge.node not in self._chains}
         below: dict[Node, bool] = {}
         claimed: set[int] = set()
         nodes: list[tuple] = []
@@ -322,7 +323,8 @@ class Capture(TorchFunctionMode):
                 self._look_into(node, proof, leaves, constant)
             for child in children:
                 owner = self._owners.get(child)
-                if owner is not None and child not in calls and owner != self._owners.get(node):
+                known = child in calls or child in self._chains
+                if owner is not None and not known and owner != self._owners.get(node):
                     # a second derivative, say, which meets the weight in the midst of the operator's nodes
                     for use in self.calls[owner].uses:
                         proof.unclaimed.setdefault(use.name, set()).add(node.name())

@@ -219,6 +219,16 @@ def test_rows_that_are_picked_by_index_are_left_to_the_fallback():
     assert_fallback(model, tokens(4, 3), r"e\.weight: used by getitem")
 
 
+@pytest.mark.parametrize("frozen", ["e.weight", "p.weight"])
+def test_one_of_two_tables_is_frozen(frozen):
+    model = Written(lambda m, x: (m.e(x) + m.p(torch.arange(x.shape[1]))).sin().flatten(1),
+                    e=nn.Embedding(V, D), p=nn.Embedding(6, D))  # fmt: skip
+    model.get_parameter(frozen).requires_grad_(False)
+    for fit in (ACROSS, "diagonal"):
+        assert_exact(model, tokens(4, 3), fit=fit)
+    assert kf.coverage(model, tokens(4, 3)).complete
+
+
 def test_lookups_that_are_frozen_cost_nothing():
     model = Written(lambda m, x: m.l(m.e(x)).flatten(1), e=nn.Embedding(V, D).requires_grad_(False), l=nn.Linear(D, 2))
     assert assert_exact(model, tokens(4, 3), fit=ACROSS).names == ("l.weight", "l.bias")
