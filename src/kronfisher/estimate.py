@@ -9,7 +9,9 @@ from torch import nn
 from kronfisher.accumulate import Accumulator, Labels
 from kronfisher.batches import Forward, Mask
 from kronfisher.blocks import Block, View
+from kronfisher.claims import left_over, swapped
 from kronfisher.error import Origin
+from kronfisher.fallback import FALLBACK
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import promote
@@ -36,6 +38,7 @@ def estimate(
     seed: int = 0,
     memory_budget: int | None = None,
     exact_limit: int = 1000,
+    strict: bool = False,
     progress: Progress = False,
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
@@ -73,13 +76,16 @@ def estimate(
         memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices
             that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is taken from
+            the gradients of single data, one backward pass each, and the report says so.
         progress: True writes a line to standard error; a function receives the same text.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled.
+        UnsupportedError: data are coupled, or parts of the model cannot be seen; with ``strict=True`` also wherever a
+            trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
         ValueError: another option makes no sense.
@@ -102,22 +108,30 @@ def estimate(
     began = time.perf_counter()
     recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask)
     run = recipe.accumulator(fit)
+    run.strict = strict
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        entries: list[tuple[tuple[Block, ...], Operator]] = []
+        entries: list[Entry] = []
         infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks, operator))
+            alone = [block.name for block in group.blocks if block.operator == FALLBACK]
+            method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
+            notes = [
+                group.fit.notes(group.state),
+                *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
+            ]
             infos[block_name(group.blocks)] = BlockInfo(
-                repr(group.fit),
+                method,
                 float(group.state.rows),
                 group.seconds,
                 group.fit.error(group.state, operator),
-                group.fit.notes(group.state),
+                "; ".join(filter(None, notes)),
             )
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
+        entries = _joined(entries)
         for block, operator in _unused(run):
             entries.append(((block,), operator))
             infos[block.name] = BlockInfo("unused: zero")
@@ -139,11 +153,36 @@ def estimate(
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 
+def _why(name: str, reason: str, among: int) -> str:
+    return "fallback: " + (reason if among > 1 else reason.removeprefix(f"{name}: "))
+
+
+Entry = tuple[tuple[Block, ...], Operator]
+
+
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
+    joined: list[Entry] = []
+    for blocks, operator in entries:
+        for k, (others, other) in enumerate(joined):
+            windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
+            if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
+                first = (others, other + operator.transposed())
+                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed())
+                break
+        else:
+            joined.append((blocks, operator))
+    return joined
+
+
 def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
-    """Parameters that the outputs never depended on: their Fisher matrix is exactly zero."""
-    seen = {name for group in run.groups for block in group.blocks for name in block.parameters}
+    """Parameters, or parts of them, that the outputs never depended on: their Fisher matrix is exactly zero."""
+    seen: dict[str, list[View]] = {}
+    for group in run.groups:
+        for view in (view for block in group.blocks for view in block.views):
+            seen.setdefault(view.parameter, []).append(view)
     for name, parameter in run.parameters.items():
-        if name not in seen:
-            view = View.of(name, parameter).reshaped(1, *parameter.shape)
-            zeros = promote(parameter.detach()).new_zeros(parameter.numel())
-            yield Block(name, "unused", None, view), Diagonal(zeros, name=name)
+        whole = View.of(name, parameter).reshaped(1, *parameter.shape)
+        for view in left_over(seen[name]) if name in seen else [whole]:
+            zeros = promote(parameter.detach()).new_zeros(view.numel)
+            yield Block(view.label, "unused", None, view), Diagonal(zeros, name=view.label)
