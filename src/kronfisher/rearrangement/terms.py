@@ -48,7 +48,7 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
 def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
 
-    Either side may be diagonals, ``[s, H, p]``. Signs are such that the leading term's right matrix has a trace of at least zero.
+    Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace.
     """
     root_left, back_left = _root(left)
     root_right, back_right = _root(right)
