@@ -38,7 +38,7 @@ Aggregation = Literal["memory", "running", "approx", "exact"]
 _PIECE = 512  # samples that are treated at once where T = 1
 _SHARED = 4  # where positions share the weight, so many times fewer say as much
 _ROOM = 2**21  # bytes that may always wait for more
-_WIDE = 2**18  # numbers in all terms beyond which one term is carried
+_WIDE = 2**20  # numbers in all terms beyond which one term is carried
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
@@ -189,8 +189,12 @@ class KFOC(Fit):
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
             start = whole(sums["inputs"][0]) if warm else None
-            pair = source.leading(start, self.tolerance, self.iterations)
-            self._add(state, pair)
+            if (terms := len(sums["inputs"])) > 1:
+                pair, A, B = source.leading_terms(terms, start, self.tolerance, self.iterations)
+                self._recompress(state, A, B)
+            else:
+                pair = source.leading(start, self.tolerance, self.iterations)
+                self._add(state, pair)
         self._certify(state, source, piece, n)
         state.facts["route"] = route
         sums["pieces"] += 1
@@ -230,8 +234,12 @@ class KFOC(Fit):
             sums["weight"] += self._weight(pair.sigma)
             return
         root = pair.sigma.sqrt()
-        B = torch.cat([sums["outputs"], times(pair.B, root)[None]])
-        A = torch.cat([sums["inputs"], times(pair.A, root)[None]])
+        self._recompress(state, times(pair.A, root)[None], times(pair.B, root)[None])
+
+    def _recompress(self, state: State, A: Tensor, B: Tensor) -> None:
+        """The best sum of as many terms as before for what is carried and some more."""
+        sums = state.sums
+        A, B = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
         sums["outputs"], sums["inputs"], _ = truncated(B, A, len(sums["inputs"]))
 
     def _replace(self, state: State, pair: Pair) -> None:

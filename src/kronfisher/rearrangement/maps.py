@@ -116,6 +116,47 @@ class Rearranged(ABC):
                 break
         return Pair(A, B, sigma, steps, change)
 
+    def leading_terms(
+        self, rank: int, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+    ) -> tuple[Pair, Tensor, Tensor]:
+        """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
+
+        The other terms are from a few steps of subspace iteration beside the pair, among symmetric matrices; whatever
+        they are, the sum is ℛ(F) behind a projection.
+        """
+        pair = self.leading(start, tolerance, iterations)
+        A = torch.cat([pair.A[None], _noise(pair.A, rank - 1)])
+        B = A
+        for _ in range(_SUBSPACE):
+            B = _orthonormal(torch.stack([self.outputs(each) for each in _orthonormal(A)]))
+            A = torch.stack([self.inputs(each) for each in B])
+        return pair, A, B
+
+
+_SUBSPACE = 3  # steps of subspace iteration
+
+
+def _noise(like: Tensor, number: int) -> Tensor:
+    """Symmetric matrices ``[number, H, D, D]``, the same at every call."""
+    noise = torch.randn(number, *like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (noise + noise.mT).to(like)
+
+
+def _mixture(gram: Tensor) -> Tensor:
+    """X ``[H, R, R]`` that makes vectors with this Gram matrix orthonormal; zero for what they do not span."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(1)
+    values, vectors = torch.linalg.eigh(over(gram, scale))
+    root = torch.where(values > values[:, -1:] * 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
+    return over(vectors * root.unsqueeze(1), scale.sqrt())
+
+
+def _orthonormal(matrices: Tensor) -> Tensor:
+    """An orthonormal basis of what ``[R, H, D, D]`` span, group by group."""
+    sizes = torch.stack([norm(each) for each in matrices])
+    matrices = torch.stack([over(each, size) for each, size in zip(matrices, sizes, strict=True)])
+    gram = torch.einsum("rh...,sh...->hrs", matrices.double(), matrices.double())
+    return torch.einsum("hrs,rh...->sh...", _mixture(gram).to(matrices), matrices)
+
 
 class Weights(Rearranged):
     """T = 1, by the weights ``a_kᵀ A a_k`` and ``g_kᵀ B g_k`` of the samples.
@@ -206,6 +247,27 @@ class Gram(Weights):
         self.add_inputs_(A, w)
         self.add_outputs_(B, u)
         return Pair(mirror(A), mirror(B), sigma, steps, change)
+
+    def leading_terms(
+        self, rank: int, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+    ) -> tuple[Pair, Tensor, Tensor]:
+        """The same in the span of the samples: n² numbers a step and a term."""
+        w, _, sigma, steps, change = self.weights(tolerance, iterations)
+        Ka, Kg = self.inputs_gram.double(), self.outputs_gram.double()
+        shape = (*w.shape, rank - 1)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(Ka)
+        W = torch.cat([w.double()[..., None], noise], dim=2)
+        U = W
+        for _ in range(_SUBSPACE):
+            W = W @ _mixture(W.mT @ (Ka @ W))
+            U = Ka @ W
+            U = U @ _mixture(U.mT @ (Kg @ U))
+            W = Kg @ U
+        W, U = W.to(self.g), U.to(self.g)  # the scales of both Gram matrices cancel
+        a = self.activations.dense()[:, :, 0]
+        A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(rank)])
+        B = torch.stack([(self.g * U[..., r, None]).mT @ self.g for r in range(rank)])
+        return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def add_inputs_(self, total: Tensor, w: Tensor) -> None:
         """``total += Σ_k w_k a_k a_kᵀ``, the upper triangle, for weights of at least zero."""
