@@ -117,7 +117,7 @@ def _app() -> Any:
             with _options():
                 _only(context, {"study", "quick", "data_dir", "json", "figures"})
                 if study not in STUDIES:
-                    raise ValueError(f"--quick needs a --study, one of {', '.join(STUDIES)}; it is {study}")
+                    raise ValueError(f"--study (which --quick needs) is one of {', '.join(STUDIES)}; it is {study}")
                 chosen = STUDIES[study].quick(data_dir) if quick else STUDIES[study](data_dir=data_dir)
                 chosen.check()
                 json, figures = json or Path(f"results/{study}.json"), figures or Path("results")

@@ -34,7 +34,7 @@ PROBLEMS = (
     Problem("LeNet-5", "mnist", "lenet5", epochs=1, limit=1000),
 )
 QUICK = (
-    Problem("digits, one hidden layer", "digits", "mlp", train_size=500, epochs=4, lr=1e-2, limit=60),
+    Problem("digits, fully connected", "digits", "mlp", train_size=500, epochs=4, lr=1e-2, limit=60),
     Problem("digits, convolutions", "digits", "convnet", train_size=500, epochs=4, lr=1e-2, limit=60),
 )
 PLAIN = "forward and backward"

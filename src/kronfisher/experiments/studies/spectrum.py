@@ -15,7 +15,6 @@ from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State
 from kronfisher.operators import Operator
-from kronfisher.operators.spectral import Spectral
 from kronfisher.passes import Recipe, accumulate
 from kronfisher.samples import Samples
 
@@ -104,16 +103,17 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
     """The k largest eigenvalues, descending, in float64.
 
     Args:
-        operator: one with its eigenvalues at hand (diagonal, eigenvalue-corrected), one Kronecker product, or a sum of
-            several.
+        operator: a Kronecker product, a sum of several, or any other whose eigenvalues are cheap.
         k: how many.
         a: ``[n, I]`` inputs that the input sides were made from.
         g: ``[n, O]`` gradients that the output sides were made from.
     """
-    if isinstance(operator, Spectral):
-        return operator.values.double().topk(k).values
-    inputs, outputs = (_terms(operator.tensors()[side]) for side in ("A", "B"))
-    inputs, outputs = _compressed(inputs.double(), a.double()), _compressed(outputs.double(), g.double())
+    sides = operator.tensors()
+    if sides.keys() != {"A", "B"} or min(side.dim() for side in sides.values()) < 3:
+        return operator.eigenvalues().double().topk(k).values
+    inputs, outputs = (
+        _compressed(_terms(sides[name]).double(), samples.double()) for name, samples in (("A", a), ("B", g))
+    )
     rows, columns = outputs.shape[-1], inputs.shape[-1]
     if len(inputs) == 1:
         values = torch.outer(torch.linalg.eigvalsh(outputs[0]), torch.linalg.eigvalsh(inputs[0])).flatten()
