@@ -182,7 +182,7 @@ def test_auto_encoders_are_measured_in_training(tmp_path):
     for step in steps:
         (kfac,), (ekfac,) = (found.select(step=step, fit=fit) for fit in ("K-FAC", "EKFAC on K-FAC"))
         assert ekfac["error"] <= kfac["error"] and set(kfac["spectrum_layers"]) == set(kfac["layers"])
-    assert len(found.tables()) == 3 and [path.name for path in found.draw(tmp_path)] == ["kpsvd.png"]
+    assert len(found.tables()) == 4 and [path.name for path in found.draw(tmp_path)] == ["kpsvd.png"]
     assert json.loads(found.to_json())["rows"][0]["step"] == 0
 
 

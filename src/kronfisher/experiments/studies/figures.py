@@ -86,7 +86,7 @@ def bands(
         figure = Figure(figsize=(max(6.0, 3.6 * wide), 3.1 * rows + 0.9), layout="constrained")
         grid = figure.subplots(rows, wide, squeeze=False).flatten()
         lines: dict[str, Any] = {}
-        for axes, panel in zip(grid, shown, strict=False):
+        for k, (axes, panel) in enumerate(zip(grid, shown, strict=False)):
             for curve in panel.curves:
                 colour, stroke = LOOKS.get(curve.name, ("#000000", "-"))
                 low, high = ([mean + side * half for mean, half in curve.values] for side in (-1, 1))
@@ -95,7 +95,9 @@ def bands(
                 (line,) = axes.plot(curve.places, means, color=colour, ls=stroke, marker="o", markersize=3)
                 lines.setdefault(curve.name, line)
             axes.set_title(panel.title, fontsize=10)
-            axes.set_ylim(bottom=0)
+            highest = max(mean + half for curve in panel.curves for mean, half in curve.values)
+            axes.set_ylim(0, 1.05 * highest or 1.0)
+            axes.set_xlabel(x if k + wide >= len(shown) else "")
             axes.set_ylabel(panel.y)
             if ticks is None:
                 last = max(max(curve.places) for curve in panel.curves)
@@ -108,7 +110,6 @@ def bands(
                 axes.set_xticks(list(ticks), list(ticks.values()))
         for axes in grid[len(shown) :]:
             axes.set_visible(False)
-        figure.supxlabel(x, fontsize=10)
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, max(2, 2 * wide)))
         yield name, figure
 
