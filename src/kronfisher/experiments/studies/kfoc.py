@@ -18,6 +18,7 @@ from torch import nn
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.estimate import estimate
 from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.studies.divergence import DAMPING, divergences, small_blocks
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.studies.problems import Problem
@@ -115,10 +116,13 @@ class KFOCStudy:
                 step(f"{what}: training", len(rows), total)
                 dataset, model = problem.load(seed, self.data_dir)
                 networks.append(problem.train(dataset, model, seed))
-                estimate(model, dataset.batches(8, 8), dataset.likelihood, fit="diagonal")  # looks at the graph once
+                whole = dataset.batches(len(dataset.train_inputs), problem.limit)
+                truth = small_blocks(model, whole, dataset.likelihood, seed)
                 for name, entrant, size in self._cells(seed):
                     step(f"{what}: {name}", len(rows), total)
                     found = self._measured(problem, dataset, model, entrant, size, seed)
+                    if (fisher := found.pop("fisher", None)) is not None and size == self.batch_sizes[-1]:
+                        found["divergence"] = _named(divergences(fisher, truth))
                     rows.append({"problem": problem.title, "seed": seed, "fit": name, "batch_size": size, **found})
                 say(f"{what}: test loss {networks[-1]['test_loss']:.3g}, {duration(time.perf_counter() - start)}")
         except KeyboardInterrupt:
@@ -151,8 +155,8 @@ class KFOCStudy:
             return {"failure": str(reason)}
         seconds = time.process_time() - start
         error = fisher.error(dataset.batches(whole, whole))
-        layers = {name.removesuffix(".weight"): value for name, value in error.blocks.items()}
-        return {"seconds": seconds, "bytes": fisher.bytes, "error": error.relative, "layers": layers}
+        numbers = {"seconds": seconds, "bytes": fisher.bytes, "error": error.relative, "layers": _named(error.blocks)}
+        return {"fisher": fisher, **numbers}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -169,11 +173,21 @@ class KFOCFindings(Findings):
     """Errors of every layer by fit and batch size, and the seconds that the estimates took."""
 
     def tables(self) -> list[Table]:
-        """Mean and standard deviation over the seeds for every layer; then the medians of the seconds."""
-        return [*self._errors(), *self._seconds()]
+        """Means for all data at once; by batch size, with deviations; divergences; and the medians of the seconds."""
+        return [self._overview(), *self._errors(), *self._divergences(), *self._seconds()]
 
     def _layers(self, problem: str) -> list[str]:
         return list(dict.fromkeys(name for row in self.select(problem=problem) for name in row.get("layers", ())))
+
+    def _overview(self) -> Table:
+        layers = [(problem, layer) for problem in self.distinct("problem") for layer in self._layers(problem)]
+        header = ("fit", *(f"{problem}, {layer}" for problem, layer in layers))
+        last = self.settings["batch_sizes"][-1]
+        table = Table(f"Relative error, batches of {_size(last)}, mean over the seeds", header)
+        for fit in self.settings["fits"]:
+            found = [self.errors(problem, layer, fit, last) for problem, layer in layers]
+            table.add(fit, *(number(deviation(errors)[0]) if errors else "–" for errors in found))
+        return table
 
     def _errors(self) -> Iterator[Table]:
         for problem in self.distinct("problem"):
@@ -202,6 +216,20 @@ class KFOCFindings(Findings):
             return "same"
         average, spread = deviation(errors)
         return f"{number(average)} ± {number(spread)}"
+
+    def _divergences(self) -> Iterator[Table]:
+        for problem in self.distinct("problem"):
+            last = self.select(problem=problem, batch_size=self.settings["batch_sizes"][-1])
+            names = list(dict.fromkeys(name for row in last for name in row.get("divergence", ())))
+            table = Table(
+                f"{problem}: divergence KL(F + λ ‖ X + λ) for each dimension, λ = {DAMPING:g} tr F / D, medians",
+                ("fit", *names),
+            )
+            for fit in self.settings["fits"]:
+                rows = [row["divergence"] for row in last if row["fit"] == fit]
+                table.add(fit, *(number(median(row[name] for row in rows)) if rows else "–" for name in names))
+            if names:
+                yield table
 
     def _seconds(self) -> Iterator[Table]:
         for problem in self.distinct("problem"):
@@ -242,6 +270,11 @@ class KFOCFindings(Findings):
                 panels.append(Panel(f"{problem}: {layer}", curves, "relative error"))
         labels = dict(enumerate(map(_size, sizes)))
         return bands(panels, folder, "kfoc", x="data in a batch of the Fisher", ticks=labels)
+
+
+def _named(values: Mapping[str, float]) -> dict[str, float]:
+    """The values by the names of the layers."""
+    return {name.removesuffix(".weight"): value for name, value in values.items()}
 
 
 def _size(size: int | None) -> str:
