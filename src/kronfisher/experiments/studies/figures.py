@@ -59,7 +59,7 @@ def bands(
     *,
     x: str,
     columns: int = 4,
-    ticks: Mapping[float, str] | None = None,
+    ticks: Mapping[int, str] | None = None,
 ) -> list[Path]:
     """Write one PNG file with all panels side by side under one legend.
 

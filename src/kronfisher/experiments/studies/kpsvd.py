@@ -34,18 +34,18 @@ ENTRANTS: Mapping[str, Fit] = {
     "K-FAC": KFAC(),
     "EKFAC on K-FAC": EKFAC(),
 }
-RELU: dict[str, Any] = {"network": "autoencoder", "activation": "relu", "lr": 1e-3, "test_size": 1000}
+RELU: dict[str, Any] = {"network": "autoencoder", "activation": "relu", "test_size": 1000}
 PROBLEMS = (
-    Problem("CURVES", "curves", epochs=10, batch_size=256, limit=64, **RELU),
-    Problem("MNIST", "mnist", epochs=3, batch_size=512, limit=128, **RELU),
-    Problem("FACES", "faces", epochs=1, batch_size=256, limit=256, **(RELU | {"lr": 3e-4})),
+    Problem("CURVES", "curves", epochs=10, batch_size=256, lr=1e-3, limit=64, **RELU),
+    Problem("MNIST", "mnist", epochs=3, batch_size=512, lr=1e-3, limit=128, **RELU),
+    Problem("FACES", "faces", epochs=1, batch_size=256, lr=3e-4, limit=256, **RELU),
 )
 QUANTITIES = {
     "error": "relative error of all blocks together",
     "typical": "relative error, mean over the layers",
     "spectrum": "relative error of the leading eigenvalues, all blocks together",
 }
-QUICK = (Problem("digits", "digits", epochs=4, batch_size=128, limit=32, **RELU),)
+QUICK = (Problem("digits", "digits", epochs=4, batch_size=128, lr=1e-3, limit=32, **RELU),)
 
 
 @dataclass(frozen=True)
