@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 ROWS = [
     {"errors", "linalg", "models"},
-    {"samples", "blocks", "operators", "likelihoods"},
+    {"samples", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation"},

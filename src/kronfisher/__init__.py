@@ -16,16 +16,18 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
+from kronfisher.fits import EKFAC, KFAC, KFOC, Diagonal, Fit, Full
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.rearrangement import nearest_kronecker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "Bernoulli",
     "Categorical",
     "Comparison",
@@ -49,4 +51,5 @@ __all__ = [
     "coverage",
     "estimate",
     "load",
+    "nearest_kronecker",
 ]

@@ -101,7 +101,13 @@ def estimate(
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks, operator))
-            infos[block_name(group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+            infos[block_name(group.blocks)] = BlockInfo(
+                repr(group.fit),
+                float(group.state.rows),
+                group.seconds,
+                group.fit.error(group.state, operator),
+                group.fit.notes(group.state),
+            )
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         for block, operator in _unused(run):
             entries.append(((block,), operator))

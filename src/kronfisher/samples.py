@@ -8,12 +8,13 @@ otherwise. A sample is one datum under one label draw or one column of the outpu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.linalg import add_symmetric_product_
+from kronfisher.linalg import add_symmetric_product_, mirror
 
 __all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
 
@@ -36,9 +37,26 @@ class Activations:
 
     shape: tuple[int, int, int, int]
 
+    @property
+    def stored(self) -> int:
+        """How many numbers are held."""
+        return prod(self.shape)
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         """The inputs of samples low to high, written out: ``[H, high − low, T, I]``."""
         raise NotImplementedError
+
+    def part(self, low: int, high: int, step: int = 1) -> "Activations":
+        """The inputs of every `step`-th sample from low to high, in as compact a form."""
+        return Dense(self.dense(low, high)[:, ::step])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
+        return self.dense(low, high) @ matrix.unsqueeze(1)
+
+    def copied(self) -> "Activations":
+        """The same in memory of its own, for samples that have to outlive their batch."""
+        return Dense(self.dense().clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]`` only."""
@@ -46,6 +64,15 @@ class Activations:
         for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
             rows = self.dense(low, high).to(total.dtype)
             add_symmetric_product_(total, rows.reshape(heads, -1, width))
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
+        add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
+
+    def products(self) -> Tensor:
+        """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
+        rows = self.dense()[:, :, 0]
+        return mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
@@ -71,9 +98,24 @@ class Dense(Activations):
         heads, n, positions, width = self.values.shape
         return heads, n, positions, width + self.bias
 
+    @property
+    def stored(self) -> int:
+        return self.values.numel()
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         values = self.values[:, low:high]
         return torch.cat([values, values.new_ones(()).expand(*values.shape[:3], 1)], dim=-1) if self.bias else values
+
+    def part(self, low: int, high: int, step: int = 1) -> "Dense":
+        return replace(self, values=self.values[:, low:high:step])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        width = self.values.shape[-1]
+        product = self.values[:, low:high] @ matrix[:, None, :width]
+        return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
+
+    def copied(self) -> "Dense":
+        return replace(self, values=self.values.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         rows = self.values.to(total.dtype).flatten(1, 2)
@@ -82,6 +124,19 @@ class Dense(Activations):
         if self.bias:  # the last column, without a copy of the rest
             total[:, :width, width] += rows.sum(dim=1)
             total[:, width, width] += rows.shape[1]
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        root, width = weights.sqrt()[..., None], self.values.shape[-1]
+        rows = self.values[:, :, 0] * root
+        add_symmetric_product_(total[:, :width, :width], rows)
+        if self.bias:
+            total[:, :width, width:] += rows.mT @ root
+            total[:, width, width] += weights.sum(1)
+
+    def products(self) -> Tensor:
+        rows = self.values[:, :, 0]
+        found = mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return found.add_(1) if self.bias else found
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
@@ -105,9 +160,19 @@ class Ones(Activations):
     def shape(self) -> tuple[int, int, int, int]:
         return (*self.sizes, 1)
 
+    @property
+    def stored(self) -> int:
+        return 0
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         heads, n, positions = self.sizes
         return self.like.new_ones(()).expand(heads, len(range(n)[low:high]), positions, 1)
+
+    def part(self, low: int, high: int, step: int = 1) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], len(range(low, high, step)), self.sizes[2]))
+
+    def copied(self) -> "Ones":
+        return replace(self, like=self.like.new_empty(0))
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         total += self.sizes[1] * self.sizes[2]
@@ -184,6 +249,11 @@ class Samples:
         """The inputs, zero at positions that do not count."""
         return self.activations if self.mask is None else Masked(self.activations, self.mask)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that the samples take while they are kept."""
+        return (self.activations.stored + self.gradients.numel()) * self.gradients.element_size()
+
     def add_input_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``."""
         self.counted.add_covariance_(total, self.workspace)
@@ -209,6 +279,16 @@ class Samples:
         for gradients in self.per_sample():
             total += gradients.square().sum(dim=1)
         return total
+
+    def part(self, low: int, high: int, step: int = 1) -> "Samples":
+        """Every `step`-th sample from low to high."""
+        mask, gradients = None if self.mask is None else self.mask[low:high:step], self.gradients[:, low:high:step]
+        return replace(self, activations=self.activations.part(low, high, step), gradients=gradients, mask=mask)
+
+    def copied(self) -> "Samples":
+        """The same in memory of its own: the batch may be gone, or refilled, when it is used."""
+        mask = None if self.mask is None else self.mask.clone()
+        return replace(self, activations=self.activations.copied(), gradients=self.gradients.clone(), mask=mask)
 
     def pieces(self) -> Iterator["Samples"]:
         """A few samples at a time, their inputs written out."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kronfisher as kf
-from kronfisher.fits import FITS
+from kronfisher.fits import FITS, named
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.uses import EXAMPLES
@@ -23,9 +23,10 @@ FEW = ("categorical-weighted", "categorical-sequence", "gaussian-variances")
 examples = pytest.mark.parametrize("example", EXAMPLES)
 fits = pytest.mark.parametrize("fit", FITS)
 few = pytest.mark.parametrize("likelihood", FEW)
-turns = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"),
-    [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)],
+TURNS = [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)]
+turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
+free_of_batches = pytest.mark.parametrize(
+    ("example", "fit", "likelihood"), [turn for turn in TURNS if not named(turn[1]).by_batch]
 )
 
 
@@ -185,7 +186,7 @@ def test_same_call_gives_the_same_bits(example, likelihood, fit):
     )
 
 
-@turns
+@free_of_batches
 def test_batches_do_not_matter(example, likelihood, fit):
     p = problem(example, likelihood)
     sizes = [[1, len(p.x) - 1], [2, len(p.x) - 2], [1] * len(p.x)]

@@ -25,6 +25,7 @@ class Row:
         error: relative Frobenius error, None where it was not measured.
         bytes: memory of its operator.
         seconds: spent on it alone.
+        notes: what else its fit has to say, such as iterations and convergence.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Row:
     error: float | None
     bytes: int
     seconds: float
+    notes: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows and facts; ``str`` of it is a table.
+    """Rows and facts; ``str`` of it is a table with the notes below.
 
     Attributes:
         rows: one per block.
@@ -76,7 +78,8 @@ class Report:
         lines = _table([head, *body, total], left=(0, 3))
         rule = "-" * max(map(len, lines))
         facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), max(len(rule), 110))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts])
+        notes = [fill(f"{r.name}: {r.notes}", max(len(rule), 110)) for r in self.rows if r.notes]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts, *notes])
 
 
 def report(fisher: "Fisher") -> Report:
@@ -101,7 +104,7 @@ def report(fisher: "Fisher") -> Report:
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
         error = block.error if measured is None else measured.blocks.get(name)
-        made = (block.method, error, operator.bytes, block.seconds)
+        made = (block.method, error, operator.bytes, block.seconds, block.notes)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
