@@ -8,6 +8,7 @@ from kronfisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.error import Distance
 from kronfisher.errors import (
     DataError,
+    IndefiniteError,
     MemoryBudgetError,
     NumericalError,
     NumericalWarning,
@@ -16,7 +17,7 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, KFOC, Diagonal, Fit, Full
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
@@ -28,6 +29,9 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "KFOC",
+    "KL",
+    "KPSVD",
+    "TKFAC",
     "Bernoulli",
     "Categorical",
     "Comparison",
@@ -40,6 +44,9 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "IndefiniteError",
+    "KFACCorrected",
+    "KroneckerSum",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",

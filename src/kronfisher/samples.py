@@ -262,6 +262,41 @@ class Samples:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``."""
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
 
+    def add_output_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]``; rows are sorted by sample."""
+        heads, outputs, width = self.shape
+        if self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.activations.dense(), dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.gradients * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(outputs, width):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                total += (a @ a.mT @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.mT.reshape(heads, -1, outputs))
+
+    def add_input_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]``; rows are sorted by sample."""
+        heads, outputs, width = self.shape
+        if self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.gradients, dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(width, outputs):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                total += (g @ g.mT @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.reshape(heads, -1, width))
+
+    def _shorter(self, kept: int, summed: int) -> bool:
+        """Whether ``[T, T]`` products are cheaper than the gradients written out, by multiplications."""
+        positions = self.positions
+        return positions * (summed + kept) + kept**2 < kept * summed * (1 + kept / (2 * positions))
+
     def per_sample(self) -> Iterator[Tensor]:
         """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
         heads, outputs, width = self.shape
@@ -298,11 +333,13 @@ class Samples:
             activations = Dense(self.activations.dense(low, high))
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
-    def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
-        """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for matrices ``U_A [H, I, I]`` and ``U_B [H, O, O]``."""
+    def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
+        """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for ``U_A [H, I, I]`` and ``U_B [H, O, O]`` (None: one)."""
         for piece in self.pieces():
-            activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))
-            yield replace(piece, activations=activations, gradients=piece.gradients @ outputs.unsqueeze(1))
+            a, g = piece.activations.dense(), piece.gradients
+            a = a if inputs is None else a @ inputs.unsqueeze(1)
+            g = g if outputs is None else g @ outputs.unsqueeze(1)
+            yield replace(piece, activations=Dense(a), gradients=g)
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""

@@ -10,7 +10,7 @@ from kronfisher.isolation import isolated
 from kronfisher.passes import Recipe, accumulate
 
 LINEAR = [name for name in FITS if named(name).linear]
-ONE_PASS = [name for name in LINEAR if name != "ekfac"]
+ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
 
 
 def network():

@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         bytes: size of the state and of the operator made from it.
-        passes: times the data are read.
+        passes: times the data are read, at most.
         owned: whether rows must be sorted by sample.
         workspace: bytes that temporaries may take.
     """

@@ -150,7 +150,7 @@ class KFOC(Fit):
         if not waiting:
             return
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
-        for piece in [waiting] if whole else _pieces(waiting, _PIECE):
+        for piece in [waiting] if whole else pieces(waiting, _PIECE):
             self._merge(state, piece)
 
     def _merge(self, state: State, piece: list[Samples]) -> None:
@@ -307,7 +307,7 @@ class KFOC(Fit):
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
             scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
         elif float(sums["pieces"]) > 1:
-            A, B = _semidefinite(A, state.name), _semidefinite(B, state.name)
+            A, B = semidefinite(A, state.name), semidefinite(B, state.name)
         return balanced(A, B, scale, state.name)
 
     def error(self, state: State, operator: Operator) -> float | None:
@@ -341,7 +341,7 @@ def _split(state: State) -> tuple[Tensor, Tensor]:
     return mirror(A), mirror(over(B[0], weight))[None]
 
 
-def _pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
+def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
     """Samples in their order, in pieces of about `size`."""
     total = sum(map(len, samples))
     number = max(1, round(total / size))
@@ -356,7 +356,7 @@ def _pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
         yield piece
 
 
-def _semidefinite(matrix: Tensor, name: str) -> Tensor:
+def semidefinite(matrix: Tensor, name: str) -> Tensor:
     """Without the negative eigenvalues that recompressing a sum of products may leave, far below the others."""
     values, vectors = eigh(matrix, name)
     return (vectors * values.unsqueeze(1)) @ vectors.mT
