@@ -11,10 +11,12 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.experiments import data, networks
 from kronfisher.experiments.studies import STUDIES, KFOCStudy, KPSVDStudy
 from kronfisher.experiments.studies import kfoc as module
+from kronfisher.experiments.studies.divergence import divergence, small_blocks
 from kronfisher.experiments.studies.findings import Findings
 from kronfisher.experiments.studies.kfoc import PLAIN, Entrant
 from kronfisher.experiments.studies.kpsvd import QUICK
 from kronfisher.experiments.studies.spectrum import leading_eigenvalues, spectra
+from kronfisher.operators import KroneckerSum
 from kronfisher.passes import Recipe
 
 torch.set_num_threads(1)
@@ -65,7 +67,7 @@ def test_tables_and_json_hold_the_numbers(errors):
     assert read["settings"]["fits"]["K-FAC"] == {"fit": repr(KFAC()), "batched": True}
     assert len(read["rows"]) == len(found.rows) and read["rows"][-1]["layers"] == found.rows[-1]["layers"]
     assert [network["seed"] for network in read["networks"]] == [0, 1, 0, 1]
-    titles = {table.title.split(":")[0]: table for table in found.tables()}
+    titles = {table.title.split(":")[0]: table for table in found.tables() if ": relative error" in table.title}
     first, second = (
         row["layers"]["conv1"] for row in found.select(fit="K-FAC", batch_size=5) if "conv1" in row["layers"]
     )
@@ -74,6 +76,29 @@ def test_tables_and_json_hold_the_numbers(errors):
     (line,) = (row for row in titles["digits, convolutions, conv1"].rows if row[0] == "full")
     assert line[1:] == ("same", "0.000 ± 0.000")
     assert "between batch sizes" in str(found)
+
+
+def test_divergences_are_those_of_dense_gaussians(errors):
+    study, found = errors
+    problem = study.problems[1]
+    dataset, model = problem.load(0)
+    problem.train(dataset, model, seed=0)
+    truth = small_blocks(model, dataset.batches(60, 60), dataset.likelihood, seed=0)
+    assert set(truth) == {"conv1.weight", "linear.weight"}  # the other has more than 800 rows
+    fisher = estimate(model, dataset.batches(60, 60), dataset.likelihood, fit="kfac", seed=0)
+    (row,) = found.select(problem=problem.title, seed=0, fit="K-FAC", batch_size=None)
+    for name, block in truth.items():
+        shift = 0.01 * block.trace() / len(block) * torch.eye(len(block), dtype=torch.double)
+        zero = torch.zeros(len(block), dtype=torch.double)
+        normal, other = (
+            torch.distributions.MultivariateNormal(zero, matrix.double() + shift)
+            for matrix in (block, fisher.blocks[name].to_dense())
+        )
+        expected = torch.distributions.kl_divergence(normal, other) / len(block)
+        assert row["divergence"][name.removesuffix(".weight")] == pytest.approx(float(expected), rel=1e-3)
+    (row,) = found.select(problem=problem.title, seed=0, fit="full", batch_size=None)
+    assert max(row["divergence"].values()) < 1e-6
+    assert divergence(torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, -0.5]))) == float("inf")
 
 
 def test_networks_and_numbers_repeat(errors):
@@ -160,6 +185,24 @@ def test_leading_eigenvalues_of_estimates(autoencoder, fit):
             )
             checked += 1
     assert checked >= 2
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(9, 4), (40, 35)])  # written out; by Lanczos iterations
+def test_leading_eigenvalues_of_sums(inputs, outputs, inside):
+    """Whether or not the sides live in the span of the samples, and with a negative term."""
+    random = torch.Generator().manual_seed(inputs)
+    a, g = (torch.randn(30, size, generator=random, dtype=torch.double) for size in (inputs, outputs))
+    weights = torch.randn(2, 2, 30, generator=random, dtype=torch.double)
+    weights[:, 0] = weights[:, 0].abs()
+    sides = [x.mT @ (w.unsqueeze(-1) * x) for x, w in zip((a, g), weights, strict=True)]
+    if not inside:
+        sides = [side + torch.eye(side.shape[-1], dtype=torch.double) for side in sides]
+    operator = KroneckerSum(sides[0].unsqueeze(1), sides[1].unsqueeze(1), name="w")
+    expected = torch.linalg.eigvalsh(operator.to_dense()).flip(0)[:6]
+    torch.testing.assert_close(leading_eigenvalues(operator, 6, a, g), expected, rtol=1e-6, atol=0)
+    shifted = operator.shifted(0.5)
+    torch.testing.assert_close(leading_eigenvalues(shifted, 6, a, g), expected + 0.5, rtol=1e-6, atol=0)
 
 
 def test_spectra_of_shared_positions_are_refused():

@@ -23,7 +23,7 @@ from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.studies.problems import Problem
 from kronfisher.experiments.tables import Table, duration, number
-from kronfisher.fits import KFAC, Diagonal, Fit
+from kronfisher.fits import KFAC, KFOC, KL, TKFAC, Diagonal, Fit, KroneckerSum
 
 __all__ = ["KFOCFindings", "KFOCStudy"]
 
@@ -48,15 +48,27 @@ class Entrant:
     Attributes:
         fit: the fit.
         batched: whether its estimate depends on how the data are batched; if not, sums are carried over the batches.
+        swept: whether the first seed looks at all batch sizes although they make no difference; too slow for some.
     """
 
     fit: Fit
     batched: bool = False
+    swept: bool = True
 
 
 ENTRANTS: Mapping[str, Entrant] = {
     "diagonal": Entrant(Diagonal()),
     "K-FAC": Entrant(KFAC()),
+    "TKFAC": Entrant(TKFAC()),
+    "KL": Entrant(KL(damping=1e-6), swept=False),
+    "K-FOC approx": Entrant(KFOC("approx"), batched=True),
+    "K-FOC running": Entrant(KFOC("running"), batched=True),
+    "K-FOC memory": Entrant(KFOC("memory"), batched=True),
+    "K-FOC exact": Entrant(KFOC("exact"), swept=False),
+    "rank 2": Entrant(KroneckerSum(rank=2)),
+    "rank 4": Entrant(KroneckerSum(rank=4)),
+    "nonnegative rank 2": Entrant(KroneckerSum(rank=2, method="nonnegative"), swept=False),
+    "nonnegative rank 4": Entrant(KroneckerSum(rank=4, method="nonnegative"), swept=False),
 }
 
 
@@ -132,7 +144,7 @@ class KFOCStudy:
     def _cells(self, seed: int) -> Iterator[tuple[str, Entrant | None, int | None]]:
         """What is measured for one network: where batches make no difference, all sizes for the first seed only."""
         for name, entrant in {PLAIN: None, **self.entrants}.items():
-            every = seed == 0 or (entrant is not None and entrant.batched)
+            every = entrant.batched or (entrant.swept and seed == 0) if entrant else seed == 0
             for size in self.batch_sizes if every else self.batch_sizes[-1:]:
                 yield name, entrant, size
 
@@ -253,7 +265,7 @@ class KFOCFindings(Findings):
             for fit in carried:
                 rows = [row["layers"] for row in self.select(problem=problem, fit=fit, seed=0)]
                 most = max([most, *(abs(row[layer] - rows[0][layer]) for row in rows for layer in row)])
-        same = f"same: sums are carried over the batches. Largest difference between batch sizes: {most:.1e}."
+        same = f"same: carried over the batches. Largest difference between batch sizes, where looked at: {most:.1e}."
         return [same, *super().notes()]
 
     def draw(self, folder: str | Path) -> list[Path]:

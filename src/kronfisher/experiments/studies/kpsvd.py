@@ -25,14 +25,20 @@ from kronfisher.experiments.studies.findings import Findings, Record
 from kronfisher.experiments.studies.problems import Problem
 from kronfisher.experiments.studies.spectrum import Spectrum, spectra
 from kronfisher.experiments.tables import Table, duration, number
-from kronfisher.fits import EKFAC, KFAC, Fit
+from kronfisher.fits import EKFAC, KFAC, KFOC, KPSVD, Fit, KFACCorrected, KroneckerSum
 from kronfisher.passes import Recipe
 
 __all__ = ["KPSVDFindings", "KPSVDStudy"]
 
 ENTRANTS: Mapping[str, Fit] = {
     "K-FAC": KFAC(),
+    "KPSVD": KPSVD(),
+    "KFAC-corrected": KFACCorrected(),
+    "deflation": KroneckerSum(rank=2, method="deflation"),
+    "Lanczos": KroneckerSum(rank=2, method="lanczos"),
+    "nonnegative": KroneckerSum(rank=2, method="nonnegative"),
     "EKFAC on K-FAC": EKFAC(),
+    "EKFAC on K-FOC": EKFAC(basis=KFOC()),
 }
 RELU: dict[str, Any] = {"network": "autoencoder", "activation": "relu", "test_size": 1000}
 PROBLEMS = (

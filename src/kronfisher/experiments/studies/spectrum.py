@@ -14,7 +14,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State
-from kronfisher.operators import Operator
+from kronfisher.operators import Kronecker, KroneckerSum, Operator
 from kronfisher.passes import Recipe, accumulate
 from kronfisher.samples import Samples
 
@@ -108,12 +108,12 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
         a: ``[n, I]`` inputs that the input sides were made from.
         g: ``[n, O]`` gradients that the output sides were made from.
     """
-    sides = operator.tensors()
-    if sides.keys() != {"A", "B"} or min(side.dim() for side in sides.values()) < 3:
+    whole = operator.terms if isinstance(operator, KroneckerSum) and not operator.shift else (operator,)
+    terms = [term for term in whole if isinstance(term, Kronecker) and term.A.shape == (1, a.shape[1], a.shape[1])]
+    if len(terms) < len(whole):
         return operator.eigenvalues().double().topk(k).values
-    inputs, outputs = (
-        _compressed(_terms(sides[name]).double(), samples.double()) for name, samples in (("A", a), ("B", g))
-    )
+    inputs = _compressed(torch.cat([term.A for term in terms]).double(), a.double())
+    outputs = _compressed(torch.cat([term.B for term in terms]).double(), g.double())
     rows, columns = outputs.shape[-1], inputs.shape[-1]
     if len(inputs) == 1:
         values = torch.outer(torch.linalg.eigvalsh(outputs[0]), torch.linalg.eigvalsh(inputs[0])).flatten()
@@ -123,11 +123,6 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
         values = _lanczos(inputs, outputs, k)
     # The compressed matrix may have fewer dimensions than there are eigenvalues asked for; all others are zero.
     return torch.cat([values, values.new_zeros(k)]).topk(k).values
-
-
-def _terms(side: Tensor) -> Tensor:
-    """``[R, d, d]`` from ``[R, 1, d, d]`` (a sum) or ``[1, d, d]`` (one product)."""
-    return side.squeeze(1) if side.dim() == 4 else side
 
 
 def _compressed(sides: Tensor, samples: Tensor) -> Tensor:
@@ -154,5 +149,6 @@ def _lanczos(inputs: Tensor, outputs: Tensor, k: int) -> Tensor:
 
     size = rows * columns
     start = torch.ones(size, dtype=torch.float64).numpy()
-    operator = LinearOperator((size, size), matvec=multiply, dtype="float64")  # pyright: ignore[reportCallIssue]
-    return torch.from_numpy(eigsh(operator, k, which="LA", v0=start, tol=1e-6, return_eigenvectors=False))
+    operator: Any = LinearOperator((size, size), matvec=multiply, dtype="float64")  # pyright: ignore[reportCallIssue]
+    options: Any = {"which": "LA", "v0": start, "tol": 1e-6, "return_eigenvectors": False}
+    return torch.from_numpy(eigsh(operator, k, **options))
