@@ -8,6 +8,7 @@ figure there is the runtime table that it does not give.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf, nan
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -239,7 +240,8 @@ class KFOCFindings(Findings):
             )
             for fit in self.settings["fits"]:
                 rows = [row["divergence"] for row in last if row["fit"] == fit]
-                table.add(fit, *(number(median(row[name] for row in rows)) if rows else "–" for name in names))
+                found = [median(row[name] for row in rows) if rows else nan for name in names]
+                table.add(fit, *("indefinite" if value == inf else number(value) for value in found))
             if names:
                 yield table
 
