@@ -165,6 +165,7 @@ class CrossTerms(Fit):
 
     operators: dict[tuple[Block, ...], Operator]
     kept: "Kept"
+    exact = True
 
     def __eq__(self, other: object) -> bool:
         return self is other  # or blocks of several would be joined
@@ -228,8 +229,11 @@ class CrossTerms(Fit):
 
 def quadratic(samples: Samples, operator: Operator) -> Tensor:
     """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
-    if isinstance(operator, Kronecker) and operator.A.dim() == 3 and operator.B.dim() == 3:
+    if isinstance(operator, Kronecker):
         total = samples.gradients.new_zeros((), dtype=torch.float64)
+        if operator.A.dim() == 2:
+            (turned,) = samples.rotated(operator.A, operator.B)
+            return samples.inner(turned)
         for plain, turned in zip(samples.pieces(), samples.rotated(operator.A.mT, operator.B.mT), strict=True):
             total += plain.inner(turned)
         return total

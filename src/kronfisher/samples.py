@@ -9,6 +9,7 @@ otherwise. A sample is one datum under one label draw or one column of the outpu
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,11 +75,45 @@ class Activations:
         rows = self.dense()[:, :, 0]
         return mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
 
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a∘²``, ``[H, I]``: the diagonal of the covariance."""
+        heads, n, positions, width = self.shape
+        for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
+            total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
+
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
         heads, n, positions, width = self.shape
         ranges = chunks(n, heads * positions * width * 8, workspace)
         return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
+
+    def reduced(self, workspace: int = WORKSPACE) -> "Activations":
+        """The same as inputs of T = 1."""
+        return Dense(self.summed(workspace))
+
+    def masked(self, mask: Tensor) -> "Activations":
+        """Zero at positions where ``mask [n, T]`` is."""
+        return Masked(self, mask)
+
+    def scaled(self, side: Tensor) -> "Activations":
+        """``a`` times a vector ``[H, I]``, elementwise."""
+        return Dense(self.dense() * side[:, None, None])
+
+    def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
+        """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
+        return None
+
+    @staticmethod
+    def joined(several: "list[Activations]") -> "Activations":
+        """Positions of all, side by side along T."""
+        kinds = {type(each) for each in several}
+        together = kinds.pop().side_by_side(several) if len(kinds) == 1 else None
+        return together or Dense(torch.cat([each.dense() for each in several], dim=2))
+
+    @classmethod
+    def side_by_side(cls, several: "list[Any]") -> "Activations | None":
+        """As `joined`, where all are of this kind and need not be written out."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -177,6 +212,9 @@ class Ones(Activations):
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         total += self.sizes[1] * self.sizes[2]
 
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        total += self.sizes[1] * self.sizes[2]
+
 
 @dataclass(frozen=True)
 class Masked(Activations):
@@ -247,7 +285,7 @@ class Samples:
     @property
     def counted(self) -> Activations:
         """The inputs, zero at positions that do not count."""
-        return self.activations if self.mask is None else Masked(self.activations, self.mask)
+        return self.activations if self.mask is None else self.activations.masked(self.mask)
 
     @property
     def bytes(self) -> int:
@@ -255,11 +293,15 @@ class Samples:
         return (self.activations.stored + self.gradients.numel()) * self.gradients.element_size()
 
     def add_input_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``."""
-        self.counted.add_covariance_(total, self.workspace)
+        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
+        add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
+        add(total, self.workspace)
 
     def add_output_covariance_(self, total: Tensor) -> None:
-        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``."""
+        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
+        if total.dim() == 2:
+            total += self.gradients.to(total.dtype).square().sum(dim=(1, 2))
+            return
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
 
     def add_output_products_(self, total: Tensor) -> None:
@@ -307,6 +349,9 @@ class Samples:
 
     def squares(self) -> Tensor:
         """``Σ_k G_k∘²``, shape ``[H, O, I]``: the diagonal of the block."""
+        shorter = self.activations.squares(self.gradients, self.workspace)
+        if shorter is not None:
+            return shorter
         if self.positions == 1:  # (g_o a_i)² needs no outer product per sample
             return self.gradients.squeeze(2).square().mT @ self.activations.dense().squeeze(2).square()
         heads, outputs, width = self.shape
@@ -334,12 +379,27 @@ class Samples:
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
     def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
-        """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for ``U_A [H, I, I]`` and ``U_B [H, O, O]`` (None: one)."""
+        """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
+
+        Args:
+            inputs: ``U_A [H, I, I]``, or the diagonal ``[H, I]`` of a diagonal one; None: one.
+            outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
+        """
+
+        def turned(gradients: Tensor) -> Tensor:
+            if outputs is None:
+                return gradients
+            return gradients @ outputs.unsqueeze(1) if outputs.dim() == 3 else gradients * outputs[:, None, None]
+
+        if inputs is not None and inputs.dim() == 2:  # inputs need not be written out
+            yield replace(
+                self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None
+            )
+            return
         for piece in self.pieces():
-            a, g = piece.activations.dense(), piece.gradients
+            a = piece.activations.dense()
             a = a if inputs is None else a @ inputs.unsqueeze(1)
-            g = g if outputs is None else g @ outputs.unsqueeze(1)
-            yield replace(piece, activations=Dense(a), gradients=g)
+            yield replace(piece, activations=Dense(a), gradients=turned(piece.gradients))
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
@@ -359,7 +419,7 @@ class Samples:
         else:
             lengths = self.mask.sum(dim=1, keepdim=True)
             mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
-        return replace(self, activations=Dense(self.counted.summed(self.workspace)), gradients=gradients, mask=mask)
+        return replace(self, activations=self.counted.reduced(self.workspace), gradients=gradients, mask=mask)
 
     def masked(self, positions: Tensor) -> "Samples":
         """Samples that know which positions count.
@@ -386,6 +446,6 @@ def join(uses: list[Samples]) -> Samples:
     if any(use.mask is not None for use in uses):
         every = uses[0].gradients.new_ones(()).expand
         mask = torch.cat([every(len(use), use.positions) if use.mask is None else use.mask for use in uses], dim=1)
-    activations = torch.cat([use.activations.dense() for use in uses], dim=2)
+    activations = Activations.joined([use.activations for use in uses])
     gradients = torch.cat([use.gradients for use in uses], dim=2)
-    return replace(uses[0], activations=Dense(activations), gradients=gradients, mask=mask)
+    return replace(uses[0], activations=activations, gradients=gradients, mask=mask)

@@ -7,8 +7,8 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
-from kronfisher.linalg import eigh
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
+from kronfisher.operators.sides import decompose
 from kronfisher.samples import Samples
 
 __all__ = ["EKFAC"]
@@ -43,9 +43,8 @@ class EKFAC(Fit):
         return self.basis.by_batch
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
         first = self.basis.plan(group, element)
-        extra = element * elements(heads, inputs**2 + outputs**2 + outputs * inputs)
+        extra = first.bytes // 2 + element * elements(*sizes(group))  # the eigenvectors are as large as the factors
         return replace(first, bytes=first.bytes + extra, passes=first.passes + 1, owned=True)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
@@ -72,7 +71,10 @@ class EKFAC(Fit):
         product = self.basis.finish(state)
         if not isinstance(product, Kronecker):
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
-        fixed = {"inputs": eigh(product.A, state.name)[1], "outputs": eigh(product.B, state.name)[1]}
+        fixed = {
+            "inputs": decompose(product.A, f"{state.name} (input side)")[1],
+            "outputs": decompose(product.B, f"{state.name} (output side)")[1],
+        }
         sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
 

@@ -7,7 +7,7 @@ moving averages and partitions of the data are one `+` and one `*`. Only `finish
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,7 +86,13 @@ class State:
 
 @dataclass(frozen=True)
 class Fit:
-    """Base of all fits: one block at a time, one pass, linear states; a subclass says what is summed."""
+    """Base of all fits: one block at a time, one pass, linear states; a subclass says what is summed.
+
+    Attributes:
+        exact: it keeps what it keeps of the matrix exactly, however the gradients are come by.
+    """
+
+    exact: ClassVar[bool] = False
 
     @property
     def linear(self) -> bool:

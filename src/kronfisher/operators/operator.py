@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
     from kronfisher.operators.spectral import Spectral
@@ -268,6 +268,17 @@ class Operator(ABC):
         old = self.tensors()
         new = {key: tensor.to(device=device, dtype=dtype) for key, tensor in old.items()}
         return self if all(new[key] is old[key] for key in old) else type(self).from_tensors(new, **self.settings())
+
+    def transposed(self) -> "Operator":
+        """The same matrix over ``Wᵀ [1, I, O]`` in place of ``W [1, O, I]``.
+
+        Raises:
+            UnsupportedError: the structure is of another kind.
+        """
+        raise UnsupportedError(
+            f"{self!r}: this structure knows no transpose, which a weight in two roles (a table of embeddings that is "
+            "the last layer too) takes. Choose another fit for it, such as 'kfac' or 'diagonal'."
+        )
 
     def merged(self, other: "Operator") -> "Operator | None":
         """``X + other`` in one operator if that is as cheap as either, else None."""

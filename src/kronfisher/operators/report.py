@@ -69,7 +69,8 @@ class Report:
         head = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
         body = [
             (
-                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}", r.structure),
+                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}"),
+                ("fallback: " if r.method.startswith("fallback") else "") + r.structure,
                 *(_error(r.error), _bytes(r.bytes), f"{r.seconds:.2f}"),
             )
             for r in self.rows

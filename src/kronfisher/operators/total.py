@@ -120,6 +120,10 @@ class Total(Operator, kind="total"):
         """Term by term."""
         return replace(self, terms=tuple(term.scaled(factor) for term in self.terms))
 
+    def transposed(self) -> Operator:
+        """Term by term."""
+        return Total.from_terms(term.transposed() for term in self.terms)
+
     def trace(self) -> Tensor:
         """The sum of the traces."""
         return torch.stack([term.trace() for term in self.terms]).sum()

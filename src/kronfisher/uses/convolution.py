@@ -14,7 +14,7 @@ from kronfisher.uses import shifts
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
 
-__all__ = ["ConvolutionUse", "Patches"]
+__all__ = ["ConvolutionUse", "Patches", "Window", "each"]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def convolution(
     if not (kernel or shift):
         return
     axes = weight.dim() - 2
-    stride, dilation = _each(stride, axes), _each(dilation, axes)
+    stride, dilation = each(stride, axes), each(dilation, axes)
     size = tuple(weight.shape[2:])
     window = Window(size, stride, _padding(padding, size, dilation), dilation)
     yield ConvolutionUse(
@@ -195,7 +195,8 @@ def convolution(
     )
 
 
-def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """A setting for each of some spatial axes."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values
 
@@ -208,7 +209,7 @@ def _padding(
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, str):
         return ((0, 0),) * len(kernel)
-    return tuple((amount, amount) for amount in _each(padding, len(kernel)))
+    return tuple((amount, amount) for amount in each(padding, len(kernel)))
 
 
 EXAMPLES["conv1d, stride and dilation"] = lambda: (nn.Conv1d(2, 3, 2, stride=2, padding=1, dilation=2), (4, 2, 7))
