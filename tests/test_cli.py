@@ -140,6 +140,38 @@ def test_a_real_interrupt_ends_a_real_process(tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("name", ["kfoc", "kpsvd"])
+def test_a_study_writes_tables_figures_and_json(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "compare", "--study", name, "--quick")
+    assert code == 0 and sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        f"{name}.json",
+        f"{name}.png",
+    ]
+    found = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+    assert found["finished"] and not any("failure" in row for row in found["rows"])
+    assert {row["fit"] for row in found["rows"]} >= set(found["settings"]["fits"]) and "test loss" in err
+    for fit in found["settings"]["fits"]:
+        assert any(line.startswith(fit) for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--study", "kfoc", "--network", "mlp"), "leave out --network"),
+        (("--study", "kfoc", "--data", "mnist", "--seed", "1"), "leave out --data, --seed"),
+        (("--study", "psvd"), "one of kfoc, kpsvd; it is psvd"),
+        (("--quick",), "which --quick needs"),
+        (("--study", "kpsvd", "--data-dir", "/nonexistent"), "/nonexistent"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_one_line(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "compare", *options)
+    assert code == 2 and not out and list(tmp_path.iterdir()) == []
+    assert len(err.splitlines()) == 1 and message in err
+
+
 def test_coverage_names_every_parameter(capsys):
     code, out, _ = run(capsys, "coverage", "--network", "resnet")
     assert code == 0 and "stage1.body.0.weight" in out and "linear.bias" in out and "100.0 %" in out

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
 if TYPE_CHECKING:
     from kronfisher.experiments.comparison import Comparison
+    from kronfisher.experiments.studies import Findings
     from kronfisher.experiments.study import Study
 
 __all__ = ["main"]
@@ -54,6 +55,7 @@ def _app() -> Any:
     import typer
 
     from kronfisher.experiments import data, networks
+    from kronfisher.experiments.studies import STUDIES
     from kronfisher.experiments.study import Study
     from kronfisher.fits import FITS
 
@@ -86,8 +88,13 @@ def _app() -> Any:
         print(READING)
         return 0
 
+    study_help = f"a paper's study instead: {' or '.join(STUDIES)}; of the options below only those of files apply"
+
     @app.command()
     def compare(
+        context: typer.Context,
+        study: Annotated[str | None, option(study_help)] = None,
+        quick: Annotated[bool, option("the study in seconds, on data that need no files", "--quick")] = False,
         data_name: Annotated[str, option(data_help, "--data")] = default.data,
         network: Annotated[str, option(network_help)] = default.network,
         fits: Annotated[str, option(f"comma-separated, of {', '.join(sorted(FITS))}")] = ",".join(default.fits),
@@ -106,8 +113,22 @@ def _app() -> Any:
         memory_budget: Annotated[str | None, option("most memory that an estimate may take, such as 500MB")] = None,
     ) -> int:
         """Train a network, estimate its Fisher matrix with each fit, and say how good each is and what it cost."""
+        if study is not None or quick:
+            with _options():
+                _only(context, {"study", "quick", "data_dir", "json", "figures"})
+                if study not in STUDIES:
+                    raise ValueError(f"--study (which --quick needs) is one of {', '.join(STUDIES)}; it is {study}")
+                chosen = STUDIES[study].quick(data_dir) if quick else STUDIES[study](data_dir=data_dir)
+                chosen.check()
+                json, figures = json or Path(f"results/{study}.json"), figures or Path("results")
+                _writable(json, folder=False)
+                _writable(figures, folder=True)
+            torch.set_num_threads(1)  # seconds of one thread are what the tables say
+            found = _watch(study, chosen.run)
+            useful = any("failure" not in row for row in found.rows)
+            return _finish(found, json, figures, found.draw, useful, f"after {len(found.rows)} estimates")
         with _options():
-            study = Study(
+            comparison = Study(
                 data=data_name,
                 network=network,
                 fits=tuple(name.strip() for name in fits.split(",") if name.strip()),
@@ -125,7 +146,7 @@ def _app() -> Any:
             )
             _writable(json, folder=False)
             _writable(figures, folder=True)
-        return _run(study, json, figures)
+        return _run(comparison, json, figures)
 
     @app.command()
     def coverage(
@@ -145,44 +166,70 @@ def _app() -> Any:
 
 
 def _run(study: "Study", json: Path | None, figures: Path | None) -> int:
-    """Run with progress, print the tables, write the files; the exit code."""
+    """One comparison; the exit code."""
+    from kronfisher.experiments.figures import draw
+
+    with _interruptible(), _options():
+        dataset, model = study.load()
+    comparison = _watch(f"training {study.network}", lambda say, step: study.run(dataset, model, say, step))
+    useful = any(not row.failure for row in comparison.rows)
+    done = f"after {len(comparison.rows)} of {len(study.fits)} fits"
+    return _finish(comparison, json, figures, lambda folder: draw(comparison, folder, study.network), useful, done)
+
+
+def _watch(what: str, run: Callable[[Callable, Callable], Any]) -> Any:
+    """Run with progress on a terminal; an interrupt before anything was finished ends the process."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with _interruptible(), _options():
-        dataset, model = study.load()
     quiet = not console.is_terminal  # the lines that are said remain
     with _interruptible(), Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task(f"training {study.network}", total=None)
-        comparison = study.run(
-            dataset,
-            model,
-            say=lambda text: progress.console.print(text, markup=False),
-            step=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        task = progress.add_task(what, total=None)
+        found = run(
+            lambda text: progress.console.print(text, markup=False),
+            lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )
-        if not comparison.rows:
+        if not found.rows:
             raise KeyboardInterrupt
-    _show(comparison)
+    return found
+
+
+def _finish(
+    found: "Findings | Comparison",
+    json: Path | None,
+    figures: Path | None,
+    draw: Callable[[Path], list[Path]],
+    useful: bool,
+    done: str,
+) -> int:
+    """Print the tables and write the files; the exit code, 0 if there are `useful` numbers."""
+    _show(found)
     paths = []
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(comparison.to_json())
+        json.write_text(found.to_json())
         paths.append(json)
     if figures is not None:
-        from kronfisher.experiments.figures import draw
-
-        paths += draw(comparison, figures, study.network)
+        paths += draw(figures)
     if paths:
         print("written:", *paths, sep="\n  ", end="\n\n")
-    if not comparison.finished:
-        print(f"kronfisher: interrupted after {len(comparison.rows)} of {len(study.fits)} fits", file=sys.stderr)
+    if not found.finished:
+        print(f"kronfisher: interrupted {done}", file=sys.stderr)
         return 130
-    return 0 if any(not row.failure for row in comparison.rows) else 1
+    return 0 if useful else 1
 
 
-def _show(comparison: "Comparison") -> None:
+def _only(context: Any, names: set[str]) -> None:
+    """ValueError if the command line sets an option that is not among `names`."""
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    if odd := sorted(given - names):
+        listed = ", ".join(f"--{name.removesuffix('_name').replace('_', '-')}" for name in odd)
+        raise ValueError(f"a study has its own settings: leave out {listed}")
+
+
+def _show(comparison: "Findings | Comparison") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -60,3 +60,26 @@ def test_progress_is_reported_after_every_step(digits):
 def test_a_diverging_loss_stops_with_the_remedy(digits):
     with pytest.raises(NumericalError, match=r"after \d+ steps: lower lr \(now 1e\+30\)"):
         train(networks.for_data("mlp", digits), digits, epochs=5, lr=1e30)
+
+
+def test_patience_ends_the_training_at_the_best_weights(digits):
+    model = networks.for_data("mlp", digits)
+    history = train(model, digits, epochs=200, lr=0.05, patience=3)
+    assert 3 < len(history) < 200
+    best = evaluate(model, digits)["loss"]
+    longer = networks.for_data("mlp", digits)
+    losses = []
+    for epochs in range(1, len(history) + 1):
+        longer = networks.for_data("mlp", digits)
+        train(longer, digits, epochs=epochs, lr=0.05)
+        losses.append(evaluate(longer, digits)["loss"])
+    assert best == pytest.approx(min(losses)) and losses.index(min(losses)) == len(losses) - 4
+
+
+def test_weight_decay_shrinks_the_weights(digits):
+    def norm(weight_decay):
+        model = networks.for_data("mlp", digits)
+        train(model, digits, epochs=3, weight_decay=weight_decay)
+        return sum(float(p.detach().norm()) for p in model.parameters())
+
+    assert norm(0.1) < 0.9 * norm(0.0)

@@ -1,15 +1,13 @@
 """What a comparison of fits found: one row per fit, as tables for people and as JSON for programs."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from kronfisher.experiments.documents import document
 from kronfisher.experiments.tables import Table, duration, number, size
 
 __all__ = ["Comparison", "Row"]
@@ -110,18 +108,7 @@ class Comparison:
             | {"blocks": dict(r.blocks), "failure": r.failure or None}
             for r in self.rows
         ]
-        versions = {"kronfisher": version("kronfisher"), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        whole = {"finished": self.finished, "settings": dict(self.settings), "versions": versions, "rows": rows}
-        return json.dumps(_finite(whole), indent=2, ensure_ascii=False) + "\n"
+        return document(self.settings, self.finished, rows=rows)
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, [*self.tables(), *self.notes()]))
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

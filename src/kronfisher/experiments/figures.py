@@ -1,5 +1,6 @@
 """Pictures of a comparison: errors and costs, and what one block looks like under each fit."""
 
+from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from kronfisher.experiments.comparison import Comparison, Row
 from kronfisher.experiments.tables import duration, size
 
-__all__ = ["draw"]
+__all__ = ["draw", "written"]
 
 # Okabe and Ito's colours, distinct for colour-blind eyes too; the same fit has the same colour in every picture.
 COLOURS = {"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"}
@@ -44,25 +45,41 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
     Raises:
         ImportError: matplotlib is not installed.
     """
+    rows = [row for row in comparison.rows if isfinite(row.error)]
+    if not rows:
+        return []
+    others = [row.fit for row in rows if row.fit not in COLOURS]
+    colours = COLOURS | {fit: OTHERS[k % len(OTHERS)] for k, fit in enumerate(others)}
+
+    def figures() -> Iterator[tuple[str, Any]]:
+        yield name, _overview(rows, colours, comparison.settings)
+        if rows[0].shown is not None:
+            block = rows[0].shown[0]
+            yield f"{name}-block", _block([row for row in rows if row.shown and row.shown[0] == block], colours)
+
+    return written(folder, figures)
+
+
+def written(folder: str | Path, figures: Callable[[], Iterable[tuple[str, Any]]]) -> list[Path]:
+    """Draw figures in the common style and write them as PNG files.
+
+    Args:
+        folder: is made if need be.
+        figures: gives names and matplotlib figures.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError('figures are drawn by matplotlib: pip install "kronfisher[experiments]"') from error
-    rows = [row for row in comparison.rows if isfinite(row.error)]
-    if not rows:
-        return []
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    others = [row.fit for row in rows if row.fit not in COLOURS]
-    colours = COLOURS | {fit: OTHERS[k % len(OTHERS)] for k, fit in enumerate(others)}
     paths = []
     with matplotlib.rc_context(STYLE):
-        figures = {name: _overview(rows, colours, comparison.settings)}
-        if rows[0].shown is not None:
-            block = rows[0].shown[0]
-            figures[f"{name}-block"] = _block([row for row in rows if row.shown and row.shown[0] == block], colours)
-        for stem, figure in figures.items():
-            paths.append(folder / f"{stem}.png")
+        for name, figure in figures():
+            paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1])
     return paths
 

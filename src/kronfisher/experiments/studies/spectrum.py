@@ -1,0 +1,154 @@
+"""How far the leading eigenvalues of an approximation are from those of the true blocks, without writing either out.
+
+With one batch of n samples a true block is ``F = Σ_k vec(G_k) vec(G_k)ᵀ / N``, so its eigenvalues are those of the
+``[n, n]`` matrix of inner products ``⟨G_k, G_l⟩ / N``. A sum of Kronecker products made from these samples lives in
+the span of their inputs and gradients: in orthonormal bases of the two spans its sides have at most n rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.blocks import Block
+from kronfisher.errors import UnsupportedError
+from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.operators import Kronecker, KroneckerSum, Operator
+from kronfisher.passes import Recipe, accumulate
+from kronfisher.samples import Samples
+
+__all__ = ["Spectrum", "leading_eigenvalues", "spectra"]
+
+WRITTEN_OUT = 600  # up to this dimension of the compressed matrix a dense eigendecomposition is faster
+
+
+@dataclass(frozen=True)
+class Collect(Fit):
+    """A fit that makes no operator: it keeps the inputs and gradients of layers without shared positions."""
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        """Nothing is known about the number of samples yet."""
+        return Plan(0)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        """No samples."""
+        return State(group, plan, {})
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        """Keep them."""
+        (use,) = samples
+        if use.positions > 1 or use.shape[0] > 1:
+            raise UnsupportedError(
+                f"{state.name}: spectra are measured for layers without shared positions or groups, and this one has "
+                f"{use.positions} positions and {use.shape[0]} groups."
+            )
+        new = {"a": use.activations.dense()[0, :, 0], "g": use.gradients[0, :, 0]}
+        sums = {key: torch.cat([state.sums[key], rows]) if state.sums else rows for key, rows in new.items()}
+        return State(state.blocks, state.plan, sums, count=state.count)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The leading eigenvalues of one true block.
+
+    Attributes:
+        a: ``[n, I]`` inputs.
+        g: ``[n, O]`` gradients.
+        values: the leading eigenvalues of F, descending, in float64.
+    """
+
+    a: Tensor
+    g: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, g: Tensor, count: float, leading: int) -> Self:
+        """At most so many `leading` eigenvalues of the mean over N = `count` data."""
+        products = (a.double() @ a.double().mT) * (g.double() @ g.double().mT) / count
+        values = torch.linalg.eigvalsh(products).flip(0)[:leading]
+        return cls(a, g, values.clamp_min(0))  # what is below is rounding
+
+    def distance(self, operator: Operator) -> float:
+        """``√(Σ_k (λ_k(X) − λ_k(F))²)`` over the leading eigenvalues of both, each sorted."""
+        found = leading_eigenvalues(operator, len(self.values), self.a, self.g)
+        return float((found - self.values).norm())
+
+    def norm(self) -> float:
+        """``√(Σ_k λ_k(F)²)``."""
+        return float(self.values.norm())
+
+
+def spectra(recipe: Recipe, data: Any, leading: int) -> dict[str, Spectrum]:
+    """Block name → the leading eigenvalues of the true block of the mean over `data`.
+
+    Args:
+        recipe: model, likelihood and labels.
+        data: as for `kronfisher.estimate`.
+        leading: how many eigenvalues at most; a block has no more than there are samples.
+
+    Raises:
+        UnsupportedError: a layer has shared positions (a convolution), groups or no inputs.
+    """
+    run = recipe.accumulator(Collect())
+    accumulate(run, data)
+    count = float(run.count)
+    return {
+        group.state.name: Spectrum.of(group.state.sums["a"], group.state.sums["g"], count, leading)
+        for group in run.groups
+    }
+
+
+def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Tensor:
+    """The k largest eigenvalues, descending, in float64.
+
+    Args:
+        operator: a Kronecker product, a sum of several, or any other whose eigenvalues are cheap.
+        k: how many.
+        a: ``[n, I]`` inputs that the input sides were made from.
+        g: ``[n, O]`` gradients that the output sides were made from.
+    """
+    whole = operator.terms if isinstance(operator, KroneckerSum) and not operator.shift else (operator,)
+    terms = [term for term in whole if isinstance(term, Kronecker) and term.A.shape == (1, a.shape[1], a.shape[1])]
+    if len(terms) < len(whole):
+        return operator.eigenvalues().double().topk(k).values
+    inputs = _compressed(torch.cat([term.A for term in terms]).double(), a.double())
+    outputs = _compressed(torch.cat([term.B for term in terms]).double(), g.double())
+    rows, columns = outputs.shape[-1], inputs.shape[-1]
+    if len(inputs) == 1:
+        values = torch.outer(torch.linalg.eigvalsh(outputs[0]), torch.linalg.eigvalsh(inputs[0])).flatten()
+    elif rows * columns <= max(WRITTEN_OUT, 2 * k):
+        values = torch.linalg.eigvalsh(sum(map(torch.kron, outputs, inputs)))
+    else:
+        values = _lanczos(inputs, outputs, k)
+    # The compressed matrix may have fewer dimensions than there are eigenvalues asked for; all others are zero.
+    return torch.cat([values, values.new_zeros(k)]).topk(k).values
+
+
+def _compressed(sides: Tensor, samples: Tensor) -> Tensor:
+    """The same matrices in an orthonormal basis of the samples' span, ``[R, r, r]``, if they live in it."""
+    if samples.shape[0] >= samples.shape[1]:
+        return sides
+    basis = torch.linalg.qr(samples.mT).Q
+    small = basis.mT @ sides @ basis
+    lost = 1 - (small.flatten(1).norm(dim=1) / sides.flatten(1).norm(dim=1).clamp_min(1e-300)).square()
+    return small if bool((lost < 1e-5).all()) else sides
+
+
+def _lanczos(inputs: Tensor, outputs: Tensor, k: int) -> Tensor:
+    """The k algebraically largest eigenvalues of ``Σ B ⊗ A`` by implicitly restarted Lanczos."""
+    try:
+        from scipy.sparse.linalg import LinearOperator, eigsh
+    except ImportError as error:
+        raise ImportError('spectra of sums need scipy: pip install "kronfisher[experiments]"') from error
+    rows, columns = outputs.shape[-1], inputs.shape[-1]
+
+    def multiply(vector: Any) -> Any:
+        matrix = torch.from_numpy(vector).reshape(rows, columns)
+        return (outputs @ matrix @ inputs.mT).sum(0).flatten().numpy()
+
+    size = rows * columns
+    start = torch.ones(size, dtype=torch.float64).numpy()
+    operator: Any = LinearOperator((size, size), matvec=multiply, dtype="float64")  # pyright: ignore[reportCallIssue]
+    options: Any = {"which": "LA", "v0": start, "tol": 1e-6, "return_eigenvectors": False}
+    return torch.from_numpy(eigsh(operator, k, **options))
