@@ -107,16 +107,16 @@ class Comparison:
         ]
         versions = {"kronfisher": version("kronfisher"), "torch": torch.__version__, "threads": torch.get_num_threads()}
         whole = {"finished": self.finished, "settings": dict(self.settings), "versions": versions, "rows": rows}
-        return json.dumps(_finite(whole), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(finite(whole), indent=2, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, [*self.tables(), *self.notes()]))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
