@@ -66,11 +66,16 @@ def enter(
     if study:
         chosen = replace(chosen, train_size=train_size)
         chosen, competitors, steps = kpsvd(chosen, optimizers, options)
-        settings["steps"], clocks = settings.get("steps") or steps, ("seconds", "epoch")
-        seconds = seconds or (None if full else chosen.seconds)
+        settings, clocks = (
+            {**settings, "steps": settings.get("steps") if settings.get("steps") is not None else steps},
+            ("seconds", "epoch"),
+        )
+        unlimited = full
     else:
         competitors = named(optimizers or DEFAULT, options)
-        seconds = seconds or (None if settings.get("steps") else chosen.seconds)
+        unlimited = settings.get("steps") is not None
+    if seconds is None and not unlimited:
+        seconds = chosen.seconds
     changes = {"train_size": train_size, "evaluations": evaluations}
     chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
     folder = folder or Path("results/race") / (problem + (f"-{study}" if study else ""))

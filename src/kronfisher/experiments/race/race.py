@@ -61,7 +61,7 @@ class Race:
             raise ValueError(f"seeds are {list(self.seeds)}: they must be different numbers from 0 on")
         if self.seconds is None and self.steps is None:
             raise ValueError("a race needs a budget, of seconds or of steps")
-        if (self.seconds or 1) <= 0 or (self.steps or 1) < 1 or self.threads < 1:
+        if not all(limit > 0 for limit in (self.seconds, self.steps, self.threads) if limit is not None):
             raise ValueError("budget, steps and threads must be positive")
         for name, competitor in self.competitors.items():
             if competitor.follows and competitor.follows not in self.competitors:
