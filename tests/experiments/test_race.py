@@ -35,7 +35,7 @@ def task():
 
 
 def race(folder, *names, problem=TINY, options=None, **settings):
-    settings = {"seeds": (0,), "searches": False, "steps": 8} | settings
+    settings = {"seeds": (0,), "search": "none", "steps": 8} | settings
     small = {
         name: {"batch_size": 32, **({} if name not in ("soap", "shampoo") else {"frequency": 3})} for name in names
     }
@@ -343,6 +343,14 @@ def test_the_search_is_written_down_and_taken_up_again(tmp_path, task):
     assert [r.points for r in again] == [r.points for r in results]
 
 
+def test_rates_alone_can_be_searched(tmp_path, task):
+    axes = {"lr": (1e-6, 1e-3), "momentum": (0.9, 0.99)}
+    sgd = replace(named(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes=axes)
+    Race(TINY, {"sgd": sgd}, tmp_path, seeds=(0,), steps=8, search="rates").go(task)
+    found = json.loads((tmp_path / "search" / "sgd.json").read_text())
+    assert [(e["settings"]["lr"], e["settings"]["momentum"]) for e in found["tried"]] == [(1e-3, 0.9), (1e-6, 0.9)]
+
+
 def test_schedules_end_with_the_budget_of_seconds(tmp_path, task):
     (result,) = race(tmp_path, "sgd", seconds=0.4, steps=None, options={"sgd": {"batch_size": 32}}).go(task)
     horizon, made = result.plan.horizon, result.points[-1]["step"]
@@ -481,7 +489,7 @@ def run(capsys, *arguments):
 
 
 def test_the_command_races_shows_and_goes_on(capsys, tmp_path, monkeypatch):
-    command = ("race", "digits", "--optimizers", "sgd,adamw", "--no-search", "--steps", 8, "--seeds", "0,1")
+    command = ("race", "digits", "--optimizers", "sgd,adamw", "--search", "none", "--steps", 8, "--seeds", "0,1")
     command = (*command, "--train-size", 300, "--evaluations", 2, "--output", tmp_path / "out")
     real = running.Run.evaluate
 
@@ -513,6 +521,7 @@ def test_the_command_races_shows_and_goes_on(capsys, tmp_path, monkeypatch):
         (("digits", "--options", '{"sgd": 1}'), "object of objects"),
         (("digits", "--seeds", "a"), "no whole number"),
         (("digits", "--budget", "0"), "positive"),
+        (("digits", "--search", "some"), "all, rates or none"),
         (("digits", "--study", "x"), "no study 'x'"),
         (("mnist", "--data-dir", "/nonexistent", "--optimizers", "sgd"), "LeCun"),
     ],

@@ -68,7 +68,7 @@ class Flattened(FirstOrder):
 
 def sgd(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
     """SGD with Nesterov's momentum."""
-    options = {
+    options: dict[str, Any] = {
         "lr": settings["lr"],
         "momentum": settings["momentum"],
         "weight_decay": settings.get("weight_decay", 0.0),
@@ -80,7 +80,7 @@ def sgd(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrd
 
 def adam(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
     """Adam, whose weight decay is part of the loss."""
-    options = {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
+    options: dict[str, Any] = {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
     return FirstOrder(model, task, torch.optim.Adam(model.parameters(), **options))
 
 
@@ -128,7 +128,7 @@ def shampoo(model: nn.Module, task: Task, settings: Settings, seed: int) -> Firs
 ADAGRAD = 2  # of pytorch_optimizer's LayerWiseGrafting, which it does not export
 
 
-def _rates(task: Task, settings: Settings) -> dict[str, float]:
+def _rates(task: Task, settings: Settings) -> dict[str, Any]:
     return {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", task.problem.weight_decay)}
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher import damping as dampings
-from kronfisher import fits
+import kronfisher.damping as dampings
+import kronfisher.fits as fits
 from kronfisher.experiments.race.competitors import Competitor, Settings, register
 from kronfisher.experiments.race.problems import Task
 
@@ -25,7 +25,7 @@ class Natural:
     """
 
     def __init__(self, model: nn.Module, task: Task, settings: Settings, seed: int) -> None:
-        from kronfisher import trust as trusts
+        import kronfisher.trust as trusts
         from kronfisher.natural_gradient import NaturalGradient, Refresh
 
         options: dict[str, Any] = {key: value for key, value in settings.items() if key not in RUNNER}

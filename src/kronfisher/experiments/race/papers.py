@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kronfisher import fits
+import kronfisher.fits as fits
 from kronfisher.experiments.race.baselines import adam, rates, sgd
 from kronfisher.experiments.race.competitors import Competitor, Settings, named
 from kronfisher.experiments.race.natural import Natural

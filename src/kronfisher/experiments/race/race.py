@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,8 @@ from kronfisher.experiments.race.search import Search
 from kronfisher.experiments.race.standings import Standings, collect
 
 __all__ = ["Race"]
+
+RATES = ("lr", "damping")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Race:
         seeds: of the runs; the searches have the first.
         seconds: training time of a run; None where only `steps` counts.
         steps: at most so many.
-        searches: whether settings are searched; otherwise everybody has those it came with.
+        search: "all" settings that a competitor lets be searched, its learning "rates" only, or "none".
         threads: of torch.
         device: of torch.
         clocks: what the figures have on their axes.
@@ -48,7 +50,7 @@ class Race:
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: float | None = None
     steps: int | None = None
-    searches: bool = True
+    search: Literal["all", "rates", "none"] = "all"
     threads: int = 1
     device: str = "cpu"
     clocks: tuple[str, ...] = ("seconds", "step")
@@ -63,6 +65,8 @@ class Race:
             raise ValueError("a race needs a budget, of seconds or of steps")
         if not all(limit > 0 for limit in (self.seconds, self.steps, self.threads) if limit is not None):
             raise ValueError("budget, steps and threads must be positive")
+        if self.search not in ("all", "rates", "none"):
+            raise ValueError(f"search is {self.search!r}; it is all, rates or none")
         for name, competitor in self.competitors.items():
             if competitor.follows and competitor.follows not in self.competitors:
                 raise ValueError(f"{name} takes its settings from {competitor.follows}, which must race too")
@@ -114,6 +118,11 @@ class Race:
             if competitor.follows:
                 leader = self.competitors[competitor.follows]
                 settings |= {axis: settled[leader.name][0][axis] for axis in leader.axes}
-            search = Search(competitor, self.folder / "search", self.plan, self.seeds[0], say)
-            settled[name] = search.settle(settings, task, self.searches and not competitor.follows, progress)
+            axes = {
+                axis: values
+                for axis, values in competitor.axes.items()
+                if self.search == "all" or (self.search == "rates" and axis in RATES)
+            }
+            search = Search(competitor, axes, self.folder / "search", self.plan, self.seeds[0], say)
+            settled[name] = search.settle(settings, task, progress)
         return {name: settled[name] for name in self.competitors}

@@ -152,7 +152,7 @@ def run(plan: Plan, task: Task, competitor: Competitor, folder: Path, progress: 
                 with warnings.catch_warnings(record=True) as caught:
                     current.train(seconds=until, steps=stop, progress=progress)
                 result.warn(caught)
-            except (NumericalError, torch.linalg.LinAlgError) as error:
+            except (NumericalError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
                 result.failure = f"step {current.step + 1}: {' '.join(str(error).split())}"
             result.points.append(current.evaluate())
             if not math.isfinite(result.points[-1]["train_loss"]):

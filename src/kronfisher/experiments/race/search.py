@@ -28,6 +28,7 @@ class Search:
 
     Attributes:
         competitor: whose.
+        axes: setting → values in order; none for no search.
         folder: of all searches.
         plan: makes the plan of a run from name, settings, seed, horizon and part of the budget.
         seed: of its runs.
@@ -35,23 +36,23 @@ class Search:
     """
 
     competitor: Competitor
+    axes: Mapping[str, tuple[Any, ...]]
     folder: Path
     plan: Callable[..., Plan]
     seed: int
     say: Callable[[str], None] = lambda text: None
 
     def settle(
-        self, settings: Mapping[str, Any], task: Task, searches: bool, progress: Progress | None = None
+        self, settings: Mapping[str, Any], task: Task, progress: Progress | None = None
     ) -> tuple[dict[str, Any], int]:
         """The settings to race with and the horizon of their schedule: from the file, or found now.
 
         Args:
             settings: where the search begins, or what is taken without one.
             task: to run on.
-            searches: whether to search.
             progress: see `Progress`.
         """
-        name, axes = self.competitor.name, dict(self.competitor.axes) if searches else {}
+        name, axes = self.competitor.name, self.axes
         path = self.folder / f"{name}.json"
         whole = self.plan(name, settings, self.seed, 0)
         basis = {"axes": {axis: list(values) for axis, values in axes.items()}, "conditions": whole.to_json()}
