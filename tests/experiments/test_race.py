@@ -289,6 +289,52 @@ def test_muon_has_the_kernels_of_convolutions():
     assert singular[-1] > 0.3 * singular[0] > 0  # the update is nearly orthogonal
 
 
+# Our own --------------------------------------------------------------------------------------------------------------
+
+OURS = {
+    "natural": {},
+    "natural-ekfac": {"base": "natural", "fit": "ekfac"},
+    "fixed": {
+        "base": "natural",
+        "fit": ["KFAC", {"mode": "reduce"}],
+        "damping": ["exact", 0.1],
+        "momentum": 0.9,
+        "lr": 0.1,
+        "kl_limit": 0.5,
+        "weight_decay": 1e-3,
+        "refresh": {"statistics": 2, "inverse": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_natural_gradient_goes_on_with_the_same_bits(name, tmp_path, task):
+    pytest.importorskip("kronfisher.natural_gradient")
+    options = {name: {**OURS[name], "batch_size": 32}}
+    whole = race(tmp_path / "whole", name, options=options, steps=12)
+    (expected,) = whole.go(task)
+    assert not expected.failure and expected.report
+    assert expected.best("train_loss") < 0.9 * expected.points[0]["train_loss"]
+    competitor = whole.competitors[name]
+    stopped = replace(competitor, build=lambda *a: Interrupted(competitor.build(*a), at=8))
+    with pytest.raises(KeyboardInterrupt):
+        replace(whole, folder=tmp_path / "cut", competitors={name: stopped}).go(task)
+    (found,) = replace(whole, folder=tmp_path / "cut").go(task)
+    losses = [[point["train_loss"] for point in r.points] for r in (expected, found)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
+def test_natural_gradient_does_not_care_whether_the_loss_is_a_mean_over_outputs(tmp_path, task):
+    pytest.importorskip("kronfisher.natural_gradient")
+    mean = replace(TINY, mean=True)
+    settings = {**OURS["fixed"], "batch_size": 32}
+    scaled = settings | {"damping": ["exact", 0.1 / 64], "kl_limit": 0.5 / 64, "weight_decay": 1e-3 / 64}
+    (one,) = race(tmp_path / "sum", "x", options={"x": settings}).go(task)
+    (other,) = race(tmp_path / "mean", "x", options={"x": scaled}, problem=mean).go(mean.load())
+    for a, b in zip(one.points, other.points, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"] / 64, rel=1e-3)
+
+
 # The search -----------------------------------------------------------------------------------------------------------
 
 
