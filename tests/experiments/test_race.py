@@ -289,6 +289,17 @@ def test_muon_has_the_kernels_of_convolutions():
     assert singular[-1] > 0.3 * singular[0] > 0  # the update is nearly orthogonal
 
 
+def test_muon_in_single_precision_is_torchs_muon():
+    from torch.optim import _muon
+
+    from kronfisher.experiments.race.baselines import orthogonalized
+
+    for shape in ((12, 30), (30, 12)):
+        gradient, arguments = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
+        theirs = _muon._zeropower_via_newtonschulz(gradient, *arguments).float()
+        assert (orthogonalized(gradient, *arguments) - theirs).norm() < 0.03 * theirs.norm()  # theirs is bfloat16
+
+
 # Our own --------------------------------------------------------------------------------------------------------------
 
 OURS = {
