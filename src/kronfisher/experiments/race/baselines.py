@@ -76,7 +76,8 @@ def orthogonalized(gradient: Tensor, coefficients: tuple[float, float, float], s
     """Muon's Newton–Schulz iteration in the precision of `gradient` ``[O, I]``; arguments as in torch.
 
     Example:
-        >>> values = torch.linalg.svdvals(orthogonalized(torch.diag(torch.arange(1.0, 5)), (3.4445, -4.775, 2.0315), 5, 0))
+        >>> found = orthogonalized(torch.diag(torch.arange(1.0, 5)), (3.4445, -4.775, 2.0315), 5, 0)
+        >>> values = torch.linalg.svdvals(found)
         >>> bool((values > 0.5).all()), bool((values < 1.3).all())
         (True, True)
     """
