@@ -504,6 +504,8 @@ def test_competitors_by_name_with_changed_settings():
     found = named(("sgd", "slow"), {"slow": {"base": "sgd", "lr": 1e-5}, "adamw": {"lr": 1.0}})
     assert found["slow"].settings["lr"] == 1e-5 and found["sgd"].settings["lr"] != 1e-5
     assert "lr" not in found["slow"].axes and "momentum" in found["slow"].axes and found["slow"].name == "slow"
+    with pytest.raises(ValueError, match="adamw has no setting 'rate'; it has batch_size"):
+        named(("adamw",), {"adamw": {"rate": 1.0}})
     with pytest.raises(ValueError, match="no optimizer 'lbfgs'"):
         named(("lbfgs",), {})
     with pytest.raises(ValueError, match=r"options: 'x' needs \"base\""):
@@ -526,6 +528,8 @@ def test_the_study_has_the_papers_settings():
     kfac = entered.competitors["kfac"].settings
     assert kfac["momentum"] == 0.9 and kfac["kl_limit"] == 0.01 and kfac["refresh"]["statistics"] == 100
     assert enter("curves", study="kpsvd").seconds == 600
+    assert [name for name, each in entered.competitors.items() if each.baseline] == ["kfac"]
+    assert entered.competitors["lanczos@kfac"].follows == "kfac" and not entered.competitors["lanczos@kfac"].axes
     for wrong, message in (
         ({"problem": "alexnet", "study": "kpsvd"}, "auto-encoders"),
         ({"problem": "curves", "study": "kfoc"}, "no study"),

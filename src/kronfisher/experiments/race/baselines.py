@@ -179,4 +179,5 @@ for name, build, extra, axes in (
     ("shampoo", shampoo, {"lr": 0.1, "frequency": 20}, {"lr": rates(-4, 0), "frequency": (20, 100), **FREE}),
     ("adam", adam, {"lr": 3e-3}, {"lr": rates(-5, -1), **FREE}),
 ):
-    register(Competitor(name, build, {**START, **extra}, axes, baseline=True))
+    takes = {"sgd": ("weight_decay", "nesterov"), "shampoo": ()}.get(name, ("weight_decay",))
+    register(Competitor(name, build, {**START, **extra}, axes, baseline=True, takes=takes))

@@ -44,6 +44,7 @@ class Competitor:
         settings: its settings before any search.
         axes: setting → the values to choose from, in order; searched one after another.
         baseline: whether it is one of those to be beaten.
+        takes: settings that it knows, besides those that it has.
         follows: the competitor whose search it takes part in, instead of one of its own.
     """
 
@@ -52,10 +53,19 @@ class Competitor:
     settings: Settings = field(default_factory=dict)
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     baseline: bool = False
+    takes: tuple[str, ...] = ()
     follows: str = ""
 
     def changed(self, name: str, settings: Settings) -> "Competitor":
-        """The same with other settings, under another name; what is set is not searched."""
+        """The same with other settings, under another name; what is set is not searched.
+
+        Raises:
+            ValueError: there is no such setting.
+        """
+        known = dict.fromkeys((*self.settings, *self.axes, *self.takes))
+        for key in settings:
+            if key not in known:
+                raise ValueError(f"options: {name} has no setting {key!r}; it has {', '.join(known)}")
         axes = {axis: values for axis, values in self.axes.items() if axis not in settings}
         return replace(self, name=name, settings={**self.settings, **settings}, axes=axes)
 

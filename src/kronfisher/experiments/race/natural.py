@@ -10,9 +10,13 @@ import kronfisher.fits as fits
 from kronfisher.experiments.race.competitors import Competitor, Settings, register
 from kronfisher.experiments.race.problems import Task
 
-__all__ = ["Natural"]
+__all__ = ["OPTIONS", "Natural"]
 
 RUNNER = ("batch_size", "schedule")  # settings that are not the optimiser's
+OPTIONS = (
+    *("fit", "damping", "trust", "momentum", "lr", "weight_decay", "refresh"),
+    *("labels", "samples", "kl_limit", "schedule"),
+)
 
 
 class Natural:
@@ -69,10 +73,12 @@ class Natural:
 def _made(module: Any, given: Any) -> Any:
     """``["Name", {argument: value}]`` → ``module.Name(argument=value)``."""
     name, arguments = given
+    if not hasattr(module, name):
+        raise ValueError(f"options: there is no {name} in {module.__name__}")
     return getattr(module, name)(**arguments)
 
 
-register(Competitor("natural", Natural, {"batch_size": 512}))
+register(Competitor("natural", Natural, {"batch_size": 512}, takes=OPTIONS))
 for fit in fits.FITS:
     if fit != "full":  # matrices of whole layers: no network here is small enough
-        register(Competitor(f"natural-{fit}", Natural, {"batch_size": 512, "fit": fit}))
+        register(Competitor(f"natural-{fit}", Natural, {"batch_size": 512, "fit": fit}, takes=OPTIONS))
