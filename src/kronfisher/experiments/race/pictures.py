@@ -10,7 +10,7 @@ from kronfisher.experiments.race.standings import Standings
 
 __all__ = ["draw"]
 
-# Ours in strong colours, the others in their own.
+# The same optimiser has the same colour in every figure.
 COLOURS = {
     "sgd": "#999999",
     "adam": "#56B4E9",
@@ -19,7 +19,9 @@ COLOURS = {
     "soap": "#E69F00",
     "shampoo": "#A6761D",
     "natural": "#D55E00",
+    "kfac": "#0072B2",
 }
+MORE = (*OTHERS, "#E7298A", "#1B9E77", "#6A3D9A", "#B2DF8A", "#000000")
 AXES = {"seconds": "training time in seconds", "step": "steps", "epoch": "epochs"}
 
 
@@ -34,25 +36,36 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
     Returns:
         The paths of the files.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('figures are drawn by matplotlib: pip install "kronfisher[experiments]"') from error
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    others = [name for name in standings.results if name not in COLOURS]
-    colours = COLOURS | {name: OTHERS[k % len(OTHERS)] for k, name in enumerate(others)}
+    others = dict.fromkeys(_family(name) for name in standings.results if _family(name) not in COLOURS)
+    colours = COLOURS | {name: MORE[k % len(MORE)] for k, name in enumerate(others)}
     paths, extra = [], standings.extra()
     with matplotlib.rc_context(STYLE):
         for clock in clocks:
             figure = Figure(figsize=(11.0, 4.6), layout="constrained")
             panels: Any = figure.subplots(1, 2)
             for axes, what in zip(panels, ("train_loss", f"test_{extra}"), strict=True):
-                for k, name in enumerate(standings.results):
-                    style = {"ls": ("-", "--", ":")[k // 8 % 3], "lw": 2.4 if name not in standings.baselines else 1.6}
-                    _line(axes, standings, name, what, clock, colours[name], style)
+                for name in standings.results:
+                    style = {
+                        "ls": "-" if name == _family(name) else "--",
+                        "lw": 1.6 if name in standings.baselines else 2.2,
+                    }
+                    _line(axes, standings, name, what, clock, colours[_family(name)], style)
                 axes.set_xlabel(AXES[clock])
                 axes.set_title(what.replace("_", " ").replace("train", "training"))
                 if extra == "error" or what == "train_loss":
                     axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter("{x:.3g}")
+                    axes.yaxis.set_minor_formatter("{x:.3g}")
+                    # A run that explodes leaves the picture instead of flattening all others.
+                    start = max(each[0].points[0][what] for each in standings.results.values())
+                    axes.set_ylim(top=min(axes.get_ylim()[1], 1.5 * start))
             if clock != "seconds":
                 for axes in panels:
                     axes.set_xscale("log")
@@ -63,6 +76,11 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
             paths.append(folder / f"{standings.problem}-{clock}.png")
             figure.savefig(paths[-1])
     return paths
+
+
+def _family(name: str) -> str:
+    """``kpsvd`` of ``kpsvd@kfac``: the same method with other settings, drawn in broken lines of its colour."""
+    return name.split("@")[0]
 
 
 def _line(
