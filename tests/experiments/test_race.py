@@ -318,6 +318,32 @@ OURS = {
 }
 
 
+def test_averages_and_growing_batches(tmp_path, task, monkeypatch):
+    pytest.importorskip("kronfisher.natural_gradient")
+    sizes, real = [], Order.take
+
+    def take(self, size):
+        sizes.append(size)
+        return real(self, size)
+
+    monkeypatch.setattr(Order, "take", take)
+    options = {"sgd": {"lr": 0.05, "batch_size": [16, 64, 4], "average": 0.8}, "plain": {"base": "sgd"}}
+    options["plain"] |= {key: value for key, value in options["sgd"].items() if key != "average"}
+    averaged, plain = race(tmp_path, "sgd", "plain", options=options, steps=24).go(task)
+    assert sizes[:6] == [16, 23, 32, 45, 64, 64] == sizes[24:30]
+    pairs = list(zip(averaged.points, plain.points, strict=True))
+    assert all(a["train_loss"] <= b["train_loss"] for a, b in pairs) and pairs[-1][0] != pairs[-1][1]
+    # The average is evaluated, not trained: what it is averaged from goes its own way, and goes on after a stop.
+    competitor = race(tmp_path, "sgd", options=options, steps=24).competitors["sgd"]
+    stopped = replace(competitor, build=lambda *a: Interrupted(competitor.build(*a), at=15))
+    cut = race(tmp_path / "cut", "sgd", options=options, steps=24)
+    with pytest.raises(KeyboardInterrupt):
+        replace(cut, competitors={"sgd": stopped}).go(task)
+    (found,) = cut.go(task)
+    assert [p["train_loss"] for p in found.points] == [p["train_loss"] for p in averaged.points]
+    assert found.test == averaged.test
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_natural_gradient_goes_on_with_the_same_bits(name, tmp_path, task):
     pytest.importorskip("kronfisher.natural_gradient")

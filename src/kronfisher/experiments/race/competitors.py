@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from kronfisher.experiments.race.problems import Task
 
-__all__ = ["COMPETITORS", "Competitor", "Racer", "Settings", "named", "register"]
+__all__ = ["COMMON", "COMPETITORS", "Competitor", "Racer", "Settings", "named", "register"]
 
 Settings = Mapping[str, Any]
-"""What a run depends on, as JSON has it: "batch_size", "lr", "schedule" ("constant" or "cosine"), and its own."""
+"""What a run depends on, as JSON has it. Everybody's: "batch_size" (a number, or ``[first, last, steps]`` for one that
+grows), "schedule" ("constant" or "cosine"), "average" (the decay of an average of the parameters, evaluated beside
+them). The others are the optimiser's own."""
+COMMON = ("batch_size", "schedule", "average")
 
 
 class Racer(Protocol):
@@ -62,7 +65,7 @@ class Competitor:
         Raises:
             ValueError: there is no such setting.
         """
-        known = dict.fromkeys((*self.settings, *self.axes, *self.takes))
+        known = dict.fromkeys((*COMMON, *self.settings, *self.axes, *self.takes))
         for key in settings:
             if key not in known:
                 raise ValueError(f"options: {name} has no setting {key!r}; it has {', '.join(known)}")

@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 import kronfisher.damping as dampings
 import kronfisher.fits as fits
-from kronfisher.experiments.race.competitors import Competitor, Settings, register
+from kronfisher.experiments.race.competitors import COMMON, Competitor, Settings, register
 from kronfisher.experiments.race.problems import Task
 
 __all__ = ["OPTIONS", "Natural"]
 
-RUNNER = ("batch_size", "schedule")  # settings that are not the optimiser's
 OPTIONS = (
     *("fit", "damping", "trust", "momentum", "lr", "weight_decay", "refresh"),
-    *("labels", "samples", "kl_limit", "schedule"),
+    *("labels", "samples", "kl_limit"),
 )
 
 
@@ -32,7 +31,7 @@ class Natural:
         import kronfisher.trust as trusts
         from kronfisher.natural_gradient import NaturalGradient, Refresh
 
-        options: dict[str, Any] = {key: value for key, value in settings.items() if key not in RUNNER}
+        options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
         if not isinstance(options.get("fit", ""), str):
             options["fit"] = _made(fits, options["fit"])
         if "damping" in options:

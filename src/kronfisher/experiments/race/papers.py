@@ -60,7 +60,7 @@ def kpsvd(
     known = {}
     for name, build, lr, more in (("sgd", sgd, 0.3, {"momentum": 0.9, "nesterov": False}), ("adam", adam, 1e-3, {})):
         settings = {"batch_size": size, "lr": lr, "weight_decay": 1e-3, **more}
-        known[name] = Competitor(name, build, settings, {"lr": rates(-4, 1)}, takes=("schedule",))
+        known[name] = Competitor(name, build, settings, {"lr": rates(-4, 1)})
     for name, fit in METHODS.items():
         settings = {"batch_size": size, "fit": fit, "lr": 0.1, "damping": 0.01, **FIXED}
         own = Competitor(name, Natural, settings, {"damping": rates(-5, 1), "lr": rates(-3, 1)}, takes=OPTIONS)

@@ -64,21 +64,38 @@ class Run:
         self.racer: Racer = competitor.build(self.model, task, plan.settings, plan.seed)
         self.order = Order(len(self.inputs), plan.seed)
         self.clock = Clock(self.inputs.device)
-        self.step, self.size = 0, int(plan.settings["batch_size"])
-        if self.size > len(self.inputs):
-            raise ValueError(f"{plan.competitor}: batch_size is {self.size}, there are {len(self.inputs)} data")
+        self.step, sizes = 0, plan.settings["batch_size"]
+        self.sizes: tuple[int, ...] = tuple(sizes) if isinstance(sizes, list | tuple) else (sizes, sizes, 1)
+        if max(self.sizes[:2]) > len(self.inputs):
+            raise ValueError(f"{plan.competitor}: batch_size is {sizes}, there are {len(self.inputs)} data")
+        self.average, self.averages = None, False
+        if "average" in plan.settings:
+            from kronfisher.natural_gradient.averaging import IterateAverage
+
+            self.average = IterateAverage(self.model, plan.settings["average"])
 
     def train(self, *, seconds: float, steps: float, progress: Progress | None = None) -> None:
         """Steps until the clock shows `seconds`, or so many steps are done."""
         looked = -math.inf
         with self.clock:
             while self.step < steps and (now := self.clock.now()) < seconds:
-                indices = self.order.take(self.size).to(self.inputs.device)
+                indices = self.order.take(self.size()).to(self.inputs.device)
                 loss = self.racer.step(self.inputs[indices], self.targets[indices], self.plan.factor(self.step))
                 self.step += 1
+                if self.average is not None:
+                    self.average.update()
                 if progress is not None and now > looked + LOOK:
                     progress(self.plan, self.share(now), float(loss))
                     looked = now
+
+    def size(self) -> int:
+        """Data in the next batch."""
+        first, last, steps = self.sizes
+        if first == last:
+            return first
+        from kronfisher.natural_gradient.averaging import batch_size_at
+
+        return batch_size_at(self.step, first, last, steps)
 
     def share(self, seconds: float) -> float:
         """How much of the plan is done."""
@@ -89,14 +106,33 @@ class Run:
         """Where it is and how good."""
         where = {"step": self.step, "epoch": self.order.passes}
         times = {"seconds": self.clock.seconds, "cpu_seconds": self.clock.cpu_seconds}
-        return where | times | self.task.evaluate(self.model)
+        return where | times | self.found()
+
+    def found(self, *, all_test: bool = False) -> dict[str, float]:
+        """What `Task.evaluate` finds; of the parameters and their average, if there is one, the better ones count."""
+        found = self.task.evaluate(self.model, all_test=all_test)
+        if self.average is None or not self.step:
+            return found
+        with self.average.applied():
+            averaged = self.task.evaluate(self.model, all_test=all_test)
+        # All test data are not what decides which parameters are taken.
+        better = self.averages if all_test else averaged["train_loss"] < found["train_loss"]
+        self.averages = better
+        return averaged if better else found
 
     def save(self, path: Path, result: Result) -> None:
         """A checkpoint, all of it or nothing."""
         clock = (self.clock.seconds, self.clock.cpu_seconds)
         place = (self.step, self.order.epoch, self.order.start)
         random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if self.clock.device.type == "cuda" else [])]
-        whole = {"model": self.model.state_dict(), "racer": self.racer.state_dict(), "place": place, "clock": clock}
+        whole: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "racer": self.racer.state_dict(),
+            "place": place,
+            "clock": clock,
+        }
+        if self.average is not None:
+            whole["average"] = (self.average.state_dict(), self.averages)
         new = path.with_name(f".{path.name}.{os.getpid()}")
         torch.save(whole | {"random": random, "points": result.points, "warnings": result.warnings}, new)
         new.replace(path)
@@ -109,6 +145,9 @@ class Run:
         self.racer.load_state_dict(whole["racer"])
         self.step, self.order.epoch, self.order.start = whole["place"]
         self.clock.seconds, self.clock.cpu_seconds = whole["clock"]
+        if self.average is not None:
+            state, self.averages = whole["average"]
+            self.average.load_state_dict(state)
         torch.set_rng_state(whole["random"][0].cpu())
         if self.clock.device.type == "cuda":
             torch.cuda.set_rng_state_all([state.cpu() for state in whole["random"][1:]])
@@ -163,7 +202,7 @@ def run(plan: Plan, task: Task, competitor: Competitor, folder: Path, progress: 
             write(path, result.to_json())
             current.save(checkpoint, result)
         if not result.failure:
-            result.test = task.evaluate(current.model, all_test=True)
+            result.test = current.found(all_test=True)
     result.finished = True
     write(path, result.to_json())
     checkpoint.unlink(missing_ok=True)
