@@ -1,4 +1,4 @@
-"""The command line: ``kronfisher demo``, ``kronfisher compare`` and ``kronfisher coverage``."""
+"""The command line: ``kronfisher demo``, ``compare``, ``coverage`` and ``race``."""
 
 import os
 import sys
@@ -11,6 +11,8 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
 if TYPE_CHECKING:
     from kronfisher.experiments.comparison import Comparison
+    from kronfisher.experiments.race.race import Race
+    from kronfisher.experiments.race.standings import Standings
     from kronfisher.experiments.studies import Findings
     from kronfisher.experiments.study import Study
 
@@ -55,6 +57,7 @@ def _app() -> Any:
     import typer
 
     from kronfisher.experiments import data, networks
+    from kronfisher.experiments.race import COMPETITORS, PROBLEMS
     from kronfisher.experiments.studies import STUDIES
     from kronfisher.experiments.study import Study
     from kronfisher.fits import FITS
@@ -131,7 +134,7 @@ def _app() -> Any:
             comparison = Study(
                 data=data_name,
                 network=network,
-                fits=tuple(name.strip() for name in fits.split(",") if name.strip()),
+                fits=_names(fits),
                 labels=labels,
                 samples=samples,
                 limit=limit,
@@ -162,7 +165,118 @@ def _app() -> Any:
             dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
         print(covered(model.eval(), dataset.batches(2)[0]))
 
+    @app.command()
+    def race(
+        problem: Annotated[str, typer.Argument(help=f"one of {', '.join(PROBLEMS)}")],
+        optimizers: Annotated[str, option(f"comma-separated, of {', '.join(COMPETITORS)}")] = "",
+        budget: Annotated[float | None, option("training time of a run in seconds (default: the problem's)")] = None,
+        steps: Annotated[int | None, option("at most so many steps a run")] = None,
+        seeds: Annotated[str, option("comma-separated; the searches have the first")] = "",
+        search: Annotated[str, option("settings searched with a quarter of the budget: all, rates or none")] = "all",
+        options: Annotated[str, option('other settings, as JSON or a file: {"x": {"base": "sgd", "lr": 1}}')] = "{}",
+        target: Annotated[float | None, option("training loss to reach (default: the best baseline's)")] = None,
+        study: Annotated[str, option("kpsvd: the protocol of Koroko et al. (2022) on an auto-encoder")] = "",
+        full: Annotated[bool, option("the study's published length, hours a run")] = False,
+        output: Annotated[Path | None, option("folder of all results (default: results/race/PROBLEM)")] = None,
+        show: Annotated[bool, option("only show what the folder holds")] = False,
+        train_size: Annotated[int | None, option("at most so many training data")] = None,
+        evaluations: Annotated[int | None, option("how often a run is evaluated")] = None,
+        threads: Annotated[int, option("of torch")] = 1,
+        device: Annotated[str, option("of torch, such as cuda")] = "cpu",
+        data_dir: Annotated[Path | None, option(folder_help)] = None,
+    ) -> int:
+        """Train with optimisers side by side, from the same weights and in the same order of the data.
+
+        What is in the folder already is not done again, and an interrupted race goes on where it was. Two processes may
+        share a folder if they have different optimizers, or different seeds once the searches are done.
+        """
+        from kronfisher.experiments.race.entry import enter
+
+        with _options():
+            entered = enter(
+                problem,
+                optimizers=_names(optimizers),
+                options=_json(options),
+                study=study,
+                full=full,
+                seconds=budget,
+                steps=steps,
+                seeds=tuple(_whole(seed) for seed in _names(seeds)) or None,
+                search=search,
+                folder=output,
+                train_size=train_size,
+                evaluations=evaluations,
+                threads=threads,
+                device=device,
+            )
+            _writable(entered.folder, folder=True)
+        return _race(entered, data_dir, target, run=not show)
+
     return app
+
+
+def _race(race: "Race", data_dir: Path | None, target: float | None, *, run: bool) -> int:
+    """Run with progress, print the tables, write the files; the exit code."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from kronfisher.experiments.race.pictures import draw
+    from kronfisher.experiments.race.result import write
+
+    console, code = Console(stderr=True, highlight=False, soft_wrap=True), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    if run:
+        with _interruptible(), _options():
+            task = race.problem.load(data_dir, race.device)
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=2
+        ) as progress:
+            bar = progress.add_task(race.problem.name, total=1.0)
+
+            def moved(plan: Any, share: float, loss: float) -> None:
+                what = f"{plan.competitor}, seed {plan.seed}: step loss {loss:.4g}"
+                progress.update(bar, description=what, completed=share)
+
+            try:
+                race.go(task, say=lambda text: progress.console.print(text, markup=False), progress=moved)
+            except KeyboardInterrupt:
+                print("kronfisher: interrupted; the same command goes on from here", file=sys.stderr)
+                code = 130
+    try:
+        standings = race.standings(target)
+    except ValueError as error:
+        if code:
+            return code
+        _stop(str(error), 1)
+    _show(standings)
+    path = race.folder / "race.json"
+    write(path, standings.to_json())
+    print("written:", path, *draw(standings, race.folder, race.clocks), sep="\n  ", end="\n\n")
+    return code
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number") from None
+
+
+def _json(text: str) -> Any:
+    """An object from JSON, or from the file that `text` names."""
+    import json
+
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"options are no JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise ValueError("options must be one JSON object of objects, name → settings")
+    return found
 
 
 def _run(study: "Study", json: Path | None, figures: Path | None) -> int:
@@ -229,7 +343,7 @@ def _only(context: Any, names: set[str]) -> None:
         raise ValueError(f"a study has its own settings: leave out {listed}")
 
 
-def _show(comparison: "Findings | Comparison") -> None:
+def _show(comparison: "Findings | Comparison | Standings") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["document"]
+__all__ = ["document", "finite"]
 
 
 def document(settings: Mapping[str, Any], finished: bool, **parts: Any) -> str:
@@ -21,13 +21,13 @@ def document(settings: Mapping[str, Any], finished: bool, **parts: Any) -> str:
     """
     versions = {"kronfisher": version("kronfisher"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     whole = {"finished": finished, "settings": dict(settings), "versions": versions, **parts}
-    return json.dumps(_finite(whole), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(finite(whole), indent=2, ensure_ascii=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
