@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.batches import Forward, not_finite, run
 from kronfisher.blocks import Block, View
-from kronfisher.capture import Capture, Proof
+from kronfisher.capture import Capture, Proof, Receiver
 from kronfisher.claims import covered, misused, refuse
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fits import Choice, Fit, Plan, choose
@@ -58,6 +58,8 @@ class Accumulator:
         forward: how a batch goes through the model, if not as `batches.run` does it.
         memory_budget: bytes for states and temporaries; None: what is free.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        coupled: whether rows that mix data (normalisation over the batch) are taken as they are where a fit treats rows
+            apart.
         groups: filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
@@ -74,6 +76,7 @@ class Accumulator:
     forward: Forward | None = None
     memory_budget: int | None = None
     exact_limit: int = 1000
+    coupled: bool = False
     groups: list[Group] = field(default_factory=list)
     count: float | Tensor = 0.0
     backward_passes: int = 0
@@ -123,12 +126,35 @@ class Accumulator:
             MemoryBudgetError: the states do not fit the budget.
         """
         capture, outputs, targets = self.observe(batch, where)
-        proof = covered(capture, outputs, where)
-        values = outputs.detach()
         try:
-            self.likelihood.check(values, targets, where, self.labels)
+            self.absorb(capture, outputs, targets, where)
         except NumericalError as error:
             raise not_finite(batch, where) from error
+
+    def absorb(
+        self,
+        capture: Capture,
+        outputs: Tensor,
+        targets: Any,
+        where: str,
+        *,
+        retain: bool = False,
+        own: Callable[[Receiver, float | Tensor], None] | None = None,
+    ) -> None:
+        """Back-propagate through a captured forward pass and update every state.
+
+        Args:
+            capture: of the forward pass.
+            outputs: what it returned.
+            targets: as the likelihood takes them, or None.
+            where: the batch's name in messages.
+            retain: whether the caller goes backward through the same graph afterwards.
+            own: in place of our backward passes, ``own(receive, count)`` runs the caller's, and hands on every gradient
+                of a call's output as that of each datum's own loss.
+        """
+        proof = covered(capture, outputs, where)
+        values = outputs.detach()
+        self.likelihood.check(values, targets, where, self.labels)
         steps = self._steps(values, targets, where)
         mask = self.likelihood.positions(values, targets)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
@@ -145,11 +171,14 @@ class Accumulator:
         owners, problems = self.find_owners(capture, outputs, proof, plain, owned, mask is not None)
         refuse(problems, where)
         stream = Stream(entries, owners, mask)
-        for column, vector in enumerate(self._vectors(values, targets)):
-            capture.backward(outputs, vector, stream.receive, proof.sources, retain=column + 1 < steps)
+        size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
+        if own is not None:
+            own(stream.receive, size)
+            stream.flush()
+        for column, vector in enumerate(() if own else self._vectors(values, targets)):
+            capture.backward(outputs, vector, stream.receive, proof.sources, retain=retain or column + 1 < steps)
             stream.flush()
             self.backward_passes += 1
-        size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         self.count = self.count + size
         for group in self.groups:
             if not group.done:
@@ -290,7 +319,7 @@ class Accumulator:
                     rule = None  # the next batch may come in another order
                 if samples == 1:
                     owners[index, position] = Ownership(1)
-                elif not sort and rule:
+                elif not sort and (rule or self.coupled):
                     owners[index, position] = Ownership(prod(lead))
                 elif rule and (fitted := rule.fitted(lead, samples)):
                     owners[index, position] = fitted

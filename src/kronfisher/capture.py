@@ -8,6 +8,7 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -25,7 +26,7 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
 from kronfisher.uses import OPERATORS, Probe, Use
 
-__all__ = ["Call", "Capture", "Proof"]
+__all__ = ["Call", "Capture", "Proof", "Receiver"]
 
 Receiver = Callable[["Call", Tensor], None]
 
@@ -314,12 +315,18 @@ class Capture(TorchFunctionMode):
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
         if not edges:
             return
+        # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
+        # second's worth of symbolic algebra at the first call.
+        product = (outputs * vector).sum()
+        with self.listening(receive):
+            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+
+    @contextmanager
+    def listening(self, receive: Receiver) -> Iterator[None]:
+        """Hand output gradients of any backward pass through the captured graph to `receive`."""
         self._receiver = receive
         try:
-            # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
-            # second's worth of symbolic algebra at the first call.
-            product = (outputs * vector).sum()
-            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+            yield
         finally:
             self._receiver = None
 
