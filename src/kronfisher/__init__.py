@@ -18,8 +18,10 @@ from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kronfisher.natural_gradient import NaturalGradient, Refresh
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.trust import Constant, LevenbergMarquardt, Schedule
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Comparison",
+    "Constant",
     "Coverage",
     "DataError",
     "Diagonal",
@@ -38,10 +41,14 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
+    "NaturalGradient",
     "NumericalError",
     "NumericalWarning",
+    "Refresh",
+    "Schedule",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",

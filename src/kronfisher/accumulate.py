@@ -160,7 +160,7 @@ class Accumulator:
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
         parts = self.parts(capture, proof)
-        self._place([part.block for several in parts.values() for part in several], where)
+        self.place([part.block for several in parts.values() for part in several], where)
         entries = {}
         for index, several in parts.items():
             placed = [(part, *self._places[part.block.key]) for part in several]
@@ -258,7 +258,7 @@ class Accumulator:
                     planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
         return planned
 
-    def _place(self, blocks: list[Block], where: str) -> None:
+    def place(self, blocks: list[Block], where: str) -> None:
         """Make states for blocks seen for the first time."""
         new = {block.key: block for block in blocks if block.key not in self._places}
         if not new:

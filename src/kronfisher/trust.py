@@ -36,21 +36,26 @@ class Trust(ABC):
 class Constant(Trust):
     """The same λ at every step.
 
+    Args:
+        value: λ; None takes `relative` times the mean eigenvalue that the Fisher matrix has at the start.
+        relative: see `value`.
+
     Raises:
         ValueError: λ is not positive.
 
     Example:
-        >>> Constant(1e-3).start(mean=7.0)
-        0.001
+        >>> Constant(1e-3).start(mean=7.0), Constant(relative=0.5).start(mean=7.0)
+        (0.001, 3.5)
     """
 
-    value: float
+    value: float | None = None
+    relative: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self.value, "Constant(value)")
+        _positive(self.relative if self.value is None else self.value, "Constant(value)")
 
     def start(self, mean: float) -> float:
-        return self.value
+        return self.relative * mean if self.value is None else self.value
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Refresh:
         return step + min(period, max(1, step // 4))
 
     def turn(self, step: int, place: int, layers: int) -> int:
-        """The step at which the inverse of layer `place` is due again: once the period is reached, layers take turns."""
+        """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
         due = self.after(step, self.inverse)
         if due - step < self.inverse:
             return due

@@ -1,0 +1,150 @@
+"""The exact quadratic model of the loss: products with the Fisher matrix of a batch by forward-mode differentiation."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.isolation import replaced
+from kronfisher.likelihoods import Likelihood
+from kronfisher.natural_gradient.replay import Pass
+
+__all__ = ["gram", "minimum", "model_change"]
+
+Direction = Mapping[str, Tensor]
+
+
+def gram(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    done: Pass,
+    directions: Sequence[Direction],
+    likelihood: Likelihood,
+) -> tuple[Tensor, Tensor]:
+    """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch (a mean over its data), and ``∇hᵀ dᵢ``.
+
+    Each direction takes one forward pass in which every tensor carries its derivative along it.
+
+    Args:
+        model: unwrapped; its modules hold the parameters.
+        parameters: name → parameter.
+        done: the forward pass; it is run again.
+        directions: K vectors ``{name: [*shape]}``; a missing name means zero.
+        likelihood: whose Hessian of the outputs is taken.
+
+    Returns:
+        ``[K, K]`` and ``[K]``, float64, on the outputs' device.
+
+    Raises:
+        UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
+    """
+    columns = []
+    outputs = None
+    for direction in directions:
+        outputs, tangent = _tangent(model, parameters, done, direction)
+        columns.append(tangent.double())
+    assert outputs is not None
+    slope = likelihood.observed(outputs, done.targets).double()
+    rows = [likelihood.hessian_product(outputs, column.to(outputs.dtype), done.targets).double() for column in columns]
+    products = torch.stack([torch.stack([(left * right).sum() for right in rows]) for left in columns])
+    slopes = torch.stack([(slope * column).sum() for column in columns])
+    return (products + products.mT) / 2 / done.count, slopes / done.count
+
+
+def minimum(matrix: Tensor, slopes: Tensor) -> Tensor:
+    """The coefficients c ``[K]`` at which ``slopesᵀ c + ½ cᵀ matrix c`` is least.
+
+    Two directions that are as good as parallel count as the first alone.
+
+    Example:
+        >>> minimum(torch.tensor([[2.0]]), torch.tensor([-4.0]))
+        tensor([2.])
+    """
+    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
+    unit = matrix * scale[:, None] * scale[None, :]
+    if len(unit) == 2 and not float(1 - unit[0, 1].abs()) > 1e-7:
+        first = -slopes[0] / matrix[0, 0]
+        return torch.stack([first, torch.zeros_like(first)])
+    return -scale * torch.linalg.solve(unit, scale * slopes)
+
+
+def model_change(matrix: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor:
+    """``slopesᵀ c + ½ cᵀ matrix c``: what the model promises."""
+    return slopes @ coefficients + coefficients @ matrix @ coefficients / 2
+
+
+def _tangent(
+    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
+) -> tuple[Tensor, Tensor]:
+    """Outputs and their derivative along a direction."""
+    try:
+        return _forward_mode(model, parameters, done, direction)
+    except (NotImplementedError, RuntimeError):
+        pass
+    try:
+        return _double_backward(parameters, done, direction)
+    except (NotImplementedError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"The exact quadratic model needs the derivative of the outputs along a direction, and an operator of the "
+            f"model has neither a forward-mode nor a second derivative ({error}). Use momentum=0.9 (a fixed rate) and "
+            "trust=Constant(λ)."
+        ) from error
+
+
+def _forward_mode(
+    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
+) -> tuple[Tensor, Tensor]:
+    _warm_up()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(done.again())
+        stack.enter_context(forward_ad.dual_level())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward mode
+        duals = {
+            id(parameters[name]): forward_ad.make_dual(parameters[name].detach(), tangent.to(parameters[name].dtype))
+            for name, tangent in direction.items()
+        }
+        for module in model.modules():
+            if module._parameters:
+                own = {name: duals.get(id(p), p) for name, p in module._parameters.items()}
+                stack.enter_context(replaced([module._parameters], own))  # pyright: ignore[reportArgumentType]
+        primal, tangent = forward_ad.unpack_dual(done.forward())
+        return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _double_backward(parameters: Mapping[str, Tensor], done: Pass, direction: Direction) -> tuple[Tensor, Tensor]:
+    """``J d`` as the derivative of ``Jᵀ u`` with respect to u."""
+    with torch.enable_grad(), done.again(), sdpa_kernel(SDPBackend.MATH):
+        outputs = done.forward()
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        wanted = [parameters[name] for name in direction]
+        slopes = torch.autograd.grad(outputs, wanted, dummy, create_graph=True, allow_unused=True)
+        pairs = [(slope, d) for slope, d in zip(slopes, direction.values(), strict=True) if slope is not None]
+        (tangent,) = torch.autograd.grad(
+            [slope for slope, _ in pairs], dummy, [d.to(slope.dtype) for slope, d in pairs], allow_unused=True
+        )
+    return outputs.detach(), torch.zeros_like(outputs) if tangent is None else tangent.detach()
+
+
+def _once() -> Callable[[], None]:
+    warm = False
+
+    def warm_up() -> None:
+        # At the first dual tensor of a process torch compiles its decompositions, with warnings about itself.
+        nonlocal warm
+        if not warm:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+                with forward_ad.dual_level():
+                    forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+            warm = True
+
+    return warm_up
+
+
+_warm_up = _once()
