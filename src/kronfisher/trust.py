@@ -108,10 +108,10 @@ class LevenbergMarquardt(Trust):
     relative: float = 1.0
     every: int = 5
     decay: float = 19 / 20
-    floor: float = 1e-4
+    floor: float = 1e-3
     ceiling: float = 1e6
-    warmup: int = 20
-    quick: float = 8.0
+    warmup: int = 10
+    quick: float = 1.0
     reject: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """What training knows of one layer: the moving average of its curvature and an inverse made from it."""
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.damping import Damping
-from kronfisher.errors import NumericalError, UnsupportedError
+from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.natural_gradient.phases import Phased, Phases
 from kronfisher.operators import Operator
 from kronfisher.operators.fisher import gather, scatter
@@ -126,12 +127,16 @@ class Layer:
         tried = value
         for _ in range(RAISES):
             try:
-                damped = damping.at(tried)(self.operator)
-                try:
-                    self.inverse, self.solves = damped.inverse(), False
-                except UnsupportedError:
-                    self.inverse, self.solves = damped, True
-                self.trouble = "" if tried == value else f"λ raised to {tried:.1e}: singular"
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", NumericalWarning)
+                    damped = damping.at(tried)(self.operator)
+                    try:
+                        self.inverse, self.solves = damped.inverse(), False
+                    except UnsupportedError:
+                        self.inverse, self.solves = damped, True
+                self.trouble = str(caught[0].message) if caught else ""
+                if tried != value:
+                    self.trouble = f"singular with λ = {value:.1e}; raised to {tried:.1e}"
                 self.value, self.made = value, step
                 break
             except NumericalError as error:

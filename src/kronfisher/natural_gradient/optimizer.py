@@ -28,6 +28,7 @@ __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
 _MISSING: Any = object()
+DEBUG = False
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -121,7 +122,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self._damping: float | None = None
         self._first_mean = 0.0
         self._coefficients = (1.0, 0.0)
-        self._model_due = 0
+        self._model_due = self._try_due = 0
+        self._inner = 0.0
+        self.tries = False
+        self._fall, self._kept = 0.0, (1.0, 0.0)
         self._ratio: float | None = None
         self._loss: Tensor | None = None
         self._counts = {"rejected": 0, "skipped": 0}
@@ -298,20 +302,33 @@ class NaturalGradient(torch.optim.Optimizer):
             self._skip()
             return
         value = self._choose_damping()
-        curvature.renew(value)
-        began = time.perf_counter()
         gradients = self._decayed(gradients, parameters)
-        natural = curvature.precondition(gradients, value)
+        last = {n: self.state[parameters[n]]["update"] for n in gradients if "update" in self.state[parameters[n]]}
+        able = bool(passes) and not opaque and all(one.snapshot is not None for one in passes)
+        if not self.tries:
+            self._inner = value
+        if able and self._tries():
+            self._try(passes, gradients, last, value)
+        curvature.renew(self._inner)
+        began = time.perf_counter()
+        natural = curvature.precondition(gradients, self._inner)
         top = self._scale_rates(natural, parameters)
         slope = _inner(natural, gradients)
         if slope.device.type == "cpu" and not isfinite(float(slope)):
             self._skip()
             return
-        last = {n: self.state[parameters[n]]["update"] for n in natural if "update" in self.state[parameters[n]]}
         self._seconds["update"] += time.perf_counter() - began
         promised = None
-        if self._models() and passes and not opaque and all(one.snapshot is not None for one in passes):
+        if able and self._models():
             promised = self._solve(passes, natural, last, gradients, slope, top, value)
+        elif self.momentum == "exact" and self._fall:
+            alpha, mu = self._kept
+            fall = alpha * float(slope)
+            if fall > 1.5 * self._fall: alpha *= 1.5 * self._fall / fall
+            self._coefficients = (alpha, min(mu, 0.9))
+        if promised is not None:
+            self._kept = self._coefficients
+            self._fall = self._coefficients[0] * float(slope)
         along: float | Tensor = top * self._coefficients[0]
         again = top * self._coefficients[1]
         if self.momentum != "exact":
@@ -334,6 +351,36 @@ class NaturalGradient(torch.optim.Optimizer):
             self._compare(passes, parameters, saved, promised)
         curvature.step += 1
 
+    def _tries(self) -> bool:
+        return self.momentum == "exact" and self.tries and self.curvature.step >= self._try_due
+
+    def _try(self, passes, gradients, last, value):
+        curvature = self.curvature
+        first = curvature.step == 0
+        factor = 10.0 if first else 3.0
+        def outcome(inner):
+            for layer in curvature.layers: layer.due = curvature.step
+            curvature.renew(inner)
+            natural = curvature.precondition(gradients, inner)
+            slope = _inner(natural, gradients)
+            return self._solve(passes, natural, last, gradients, slope, 1.0, value)
+        found = {}
+        def best(inner):
+            if inner not in found: found[inner] = outcome(inner)
+            return found[inner]
+        here = self._inner
+        while True:
+            moves = [here, here / factor, here * factor]
+            moves = [m for m in moves if self._first_mean*1e-6 <= m <= self._first_mean*1e6]
+            new = min(moves, key=best)
+            if new == here or not first: break
+            here = new
+        if DEBUG: print("try", {k: round(v,3) for k,v in found.items()}, "->", new)
+        self._inner = new
+        if next(reversed(found)) != new:
+            for layer in curvature.layers: layer.due = curvature.step
+        self._try_due = Refresh.after(curvature.step, curvature.refresh.inverse)
+
     def _skip(self) -> None:
         """Leave out a step whose loss or gradient is not finite."""
         self._counts["skipped"] += 1
@@ -343,6 +390,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._damping is None:
             self._first_mean = max(self.curvature.measure(), torch.finfo(torch.float32).tiny)
             self._damping = self.trust.start(self._first_mean)
+            self._inner = self._damping
         self._damping = self.trust.at(self.curvature.step, self._damping)
         return self._damping
 

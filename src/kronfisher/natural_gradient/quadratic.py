@@ -56,21 +56,26 @@ def gram(
     return (products + products.mT) / 2 / done.count, slopes / done.count
 
 
-def minimum(matrix: Tensor, slopes: Tensor) -> Tensor:
-    """The coefficients c ``[K]`` at which ``slopesᵀ c + ½ cᵀ matrix c`` is least.
+def minimum(matrix: Tensor, slopes: Tensor, most: float = 1e9) -> Tensor:
+    """The coefficients c ``[K]`` at which ``slopesᵀ c + ½ cᵀ matrix c`` is least, the second in ``[0, most]``.
 
-    Two directions that are as good as parallel count as the first alone.
+    The second direction is the last step: going back along it, or further than it went, only follows the noise of one
+    batch.
 
     Example:
         >>> minimum(torch.tensor([[2.0]]), torch.tensor([-4.0]))
         tensor([2.])
+        >>> minimum(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([-4.0, 5.0]))
+        tensor([2., 0.])
     """
+    if len(slopes) == 1:
+        return -slopes / matrix[0]
     scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
     unit = matrix * scale[:, None] * scale[None, :]
-    if len(unit) == 2 and not float(1 - unit[0, 1].abs()) > 1e-7:
-        first = -slopes[0] / matrix[0, 0]
-        return torch.stack([first, torch.zeros_like(first)])
-    return -scale * torch.linalg.solve(unit, scale * slopes)
+    second = torch.zeros_like(slopes[1])
+    if float(1 - unit[0, 1].abs()) > 1e-7:  # else the two are as good as parallel
+        second = -(scale * torch.linalg.solve(unit, scale * slopes))[1].clamp(-most, 0)
+    return torch.stack([-(slopes[0] + matrix[0, 1] * second) / matrix[0, 0], second])
 
 
 def model_change(matrix: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor:
