@@ -21,6 +21,7 @@ from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.natural_gradient import NaturalGradient, Refresh
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.preconditioner import Preconditioner
 from kronfisher.trust import Constant, LevenbergMarquardt, Schedule
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "NaturalGradient",
     "NumericalError",
     "NumericalWarning",
+    "Preconditioner",
     "Refresh",
     "Schedule",
     "SingularError",

@@ -105,7 +105,7 @@ class LevenbergMarquardt(Trust):
     """
 
     initial: float | None = None
-    relative: float = 1.0
+    relative: float = 1e-2
     every: int = 5
     decay: float = 19 / 20
     floor: float = 1e-3
@@ -133,6 +133,10 @@ class LevenbergMarquardt(Trust):
         if not isfinite(ratio) or ratio < 0.25:
             return value / self.decay**steps
         return value * self.decay**steps if ratio > 0.75 else value
+
+    def refused(self, value: float) -> float:
+        """λ after a step that was undone."""
+        return 4 * value
 
     def bounded(self, value: float, mean: float) -> float:
         """λ between floor and ceiling, for the mean eigenvalue at the start."""

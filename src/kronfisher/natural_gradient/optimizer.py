@@ -17,18 +17,17 @@ from kronfisher.isolation import trainable
 from kronfisher.likelihoods import Likelihood
 from kronfisher.models import unwrapped
 from kronfisher.natural_gradient.curvature import Curvature
-from kronfisher.natural_gradient.quadratic import gram, minimum, model_change
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.replay import Pass, Snapshot
 from kronfisher.natural_gradient.report import TrainingReport
-from kronfisher.passes import plain_arithmetic
+from kronfisher.natural_gradient.search import Problem, Search, inner
 from kronfisher.trust import Constant, LevenbergMarquardt, Trust
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
+JUMP = 20.0  # a loss that rises by so many times its usual change from batch to batch has exploded
 _MISSING: Any = object()
-DEBUG = False
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -98,7 +97,7 @@ class NaturalGradient(torch.optim.Optimizer):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must not be negative.")
         self._wrapped, self._model = model, unwrapped(model)
-        self.likelihood, self.momentum, self.kl_limit = likelihood, momentum, kl_limit
+        self.likelihood = likelihood
         if trust is None:
             trust = LevenbergMarquardt(initial=damping.value) if momentum == "exact" else Constant(damping.value)
         self.trust = Constant(trust) if isinstance(trust, int | float) else trust
@@ -121,11 +120,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self._opaque = False  # whether a loss that cannot be evaluated again was given
         self._damping: float | None = None
         self._first_mean = 0.0
-        self._coefficients = (1.0, 0.0)
-        self._model_due = self._try_due = 0
-        self._inner = 0.0
-        self.tries = False
-        self._fall, self._kept = 0.0, (1.0, 0.0)
+        self.search = Search(momentum, kl_limit, refresh.model)
+        self._level = (0.0, 0.0, 0)  # the last loss, the mean change from batch to batch, and how many
+        self._failures = 0  # batches in a row whose loss is not finite or exploded
         self._ratio: float | None = None
         self._loss: Tensor | None = None
         self._counts = {"rejected": 0, "skipped": 0}
@@ -230,8 +227,8 @@ class NaturalGradient(torch.optim.Optimizer):
             step=curvature.step,
             loss=None if self._loss is None else float(self._loss),
             damping=self._damping,
-            step_size=self._coefficients[0],
-            momentum=self._coefficients[1],
+            step_size=self.search.step_size,
+            momentum=self.search.used,
             ratio=self._ratio,
             seconds=seconds,
             dropped=curvature.dropped,
@@ -250,7 +247,7 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature = self.curvature
         if curvature.run is None:
             curvature.discover(function)
-        snapshot = Snapshot(self._model) if self._models() else None
+        snapshot = Snapshot(self._model) if self._again() else None
         with torch.enable_grad():
             if curvature.due:
                 with curvature.captured() as capture:
@@ -281,10 +278,10 @@ class NaturalGradient(torch.optim.Optimizer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _models(self) -> bool:
-        """Whether this step solves the quadratic model."""
+    def _again(self) -> bool:
+        """Whether this step runs the forward pass again, for the model or to compare."""
         step = self.curvature.step
-        return self.trust.compares(step) or (self.momentum == "exact" and step >= self._model_due)
+        return self.trust.compares(step) or self.search.solves(step)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -301,40 +298,32 @@ class NaturalGradient(torch.optim.Optimizer):
                 )
             self._skip()
             return
+        if self._exploded(passes):
+            self._undo_last()
+            self._skip()
+            return
         value = self._choose_damping()
-        gradients = self._decayed(gradients, parameters)
-        last = {n: self.state[parameters[n]]["update"] for n in gradients if "update" in self.state[parameters[n]]}
-        able = bool(passes) and not opaque and all(one.snapshot is not None for one in passes)
-        if not self.tries:
-            self._inner = value
-        if able and self._tries():
-            self._try(passes, gradients, last, value)
-        curvature.renew(self._inner)
+        curvature.renew(value)
         began = time.perf_counter()
-        natural = curvature.precondition(gradients, self._inner)
-        top = self._scale_rates(natural, parameters)
-        slope = _inner(natural, gradients)
+        decays = self._options("weight_decay")
+        gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
+        natural = curvature.precondition(gradients, value)
+        rate = self._scale_rates(natural)
+        slope = inner(natural, gradients)
         if slope.device.type == "cpu" and not isfinite(float(slope)):
             self._skip()
             return
+        last = {n: self.state[parameters[n]]["update"] for n in natural if "update" in self.state[parameters[n]]}
         self._seconds["update"] += time.perf_counter() - began
         promised = None
-        if able and self._models():
-            promised = self._solve(passes, natural, last, gradients, slope, top, value)
-        elif self.momentum == "exact" and self._fall:
-            alpha, mu = self._kept
-            fall = alpha * float(slope)
-            if fall > 1.5 * self._fall: alpha *= 1.5 * self._fall / fall
-            self._coefficients = (alpha, min(mu, 0.9))
-        if promised is not None:
-            self._kept = self._coefficients
-            self._fall = self._coefficients[0] * float(slope)
-        along: float | Tensor = top * self._coefficients[0]
-        again = top * self._coefficients[1]
-        if self.momentum != "exact":
-            limit = (self.kl_limit / (top * top * slope.abs()).clamp_min(1e-300)).sqrt().clamp(max=1.0)
-            along, again = top * limit, float(self.momentum)
-            self._coefficients = (self._coefficients[0], again)
+        if self._again() and passes and not opaque and all(one.snapshot is not None for one in passes):
+            began = time.perf_counter()
+            weights = {name: value + decays[name] for name in natural}
+            problem = Problem(self._model, self.likelihood, passes, natural, last, gradients, slope, weights)
+            along, again, promised = self.search.solve(problem, curvature.step, rate)
+            self._seconds["model"] += time.perf_counter() - began
+        else:
+            along, again = self.search.reuse(slope, rate)
         began = time.perf_counter()
         compares = promised is not None and self.trust.compares(curvature.step)
         saved = {name: parameters[name].clone() for name in natural} if compares else {}
@@ -351,38 +340,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self._compare(passes, parameters, saved, promised)
         curvature.step += 1
 
-    def _tries(self) -> bool:
-        return self.momentum == "exact" and self.tries and self.curvature.step >= self._try_due
-
-    def _try(self, passes, gradients, last, value):
-        curvature = self.curvature
-        first = curvature.step == 0
-        factor = 10.0 if first else 3.0
-        def outcome(inner):
-            for layer in curvature.layers: layer.due = curvature.step
-            curvature.renew(inner)
-            natural = curvature.precondition(gradients, inner)
-            slope = _inner(natural, gradients)
-            return self._solve(passes, natural, last, gradients, slope, 1.0, value)
-        found = {}
-        def best(inner):
-            if inner not in found: found[inner] = outcome(inner)
-            return found[inner]
-        here = self._inner
-        while True:
-            moves = [here, here / factor, here * factor]
-            moves = [m for m in moves if self._first_mean*1e-6 <= m <= self._first_mean*1e6]
-            new = min(moves, key=best)
-            if new == here or not first: break
-            here = new
-        if DEBUG: print("try", {k: round(v,3) for k,v in found.items()}, "->", new)
-        self._inner = new
-        if next(reversed(found)) != new:
-            for layer in curvature.layers: layer.due = curvature.step
-        self._try_due = Refresh.after(curvature.step, curvature.refresh.inverse)
-
     def _skip(self) -> None:
-        """Leave out a step whose loss or gradient is not finite."""
+        """Leave out a step whose loss or gradient is not finite, or whose loss exploded."""
         self._counts["skipped"] += 1
         self.curvature.step += 1
 
@@ -390,16 +349,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._damping is None:
             self._first_mean = max(self.curvature.measure(), torch.finfo(torch.float32).tiny)
             self._damping = self.trust.start(self._first_mean)
-            self._inner = self._damping
         self._damping = self.trust.at(self.curvature.step, self._damping)
         return self._damping
 
-    def _decayed(self, gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients with the one of ``½ η ‖θ‖²``."""
-        rates = self._options("weight_decay")
-        return {n: g.add(parameters[n], alpha=rates[n]) if rates[n] else g for n, g in gradients.items()}
-
-    def _scale_rates(self, natural: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
+    def _scale_rates(self, natural: Mapping[str, Tensor]) -> float:
         """Scale every group's direction by its share of the largest rate, which is returned."""
         rates = self._options("lr")
         top = max(rates[name] for name in natural)
@@ -408,56 +361,38 @@ class NaturalGradient(torch.optim.Optimizer):
                 direction.mul_(rates[name] / top)
         return top
 
-    def _solve(
-        self,
-        passes: list[Pass],
-        natural: dict[str, Tensor],
-        last: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        slope: Tensor,
-        top: float,
-        value: float,
-    ) -> float:
-        """Step size and momentum from the exact quadratic model; what it promises for the step."""
-        began = time.perf_counter()
-        decays = self._options("weight_decay")
-        moved = bool(last) and any(bool(update.any()) for update in last.values())
-        directions = [{name: -d for name, d in natural.items()}, *([last] if moved else [])]
-        every = dict(self._model.named_parameters())
-        size = len(directions)
-        matrix = torch.zeros(size, size, dtype=torch.float64)
-        seen = torch.zeros(size, dtype=torch.float64)
-        for one in passes:
-            with plain_arithmetic(slope.device):
-                products, slopes = gram(self._model, every, one, directions, self.likelihood)
-            matrix += products.cpu()
-            seen += slopes.cpu()
-        weights = {name: value + decays[name] for name in natural}
-        for i, left in enumerate(directions):
-            for j, right in enumerate(directions[: i + 1]):
-                extra = sum(
-                    weights[n] * float((left[n] * right[n]).sum(dtype=torch.float64)) for n in left if n in right
-                )
-                matrix[i, j] += extra
-                if i != j:
-                    matrix[j, i] += extra
-        falls = torch.tensor([-float(slope), *([float(_inner(last, gradients))] if moved else [])], dtype=torch.float64)
-        self._require_same(float(falls[0]), float(seen[0]), passes)
-        if self.momentum == "exact":
-            found = minimum(matrix, falls)
-            if not bool(torch.isfinite(found).all()):
-                found = torch.zeros(size, dtype=torch.float64)
-            self._coefficients = (float(found[0]), float(found[1]) if moved else 0.0)
-            self._model_due = Refresh.after(self.curvature.step, self.curvature.refresh.model)
-            taken = top * found
-        else:
-            limit = min(1.0, (self.kl_limit / max(top * top * abs(float(slope)), 1e-300)) ** 0.5)
-            taken = torch.tensor([top * limit, *([float(self.momentum)] if moved else [])], dtype=torch.float64)
-        self._seconds["model"] += time.perf_counter() - began
-        return float(model_change(matrix, falls, taken))
+    def _exploded(self, passes: list[Pass]) -> bool:
+        """Whether the last step made the loss explode, as this batch shows."""
+        if not passes or any(one.loss is None or one.loss.device.type != "cpu" for one in passes):
+            return False  # elsewhere it would take a synchronisation
+        loss = sum(float(one.loss) for one in passes if one.loss is not None)
+        level, spread, seen = self._level
+        if not isfinite(loss):  # perhaps only the batch: the weights are to blame if it happens again
+            self._failures += 1
+            return self._failures > 1
+        jump = loss - level
+        if seen > 5 and jump > JUMP * spread and self._failures == 0:
+            self._failures += 1
+            return True
+        self._failures = 0
+        keep = 0.9 if seen else 0.0
+        self._level = (loss, keep * spread + (1 - keep) * abs(jump if seen else 0.0), seen + 1)
+        return False
 
-    def _require_same(self, given: float, seen: float, passes: list[Pass]) -> None:
-        """Refuse a function that gives other outputs when it is called again."""
+    def _undo_last(self) -> None:
+        """Take the last step back and trust the model less."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (update := self.state[parameter].pop("update", None)) is not None:
+                    parameter.sub_(update)
+        self._counts["rejected"] += 1
+        self.search.due = self.curvature.step + 1
+        if self._damping is not None and isinstance(self.trust, LevenbergMarquardt):
+            self._set_damping(self.trust.refused(self._damping))
+
+    def _set_damping(self, value: float) -> None:
+        assert isinstance(self.trust, LevenbergMarquardt)
+        self._damping = self.trust.bounded(value, self._first_mean)
 
     def _compare(
         self, passes: list[Pass], parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], promised: float
@@ -477,20 +412,17 @@ class NaturalGradient(torch.optim.Optimizer):
                 change += decays[name] / 2 * float(squares)
         self._ratio = change / promised if promised < 0 else float("nan")
         undone = not isfinite(change)
-        assert self._damping is not None
         if isinstance(self.trust, LevenbergMarquardt):
-            step = self.curvature.step
+            assert self._damping is not None
             undone = undone or change > self.trust.reject * abs(promised)
-            value = self.trust.adapted(self._damping, self._ratio, step)
-            if undone:
-                value = self.trust.adapted(value, -1.0, step)
-            self._damping = self.trust.bounded(value, self._first_mean)
+            step, old = self.curvature.step, self._damping
+            self._set_damping(self.trust.refused(old) if undone else self.trust.adapted(old, self._ratio, step))
         if undone:
             self._counts["rejected"] += 1
             for name, old in saved.items():
                 parameters[name].copy_(old)
                 self.state[parameters[name]].pop("update", None)
-            self._model_due = 0
+            self.search.due = self.curvature.step + 1
         self._seconds["model"] += time.perf_counter() - began
 
     # Parameters, options, state ---------------------------------------------------------------------------------------
@@ -517,8 +449,9 @@ class NaturalGradient(torch.optim.Optimizer):
         own = {
             "damping": self._damping,
             "first_mean": self._first_mean,
-            "coefficients": self._coefficients,
-            "model_due": self._model_due,
+            "search": self.search.state_dict(),
+            "level": self._level,
+            "failures": self._failures,
             "ratio": self._ratio,
             "counts": dict(self._counts),
         }
@@ -537,7 +470,8 @@ class NaturalGradient(torch.optim.Optimizer):
         super().load_state_dict(rest)
         own = state_dict["natural_gradient"]
         self._damping, self._first_mean, self._ratio = own["damping"], own["first_mean"], own["ratio"]
-        self._coefficients, self._model_due = tuple(own["coefficients"]), own["model_due"]
+        self.search.load_state_dict(own["search"])
+        self._level, self._failures = tuple(own["level"]), own["failures"]
         self._counts = dict(own["counts"])
 
     def _warnings(self) -> Iterable[str]:
@@ -548,8 +482,3 @@ class NaturalGradient(torch.optim.Optimizer):
                 yield "λ is at its ceiling: steps are those of plain gradient descent; look at the loss and the data"
         if self._ratio is not None and not self._ratio > 0:
             yield "the model ratio is negative: the loss rose where a fall was promised; the batch may be too small"
-
-
-def _inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-    terms = [(value * right[name]).sum(dtype=torch.float64) for name, value in left.items() if name in right]
-    return torch.stack(terms).sum()

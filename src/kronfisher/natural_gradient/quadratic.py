@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kronfisher.errors import UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.isolation import replaced
 from kronfisher.likelihoods import Likelihood
 from kronfisher.natural_gradient.replay import Pass
@@ -25,8 +25,8 @@ def gram(
     done: Pass,
     directions: Sequence[Direction],
     likelihood: Likelihood,
-) -> tuple[Tensor, Tensor]:
-    """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch (a mean over its data), and ``∇hᵀ dᵢ``.
+) -> Tensor:
+    """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch, a mean over its data.
 
     Each direction takes one forward pass in which every tensor carries its derivative along it.
 
@@ -38,25 +38,39 @@ def gram(
         likelihood: whose Hessian of the outputs is taken.
 
     Returns:
-        ``[K, K]`` and ``[K]``, float64, on the outputs' device.
+        ``[K, K]``, float64, on the outputs' device.
 
     Raises:
+        DataError: the pass gives other outputs, or depends on the parameters otherwise, when it is run again.
         UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
     """
     columns = []
     outputs = None
     for direction in directions:
         outputs, tangent = _tangent(model, parameters, done, direction)
-        columns.append(tangent.double())
+        columns.append(tangent)
     assert outputs is not None
-    slope = likelihood.observed(outputs, done.targets).double()
-    rows = [likelihood.hessian_product(outputs, column.to(outputs.dtype), done.targets).double() for column in columns]
-    products = torch.stack([torch.stack([(left * right).sum() for right in rows]) for left in columns])
-    slopes = torch.stack([(slope * column).sum() for column in columns])
-    return (products + products.mT) / 2 / done.count, slopes / done.count
+    _require_same(outputs, done, likelihood)
+    rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
+    products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
+    matrix = torch.stack(products) / done.count
+    return (matrix + matrix.mT) / 2
 
 
-def minimum(matrix: Tensor, slopes: Tensor, most: float = 1e9) -> Tensor:
+def _require_same(outputs: Tensor, done: Pass, likelihood: Likelihood) -> None:
+    """DataError if the loss of the second run is not that of the first."""
+    assert done.loss is not None
+    again = -likelihood.log_prob(outputs, done.targets).sum(dtype=torch.float64) / done.count
+    tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) and not done.narrow else 0.1
+    if not bool((again - done.loss).abs() <= tolerance * (1 + done.loss.abs())):
+        raise DataError(
+            f"The model gave another loss when it was run again on the same batch ({float(done.loss):.6g}, then "
+            f"{float(again):.6g}). The function given to step must not draw a new batch, and randomness must come from "
+            "torch's, NumPy's or Python's global generators; otherwise use momentum=0.9 with trust=kf.Constant(λ)."
+        )
+
+
+def minimum(matrix: Tensor, slopes: Tensor, most: float = 1.0) -> Tensor:
     """The coefficients c ``[K]`` at which ``slopesᵀ c + ½ cᵀ matrix c`` is least, the second in ``[0, most]``.
 
     The second direction is the last step: going back along it, or further than it went, only follows the noise of one

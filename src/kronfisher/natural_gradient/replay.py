@@ -31,7 +31,7 @@ class Snapshot:
         ]
         devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
         self._random = _random_state(devices)
-        self._autocast = [
+        self.autocast = [
             (kind, torch.get_autocast_dtype(kind))
             for kind in {"cpu", *(device.type for device in devices)}
             if torch.is_autocast_enabled(kind)
@@ -42,7 +42,7 @@ class Snapshot:
         """Meet that state again; the present one is put back at the end."""
         present = _random_state(set(self._random[3]))
         with ExitStack() as stack:
-            for kind, dtype in self._autocast:
+            for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -77,6 +77,11 @@ class Pass:
     targets: Any = None
     loss: Tensor | None = None
     count: float | Tensor = field(default=0.0)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether autocast was on, so that outputs have few digits."""
+        return self.snapshot is not None and bool(self.snapshot.autocast)
 
     @contextmanager
     def again(self) -> Iterator[None]:
