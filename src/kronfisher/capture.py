@@ -84,6 +84,7 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
+        lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -95,8 +96,9 @@ class Capture(TorchFunctionMode):
         {}
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, lenient: bool = False) -> None:
         super().__init__()
+        self._lenient = lenient
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.calls: list[Call] = []
         self._roots = {id(p): (name, p) for name, p in self.parameters.items()}
@@ -159,6 +161,10 @@ class Capture(TorchFunctionMode):
             if _accepts(handler, view, *args, **kwargs):
                 raise
             return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
+        except UnsupportedError:
+            if not self._lenient:
+                raise
+            return ()
         if not uses:
             return ()
         windows = [window for use in uses for window in (use.weight, use.bias) if window]

@@ -100,7 +100,7 @@ class Curvature:
         names = dict(self.parameters)
         while names:
             run = self._accumulator(names)
-            with isolated(self.model, self.seed), Capture(names) as capture:
+            with isolated(self.model, self.seed), Capture(names, lenient=True) as capture:
                 outputs = _tensor(forward())
                 proof = capture.prove(outputs)
                 found = {name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}
@@ -137,7 +137,7 @@ class Curvature:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield stack.enter_context(Capture(self.run.parameters))
+            yield stack.enter_context(Capture(self.run.parameters, lenient=True))
 
     # Statistics -------------------------------------------------------------------------------------------------------
 

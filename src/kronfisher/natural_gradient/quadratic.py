@@ -88,7 +88,7 @@ def minimum(matrix: Tensor, slopes: Tensor, most: float = 1.0) -> Tensor:
     unit = matrix * scale[:, None] * scale[None, :]
     second = torch.zeros_like(slopes[1])
     if float(1 - unit[0, 1].abs()) > 1e-7:  # else the two are as good as parallel
-        second = -(scale * torch.linalg.solve(unit, scale * slopes))[1].clamp(-most, 0)
+        second = (-(scale * torch.linalg.solve(unit, scale * slopes))[1]).clamp(0, most)
     return torch.stack([-(slopes[0] + matrix[0, 1] * second) / matrix[0, 0], second])
 
 
