@@ -122,8 +122,7 @@ class Preconditioner:
 
         if not (curvature.due and torch.is_grad_enabled()):
             return forward()
-        if curvature.run is None:
-            curvature.discover(forward)
+        curvature.prepare(forward)
         with curvature.captured() as capture:
             outputs = forward()
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator, Labels
+from kronfisher.blocks import Block
 from kronfisher.capture import Capture, Receiver
 from kronfisher.claims import misused, unclaimed
 from kronfisher.damping import Damping
@@ -77,6 +78,7 @@ class Curvature:
         self.dropped = 0
         self.seconds = {"statistics": 0.0, "inverses": 0.0}
         self._open = False
+        self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
 
     @property
     def due(self) -> bool:
@@ -91,13 +93,35 @@ class Curvature:
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
-    def discover(self, forward: Callable[[], Any]) -> None:
-        """Find out, on a forward pass that leaves no trace, which parameters blocks can cover.
+    def prepare(self, forward: Callable[[], Any]) -> None:
+        """Find out which parameters blocks can cover, at first and whenever others are trained than before.
+
+        The forward pass leaves no trace. Layers that are touched by a change start anew, the others go on.
 
         Raises:
-            UnsupportedError: none of them.
+            UnsupportedError: no parameter is covered.
         """
-        names = dict(self.parameters)
+        trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
+        if trained == self._trained:
+            return
+        self.run, blocks, self.uncovered, self.coupled = self._discovered(forward)
+        self._trained, self.statistics_due = trained, self.step
+        self._adopt([layer for layer in self.layers if all(block in blocks for block in layer.blocks)])
+
+    def _adopt(self, layers: list[Layer]) -> None:
+        """Go on with these layers."""
+        assert self.run is not None
+        self.run.place([block for layer in layers for block in layer.blocks], "earlier steps")
+        groups = {group.blocks: group for group in self.run.groups}
+        for layer in layers:
+            layer.group = groups[layer.blocks]
+            layer.empty()
+        self.layers = layers
+
+    def _discovered(self, forward: Callable[[], Any]) -> tuple[Accumulator, set[Block], dict[str, str], list[str]]:
+        """States to fill, all blocks, parameters outside of them with the reason, and blocks whose rows mix data."""
+        names = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        uncovered: dict[str, str] = {}
         while names:
             run = self._accumulator(names)
             with isolated(self.model, self.seed), Capture(names, lenient=True) as capture:
@@ -107,12 +131,8 @@ class Curvature:
                 parts = run.parts(capture, proof)
                 blocks = {part.block.key: part.block for several in parts.values() for part in several}
                 found |= misused(blocks.values())
-                owned = {
-                    block.key
-                    for planned in run.planned(blocks.values(), "the first batch")
-                    if planned.plan.owned
-                    for block in planned.blocks
-                }
+                planned = run.planned(blocks.values(), "the first batch")
+                owned = {block.key for group in planned if group.plan.owned for block in group.blocks}
                 run.coupled = False
                 _, problems = run.find_owners(capture, outputs, proof, parts, owned, False)
             coupled = []
@@ -123,11 +143,11 @@ class Curvature:
                     else:
                         coupled.append(part.block.name)
             if not found:
-                self.run, self.coupled = self._accumulator(names), list(dict.fromkeys(coupled))
-                return
-            self.uncovered |= found
+                every = {name: p for name, p in self.parameters.items() if name not in uncovered}
+                return self._accumulator(every), set(blocks.values()), uncovered, list(dict.fromkeys(coupled))
+            uncovered |= found
             names = {name: p for name, p in names.items() if name not in found}
-        reasons = "\n  ".join(self.uncovered.values())
+        reasons = "\n  ".join(uncovered.values())
         raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
 
     @contextmanager
@@ -282,6 +302,7 @@ class Curvature:
             "statistics_due": self.statistics_due,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
+            "trained": sorted(self._trained or ()),
             "dropped": self.dropped,
             "fits": {name: repr(fit) for name, fit in self.fits.items()},
             "layers": [layer.state() for layer in self.layers],
@@ -305,9 +326,10 @@ class Curvature:
         self.uncovered, self.coupled = dict(state["uncovered"]), list(state["coupled"])
         run = self._accumulator({name: p for name, p in self.parameters.items() if name not in self.uncovered})
         written = {tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]}
+        self.run, self._trained = run, frozenset(state["trained"])
         run.place([block for blocks in written for block in blocks], "the saved state")
         groups = {group.blocks: group for group in run.groups}
-        self.run, self.layers = run, [Layer(groups[blocks]) for blocks in written]
+        self.layers = [Layer(groups[blocks]) for blocks in written]
         for layer, entry in zip(self.layers, written.values(), strict=True):
             layer.load(entry, run.device)
         run.groups = [layer.group for layer in self.layers]

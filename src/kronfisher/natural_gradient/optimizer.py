@@ -245,8 +245,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _forward(self, function: Callable[[], Any]) -> Tensor:
         began = time.perf_counter()
         curvature = self.curvature
-        if curvature.run is None:
-            curvature.discover(function)
+        curvature.prepare(function)
         snapshot = Snapshot(self._model) if self._again() else None
         with torch.enable_grad():
             if curvature.due:
@@ -414,7 +413,7 @@ class NaturalGradient(torch.optim.Optimizer):
         undone = not isfinite(change)
         if isinstance(self.trust, LevenbergMarquardt):
             assert self._damping is not None
-            undone = undone or change > self.trust.reject * abs(promised)
+            undone = undone or change > self.trust.reject * max(-promised, 0.0)
             step, old = self.curvature.step, self._damping
             self._set_damping(self.trust.refused(old) if undone else self.trust.adapted(old, self._ratio, step))
         if undone:
