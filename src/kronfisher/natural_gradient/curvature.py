@@ -22,6 +22,7 @@ from kronfisher.linalg import full_precision
 from kronfisher.natural_gradient.layers import Layer
 from kronfisher.natural_gradient.phases import Phased
 from kronfisher.natural_gradient.refresh import Refresh
+from kronfisher.natural_gradient.rows import Rows, apply
 from kronfisher.operators.storage import block_of
 from kronfisher.passes import plain_arithmetic
 
@@ -269,23 +270,29 @@ class Curvature:
                     layer.invert(self.damping, value, self.step)
         self.seconds["inverses"] += time.perf_counter() - began
 
-    def precondition(self, gradients: Mapping[str, Tensor], value: float) -> dict[str, Tensor]:
+    def precondition(
+        self, gradients: Mapping[str, Tensor], value: float, rows: Rows | None = None
+    ) -> dict[str, Tensor]:
         """``(F̆ + λ)⁻¹`` times a vector ``{name: [*shape]}``; uncovered parameters are divided by a number.
 
         The number is the mean eigenvalue of what is covered plus λ, so that they move neither faster nor slower than
-        the others do on average.
+        the others do on average. Layers of which `rows` are given take them in place of the gradient.
         """
+        found = {} if rows is None else rows.found
         with self._arithmetic():
-            rows = {name: tensor[None] for name, tensor in gradients.items()}
+            rows_of = {name: tensor[None] for name, tensor in gradients.items()}
             out: dict[str, Tensor] = {}
             for layer in self.layers:
                 if layer.inverse is None:
                     continue
                 for block in layer.blocks:
                     for name in block.parameters:
-                        if name in rows and name not in out:
-                            out[name] = torch.empty_like(rows[name])
-                layer.apply(rows, out)
+                        if name in rows_of and name not in out:
+                            out[name] = torch.empty_like(rows_of[name], memory_format=torch.contiguous_format)
+                if layer.name in found and layer.separable:
+                    apply(layer, *found[layer.name], out)
+                else:
+                    layer.apply(rows_of, out)
             rest = 1 / (self.mean + value)
             return {name: out[name][0] if name in out else tensor * rest for name, tensor in gradients.items()}
 

@@ -12,7 +12,7 @@ from kronfisher.blocks import Block
 from kronfisher.damping import Damping
 from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.natural_gradient.phases import Phased, Phases
-from kronfisher.operators import Operator
+from kronfisher.operators import Kronecker, Operator
 from kronfisher.operators.fisher import gather, scatter
 from kronfisher.operators.spectral import Spectral
 from kronfisher.stream import Group
@@ -71,6 +71,14 @@ class Layer:
     @property
     def dim(self) -> int:
         return sum(block.dim for block in self.blocks)
+
+    @property
+    def separable(self) -> bool:
+        """Whether the inverse is one Kronecker product of dense sides."""
+        inverse = self.inverse
+        if not isinstance(inverse, Kronecker) or self.solves or len(self.blocks) > 1 or len(inverse.A) > 1:
+            return False
+        return inverse.A.dim() == inverse.B.dim() == 3
 
     def merge(self, keep: float) -> None:
         """Take the batch's statistics into the average, of which the share `keep` stays."""

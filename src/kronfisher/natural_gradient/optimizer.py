@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from math import isfinite
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from kronfisher.natural_gradient.curvature import Curvature
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.replay import Pass, Snapshot
 from kronfisher.natural_gradient.report import TrainingReport
+from kronfisher.natural_gradient.rows import Rows
 from kronfisher.natural_gradient.search import Problem, Search, inner
 from kronfisher.trust import Constant, LevenbergMarquardt, Trust
 
@@ -117,6 +119,9 @@ class NaturalGradient(torch.optim.Optimizer):
             seed=seed,
         )
         self._passes: list[Pass] = []
+        self._whole = False  # whether a step does everything, so that nobody else touches the gradient
+        self._rows: Rows | None = None
+        self._rows_pay = False  # whether rows were cheaper at the last step with statistics
         self._opaque = False  # whether a loss that cannot be evaluated again was given
         self._damping: float | None = None
         self._first_mean = 0.0
@@ -151,7 +156,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         elif closure is not None:
             self.zero_grad()
-            loss = self.backward(self._forward(closure), targets)
+            self._whole = True
+            try:
+                loss = self.backward(self._forward(closure), targets)
+            finally:
+                self._whole = False
         self._update()
         return loss
 
@@ -208,14 +217,19 @@ class NaturalGradient(torch.optim.Optimizer):
         elif self.curvature.labels == "observed" and loss is None and scale is None:
             self._collect(capture, outputs, targets, own=lambda *given: self._listen(capture, scaled, *given))
         else:
-            scaled.backward(retain_graph=True)
-            self._collect(capture, outputs, targets)
+            due = self.curvature.due
+            self._rows = self._watched(capture)
+            with nullcontext() if self._rows is None else capture.listening(self._rows.receive):
+                scaled.backward(retain_graph=due)
+            self._rows_pay = self._rows is not None and bool(self._rows.found)
+            if due:
+                self._collect(capture, outputs, targets)
         self._seconds["forward and backward"] += time.perf_counter() - began
         return self._loss.to(outputs.dtype)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimiser; forward passes that no step followed are forgotten."""
-        self._passes, self._opaque = [], False
+        self._passes, self._opaque, self._rows = [], False, None
         super().zero_grad(set_to_none)
 
     def report(self) -> TrainingReport:
@@ -248,7 +262,7 @@ class NaturalGradient(torch.optim.Optimizer):
         curvature.prepare(function)
         snapshot = Snapshot(self._model) if self._again() else None
         with torch.enable_grad():
-            if curvature.due:
+            if curvature.due or (self._whole and self._rows_pay):
                 with curvature.captured() as capture:
                     outputs = function()
             else:
@@ -256,6 +270,19 @@ class NaturalGradient(torch.optim.Optimizer):
         self._passes.append(Pass(function, snapshot, capture, outputs))
         self._seconds["forward and backward"] += time.perf_counter() - began
         return outputs
+
+    def _watched(self, capture: Any) -> Rows | None:
+        """What keeps rows of the loss's own backward pass, where nobody else has a hand in the gradient."""
+        if not self._whole or any(group["weight_decay"] for group in self.param_groups):
+            return None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        for parameter in self._parameters().values():
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                return None
+        rows = Rows.of(self.curvature.layers)
+        rows.watch(capture)
+        return rows
 
     def _mean_loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, float | Tensor]:
         """In float64, and the number of data that count."""
@@ -306,7 +333,8 @@ class NaturalGradient(torch.optim.Optimizer):
         began = time.perf_counter()
         decays = self._options("weight_decay")
         gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
-        natural = curvature.precondition(gradients, value)
+        natural = curvature.precondition(gradients, value, self._rows)
+        self._rows = None
         rate = self._scale_rates(natural)
         slope = inner(natural, gradients)
         if slope.device.type == "cpu" and not isfinite(float(slope)):

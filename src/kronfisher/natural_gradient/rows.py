@@ -1,0 +1,110 @@
+"""Inverses applied to the rows that a gradient is made of: cheaper than to the gradient where a batch has few of them.
+
+``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (data times positions). Each side is applied where it costs
+less; the products of a and g replace those that they are compared with.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kronfisher.capture import Call, Capture
+from kronfisher.natural_gradient.layers import Layer
+from kronfisher.operators import Kronecker
+from kronfisher.uses import Ownership
+from kronfisher.uses.linear import RowUse
+
+__all__ = ["Rows", "apply", "route"]
+
+Route = Literal["matrix", "left", "right", "both"]
+
+
+def route(rows: int, outputs: int, inputs: int) -> Route:
+    """Which sides are applied to rows, by multiplications.
+
+    Example:
+        >>> route(128, 1000, 785), route(4096, 1000, 785), route(128, 10, 4096)
+        ('both', 'matrix', 'right')
+    """
+    product = rows * outputs * inputs
+    left, right = (rows * outputs**2, inputs * outputs**2), (rows * inputs**2, outputs * inputs**2)
+    costs: dict[Route, int] = {
+        "matrix": left[1] + right[1],
+        "left": product + left[0] + right[1],
+        "right": product + left[1] + right[0],
+        "both": product + left[0] + right[0],
+    }
+    return min(costs, key=lambda key: costs[key])
+
+
+@dataclass
+class Rows:
+    """Inputs and output gradients of linear layers, kept from the loss's own backward pass.
+
+    Attributes:
+        layers: those for which rows may pay.
+        found: layer's name → inputs ``[R, I]`` with the bias coordinate, and output gradients ``[R, O]``.
+    """
+
+    layers: dict[tuple, Layer]
+    found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Iterable[Layer]) -> "Rows":
+        """For the layers whose inverse is separable."""
+        return cls({layer.blocks[0].key: layer for layer in layers if layer.separable})
+
+    def watch(self, capture: Capture) -> None:
+        """Drop layers that are used more than once, whose gradient is a sum."""
+        counts: dict[tuple, int] = {}
+        for call in capture.calls:
+            for use in call.uses:
+                for key in ((use.weight, use.bias), (use.weight, None), (None, use.bias)):
+                    counts[key] = counts.get(key, 0) + 1
+        self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1}
+
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Keep one call's rows if that pays."""
+        for use in call.uses:
+            layer = self.layers.get((use.weight, use.bias))
+            if layer is None or not isinstance(use, RowUse):
+                continue
+            owner = Ownership(prod(use.lead(call.shape)))
+            outputs = use.gradients(owner, gradient.to(use.dtype)).flatten(0, 2)
+            if route(len(outputs), *layer.blocks[0].shape[1:]) != "matrix":
+                activations = use.activations(owner, gradient, use.weight is not None, use.bias is not None)
+                self.found[layer.name] = activations.dense().flatten(0, 2), outputs
+
+
+def apply(layer: Layer, inputs: Tensor, outputs: Tensor, out: dict[str, Tensor]) -> None:
+    """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``.
+
+    Args:
+        layer: whose inverse is applied.
+        inputs: a, ``[R, I]``.
+        outputs: g, ``[R, O]``.
+        out: parameter name → answer.
+    """
+    inverse, (block,) = layer.inverse, layer.blocks
+    assert isinstance(inverse, Kronecker)
+    left, right = inverse.B[0], inverse.A[0]
+    chosen = route(len(inputs), len(left), len(right))
+    if chosen in ("left", "both"):
+        left = left @ outputs.mT
+    right = inputs @ right if chosen in ("right", "both") else right
+    middle = {"left": (left, inputs, right), "right": (left, outputs.mT, right)}.get(chosen)
+    first, last = (left, right) if middle is None else _joined(*middle, into_left=chosen == "left")
+    if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
+        weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
+        torch.mm(first, last[:, :-1], out=weight.view(len(first), -1))
+        torch.mv(first, last[:, -1], out=bias.view(-1))
+    else:
+        block.scatter((first @ last).reshape(1, -1), out)
+
+
+def _joined(left: Tensor, middle: Tensor, right: Tensor, *, into_left: bool) -> tuple[Tensor, Tensor]:
+    return (left @ middle, right) if into_left else (left, middle @ right)
