@@ -45,7 +45,10 @@ def measure(name: str, kind: str, size: int, rounds: int, period: int) -> dict[s
     """Ratios of the time of `period` steps, after a warm-up in which the periods reach their full length."""
     torch.manual_seed(0)
     workload = WORKLOADS[name]()
-    batches = [(x[:size], y[:size]) for x, y in workload.batches]
+    inputs, targets = (torch.cat(parts) for parts in zip(*workload.batches, strict=True))
+    times_over = -(-2 * size // len(inputs))
+    inputs, targets = torch.cat([inputs] * times_over), torch.cat([targets] * times_over)
+    batches = [(inputs[k * size : (k + 1) * size], targets[k * size : (k + 1) * size]) for k in range(2)]
     first = adamw(copy.deepcopy(workload.model), workload.likelihood)
     second, optimizer = ours(workload.model, workload.likelihood, kind)
     optimizer.curvature.step = 4 * period  # past the early steps, in which everything is renewed more often

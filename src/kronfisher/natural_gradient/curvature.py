@@ -278,23 +278,25 @@ class Curvature:
         The number is the mean eigenvalue of what is covered plus λ, so that they move neither faster nor slower than
         the others do on average. Layers of which `rows` are given take them in place of the gradient.
         """
-        found = {} if rows is None else rows.found
+        rows = rows or Rows({})
         with self._arithmetic():
             rows_of = {name: tensor[None] for name, tensor in gradients.items()}
             out: dict[str, Tensor] = {}
             for layer in self.layers:
                 if layer.inverse is None:
                     continue
-                for block in layer.blocks:
-                    for name in block.parameters:
-                        if name in rows_of and name not in out:
-                            out[name] = torch.empty_like(rows_of[name], memory_format=torch.contiguous_format)
-                if layer.name in found and layer.separable:
-                    apply(layer, *found[layer.name], out)
+                given = layer.name in rows.found and layer.separable
+                for name in (name for block in layer.blocks for name in block.parameters):
+                    if name not in out and (given or name in rows_of):
+                        like = self.parameters[name].unsqueeze(0)
+                        out[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+                if given:
+                    apply(layer, rows, out)
                 else:
                     layer.apply(rows_of, out)
             rest = 1 / (self.mean + value)
-            return {name: out[name][0] if name in out else tensor * rest for name, tensor in gradients.items()}
+            left = {name: tensor * rest for name, tensor in gradients.items() if name not in out}
+            return {name: tensor[0] for name, tensor in out.items()} | left
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         assert self.run is not None

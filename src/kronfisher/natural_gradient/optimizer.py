@@ -144,7 +144,8 @@ class NaturalGradient(torch.optim.Optimizer):
             targets: as the likelihood takes them.
 
         Returns:
-            The loss before the step; None without a closure.
+            The loss before the step; None without a closure. With `targets`, ``.grad`` of layers whose step is made
+            from rows of inputs and output gradients stays None.
 
         Raises:
             NumericalError: a layer's curvature cannot be factorised at all.
@@ -220,7 +221,10 @@ class NaturalGradient(torch.optim.Optimizer):
             due = self.curvature.due
             self._rows = self._watched(capture)
             with nullcontext() if self._rows is None else capture.listening(self._rows.receive):
-                scaled.backward(retain_graph=due)
+                if self._rows is None or due or self._again():
+                    scaled.backward(retain_graph=due)
+                else:
+                    self._backward_sparing(scaled, self._rows, capture)
             self._rows_pay = self._rows is not None and bool(self._rows.found)
             if due:
                 self._collect(capture, outputs, targets)
@@ -271,6 +275,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self._seconds["forward and backward"] += time.perf_counter() - began
         return outputs
 
+    def _backward_sparing(self, loss: Tensor, rows: Rows, capture: Any) -> None:
+        """Fill ``.grad`` of the parameters that need it; the others' steps are made from rows."""
+        spared = rows.spare(capture)
+        wanted = [p for name, p in self._parameters().items() if name not in spared and p.requires_grad]
+        found = torch.autograd.grad(loss, [*rows.edges, *wanted], allow_unused=True)[len(rows.edges) :]
+        for parameter, gradient in zip(wanted, found, strict=True):
+            parameter.grad = gradient
+
     def _watched(self, capture: Any) -> Rows | None:
         """What keeps rows of the loss's own backward pass, where nobody else has a hand in the gradient."""
         if not self._whole or any(group["weight_decay"] for group in self.param_groups):
@@ -315,8 +327,9 @@ class NaturalGradient(torch.optim.Optimizer):
         passes, self._passes = [one for one in self._passes if one.loss is not None], []
         opaque, self._opaque = self._opaque, False
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        rows, self._rows = self._rows, None
         curvature.merge()
-        if not gradients or not curvature.ready:
+        if not (gradients or (rows and rows.found)) or not curvature.ready:
             if gradients and not curvature.dropped:
                 raise UnsupportedError(
                     "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
@@ -333,10 +346,11 @@ class NaturalGradient(torch.optim.Optimizer):
         began = time.perf_counter()
         decays = self._options("weight_decay")
         gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
-        natural = curvature.precondition(gradients, value, self._rows)
-        self._rows = None
+        if rows:
+            rows.form_missing(gradients, parameters)
+        natural = curvature.precondition(gradients, value, rows)
+        slope = self._slope(natural, gradients, rows)
         rate = self._scale_rates(natural)
-        slope = inner(natural, gradients)
         if slope.device.type == "cpu" and not isfinite(float(slope)):
             self._skip()
             return
@@ -355,9 +369,10 @@ class NaturalGradient(torch.optim.Optimizer):
         compares = promised is not None and self.trust.compares(curvature.step)
         saved = {name: parameters[name].clone() for name in natural} if compares else {}
         for name, direction in natural.items():
-            step = direction.mul_(-along)
-            if again and name in last:
-                step.add_(last[name], alpha=again)
+            if isinstance(along, Tensor):
+                direction.mul_(along)
+            step = last[name].mul_(again) if name in last else torch.zeros_like(direction)
+            step.add_(direction, alpha=-1.0 if isinstance(along, Tensor) else -along)
             if slope.device.type != "cpu":  # without a synchronisation: nothing moves where something is not finite
                 step = torch.where(torch.isfinite(slope), step, torch.zeros_like(step))
             parameters[name].add_(step)
@@ -378,6 +393,19 @@ class NaturalGradient(torch.optim.Optimizer):
             self._damping = self.trust.start(self._first_mean)
         self._damping = self.trust.at(self.curvature.step, self._damping)
         return self._damping
+
+    def _slope(self, natural: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rows: Rows | None) -> Tensor:
+        """``naturalᵀ ∇h``, whether a layer's part of ∇h was formed or not."""
+        rates = self._options("lr")
+        top = max(rates[name] for name in natural) or 1.0
+        slope = inner(natural, gradients, {name: rates[name] / top for name in natural}) if gradients else None
+        for layer in self.curvature.layers if rows else ():
+            name = layer.blocks[0].parameters[0]
+            if layer.name in rows.slopes and name not in gradients:
+                part = rows.slopes[layer.name] * (rates[name] / top)
+                slope = part if slope is None else slope + part
+        assert slope is not None
+        return slope
 
     def _scale_rates(self, natural: Mapping[str, Tensor]) -> float:
         """Scale every group's direction by its share of the largest rate, which is returned."""
