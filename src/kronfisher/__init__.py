@@ -18,7 +18,7 @@ from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from kronfisher.natural_gradient import NaturalGradient, Refresh
+from kronfisher.natural_gradient import IterateAverage, NaturalGradient, Refresh, batch_size_at
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
 from kronfisher.preconditioner import Preconditioner
@@ -42,6 +42,7 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "IterateAverage",
     "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
@@ -54,6 +55,7 @@ __all__ = [
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
+    "batch_size_at",
     "compare",
     "coverage",
     "estimate",
