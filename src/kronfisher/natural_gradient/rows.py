@@ -68,7 +68,7 @@ class Rows:
         counts: dict[tuple, int] = {}
         for call in capture.calls:
             for use in call.uses:
-                for key in ((use.weight, use.bias), (use.weight, None), (None, use.bias)):
+                for key in {(use.weight, use.bias), (use.weight, None), (None, use.bias)}:
                     counts[key] = counts.get(key, 0) + 1
         self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1}
 
