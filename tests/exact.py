@@ -1,5 +1,6 @@
 """Dense truth for any model: gradients by ``torch.autograd.grad``, one datum and one column at a time; no capture."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,7 +39,8 @@ def exact_fisher(model, batches, likelihood=None, targets=None):
                 alone[k] = column[k]
                 found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
                 parts = [
-                    p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)
+                    p.new_zeros(p.numel()) if g is None else g.to_dense().flatten()
+                    for p, g in zip(parameters, found, strict=True)
                 ]
                 row = torch.cat(parts).double()
                 total = total + torch.outer(row, row)
@@ -53,6 +55,27 @@ def kept(fisher):
         index = gather((blocks,) if not isinstance(blocks, tuple) else blocks, positions)[0]
         mask[index[:, None], index] = torch.eye(len(index), dtype=torch.float64) if operator.kind == "diagonal" else 1.0
     return mask
+
+
+def assert_fallback(model, batches, message):
+    """Refused by name under ``strict=True``; else a diagonal that is exact, and with `Full` all of the exact matrix."""
+    with pytest.raises(kf.UnsupportedError, match=message):
+        kf.estimate(model, batches, kf.Gaussian(), strict=True)
+    fisher = kf.estimate(model, batches, kf.Gaussian(), labels="exact")
+    alone = [name for name, block in fisher.info.blocks.items() if block.method.startswith("fallback: ")]
+    assert alone and all(fisher[name].kind == "diagonal" for name in alone)
+    truth, size = exact_fisher(model, batches).diagonal(), max(1e-12, float(exact_fisher(model, batches).norm()))
+    found = torch.cat([value.flatten() for value in fisher.diagonal().values()])
+    for name in alone:  # what the fallback says of a parameter, number by number
+        index = read(torch.arange(fisher.dim), fisher.shapes)[0][name].flatten()
+        assert float((found[index] - truth[index]).norm()) < 1e-5 * size, name
+    assert all(f"{name}: fallback: " in str(fisher.report()) for name in alone)
+    assert_exact(model, batches)
+    assert_exact(model, batches, fit="diagonal")
+    assert_exact(model, batches, fit=kf.Full(across_layers=True))
+    coverage = kf.coverage(model, batches)
+    assert {row.parameter for row in coverage.rows if row.reason} == set(alone) and not coverage.complete
+    return fisher
 
 
 def assert_exact(model, batches, fit="full", tolerance=1e-5, likelihood=None, targets=None, truth=None):

@@ -8,11 +8,11 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.accumulate import Accumulator
 from kronfisher.blocks import Block, View
-from kronfisher.claims import misused
+from kronfisher.claims import Claims, left_over, settle
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits import FITS, choose
 from kronfisher.isolation import trainable
-from tests.exact import Written, assert_exact, exact_fisher, kept
+from tests.exact import Written, assert_exact, assert_fallback, exact_fisher, kept
 
 # Which fit treats what -----------------------------------------------------------------------------------------------
 
@@ -142,18 +142,16 @@ def test_outputs_that_are_apart():
 
 
 def test_all_that_is_not_supported_is_named_at_once():
-    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Bilinear(1, 1, 1).requires_grad_(False), nn.Linear(4, 2))
-    model = Written(lambda m, x: m.l(m.p(m.k(x))) + m.e(torch.arange(len(x)) * 0), k=model[0], p=model[1], l=model[3],
-                    e=nn.Embedding(3, 2))  # fmt: skip
+    model = Written(lambda m, x: m.l(m.k(x) * m.s.exp()) + m.e(x, x), k=nn.Linear(3, 4), s=torch.randn(4),
+                    l=nn.Linear(4, 2), e=nn.Bilinear(3, 3, 2))  # fmt: skip
     with pytest.raises(UnsupportedError) as caught:
-        kf.estimate(model, torch.randn(5, 3), kf.Gaussian())
+        kf.estimate(model, torch.randn(5, 3), kf.Gaussian(), strict=True)
     said = str(caught.value)
-    assert said.startswith("batch 0: these trainable parameters are used by operators that are not supported yet:")
-    assert (
-        "p.weight: used by prelu" in said and "e.weight: used by embedding" in said and "requires_grad_(False)" in said
-    )
+    assert said.startswith("batch 0: strict=True, and these trainable parameters are used in ways")
+    assert "s: used by exp" in said and "e.weight: used by bilinear" in said and "requires_grad_(False)" in said
     assert "k.weight" not in said
-    model.p.requires_grad_(False)
+    assert_fallback(model, torch.randn(5, 3), "s: used by exp")
+    model.s.requires_grad_(False)
     model.e.requires_grad_(False)
     assert_exact(model, torch.randn(5, 3))
 
@@ -161,12 +159,23 @@ def test_all_that_is_not_supported_is_named_at_once():
 def test_windows_of_blocks():
     w, b = torch.zeros(4, 3), torch.zeros(4)
     whole = Block("w", "linear", View.of("w", w).reshaped(1, 4, 3), View.of("b", b).reshaped(1, 4))
-    assert misused([whole]) == {}
+    assert settle([whole]) == Claims()
     halves = [Block("w", "linear", View.of("w", w, part).reshaped(1, 2, 3)) for part in w.chunk(2)]
-    assert misused(halves) == {}
-    assert "only 6 of its 12 elements are used (by linear)" in misused(halves[:1])["w"]
-    assert "used in 2 different ways (by addmm, linear)" in misused([whole, Block("w", "addmm", whole.weight)])["w"]
-    assert list(misused([whole, Block("b", "add", None, whole.bias)])) == ["b"]
+    assert settle(halves) == settle(halves[:1]) == Claims()
+    assert [view.label for view in left_over([half.weight for half in halves[:1]])] == ["w[2:4, :]"]
+    assert left_over([half.weight for half in halves]) == left_over([whole.weight]) == []
+    corner = View.of("w", w, w[1:3, :2]).reshaped(1, 2, 2)
+    assert [view.label for view in left_over([corner])] == ["w[0:1, :]", "w[1:3, 2:3]", "w[3:4, :]"]
+    assert settle([whole, Block("w", "addmm", whole.weight)]).apart == {"w"}
+    assert settle([whole, Block("b", "add", None, whole.bias)]).apart == {"b"}
+    alone, turned = Block("w", "linear", whole.weight), View.of("w", w, w.t()).reshaped(1, 3, 4)
+    roles = [alone, Block("w", "addmm", turned)]
+    assert settle(roles) == Claims()
+    assert "used in 2 different ways (by addmm, linear)" in settle(roles, {"w"}).problems["w"]
+    assert "used in 2 different ways (by linear)" in settle([alone, halves[0]]).problems["w"]
+    wide = View.of("v", torch.zeros(200, 2), torch.zeros(200, 2)[::2]).reshaped(1, 100, 2)
+    assert "100 of its 400" not in settle([Block("v", "linear", wide)]).problems["v"]
+    assert "only 200 of its 400 elements are used (by linear)" in settle([Block("v", "linear", wide)]).problems["v"]
 
 
 def test_an_accumulator_by_itself():
@@ -186,5 +195,8 @@ def test_errors_name_the_batch():
     model = Written(
         lambda m, x: m.l(x) if len(x) > 1 else F.bilinear(x, x, m.l.weight[None]), l=nn.Linear(3, 3, bias=False)
     )
-    with pytest.raises(UnsupportedError, match=r"batch 1: .*\n  l.weight: used by bilinear"):
+    with pytest.raises(UnsupportedError, match=r"batch 1: l.weight: used by bilinear\. Earlier batches"):
         kf.estimate(model, [torch.randn(2, 3), torch.randn(1, 3)], kf.Gaussian())
+    data = [torch.randn(1, 3), torch.randn(2, 3)]  # in this order it is known in time
+    fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact", fit="diagonal")
+    assert torch.allclose(fisher.to_dense().diagonal().double(), exact_fisher(model, data).diagonal(), rtol=1e-4)

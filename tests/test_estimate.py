@@ -415,3 +415,18 @@ def test_exact_labels_are_announced_before_the_work(caplog):
     with caplog.at_level("INFO", logger="kronfisher"):
         kf.estimate(nn.Linear(3, 4), torch.randn(5, 3), kf.Categorical(), labels="exact", progress=said.append)
     assert said[0] == "batch 0: exact labels take 3 backward passes" == caplog.messages[0]
+
+
+def test_notes_of_a_fit_are_in_the_report():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), torch.randn(7, 3)
+
+    class Noted(kf.KFAC):
+        def notes(self, state):
+            return f"{state.count:g} data seen, converged"
+
+    fisher = kf.estimate(model, x, kf.Gaussian(), fit={"*.weight": Noted(), "*": kf.KFAC()})
+    said = {row.name: row.notes for row in fisher.report().rows}
+    noted = [name for name, text in said.items() if text]
+    assert noted and all(name.endswith("weight") for name in noted) and len(noted) < len(said)
+    assert {said[name] for name in noted} == {f"{len(x)} data seen, converged"}
+    assert str(fisher.report()).count(f": {len(x)} data seen, converged") == len(noted)

@@ -15,10 +15,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 ROWS = [
     {"errors", "linalg", "models"},
-    {"samples", "blocks", "operators", "likelihoods"},
+    {"samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
     {"capture"},
-    {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation"},
+    {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation", "fallback"},
     {"trust", "natural_gradient", "preconditioner"},
     {"experiments"},
     {"__init__"},

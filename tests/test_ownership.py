@@ -9,7 +9,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.uses import Ownership, Probe
-from tests.exact import Written, assert_exact, exact_fisher
+from tests.exact import Written, assert_exact, assert_fallback, exact_fisher
 
 N = 5
 ORDER = torch.tensor([3, 1, 4, 0, 2])
@@ -194,12 +194,10 @@ def coupled(kind):
         return lambda m, x: m.l1(F.scaled_dot_product_attention(*[m.l0(x)[None]] * 3)[0])
     if kind == "rolled and added":
         return lambda m, x: m.l1((lambda h: h + h.roll(1, 0))(m.l0(x)))
-    if kind == "a table of as many rows":
-        return lambda m, x: m.l1(x + m.l0(torch.linspace(-1, 1, x.numel()).view_as(x)).mean(0))
-    return lambda m, x: m.l1(x + m.l0(torch.linspace(-1, 1, 9).view(3, 3)).mean(0))  # a table of another size
+    raise ValueError(kind)
 
 
-KINDS = ["centred", "slightly", "normalised", "attention", "rolled and added", "a table of as many rows", "a table"]
+KINDS = ["centred", "slightly", "normalised", "attention", "rolled and added"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,10 +207,20 @@ def test_coupled_data_are_refused(kind, fit):
     x = torch.randn(N, 3)
     with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several data"):
         kf.estimate(model, x, kf.Gaussian(), fit=fit)
-    coverage = kf.coverage(model, x, fit=fit)
-    assert [row.treatment == "unsupported" for row in coverage.rows] == [True, True, False, False]
-    assert "several data" in coverage.rows[0].reason and not coverage.complete
+    with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several data"):
+        kf.coverage(model, x, fit=fit)
     assert kf.estimate(model, x[:1], kf.Gaussian(), fit=fit).trace() >= 0  # a single datum is coupled to nobody
+
+
+@pytest.mark.parametrize("rows", [N, 3])
+def test_what_meets_no_data_is_left_to_the_fallback(rows):
+    """Rows of a table that is made by a layer belong to all data, yet data are not coupled."""
+
+    def forward(m, x):
+        return m.l1(x + m.l0(torch.linspace(-1, 1, 3 * rows).view(rows, 3)).mean(0))
+
+    model = Written(forward, l0=nn.Linear(3, 3), l1=nn.Linear(3, 2))
+    assert_fallback(model, torch.randn(N, 3), r"l0\.weight: used by linear before it meets the data")
 
 
 def test_a_convolution_along_the_data():
@@ -233,7 +241,9 @@ def test_unequal_numbers_of_rows():
     with pytest.raises(
         kf.UnsupportedError, match=r"l\.weight \(used by linear\): rows of shape \[15\].*unequal numbers"
     ):
-        kf.estimate(model, x, kf.Gaussian(), fit="diagonal")
+        kf.estimate(model, x, kf.Gaussian(), fit="diagonal", strict=True)
+    for fit in ("diagonal", "full", kf.Full(across_layers=True)):
+        assert_exact(model, x, fit=fit)
     rows = torch.cat([x[k, : k + 1] for k in range(N)])
     A = kf.estimate(model, [x, x], kf.Gaussian(), fit="kfac")["l.weight"].A[0]
     assert torch.allclose(A[:3, :3], rows.T @ rows / 15, atol=1e-5)

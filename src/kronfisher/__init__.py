@@ -8,6 +8,7 @@ from kronfisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.error import Distance
 from kronfisher.errors import (
     DataError,
+    IndefiniteError,
     MemoryBudgetError,
     NumericalError,
     NumericalWarning,
@@ -16,12 +17,21 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
-from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
+from kronfisher.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+    Weighted,
+)
 from kronfisher.natural_gradient import IterateAverage, NaturalGradient, Refresh, batch_size_at
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
 from kronfisher.preconditioner import Preconditioner
+from kronfisher.rearrangement import nearest_kronecker
 from kronfisher.trust import Constant, LevenbergMarquardt, Schedule
 
 __version__ = "0.1.0"
@@ -29,6 +39,10 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
+    "KL",
+    "KPSVD",
+    "TKFAC",
     "Bernoulli",
     "Categorical",
     "Comparison",
@@ -42,22 +56,29 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "HeteroscedasticGaussian",
+    "IndefiniteError",
     "IterateAverage",
+    "KFACCorrected",
+    "KroneckerSum",
     "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
     "NaturalGradient",
     "NumericalError",
     "NumericalWarning",
+    "Poisson",
     "Preconditioner",
     "Refresh",
     "Schedule",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
+    "Weighted",
     "batch_size_at",
     "compare",
     "coverage",
     "estimate",
     "load",
+    "nearest_kronecker",
 ]

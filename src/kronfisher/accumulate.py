@@ -10,13 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward, not_finite, run
+from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
 from kronfisher.blocks import Block, View
 from kronfisher.capture import Capture, Proof, Receiver
-from kronfisher.claims import covered, misused, refuse
+from kronfisher.claims import detached, hidden, refuse, settle, unclaimed, unknown
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.fits import Choice, Fit, Plan, choose
-from kronfisher.likelihoods import Draws, Likelihood
+from kronfisher.fallback import FALLBACK, per_sample_block
+from kronfisher.fits import Choice, Diagonal, Fit, Plan, choose
+from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
 from kronfisher.linalg import promote
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import WORKSPACE
@@ -30,6 +31,8 @@ Labels = Literal["exact", "sampled", "observed"]
 Key = tuple[View | None, View | None]
 # Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, Ownership]]] = WeakKeyDictionary()
+# Model → graphs in which data are known to stay apart where they meet the parameters that the fallback treats.
+_APART: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 log = logging.getLogger("kronfisher")
 
 
@@ -58,9 +61,14 @@ class Accumulator:
         forward: how a batch goes through the model, if not as `batches.run` does it.
         memory_budget: bytes for states and temporaries; None: what is free.
         exact_limit: backward passes per batch beyond which exact labels are refused.
-        coupled: whether rows that mix data (normalisation over the batch) are taken as they are where a fit treats rows
-            apart.
+        mask: which positions count, as for `estimate`.
+        strict: refuse what only the fallback can treat.
+        training: take what is cheap: parameters that only the fallback can treat are left out, and rows that mix data
+            (normalisation over the batch) are taken as they are where a fit treats rows apart.
         groups: filled by the first batch.
+        mixed: in training, names of blocks whose rows mix data.
+        apart: names of weights and biases that have several partners and are treated without them.
+        fallback: parameter → reason why only the gradients of single data, one by one, tell about it.
         count: N so far.
         backward_passes: how many were run.
         tell: receives a line on what is about to take long.
@@ -76,8 +84,13 @@ class Accumulator:
     forward: Forward | None = None
     memory_budget: int | None = None
     exact_limit: int = 1000
-    coupled: bool = False
+    mask: Mask | None = None
+    strict: bool = False
+    training: bool = False
     groups: list[Group] = field(default_factory=list)
+    fallback: dict[str, str] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
+    mixed: set[str] = field(default_factory=set)
     count: float | Tensor = 0.0
     backward_passes: int = 0
     tell: Callable[[str], None] = log.debug
@@ -113,7 +126,7 @@ class Accumulator:
 
     @property
     def passes(self) -> int:
-        """How many times the data are read."""
+        """How many times the data are read, at most."""
         return max((group.state.plan.passes for group in self.groups), default=1)
 
     def add(self, batch: Any, where: str) -> None:
@@ -127,7 +140,7 @@ class Accumulator:
         """
         capture, outputs, targets = self.observe(batch, where)
         try:
-            self.absorb(capture, outputs, targets, where)
+            self.absorb(capture, outputs, targets, where, batch=batch)
         except NumericalError as error:
             raise not_finite(batch, where) from error
 
@@ -138,6 +151,7 @@ class Accumulator:
         targets: Any,
         where: str,
         *,
+        batch: Any = None,
         retain: bool = False,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
     ) -> None:
@@ -148,45 +162,141 @@ class Accumulator:
             outputs: what it returned.
             targets: as the likelihood takes them, or None.
             where: the batch's name in messages.
+            batch: from which `mask` takes positions.
             retain: whether the caller goes backward through the same graph afterwards.
             own: in place of our backward passes, ``own(receive, count)`` runs the caller's, and hands on every gradient
                 of a call's output as that of each datum's own loss.
         """
-        proof = covered(capture, outputs, where)
         values = outputs.detach()
         self.likelihood.check(values, targets, where, self.labels)
         steps = self._steps(values, targets, where)
-        mask = self.likelihood.positions(values, targets)
+        mask, kept = self.likelihood.positions(values, targets), None
+        if self.mask is not None:
+            given = positions_of(batch, self.mask, values, where)
+            kept = along_outputs(given, values, self.likelihood.joint_dim(values, targets), where)
+            mask = masked_positions(given, mask, where)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
-        parts = self.parts(capture, proof)
-        self.place([part.block for several in parts.values() for part in several], where)
+        proof, parts, owners = self.understand(capture, outputs, mask is not None, where)
+        if self.strict and self.fallback:
+            raise unknown(self.fallback, where)
+        alone = self._alone()
+        self.place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
         entries = {}
         for index, several in parts.items():
             placed = [(part, *self._places[part.block.key]) for part in several]
             if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
                 entries[index] = wanted
-        plain = {index: [part for part, _, _ in several] for index, several in entries.items()}
-        owned = {block.key for group in self.groups if group.state.plan.owned for block in group.blocks}
-        owners, problems = self.find_owners(capture, outputs, proof, plain, owned, mask is not None)
-        refuse(problems, where)
-        stream = Stream(entries, owners, mask)
+        places = {name: self._places[block.key] for name, block in alone.items()}
+        singles = {name: place for name, place in places.items() if not place[0].done}
+        if singles:
+            self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
+        stream = Stream(entries, owners, mask, singles)
         size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)
             stream.flush()
         for column, vector in enumerate(() if own else self._vectors(values, targets)):
-            capture.backward(outputs, vector, stream.receive, proof.sources, retain=retain or column + 1 < steps)
-            stream.flush()
+            vector = vector if kept is None else vector * kept  # what is masked has no loss
+            more = column + 1 < steps
+            capture.backward(outputs, vector, stream.receive, proof.sources, retain=retain or more or bool(singles))
             self.backward_passes += 1
+            if singles:
+                stream.receive_single(outputs, vector, self.parameters)
+                self.backward_passes += len(outputs)
+            stream.flush()
         self.count = self.count + size
         for group in self.groups:
             if not group.done:
                 group.state.count = group.state.count + size
 
+    def understand(
+        self, capture: Capture, outputs: Tensor, masked: bool, where: str
+    ) -> tuple[Proof, dict[int, list[Part]], dict[tuple[int, int], Ownership]]:
+        """What a batch's uses are, which sample owns their rows, and for which parameters only the fallback is left.
+
+        Raises:
+            UnsupportedError: data are coupled, or parameters are used where nothing can be seen.
+        """
+        proof = capture.prove(outputs)
+        if not proof.reached and not proof.hidden:
+            raise detached(where)
+        refuse({name: hidden(name, functions) for name, functions in proof.hidden.items()}, where)
+        self._give_up({name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}, where)
+        while True:
+            parts = self.parts(capture, proof)
+            blocks = {part.block.key: part.block for several in parts.values() for part in several}
+            known = {block.key: block for group in self.groups for block in group.blocks}
+            if not blocks.keys() <= known.keys():
+                whole = [name for name, fit in self.fits.items() if self.training or fit.exact]
+                claims = settle({**known, **blocks}.values(), whole)
+                self._keep_apart(claims.apart, known.values(), where)
+                self._give_up(claims.problems, where)
+                if claims.apart or claims.problems:
+                    continue
+            blocks |= {block.key: block for block in self._alone().values()}
+            planned = self.planned([block for key, block in blocks.items() if key not in known], where)
+            owned = {block.key for group in self.groups if group.state.plan.owned for block in group.blocks}
+            owned |= {block.key for entry in planned if entry.plan.owned for block in entry.blocks}
+            owners, refused, problems = self.find_owners(capture, outputs, proof, parts, owned, masked)
+            refuse(refused, where)
+            if not problems:
+                break
+            self._give_up(problems, where)
+        if self.fallback and not self.training:
+            self._check_apart(capture, outputs, proof, where)
+        return proof, parts, owners
+
+    def _alone(self) -> dict[str, Block]:
+        """The blocks of parameters that the fallback treats."""
+        if self.training:
+            return {}
+        return {name: per_sample_block(name, p) for name, p in self.parameters.items() if name in self.fallback}
+
+    def _keep_apart(self, names: set[str], known: Iterable[Block], where: str) -> None:
+        """Treat weights and biases with several partners without these, from the first batch on."""
+        late = {name for block in known if len(block.views) > 1 for name in block.parameters} & names
+        refuse(
+            {
+                name: f"{name} is used with another bias, or without one, than in earlier batches, which were counted "
+                "together with it. Put a batch first in which it is used in all ways."
+                for name in late
+            },
+            where,
+        )
+        self.apart |= names
+
+    def _give_up(self, problems: Mapping[str, str], where: str) -> None:
+        """Leave parameters to the fallback, unless earlier batches were counted for them in another way."""
+        names = {name for group in self.groups for block in group.blocks for name in block.parameters}
+        late = {
+            name: f"{reason}. Earlier batches used it in another way and were counted so: put a batch like this one "
+            "first, or freeze the parameter with requires_grad_(False)."
+            for name, reason in problems.items()
+            if name in names and name not in self.fallback
+        }
+        refuse(late, where)
+        self.fallback |= {name: reason for name, reason in problems.items() if name not in self.fallback}
+
+    def _check_apart(self, capture: Capture, outputs: Tensor, proof: Proof, where: str) -> None:
+        """The gradient of single data exists only if none of the places where they meet a parameter mixes them."""
+        fine = _APART.setdefault(self.model, set())
+        if len(outputs) == 1 or proof.graph in fine:
+            return
+        edges = dict(enumerate(proof.meetings))
+        for index in proof.alive:
+            call = capture.calls[index]
+            if not call.constant and any(use.name in self.fallback for use in call.uses):
+                edges[len(edges)] = (call.operator, call.edge)
+        if mixing := capture.mixing(outputs, {key: edge for key, (_, edge) in edges.items()}) if edges else []:
+            names = ", ".join(sorted({edges[key][0] for key in mixing}))
+            refuse({names: coupled(f"{names} (with {', '.join(self.fallback)})")}, where)
+        fine.add(proof.graph)
+
     def observe(self, batch: Any, where: str) -> tuple[Capture, Tensor, Any]:
         """Run one batch forward under capture: with its outputs and targets."""
-        with Capture(self.parameters) as capture:
+        constants = (*self.model.parameters(), *self.model.buffers())
+        with Capture(self.parameters, constants) as capture:
             outputs, targets = run(self.model, batch, self.forward, self.device, where)
         return capture, outputs, targets
 
@@ -223,15 +333,23 @@ class Accumulator:
                 continue  # no positions at all: it adds nothing
             several = parts.setdefault(index, [])
             for use in call.uses:
-                weight, bias = use.weight, use.bias
-                if weight and bias and self.fits[weight.parameter] == self.fits[bias.parameter]:
-                    several.append(Part(use, Block(weight.label, call.operator, weight, bias), True, True))
+                weight, bias = (v if v and v.parameter not in self.fallback else None for v in (use.weight, use.bias))
+                if weight and bias and self._together(weight.parameter, bias.parameter):
+                    several.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
                     continue
                 if weight:
-                    several.append(Part(use, Block(weight.label, call.operator, weight, None), True, False))
+                    several.append(Part(use, Block(weight.label, call.operator, weight, None, use.onehot), True, False))
                 if bias:
                     several.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
         return parts
+
+    def _together(self, weight: str, bias: str) -> bool:
+        return self.fits[weight] == self.fits[bias] and not self.apart & {weight, bias}
+
+    def fit_of(self, block: Block) -> Fit:
+        """The fit that its parameters were given, if it can treat the block."""
+        fit = self.fits[block.parameters[0]]
+        return Diagonal() if block.operator == FALLBACK and not fit.exact else fit
 
     def planned(self, blocks: Iterable[Block], where: str) -> list[Planned]:
         """Groups for the blocks that are seen for the first time.
@@ -241,7 +359,7 @@ class Accumulator:
         """
         new: dict[Fit, list[Block]] = {}
         for block in blocks:
-            new.setdefault(self.fits[block.parameters[0]], []).append(block)
+            new.setdefault(self.fit_of(block), []).append(block)
         planned = []
         for fit, members in new.items():
             begun = [group.blocks for group in self.groups if group.fit == fit]
@@ -263,7 +381,6 @@ class Accumulator:
         new = {block.key: block for block in blocks if block.key not in self._places}
         if not new:
             return
-        refuse(misused([*(block for group in self.groups for block in group.blocks), *new.values()]), where)
         planned = self.planned(new.values(), where)
         workspace = self._afford([*(group.state.plan for group in self.groups), *(entry.plan for entry in planned)])
         for entry in planned:
@@ -294,8 +411,10 @@ class Accumulator:
         parts: Mapping[int, list[Part]],
         owned: Container[Key],
         masked: bool,
-    ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str]]:
-        """Which sample owns each row of each use, and parameter → reason where nobody can say.
+    ) -> tuple[dict[tuple[int, int], Ownership], dict[str, str], dict[str, str]]:
+        """Which sample owns each row of each use; where nobody can say, parameter → reason.
+
+        Reasons come in two mappings: of what has no per-datum gradient, and of what has one, though not by rows.
 
         A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates
         too. What a use without any gradient leaves to be guessed from its shape holds for this estimate only. Where
@@ -319,27 +438,39 @@ class Accumulator:
                     rule = None  # the next batch may come in another order
                 if samples == 1:
                     owners[index, position] = Ownership(1)
-                elif not sort and (rule or self.coupled):
+                elif not sort and rule:
                     owners[index, position] = Ownership(prod(lead))
                 elif rule and (fitted := rule.fitted(lead, samples)):
                     owners[index, position] = fitted
                 else:
                     doubtful[index, position] = part.use
+        refused: dict[str, str] = {}
         problems: dict[str, str] = {}
         for (index, position), found in (capture.probe(outputs, doubtful, proof.sources) if doubtful else {}).items():
             call, part = capture.calls[index], parts[index][position]
+            sort = sorting(part.use, part.block)
             what = f"{part.block.name} (used by {call.operator})"
             if found is None:
-                problems[part.block.name] = coupled(what)
+                if call.constant:
+                    for name in part.block.parameters:
+                        problems[name] = f"{name}: used by {call.operator} before it meets the data"
+                elif not self.training:
+                    refused[part.block.name] = coupled(what)
+                elif sort:
+                    problems |= dict.fromkeys(part.block.parameters, coupled(what))
+                else:
+                    self.mixed.add(part.block.name)
+                    owners[index, position] = Ownership(prod(part.use.lead(call.shape)))
+                    self._guesses[proof.graph, index, part.block.key, sort] = owners[index, position]
                 continue
-            sort = sorting(part.use, part.block)
             rule, sure = Ownership.by_owners(found, samples) if sort else (Ownership(found.numel()), True)
             if rule is None:
-                problems[part.block.name] = scattered(what, tuple(found.shape), samples)
+                reason = scattered(what, tuple(found.shape), samples)
+                problems |= dict.fromkeys(part.block.parameters, reason)
                 continue
             owners[index, position] = rule
             if sure and bool((found >= 0).any()):
                 rules[index, part.block.key, sort] = rule
             elif sure:
                 self._guesses[proof.graph, index, part.block.key, sort] = rule
-        return owners, problems
+        return owners, refused, problems

@@ -106,6 +106,11 @@ class View:
         viewed = torch.empty_strided(self.size, self.stride, device="meta").view(*size)
         return View(self.parameter, self.shape, self.layout, tuple(viewed.shape), viewed.stride(), self.offset)
 
+    @property
+    def all(self) -> "View":
+        """The whole parameter, with a leading axis for H."""
+        return View(self.parameter, self.shape, self.layout, self.shape, self.layout).reshaped(1, *self.shape)
+
     def permuted(self, *axes: int) -> "View":
         """The same elements with their axes in another order."""
         size, stride = tuple(self.size[k] for k in axes), tuple(self.stride[k] for k in axes)
@@ -163,6 +168,7 @@ class Block:
         weight: window of size ``[H, O, *]`` whose other axes flatten to I.
         bias: window of size ``[H, *]`` whose other axes flatten to O; a last column of the matrix if there is a weight,
             else all of it.
+        onehot: the inputs are rows of the identity: weights are looked up, and the inputs' second moments are diagonal.
 
     Example:
         >>> weight, bias = torch.zeros(2, 3), torch.zeros(2)
@@ -177,6 +183,7 @@ class Block:
     operator: str
     weight: View | None
     bias: View | None = None
+    onehot: bool = False
 
     @property
     def views(self) -> tuple[View, ...]:

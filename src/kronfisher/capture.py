@@ -7,7 +7,7 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
-from kronfisher.uses import OPERATORS, Probe, Use
+from kronfisher.uses import OPERATORS, REWRITES, Probe, Use, Viewer
 
 __all__ = ["Call", "Capture", "Proof", "Receiver"]
 
@@ -48,6 +49,7 @@ class Call:
         shape: the output's shape.
         edge: where the output's gradient arrives.
         window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
+        constant: whether no data went in, only parameters, buffers and constants.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Call:
     uses: tuple[Use, ...]
     shape: tuple[int, ...]
     edge: GradientEdge
+    constant: bool
     window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
 
 
@@ -65,6 +68,8 @@ class Proof:
     Attributes:
         reached: names of trainable parameters that the outputs depend on.
         unclaimed: name → operators that use it and that no use accounts for.
+        hidden: name → autograd functions that use it inside, where no graph shows what they do with it.
+        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
         gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
@@ -73,6 +78,8 @@ class Proof:
 
     reached: set[str] = field(default_factory=set)
     unclaimed: dict[str, set[str]] = field(default_factory=dict)
+    hidden: dict[str, set[str]] = field(default_factory=dict)
+    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
     graph: int = 0
@@ -84,6 +91,7 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
+        constants: buffers and other tensors that are the same whatever the data.
         lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
 
     Example:
@@ -96,7 +104,9 @@ class Capture(TorchFunctionMode):
         {}
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, lenient: bool = False) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = (), *, lenient: bool = False
+    ) -> None:
         super().__init__()
         self._lenient = lenient
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -105,6 +115,9 @@ class Capture(TorchFunctionMode):
         self._claims: dict[tuple[Node, Node], int] = {}
         self._owners: dict[Node, int] = {}  # nodes that a call made
         self._chains: dict[Node, str] = {}  # nodes between a parameter and its uses: views and casts
+        self._constant = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
+        self._meetings: list[tuple[str, GradientEdge]] = []
+        self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
         self._touched: dict[str, set[str]] = {}
         self._hidden: dict[str, set[str]] = {}  # used inside autograd functions, where no graph is made
         self._receiver: Receiver | None = None
@@ -127,19 +140,30 @@ class Capture(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in REWRITES and torch.is_grad_enabled():
+            with self:
+                return REWRITES[func](*args, **kwargs)
         handler = OPERATORS.get(func)
         if handler is not None and torch.is_grad_enabled():
             tensors = list(_tensors(args, kwargs))
             views = {id(tensor): self.view(tensor) for tensor in tensors}
-            if uses := self._uses(handler, args, kwargs, tensors, views):
+            lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
+            if all(map(self._is_constant, tensors)):
+                lookups = {}  # they do not meet data here
+            if uses := self._uses(handler, args, kwargs, tensors, Viewer(views, lookups)):
+                for tensor in tensors:
+                    if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
+                        views[id(tensor)] = lookups[id(tensor)].weight
                 made = [tensor for tensor in tensors if tensor.grad_fn is not None]
                 bases = (tensor._base for tensor in made)  # from which an operator in place goes on
                 operands: dict[Any, View | None] = {base.grad_fn: None for base in bases if base is not None}
                 operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
-                return self._record(_name(func), uses, views, operands, func(*args, **kwargs))
+                return self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
             self._note(func, args, kwargs, result)
+        elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
+            self._constant.pop(id(args[0]), None)
         return result
 
     def _uses(
@@ -148,13 +172,9 @@ class Capture(TorchFunctionMode):
         args: tuple,
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        views: Mapping[int, View | None],
+        view: Viewer,
     ) -> tuple[Use, ...]:
         """What an operator does with trainable parameters; nothing unless each that it is given is accounted for."""
-
-        def view(value: Any) -> View | None:
-            return views.get(id(value))
-
         try:
             uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
@@ -167,8 +187,8 @@ class Capture(TorchFunctionMode):
             return ()
         if not uses:
             return ()
-        windows = [window for use in uses for window in (use.weight, use.bias) if window]
-        given = sum(views[id(tensor)] is not None for tensor in tensors)
+        windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
+        given = sum(view(tensor) is not None for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
@@ -176,6 +196,7 @@ class Capture(TorchFunctionMode):
         self,
         operator: str,
         uses: tuple[Use, ...],
+        tensors: list[Tensor],
         views: Mapping[int, View | None],
         operands: Mapping[Node, View | None],
         result: Tensor,
@@ -185,7 +206,9 @@ class Capture(TorchFunctionMode):
                 f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data "
                 "cannot be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
             )
+        constant = all(map(self._is_constant, tensors))
         if not result.requires_grad:
+            self._remember((result,), constant)
             return result
         anchor, window = result, None
         if result._is_view():
@@ -196,9 +219,12 @@ class Capture(TorchFunctionMode):
                 anchor, window = base, (tuple(result.shape), result.stride(), offset)
             else:
                 anchor = result = result.clone()
+        self._remember((result,), constant)
         edge = get_gradient_edge(anchor)
-        call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, window)
+        call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, constant, window)
         self.calls.append(call)
+        if constant and len(uses) == 1:
+            self._lookups[id(result)] = (result, uses[0])
         capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
         for use in uses:
@@ -231,13 +257,31 @@ class Capture(TorchFunctionMode):
             self._chains[node] = name
             node = node.next_functions[0][0] if node.next_functions else None
 
+    def _is_constant(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._constant or id(tensor) in self._roots
+
+    def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
+        """Keep what is made of constants alone: where a parameter meets no data no row belongs to a datum."""
+        for tensor in results:
+            if constant:
+                self._constant[id(tensor)] = tensor
+            else:
+                self._constant.pop(id(tensor), None)  # overwritten in place
+
     def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Follow copies of parameters, and remember for messages which operators saw which parameter."""
+        """Follow copies of parameters, and remember which operators, not understood, saw which parameter."""
         results = [result] if isinstance(result, Tensor) else list(_tensors((result,), {}))
-        grad = torch.is_grad_enabled()
-        if not results or (grad and not any(tensor.requires_grad for tensor in results)):
+        if not results:
             return
-        for tensor in _tensors(args, kwargs):
+        operands, grad = list(_tensors(args, kwargs)), torch.is_grad_enabled()
+        constant = all(map(self._is_constant, operands))
+        self._remember(results, constant)
+        alive = [t for t in results if t.requires_grad and t.grad_fn is not None and not is_functorch_wrapped_tensor(t)]
+        if grad and not alive:
+            return
+        if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
+            self._meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
+        for tensor in operands:
             found = self._root(tensor)
             if found is None or id(result) in self._roots:
                 continue
@@ -257,11 +301,13 @@ class Capture(TorchFunctionMode):
         Raises:
             UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
         """
-        proof = Proof(unclaimed={name: set(functions) for name, functions in self._hidden.items()})
+        proof = Proof(hidden={name: set(functions) for name, functions in self._hidden.items()})
         if not outputs.requires_grad:
             return proof
         leaves = {id(p): name for name, p in self.parameters.items()}
-        calls = {call.edge.node: call.index for call in self.calls}
+        constant = {tensor.grad_fn for tensor in self._constant.values() if tensor.grad_fn is not None}
+        # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
+        calls = {call.edge.node: call.index for call in self.calls if call.edge.node not in self._chains}
         below: dict[Node, bool] = {}
         claimed: set[int] = set()
         nodes: list[tuple] = []
@@ -282,9 +328,12 @@ class Capture(TorchFunctionMode):
                     "The model uses reentrant checkpointing, which hides its layers from the graph. "
                     "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 )
+            if isinstance(node, BackwardCFunction):
+                self._look_into(node, proof, leaves, constant)
             for child in children:
                 owner = self._owners.get(child)
-                if owner is not None and child not in calls and owner != self._owners.get(node):
+                known = child in calls or child in self._chains
+                if owner is not None and not known and owner != self._owners.get(node):
                     # a second derivative, say, which meets the weight in the midst of the operator's nodes
                     for use in self.calls[owner].uses:
                         proof.unclaimed.setdefault(use.name, set()).add(node.name())
@@ -304,9 +353,57 @@ class Capture(TorchFunctionMode):
                 operator = f"{self.calls[index].operator}, whose output is a view that was modified in place"
                 proof.unclaimed.setdefault(use.name, set()).add(operator)
         proof.sources = [index for node, index in calls.items() if node in below and not below[node]]
+        proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
+        proof.meetings += self._meetings
         proof.graph = hash(tuple(nodes))
-        proof.gathers = any(name.startswith(_GATHERING) for name, *_ in nodes)
+        picking = (node.name() for node in below if self._owners.get(node) not in proof.alive)
+        proof.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
         return proof
+
+    def _look_into(self, node: Any, proof: Proof, leaves: Mapping[int, str], constant: set[Node]) -> None:
+        """Note which parameters a function written in Python was given: to these it passes gradients of its own."""
+        below, stack, names = set(), [child for child, _ in node.next_functions], set()
+        while stack:
+            child = stack.pop()
+            if child is None or child in below:
+                continue
+            below.add(child)
+            name = leaves.get(id(getattr(child, "variable", None)))
+            if name is not None:
+                names.add(name)
+            elif child in constant or child in self._chains:
+                stack += [deeper for deeper, _ in child.next_functions]
+        if names and node not in constant:
+            several = len(getattr(node, "_input_metadata", (None,)))
+            proof.meetings += [(node.name(), GradientEdge(node, place)) for place in range(several)]
+        for name in names:
+            proof.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))
+
+    def mixing(self, outputs: Tensor, edges: Mapping[Hashable, GradientEdge]) -> list[Hashable]:
+        """Those of some edges at which the gradient of a single element comes from several data.
+
+        Args:
+            outputs: what the captured forward pass returned.
+            edges: anything → where to look.
+        """
+        probe, passes = Probe(len(outputs), outputs.dtype), {key: [] for key in edges}
+        for vector in self._probing(outputs, probe):
+            product = (outputs * vector).sum()
+            found = torch.autograd.grad(product, list(edges.values()), retain_graph=True, allow_unused=True)
+            for key, gradient in zip(edges, found, strict=True):
+                if gradient is not None:
+                    rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
+                    chosen = torch.Generator("cpu").manual_seed(len(rows))
+                    some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
+                    passes[key].append(probe.projected(rows[some.to(rows.device), None]))
+        return [key for key, found in passes.items() if found and probe.owners(found) is None]
+
+    def _probing(self, outputs: Tensor, probe: Probe) -> Iterator[Tensor]:
+        """The vectors of a probe's passes."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        vector = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+        for factor in probe.factors().to(outputs):
+            yield vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
 
     def backward(self, outputs: Tensor, vector: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
         """Back-propagate `vector`, shaped like the outputs, and hand output gradients to `receive` as they arrive.
@@ -345,8 +442,6 @@ class Capture(TorchFunctionMode):
             sources: as for `backward`.
         """
         probe = Probe(len(outputs), outputs.dtype)
-        generator = torch.Generator("cpu").manual_seed(0)
-        vector = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
         passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
         wanted: dict[int, list[Any]] = {}
         for key in uses:
@@ -356,9 +451,8 @@ class Capture(TorchFunctionMode):
             for key in wanted.get(call.index, ()):
                 passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
 
-        for factor in probe.factors().to(outputs):
-            scaled = vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
-            self.backward(outputs, scaled, receive, sources, retain=True)
+        for vector in self._probing(outputs, probe):
+            self.backward(outputs, vector, receive, sources, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
 

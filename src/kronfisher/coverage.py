@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from kronfisher.batches import Forward, passes_over
-from kronfisher.claims import detached, misused, unclaimed
 from kronfisher.errors import DataError
+from kronfisher.fallback import per_sample_block
 from kronfisher.fits import Choice
 from kronfisher.isolation import isolated
 from kronfisher.likelihoods import Categorical
@@ -26,8 +26,8 @@ class CoverageRow:
         shape: its shape.
         numel: how many numbers it holds.
         operators: the operators of torch that use it.
-        treatment: the fit, ``"unused"`` or ``"unsupported"``.
-        reason: why it is not supported, if it is not.
+        treatment: the fit, ``"unused"``, or ``"fallback: "`` and what is made of the gradients of single data.
+        reason: why only the fallback can treat it, if so.
     """
 
     parameter: str
@@ -52,14 +52,14 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the trainable numbers that are covered."""
+        """Share of the trainable numbers that `estimate` treats by the structure asked for."""
         total = sum(row.numel for row in self.rows)
-        return sum(row.numel for row in self.rows if row.treatment != "unsupported") / total
+        return sum(row.numel for row in self.rows if not row.reason) / total
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is unsupported."""
-        return all(row.treatment != "unsupported" for row in self.rows)
+        """Whether nothing is left to the fallback; else ``estimate(..., strict=True)`` raises."""
+        return not any(row.reason for row in self.rows)
 
     def __str__(self) -> str:
         total = sum(row.numel for row in self.rows)
@@ -73,13 +73,15 @@ class Coverage:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        facts = f"{100 * self.share:.1f} % of {total:,} trainable numbers covered"
+        facts = f"100.0 % of {total:,} trainable numbers covered"
+        if not self.complete:
+            facts += f", {100 * (1 - self.share):.1f} % by the fallback"
         lines.append(facts + (f"; {self.frozen:,} frozen" if self.frozen else ""))
         return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason)])
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
-    """What `estimate` would cover: parameters that are not supported are listed with the reason, not raised.
+    """What `estimate` would cover and how: parameters that only the fallback can treat are listed with the reason.
 
     It takes one forward pass, and a few backward where it has to be found out which datum owns a row.
 
@@ -90,8 +92,8 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         forward: as for `estimate`.
 
     Raises:
-        UnsupportedError: the model cannot be treated at all (BatchNorm in train mode, scripted parts, no trainable
-            parameter on the way to the outputs).
+        UnsupportedError: the model cannot be treated at all (data coupled, as by BatchNorm in train mode; scripted
+            parts or reentrant checkpoints, which cannot be seen; no trainable parameter on the way to the outputs).
         DataError: there is no batch, or it does not fit the model.
 
     Example:
@@ -110,24 +112,8 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         if first is None:
             raise DataError("The data hold no batch, so there is nothing to run the model on.")
         capture, outputs, _ = run.observe(first, "the batch")
-        proof = capture.prove(outputs)
-        if not proof.alive and not proof.unclaimed:
-            raise detached("the batch")
-        reasons = {name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}
-        parts = run.parts(capture, proof)
+        proof, parts, _ = run.understand(capture, outputs, False, "the batch")
         blocks = {part.block.key: part.block for several in parts.values() for part in several}
-        reasons |= misused(blocks.values())
-        fine = {
-            index: [part for part in several if not reasons.keys() & set(part.block.parameters)]
-            for index, several in parts.items()
-        }
-        planned = run.planned(
-            {part.block.key: part.block for several in fine.values() for part in several}.values(), ""
-        )
-        owned = {block.key for entry in planned if entry.plan.owned for block in entry.blocks}
-        _, problems = run.find_owners(capture, outputs, proof, fine, owned, masked=False)
-    for block in blocks.values():
-        reasons.update({name: problems[block.name] for name in block.parameters if block.name in problems})
     operators: dict[str, set[str]] = {name: set() for name in run.parameters}
     for block in blocks.values():
         for name in block.parameters:
@@ -136,9 +122,11 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
     for name, parameter in run.parameters.items():
         treatment = repr(run.fits[name]) if name in proof.reached else "unused"
         used = operators[name] | proof.unclaimed.get(name, set())
-        if name in reasons:
-            treatment = "unsupported"
-        shape = tuple(parameter.shape)
-        rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reasons.get(name, "")))
+        if name in run.fallback:
+            block = per_sample_block(name, parameter)
+            treatment = f"fallback: {run.fit_of(block)!r}"
+            used |= {call.operator for call in capture.calls if any(use.name == name for use in call.uses)}
+        shape, reason = tuple(parameter.shape), run.fallback.get(name, "")
+        rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
     return Coverage(tuple(rows), frozen)

@@ -19,7 +19,7 @@ from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
 from kronfisher.isolation import trainable
 from kronfisher.linalg import mirror, promote
-from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, Operator
+from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, KroneckerSum, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
@@ -165,6 +165,7 @@ class CrossTerms(Fit):
 
     operators: dict[tuple[Block, ...], Operator]
     kept: "Kept"
+    exact = True
 
     def __eq__(self, other: object) -> bool:
         return self is other  # or blocks of several would be joined
@@ -228,9 +229,12 @@ class CrossTerms(Fit):
 
 def quadratic(samples: Samples, operator: Operator) -> Tensor:
     """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
-    if isinstance(operator, Kronecker) and operator.A.dim() == 3 and operator.B.dim() == 3:
+    if isinstance(operator, Kronecker):
         total = samples.gradients.new_zeros((), dtype=torch.float64)
-        for plain, turned in zip(samples.pieces(), samples.rotated(operator.A, operator.B), strict=True):
+        if operator.A.dim() == 2:
+            (turned,) = samples.rotated(operator.A, operator.B)
+            return samples.inner(turned)
+        for plain, turned in zip(samples.pieces(), samples.rotated(operator.A.mT, operator.B.mT), strict=True):
             total += plain.inner(turned)
         return total
     if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
@@ -239,6 +243,9 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
         return (turned.flatten() * operator.values.double()).sum()
     if isinstance(operator, Diagonal):
         return (samples.squares().flatten().double() * operator.values.double()).sum()
+    if isinstance(operator, KroneckerSum) and operator.A.dim() == operator.B.dim() == 4:
+        total = torch.stack([quadratic(samples, term) for term in operator.terms]).sum()
+        return total + operator.shift * samples.squares().sum(dtype=torch.float64)
     total = samples.gradients.new_zeros((), dtype=torch.float64)
     for gradients in samples.per_sample():
         rows = gradients.transpose(0, 1).flatten(1)

@@ -7,9 +7,11 @@ from typing import Any, Literal
 from torch import nn
 
 from kronfisher.accumulate import Accumulator, Labels
-from kronfisher.batches import Forward
+from kronfisher.batches import Forward, Mask
 from kronfisher.blocks import Block, View
+from kronfisher.claims import left_over, swapped
 from kronfisher.error import Origin
+from kronfisher.fallback import FALLBACK
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import promote
@@ -31,10 +33,12 @@ def estimate(
     labels: Labels = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
+    mask: Mask | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     seed: int = 0,
     memory_budget: int | None = None,
     exact_limit: int = 1000,
+    strict: bool = False,
     progress: Progress = False,
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
@@ -48,7 +52,9 @@ def estimate(
         model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP
             and ``torch.compile`` wrappers are removed, compiled parts run eagerly.
         data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. Inputs
-            go in as ``model(x)`` (a tensor), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping).
+            go in as ``model(x)`` (a tensor or array), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping). A batch
+            may also be one mapping or data class, with targets under the key ``"labels"``. Of the outputs their tensor
+            ``logits`` is taken, if they are none themselves. See ``docs/likelihoods.md``.
         likelihood: what the outputs mean, such as ``kf.Categorical()``.
         fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to
             either.
@@ -58,19 +64,28 @@ def estimate(
             weights.
         samples: label draws per datum; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
+        mask: which positions count, bool ``[N, P]``: a function of the batch, or the name of the key of the batch (or
+            of its inputs) that holds it, such as ``"attention_mask"``. What does not count is left out of both factors
+            and of the number of rows, as are positions whose target is ignored (``ignore_index``): padding a batch
+            changes nothing (with sampled labels: but the numbers drawn). Layers with another number of positions, such
+            as a head on pooled features, count for data of which any position does. That a masked position acts on no
+            other is up to the model, which gets its inputs as they are.
         reduction: ``"mean"`` or ``"sum"`` over the N data. A datum whose positions are all ignored does not count.
         seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
             thread count give the same bits.
         memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices
             that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is taken from
+            the gradients of single data, one backward pass each, and the report says so.
         progress: True writes a line to standard error; a function receives the same text.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: a trainable parameter is used in a way that is not understood, or data are coupled.
+        UnsupportedError: data are coupled, or parts of the model cannot be seen; with ``strict=True`` also wherever a
+            trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
         ValueError: another option makes no sense.
@@ -91,18 +106,32 @@ def estimate(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
     began = time.perf_counter()
-    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
+    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask)
     run = recipe.accumulator(fit)
+    run.strict = strict
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        entries: list[tuple[tuple[Block, ...], Operator]] = []
+        entries: list[Entry] = []
         infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
             entries.append((group.blocks, operator))
-            infos[block_name(group.blocks)] = BlockInfo(repr(group.fit), float(group.state.rows), group.seconds)
+            alone = [block.name for block in group.blocks if block.operator == FALLBACK]
+            method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
+            notes = [
+                group.fit.notes(group.state),
+                *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
+            ]
+            infos[block_name(group.blocks)] = BlockInfo(
+                method,
+                float(group.state.rows),
+                group.seconds,
+                group.fit.error(group.state, operator),
+                "; ".join(filter(None, notes)),
+            )
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
+        entries = _joined(entries)
         for block, operator in _unused(run):
             entries.append(((block,), operator))
             infos[block.name] = BlockInfo("unused: zero")
@@ -124,11 +153,36 @@ def estimate(
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 
+def _why(name: str, reason: str, among: int) -> str:
+    return "fallback: " + (reason if among > 1 else reason.removeprefix(f"{name}: "))
+
+
+Entry = tuple[tuple[Block, ...], Operator]
+
+
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
+    joined: list[Entry] = []
+    for blocks, operator in entries:
+        for k, (others, other) in enumerate(joined):
+            windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
+            if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
+                first = (others, other + operator.transposed())
+                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed())
+                break
+        else:
+            joined.append((blocks, operator))
+    return joined
+
+
 def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
-    """Parameters that the outputs never depended on: their Fisher matrix is exactly zero."""
-    seen = {name for group in run.groups for block in group.blocks for name in block.parameters}
+    """Parameters, or parts of them, that the outputs never depended on: their Fisher matrix is exactly zero."""
+    seen: dict[str, list[View]] = {}
+    for group in run.groups:
+        for view in (view for block in group.blocks for view in block.views):
+            seen.setdefault(view.parameter, []).append(view)
     for name, parameter in run.parameters.items():
-        if name not in seen:
-            view = View.of(name, parameter).reshaped(1, *parameter.shape)
-            zeros = promote(parameter.detach()).new_zeros(parameter.numel())
-            yield Block(name, "unused", None, view), Diagonal(zeros, name=name)
+        whole = View.of(name, parameter).reshaped(1, *parameter.shape)
+        for view in left_over(seen[name]) if name in seen else [whole]:
+            zeros = promote(parameter.detach()).new_zeros(view.numel)
+            yield Block(view.label, "unused", None, view), Diagonal(zeros, name=view.label)

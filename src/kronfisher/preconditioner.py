@@ -14,7 +14,7 @@ from kronfisher.fits import Choice
 from kronfisher.isolation import trainable
 from kronfisher.likelihoods import Likelihood
 from kronfisher.models import unwrapped
-from kronfisher.natural_gradient.curvature import Curvature
+from kronfisher.natural_gradient.curvature import Curvature, require_outputs
 from kronfisher.natural_gradient.optimizer import DEFAULT_FIT
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.search import inner
@@ -120,11 +120,12 @@ class Preconditioner:
         def forward() -> Tensor:
             return self._wrapped(*inputs, **options)
 
+        curvature.prepare()
         if not (curvature.due and torch.is_grad_enabled()):
             return forward()
-        curvature.prepare(forward)
         with curvature.captured() as capture:
             outputs = forward()
+        require_outputs(outputs)
         try:
             curvature.absorb(capture, outputs, targets, retain=True)
         except NumericalError:  # outputs that are not finite; the loss will say so

@@ -3,12 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.capture import Call
+from kronfisher.fallback import per_sample_gradients, written_out
 from kronfisher.fits import Fit, State
 from kronfisher.linalg import full_precision
 from kronfisher.samples import Dense, Samples, join
@@ -45,6 +46,7 @@ class Stream:
         entries: index of a call → its parts, with the group that each belongs to and its place in it.
         owners: (index of a call, number of the part) → which sample owns each row.
         mask: ``[N, P]`` output positions that count, or None.
+        singles: parameter that the fallback treats → the group of its block, and its place in it.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class Stream:
         entries: Mapping[int, list[tuple[Part, Group, int]]],
         owners: Mapping[tuple[int, int], Ownership],
         mask: Tensor | None,
+        singles: Mapping[str, tuple[Group, int]] | None = None,
     ) -> None:
+        self._singles = dict(singles or {})
         self._entries, self._owners, self._mask = entries, owners, mask
         places = [(id(group), position) for several in entries.values() for _, group, position in several]
-        self._expected = Counter(places)
+        self._expected = Counter([*places, *((id(group), position) for group, position in self._singles.values())])
         self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
+        self._groups |= {id(group): group for group, _ in self._singles.values()}
         self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
         self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
@@ -81,6 +86,25 @@ class Stream:
                 else:  # sums over rows: uses of one weight need not wait for each other
                     group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
+
+    def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Back-propagate one datum after the other, for parameters that no samples of a use tell about."""
+        leaves = {name: parameters[name] for name in self._singles}
+        groups = [group for group, _ in self._singles.values()]
+        # A group of several blocks needs all its data at once; the sums of others take as many as there is room for.
+        whole = any(len(group.blocks) > 1 for group in groups)
+        workspace = min(group.state.plan.workspace for group in groups)
+        began = time.perf_counter()
+        for rows in per_sample_gradients(outputs, vector, leaves, None if whole else workspace):
+            with full_precision(outputs.device.type):
+                for name, (group, position) in self._singles.items():
+                    samples = replace(written_out(rows[name]), workspace=group.state.plan.workspace)
+                    if whole:
+                        self._arrive(group, position, samples)
+                    else:
+                        group.state = group.fit.update(group.state, (samples,))
+        for group in {id(group): group for group in groups}.values():
+            group.seconds += (time.perf_counter() - began) / len(groups)
 
     def flush(self) -> None:
         """Pass on what waits for uses whose gradient was zero everywhere and never came."""

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 import kronfisher as kf
-from kronfisher.fits import FITS
+from kronfisher.blocks import Block
+from kronfisher.fits import FITS, named
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
+from kronfisher.operators.fisher import gather
+from kronfisher.operators.sides import dense
 from kronfisher.uses import EXAMPLES
-from tests.conformance.truth import DRAWS, SEED, Problem, Tap, problem
+from tests.conformance.truth import DRAWS, SEED, Problem, Tap, positions, problem
 
 LABELS = ("exact", "observed", "sampled")
 # Where the likelihood matters little, uses and fits meet a weighted, a masked and a Gaussian one in turn.
@@ -23,9 +26,10 @@ FEW = ("categorical-weighted", "categorical-sequence", "gaussian-variances")
 examples = pytest.mark.parametrize("example", EXAMPLES)
 fits = pytest.mark.parametrize("fit", FITS)
 few = pytest.mark.parametrize("likelihood", FEW)
-turns = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"),
-    [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)],
+TURNS = [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)]
+turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
+free_of_batches = pytest.mark.parametrize(
+    ("example", "fit", "likelihood"), [turn for turn in TURNS if not named(turn[1]).by_batch]
 )
 
 
@@ -87,11 +91,14 @@ def check_reduce(p: Problem, labels: str, fisher: kf.Fisher) -> None:
 
 
 def check_full(p: Problem, labels: str, fisher: kf.Fisher) -> None:
-    truth, masked = p.truth(labels), torch.zeros_like(p.truth(labels))
-    for tap in {tap.name: tap for tap, _, _ in p.rows(labels)}.values():
+    truth, mask = p.truth(labels), torch.zeros_like(p.truth(labels))
+    for blocks, _ in fisher.entries:
+        index = places(p, blocks)
+        mask[index[:, None], index] = 1
+    for tap, _, _ in p.rows(labels):  # at least what K-FAC treats together
         index = tap.index.flatten()
-        masked[index[:, None], index] = truth[index[:, None], index]
-    close(fisher.to_dense(), masked, labels)
+        assert bool((mask[index[:, None], index] == 1).all())
+    close(fisher.to_dense(), truth * mask, labels)
 
 
 def check_diagonal(p: Problem, labels: str, fisher: kf.Fisher) -> None:
@@ -106,7 +113,8 @@ def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
         operator = fisher[tap.name]
         assert isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis)
         check_eigenvectors(p, tap, a, g, operator.basis)
-        U = torch.block_diag(*(torch.kron(b, a) for b, a in zip(operator.basis.B, operator.basis.A, strict=True)))
+        B, A = (dense(side).contiguous() for side in (operator.basis.B, operator.basis.A))
+        U = torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
         index = tap.index.flatten()
         block = truth[index[:, None], index]
         close(operator.values, (U.T @ block @ U).diagonal(), f"{labels}, {tap.name}")
@@ -115,6 +123,7 @@ def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
 
 def check_eigenvectors(p: Problem, tap: Tap, a: Tensor, g: Tensor, basis: KroneckerBasis) -> None:
     for side, vectors in zip(factors(p, a, g, reduce=False), (basis.A, basis.B), strict=True):
+        vectors = dense(vectors)
         identity = torch.eye(side.shape[-1], dtype=side.dtype).expand_as(side)
         torch.testing.assert_close(vectors.mT @ vectors, identity, rtol=0, atol=1e-12)
         turned = vectors.mT @ side @ vectors
@@ -122,7 +131,47 @@ def check_eigenvectors(p: Problem, tap: Tap, a: Tensor, g: Tensor, basis: Kronec
         assert off.norm() <= 1e-10 * side.norm(), f"{tap.name}: not the eigenvectors of K-FAC"
 
 
+def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    for tap, a, g in p.rows(labels):
+        G = torch.einsum("vhnto,hnti->vhnoi", g, a)
+        L, R = torch.einsum("vhnoi,vhnpi->hop", G, G), torch.einsum("vhnoi,vhnoj->hij", G, G)
+        traces = G.square().sum((0, 2, 3, 4))
+        parts = [torch.kron(left, right) / trace for left, right, trace in zip(L, R, traces, strict=True)]
+        block = torch.block_diag(*parts) / p.count
+        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        index = tap.index.flatten()
+        trace = p.truth(labels)[index, index].sum()
+        assert float(fisher[tap.name].trace() / trace) == pytest.approx(1, abs=1e-10), tap.name
+
+
+def flip_flop(G: Tensor, count: int, fit: kf.KL) -> Tensor:
+    """KL of one group from its gradients ``[n, O, I]``, by explicit inverses."""
+    _, outputs, inputs = G.shape
+    A = torch.eye(inputs, dtype=G.dtype)
+    B = torch.eye(outputs, dtype=G.dtype)
+    for _ in range(fit.iterations):
+        inverse, old = torch.linalg.inv(A), A
+        shift = fit.damping * inverse.trace() * torch.eye(outputs, dtype=G.dtype)
+        B = (torch.einsum("noi,ij,npj->op", G, inverse, G) / count + shift) / inputs
+        inverse = torch.linalg.inv(B)
+        shift = fit.damping * inverse.trace() * torch.eye(inputs, dtype=G.dtype)
+        A = (torch.einsum("noi,op,npj->ij", G, inverse, G) / count + shift) / outputs
+        if (A / A.norm() - old / old.norm()).norm() <= fit.tolerance:
+            break
+    return torch.kron(B, A)
+
+
+def check_kl(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    for tap, a, g in p.rows(labels):
+        G = torch.einsum("vhnto,hnti->hvnoi", g, a).flatten(1, 2)
+        block = torch.block_diag(*(flip_flop(group, p.count, kf.KL()) for group in G))
+        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        assert "converged" in fisher.info.blocks[tap.name].notes
+
+
 FORMULAS = {
+    "kl": check_kl,
+    "tkfac": check_tkfac,
     "kfac": check_kfac,
     "kfac-reduce": check_reduce,
     "ekfac": check_ekfac,
@@ -140,6 +189,12 @@ def test_agrees_with_its_formula(example, likelihood, fit):
         FORMULAS[fit](p, labels, estimate(p, fit, labels))
 
 
+def places(p: Problem, blocks: Block | tuple[Block, ...]) -> Tensor:
+    """Places of the elements of some blocks in the flat vector of all parameters."""
+    rows = {name: index[None] for name, index in positions(p.model).items()}
+    return gather(blocks if isinstance(blocks, tuple) else (blocks,), rows)[0]
+
+
 @examples
 @few
 @fits
@@ -150,8 +205,7 @@ def test_error_is_the_dense_distance(example, likelihood, fit, monkeypatch):
     difference, missed, total = truth - fisher.to_dense(), 0.0, 0.0
     expected = {}
     for (blocks, _), name in zip(fisher.entries, fisher.blocks, strict=True):
-        several = blocks if isinstance(blocks, tuple) else (blocks,)
-        index = p.part(tuple(dict.fromkeys(parameter for block in several for parameter in block.parameters)))
+        index = places(p, blocks)
         far, norm = (matrix[index[:, None], index].norm() for matrix in (difference, truth))
         expected[name] = float(far / norm)
         missed, total = missed + far**2, total + norm**2
@@ -185,7 +239,7 @@ def test_same_call_gives_the_same_bits(example, likelihood, fit):
     )
 
 
-@turns
+@free_of_batches
 def test_batches_do_not_matter(example, likelihood, fit):
     p = problem(example, likelihood)
     sizes = [[1, len(p.x) - 1], [2, len(p.x) - 2], [1] * len(p.x)]

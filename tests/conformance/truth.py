@@ -6,7 +6,7 @@ output gradients of K-FAC arrive and which inputs belong to them, by slicing pat
 proves them right: assembled, they must give autograd's own gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -83,9 +83,18 @@ def shake(module: nn.Module) -> nn.Module:
 
 
 def output_vectors(
-    likelihood: Likelihood, outputs: Tensor, targets: Tensor, labels: str, samples: int = 1, seed: int = 0
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    labels: str,
+    samples: int = 1,
+    seed: int = 0,
+    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
 ) -> Tensor:
-    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient."""
+    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient.
+
+    Where the Hessian depends on the label, `averaged` gives the labels over which to take its mean.
+    """
     outputs = outputs.detach()
     if labels == "sampled":
         draws = [likelihood.sampled(outputs, targets, Draws(seed, stream)) for stream in range(samples)]
@@ -99,8 +108,11 @@ def output_vectors(
         return torch.stack([torch.func.grad(loss)(x, y) for x, y in pairs])[None]
     size = outputs[0].numel()
     roots = []
-    for x, y in zip(outputs, targets, strict=True):
-        hessian = torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size)
+    several = averaged(outputs, targets) if averaged else [targets]
+    for x, *ys in zip(outputs, *several, strict=True):
+        hessian = torch.stack([torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size) for y in ys]).mean(
+            0
+        )
         values, vectors = torch.linalg.eigh(hessian)
         roots.append((vectors * values.clamp_min(0).sqrt()).T.reshape(size, *x.shape))
     return torch.stack(roots, dim=1)
@@ -146,6 +158,7 @@ class Problem:
     likelihood: Likelihood
     x: Tensor
     targets: Tensor
+    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
 
     @property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -168,7 +181,7 @@ class Problem:
         return self._once("vectors", labels, lambda: self._vectors(labels))
 
     def _vectors(self, labels: str) -> Tensor:
-        return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED)
+        return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED, self.averaged)
 
     def gradients(self, labels: str) -> Tensor:
         """``[V, N, P]``."""
@@ -203,7 +216,10 @@ class Problem:
             hidden, found = taps(self.model.module, self.x[k : k + 1], positions(self.model))
             f = self.model.finish(hidden)
             tensors = [tap.tensor for tap in found]
-            each = [torch.autograd.grad(f, tensors, v[None], retain_graph=True) for v in vectors[:, k]]
+            each = [
+                torch.autograd.grad(f, tensors, v[None], retain_graph=True, materialize_grads=True)
+                for v in vectors[:, k]
+            ]
             inputs.append([tap.a.detach() for tap in found])
             outputs.append([torch.stack([tap.rows(g[i]) for g in each]) for i, tap in enumerate(found)])
             seen = found
@@ -231,20 +247,138 @@ def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tenso
                 y, patches(module, x[0]), lambda g: g[0].flatten(1).unflatten(0, (groups, -1)).mT, places, module
             )
         ]
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        y, groups = module(x), module.groups
+        a = spread_patches(module, x[0], y.shape[2:])
+        weight = places["module.weight"].unflatten(0, (groups, -1)).transpose(1, 2)
+        own = {**places, "module.weight": weight}
+        return y, [_with_bias(y, a, lambda g: g[0].flatten(1).unflatten(0, (groups, -1)).mT, own, module)]
     if hasattr(module, "left"):
         return _matrix_products(module, x, places)
-    y = module(x)  # only vectors: scales and shifts
-    vectors = [
+    if isinstance(getattr(module, "table", None), nn.Embedding | nn.EmbeddingBag):
+        return _lookups(module, x, places)
+    if hasattr(module, "attention"):
+        return _attention(module.attention, "module.attention", *sources(module, x), places)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return _transformer_layer(module, x, places)
+    return module(x), vectors(module, "module.", places)  # scales and shifts
+
+
+def vectors(module: nn.Module, prefix: str, places: dict[str, Tensor], *but: str) -> list[Tap]:
+    """A tap for each parameter whose gradient is a vector of a datum, with an input of one."""
+    return [
         Tap(
-            f"module.{name}",
+            prefix + name,
             p,
-            x.new_ones(1, 1, 1),
+            p.new_ones(1, 1, 1),
             lambda g: g.reshape(1, 1, -1),
-            places[f"module.{name}"].reshape(1, -1, 1),
+            places[prefix + name].reshape(1, -1, 1),
         )
         for name, p in trainable(module).items()
+        if name not in but
     ]
-    return y, vectors
+
+
+def _lookups(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    indices = (x * 7).long().abs() % 5
+    table = module.table
+    y = table(indices)
+    a = F.one_hot(indices, 5).to(x.dtype)
+    if table.padding_idx is not None:
+        a[..., table.padding_idx] = 0
+    if isinstance(table, nn.EmbeddingBag):
+        a = a.sum(1) / (a.sum((1, 2)).clamp_min(1)[:, None] if table.mode == "mean" else 1)
+    found = [_table("module.table.weight", y, a, places)]
+    if module.positions is not None:
+        z = module.positions(torch.arange(x.shape[1]))
+        found.append(_table("module.positions.weight", z, torch.eye(x.shape[1], 8, dtype=x.dtype), places))
+        y = y + z
+    return y, found
+
+
+def _table(name: str, y: Tensor, a: Tensor, places: dict[str, Tensor]) -> Tap:
+    return Tap(name, y, a.reshape(1, -1, a.shape[-1]), lambda g: g.reshape(1, -1, g.shape[-1]), places[name].T[None])
+
+
+def sources(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where queries, keys and values come from in the registered examples of attention."""
+    if not module.cross:
+        return x, x, x
+    other = x[:, 1:, :3].sin()
+    return x, other, other.cos()[..., :2]
+
+
+def _attention(
+    module: nn.Module, prefix: str, query: Tensor, key: Tensor, value: Tensor, places: dict[str, Tensor]
+) -> tuple[Tensor, list[Tap]]:
+    """One datum's attention by its formula, head by head; four projections and the additional key and value."""
+    width, found, projected = module.embed_dim, [], []
+    for k, (source, name) in enumerate(zip((query, key, value), "qkv", strict=True)):
+        if module.in_proj_weight is not None:
+            some = slice(k * width, (k + 1) * width)
+            weight, index = module.in_proj_weight[some], places[f"{prefix}.in_proj_weight"][some]
+            own = f"{prefix}.in_proj_weight[{k * width}:{(k + 1) * width}, :]"
+        else:
+            own = f"{prefix}.{name}_proj_weight"
+            weight, index = getattr(module, f"{name}_proj_weight"), places[own]
+        a, y = source[0], source[0] @ weight.T
+        if module.in_proj_bias is not None:
+            some = slice(k * width, (k + 1) * width)
+            y, a = y + module.in_proj_bias[some], torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+            index = torch.cat([index, places[f"{prefix}.in_proj_bias"][some, None]], dim=1)
+        found.append(Tap(own, y, a[None], lambda g: g[None], index[None]))
+        projected.append(y)
+    q, k, v = projected
+    if module.bias_k is not None:
+        k, v = torch.cat([k, module.bias_k[0]]), torch.cat([v, module.bias_v[0]])
+        found += [tap for tap in vectors(module, f"{prefix}.", places) if tap.name.endswith(("bias_k", "bias_v"))]
+    if module.add_zero_attn:
+        k, v = (torch.cat([each, torch.zeros_like(each[:1])]) for each in (k, v))
+    heads = []
+    for part in torch.arange(width).chunk(module.num_heads):
+        scores = q[:, part] @ k[:, part].T / len(part) ** 0.5
+        heads.append(scores.softmax(dim=1) @ v[:, part])
+    hidden = torch.cat(heads, dim=1)
+    y = hidden @ module.out_proj.weight.T
+    index = places[f"{prefix}.out_proj.weight"]
+    if module.out_proj.bias is not None:
+        y, hidden = y + module.out_proj.bias, torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
+        index = torch.cat([index, places[f"{prefix}.out_proj.bias"][:, None]], dim=1)
+    found.append(Tap(f"{prefix}.out_proj.weight", y, hidden[None], lambda g: g[None], index[None]))
+    return y[None], found
+
+
+def _transformer_layer(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    found = [tap for tap in vectors(module, "module.", places) if ".norm" in tap.name]
+    hidden = module.norm1(x)
+    answer, taps_ = _attention(module.self_attn, "module.self_attn", hidden, hidden, hidden, places)
+    x = x + answer
+    found += taps_
+    hidden = module.norm2(x)
+    for name, layer in (("linear1", module.linear1), ("linear2", module.linear2)):
+        own = {"module.weight": places[f"module.{name}.weight"], "module.bias": places[f"module.{name}.bias"]}
+        y = layer(hidden)
+        tap = _with_bias(y, hidden, lambda g: g, own, layer)
+        tap.name = f"module.{name}.weight"
+        found.append(tap)
+        hidden = y.relu()
+    return x + y, found
+
+
+def spread_patches(module: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """What each output position of a transposed convolution sees of one image, ``[H, T, C/H · kernel]``."""
+    channels = x.shape[0] // module.groups
+    found = torch.zeros(module.groups, prod(size), channels, prod(module.kernel_size), dtype=x.dtype)
+    for t, position in enumerate(product(*map(range, size))):
+        for j, corner in enumerate(product(*map(range, module.kernel_size))):
+            place = []
+            options = (module.padding, module.dilation, module.stride)
+            for o, c, pad, spread, step in zip(position, corner, *options, strict=True):
+                whole, rest = divmod(o + pad - spread * c, step)
+                place.append(whole if rest == 0 else -1)
+            if all(0 <= k < n for k, n in zip(place, x.shape[1:], strict=True)):
+                found[:, t, :, j] = x[(slice(None), *place)].unflatten(0, (module.groups, channels))
+    return found.flatten(2)
 
 
 def _with_bias(
@@ -308,9 +442,8 @@ def problem(example: str, likelihood: str, dtype: torch.dtype = torch.float64) -
         drawn = [entry.example(generator, torch.float64) for _ in x]  # at least one datum each
         outputs, targets = (torch.cat(parts)[: len(x)] for parts in zip(*drawn, strict=True))
         model = Headed(module, module(x)[0].numel(), tuple(outputs.shape[1:])).double()
-    found = Problem(
-        model.to(dtype), entry.factory(), x.to(dtype), targets.to(dtype) if targets.is_floating_point() else targets
-    )
+    targets = targets.to(dtype) if targets.is_floating_point() else targets
+    found = Problem(model.to(dtype), entry.factory(), x.to(dtype), targets, entry.hessian_labels)
     if dtype == torch.float64:
         _PROBLEMS[example, likelihood] = found
     return found

@@ -24,6 +24,8 @@ class Diagonal(Fit):
         'diagonal 9'
     """
 
+    exact = True
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         return Plan(element * elements(*sizes(group)))
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
-from kronfisher.linalg import eigh
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
+from kronfisher.operators.sides import decompose
 from kronfisher.samples import Samples
 
 __all__ = ["EKFAC"]
@@ -34,25 +34,36 @@ class EKFAC(Fit):
 
     basis: Fit = field(default_factory=KFAC)
 
+    @property
+    def linear(self) -> bool:
+        return self.basis.linear
+
+    @property
+    def by_batch(self) -> bool:
+        return self.basis.by_batch
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
         first = self.basis.plan(group, element)
-        extra = element * elements(heads, inputs**2 + outputs**2 + outputs * inputs)
+        extra = first.bytes // 2 + element * elements(*sizes(group))  # the eigenvectors are as large as the factors
         return replace(first, bytes=first.bytes + extra, passes=first.passes + 1, owned=True)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         return self.basis.init(group, plan, like)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        if not state.fixed:
+        if "eigenvalues" not in state.sums:
             return self.basis.update(state, samples)
         (use,) = samples
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             state.sums["eigenvalues"] += part.squares()
         return state
 
+    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+        first = "eigenvalues" not in x.sums and "eigenvalues" not in y.sums
+        return self.basis.combine(x, y, wx, wy) if first else super().combine(x, y, wx, wy)
+
     def next_pass(self, state: State) -> State | None:
-        if state.fixed:
+        if "eigenvalues" in state.sums:
             return None
         again = self.basis.next_pass(state)
         if again is not None:
@@ -60,7 +71,10 @@ class EKFAC(Fit):
         product = self.basis.finish(state)
         if not isinstance(product, Kronecker):
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
-        fixed = {"inputs": eigh(product.A, state.name)[1], "outputs": eigh(product.B, state.name)[1]}
+        fixed = {
+            "inputs": decompose(product.A, f"{state.name} (input side)")[1],
+            "outputs": decompose(product.B, f"{state.name} (output side)")[1],
+        }
         sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
 

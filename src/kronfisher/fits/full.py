@@ -33,6 +33,7 @@ class Full(Fit):
     """
 
     across_layers: bool = False
+    exact = True
 
     def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
         if self.across_layers:

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator, Labels
-from kronfisher.blocks import Block
 from kronfisher.capture import Capture, Receiver
-from kronfisher.claims import misused, unclaimed
 from kronfisher.damping import Damping
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.fits import Choice, Fit, choose
-from kronfisher.isolation import isolated
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision
 from kronfisher.natural_gradient.layers import Layer
@@ -47,8 +44,6 @@ class Curvature:
 
     Attributes:
         step: how many steps were made.
-        uncovered: parameter → why no block covers it.
-        coupled: names of blocks whose rows mix data.
         dropped: how many batches brought statistics that were not finite and were left out.
         seconds: by phase.
     """
@@ -69,13 +64,11 @@ class Curvature:
         self.model, self.parameters, self.likelihood = model, parameters, likelihood
         self.damping, self.refresh, self.labels, self.samples, self.seed = damping, refresh, labels, samples, seed
         self.fits: dict[str, Fit] = {name: Phased(one) for name, one in choose(fit, parameters).items()}
-        self._accumulator(parameters)  # refuses bad settings now, not at the first batch
+        self._accumulator()  # refuses bad settings now, not at the first batch
         self.run: Accumulator | None = None
         self.layers: list[Layer] = []
         self.step = 0
         self.statistics_due = 0
-        self.uncovered: dict[str, str] = {}
-        self.coupled: list[str] = []
         self.dropped = 0
         self.seconds = {"statistics": 0.0, "inverses": 0.0}
         self._open = False
@@ -86,70 +79,35 @@ class Curvature:
         """Whether this step's batch is to bring statistics."""
         return self.step >= self.statistics_due
 
-    def _accumulator(self, parameters: dict[str, nn.Parameter]) -> Accumulator:
-        fits = {name: self.fits[name] for name in parameters}
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Parameter → why no block covers it."""
+        return {} if self.run is None else self.run.fallback
+
+    @property
+    def coupled(self) -> list[str]:
+        """Names of blocks whose rows mix data."""
+        return [] if self.run is None else sorted(self.run.mixed)
+
+    def _accumulator(self) -> Accumulator:
         return Accumulator(
-            self.model, parameters, self.likelihood, fits, self.labels, self.samples, self.seed, coupled=True
+            self.model,
+            self.parameters,
+            self.likelihood,
+            self.fits,
+            self.labels,
+            self.samples,
+            self.seed,
+            training=True,
         )
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
-    def prepare(self, forward: Callable[[], Any]) -> None:
-        """Find out which parameters blocks can cover, at first and whenever others are trained than before.
-
-        The forward pass leaves no trace. Layers that are touched by a change start anew, the others go on.
-
-        Raises:
-            UnsupportedError: no parameter is covered.
-        """
+    def prepare(self) -> None:
+        """Begin with empty states, at first and whenever other parameters are trained than before."""
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
-        if trained == self._trained:
-            return
-        self.run, blocks, self.uncovered, self.coupled = self._discovered(forward)
-        self._trained, self.statistics_due = trained, self.step
-        self._adopt([layer for layer in self.layers if all(block in blocks for block in layer.blocks)])
-
-    def _adopt(self, layers: list[Layer]) -> None:
-        """Go on with these layers."""
-        assert self.run is not None
-        self.run.place([block for layer in layers for block in layer.blocks], "earlier steps")
-        groups = {group.blocks: group for group in self.run.groups}
-        for layer in layers:
-            layer.group = groups[layer.blocks]
-            layer.empty()
-        self.layers = layers
-
-    def _discovered(self, forward: Callable[[], Any]) -> tuple[Accumulator, set[Block], dict[str, str], list[str]]:
-        """States to fill, all blocks, parameters outside of them with the reason, and blocks whose rows mix data."""
-        names = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        uncovered: dict[str, str] = {}
-        while names:
-            run = self._accumulator(names)
-            with isolated(self.model, self.seed), Capture(names, lenient=True) as capture:
-                outputs = _tensor(forward())
-                proof = capture.prove(outputs)
-                found = {name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}
-                parts = run.parts(capture, proof)
-                blocks = {part.block.key: part.block for several in parts.values() for part in several}
-                found |= misused(blocks.values())
-                planned = run.planned(blocks.values(), "the first batch")
-                owned = {block.key for group in planned if group.plan.owned for block in group.blocks}
-                run.coupled = False
-                _, problems = run.find_owners(capture, outputs, proof, parts, owned, False)
-            coupled = []
-            for part in (part for several in parts.values() for part in several):
-                if part.block.name in problems:
-                    if part.use.summing or part.block.key in owned:
-                        found |= dict.fromkeys(part.block.parameters, problems[part.block.name])
-                    else:
-                        coupled.append(part.block.name)
-            if not found:
-                every = {name: p for name, p in self.parameters.items() if name not in uncovered}
-                return self._accumulator(every), set(blocks.values()), uncovered, list(dict.fromkeys(coupled))
-            uncovered |= found
-            names = {name: p for name, p in names.items() if name not in found}
-        reasons = "\n  ".join(uncovered.values())
-        raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
+        if trained != self._trained:
+            self.run, self._trained, self.statistics_due = self._accumulator(), trained, self.step
 
     @contextmanager
     def captured(self) -> Iterator[Capture]:
@@ -158,7 +116,8 @@ class Curvature:
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield stack.enter_context(Capture(self.run.parameters, lenient=True))
+            constants = (*self.model.parameters(), *self.model.buffers())
+            yield stack.enter_context(Capture(self.run.parameters, constants, lenient=True))
 
     # Statistics -------------------------------------------------------------------------------------------------------
 
@@ -183,8 +142,7 @@ class Curvature:
         again = retain or self.turns
         with full_precision(run.device.type):
             run.absorb(capture, outputs, targets, where, retain=again, own=own)
-            known = {id(layer.group) for layer in self.layers}
-            self.layers += [Layer(group, due=self.step) for group in run.groups if id(group) not in known]
+            self._adopt()
             if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self.refresh.average)]:
                 for group in run.groups:
                     group.done = all(group is not layer.group for layer in turning)
@@ -195,6 +153,25 @@ class Curvature:
                     layer.turned = self.step
                     layer.merge_last()
         self.seconds["statistics"] += time.perf_counter() - began
+
+    def _adopt(self) -> None:
+        """A layer for every group; those that treated the same blocks before go on."""
+        assert self.run is not None
+        if len(self.layers) == len(self.run.groups) and all(
+            layer.group is group for layer, group in zip(self.layers, self.run.groups, strict=True)
+        ):
+            return
+        before = {layer.blocks: layer for layer in self.layers}
+        self.layers = []
+        for group in self.run.groups:
+            layer = before.get(group.blocks)
+            if layer is None or (layer.group is not group and group.state.plan.passes > 1):
+                layer = Layer(group, due=self.step)
+            layer.group = group
+            self.layers.append(layer)
+        if not self.layers:
+            reasons = "\n  ".join(self.uncovered.values())
+            raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
 
     @property
     def turns(self) -> bool:
@@ -289,7 +266,7 @@ class Curvature:
                 for name in (name for block in layer.blocks for name in block.parameters):
                     if name not in out and (given or name in rows_of):
                         like = self.parameters[name].unsqueeze(0)
-                        out[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+                        out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
                 if given:
                     apply(layer, rows, out)
                 else:
@@ -311,6 +288,7 @@ class Curvature:
             "statistics_due": self.statistics_due,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
+            "apart": sorted(self.run.apart) if self.run else [],
             "trained": sorted(self._trained or ()),
             "dropped": self.dropped,
             "fits": {name: repr(fit) for name, fit in self.fits.items()},
@@ -332,8 +310,8 @@ class Curvature:
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
         self.step, self.statistics_due, self.dropped = state["step"], state["statistics_due"], state["dropped"]
-        self.uncovered, self.coupled = dict(state["uncovered"]), list(state["coupled"])
-        run = self._accumulator({name: p for name, p in self.parameters.items() if name not in self.uncovered})
+        run = self._accumulator()
+        run.fallback, run.mixed, run.apart = dict(state["uncovered"]), set(state["coupled"]), set(state["apart"])
         written = {tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]}
         self.run, self._trained = run, frozenset(state["trained"])
         run.place([block for blocks in written for block in blocks], "the saved state")
@@ -344,7 +322,8 @@ class Curvature:
         run.groups = [layer.group for layer in self.layers]
 
 
-def _tensor(outputs: Any) -> Tensor:
+def require_outputs(outputs: Any) -> None:
+    """DataError unless these are the outputs of a model."""
     if not isinstance(outputs, Tensor):
         raise DataError(
             f"the model returned {type(outputs).__name__}, not a tensor; pass a function that returns the outputs, "
@@ -352,4 +331,3 @@ def _tensor(outputs: Any) -> Tensor:
         )
     if outputs.dim() == 0:
         raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")
-    return outputs

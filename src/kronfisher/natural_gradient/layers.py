@@ -176,7 +176,8 @@ class Layer:
         return {
             "blocks": [asdict(block) for block in self.blocks],
             "average": [
-                {"sums": s.sums, "fixed": s.fixed, "count": s.count, "rows": s.rows, "phase": s.phase} for s in phases
+                {key: getattr(phase, key) for key in ("sums", "fixed", "count", "rows", "phase", "facts")}
+                for phase in phases
             ],
             "operator": _written(self.operator),
             "inverse": _written(self.inverse),
@@ -198,6 +199,7 @@ class Layer:
                     phase["count"],
                     phase["rows"],
                     phase["phase"],
+                    facts=dict(phase["facts"]),
                 )
                 for phase in phases
             ]

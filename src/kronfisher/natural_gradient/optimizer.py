@@ -17,7 +17,7 @@ from kronfisher.fits import Choice
 from kronfisher.isolation import trainable
 from kronfisher.likelihoods import Likelihood
 from kronfisher.models import unwrapped
-from kronfisher.natural_gradient.curvature import Curvature
+from kronfisher.natural_gradient.curvature import Curvature, require_outputs
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.replay import Pass, Snapshot
 from kronfisher.natural_gradient.report import TrainingReport
@@ -263,7 +263,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _forward(self, function: Callable[[], Any]) -> Tensor:
         began = time.perf_counter()
         curvature = self.curvature
-        curvature.prepare(function)
+        curvature.prepare()
         snapshot = Snapshot(self._model) if self._again() else None
         with torch.enable_grad():
             if curvature.due or (self._whole and self._rows_pay):
@@ -271,6 +271,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     outputs = function()
             else:
                 capture, outputs = None, function()
+        require_outputs(outputs)
         self._passes.append(Pass(function, snapshot, capture, outputs))
         self._seconds["forward and backward"] += time.perf_counter() - began
         return outputs

@@ -180,6 +180,14 @@ class Eigen(Spectral, kind="eigen"):
         """``(U∘²) S``, ``[D]``."""
         return self.basis.spread(self.values[None])[0]
 
+    def transposed(self) -> Operator:
+        """The sides of a `KroneckerBasis` of one group change places."""
+        if not isinstance(self.basis, KroneckerBasis) or len(self.basis.A) > 1:
+            return super().transposed()
+        basis = KroneckerBasis(self.basis.B, self.basis.A)
+        values = self.values.reshape(self.basis.B.shape[1], self.basis.A.shape[1]).mT.flatten()
+        return replace(self, basis=basis, values=values, form="")
+
     def merged(self, other: Operator) -> Operator | None:
         """Sums in one and the same basis are sums of eigenvalues."""
         if isinstance(other, Eigen) and other.basis is self.basis:

@@ -18,12 +18,14 @@ class BlockInfo:
         rows: unmasked positions over all data that used the block's weight.
         seconds: time spent on this block alone.
         error: relative Frobenius error ``‖F − X‖ / ‖F‖``, if the fit knows it.
+        notes: what else the fit has to say, such as iterations and convergence.
     """
 
     method: str = ""
     rows: float = 0.0
     seconds: float = 0.0
     error: float | None = None
+    notes: str = ""
 
 
 @dataclass(frozen=True)

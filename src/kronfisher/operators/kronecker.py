@@ -85,6 +85,10 @@ class Kronecker(Operator, kind="kronecker"):
         """Eigenvectors of both sides; the eigenvalues are all products of theirs."""
         return self._spectral
 
+    def transposed(self) -> Operator:
+        """The sides change places; for one group."""
+        return replace(self, A=self.B, B=self.A) if len(self.A) == 1 else super().transposed()
+
     def scaled(self, factor: float) -> "Kronecker":
         """The factor goes into B."""
         factor = nonnegative(factor, "the factor")

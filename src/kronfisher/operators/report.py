@@ -25,6 +25,7 @@ class Row:
         error: relative Frobenius error, None where it was not measured.
         bytes: memory of its operator.
         seconds: spent on it alone.
+        notes: what else its fit has to say, such as iterations and convergence.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Row:
     error: float | None
     bytes: int
     seconds: float
+    notes: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows and facts; ``str`` of it is a table.
+    """Rows and facts; ``str`` of it is a table with the notes below.
 
     Attributes:
         rows: one per block.
@@ -67,7 +69,8 @@ class Report:
         head = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
         body = [
             (
-                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}", r.structure),
+                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}"),
+                ("fallback: " if r.method.startswith("fallback") else "") + r.structure,
                 *(_error(r.error), _bytes(r.bytes), f"{r.seconds:.2f}"),
             )
             for r in self.rows
@@ -76,7 +79,8 @@ class Report:
         lines = _table([head, *body, total], left=(0, 3))
         rule = "-" * max(map(len, lines))
         facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), max(len(rule), 110))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts])
+        notes = [fill(f"{r.name}: {r.notes}", max(len(rule), 110)) for r in self.rows if r.notes]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts, *notes])
 
 
 def report(fisher: "Fisher") -> Report:
@@ -101,7 +105,8 @@ def report(fisher: "Fisher") -> Report:
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
         error = block.error if measured is None else measured.blocks.get(name)
-        made = (block.method, error, operator.bytes, block.seconds)
+        notes = "; ".join(filter(None, (block.notes, operator.notes)))
+        made = (block.method, error, operator.bytes, block.seconds, notes)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":

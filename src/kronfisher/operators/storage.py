@@ -100,7 +100,9 @@ def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fisher:
 
 def block_of(values: Mapping[str, Any]) -> Block:
     """The block of which ``dataclasses.asdict`` made `values`."""
-    return Block(values["name"], values["operator"], _view(values["weight"]), _view(values["bias"]))
+    return Block(
+        values["name"], values["operator"], _view(values["weight"]), _view(values["bias"]), values.get("onehot", False)
+    )
 
 
 def _view(values: Mapping[str, Any] | None) -> View | None:

@@ -4,8 +4,9 @@ Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times th
 is ``W [O, 1]`` with an input of one, and every position is summed out first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,22 @@ class ElementwiseUse(Use):
         aligned: p's shape with its axes at those of y (counted from the last), one where it is broadcast.
         factor: what the output gradient is multiplied by, computed when needed from the checked inputs; None: one.
         sign: of p in the output.
+        part: the window on p that was used, where the rest of p is not; the canonical weight is all of p.
+        slab: (axis, start, length) of the only part of the output that p enters.
     """
 
     aligned: tuple[int, ...]
     factor: Callable[[Tensor], Tensor] | None = None
     sign: float = 1.0
+    part: View | None = None
+    slab: tuple[int, int, int] | None = None
     summing = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias is not None and self.bias.numel < prod(self.bias.shape):
+            # Tables are cut to the length of a batch; the next one may be longer.
+            self.part, self.bias = self.bias, self.bias.all
 
     def _axes(self, dimensions: int) -> tuple[list[int], list[int]]:
         """The axes of an output of so many dimensions that p does not have, and those that it has."""
@@ -39,10 +50,15 @@ class ElementwiseUse(Use):
         return [k for k, size in enumerate(aligned) if size == 1], [k for k, size in enumerate(aligned) if size != 1]
 
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(output[axis] for axis in self._axes(len(output))[0])
+        sizes = list(output)
+        if self.slab is not None:
+            sizes[self.slab[0]] = self.slab[2]
+        return tuple(sizes[axis] for axis in self._axes(len(output))[0])
 
     def rows(self, gradient: Tensor) -> Tensor:
         lead, features = self._axes(gradient.dim())
+        if self.slab is not None:
+            gradient = gradient.narrow(*self.slab)
         return gradient.permute(*lead, *features).unsqueeze(-1).flatten(len(lead))
 
     def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
@@ -50,7 +66,12 @@ class ElementwiseUse(Use):
         if self.factor is not None:
             gradient = gradient * self.factor(self.checked_inputs())
         rows = self.rows(gradient)
-        return owner.group(rows, rows.dim() - 1).sum(dim=1)[None, :, None]
+        summed = owner.group(rows, rows.dim() - 1).sum(dim=1)
+        if self.part is not None:
+            values, summed = summed, summed.new_zeros(len(summed), *self.part.shape)
+            self.part.scatter(values, summed)
+            summed = summed.flatten(1)
+        return summed[None, :, None]
 
     def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         return Ones(gradient, (1, owner.samples, 1))
@@ -69,6 +90,10 @@ def broadcast(view: View) -> View:
 
 def _uses(view: Viewer, x: object, p: object, multiply: bool, sign: float = 1.0) -> Iterator[Use]:
     left, right = view(x), view(p)
+    if not multiply and isinstance(x, Tensor) and isinstance(p, Tensor) and not (left or right):
+        for value, onto, signed in ((x, p, 1.0), (p, x, sign)):
+            if lookup := view.lookup(value):
+                yield from lookup.added(value.shape, signed, torch.broadcast_shapes(value.shape, onto.shape))
     if bool(left) == bool(right):
         return
     other, window = (x, right) if right else (p, left)
@@ -119,4 +144,50 @@ class _Affine(nn.Module):
         return self.gain * x.sin()
 
 
+@handles(torch.prelu)
+def prelu(view: Viewer, input: Tensor, weight: Tensor) -> Iterator[Use]:
+    """``x`` where it is positive, else ``p x``; p is one number or one for each channel."""
+    slope = view(weight)
+    if slope:
+        aligned = (-1,) if input.dim() < 2 or weight.numel() == 1 else (-1, *[1] * (input.dim() - 2))
+        slope = slope.reshaped(1, *(weight.numel() if n == -1 else n for n in aligned))
+        yield ElementwiseUse(None, slope, input, slope.size[1:], factor=lambda x: x.clamp_max(0))
+
+
+@handles(torch.cat, torch.concat, torch.concatenate)
+def cat(view: Viewer, tensors: Sequence[Tensor], dim: int = 0) -> Iterator[Use]:
+    """A class token in front of a sequence, say: a parameter, perhaps expanded, fills a slab of the output."""
+    start = 0
+    for tensor in tensors:
+        axis = dim % max(tensor.dim(), 1)
+        if window := view(tensor):
+            shared = broadcast(window)
+            yield ElementwiseUse(None, shared, None, shared.size[1:], slab=(axis, start, tensor.shape[axis]))
+        start += tensor.shape[axis] if tensor.dim() else 1
+
+
+@handles(Tensor.repeat)
+def repeat(view: Viewer, input: Tensor, *sizes: int) -> Iterator[Use]:
+    """A parameter repeated along axes that it does not have, once for each datum."""
+    window, repeats = view(input), sizes if sizes and isinstance(sizes[0], int) else tuple(*sizes)
+    if window and all(n == 1 or k == 1 for n, k in zip(window.size[::-1], repeats[::-1], strict=False)):
+        shared = broadcast(window)
+        yield ElementwiseUse(None, shared, None, shared.size[1:])
+
+
+class _Tokens(nn.Module):
+    # A class token and a register in front, a table of positions longer than the sequence.
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.register = nn.Parameter(torch.randn(1, 1, 3)), nn.Parameter(torch.randn(2, 3))
+        self.positions = nn.Parameter(torch.randn(1, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, register = self.token.expand(len(x), -1, -1), self.register.repeat(len(x), 1, 1)
+        x = torch.cat([token, x, register], dim=1)
+        return x + self.positions[:, : x.shape[1]]
+
+
+EXAMPLES["class token and positions"] = lambda: (_Tokens(), (4, 2, 3))
+EXAMPLES["prelu"] = lambda: (nn.PReLU(3), (4, 3, 2))
 EXAMPLES["scales and shifts"] = lambda: (_Affine(), (5, 2, 3))

@@ -67,6 +67,24 @@ def group_norm(
     return _uses(view, input, weight, bias, _channels(input), lambda x: F.group_norm(x, num_groups, None, None, eps))
 
 
+@handles(F.instance_norm)
+def instance_norm(
+    view: Viewer,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Iterator[Use]:
+    """Normalised over the pixels of each channel, scaled and shifted by channel."""
+    if not use_input_stats:
+        return batch_norm(view, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _uses(view, input, weight, bias, _channels(input), lambda x: F.instance_norm(x, eps=eps))
+
+
 @handles(F.batch_norm)
 def batch_norm(
     view: Viewer,
@@ -98,4 +116,5 @@ def batch_norm(
 EXAMPLES["layer norm"] = lambda: (nn.LayerNorm([2, 3]), (4, 2, 3))
 EXAMPLES["rms norm"] = lambda: (nn.RMSNorm(3), (4, 2, 3))
 EXAMPLES["group norm"] = lambda: (nn.GroupNorm(2, 4), (5, 4, 3))
+EXAMPLES["instance norm"] = lambda: (nn.InstanceNorm1d(3, affine=True), (4, 3, 5))
 EXAMPLES["batch norm, eval"] = lambda: (nn.BatchNorm2d(3).eval(), (4, 3, 2, 2))

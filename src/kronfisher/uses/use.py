@@ -5,7 +5,7 @@ window on a trainable parameter (`View`) or not (None). It answers with the uses
 not understand the call, in which case coverage by the graph finds the parameter unclaimed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,28 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.samples import Activations
 from kronfisher.uses.ownership import Ownership
 
-__all__ = ["EXAMPLES", "OPERATORS", "Use", "handles"]
+__all__ = ["EXAMPLES", "OPERATORS", "REWRITES", "Use", "Viewer", "handles", "rewrites"]
 
-Viewer = Callable[[Any], View | None]
+
+class Viewer:
+    """Tells a handler what its arguments are.
+
+    Args:
+        views: id of a tensor → the window on a trainable parameter that it is.
+        lookups: id of a tensor → the use that made it, where it is a lookup that is the same for all data.
+    """
+
+    def __init__(self, views: Mapping[int, View | None], lookups: "Mapping[int, Use]") -> None:
+        self._views, self._lookups = views, lookups
+
+    def __call__(self, value: Any) -> View | None:
+        return self._views.get(id(value))
+
+    def lookup(self, value: Any) -> "Use | None":
+        """The lookup that made a tensor."""
+        return self._lookups.get(id(value))
+
+
 Handler = Callable[..., "Iterable[Use]"]
 
 OPERATORS: dict[Callable, Handler] = {}
@@ -27,6 +46,20 @@ OPERATORS: dict[Callable, Handler] = {}
 
 EXAMPLES: dict[str, Callable[[], tuple[Any, tuple[int, ...]]]] = {}
 """Name → builder of a small module and the shape of its input; the conformance tests run every one."""
+
+
+REWRITES: dict[Callable, Callable] = {}
+"""Operator of torch → the same made of operators that have handlers."""
+
+
+def rewrites(operator: Callable) -> Callable[[Callable], Callable]:
+    """Register what is run in place of an operator that hides its uses of weights."""
+
+    def register(function: Callable) -> Callable:
+        REWRITES[operator] = function
+        return function
+
+    return register
 
 
 def handles(*operators: Callable) -> Callable[[Handler], Handler]:
@@ -54,12 +87,18 @@ class Use:
     inputs: Tensor | None
 
     dtype = torch.float32  # of the samples: the parameter's, or better
+    onehot = False  # inputs are rows of the identity
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
 
     def __post_init__(self) -> None:
         if self.inputs is not None:
             self.inputs = self.inputs.detach()  # shares storage and version counter, keeps no graph
         self._version = self.inputs._version if self.inputs is not None else 0
+
+    @property
+    def lookup(self) -> "Use | None":
+        """The use whose output went in, where the weight itself did not."""
+        return None
 
     @property
     def name(self) -> str:
@@ -81,12 +120,20 @@ class Use:
         """The output gradients ``[H, n, T, O]``."""
         raise NotImplementedError
 
+    def added(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
+        """The use of its output by adding it onto tensors of a shape; none where nothing is known of that."""
+        return ()
+
     def checked_inputs(self) -> Tensor:
         """The inputs in the dtype of the samples, if nobody has written over them since."""
+        return self.unchanged_inputs().to(self.dtype)
+
+    def unchanged_inputs(self) -> Tensor:
+        """The inputs as they were, if nobody has written over them since."""
         assert self.inputs is not None
         if self.inputs._version != self._version:
             raise UnsupportedError(
                 f"{self.name}: the input of this layer was modified in place after the layer had used it, so its "
                 "values are gone. Replace that in-place operation by one that returns a new tensor."
             )
-        return self.inputs.to(self.dtype)
+        return self.inputs

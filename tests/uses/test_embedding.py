@@ -1,0 +1,235 @@
+"""Lookups: the right gradients in every form, and no matrix of the size of a vocabulary squared."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kronfisher as kf
+from kronfisher.operators import Diagonal, Kronecker
+from tests.exact import Written, assert_exact, assert_fallback, exact_fisher
+
+V, D = 7, 3
+ACROSS = kf.Full(across_layers=True)
+
+
+def tokens(*shape, high=V):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+FORMS = {
+    "module": (lambda m, x: m.e(x), lambda: nn.Embedding(V, D)),
+    "function": (lambda m, x: F.embedding(x, m.e.weight), lambda: nn.Embedding(V, D)),
+    "padding": (lambda m, x: m.e(x), lambda: nn.Embedding(V, D, padding_idx=2)),
+    "padding from the end": (lambda m, x: F.embedding(x, m.e.weight, padding_idx=-2), lambda: nn.Embedding(V, D)),
+    "sparse": (lambda m, x: m.e(x), lambda: nn.Embedding(V, D, sparse=True)),
+    "int32": (lambda m, x: m.e(x.int()), lambda: nn.Embedding(V, D)),
+    "sequence first": (lambda m, x: m.e(x.t()).transpose(0, 1), lambda: nn.Embedding(V, D)),
+    "flattened": (lambda m, x: m.e(x.flatten()).unflatten(0, x.shape), lambda: nn.Embedding(V, D)),
+    "twice": (lambda m, x: m.e(x) * m.e(x.flip(1)).tanh(), lambda: nn.Embedding(V, D)),
+    "one token": (lambda m, x: m.e(x[:, 0]), lambda: nn.Embedding(V, D)),
+    "transposed table": (
+        lambda m, x: F.embedding(x, m.e.weight.t()),
+        lambda: nn.Linear(V, D, bias=False),
+    ),
+    "bag, mean": (lambda m, x: m.e(x), lambda: nn.EmbeddingBag(V, D)),
+    "bag, sum": (lambda m, x: m.e(x), lambda: nn.EmbeddingBag(V, D, mode="sum", padding_idx=1)),
+    "bag, mean with padding": (lambda m, x: m.e(x), lambda: nn.EmbeddingBag(V, D, padding_idx=1)),
+    "bag, weighted": (
+        lambda m, x: m.e(x, per_sample_weights=x.cos().to(m.e.weight.dtype)),
+        lambda: nn.EmbeddingBag(V, D, mode="sum"),
+    ),
+    "bags of other lengths": (
+        lambda m, x: m.e(x.flatten()[:-1], torch.arange(len(x)) * x.shape[1] - torch.tensor([0, 1, 0, 2, 0])),
+        lambda: nn.EmbeddingBag(V, D),
+    ),
+    "bags with the end": (
+        lambda m, x: F.embedding_bag(
+            x.flatten(), m.e.weight, torch.tensor([0, 3, 3, 9, 12, 20]), mode="sum", include_last_offset=True
+        ),
+        lambda: nn.EmbeddingBag(V, D),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(form):
+    forward, build = FORMS[form]
+    torch.manual_seed(0)
+    model = Written(lambda m, x: m.l(forward(m, x).sin()).flatten(1), e=build(), l=nn.Linear(D, 2))
+    x = tokens(5, 4)
+    for fit in ("full", "diagonal", ACROSS):
+        assert_exact(model, x, fit=fit)
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", strict=True)
+    assert fisher.error(x).relative < 1
+    kf.estimate(model, x, kf.Gaussian(), fit="ekfac", strict=True)
+
+
+def test_the_input_factor_is_a_vector_of_counts():
+    model = Written(lambda m, x: m.e(x).sin().sum(1), e=nn.Embedding(V, D, padding_idx=0))
+    data = [tokens(5, 4), tokens(3, 4)]
+    fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact")["e.weight"]
+    assert isinstance(fisher, Kronecker) and fisher.A.shape == (1, V)
+    counts = torch.bincount(torch.cat([x.flatten() for x in data]), minlength=V) / 32
+    counts[0] = 0
+    assert torch.allclose(fisher.A[0], counts)
+    reduced = kf.estimate(model, data, kf.Gaussian(), labels="exact", fit="kfac-reduce")["e.weight"]
+    sums = torch.stack([torch.bincount(row, minlength=V) for x in data for row in x]).float()
+    sums[:, 0] = 0
+    assert torch.allclose(reduced.A[0], sums.T @ sums / 8, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fit", ["kfac", "kfac-reduce", "ekfac", "diagonal"])
+def test_a_vocabulary_is_never_squared(fit, tied):
+    words, width = 50_000, 4
+    model = Written(
+        lambda m, x: m.e(x).tanh() @ m.e.weight.t() if tied else F.linear(m.e(x), m.w, m.b),
+        e=nn.Embedding(words, width), **({} if tied else {"w": torch.randn(words, width), "b": torch.zeros(words)}),
+    )  # fmt: skip
+    x = tokens(2, 3, high=words)
+    with Largest() as largest:
+        fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit=fit)
+    assert largest.numel <= 2 * words * (width + 1) * 6  # a few times the weights or the outputs
+    structures = " ".join(row.structure for row in fisher.report().rows)
+    assert fit == "diagonal" or "diag(50000)" in structures
+    v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    assert torch.isfinite((fisher @ v)["e.weight"]).all()
+    if not tied:
+        solved = (fisher + 0.1).solve(v)
+        assert torch.allclose(((fisher + 0.1) @ solved)["e.weight"], v["e.weight"], atol=1e-3)
+
+
+def test_sides_beyond_the_limit_are_diagonals():
+    model, x = nn.Linear(6, 5), torch.randn(40, 6)
+    whole = kf.estimate(model, x, kf.Gaussian())["weight"]
+    wide = kf.estimate(model, x, kf.Gaussian(), fit=kf.KFAC(max_dim=5))["weight"]
+    both = kf.estimate(model, x, kf.Gaussian(), fit=kf.KFAC(max_dim=4))["weight"]
+    assert [each.structure for each in (whole, wide, both)] == [
+        "kronecker 7x5", "kronecker diag(7)x5", "kronecker diag(7)xdiag(5)",
+    ]  # fmt: skip
+    assert torch.allclose(wide.A[0], whole.A[0].diagonal()) and torch.equal(wide.B, whole.B)
+    assert torch.allclose(both.B[0], whole.B[0].diagonal(), rtol=1e-5)
+    assert repr(kf.KFAC(max_dim=5)) == "KFAC(mode='expand', max_dim=5)"
+    for fit in (kf.KFAC(max_dim=5), kf.KFAC(max_dim=4), kf.KFAC("reduce", max_dim=4), kf.EKFAC(kf.KFAC(max_dim=4))):
+        fisher = kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact")
+        truth = exact_fisher(model, x)
+        found = float((fisher.to_dense() - truth).norm() / truth.norm())
+        assert fisher.error(x).relative == pytest.approx(found, rel=1e-3)
+    with pytest.raises(ValueError, match="max_dim"):
+        kf.KFAC(max_dim=-1)
+
+
+def test_positions_in_all_the_ways_people_add_them():
+    """A table of positions is the same for all data; its rows meet them where it is added."""
+    x = tokens(5, 4)
+    e, p = nn.Embedding(V, D), nn.Embedding(6, D)
+    ways = [
+        lambda m, x: m.e(x) + m.p(torch.arange(x.shape[1])),
+        lambda m, x: m.p(torch.arange(x.shape[1])[None]) + m.e(x),
+        lambda m, x: m.e(x) + m.p.weight[: x.shape[1]],
+        lambda m, x: m.e(x) + m.p(torch.arange(x.shape[1]).expand(len(x), -1)),
+        lambda m, x: m.e(x).add_(m.p(torch.arange(x.shape[1]))),
+        lambda m, x: m.e(x) - (0 - m.p(torch.arange(x.shape[1]))),
+    ]
+    truth = None
+    for k, way in enumerate(ways):
+        model = Written(lambda m, x, way=way: way(m, x).sin().flatten(1), e=e, p=p)
+        fisher = assert_exact(model, x, fit=ACROSS, truth=truth)
+        assert_exact(model, x, fit="diagonal", truth=truth)
+        truth = exact_fisher(model, x) if truth is None else truth
+        kfac = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+        assert (not any(block.method.startswith("fallback: ") for block in kfac.info.blocks.values())) == (k != 5)
+        assert fisher.names == ("e.weight", "p.weight")
+        if k in (0, 1, 3, 4):
+            assert kfac["p.weight"].structure == "kronecker diag(6)x3"
+    minus = Written(lambda m, x: (m.e(x) - m.p(torch.arange(x.shape[1]))).sin().flatten(1), e=e, p=p)
+    assert_exact(minus, x, fit=ACROSS)
+    other = Written(lambda m, x: (m.e(x) * m.p(torch.arange(x.shape[1]))).flatten(1), e=e, p=p)
+    assert_fallback(other, x, r"p\.weight: used by embedding before it meets the data")
+
+    def twice(m, x):
+        positions = m.p(torch.arange(x.shape[1]))
+        return (m.e(x) + positions).sin().flatten(1) * positions.flatten()
+
+    assert_fallback(Written(twice, e=e, p=p), x, r"p\.weight: used by ")
+
+    def both(m, x):
+        positions = m.p(torch.arange(x.shape[1]))
+        return ((m.e(x) + positions).sin() + positions).flatten(1)
+
+    assert_exact(Written(both, e=e, p=p), x, fit=ACROSS)
+    assert kf.coverage(Written(both, e=e, p=p), x).complete
+
+
+@pytest.mark.parametrize("fit", ["kfac", "diagonal", "full", "ekfac"])
+@pytest.mark.parametrize("table", ["lookup", "slice"])
+def test_batches_of_other_lengths(fit, table):
+    """The table is used in another length by every batch; a batch of one datum does not broadcast it."""
+
+    def forward(m, x):
+        p = m.p(torch.arange(x.shape[1])) if table == "lookup" else m.p.weight[: x.shape[1]]
+        return m.l((m.e(x) + p).sin().sum(1))
+
+    model = Written(forward, e=nn.Embedding(V, D), p=nn.Embedding(6, D), l=nn.Linear(D, 2))
+    data = [tokens(3, 4), tokens(2, 6), tokens(1, 2), tokens(1, 5)]
+    fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact", fit=fit, strict=True)
+    if fit in ("diagonal", "full"):
+        assert_exact(model, data, fit=fit)
+    else:
+        again = kf.estimate(model, data[::-1], kf.Gaussian(), labels="exact", fit=fit)
+        assert torch.allclose(fisher.to_dense(), again.to_dense(), atol=1e-5)
+
+
+def test_what_a_single_datum_does_not_determine_is_refused():
+    x = tokens(3, 4)
+    for options, message in (
+        ({"max_norm": 0.5}, "max_norm, which changes the weights"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq"),
+    ):
+        for build in (nn.Embedding, nn.EmbeddingBag):
+            model = Written(lambda m, x: m.e(x).flatten(1), e=build(V, D, **options))
+            before = model.e.weight.detach().clone()
+            with pytest.raises(kf.UnsupportedError, match=rf"e\.weight: this embedding uses {message}"):
+                kf.estimate(model, x, kf.Gaussian())
+            assert torch.equal(before, model.e.weight)
+
+
+def test_the_largest_of_a_bag_is_left_to_the_fallback():
+    model = Written(lambda m, x: m.e(x), e=nn.EmbeddingBag(V, D, mode="max"))
+    assert_fallback(model, tokens(4, 3), r"e\.weight: used by embedding_bag")
+
+
+def test_rows_that_are_picked_by_index_are_left_to_the_fallback():
+    model = Written(lambda m, x: m.e.weight[x].sin().flatten(1), e=nn.Embedding(V, D))
+    assert_fallback(model, tokens(4, 3), r"e\.weight: used by getitem")
+
+
+@pytest.mark.parametrize("frozen", ["e.weight", "p.weight"])
+def test_one_of_two_tables_is_frozen(frozen):
+    model = Written(lambda m, x: (m.e(x) + m.p(torch.arange(x.shape[1]))).sin().flatten(1),
+                    e=nn.Embedding(V, D), p=nn.Embedding(6, D))  # fmt: skip
+    model.get_parameter(frozen).requires_grad_(False)
+    for fit in (ACROSS, "diagonal"):
+        assert_exact(model, tokens(4, 3), fit=fit)
+    assert kf.coverage(model, tokens(4, 3)).complete
+
+
+def test_lookups_that_are_frozen_cost_nothing():
+    model = Written(lambda m, x: m.l(m.e(x)).flatten(1), e=nn.Embedding(V, D).requires_grad_(False), l=nn.Linear(D, 2))
+    assert assert_exact(model, tokens(4, 3), fit=ACROSS).names == ("l.weight", "l.bias")
+    assert isinstance(kf.estimate(model, tokens(4, 3), kf.Gaussian(), fit="diagonal")["l.weight"], Diagonal)
