@@ -1,6 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement] [--peers ...] [--workloads ...] [--repeats N]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement] [--peers ...] [--workloads ...]
+                         [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
 """

@@ -62,7 +62,8 @@ class Curvature:
         seed: int,
     ) -> None:
         self.model, self.parameters, self.likelihood = model, parameters, likelihood
-        self.damping, self.refresh, self.labels, self.samples, self.seed = damping, refresh, labels, samples, seed
+        self.damping, self.refresh, self.samples, self.seed = damping, refresh, samples, seed
+        self.labels: Labels = labels
         self.fits: dict[str, Fit] = {name: Phased(one) for name, one in choose(fit, parameters).items()}
         self._accumulator()  # refuses bad settings now, not at the first batch
         self.run: Accumulator | None = None

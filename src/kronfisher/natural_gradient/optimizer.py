@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from kronfisher.accumulate import Labels
 from kronfisher.capture import Receiver
@@ -280,7 +281,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Fill ``.grad`` of the parameters that need it; the others' steps are made from rows."""
         spared = rows.spare(capture)
         wanted = [p for name, p in self._parameters().items() if name not in spared and p.requires_grad]
-        found = torch.autograd.grad(loss, [*rows.edges, *wanted], allow_unused=True)[len(rows.edges) :]
+        sources: list[Tensor | GradientEdge] = [*rows.edges, *wanted]
+        found = torch.autograd.grad([loss], sources, allow_unused=True)[len(rows.edges) :]
         for parameter, gradient in zip(wanted, found, strict=True):
             parameter.grad = gradient
 
@@ -400,10 +402,11 @@ class NaturalGradient(torch.optim.Optimizer):
         rates = self._options("lr")
         top = max(rates[name] for name in natural) or 1.0
         slope = inner(natural, gradients, {name: rates[name] / top for name in natural}) if gradients else None
-        for layer in self.curvature.layers if rows else ():
+        slopes = {} if rows is None else rows.slopes
+        for layer in self.curvature.layers:
             name = layer.blocks[0].parameters[0]
-            if layer.name in rows.slopes and name not in gradients:
-                part = rows.slopes[layer.name] * (rates[name] / top)
+            if layer.name in slopes and name not in gradients:
+                part = slopes[layer.name] * (rates[name] / top)
                 slope = part if slope is None else slope + part
         assert slope is not None
         return slope
