@@ -75,6 +75,15 @@ def markdown(run: dict) -> str:
         for workload in dict.fromkeys(result["workload"] for result in chosen):
             rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
+    if steps := [result for result in run["results"] if result["what"] == "steps"]:
+        lines += [
+            "",
+            "A training step, amortised, over AdamW's at batch 128:",
+            "",
+            "| workload | | ratio |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {r['workload']} | {r['peer']} | {r.get('skipped') or format(r['ratio'], '.2f')} |" for r in steps]
     if scaling := [result for result in run["results"] if result["what"] == "scaling"]:
         lines += ["", "## One layer's factors against samples and positions (milliseconds)", ""]
         if "skipped" in scaling[0]:

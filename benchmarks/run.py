@@ -1,6 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling agreement] [--peers ...] [--workloads ...] [--repeats N]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement] [--peers ...] [--workloads ...]
+                         [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
 """
@@ -29,7 +30,9 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {name: [name] for name in ("factors", "memory", "scaling", "agreement")} | {"solve": ["solve", "solve-exact"]}
+WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement")} | {
+    "solve": ["solve", "solve-exact"]
+}
 
 
 def pip(*arguments: str) -> str | None:
@@ -117,6 +120,13 @@ def main() -> None:
             found = child("scaling.py", *arguments, timeout=options.timeout, python=sys.executable)
             results += [{"what": what, **row} for row in found.get("rows", [found])]
             print(what, found.get("figure", found.get("skipped")), file=sys.stderr)
+            continue
+        if what == "steps":
+            for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:
+                for kind in ("fixed", "exact"):
+                    found = child("steps.py", workload, "--kind", kind, timeout=options.timeout, python=sys.executable)
+                    results.append({"what": what, "workload": workload, "peer": f"kronfisher, {kind}", **found})
+                    print(what, workload, kind, found.get("ratio", found.get("skipped")), file=sys.stderr)
             continue
         for workload in options.workloads:
             for peer in (["floor"] if what == "memory" else []) + options.peers:

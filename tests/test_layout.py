@@ -19,6 +19,7 @@ ROWS = [
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation", "fallback"},
+    {"trust", "natural_gradient", "preconditioner"},
     {"experiments"},
     {"__init__"},
     {"cli"},

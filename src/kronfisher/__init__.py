@@ -27,9 +27,12 @@ from kronfisher.likelihoods import (
     Poisson,
     Weighted,
 )
+from kronfisher.natural_gradient import IterateAverage, NaturalGradient, Refresh, batch_size_at
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.preconditioner import Preconditioner
 from kronfisher.rearrangement import nearest_kronecker
+from kronfisher.trust import Constant, LevenbergMarquardt, Schedule
 
 __version__ = "0.1.0"
 
@@ -43,6 +46,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Comparison",
+    "Constant",
     "Coverage",
     "DataError",
     "Diagonal",
@@ -54,17 +58,24 @@ __all__ = [
     "Gaussian",
     "HeteroscedasticGaussian",
     "IndefiniteError",
+    "IterateAverage",
     "KFACCorrected",
     "KroneckerSum",
+    "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
+    "NaturalGradient",
     "NumericalError",
     "NumericalWarning",
     "Poisson",
+    "Preconditioner",
+    "Refresh",
+    "Schedule",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
     "Weighted",
+    "batch_size_at",
     "compare",
     "coverage",
     "estimate",

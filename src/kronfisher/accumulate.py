@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
 from kronfisher.blocks import Block, View
-from kronfisher.capture import Capture, Proof
+from kronfisher.capture import Capture, Proof, Receiver
 from kronfisher.claims import detached, hidden, refuse, settle, unclaimed, unknown
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fallback import FALLBACK, per_sample_block
@@ -63,7 +63,10 @@ class Accumulator:
         exact_limit: backward passes per batch beyond which exact labels are refused.
         mask: which positions count, as for `estimate`.
         strict: refuse what only the fallback can treat.
+        training: take what is cheap: parameters that only the fallback can treat are left out, and rows that mix data
+            (normalisation over the batch) are taken as they are where a fit treats rows apart.
         groups: filled by the first batch.
+        mixed: in training, names of blocks whose rows mix data.
         apart: names of weights and biases that have several partners and are treated without them.
         fallback: parameter → reason why only the gradients of single data, one by one, tell about it.
         count: N so far.
@@ -83,9 +86,11 @@ class Accumulator:
     exact_limit: int = 1000
     mask: Mask | None = None
     strict: bool = False
+    training: bool = False
     groups: list[Group] = field(default_factory=list)
     fallback: dict[str, str] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
+    mixed: set[str] = field(default_factory=set)
     count: float | Tensor = 0.0
     backward_passes: int = 0
     tell: Callable[[str], None] = log.debug
@@ -134,11 +139,36 @@ class Accumulator:
             MemoryBudgetError: the states do not fit the budget.
         """
         capture, outputs, targets = self.observe(batch, where)
-        values = outputs.detach()
         try:
-            self.likelihood.check(values, targets, where, self.labels)
+            self.absorb(capture, outputs, targets, where, batch=batch)
         except NumericalError as error:
             raise not_finite(batch, where) from error
+
+    def absorb(
+        self,
+        capture: Capture,
+        outputs: Tensor,
+        targets: Any,
+        where: str,
+        *,
+        batch: Any = None,
+        retain: bool = False,
+        own: Callable[[Receiver, float | Tensor], None] | None = None,
+    ) -> None:
+        """Back-propagate through a captured forward pass and update every state.
+
+        Args:
+            capture: of the forward pass.
+            outputs: what it returned.
+            targets: as the likelihood takes them, or None.
+            where: the batch's name in messages.
+            batch: from which `mask` takes positions.
+            retain: whether the caller goes backward through the same graph afterwards.
+            own: in place of our backward passes, ``own(receive, count)`` runs the caller's, and hands on every gradient
+                of a call's output as that of each datum's own loss.
+        """
+        values = outputs.detach()
+        self.likelihood.check(values, targets, where, self.labels)
         steps = self._steps(values, targets, where)
         mask, kept = self.likelihood.positions(values, targets), None
         if self.mask is not None:
@@ -151,7 +181,7 @@ class Accumulator:
         if self.strict and self.fallback:
             raise unknown(self.fallback, where)
         alone = self._alone()
-        self._place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
+        self.place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
         entries = {}
         for index, several in parts.items():
             placed = [(part, *self._places[part.block.key]) for part in several]
@@ -162,16 +192,19 @@ class Accumulator:
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
         stream = Stream(entries, owners, mask, singles)
-        for column, vector in enumerate(self._vectors(values, targets)):
+        size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
+        if own is not None:
+            own(stream.receive, size)
+            stream.flush()
+        for column, vector in enumerate(() if own else self._vectors(values, targets)):
             vector = vector if kept is None else vector * kept  # what is masked has no loss
             more = column + 1 < steps
-            capture.backward(outputs, vector, stream.receive, proof.sources, retain=more or bool(singles))
+            capture.backward(outputs, vector, stream.receive, proof.sources, retain=retain or more or bool(singles))
             self.backward_passes += 1
             if singles:
                 stream.receive_single(outputs, vector, self.parameters)
                 self.backward_passes += len(outputs)
             stream.flush()
-        size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         self.count = self.count + size
         for group in self.groups:
             if not group.done:
@@ -195,7 +228,8 @@ class Accumulator:
             blocks = {part.block.key: part.block for several in parts.values() for part in several}
             known = {block.key: block for group in self.groups for block in group.blocks}
             if not blocks.keys() <= known.keys():
-                claims = settle({**known, **blocks}.values(), [n for n, fit in self.fits.items() if fit.exact])
+                whole = [name for name, fit in self.fits.items() if self.training or fit.exact]
+                claims = settle({**known, **blocks}.values(), whole)
                 self._keep_apart(claims.apart, known.values(), where)
                 self._give_up(claims.problems, where)
                 if claims.apart or claims.problems:
@@ -209,12 +243,14 @@ class Accumulator:
             if not problems:
                 break
             self._give_up(problems, where)
-        if self.fallback:
+        if self.fallback and not self.training:
             self._check_apart(capture, outputs, proof, where)
         return proof, parts, owners
 
     def _alone(self) -> dict[str, Block]:
         """The blocks of parameters that the fallback treats."""
+        if self.training:
+            return {}
         return {name: per_sample_block(name, p) for name, p in self.parameters.items() if name in self.fallback}
 
     def _keep_apart(self, names: set[str], known: Iterable[Block], where: str) -> None:
@@ -340,7 +376,7 @@ class Accumulator:
                     planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
         return planned
 
-    def _place(self, blocks: list[Block], where: str) -> None:
+    def place(self, blocks: list[Block], where: str) -> None:
         """Make states for blocks seen for the first time."""
         new = {block.key: block for block in blocks if block.key not in self._places}
         if not new:
@@ -412,15 +448,21 @@ class Accumulator:
         problems: dict[str, str] = {}
         for (index, position), found in (capture.probe(outputs, doubtful, proof.sources) if doubtful else {}).items():
             call, part = capture.calls[index], parts[index][position]
+            sort = sorting(part.use, part.block)
             what = f"{part.block.name} (used by {call.operator})"
             if found is None:
                 if call.constant:
                     for name in part.block.parameters:
                         problems[name] = f"{name}: used by {call.operator} before it meets the data"
-                else:
+                elif not self.training:
                     refused[part.block.name] = coupled(what)
+                elif sort:
+                    problems |= dict.fromkeys(part.block.parameters, coupled(what))
+                else:
+                    self.mixed.add(part.block.name)
+                    owners[index, position] = Ownership(prod(part.use.lead(call.shape)))
+                    self._guesses[proof.graph, index, part.block.key, sort] = owners[index, position]
                 continue
-            sort = sorting(part.use, part.block)
             rule, sure = Ownership.by_owners(found, samples) if sort else (Ownership(found.numel()), True)
             if rule is None:
                 reason = scattered(what, tuple(found.shape), samples)

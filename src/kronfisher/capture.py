@@ -8,6 +8,7 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -26,7 +27,7 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
 from kronfisher.uses import OPERATORS, REWRITES, Probe, Use, Viewer
 
-__all__ = ["Call", "Capture", "Proof"]
+__all__ = ["Call", "Capture", "Proof", "Receiver"]
 
 Receiver = Callable[["Call", Tensor], None]
 
@@ -91,6 +92,7 @@ class Capture(TorchFunctionMode):
     Args:
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
         constants: buffers and other tensors that are the same whatever the data.
+        lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -102,8 +104,11 @@ class Capture(TorchFunctionMode):
         {}
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = (), *, lenient: bool = False
+    ) -> None:
         super().__init__()
+        self._lenient = lenient
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.calls: list[Call] = []
         self._roots = {id(p): (name, p) for name, p in self.parameters.items()}
@@ -176,6 +181,10 @@ class Capture(TorchFunctionMode):
             if _accepts(handler, view, *args, **kwargs):
                 raise
             return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
+        except UnsupportedError:
+            if not self._lenient:
+                raise
+            return ()
         if not uses:
             return ()
         windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
@@ -409,12 +418,18 @@ class Capture(TorchFunctionMode):
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
         if not edges:
             return
+        # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
+        # second's worth of symbolic algebra at the first call.
+        product = (outputs * vector).sum()
+        with self.listening(receive):
+            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+
+    @contextmanager
+    def listening(self, receive: Receiver) -> Iterator[None]:
+        """Hand output gradients of any backward pass through the captured graph to `receive`."""
         self._receiver = receive
         try:
-            # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
-            # second's worth of symbolic algebra at the first call.
-            product = (outputs * vector).sum()
-            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+            yield
         finally:
             self._receiver = None
 

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from kronfisher.errors import UnsupportedError
 
-__all__ = ["isolated", "tensors_in", "trainable"]
+__all__ = ["isolated", "replaced", "tensors_in", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,7 +58,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         stack.enter_context(_without_weight_cache())
         if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_replaced(_backward_hooks(model), {}))
+        stack.enter_context(replaced(_backward_hooks(model), {}))
         copies: dict[int, Tensor] = {}
         for module in model.modules():
             buffers = {
@@ -66,7 +66,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
                 for name, b in module._buffers.items()
                 if b is not None
             }
-            stack.enter_context(_replaced([module._buffers], {**module._buffers, **buffers}))
+            stack.enter_context(replaced([module._buffers], {**module._buffers, **buffers}))
         yield
 
 
@@ -119,7 +119,7 @@ def _without_weight_cache() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
+def replaced(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
     """Other contents for some dictionaries, the old ones at the end."""
     saved = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
     try:

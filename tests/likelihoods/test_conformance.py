@@ -319,3 +319,15 @@ def test_device_gives_the_same_vectors(name):
     for found, expected in pairs:
         assert found.is_cuda
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-10)
+
+
+@cases
+@dtypes
+def test_products_with_the_hessian_are_those_of_the_exact_columns(name, dtype):
+    likelihood, outputs, targets = make(name, dtype)
+    vector = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = (exact_hessian(likelihood, outputs, targets) @ vector.unsqueeze(-1).flatten(1).unsqueeze(-1)).squeeze(-1)
+    found = likelihood.hessian_product(outputs, vector.to(dtype), targets)
+    assert found.dtype == dtype and found.shape == outputs.shape
+    scale = expected.abs().max() + 1e-3
+    assert ((found.double().unsqueeze(-1).flatten(1) - expected).abs().max() / scale) < 10 * TOLERANCE[dtype]

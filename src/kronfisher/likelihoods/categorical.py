@@ -133,6 +133,13 @@ class Categorical(Likelihood):
                 vector[:, t, i + 1 :] = -(p[:, t, i + 1 :] / after[:, t, i, None]) * pivot[:, t, i, None]
                 yield like(vector, outputs, axis)
 
+    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`w_y (p ∘ u - p (p·u))` per position; see the base class."""
+        axis = self._axis(outputs, targets)
+        scale = self._scale(outputs, targets, axis).unsqueeze(-1)
+        p, u = promote(to_rows(outputs.detach(), axis)).softmax(-1), promote(to_rows(vector, axis))
+        return like(scale * p * (u - (p * u).sum(-1, keepdim=True)), promote(vector), axis)
+
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
         axis = self._axis(outputs, targets)

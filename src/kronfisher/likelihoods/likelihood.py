@@ -173,6 +173,30 @@ class Likelihood(ABC):
             vector[:, c] = root[:, c]
             yield vector.reshape(outputs.shape)
 
+    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Every datum's Hessian, averaged over labels drawn from the model, times a vector like the outputs.
+
+        Args:
+            outputs: `[N, ...]`.
+            vector: Like the outputs.
+            targets: The observed labels, where masks or weights depend on them.
+
+        Returns:
+            Like the outputs, in float32 or better.
+
+        Raises:
+            UnsupportedError: As `root` or `exact`.
+        """
+        vector = promote(vector)
+        if type(self).exact is Likelihood.exact:
+            return self.root(promote(outputs.detach()), targets).to(vector.dtype).square() * vector
+        total = torch.zeros_like(vector)
+        for column in self.exact(outputs, targets):
+            column = column.to(vector.dtype)
+            inner = (column * vector).flatten(1).sum(1)
+            total += column * inner.reshape(-1, *[1] * (vector.dim() - 1))
+        return total
+
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """Gradient of the negative log-probability of one label per position drawn from the model.
 

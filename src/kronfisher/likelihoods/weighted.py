@@ -99,6 +99,11 @@ class Weighted(Likelihood):
         for vector in self.base.exact(outputs, targets):
             yield self._times(vector, weight.sqrt(), outputs, targets)
 
+    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Any = None) -> Tensor:
+        """That of the base times w; see the base class."""
+        targets, weight = _pair(targets)
+        return self._times(self.base.hessian_product(outputs, vector, targets), weight, outputs, targets)
+
     def sampled(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
         """The vector of the base times `√w`; see the base class."""
         targets, weight = _pair(targets)

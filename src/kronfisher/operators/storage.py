@@ -17,7 +17,7 @@ from kronfisher.operators.fisher import Fisher
 from kronfisher.operators.info import Info
 from kronfisher.operators.operator import Operator
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "block_of", "load", "save"]
 
 FORMAT = 1
 _KEY = "kronfisher"
@@ -92,14 +92,17 @@ def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fisher:
     entries = []
     for k, entry in enumerate(header["entries"]):
         own = {key.removeprefix(f"{k}."): t for key, t in tensors.items() if key.startswith(f"{k}.")}
-        blocks = tuple(_block(block) for block in entry["blocks"])
+        blocks = tuple(block_of(block) for block in entry["blocks"])
         entries.append((blocks[0] if len(blocks) == 1 else blocks, Operator.restored(own, entry["operator"])))
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
     return Fisher(tuple(entries), shapes, Info.from_json(header["info"]))
 
 
-def _block(values: Mapping[str, Any]) -> Block:
-    return Block(values["name"], values["operator"], _view(values["weight"]), _view(values["bias"]))
+def block_of(values: Mapping[str, Any]) -> Block:
+    """The block of which ``dataclasses.asdict`` made `values`."""
+    return Block(
+        values["name"], values["operator"], _view(values["weight"]), _view(values["bias"]), values.get("onehot", False)
+    )
 
 
 def _view(values: Mapping[str, Any] | None) -> View | None:

@@ -1,0 +1,46 @@
+"""When statistics, inverses and the quadratic model are renewed."""
+
+from dataclasses import dataclass
+
+__all__ = ["Refresh"]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Periods, in steps. Early on, when everything changes quickly, they are shorter: a quarter of the steps so far.
+
+    Args:
+        statistics: between batches whose curvature is averaged; each costs one more backward pass.
+        inverse: between factorisations of one layer; the layers take turns.
+        model: between solutions of the exact quadratic model for step size and momentum, kept in between.
+        average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
+
+    Raises:
+        ValueError: a period is below 1, or the average is not in [0, 1).
+
+    Example:
+        >>> Refresh(statistics=10).after(0, 10), Refresh(statistics=10).after(200, 10)
+        (1, 210)
+    """
+
+    statistics: int = 10
+    inverse: int = 50
+    model: int = 5
+    average: float = 0.95
+
+    def __post_init__(self) -> None:
+        if min(self.statistics, self.inverse, self.model) < 1 or not 0 <= self.average < 1:
+            raise ValueError(f"{self}: periods are at least 1 and the average lies in [0, 1).")
+
+    @staticmethod
+    def after(step: int, period: int) -> int:
+        """The step at which what was renewed at `step` is due again."""
+        return step + min(period, max(1, step // 4))
+
+    def turn(self, step: int, place: int, layers: int) -> int:
+        """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
+        due = self.after(step, self.inverse)
+        if due - step < self.inverse:
+            return due
+        own = place * self.inverse // max(layers, 1)
+        return step + 1 + (own - step - 1) % self.inverse

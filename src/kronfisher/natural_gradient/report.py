@@ -1,0 +1,63 @@
+"""What the optimiser knows of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["TrainingReport"]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How training goes; printing it gives a few lines.
+
+    Attributes:
+        step: steps made, undone ones included.
+        loss: of the last batch.
+        damping: λ.
+        step_size: α, what multiplied the natural gradient in the last step.
+        momentum: μ, what multiplied the step before.
+        ratio: change of the loss over the change that the model promised, at the last comparison; None before.
+        rejected: steps that were undone because the loss rose beyond the model.
+        skipped: steps that were left out because the loss or the gradient was not finite.
+        dropped: batches whose statistics were not finite.
+        seconds: by phase.
+        stale: layer → steps since its inverse was made, for layers that are overdue.
+        troubles: layer → what went wrong with its last inverse.
+        uncovered: parameter → why it makes plain momentum steps.
+        coupled: layers whose rows mix data (normalisation over the batch).
+        warnings: what a user should know, in words.
+    """
+
+    step: int
+    loss: float | None
+    damping: float | None
+    step_size: float
+    momentum: float
+    ratio: float | None
+    rejected: int
+    skipped: int
+    dropped: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    stale: Mapping[str, int] = field(default_factory=dict)
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    uncovered: Mapping[str, str] = field(default_factory=dict)
+    coupled: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        loss = "-" if self.loss is None else f"{self.loss:.6g}"
+        damping = "-" if self.damping is None else f"{self.damping:.2e}"
+        ratio = "-" if self.ratio is None else f"{self.ratio:.2f}"
+        lines = [
+            f"step {self.step}: loss {loss}, damping {damping}, step size {self.step_size:.3g}, momentum "
+            f"{self.momentum:.3g}, model ratio {ratio}",
+            f"{self.rejected} steps undone, {self.skipped} skipped, statistics of {self.dropped} batches dropped",
+        ]
+        if self.seconds:
+            lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
+        lines += [f"{name}: inverse overdue since {steps} steps" for name, steps in self.stale.items()]
+        lines += [f"{name}: {trouble}" for name, trouble in self.troubles.items()]
+        lines += [f"plain momentum: {reason}" for reason in self.uncovered.values()]
+        if self.coupled:
+            lines.append(f"data are coupled by the batch in {', '.join(self.coupled)}; treated as if they were not")
+        return "\n".join([*lines, *self.warnings])

@@ -1,0 +1,125 @@
+"""The preconditioner composes with any optimiser of torch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+
+
+def network():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+
+
+def batch(n=12):
+    return torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))
+
+
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "full"])
+def test_gradients_are_multiplied_by_the_damped_inverse(fit):
+    model, (x, y) = network().eval(), batch()
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=fit, damping=kf.Tikhonov(0.2), labels="exact")
+    nn.functional.cross_entropy(preconditioner(x), y).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    preconditioner.step()
+    fisher = kf.estimate(model, x, kf.Categorical(), fit=fit, labels="exact")
+    expected = (fisher + 0.2).solve(gradients)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_the_extra_backward_pass_leaves_the_users_graph_and_gradients_alone():
+    model, (x, y) = network(), batch()
+    twin = copy.deepcopy(model)
+    preconditioner = kf.Preconditioner(model, kf.Categorical())
+    torch.manual_seed(4)
+    outputs = preconditioner(x)
+    assert all(p.grad is None for p in model.parameters())
+    after = torch.get_rng_state()
+    nn.functional.cross_entropy(outputs, y).backward()
+    torch.manual_seed(4)
+    nn.functional.cross_entropy(twin(x), y).backward()
+    assert torch.equal(after, torch.get_rng_state())
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_goes_down_with_any_optimiser(optimizer):
+    model, (x, y) = network().eval(), batch(40)
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), kl_limit=0.1)
+    inner = optimizer(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(25):
+        inner.zero_grad()
+        loss = nn.functional.cross_entropy(preconditioner(x), y)
+        loss.backward()
+        preconditioner.step()
+        inner.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_limit_holds():
+    model, (x, y) = network().eval(), batch()
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), trust=0.1, kl_limit=1e-4)
+    nn.functional.cross_entropy(preconditioner(x), y).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    preconditioner.step()
+    scaled = sum(float((p.grad * gradients[name]).sum()) for name, p in model.named_parameters())
+    natural = preconditioner.curvature.precondition(gradients, 0.1)
+    slope = sum(float((natural[name] * g).sum()) for name, g in gradients.items())
+    assert scaled == pytest.approx(slope * (1e-4 / slope) ** 0.5)
+
+
+def test_a_state_is_resumed_bit_for_bit():
+    x, y = batch()
+    first, second = network(), network()
+    one, other = (kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(3, 4)) for model in (first, second))
+
+    def step(model, preconditioner):
+        model.zero_grad()
+        torch.manual_seed(6)
+        nn.functional.cross_entropy(preconditioner(x), y).backward()
+        preconditioner.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad
+
+    for _ in range(5):
+        step(first, one)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for _ in range(5):
+        step(first, one)
+        step(second, other)
+    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_misuse_is_refused_with_a_reason():
+    model, (x, y) = network(), batch()
+    with pytest.raises(kf.UnsupportedError, match="sees neither"):
+        kf.Preconditioner(model, kf.Categorical(), trust=kf.LevenbergMarquardt())
+    with pytest.raises(ValueError, match="not the model's"):
+        kf.Preconditioner(model, kf.Categorical(), params=[nn.Parameter(torch.zeros(1))])
+    preconditioner = kf.Preconditioner(model, kf.Categorical())
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(kf.UnsupportedError, match="in place of the model"):
+        preconditioner.step()
+    with pytest.raises(kf.DataError, match="not the state"):
+        preconditioner.load_state_dict({})
+
+
+def test_outputs_that_are_not_finite_leave_no_statistics():
+    model, (x, y) = network().eval(), batch()
+    preconditioner = kf.Preconditioner(model, kf.Categorical())
+    for bad in (True, False):
+        model.zero_grad()
+        nn.functional.cross_entropy(preconditioner(x * torch.nan if bad else x), y).backward()
+        preconditioner.step()
+    assert preconditioner.curvature.dropped == 1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
