@@ -8,7 +8,10 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher import error as module
+from kronfisher.error import quadratic
 from kronfisher.fits import FITS
+from kronfisher.operators import KroneckerSum
+from kronfisher.samples import Dense, Samples
 from tests.exact import Written, exact_fisher
 
 FITS_TO_TRY = [
@@ -224,3 +227,16 @@ def test_nothing_is_kept_and_it_shows_in_the_report(model, x, monkeypatch):
     assert len(made) == 1 and made[0]() is None
     assert str(found).splitlines()[-1].split() == ["all", f"{found.relative:.4f}"]
     assert [row.error for row in fisher.report().rows] == list(found.blocks.values())
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_quadratic_forms_of_sums_of_products_term_by_term(positions):
+    a, g = torch.randn(2, 5, positions, 3).double(), torch.randn(2, 5, positions, 2).double()
+    A, B = torch.randn(3, 2, 3, 3).double(), torch.randn(3, 2, 2, 2).double()
+    A, B = (torch.cat([side[:2] + side[:2].mT, side[2:] - side[2:].mT]) for side in (A, B))  # the last antisymmetric
+    X = KroneckerSum(A, B, shift=0.7)
+    rows = (g.mT @ a).transpose(0, 1).flatten(1)
+    truth = (rows @ X.to_dense() * rows).sum()
+    without = (rows @ KroneckerSum(A[:2], B[:2], shift=0.7).to_dense() * rows).sum()
+    torch.testing.assert_close(quadratic(Samples(Dense(a), g), X), truth)
+    assert abs(truth - without) > 1e-3 or positions == 1  # one position has no antisymmetric part

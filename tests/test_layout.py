@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 ROWS = [
     {"errors", "linalg", "models"},
-    {"samples", "indices", "blocks", "operators", "likelihoods"},
+    {"samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation", "fallback"},
@@ -24,7 +24,7 @@ ROWS = [
     {"cli"},
 ]
 ROW = {module: k for k, row in enumerate(ROWS) for module in row}
-EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer"}
+EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer", "transformers", "peft"}
 
 
 def top(path):

@@ -194,3 +194,25 @@ def test_joined_masks():
     both = join([one.masked(positions), two.masked(positions[:, :1])])
     assert int(both.rows) == int(positions.sum() + 2 * positions[:, 0].sum())
     close(both.counted.dense()[:, :, :3], one.activations.dense() * positions[:, :, None])
+
+
+@kinds
+@pytest.mark.parametrize("positions", [1, 2, 3, 20])
+@workspaces
+def test_products_with_themselves(kind, positions, workspace, monkeypatch):
+    samples, G = make(kind, positions, workspace)
+    outputs, inputs = G @ G.mT, G.mT @ G
+    for shorter in (None, True, False) if positions > 1 else (None,):  # as costs say, and both ways
+        if shorter is not None:
+            monkeypatch.setattr(Samples, "_shorter", lambda *_, shorter=shorter: shorter)
+        for add, truth in ((samples.add_output_products_, outputs), (samples.add_input_products_, inputs)):
+            total = torch.zeros_like(truth.sum(1))
+            for _ in range(2):
+                add(total)
+            close(mirror(total), 2 * truth.sum(1))
+
+
+def test_long_products_are_taken_of_written_out_gradients():
+    for positions, shorter in ((2, True), (200, False)):
+        samples = Samples(Dense(randn(1, 1, positions, 30)), randn(1, 1, positions, 20))
+        assert samples._shorter(20, 30) == samples._shorter(30, 20) == shorter

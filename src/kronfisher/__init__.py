@@ -8,6 +8,7 @@ from kronfisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.error import Distance
 from kronfisher.errors import (
     DataError,
+    IndefiniteError,
     MemoryBudgetError,
     NumericalError,
     NumericalWarning,
@@ -16,16 +17,21 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
+from kronfisher.rearrangement import nearest_kronecker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
+    "KL",
+    "KPSVD",
+    "TKFAC",
     "Bernoulli",
     "Categorical",
     "Comparison",
@@ -38,6 +44,9 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "IndefiniteError",
+    "KFACCorrected",
+    "KroneckerSum",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",
@@ -49,4 +58,5 @@ __all__ = [
     "coverage",
     "estimate",
     "load",
+    "nearest_kronecker",
 ]

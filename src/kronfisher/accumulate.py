@@ -119,7 +119,7 @@ class Accumulator:
 
     @property
     def passes(self) -> int:
-        """How many times the data are read."""
+        """How many times the data are read, at most."""
         return max((group.state.plan.passes for group in self.groups), default=1)
 
     def add(self, batch: Any, where: str) -> None:

@@ -17,6 +17,10 @@ class SingularError(NumericalError):
     """A matrix that has to be inverted has (numerically) zero eigenvalues; the message says how much damping helps."""
 
 
+class IndefiniteError(SingularError):
+    """A matrix that has to be positive definite has negative eigenvalues; nothing bends it without being asked to."""
+
+
 class MemoryBudgetError(MemoryError):
     """The work does not fit the memory given; the message says how many bytes it takes."""
 

@@ -115,7 +115,11 @@ def estimate(
                 *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
             ]
             infos[block_name(group.blocks)] = BlockInfo(
-                method, float(group.state.rows), group.seconds, notes="; ".join(filter(None, notes))
+                method,
+                float(group.state.rows),
+                group.seconds,
+                group.fit.error(group.state, operator),
+                "; ".join(filter(None, notes)),
             )
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         entries = _joined(entries)

@@ -114,12 +114,12 @@ def _require_finite(matrix: Tensor, name: str) -> None:
 
 
 def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric matrix, with fallbacks that are visible.
+    """Eigenvalues and eigenvectors of a symmetric (or Hermitian) matrix, with fallbacks that are visible.
 
     The matrix is symmetrised; if the solver fails, it is checked for finiteness and float64 in main memory is tried.
 
     Args:
-        matrix: ``[..., D, D]``.
+        matrix: ``[..., D, D]``, real or complex.
         name: what the matrix is, for messages.
         semidefinite: negative eigenvalues are rounding noise: set them to zero.
 
@@ -133,7 +133,7 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
         >>> eigh(torch.diag(torch.tensor([2.0, 1.0])))[0]
         tensor([1., 2.])
     """
-    symmetric = (matrix + matrix.mT) / 2
+    symmetric = (matrix + matrix.mH) / 2
     found = _decomposed(symmetric)
     if found is None:
         _require_finite(symmetric, name)
@@ -144,10 +144,11 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
         found = found and (found[0] - shift, found[1])
     if found is None:
         warnings.warn(f"{name}: eigh failed in {matrix.dtype}; redone in float64", NumericalWarning, stacklevel=2)
-        found = _decomposed(symmetric.to("cpu", torch.float64))
+        wide = torch.complex128 if matrix.is_complex() else torch.float64
+        found = _decomposed(symmetric.to("cpu", wide))
     if found is None:
         raise NumericalError(f"{name}: no eigendecomposition even in float64. Use a diagonal fit for this layer.")
-    values, vectors = found[0].to(matrix), found[1].to(matrix)
+    values, vectors = found[0].to(matrix.device, matrix.dtype.to_real()), found[1].to(matrix)
     return (values.clamp_min(0) if semidefinite else values), vectors
 
 
@@ -186,6 +187,15 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
         _require_finite(matrix, name)
         raise SingularError(singular_message(name, matrix.diagonal(dim1=-2, dim2=-1).mean().item(), matrix.dtype))
     return factor
+
+
+def indefinite_message(name: str, low: float, high: float) -> str:
+    """What to tell the user when the matrix of a block has negative eigenvalues where none may be."""
+    return (
+        f"{name} is indefinite: its eigenvalues go from {low:.3g} to {high:.3g}. Add damping of more than {-low:.3g}, "
+        "choose a fit whose terms are all positive semidefinite, or say how to bend it: .clamped(floor) raises small "
+        "eigenvalues, .absolute() takes their size."
+    )
 
 
 def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:

@@ -8,13 +8,14 @@ otherwise. A sample is one datum under one label draw or one column of the outpu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.linalg import add_symmetric_product_
+from kronfisher.linalg import add_symmetric_product_, mirror
 
 __all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
 
@@ -37,9 +38,26 @@ class Activations:
 
     shape: tuple[int, int, int, int]
 
+    @property
+    def stored(self) -> int:
+        """How many numbers are held."""
+        return prod(self.shape)
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         """The inputs of samples low to high, written out: ``[H, high − low, T, I]``."""
         raise NotImplementedError
+
+    def part(self, low: int, high: int, step: int = 1) -> "Activations":
+        """The inputs of every `step`-th sample from low to high, in as compact a form."""
+        return Dense(self.dense(low, high)[:, ::step])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
+        return self.dense(low, high) @ matrix.unsqueeze(1)
+
+    def copied(self) -> "Activations":
+        """The same in memory of its own, for samples that have to outlive their batch."""
+        return Dense(self.dense().clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]`` only."""
@@ -53,6 +71,15 @@ class Activations:
         heads, n, positions, width = self.shape
         for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
             total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
+        add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
+
+    def products(self) -> Tensor:
+        """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
+        rows = self.dense()[:, :, 0]
+        return mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
@@ -106,9 +133,24 @@ class Dense(Activations):
         heads, n, positions, width = self.values.shape
         return heads, n, positions, width + self.bias
 
+    @property
+    def stored(self) -> int:
+        return self.values.numel()
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         values = self.values[:, low:high]
         return torch.cat([values, values.new_ones(()).expand(*values.shape[:3], 1)], dim=-1) if self.bias else values
+
+    def part(self, low: int, high: int, step: int = 1) -> "Dense":
+        return replace(self, values=self.values[:, low:high:step])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        width = self.values.shape[-1]
+        product = self.values[:, low:high] @ matrix[:, None, :width]
+        return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
+
+    def copied(self) -> "Dense":
+        return replace(self, values=self.values.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         rows = self.values.to(total.dtype).flatten(1, 2)
@@ -117,6 +159,19 @@ class Dense(Activations):
         if self.bias:  # the last column, without a copy of the rest
             total[:, :width, width] += rows.sum(dim=1)
             total[:, width, width] += rows.shape[1]
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        root, width = weights.sqrt()[..., None], self.values.shape[-1]
+        rows = self.values[:, :, 0] * root
+        add_symmetric_product_(total[:, :width, :width], rows)
+        if self.bias:
+            total[:, :width, width:] += rows.mT @ root
+            total[:, width, width] += weights.sum(1)
+
+    def products(self) -> Tensor:
+        rows = self.values[:, :, 0]
+        found = mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return found.add_(1) if self.bias else found
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
@@ -140,9 +195,19 @@ class Ones(Activations):
     def shape(self) -> tuple[int, int, int, int]:
         return (*self.sizes, 1)
 
+    @property
+    def stored(self) -> int:
+        return 0
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         heads, n, positions = self.sizes
         return self.like.new_ones(()).expand(heads, len(range(n)[low:high]), positions, 1)
+
+    def part(self, low: int, high: int, step: int = 1) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], len(range(low, high, step)), self.sizes[2]))
+
+    def copied(self) -> "Ones":
+        return replace(self, like=self.like.new_empty(0))
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         total += self.sizes[1] * self.sizes[2]
@@ -222,6 +287,11 @@ class Samples:
         """The inputs, zero at positions that do not count."""
         return self.activations if self.mask is None else self.activations.masked(self.mask)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that the samples take while they are kept."""
+        return (self.activations.stored + self.gradients.numel()) * self.gradients.element_size()
+
     def add_input_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
         add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
@@ -233,6 +303,41 @@ class Samples:
             total += self.gradients.to(total.dtype).square().sum(dim=(1, 2))
             return
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
+
+    def add_output_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]``; rows are sorted by sample."""
+        heads, outputs, width = self.shape
+        if self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.activations.dense(), dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.gradients * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(outputs, width):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                total += (a @ a.mT @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.mT.reshape(heads, -1, outputs))
+
+    def add_input_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]``; rows are sorted by sample."""
+        heads, outputs, width = self.shape
+        if self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.gradients, dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(width, outputs):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                total += (g @ g.mT @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.reshape(heads, -1, width))
+
+    def _shorter(self, kept: int, summed: int) -> bool:
+        """Whether ``[T, T]`` products are cheaper than the gradients written out, by multiplications."""
+        positions = self.positions
+        return positions * (summed + kept) + kept**2 < kept * summed * (1 + kept / (2 * positions))
 
     def per_sample(self) -> Iterator[Tensor]:
         """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
@@ -255,6 +360,16 @@ class Samples:
             total += gradients.square().sum(dim=1)
         return total
 
+    def part(self, low: int, high: int, step: int = 1) -> "Samples":
+        """Every `step`-th sample from low to high."""
+        mask, gradients = None if self.mask is None else self.mask[low:high:step], self.gradients[:, low:high:step]
+        return replace(self, activations=self.activations.part(low, high, step), gradients=gradients, mask=mask)
+
+    def copied(self) -> "Samples":
+        """The same in memory of its own: the batch may be gone, or refilled, when it is used."""
+        mask = None if self.mask is None else self.mask.clone()
+        return replace(self, activations=self.activations.copied(), gradients=self.gradients.clone(), mask=mask)
+
     def pieces(self) -> Iterator["Samples"]:
         """A few samples at a time, their inputs written out."""
         heads, outputs, width = self.shape
@@ -263,25 +378,26 @@ class Samples:
             activations = Dense(self.activations.dense(low, high))
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
-    def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
+    def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
         """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
 
         Args:
-            inputs: ``U_A [H, I, I]``, or the diagonal ``[H, I]`` of a diagonal one.
-            outputs: ``U_B [H, O, O]``, or ``[H, O]``.
+            inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
+            outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
 
-        def turned(gradients: Tensor) -> Tensor:
-            return gradients @ outputs.unsqueeze(1) if outputs.dim() == 3 else gradients * outputs[:, None, None]
+        def turned(rows: Tensor, side: Tensor | None) -> Tensor:
+            if side is None:
+                return rows
+            return rows @ side.unsqueeze(1) if side.dim() == 3 else rows * side[:, None, None]
 
-        if inputs.dim() == 2:  # inputs need not be written out
-            yield replace(
-                self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None
-            )
+        if inputs is not None and inputs.dim() == 2:  # they need not be written out
+            activations = self.activations.scaled(inputs)
+            yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
             return
         for piece in self.pieces():
-            activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))
-            yield replace(piece, activations=activations, gradients=turned(piece.gradients))
+            activations = Dense(turned(piece.activations.dense(), inputs))
+            yield replace(piece, activations=activations, gradients=turned(piece.gradients, outputs))
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""

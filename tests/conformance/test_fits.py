@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kronfisher as kf
 from kronfisher.blocks import Block
-from kronfisher.fits import FITS
+from kronfisher.fits import FITS, named
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.operators.fisher import gather
@@ -26,9 +26,10 @@ FEW = ("categorical-weighted", "categorical-sequence", "gaussian-variances")
 examples = pytest.mark.parametrize("example", EXAMPLES)
 fits = pytest.mark.parametrize("fit", FITS)
 few = pytest.mark.parametrize("likelihood", FEW)
-turns = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"),
-    [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)],
+TURNS = [(e, f, FEW[(i + j) % len(FEW)]) for i, e in enumerate(EXAMPLES) for j, f in enumerate(FITS)]
+turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
+free_of_batches = pytest.mark.parametrize(
+    ("example", "fit", "likelihood"), [turn for turn in TURNS if not named(turn[1]).by_batch]
 )
 
 
@@ -130,7 +131,47 @@ def check_eigenvectors(p: Problem, tap: Tap, a: Tensor, g: Tensor, basis: Kronec
         assert off.norm() <= 1e-10 * side.norm(), f"{tap.name}: not the eigenvectors of K-FAC"
 
 
+def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    for tap, a, g in p.rows(labels):
+        G = torch.einsum("vhnto,hnti->vhnoi", g, a)
+        L, R = torch.einsum("vhnoi,vhnpi->hop", G, G), torch.einsum("vhnoi,vhnoj->hij", G, G)
+        traces = G.square().sum((0, 2, 3, 4))
+        parts = [torch.kron(left, right) / trace for left, right, trace in zip(L, R, traces, strict=True)]
+        block = torch.block_diag(*parts) / p.count
+        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        index = tap.index.flatten()
+        trace = p.truth(labels)[index, index].sum()
+        assert float(fisher[tap.name].trace() / trace) == pytest.approx(1, abs=1e-10), tap.name
+
+
+def flip_flop(G: Tensor, count: int, fit: kf.KL) -> Tensor:
+    """KL of one group from its gradients ``[n, O, I]``, by explicit inverses."""
+    _, outputs, inputs = G.shape
+    A = torch.eye(inputs, dtype=G.dtype)
+    B = torch.eye(outputs, dtype=G.dtype)
+    for _ in range(fit.iterations):
+        inverse, old = torch.linalg.inv(A), A
+        shift = fit.damping * inverse.trace() * torch.eye(outputs, dtype=G.dtype)
+        B = (torch.einsum("noi,ij,npj->op", G, inverse, G) / count + shift) / inputs
+        inverse = torch.linalg.inv(B)
+        shift = fit.damping * inverse.trace() * torch.eye(inputs, dtype=G.dtype)
+        A = (torch.einsum("noi,op,npj->ij", G, inverse, G) / count + shift) / outputs
+        if (A / A.norm() - old / old.norm()).norm() <= fit.tolerance:
+            break
+    return torch.kron(B, A)
+
+
+def check_kl(p: Problem, labels: str, fisher: kf.Fisher) -> None:
+    for tap, a, g in p.rows(labels):
+        G = torch.einsum("vhnto,hnti->hvnoi", g, a).flatten(1, 2)
+        block = torch.block_diag(*(flip_flop(group, p.count, kf.KL()) for group in G))
+        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        assert "converged" in fisher.info.blocks[tap.name].notes
+
+
 FORMULAS = {
+    "kl": check_kl,
+    "tkfac": check_tkfac,
     "kfac": check_kfac,
     "kfac-reduce": check_reduce,
     "ekfac": check_ekfac,
@@ -198,7 +239,7 @@ def test_same_call_gives_the_same_bits(example, likelihood, fit):
     )
 
 
-@turns
+@free_of_batches
 def test_batches_do_not_matter(example, likelihood, fit):
     p = problem(example, likelihood)
     sizes = [[1, len(p.x) - 1], [2, len(p.x) - 2], [1] * len(p.x)]

@@ -33,6 +33,12 @@ def exact(model: nn.Module, data, likelihood=None, fit="kfac", **options) -> kf.
 # Scale -------------------------------------------------------------------------------------------------------------
 
 
+def accuracy(fit):
+    """Fits that iterate until their own tolerance stop elsewhere when a group or a sample more is with them."""
+    iterated = fit.startswith(("kfoc", "kpsvd", "kfac-corrected", "kronecker-sum"))
+    return 1e-3 if iterated else 1e-10
+
+
 @fits
 @pytest.mark.parametrize("samples", [1, 4, 16])
 def test_trace_does_not_depend_on_the_number_of_label_draws(fit, samples):
@@ -55,7 +61,7 @@ def test_scale_does_not_depend_on_the_batch_size(fit, labels):
         kf.estimate(model, (x.repeat(k, 1), y.repeat(k, 1)), kf.Gaussian(), fit=fit, labels=labels) for k in (1, 64)
     )
     assert large.count == 64 * small.count
-    assert distance(large.to_dense(), small.to_dense()) < 1e-10
+    assert distance(large.to_dense(), small.to_dense()) < accuracy(fit)
 
 
 @fits
@@ -133,7 +139,7 @@ def test_grouped_convolution_is_so_many_convolutions(fit):
     found = whole.to_dense()[order[:, None], order]
     if fit == "full":  # keeps the terms between groups too
         found = found * torch.block_diag(*torch.ones(3, 27, 27)).double()
-    assert distance(found, apart.to_dense()) < 1e-10
+    assert distance(found, apart.to_dense()) < accuracy(fit)
 
 
 class Fixed(nn.Module):
@@ -260,7 +266,7 @@ def test_roots_are_roots(fit):
     assert distance(inverse_root @ inverse_root @ dense, eye(len(dense))) < 1e-10
 
 
-@fits
+@pytest.mark.parametrize("fit", [name for name in FITS if name != "kl"])  # which fits F + λ: never zero
 @pytest.mark.parametrize("damping", [DAMPING, kf.FactoredTikhonov(DAMPING)], ids=["exact", "factored"])
 def test_zero_curvature_meets_a_prior(fit, damping):
     """Seen: a crash, or a prior that is lost, where a layer has no curvature at all."""

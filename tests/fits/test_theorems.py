@@ -11,7 +11,7 @@ from kronfisher.fits import FITS
 from kronfisher.likelihoods import Draws
 from tests.conformance.truth import dense_fisher, positions, shake
 
-RANK_ONE = ("kfac", "kfac-reduce", "ekfac", "full")
+RANK_ONE = ("kfac", "kfac-reduce", "ekfac", "tkfac", "full")
 ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "relu": nn.ReLU}
 LIKELIHOODS = {
     "gaussian": lambda: kf.Gaussian(0.7),
@@ -319,7 +319,17 @@ class Reparametrised(nn.Module):
 
 @pytest.mark.parametrize("axes", [(), (4,)], ids=str)
 @pytest.mark.parametrize(
-    ("fit", "group"), [("kfac", "affine"), ("kfac-reduce", "affine"), ("ekfac", "orthogonal"), ("full", "affine")]
+    ("fit", "group"),
+    [
+        ("kfac", "affine"),
+        ("kfac-reduce", "affine"),
+        ("ekfac", "orthogonal"),
+        ("full", "affine"),
+        ("tkfac", "orthogonal"),
+        (kf.KL(0.0, 500, 1e-13), "affine"),
+        (kf.KL(0.01, 500, 1e-13), "orthogonal"),
+    ],
+    ids=str,
 )
 def test_equivariance_under_reparametrisations_of_a_layer(axes, fit, group):
     layer = shake(nn.Linear(3, 4)).double()
@@ -344,7 +354,8 @@ def test_equivariance_under_reparametrisations_of_a_layer(axes, fit, group):
     assert distance(changed, block) > 0.1  # the coordinates do differ
 
 
-def test_ekfac_is_not_equivariant_under_affine_changes():
+@pytest.mark.parametrize("fit", ["ekfac", "tkfac", kf.KL(0.01, 500, 1e-13)], ids=str)
+def test_others_are_not_equivariant_under_affine_changes(fit):
     """What the test above could not tell if its change of coordinates were none."""
     with pytest.raises(AssertionError):
-        test_equivariance_under_reparametrisations_of_a_layer((), "ekfac", "affine")
+        test_equivariance_under_reparametrisations_of_a_layer((), fit, "affine")

@@ -14,6 +14,7 @@ from kronfisher.operators import (
     Info,
     Kronecker,
     KroneckerBasis,
+    KroneckerSum,
 )
 
 GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
@@ -79,6 +80,34 @@ def shifted(groups):
     return X + 0.25, x + 0.25 * torch.eye(len(x), dtype=torch.float64)
 
 
+def antisymmetric(*shape, seed):
+    g = torch.randn(*shape, shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (g - g.mT) / 2
+
+
+def kronecker_sum(groups, rank=2, kind="positive", shift=0.0, inputs=3, outputs=2, seed=0):
+    """A positive definite sum; its terms but the first are positive, indefinite, or one antisymmetric."""
+    sides = {}
+    for key, size, start in (("A", inputs, seed), ("B", outputs, seed + 1)):
+        terms = [spd(groups, size, seed=start + 10 * r) for r in range(rank)]
+        if kind != "positive":  # small enough beside the first term
+            terms[1:] = [0.15 * (term - term.diagonal(dim1=1, dim2=2).mean() * torch.eye(size)) for term in terms[1:]]
+        if kind == "antisymmetric":
+            terms[-1] = 0.4 * antisymmetric(groups, size, seed=start + 5)
+        if kind == "diagonal" and key == "A":
+            terms = [positive(groups, size, seed=start + 10 * r) for r in range(rank)]
+        sides[key] = torch.stack(terms)
+    X = KroneckerSum(**sides, name="layer.weight", shift=shift, nonnegative=kind in ("positive", "one"))
+    dense = sum(kron(B, A) for A, B in zip(sides["A"], sides["B"], strict=True))
+    assert torch.linalg.eigvalsh(dense)[0] > 0.1, "the fixture is to be positive definite"
+    return X, dense + shift * torch.eye(len(dense)).double()
+
+
+def pair(groups, kind):
+    X, dense = kronecker_sum(groups, kind=kind)
+    return X.inverse(), torch.linalg.inv(dense)
+
+
 MAKE = {
     **{f"kronecker-{h}": lambda h=h: kronecker(h) for h in GROUPS},
     **{f"kronecker-diagonal-A-{h}": lambda h=h: kronecker(h, diagonal_a=True) for h in GROUPS},
@@ -88,6 +117,24 @@ MAKE = {
     "kronecker-1x1": lambda: kronecker(1, inputs=1, outputs=1),
     **{f"eigenvalue-corrected-{h}": lambda h=h: eigenvalue_corrected(h) for h in GROUPS},
     **{f"kronecker-shifted-{h}": lambda h=h: shifted(h) for h in GROUPS},
+    **{f"sum-1-{h}": lambda h=h: kronecker_sum(h, 1) for h in GROUPS},
+    **{
+        f"sum-{kind}-{rank}-{h}": lambda h=h, rank=rank, kind=kind: kronecker_sum(h, rank, kind)
+        for rank, h, kind in (
+            *((2, 3, kind) for kind in ("positive", "indefinite", "antisymmetric", "diagonal")),
+            *((3, 1, kind) for kind in ("positive", "indefinite", "antisymmetric", "diagonal")),
+            *((4, 3, kind) for kind in ("positive", "antisymmetric")),
+        )
+    },
+    **{
+        f"sum-shifted-{kind}-{rank}": lambda rank=rank, kind=kind: kronecker_sum(2, rank, kind, shift=0.3)
+        for kind in ("positive", "antisymmetric")
+        for rank in (1, 2, 3)
+        if (rank, kind) != (1, "antisymmetric")
+    },
+    "sum-tall": lambda: kronecker_sum(1, inputs=1, outputs=5),
+    "sum-1x1": lambda: kronecker_sum(1, 3, inputs=1, outputs=1),
+    **{f"pair-{kind}": lambda kind=kind: pair(2, kind) for kind in ("indefinite", "antisymmetric", "diagonal")},
     "dense-basis": dense_basis,
     "dense": dense,
     "dense-1": lambda: dense(1),
@@ -112,6 +159,11 @@ def make():
 @pytest.fixture
 def kronecker_of():
     return kronecker
+
+
+@pytest.fixture
+def sum_of():
+    return kronecker_sum
 
 
 class Model(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kronfisher.errors import DataError
-from kronfisher.operators import Eigen, Operator, Total
+from kronfisher.operators import Eigen, Operator, Pair, Total
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
@@ -146,7 +146,7 @@ def test_noise_is_coloured_by_a_root_of_the_right_matrix(case):
     # of Lᵀ the product would be another matrix, since these are far from the identity.
     X, dense = case
     for inverse in (True, False):
-        M = X.colour(identity(dense), inverse=inverse).mT
+        M = X.colour(torch.eye(X.noise_dim(inverse=inverse)).double(), inverse=inverse).mT
         close(M @ M.mT, torch.linalg.inv(dense) if inverse else dense)
 
 
@@ -184,7 +184,7 @@ def test_vectors_of_another_float_dtype_promote(case, own, other, answer):
     assert (X @ v).dtype == X.solve(v).dtype == answer
     close(X @ v, dense @ v.double(), TOLERANCE[answer])
     # Eigenvectors found in float32 stay orthogonal to float32 only.
-    close(X.solve(v), torch.linalg.solve(dense, v.double()), TOLERANCE[own if isinstance(X, Eigen) else answer])
+    close(X.solve(v), torch.linalg.solve(dense, v.double()), TOLERANCE[own if isinstance(X, Eigen | Pair) else answer])
 
 
 def test_vectors_that_do_not_fit_are_refused(case):

@@ -10,6 +10,7 @@ from kronfisher.damping.damping import Damping
 from kronfisher.errors import NumericalWarning
 from kronfisher.operators import sides
 from kronfisher.operators.kronecker import Kronecker
+from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
 
 __all__ = ["FactoredTikhonov"]
@@ -21,7 +22,8 @@ class FactoredTikhonov(Damping, kind="factored"):
 
     It is ``B ⊗ A + λ·1`` and two terms more, ``π√λ·B ⊗ 1 + √λ/π·1 ⊗ A``: an approximation with an inverse of its own.
     π makes it independent of how a scale is split between A and B. Groups are damped one by one. A product that is zero
-    becomes ``λ·1``. Operators of any other structure get exact Tikhonov damping.
+    becomes ``λ·1``. Of a sum of products the first term is damped so: two terms keep an exact inverse. Operators of any
+    other structure get exact Tikhonov damping.
 
     λ is raised, with a warning, to ``(10 ε max(I, O))²`` times the mean eigenvalue of ``B ⊗ A`` (ε of the dtype) if it
     is smaller: the added diagonals would drown in the rounding errors of A and B.
@@ -33,13 +35,18 @@ class FactoredTikhonov(Damping, kind="factored"):
     """
 
     def damp(self, operator: Operator, value: float) -> Operator:
-        """The damped product; ``X + λ·1`` for anything but a `Kronecker`.
+        """The damped product, or sum with its first term damped; ``X + λ·1`` for any other structure.
 
         Warns:
             NumericalWarning: λ was raised to the floor, or is below the precision of an exactly damped operator.
         """
+        if isinstance(operator, KroneckerSum):
+            return operator.with_first(self._product(operator.terms[0], value))
         if not isinstance(operator, Kronecker):
             return operator.shifted(value)
+        return self._product(operator, value)
+
+    def _product(self, operator: Kronecker, value: float) -> Kronecker:
         left, right = operator.B, operator.A
         root_a, root_b = (sides.diagonal(side).mean(1).clamp_min(0).sqrt() for side in (right, left))
         nonzero = (root_a > 0) & (root_b > 0)  # a side of zero trace is zero, and so is the product
@@ -63,7 +70,7 @@ class FactoredTikhonov(Damping, kind="factored"):
                 f"{operator.name or operator.structure}: λ = {value:.1e} is too small for {operator.dtype}; raised to "
                 f"{lowest:.1e}. Use a larger λ or float64.",
                 NumericalWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return torch.maximum(root, floor)
 

@@ -18,6 +18,11 @@ DESCRIPTIONS = {
     "kfac": "one Kronecker product a layer (K-FAC, KFC)",
     "kfac-reduce": "the same, positions summed out first",
     "ekfac": "K-FAC's eigenvectors, measured eigenvalues",
+    "tkfac": "one Kronecker product with the right trace",
+    "kpsvd": "the best product by power iteration",
+    "kfac-corrected": "K-FAC and a product for what it misses",
+    "kronecker-sum": "the best sum of two products",
+    "kl": "the product nearest in divergence (F + 0.001)",
     "diagonal": "the diagonal alone",
     "full": "each layer's dense matrix: the truth",
 }

@@ -6,5 +6,27 @@ from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import FITS, Fit, Plan, State, named
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
+from kronfisher.fits.kfoc import KFOC
+from kronfisher.fits.kl import KL
+from kronfisher.fits.kronecker_sum import KPSVD, KFACCorrected, KroneckerSum
+from kronfisher.fits.tkfac import TKFAC
 
-__all__ = ["EKFAC", "FITS", "KFAC", "Choice", "Diagonal", "Fit", "Full", "Plan", "State", "choose", "named"]
+__all__ = [
+    "EKFAC",
+    "FITS",
+    "KFAC",
+    "KFOC",
+    "KL",
+    "KPSVD",
+    "TKFAC",
+    "Choice",
+    "Diagonal",
+    "Fit",
+    "Full",
+    "KFACCorrected",
+    "KroneckerSum",
+    "Plan",
+    "State",
+    "choose",
+    "named",
+]

@@ -34,6 +34,14 @@ class EKFAC(Fit):
 
     basis: Fit = field(default_factory=KFAC)
 
+    @property
+    def linear(self) -> bool:
+        return self.basis.linear
+
+    @property
+    def by_batch(self) -> bool:
+        return self.basis.by_batch
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         first = self.basis.plan(group, element)
         extra = first.bytes // 2 + element * elements(*sizes(group))  # the eigenvectors are as large as the factors
@@ -43,15 +51,19 @@ class EKFAC(Fit):
         return self.basis.init(group, plan, like)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        if not state.fixed:
+        if "eigenvalues" not in state.sums:
             return self.basis.update(state, samples)
         (use,) = samples
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             state.sums["eigenvalues"] += part.squares()
         return state
 
+    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+        first = "eigenvalues" not in x.sums and "eigenvalues" not in y.sums
+        return self.basis.combine(x, y, wx, wy) if first else super().combine(x, y, wx, wy)
+
     def next_pass(self, state: State) -> State | None:
-        if state.fixed:
+        if "eigenvalues" in state.sums:
             return None
         again = self.basis.next_pass(state)
         if again is not None:

@@ -7,7 +7,7 @@ moving averages and partitions of the data are one `+` and one `*`. Only `finish
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         bytes: size of the state and of the operator made from it.
-        passes: times the data are read.
+        passes: times the data are read, at most.
         owned: whether rows must be sorted by sample.
         workspace: bytes that temporaries may take.
     """
@@ -51,6 +51,8 @@ class State:
         count: N, data so far.
         rows: positions that counted so far.
         phase: number of the pass, from 0.
+        waiting: samples that wait for more, in memory of their own, for fits that take many at once.
+        facts: what `Fit.notes` tells of how the sums came about; it is not added up.
     """
 
     blocks: tuple[Block, ...]
@@ -60,6 +62,8 @@ class State:
     count: Number = 0.0
     rows: Number = 0.0
     phase: int = 0
+    waiting: list[Samples] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,6 +93,16 @@ class Fit:
     """
 
     exact: ClassVar[bool] = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether states are plain sums over samples, so that those of partitions add up to that of all data."""
+        return True
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether the answer depends on the size and order of the batches."""
+        return False
 
     def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
         """Which blocks are treated together."""
@@ -130,6 +144,10 @@ class Fit:
     def finish(self, state: State) -> Operator:
         """The operator of the mean over data: the only place where 1/N is applied."""
         raise NotImplementedError
+
+    def error(self, state: State, operator: Operator) -> float | None:
+        """The relative error ``‖F − X‖ / ‖F‖`` of the operator that `finish` made, where the sums tell it."""
+        return None
 
     def notes(self, state: State) -> str:
         """What the report says about this block besides its structure, such as iterations and convergence."""

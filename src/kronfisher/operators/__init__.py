@@ -1,4 +1,4 @@
-"""Structured symmetric positive semidefinite matrices, and the Fisher matrix made of them."""
+"""Structured symmetric matrices, and the Fisher matrix made of them."""
 
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
@@ -6,7 +6,9 @@ from kronfisher.operators.eigen import DenseBasis, Eigen, KroneckerBasis
 from kronfisher.operators.fisher import Fisher
 from kronfisher.operators.info import BlockInfo, Info
 from kronfisher.operators.kronecker import Kronecker
+from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
+from kronfisher.operators.pair import Pair
 from kronfisher.operators.report import Report
 from kronfisher.operators.storage import load
 from kronfisher.operators.total import Total
@@ -21,7 +23,9 @@ __all__ = [
     "Info",
     "Kronecker",
     "KroneckerBasis",
+    "KroneckerSum",
     "Operator",
+    "Pair",
     "Report",
     "Total",
     "load",

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, SingularError
 from kronfisher.linalg import eigh, full_precision
 from kronfisher.operators import sides
 from kronfisher.operators.diagonal import Diagonal
@@ -20,11 +20,13 @@ __all__ = ["Dense"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Operator, kind="dense"):
-    """A symmetric positive semidefinite matrix, entry by entry.
+    """A symmetric matrix, entry by entry.
 
     Attributes:
         matrix: ``[D, D]``.
         name: what the matrix belongs to, for messages.
+        indefinite: it may be: then negative eigenvalues are kept and stop what needs positive ones. False: the matrix
+            is positive semidefinite by construction, and they are rounding noise.
 
     Example:
         >>> X = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -36,6 +38,7 @@ class Dense(Operator, kind="dense"):
 
     matrix: Tensor
     name: str = ""
+    indefinite: bool = False
 
     def __post_init__(self) -> None:
         if self.matrix.dim() != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
@@ -50,6 +53,11 @@ class Dense(Operator, kind="dense"):
     def structure(self) -> str:
         """The size."""
         return f"dense {self.dim}x{self.dim}"
+
+    @property
+    def semidefinite(self) -> bool:
+        """As it was made."""
+        return not self.indefinite
 
     def matvecs(self, rows: Tensor) -> Tensor:
         """The matrix times K rows ``[K, D]``."""
@@ -101,7 +109,8 @@ class Dense(Operator, kind="dense"):
     def merged(self, other: Operator) -> Operator | None:
         """Dense and diagonal matrices are added in place of the sum."""
         if isinstance(other, Dense):
-            return replace(self, matrix=self.matrix + other.matrix)
+            either = self.indefinite or other.indefinite
+            return replace(self, matrix=self.matrix + other.matrix, indefinite=either)
         return replace(self, matrix=self.matrix + other.values.diag()) if isinstance(other, Diagonal) else None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -109,8 +118,8 @@ class Dense(Operator, kind="dense"):
         return {"matrix": self.matrix}
 
     def settings(self) -> dict[str, Any]:
-        """The name."""
-        return {"name": self.name}
+        """The name, and whether it may be indefinite."""
+        return {"name": self.name, "indefinite": self.indefinite}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
@@ -119,9 +128,14 @@ class Dense(Operator, kind="dense"):
 
     @cached_property
     def _factor(self) -> Tensor:
-        return sides.factor(self.matrix[None], self.name or self.structure)[0]
+        try:
+            return sides.factor(self.matrix[None], self.name or self.structure)[0]
+        except SingularError:
+            if self.indefinite:
+                self.spectral().checked()  # says so if negative eigenvalues are the reason
+            raise
 
     @cached_property
     def _spectral(self) -> Eigen:
-        values, vectors = eigh(self.matrix, self.name or self.structure)
+        values, vectors = eigh(self.matrix, self.name or self.structure, semidefinite=not self.indefinite)
         return Eigen(DenseBasis(vectors), values, self.name)

@@ -29,7 +29,7 @@ Blocks = tuple[Block, ...]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fisher:
-    """A symmetric positive semidefinite matrix ``[P, P]`` over the parameters of a model.
+    """A symmetric matrix ``[P, P]`` over the parameters of a model; only a sum of products may make it indefinite.
 
     A vector is a dict by parameter name, ``{name: [*shape]}`` or ``{name: [K, *shape]}`` for K of them, or one flat
     tensor ``[P]`` or ``[P, K]`` in the order of the names; answers come back in the same form. Every operation gives a
@@ -165,6 +165,7 @@ class Fisher:
 
         Raises:
             SingularError: a block has numerically zero eigenvalues; the message names it. Add damping first.
+            IndefiniteError: a block has negative eigenvalues, as a sum of Kronecker products may.
             DataError: `v` does not fit.
         """
         return self._through(v, lambda operator, rows: operator.solves(rows))
@@ -186,7 +187,8 @@ class Fisher:
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def draw(operator: Operator) -> Tensor:
-            noise = torch.randn(n, operator.dim, generator=generator, dtype=operator.dtype, device=operator.device)
+            size = operator.noise_dim(inverse=inverse)
+            noise = torch.randn(n, size, generator=generator, dtype=operator.dtype, device=operator.device)
             return operator.colour(noise, inverse=inverse)
 
         return self._scatter(n, self.dtype, draw)
@@ -267,6 +269,22 @@ class Fisher:
         """``α·F`` for α of at least 0 (ValueError otherwise)."""
         factor = nonnegative(factor, "the factor")
         return self.mapped(lambda operator: operator.scaled(factor), f"* {factor:g}")
+
+    def clamped(self, floor: float = 0.0) -> "Fisher":
+        """Blocks that may be indefinite with eigenvalues below `floor` raised to it; see `Operator.clamped`.
+
+        It changes nothing in a positive semidefinite block when `floor` is zero. A clamped direction has no curvature
+        left: in a posterior its variance is the prior's alone.
+
+        Raises:
+            ValueError: `floor` is negative or not finite.
+        """
+        floor = nonnegative(floor, "the floor")
+        return self.mapped(lambda operator: operator.clamped(floor), f"clamped at {floor:g}")
+
+    def absolute(self) -> "Fisher":
+        """Blocks with the absolute values of their eigenvalues; see `Operator.absolute`."""
+        return self.mapped(lambda operator: operator.absolute(), "absolute values")
 
     def reduced(self, reduction: Literal["mean", "sum"]) -> "Fisher":
         """The same data as a mean or as a sum over them: times or divided by `count` where that changes.

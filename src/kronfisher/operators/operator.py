@@ -1,4 +1,4 @@
-"""What every structured symmetric positive semidefinite matrix can do.
+"""What every structured symmetric matrix can do; it is positive semidefinite unless its class says otherwise.
 
 A subclass says how it multiplies and what its spectrum is; everything else is derived here, once, and a subclass
 replaces what it can do more cheaply. Vectors are canonical: ``[D]`` with ``D = H·O·I`` in row-major order of
@@ -56,7 +56,10 @@ def stable_norm(tensor: Tensor) -> Tensor:
 
 
 class Operator(ABC):
-    """A symmetric positive semidefinite matrix ``[D, D]`` with structure.
+    """A symmetric matrix ``[D, D]`` with structure.
+
+    It is positive semidefinite unless `semidefinite` is False. What needs a positive definite matrix then raises
+    `IndefiniteError` when it meets a negative eigenvalue; only `clamped` and `absolute` change the spectrum.
 
     A subclass is registered by its `kind` (``class Mine(Operator, kind="mine")``), which is how a saved file names it.
 
@@ -125,6 +128,16 @@ class Operator(ABC):
     def scaled(self, factor: float) -> "Operator":
         """``factor · X``, for a factor of at least 0 (ValueError otherwise)."""
 
+    @property
+    def semidefinite(self) -> bool:
+        """Whether the matrix is positive semidefinite by construction: negative eigenvalues are rounding noise."""
+        return True
+
+    @property
+    def notes(self) -> str:
+        """What a report says besides the structure."""
+        return ""
+
     # What follows from it ---------------------------------------------------------------------------------------------
 
     @property
@@ -146,15 +159,20 @@ class Operator(ABC):
         """``X⁻¹`` times K vectors ``[K, D]`` of the operator's dtype, without checks of the vectors."""
         return self.inverse().matvecs(rows)
 
+    def noise_dim(self, *, inverse: bool = True) -> int:
+        """How many white numbers `colour` takes for one draw: D, or more where terms are drawn apart."""
+        return self.dim
+
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
-        """Turn n rows of white noise ``[n, D]`` into draws from ``N(0, X⁻¹)``, or from ``N(0, X)``."""
+        """Turn rows of white noise ``[n, noise_dim]`` into draws ``[n, D]`` from ``N(0, X⁻¹)``, or from ``N(0, X)``."""
         return (self.inverse_sqrt() if inverse else self.sqrt()).matvecs(noise)
 
     def solve(self, v: Tensor) -> Tensor:
         """``X⁻¹ v`` for `v` ``[D]`` or ``[D, K]``, in the same form.
 
         Raises:
-            SingularError: X has numerically zero eigenvalues; add damping first.
+            SingularError: X has numerically zero eigenvalues; add damping first. IndefiniteError, a kind of it: it has
+                negative ones.
             DataError: `v` does not fit.
         """
         return self._through(v, lambda operator, rows: operator.solves(rows))
@@ -168,8 +186,12 @@ class Operator(ABC):
         return self.spectral().positive_map(torch.rsqrt)
 
     def sqrt(self) -> "Operator":
-        """The symmetric positive semidefinite square root as an operator."""
-        spectral = self.spectral()
+        """The symmetric positive semidefinite square root as an operator.
+
+        Raises:
+            IndefiniteError: X has negative eigenvalues.
+        """
+        spectral = self.spectral().rooted()
         return spectral.map(torch.sqrt, definite=spectral.definite)
 
     def logdet(self) -> Tensor:
@@ -195,6 +217,23 @@ class Operator(ABC):
         """
         return self if nonnegative(damping, "the damping λ") == 0 else self.spectral().shifted(damping)
 
+    def clamped(self, floor: float = 0.0) -> "Operator":
+        """X with eigenvalues below `floor` raised to it: ``U max(S, floor) Uᵀ``; X itself where that changes nothing.
+
+        A direction that is clamped to zero has no curvature left at all.
+
+        Raises:
+            ValueError: `floor` is negative or not finite.
+        """
+        floor = nonnegative(floor, "the floor")
+        if floor == 0 and self.semidefinite:
+            return self
+        return self.spectral().map(lambda values: values.clamp_min(floor), definite=floor > 0)
+
+    def absolute(self) -> "Operator":
+        """X with the absolute values of its eigenvalues, ``U |S| Uᵀ``; X itself if it is positive semidefinite."""
+        return self if self.semidefinite else self.spectral().map(torch.abs)
+
     def sample(self, n: int, *, seed: int = 0, inverse: bool = True) -> Tensor:
         """Draw n vectors from ``N(0, X⁻¹)``: X is read as a precision, as in a posterior.
 
@@ -210,7 +249,8 @@ class Operator(ABC):
             SingularError: as in `solve`, for ``inverse=True``.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        noise = torch.randn(n, self.dim, generator=generator, dtype=self.dtype, device=self.device)
+        size = self.noise_dim(inverse=inverse)
+        noise = torch.randn(n, size, generator=generator, dtype=self.dtype, device=self.device)
         return self.colour(noise, inverse=inverse)
 
     def to_dense(self) -> Tensor:

@@ -105,7 +105,8 @@ def report(fisher: "Fisher") -> Report:
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
         error = block.error if measured is None else measured.blocks.get(name)
-        made = (block.method, error, operator.bytes, block.seconds, block.notes)
+        notes = "; ".join(filter(None, (block.notes, operator.notes)))
+        made = (block.method, error, operator.bytes, block.seconds, notes)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":

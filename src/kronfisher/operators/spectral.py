@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import singular_message
+from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
+from kronfisher.linalg import indefinite_message, singular_message
 from kronfisher.operators.operator import Operator, nonnegative
 
 __all__ = ["Spectral", "negligible"]
@@ -41,6 +41,11 @@ class Spectral(Operator):
         """Itself."""
         return self
 
+    @property
+    def semidefinite(self) -> bool:
+        """From the eigenvalues."""
+        return self.definite or self.extremes[0] >= 0
+
     @cached_property
     def extremes(self) -> tuple[float, float]:
         """The smallest and the largest eigenvalue."""
@@ -51,15 +56,35 @@ class Spectral(Operator):
         """Itself, if it can be inverted.
 
         Raises:
+            IndefiniteError: an eigenvalue is negative, by more than rounding explains.
             SingularError: an eigenvalue is numerically zero.
             NumericalError: an eigenvalue is not finite.
         """
-        low, high = self.extremes
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise NumericalError(f"{self.name or self.structure}: an eigenvalue is NaN or Inf")
+        low, high = self._finite()
+        if low < -negligible(self.dtype) * max(high, -low):
+            raise IndefiniteError(indefinite_message(self.name or self.structure, low, high))
         if low <= 0 or not (self.definite or low > negligible(self.dtype) * high):
             raise SingularError(singular_message(self.name or self.structure, self.values.mean().item(), self.dtype))
         return self
+
+    def rooted(self) -> Self:
+        """Itself with negative rounding noise set to zero, so that it has a root.
+
+        Raises:
+            IndefiniteError, NumericalError: as in `checked`.
+        """
+        low, high = self._finite()
+        if low >= 0:
+            return self
+        if low < -negligible(self.dtype) * max(high, -low):
+            raise IndefiniteError(indefinite_message(self.name or self.structure, low, high))
+        return self.map(lambda values: values.clamp_min(0))
+
+    def _finite(self) -> tuple[float, float]:
+        low, high = self.extremes
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NumericalError(f"{self.name or self.structure}: an eigenvalue is NaN or Inf")
+        return low, high
 
     def positive_map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """`map` by a function from positive to positive numbers; SingularError as in `checked`."""

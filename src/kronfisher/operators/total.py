@@ -67,6 +67,11 @@ class Total(Operator, kind="total"):
         return self.terms[0].dim
 
     @property
+    def semidefinite(self) -> bool:
+        """Whether all terms are."""
+        return all(term.semidefinite for term in self.terms)
+
+    @property
     def structure(self) -> str:
         """Its terms."""
         return " + ".join(term.structure for term in self.terms)
@@ -150,13 +155,22 @@ class Total(Operator, kind="total"):
 
     @cached_property
     def _matrix(self) -> Dense:
-        return Dense(self.to_dense(), self.name)
+        return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite)
 
     def _dense(self, wanted: str) -> Dense:
-        if self.dim > DENSE_LIMIT:
-            raise UnsupportedError(
-                f"{self!r}: a sum of operators has no structure that gives {wanted}, and it is not formed above "
-                f"{DENSE_LIMIT} rows (it has {self.dim}). Products, trace and diagonal work: solve by conjugate "
-                "gradients on them (fisher.to_scipy() suits SciPy's solvers), or choose a fit of one term."
-            )
+        require_small(self, wanted, "choose a fit of one term.")
         return self._matrix
+
+
+def require_small(operator: Operator, wanted: str, remedy: str) -> None:
+    """Refuse to form a large matrix for what its structure does not give.
+
+    Raises:
+        UnsupportedError: it has more than `DENSE_LIMIT` rows.
+    """
+    if operator.dim > DENSE_LIMIT:
+        raise UnsupportedError(
+            f"{operator!r}: a sum of operators has no structure that gives {wanted}, and it is not formed above "
+            f"{DENSE_LIMIT} rows (it has {operator.dim}). Products, trace and diagonal work: solve by conjugate "
+            f"gradients on them (fisher.to_scipy() suits SciPy's solvers), or {remedy}"
+        )

@@ -1,7 +1,7 @@
 """Convolutions in one, two and three dimensions: patches are the inputs, one block per group."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -73,6 +73,10 @@ class Patches(Activations):
         width = self.images.shape[1] // self.groups * prod(self.window.kernel)
         return self.groups, self.samples, len(self.images) // self.samples * positions, width + self.bias
 
+    @property
+    def stored(self) -> int:
+        return self.images.numel()
+
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         heads, samples, positions, width = self.shape
         high = samples if high is None else min(high, samples)
@@ -87,6 +91,28 @@ class Patches(Activations):
         if self.bias:
             rows[:, -1] = 1
         return rows.unflatten(2, (high - low, positions)).permute(0, 2, 3, 1)
+
+    def part(self, low: int, high: int, step: int = 1) -> "Patches":
+        images = self.images.unflatten(0, (self.samples, -1))[low:high:step]
+        return replace(self, images=images.flatten(0, 1), samples=len(images))
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """A convolution with R kernels; patches are not written out."""
+        heads, samples, positions, width = self.shape
+        rank, high = matrix.shape[-1], samples if high is None else min(high, samples)
+        frames = len(self.images) // samples
+        pads = [amount for pair in reversed(self.window.padding) for amount in pair]
+        images = F.pad(self.images[low * frames : high * frames], pads)
+        channels = images.shape[1] // heads
+        kernels = matrix[:, : width - self.bias].mT.reshape(heads * rank, channels, *self.window.kernel)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
+        found = convolve(images, kernels, None, self.window.stride, 0, self.window.dilation, heads)
+        found = found.view(high - low, frames, heads, rank, -1).permute(2, 0, 1, 4, 3)  # [H, n', F, T/F, R]
+        found = found.reshape(heads, high - low, positions, rank)
+        return found + matrix[:, None, width - 1 :] if self.bias else found
+
+    def copied(self) -> "Patches":
+        return replace(self, images=self.images.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         """Without writing patches out where that is faster (`shifts`)."""

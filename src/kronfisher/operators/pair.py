@@ -1,0 +1,303 @@
+"""Two Kronecker products, diagonalised together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, IndefiniteError, SingularError
+from kronfisher.linalg import eigh, full_precision, singular_message
+from kronfisher.operators import sides
+from kronfisher.operators.dense import Dense
+from kronfisher.operators.diagonal import Diagonal
+from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.total import DENSE_LIMIT, Total, require_small
+
+__all__ = ["Pair"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pair(Operator, kind="pair"):
+    """``X = K diag(values) Kᴴ`` with ``K = blockdiag_h(L_B U_B ⊗ L_A U_A)``: invertible L, unitary U.
+
+    With ``A₁ = L_A L_Aᵀ``, ``L_A⁻¹ A₂ L_A⁻ᵀ = U_A s_A U_Aᴴ`` and the same for B, this is
+    ``B₁ ⊗ A₁ + B₂ ⊗ A₂`` for ``values = 1 + s_B s_Aᵀ``; antisymmetric A₂ and B₂ have imaginary eigenvalues, and
+    complex U. The values are eigenvalues *relative to the first term*: those of X in coordinates where the first term
+    is the identity. X is positive definite exactly if all of them are positive. `clamped` and `absolute` act on them,
+    so they bend X in those coordinates; for the same in the parameters' own, take ``X.spectral()`` first.
+
+    Attributes:
+        A: L_A ``[H, I, I]``, or its diagonal ``[H, I]``.
+        B: L_B ``[H, O, O]``, or its diagonal ``[H, O]``.
+        UA: ``[H, I, I]``, real or complex; ``[H, I]`` of ones for the identity.
+        UB: ``[H, O, O]``, likewise.
+        values: ``[D]`` in the canonical order ``[H, O, I]``.
+        name: what the matrix belongs to, for messages.
+        definite: the values are positive by construction, so that none is mistaken for rounding noise.
+        form: what `structure` says.
+
+    Example:
+        >>> one, two = torch.eye(2)[None], torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+        >>> X = Pair.of((two, one), (one, one))  # pairs (A, B)
+        >>> X.to_dense()[:2, :2]
+        tensor([[3., 1.],
+                [1., 3.]])
+        >>> X.solve(X @ torch.ones(4)).round(decimals=4)
+        tensor([1., 1., 1., 1.])
+    """
+
+    A: Tensor
+    B: Tensor
+    UA: Tensor
+    UB: Tensor
+    values: Tensor
+    name: str = ""
+    definite: bool = False
+    form: str = "pair"
+
+    @classmethod
+    def of(
+        cls,
+        first: tuple[Tensor, Tensor],
+        second: tuple[Tensor, Tensor],
+        *,
+        antisymmetric: bool = False,
+        name: str = "",
+        definite: bool = False,
+        form: str = "pair",
+    ) -> Self:
+        """``B₁ ⊗ A₁ + B₂ ⊗ A₂`` from the pairs (A₁, B₁) and (A₂, B₂) of sides.
+
+        Args:
+            first: positive definite.
+            second: both symmetric or both antisymmetric.
+            antisymmetric: which of the two.
+            name: for messages.
+            definite: `first` is positive definite by construction.
+            form: for reports.
+
+        Raises:
+            SingularError: a side of the first product is numerically singular.
+        """
+        (A, UA, low_a), (B, UB, low_b) = (
+            _diagonalised(one, two, antisymmetric, f"{name or form} ({side} side of the first term)", definite)
+            for one, two, side in zip(first, second, ("input", "output"), strict=True)
+        )
+        product = sides.outer(low_b, low_a)
+        return cls(A, B, UA, UB, 1 - product if antisymmetric else 1 + product, name, form=form)
+
+    @property
+    def dim(self) -> int:
+        """D = H·O·I."""
+        return len(self.A) * self.A.shape[1] * self.B.shape[1]
+
+    @property
+    def structure(self) -> str:
+        """The form."""
+        return self.form
+
+    @property
+    def semidefinite(self) -> bool:
+        """From the values."""
+        return self.definite or self._extremes[0] >= 0
+
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """``K diag(values) Kᴴ v`` for K rows v ``[K, D]``."""
+        return self._back(self._turned(rows) * self.values)
+
+    def solves(self, rows: Tensor) -> Tensor:
+        """``K⁻ᴴ diag(1/values) K⁻¹ v`` for K rows v ``[K, D]``."""
+        return self._inverse.matvecs(rows)
+
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """``L U diag(√values) Uᴴ`` times the noise, which is real, has the covariance ``X``."""
+        if inverse:
+            return self._inverse.colour(noise, inverse=False)
+        roots = self._rooted().values.sqrt()
+        turned = sides.sandwich(_adjoint(self.UB), noise.to(self.UB.dtype), _adjoint(self.UA))
+        return self._back(turned * roots)
+
+    def inverse(self) -> "Pair":
+        """A pair with the transposed inverses of L and the same U."""
+        return self._inverse
+
+    def logdet(self) -> Tensor:
+        """``Σ log values + 2 Σ_h (O log|L_A| + I log|L_B|)``."""
+        self.checked()
+        inputs, outputs = self.A.shape[1], self.B.shape[1]
+        return self.values.log().sum() + 2 * (outputs * _logdet(self.A) + inputs * _logdet(self.B)).sum()
+
+    def checked(self) -> Self:
+        """Itself, if it is positive definite.
+
+        Raises:
+            IndefiniteError: a value is negative, by more than rounding explains.
+            SingularError: a value is numerically zero.
+        """
+        low, high = self._extremes
+        if low <= 0 or not (self.definite or low > negligible(self.dtype) * high):
+            self._rooted()
+            raise SingularError(singular_message(self.name or self.form, self._mean, self.dtype))
+        return self
+
+    def spectral(self) -> Spectral:
+        """Of the matrix itself, in an orthogonal basis.
+
+        Raises:
+            UnsupportedError: it has more than `DENSE_LIMIT` rows.
+        """
+        return self._spectral
+
+    def shifted(self, damping: float) -> Operator:
+        """``X + λ·1``: through the spectrum up to `DENSE_LIMIT` rows, else as a lazy sum."""
+        shift = nonnegative(damping, "the damping λ")
+        if shift == 0 or self.dim <= DENSE_LIMIT:
+            return super().shifted(shift)
+        return Total.from_terms((self, Diagonal(torch.full_like(self.values, shift), self.name, definite=True)))
+
+    def clamped(self, floor: float = 0.0) -> "Pair":
+        """The values, which are relative to the first term, raised to at least `floor`."""
+        floor = nonnegative(floor, "the floor")
+        if self._extremes[0] >= floor:
+            return self
+        return self._bent(lambda values: values.clamp_min(floor), f"clamped at {floor:g}", floor > 0)
+
+    def absolute(self) -> "Pair":
+        """The absolute values of the values, which are relative to the first term."""
+        return self if self.semidefinite else self._bent(torch.abs, "absolute", False)
+
+    def scaled(self, factor: float) -> "Pair":
+        """The factor goes into the values."""
+        factor = nonnegative(factor, "the factor")
+        return replace(self, values=self.values * factor, definite=self.definite and factor > 0)
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        """``|K|∘² values``, ``[D]``."""
+        left, right = (side.abs().square() for side in self._basis)
+        return sides.sandwich(left, self.values[None], right)[0]
+
+    def frobenius_norm(self) -> Tensor:
+        """``valuesᵀ |KᴴK|∘² values``, at unit scale so that nothing overflows."""
+        scale = torch.stack([side.abs().amax() for side in self._basis]).prod() * self.values.abs().amax().sqrt()
+        if not bool(scale > 0):
+            return scale
+        left, right = (side / side.abs().amax() for side in self._basis)
+        values = self.values / self.values.abs().amax()
+        grams = [(_product(_adjoint(side), side)).abs().square() for side in (left, right)]
+        inner = (values * sides.sandwich(grams[0], values[None], grams[1])[0]).sum()
+        return inner.clamp_min(0).sqrt() * scale * scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """L, U (complex ones as pairs of real numbers in a last axis) and the values."""
+        U = {"UA": self.UA, "UB": self.UB}
+        real = {key: torch.view_as_real(side) if side.is_complex() else side for key, side in U.items()}
+        return {"values": self.values, "A": self.A, "B": self.B, **real}
+
+    def settings(self) -> dict[str, Any]:
+        """Name, definiteness and form."""
+        return {"name": self.name, "definite": self.definite, "form": self.form, "unitary": self.UA.is_complex()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """From L, U and the values."""
+        UA, UB = tensors["UA"], tensors["UB"]
+        if settings.pop("unitary"):
+            UA, UB = torch.view_as_complex(UA.contiguous()), torch.view_as_complex(UB.contiguous())
+        return cls(tensors["A"], tensors["B"], UA, UB, tensors["values"], **settings)
+
+    def _bent(self, function: Callable[[Tensor], Tensor], how: str, definite: bool) -> "Pair":
+        values = function(self.values)
+        return replace(self, values=values, definite=definite, form=f"{self.form}, {how}")
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        left, right = self._basis
+        return sides.sandwich(_adjoint(left), rows.to(left.dtype), _adjoint(right))
+
+    def _back(self, rows: Tensor) -> Tensor:
+        left, right = self._basis
+        result = sides.sandwich(left, rows, right)
+        return result.real.contiguous() if result.is_complex() else result
+
+    def _rooted(self) -> "Pair":
+        # with negative rounding noise set to zero; IndefiniteError if there is more than that
+        low, high = self._extremes
+        if low >= 0:
+            return self
+        if low < -negligible(self.dtype) * max(high, -low):
+            raise IndefiniteError(
+                f"{self.name or self.form} is indefinite: relative to its first term its eigenvalues go from {low:.3g} "
+                f"to {high:.3g}. Damp it, choose a fit whose terms are all positive semidefinite, or say how to bend "
+                "it: .clamped(floor) raises small eigenvalues, .absolute() takes their size."
+            )
+        return replace(self, values=self.values.clamp_min(0))
+
+    @property
+    def _mean(self) -> float:
+        return float(self.trace()) / self.dim
+
+    @cached_property
+    def _extremes(self) -> tuple[float, float]:
+        low, high = torch.stack(torch.aminmax(self.values)).tolist()
+        return low, high
+
+    @cached_property
+    def _basis(self) -> tuple[Tensor, Tensor]:
+        return _product(self.B, self.UB), _product(self.A, self.UA)
+
+    @cached_property
+    def _inverse(self) -> "Pair":
+        self.checked()
+        A, B = (side.reciprocal() if side.dim() == 2 else torch.linalg.inv(side).mT for side in (self.A, self.B))
+        return replace(self, A=A, B=B, values=self.values.reciprocal(), definite=True)
+
+    @cached_property
+    def _spectral(self) -> Spectral:
+        require_small(self, "its spectrum", "use what a pair gives: solve, inverse, logdet and samples.")
+        return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite).spectral()
+
+
+def _diagonalised(
+    first: Tensor, second: Tensor, antisymmetric: bool, name: str, definite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    # L with first = L Lᵀ; U and s with L⁻¹ second L⁻ᵀ = U s Uᴴ, or -i U s Uᴴ if it is antisymmetric
+    if first.dim() == 2 and second.dim() == 3:
+        first = sides.dense(first)
+    lower = sides.factor(first, name, definite=definite)
+    if lower.dim() == 2:
+        if antisymmetric:
+            raise DataError(f"{name}: a diagonal side is not antisymmetric")
+        return lower, torch.ones_like(second), second / first
+    with full_precision(first.device.type):
+        half = torch.linalg.solve_triangular(lower, sides.dense(second), upper=False)
+        white = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False).mT
+    if antisymmetric:
+        white = torch.complex(torch.zeros_like(white), (white - white.mT) / 2)
+    values, vectors = eigh(white, name, semidefinite=False)
+    return lower, vectors, values
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dim() == 2:
+        return left * right if right.dim() == 2 else left[..., None] * right
+    if right.dim() == 2:
+        return left * right[:, None, :]
+    with full_precision(left.device.type):
+        return left.to(right.dtype) @ right if right.is_complex() else left @ right
+
+
+def _adjoint(side: Tensor) -> Tensor:
+    return side.mH if side.dim() == 3 else side
+
+
+def _logdet(side: Tensor) -> Tensor:
+    if side.dim() == 2:
+        return side.abs().log().sum(1)
+    return torch.linalg.slogdet(side).logabsdet

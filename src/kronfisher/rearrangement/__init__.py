@@ -1,0 +1,50 @@
+"""The rearranged Fisher matrix ℛ(F), whose singular pairs are the best Kronecker products."""
+
+from kronfisher.rearrangement.clusters import clusters
+from kronfisher.rearrangement.maps import (
+    Explicit,
+    Gram,
+    Joint,
+    Pair,
+    Rearranged,
+    Rows,
+    Terms,
+    Weights,
+    norm,
+    over,
+    times,
+)
+from kronfisher.rearrangement.nonnegative import nonnegative_weights, positive_terms
+from kronfisher.rearrangement.projected import Projected
+from kronfisher.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
+from kronfisher.rearrangement.spectrum import Triplets, deflated, gram_spectrum, lanczos
+from kronfisher.rearrangement.terms import nearest_kronecker, truncated
+
+__all__ = [
+    "ROUTES",
+    "Explicit",
+    "Gram",
+    "Joint",
+    "Pair",
+    "Projected",
+    "Rearranged",
+    "Rows",
+    "Terms",
+    "Triplets",
+    "Weights",
+    "cheapest",
+    "clusters",
+    "costs",
+    "deflated",
+    "gram_spectrum",
+    "lanczos",
+    "nearest_kronecker",
+    "nonnegative_weights",
+    "norm",
+    "over",
+    "positive_terms",
+    "rearranged",
+    "squared_products",
+    "times",
+    "truncated",
+]

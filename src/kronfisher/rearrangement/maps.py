@@ -1,0 +1,333 @@
+"""The rearranged Fisher matrix, whose singular pairs are the best Kronecker products.
+
+``ℛ(F): M [I, I] ↦ Σ_k G_k M G_kᵀ [O, O]`` takes symmetric positive semidefinite matrices to such, and its transpose
+``M [O, O] ↦ Σ_k G_kᵀ M G_k`` takes them back, so that alternating between the two finds the best product ``B ⊗ A`` with
+both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step is taken is a matter of cost alone:
+
+- Gram (T = 1): everything in the span of the samples, by ``(a aᵀ)∘²`` and ``(g gᵀ)∘²``;
+- weights (T = 1): ``u_k = a_kᵀ A a_k``, then ``Σ u_k g_k g_kᵀ``;
+- rows: ``W_k = a_k A a_kᵀ [T, T]``, then ``Σ g_kᵀ W_k g_k``;
+- explicit: the gradients ``G_k`` written out;
+- projected: through the leading directions of A and B alone (`kronfisher.rearrangement.projected`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.samples import WORKSPACE, Activations, Dense, Samples
+
+__all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "Weights", "norm", "over", "times"]
+
+
+def norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms ``[H]`` of ``[H, ...]``; squares of entries of 1e-20, as late in training, do not vanish."""
+    flat = matrices.flatten(1)
+    largest = flat.abs().amax(1)
+    return largest * torch.linalg.vector_norm(over(flat, largest), dim=1)
+
+
+def over(matrices: Tensor, scale: Tensor) -> Tensor:
+    """``[H, ...]`` divided by ``[H]``, zero where the divisor is zero."""
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    return matrices * inverse.view(-1, *[1] * (matrices.dim() - 1))
+
+
+def times(matrices: Tensor, scale: Tensor) -> Tensor:
+    """``[H, ...]`` times ``[H]``."""
+    return matrices * scale.view(-1, *[1] * (matrices.dim() - 1))
+
+
+@dataclass
+class Pair:
+    """A leading singular pair ``σ B ⊗ A``, where A and B have norm one (zero for a zero matrix).
+
+    Attributes:
+        A: ``[H, I, I]``.
+        B: ``[H, O, O]``.
+        sigma: σ ``[H]``, in the scale of ``Σ_k vec(G_k) vec(G_k)ᵀ``.
+        steps: double steps taken, a 0-dim tensor.
+        change: of A in the last one, ``‖A − A'‖``, the largest over the groups.
+    """
+
+    A: Tensor
+    B: Tensor
+    sigma: Tensor
+    steps: Tensor
+    change: Tensor
+
+
+class Rearranged(ABC):
+    """ℛ(F) of one block, one map per group.
+
+    Attributes:
+        shape: H, O, I.
+    """
+
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def outputs(self, A: Tensor) -> Tensor:
+        """``Σ_k G_k A G_kᵀ [H, O, O]`` for A ``[H, I, I]``, symmetric or antisymmetric as A is."""
+
+    @abstractmethod
+    def inputs(self, B: Tensor) -> Tensor:
+        """``Σ_k G_kᵀ B G_k [H, I, I]`` for B ``[H, O, O]``, symmetric or antisymmetric as B is."""
+
+    @abstractmethod
+    def like(self) -> Tensor:
+        """Some tensor with the dtype and device of the numbers."""
+
+    def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
+        """The first singular pair by alternating half steps; every iterate is positive semidefinite.
+
+        Args:
+            start: A ``[H, I, I]``, positive semidefinite; None: the identity.
+            tolerance: stop when A, of norm one, changes by no more. On an accelerator the host does not wait to see
+                that: iterations go on, and nothing changes any more.
+            iterations: double steps at most.
+        """
+        heads, _, width = self.shape
+        like = self.like()
+        A = torch.eye(width, dtype=like.dtype, device=like.device).expand(heads, -1, -1) if start is None else start
+        A = over(A, norm(A))
+        steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        B, sigma = like.new_zeros(()), like.new_zeros(heads)
+        for _ in range(max(iterations, 1)):
+            half = self.outputs(A)
+            B = over(half, norm(half))
+            half = self.inputs(B)
+            sigma = norm(half)
+            new = over(half, sigma)
+            steps, change = steps + (change > tolerance), norm(new - A).max()
+            A = new
+            if like.device.type == "cpu" and bool(change <= tolerance):
+                break
+        return Pair(A, B, sigma, steps, change)
+
+
+class Weights(Rearranged):
+    """T = 1, by the weights ``a_kᵀ A a_k`` and ``g_kᵀ B g_k`` of the samples.
+
+    Args:
+        samples: with one position each.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        self.activations = _joined([several.activations for several in samples])
+        self.g = torch.cat([several.gradients[:, :, 0] for several in samples], dim=1)
+        self.shape = samples[0].shape
+
+    def like(self) -> Tensor:
+        return self.g
+
+    def outputs(self, A: Tensor) -> Tensor:
+        a = self.activations.dense()[:, :, 0]
+        return (self.g * torch.linalg.vecdot(a @ A, a)[..., None]).mT @ self.g
+
+    def inputs(self, B: Tensor) -> Tensor:
+        a = self.activations.dense()[:, :, 0]
+        return (a * torch.linalg.vecdot(self.g @ B, self.g)[..., None]).mT @ a
+
+
+def _joined(activations: Sequence[Activations]) -> Activations:
+    if len(activations) == 1:
+        return activations[0]
+    if all(isinstance(several, Dense) for several in activations):
+        values = torch.cat([several.values for several in activations if isinstance(several, Dense)], dim=1)
+        return replace(activations[0], values=values)  # pyright: ignore[reportCallIssue]
+    return Dense(torch.cat([several.dense() for several in activations], dim=1))
+
+
+class Gram(Weights):
+    """T = 1, with n no larger than a few times the layer: the pair is found in the span of the samples.
+
+    ``A = aᵀ diag(w) a`` and ``B = gᵀ diag(u) g`` with ``u = K_a w``, ``w = K_g u``, where ``K_a = (a aᵀ)∘²`` and
+    ``K_g = (g gᵀ)∘²``: n² a half step, and one product for each side at the end.
+
+    Attributes:
+        inputs_gram: K_a ``[H, n, n]``, the largest entry one.
+        outputs_gram: K_g ``[H, n, n]``, the largest entry one.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        super().__init__(samples)
+        self.inputs_gram, self._a_scale = _squared(self.activations.products())
+        self.outputs_gram, self._g_scale = _squared(Dense(self.g.unsqueeze(2)).products())
+
+    def weights(self, tolerance: float = 1e-3, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The pair as weights of the samples: w and u ``[H, n]`` with A and B of norm one, σ, steps and change."""
+        Ka, Kg = self.inputs_gram, self.outputs_gram
+        w = old = mapped = torch.zeros_like(Ka[:, 0])
+        v = Ka.diagonal(dim1=-2, dim2=-1).sqrt()  # ‖a_k‖²: A is the identity
+        u, sigma = w, w.new_zeros(len(w))
+        steps, change = w.new_zeros((), dtype=torch.int64), w.new_full((), torch.inf)
+        for _ in range(max(iterations, 1)):
+            u, v = v, _times(Kg, v)
+            size = torch.linalg.vecdot(u, v).sqrt()
+            u, w = over(u, size), over(v, size)
+            v = _times(Ka, w)
+            sigma = torch.linalg.vecdot(w, v).sqrt()
+            w, v = over(w, sigma), over(v, sigma)
+            step = torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
+            steps, change = steps + (change > tolerance), step
+            old, mapped = w, v
+            if w.device.type == "cpu" and bool(change <= tolerance):
+                break
+        scale = self._a_scale * self._g_scale
+        return over(w, self._a_scale), over(u, self._g_scale), sigma * scale, steps, change
+
+    def squared_products(self) -> tuple[Tensor, Tensor]:
+        """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together), in float64."""
+        if len(self.g) == 1:  # ⟨G_k, G_l⟩² of one group
+            products = self.inputs_gram[0] * self.outputs_gram[0]
+            scale = (self._a_scale.double() * self._g_scale.double()).square()[0]
+        else:
+            products = (self.activations.products() * (self.g @ self.g.mT)).sum(0).square()
+            scale = 1.0
+        same = products.diagonal().sum(dtype=torch.float64)
+        return same * scale, (products.sum(dtype=torch.float64) - same) * scale
+
+    def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
+        w, u, sigma, steps, change = self.weights(tolerance, iterations)
+        heads, outputs, width = self.shape
+        A, B = self.g.new_zeros(heads, width, width), self.g.new_zeros(heads, outputs, outputs)
+        self.add_inputs_(A, w)
+        self.add_outputs_(B, u)
+        return Pair(mirror(A), mirror(B), sigma, steps, change)
+
+    def add_inputs_(self, total: Tensor, w: Tensor) -> None:
+        """``total += Σ_k w_k a_k a_kᵀ``, the upper triangle, for weights of at least zero."""
+        self.activations.add_weighted_(total, w)
+
+    def add_outputs_(self, total: Tensor, u: Tensor) -> None:
+        """``total += Σ_k u_k g_k g_kᵀ``, the upper triangle, for weights of at least zero."""
+        add_symmetric_product_(total, self.g * u.sqrt()[..., None])
+
+
+def _times(gram: Tensor, weights: Tensor) -> Tensor:
+    return (gram @ weights.unsqueeze(-1)).squeeze(-1)
+
+
+def _squared(products: Tensor) -> tuple[Tensor, Tensor]:
+    """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
+    largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
+    return over(products, largest).square_(), largest
+
+
+class Rows(Rearranged):
+    """Any T, through ``W_k [T, T]``; the gradients of samples are never written out.
+
+    Args:
+        samples: some; their positions may differ.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for several in self.samples:
+            for piece in several.pieces():
+                yield piece.activations.dense(), piece.gradients
+
+    def outputs(self, A: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for a, g in self._pieces():
+            W = (a @ A.unsqueeze(1)) @ a.mT
+            total = total + (W @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+        return total
+
+    def inputs(self, B: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for a, g in self._pieces():
+            W = (g @ B.unsqueeze(1)) @ g.mT
+            total = total + (W @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+        return total
+
+
+class Explicit(Rearranged):
+    """Any T, with the gradients of samples written out as ``[H, O, n, I]``, some at a time if they are many.
+
+    Args:
+        samples: some; their positions may differ.
+        workspace: bytes that may be kept from one half step to the next.
+    """
+
+    def __init__(self, samples: Sequence[Samples], workspace: int = WORKSPACE) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+        heads, outputs, width = self.shape
+        size = heads * outputs * width * sum(len(several) for several in samples) * self.like().element_size()
+        self._kept = list(self._written_out()) if size <= workspace else None
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def _written_out(self) -> Iterator[Tensor]:
+        for several in self.samples:
+            for gradients in several.per_sample():
+                yield gradients.transpose(1, 2).contiguous()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """``[H, O, n', I]``, some samples at a time."""
+        yield from self._written_out() if self._kept is None else self._kept
+
+    def outputs(self, A: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for G in self.pieces():
+            total = total + (G @ A.unsqueeze(1)).flatten(2) @ G.flatten(2).mT
+        return total
+
+    def inputs(self, B: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for G in self.pieces():
+            total = total + G.flatten(1, 2).mT @ (B @ G.flatten(2)).view(G.shape).flatten(1, 2)
+        return total
+
+
+class Terms(Rearranged):
+    """A sum of Kronecker products ``Σ_r c_r B_r ⊗ A_r``.
+
+    Args:
+        A: ``[R, H, I, I]``.
+        B: ``[R, H, O, O]``.
+        sign: of all of them: −1 to take them away from others.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, sign: float = 1.0) -> None:
+        self.A, self.B, self.sign = A, B, sign
+        self.shape = (A.shape[1], B.shape[-1], A.shape[-1])
+
+    def like(self) -> Tensor:
+        return self.A
+
+    def outputs(self, A: Tensor) -> Tensor:
+        return torch.einsum("rhij,hij,rhop->hop", self.A, A, self.B) * self.sign
+
+    def inputs(self, B: Tensor) -> Tensor:
+        return torch.einsum("rhop,hop,rhij->hij", self.B, B, self.A) * self.sign
+
+
+class Joint(Rearranged):
+    """The sum of several."""
+
+    def __init__(self, *parts: Rearranged) -> None:
+        self.parts = parts
+        self.shape = parts[0].shape
+
+    def like(self) -> Tensor:
+        return self.parts[0].like()
+
+    def outputs(self, A: Tensor) -> Tensor:
+        return torch.stack([part.outputs(A) for part in self.parts]).sum(0)
+
+    def inputs(self, B: Tensor) -> Tensor:
+        return torch.stack([part.inputs(B) for part in self.parts]).sum(0)

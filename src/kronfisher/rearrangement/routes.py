@@ -1,0 +1,95 @@
+"""Which way the leading pair of a rearranged Fisher matrix is found, by static cost."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kronfisher.rearrangement.maps import Explicit, Gram, Rearranged, Rows, Weights
+from kronfisher.rearrangement.projected import DIRECTIONS, PART, Projected
+from kronfisher.samples import Samples
+
+__all__ = ["ROUTES", "cheapest", "costs", "rearranged", "squared_products"]
+
+ROUTES = ("gram", "weights", "rows", "explicit", "projected")
+WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
+_STEPS = 10  # half steps that a cold start takes
+_FASTER = 4  # how many times cheaper the projected route has to be to be taken
+_LOOSE = 1e-4  # tolerances below this are not for the projected route
+
+
+def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STEPS) -> dict[str, float]:
+    """Multiplications that `steps` half steps take by each route that there is for so many positions.
+
+    Args:
+        shape: H, O, I.
+        n: samples.
+        positions: T.
+        steps: half steps.
+
+    Example:
+        >>> ways = costs((1, 1000, 784), n=256, positions=1)
+        >>> min(ways, key=ways.get)
+        'gram'
+    """
+    heads, O, I = shape
+    n, T = heads * n, positions
+    squares, left, right = I**2 + O**2, min(DIRECTIONS, O), min(DIRECTIONS, I)
+    found = {
+        "rows": steps * n * (T * squares + T**2 * (I + O)),
+        "explicit": n * O * I * (T + steps * (I + O)),
+    }
+    if T == 1:
+        part = min(n, heads * PART)
+        found["gram"] = n * n / heads * ((I + O) / 2 + steps) + n * squares / 2
+        found["weights"] = steps * n * squares
+        found["projected"] = (
+            part * part / heads * ((I + O) / 2 + steps) + n * (left + right) * (I + O) + n * squares / 2
+        )
+    else:
+        found["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
+    return found
+
+
+def cheapest(
+    shape: tuple[int, int, int], n: int, positions: int, *, steps: int = _STEPS, tolerance: float | None = None
+) -> str:
+    """The name of the route to take; projections only for a leading pair to a tolerance that they can reach."""
+    found = costs(shape, n, positions, steps)
+    projected = found.pop("projected")
+    best = min(found, key=lambda name: found[name])
+    loose = tolerance is not None and tolerance >= _LOOSE
+    wide = shape[1] * shape[2] > WIDE if positions == 1 else projected * _FASTER < found[best]
+    return "projected" if loose and wide and projected < found[best] else best
+
+
+def rearranged(
+    samples: Sequence[Samples], route: str, tolerance: float = 1e-3, iterations: int = 50
+) -> Rearranged | Projected:
+    """ℛ(F) of some samples; projections are found to a tolerance.
+
+    Raises:
+        ValueError: the route is not known or not for so many positions.
+    """
+    if route == "projected":
+        return Projected(samples, tolerance, iterations)
+    if route == "rows":
+        return Rows(samples)
+    if route == "explicit":
+        return Explicit(samples)
+    if route not in ROUTES:
+        raise ValueError(f"route={route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
+    if any(several.positions > 1 for several in samples):
+        raise ValueError(f"route={route!r} is for one position per sample; use 'rows' or 'explicit'.")
+    return Gram(samples) if route == "gram" else Weights(samples)
+
+
+def squared_products(samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
+    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of samples written out, in float64."""
+    rows = torch.cat([part.transpose(0, 1).flatten(1) for several in samples for part in several.per_sample()])
+    scale = rows.abs().amax()
+    rows = rows / torch.where(scale > 0, scale, 1)
+    squares = (rows @ rows.mT).square()
+    same = squares.diagonal().sum(dtype=torch.float64)
+    fourth = scale.double() ** 4
+    return same * fourth, (squares.sum(dtype=torch.float64) - same) * fourth

@@ -1,0 +1,198 @@
+"""Several singular triplets of the rearranged Fisher matrix at once: the best sums of Kronecker products.
+
+ℛ(F) maps symmetric matrices to symmetric and antisymmetric ones to antisymmetric ones, so that each kind has a spectrum
+of its own and no iteration passes from one to the other: they are looked for apart, from a start of the kind. For T = 1
+the antisymmetric half is zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.rearrangement.maps import Gram, Joint, Rearranged, Terms, norm, over
+
+__all__ = ["Triplets", "deflated", "gram_spectrum", "lanczos"]
+
+
+@dataclass
+class Triplets:
+    """The leading singular triplets ``σ_r B_r ⊗ A_r``, all A and B of norm one (zero where σ is), of one kind.
+
+    Attributes:
+        A: ``[R, H, I, I]``.
+        B: ``[R, H, O, O]``.
+        sigma: ``[R, H]``, descending.
+        steps: double steps taken.
+        change: how far they are from converged: a residual ``‖ℛᵀB_r − σ_r A_r‖ / σ₁``, or the last change of an A.
+    """
+
+    A: Tensor
+    B: Tensor
+    sigma: Tensor
+    steps: Tensor
+    change: Tensor
+
+
+def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
+    """A ``[H, I, I]`` of norm one of the kind, in general position; the same at every call."""
+    heads, _, width = source.shape
+    noise = torch.randn(heads, width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (noise - noise.mT if antisymmetric else noise + noise.mT).to(source.like())
+    return over(noise, norm(noise))
+
+
+class OfKind(Rearranged):
+    """ℛ(F) on one kind alone: rounding errors of the other kind would grow wherever its singular values are larger."""
+
+    def __init__(self, source: Rearranged, antisymmetric: bool) -> None:
+        self.source, self.sign = source, -1 if antisymmetric else 1
+        self.shape = source.shape
+
+    def like(self) -> Tensor:
+        return self.source.like()
+
+    def outputs(self, A: Tensor) -> Tensor:
+        found = self.source.outputs(A)
+        return (found + self.sign * found.mT) / 2
+
+    def inputs(self, B: Tensor) -> Tensor:
+        found = self.source.inputs(B)
+        return (found + self.sign * found.mT) / 2
+
+
+def lanczos(
+    source: Rearranged, rank: int, antisymmetric: bool = False, tolerance: float = 1e-3, iterations: int = 50
+) -> Triplets:
+    """By Golub-Kahan bidiagonalisation with full re-orthogonalisation, as two steps alone do not converge.
+
+    It keeps every direction it has met: ``iterations · (I² + O²)`` numbers a group at most. Of a singular value that
+    occurs several times it finds one.
+
+    Args:
+        source: ℛ(F).
+        rank: R; fewer where the space of the kind is smaller, padded by zeros.
+        antisymmetric: which of the two kinds.
+        tolerance: stop when the residuals of all R triplets are below this share of the first singular value.
+        iterations: double steps at most; at least R + 1 are taken.
+    """
+    source, sign = OfKind(source, antisymmetric), -1 if antisymmetric else 1
+    heads, outputs, width = source.shape
+    room = min(size * (size + sign) // 2 for size in (width, outputs))  # the dimension of the smaller space
+    limit = min(max(iterations, rank + 1), room)
+    like = source.like()
+    if limit < 1:
+        empty = [like.new_zeros(rank, heads, size, size) for size in (width, outputs)]
+        zero = like.new_zeros(())
+        return Triplets(*empty, like.new_zeros(rank, heads), zero, zero)
+    v = start_of(source, antisymmetric)
+    V, U = [v], []
+    alphas, betas = [], []
+    previous, change = None, like.new_full((), torch.inf)
+    for step in range(limit):
+        u = _orthogonal(source.outputs(V[-1]), U)
+        alpha = norm(u)
+        alphas.append(alpha)
+        U.append(over(u, alpha))
+        v = _orthogonal(source.inputs(U[-1]), V)
+        beta = norm(v)
+        P, sigma, _ = torch.linalg.svd(_bidiagonal(alphas, betas).double())
+        largest = sigma[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+        change = ((beta.double()[:, None] * P[:, -1].abs())[:, : min(rank, step + 1)] / largest).amax().to(like)
+        previous = step + 1
+        V.append(over(v, beta))
+        betas.append(beta)
+        if step + 1 == limit or (step + 1 >= rank and like.device.type == "cpu" and bool(change <= tolerance)):
+            break
+    # With the last direction as well: what the outputs span is exact then, and it is everything where they are few.
+    P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas).double(), full_matrices=False)
+    keep = min(rank, len(U))
+    B = torch.einsum("khij,hkr->rhij", torch.stack(U), P[:, :, :keep].to(like))
+    A = torch.einsum("khij,hrk->rhij", torch.stack(V), Q[:, :keep].to(like))
+    sizes = sigma[:, :keep].mT.to(like)
+    if keep < rank:
+        A, B, sizes = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sizes))
+    return Triplets(A, B, sizes, like.new_full((), previous or 0), change)
+
+
+def _orthogonal(matrix: Tensor, basis: list[Tensor]) -> Tensor:
+    """Without its components along the basis; twice, which is enough."""
+    if not basis:
+        return matrix
+    stack = torch.stack(basis)
+    before = norm(matrix)
+    for _ in range(2):
+        matrix = matrix - torch.einsum("khij,kh->hij", stack, torch.einsum("khij,hij->kh", stack, matrix))
+    # What is left of a direction that lay in the span is rounding noise, not a new direction.
+    noise = norm(matrix) <= 100 * torch.finfo(matrix.dtype).eps * before
+    return torch.where(noise[:, None, None], 0, matrix)
+
+
+def _bidiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """``[H, k, k]`` with the alphas on the diagonal and the betas above it; one more column if there are k betas."""
+    matrix = torch.diag_embed(torch.stack(alphas, dim=1))
+    if not betas:
+        return matrix
+    above = torch.diag_embed(torch.stack(betas, dim=1), offset=1)
+    wide = torch.cat([matrix, matrix.new_zeros(*matrix.shape[:2], above.shape[-1] - matrix.shape[-1])], dim=2)
+    return wide + above[:, : wide.shape[1]]
+
+
+def deflated(
+    source: Rearranged, rank: int, antisymmetric: bool = False, tolerance: float = 1e-3, iterations: int = 50
+) -> Triplets:
+    """One after the other by power iteration on what the triplets before leave: ``B ← ℛ A − Σ_j ⟨A_j, A⟩ B_j``.
+
+    Args:
+        source: ℛ(F).
+        rank: R.
+        antisymmetric: which of the two kinds.
+        tolerance: a triplet is done when its A, of norm one, changes by no more.
+        iterations: double steps at most, for each.
+    """
+    source = OfKind(source, antisymmetric)
+    like = source.like()
+    As, Bs, sigmas = [], [], []
+    steps, change = like.new_zeros(()), like.new_zeros(())
+    for number in range(rank):
+        first = number == 0 and not antisymmetric
+        rest = source
+        if As:
+            scaled = torch.stack([sigma[:, None, None] * B for sigma, B in zip(sigmas, Bs, strict=True)])
+            rest = Joint(source, Terms(torch.stack(As), scaled, sign=-1.0))
+        pair = rest.leading(None if first else start_of(source, antisymmetric), tolerance, iterations)
+        As.append(pair.A)
+        Bs.append(pair.B)
+        sigmas.append(pair.sigma)
+        steps, change = steps + pair.steps, torch.maximum(change, pair.change)
+    return Triplets(torch.stack(As), torch.stack(Bs), torch.stack(sigmas), steps, change)
+
+
+def gram_spectrum(source: Gram, rank: int) -> Triplets:
+    """T = 1: everything in the span of the n samples, from the roots of ``(a aᵀ)∘²`` and ``(g gᵀ)∘²``; n³."""
+    rootA, backA = _root(source.inputs_gram)
+    rootB, backB = _root(source.outputs_gram)
+    P, sigma, Q = torch.linalg.svd(rootB.mT @ rootA)  # [H, n, n]
+    keep = min(rank, sigma.shape[-1])
+    u, w = backB @ P[..., :keep], backA @ Q.mT[..., :keep]  # weights [H, n, R]
+    like = source.like()
+    a = source.activations.dense()[:, :, 0]
+    A = torch.stack([(a * w[..., r, None].to(like)).mT @ a for r in range(keep)])
+    B = torch.stack([(source.g * u[..., r, None].to(like)).mT @ source.g for r in range(keep)])
+    sizes = [torch.stack([norm(term) for term in side]) for side in (A, B)]
+    A, B = (
+        torch.stack([over(t, n) for t, n in zip(side, ns, strict=True)]) for side, ns in zip((A, B), sizes, strict=True)
+    )
+    sigma = sigma[:, :keep].mT.to(like) * (source._a_scale * source._g_scale)
+    if keep < rank:
+        A, B, sigma = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sigma))
+    zero = like.new_zeros(())
+    return Triplets(A, B, sigma, zero, zero)
+
+
+def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """X ``[H, n, n]`` with ``X Xᵀ`` the Gram matrix, and Y with ``Yᵀ`` times the Gram matrix times Y the identity."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    values = torch.where(values > values[:, -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps, values, 0)
+    root = values.sqrt()
+    return vectors * root.unsqueeze(1), vectors * torch.where(root > 0, 1 / root, 0).unsqueeze(1)

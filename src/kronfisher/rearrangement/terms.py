@@ -1,0 +1,76 @@
+"""Sums of Kronecker products, as tensors: the best shorter sum for a given one."""
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+
+__all__ = ["nearest_kronecker", "truncated"]
+
+
+def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The best sum of `rank` Kronecker products for a given ``Σ_k L_k ⊗ R_k``, in Frobenius norm.
+
+    The problem that algorithm 1 of Schnaus, Lee & Triebel (2021) solves by power iteration, for general rectangular
+    L_k and R_k. The answer lies in the span of the given matrices, so two ``s × s`` Gram matrices decide everything
+    and the whole spectrum comes at once.
+
+    Args:
+        left: ``[s, p, q]``, L_k.
+        right: ``[s, m, n]``, R_k.
+        rank: R, terms of the answer, at most s.
+
+    Returns:
+        ``[R, p, q]``, ``[R, m, n]`` and all s singular values ``[s]``, descending. Term r is scaled so that both
+        matrices have the norm ``√σ_r``; the squared error is ``Σ_{r>R} σ_r²``. Singular values below the square root
+        of the machine precision times the largest are rounding noise, and their terms are zero.
+
+    Raises:
+        DataError: the shapes do not fit each other.
+
+    Example:
+        >>> L, R = torch.randn(5, 2, 3), torch.randn(5, 4, 2)
+        >>> left, right, sigma = nearest_kronecker(L, R, rank=5)
+        >>> whole = sum(torch.kron(l, r) for l, r in zip(L, R))
+        >>> torch.allclose(sum(torch.kron(l, r) for l, r in zip(left, right)), whole, atol=1e-3)
+        True
+    """
+    if left.dim() != 3 or right.dim() != 3 or len(left) != len(right) or not len(left):
+        raise DataError(
+            f"left {list(left.shape)} and right {list(right.shape)} must be [s, p, q] and [s, m, n] for the same s ≥ 1."
+        )
+    if not 1 <= rank <= len(left):
+        raise DataError(f"rank={rank}: a sum of {len(left)} products has a rank from 1 to {len(left)}.")
+    B, A, sigma = truncated(left[:, None], right[:, None], rank)
+    return B[:, 0], A[:, 0], sigma[:, 0]
+
+
+def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
+
+    Signs are such that the leading term's right matrix has a trace of at least zero.
+    """
+    root_left, back_left = _root(left)
+    root_right, back_right = _root(right)
+    U, sigma, V = torch.linalg.svd(root_left.mT @ root_right)  # [H, s, s]
+    keep = sigma[:, :rank].sqrt()
+    mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
+    mix_right = (back_right @ V[:, :rank].mT) * keep.unsqueeze(1)
+    B = torch.einsum("hsr,shpq->rhpq", mix_left.to(left), left)
+    A = torch.einsum("hsr,shpq->rhpq", mix_right.to(right), right)
+    if A.shape[-1] == A.shape[-2]:
+        sign = torch.where(A.diagonal(dim1=-2, dim2=-1).sum(-1) < 0, -1.0, 1.0).to(A)[..., None, None]
+        A, B = A * sign, B * sign
+    return B, A, sigma.mT
+
+
+def _root(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """For ``[s, H, p, q]``: X with ``X Xᵀ`` the Gram matrix ``[H, s, s]``, and Y that takes X's columns back."""
+    flat = matrices.transpose(0, 1).flatten(2).double()
+    scale = flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    flat = flat / scale
+    values, vectors = torch.linalg.eigh(flat @ flat.mT)
+    values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0)
+    return (vectors * root.unsqueeze(1)) * scale, (vectors * inverse.unsqueeze(1)) / scale

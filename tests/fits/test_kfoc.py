@@ -1,0 +1,310 @@
+"""K-FOC is the leading singular pair of the rearranged block, whatever the use, the route and the batches."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.blocks import Block, View
+from kronfisher.fits import kfoc
+from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
+from kronfisher.samples import Dense, Samples
+from kronfisher.uses import EXAMPLES
+from tests.conformance.truth import SEED, problem
+
+SHARP = {"tolerance": 1e-13, "iterations": 5000}
+
+
+def rearrange(G):
+    """``ℛ(F) [O², I²]`` of ``[n, O, I]``."""
+    return torch.einsum("koi,kpj->opij", G, G).flatten(2).flatten(0, 1)
+
+
+def best(G):
+    """The best product ``[O·I, O·I]`` for gradients ``[n, O, I]``, and the singular values."""
+    outputs, inputs = G.shape[1:]
+    U, S, V = torch.linalg.svd(rearrange(G))
+    B, A = U[:, 0].view(outputs, outputs), V[0].view(inputs, inputs)
+    return S[0] * torch.kron(B, A), S
+
+
+def samples_of(a, g):
+    return Samples(Dense(a), g)
+
+
+def random_samples(n=40, T=1, I=7, O=5, H=1, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.rand(H, n, T, I, generator=generator, dtype=torch.float64) ** 2
+    g = torch.randn(H, n, T, O, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 1, O)
+    return samples_of(a.to(dtype), g.to(dtype))
+
+
+def gradients_of(samples):
+    return samples.gradients.mT @ samples.activations.dense()
+
+
+def fitted(fit, *batches, count=None):
+    """The operator that a fit makes of batches of samples, of their sum."""
+    heads, outputs, inputs = batches[0].shape
+    block = Block("w", "linear", View.of("w", torch.zeros(heads, outputs, inputs)))
+    state = fit.init((block,), fit.plan((block,), 8), batches[0].gradients)
+    passes = 0
+    while state is not None:
+        for batch in batches:
+            state.count += len(batch)
+            state = fit.update(state, (batch,))
+        last, state, passes = state, fit.next_pass(state), passes + 1
+    operator = fit.finish(last)
+    return operator * last.count, last, passes
+
+
+@pytest.mark.parametrize("route", [None, *ROUTES[:-1]])
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_is_the_leading_pair_of_the_dense_block(example, route):
+    p = problem(example, "categorical-sequence")
+    single = all(a.shape[2] == 1 for _, a, _ in p.rows("exact"))
+    fit = kf.KFOC(**SHARP, route=route)
+    for labels in ("exact", "sampled", "observed"):
+        if route in ("gram", "weights") and not single:
+            with pytest.raises(ValueError, match="one position per sample"):
+                kf.estimate(p.model, p.batch, p.likelihood, fit=fit, labels=labels, samples=2, seed=SEED)
+            return
+        fisher = kf.estimate(p.model, p.batch, p.likelihood, fit=fit, labels=labels, samples=2, seed=SEED)
+        for tap, a, g in p.rows(labels):
+            G = torch.einsum("vhnto,hnti->hvnoi", g, a).flatten(1, 2)
+            truth = torch.block_diag(*(best(group)[0] for group in G)) / p.count
+            found = fisher[tap.name].to_dense()
+            assert (found - truth).norm() <= 1e-8 * truth.norm(), f"{tap.name}, {labels}"
+            A, B = fisher[tap.name].A, fisher[tap.name].B
+            assert torch.linalg.eigvalsh(A).min() >= -1e-14 * A.norm()
+            assert torch.linalg.eigvalsh(B).min() >= -1e-14 * B.norm()
+            left, right = (side.diagonal(dim1=1, dim2=2).mean(1) for side in (A, B))
+            torch.testing.assert_close(left, right)  # the scale is split evenly
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("T", "H"), [(1, 1), (1, 3), (6, 1), (4, 2)])
+def test_routes_agree_and_the_error_comes_with_the_answer(T, H, dtype):
+    samples = random_samples(T=T, H=H, dtype=dtype)
+    truth = [best(group.double()) for group in gradients_of(samples)]
+    for name in ("gram", "weights", "rows", "explicit") if T == 1 else ("rows", "explicit"):
+        pair = rearranged([samples.part(0, 13), samples.part(13, 40)], name).leading(**SHARP)
+        for h, (matrix, S) in enumerate(truth):
+            X = torch.kron(pair.B[h], pair.A[h]).double() * pair.sigma[h].double()
+            assert (X - matrix).norm() <= (1e-8 if dtype == torch.float64 else 1e-4) * matrix.norm()
+            assert float(pair.sigma[h]) == pytest.approx(float(S[0]), rel=1e-5 if dtype == torch.float32 else 1e-12)
+    fit = kf.KFOC(**SHARP)
+    operator, state, _ = fitted(fit, samples)
+    blocks = [torch.einsum("koi,kpj->oipj", G, G).flatten(2).flatten(0, 1) for G in gradients_of(samples).double()]
+    found = fit.error(state, operator / len(samples))
+    if H == 1:
+        expected = (blocks[0] - operator.to_dense().double()).norm() / blocks[0].norm()
+        assert found == pytest.approx(float(expected), abs=1e-3 if dtype == torch.float32 else 1e-7)
+    rows = gradients_of(samples).double().transpose(0, 1).flatten(1)
+    whole = rows.mT @ rows  # with the terms between groups
+    assert found == pytest.approx(float((whole - operator.to_dense().double()).norm() / whole.norm()), abs=1e-3)
+
+
+def test_every_half_step_tells_its_error():
+    samples = random_samples(T=3)
+    source, A = rearranged([samples], "rows"), torch.eye(7, dtype=torch.float64)[None]
+    G = gradients_of(samples)[0]
+    block = torch.einsum("koi,kpj->oipj", G, G).flatten(2).flatten(0, 1)
+    before = float("inf")
+    for _ in range(4):
+        B = source.outputs(A) / A.norm() ** 2
+        for left, right in ((B, A), (B, A := source.inputs(B) / B.norm() ** 2)):
+            squared = (block - torch.kron(left[0], right[0])).norm() ** 2
+            assert float(squared) == pytest.approx(float(block.norm() ** 2 - left.norm() ** 2 * right.norm() ** 2))
+            assert squared <= before * (1 + 1e-12)
+            before = float(squared)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_never_worse_than_other_products_and_their_rescalings(T):
+    samples = random_samples(T=T)
+    G = gradients_of(samples)[0]
+    block = torch.einsum("koi,kpj->oipj", G, G).flatten(2).flatten(0, 1)
+    error = (block - fitted(kf.KFOC(**SHARP), samples)[0].to_dense()).norm()
+    for fit in (kf.KFAC(), kf.KFAC("reduce")):
+        other = fitted(fit, samples)[0].to_dense()
+        scale = (block * other).sum() / other.norm() ** 2
+        assert error <= (block - other).norm() and error <= (block - scale * other).norm()
+
+
+def test_exact_where_it_has_to_be():
+    one = random_samples(n=1)  # rank one
+    G = gradients_of(one).flatten()
+    torch.testing.assert_close(fitted(kf.KFOC(), one)[0].to_dense(), torch.outer(G, G), rtol=1e-10, atol=0)
+    copies = samples_of(one.activations.dense().expand(1, 9, 1, 7), one.gradients.expand(1, 9, 1, 5))
+    torch.testing.assert_close(fitted(kf.KFOC(), copies)[0].to_dense(), 9 * torch.outer(G, G), rtol=1e-10, atol=0)
+    for I, O in ((1, 5), (6, 1)):
+        for T in (1, 4):
+            samples = random_samples(T=T, I=I, O=O)
+            rows = gradients_of(samples)[0].flatten(1)
+            dense = fitted(kf.KFOC(), samples)[0].to_dense()
+            torch.testing.assert_close(dense, rows.mT @ rows, rtol=1e-10, atol=1e-14)
+    for zero in (torch.zeros(1, 8, 1, 5), torch.zeros(1, 8, 3, 5)):
+        none = samples_of(torch.rand(1, 8, zero.shape[2], 4), zero)
+        operator, state, _ = fitted(kf.KFOC(), none)
+        assert not operator.to_dense().any() and kf.KFOC().error(state, operator) == 0
+        assert torch.isfinite((operator + 0.1).solve(torch.ones(20))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e12])
+def test_any_scale_of_gradients(scale):
+    samples = random_samples(dtype=torch.float32)
+    tiny = samples_of(samples.activations.dense(), samples.gradients * scale)
+    whole = fitted(kf.KFOC(), samples)[0].to_dense().double()
+    found = fitted(kf.KFOC(), tiny)[0].to_dense().double()
+    assert (found / scale**2 - whole).norm() <= 1e-3 * whole.norm()
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monkeypatch):
+    monkeypatch.setattr(kfoc, "_PIECE", 64)
+    samples = random_samples(n=640, T=T)
+    batches = [samples.part(low, low + 40) for low in range(0, 640, 40)]
+    matrix, S = best(gradients_of(samples)[0])
+    total = S.norm()
+
+    def excess(operator):
+        G = gradients_of(samples)[0]
+        block = torch.einsum("koi,kpj->oipj", G, G).flatten(2).flatten(0, 1)
+        return float((block - operator.to_dense()).norm() / total - (total**2 - S[0] ** 2).sqrt() / total)
+
+    found = {rank: fitted(kf.KFOC(rank_memory=rank), *batches) for rank in (1, 4)}
+    assert excess(found[4][0]) <= 0.002 and excess(found[1][0]) <= 0.01 and found[4][2] == 1
+    assert float(found[4][1].sums["pieces"]) > 3
+    operator, _, passes = fitted(kf.KFOC("exact", tolerance=1e-12, iterations=500), *batches)
+    assert passes > 2 and (operator.to_dense() - matrix).norm() <= 1e-8 * matrix.norm()
+    assert abs(excess(fitted(kf.KFOC("running"), *batches)[0])) <= 0.02
+    approx = fitted(kf.KFOC("approx", **SHARP), *batches)[0]
+    assert excess(approx) <= 0.1
+    pairs = [rearranged([batch], cheapest(batch.shape, 40, T)).leading(**SHARP) for batch in batches]
+    A = sum(pair.A[0] * pair.sigma.sqrt() for pair in pairs)
+    B = sum(pair.B[0] * pair.sigma.sqrt() for pair in pairs) / len(pairs)
+    torch.testing.assert_close(approx.to_dense(), torch.kron(B, A), rtol=1e-8, atol=1e-10)  # the mean of the factors
+
+
+def test_running_is_the_best_product_for_the_last_one_and_the_new_batch():
+    samples = random_samples(n=60)
+    first, second = samples.part(0, 25), samples.part(25, 60)
+    one = best(gradients_of(first)[0])[0]
+    B, A = one.view(5, 7, 5, 7).diagonal(dim1=1, dim2=3).sum(-1), one.view(5, 7, 5, 7).diagonal(dim1=0, dim2=2).sum(-1)
+    A, B = A.flatten(), B.flatten()
+    product = torch.outer(B, A) * one.norm() / (A.norm() * B.norm())
+    U, S, V = torch.linalg.svd(product + rearrange(gradients_of(second)[0]))
+    truth = S[0] * torch.kron(U[:, 0].view(5, 5), V[0].view(7, 7))
+    found = fitted(kf.KFOC("running", **SHARP), first, second)[0].to_dense()
+    torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("T", "n"), [(1, 900), (9, 64)])
+def test_projections_are_close(T, n):
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(60, 60, generator=generator) * torch.logspace(0, -2, 60)
+    a = torch.relu(torch.randn(1, n, T, 60, generator=generator) @ mix)
+    g = torch.randn(1, n, T, 50, generator=generator) * torch.logspace(0, -1.5, 50)
+    samples = samples_of(a.double(), g.double())
+    exact = fitted(kf.KFOC(route="explicit", **SHARP), samples)[0]
+    near = fitted(kf.KFOC(route="projected"), samples)[0]
+    rows = gradients_of(samples)[0].flatten(1)
+    block = rows.mT @ rows
+    errors = [float((block - operator.to_dense()).norm() / block.norm()) for operator in (exact, near)]
+    assert errors[0] <= errors[1] <= errors[0] + 0.005
+    assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-3) == "projected"
+    assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-6) == "gram"
+    assert cheapest((1, 512, 4609), 64, 49, tolerance=1e-3) == "projected"
+
+
+def network():
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["memory", "exact", "running", "approx"])
+@pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
+def test_every_damping_logdet_and_sample_works(aggregation, labels):
+    model, loader = network(), [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)]
+    fisher = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC(aggregation), labels=labels)
+    for damped in (fisher + 1e-2, fisher + kf.Tikhonov(1e-2), fisher + kf.FactoredTikhonov(1e-2)):
+        v = torch.randn(fisher.dim)
+        torch.testing.assert_close(damped @ damped.solve(v), v, rtol=1e-3, atol=1e-3)
+        assert (
+            torch.isfinite(damped.logdet())
+            and torch.isfinite(torch.cat([*map(torch.flatten, damped.sample(2).values())])).all()
+        )
+    error = fisher.error(loader)
+    other = kf.estimate(model, loader, kf.Categorical(), fit="kfac", labels=labels).error(loader)
+    if aggregation in ("memory", "exact"):
+        assert all(error.blocks[name] <= other.blocks[name] + 1e-4 for name in error.blocks)
+    for name, row in zip(error.blocks, fisher.report().rows, strict=True):
+        if row.error is not None and aggregation == "memory":
+            assert row.error == pytest.approx(error.blocks[name], abs=2e-3)
+        assert "by " in row.notes
+
+
+def test_ekfac_in_its_basis_is_no_worse():
+    model, loader = network(), [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)]
+    for aggregation in ("memory", "exact"):
+        product = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC(aggregation)).error(loader)
+        eigen = kf.estimate(model, loader, kf.Categorical(), fit=kf.EKFAC(kf.KFOC(aggregation))).error(loader)
+        assert all(eigen.blocks[name] <= product.blocks[name] + 1e-4 for name in eigen.blocks)
+
+
+def test_draws_do_not_share_a_batch_with_the_next_one():
+    model, loader = network(), [(torch.randn(5, 2, 6, 6), torch.randint(3, (5,))) for _ in range(2)]
+    fisher = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC("approx"), labels="exact")
+    assert all("2 pieces" in row.notes for row in fisher.report().rows)
+
+
+def test_a_loader_may_fill_one_buffer_again_and_again():
+    torch.manual_seed(0)
+    model, data = nn.Linear(6, 4), torch.randn(5, 3, 6)
+
+    def refilled():
+        buffer = torch.empty(3, 6)
+        for batch in data:
+            yield buffer.copy_(batch)
+
+    whole = kf.estimate(model, data.flatten(0, 1), kf.Gaussian(), fit="kfoc", labels="exact").to_dense()
+    torch.testing.assert_close(
+        kf.estimate(model, refilled(), kf.Gaussian(), fit="kfoc", labels="exact").to_dense(), whole
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregation": "mean"}, "aggregation='mean'"),
+        ({"rank_memory": 0}, "rank_memory"),
+        ({"iterations": 0}, "iterations"),
+        ({"tolerance": float("nan")}, "tolerance"),
+        ({"route": "fast"}, "route='fast'"),
+    ],
+)
+def test_refuses_what_makes_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        kf.KFOC(**options)
+
+
+@pytest.mark.parametrize("shapes", [((4, 4), (3, 3)), ((2, 5), (4, 3))])
+def test_nearest_kronecker_is_the_truncated_svd(shapes):
+    generator = torch.Generator().manual_seed(2)
+    left = torch.randn(6, *shapes[0], generator=generator, dtype=torch.float64) * 1e-9
+    right = torch.randn(6, *shapes[1], generator=generator, dtype=torch.float64) * 1e7
+    rows = left.flatten(1).mT @ right.flatten(1)
+    U, S, V = torch.linalg.svd(rows, full_matrices=False)
+    for rank in (1, 2, 6):
+        B, A, sigma = nearest_kronecker(left, right, rank)
+        truth = (U[:, :rank] * S[:rank]) @ V[:rank]
+        torch.testing.assert_close(B.flatten(1).mT @ A.flatten(1), truth, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(sigma, S[:6], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(B.flatten(1).norm(dim=1), A.flatten(1).norm(dim=1))
+    with pytest.raises(kf.DataError, match="rank=7"):
+        nearest_kronecker(left, right, 7)
+    with pytest.raises(kf.DataError, match="same s"):
+        nearest_kronecker(left, right[:3])

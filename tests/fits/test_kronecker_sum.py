@@ -1,0 +1,208 @@
+"""Fits of sums of products against the dense rearranged block, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.fits import kronecker_sum
+from kronfisher.operators import Kronecker
+from kronfisher.operators import KroneckerSum as Operator
+from tests.conformance.truth import shake
+
+TIGHT = {"tolerance": 1e-9, "iterations": 300}
+METHODS = ["lanczos", "deflation", "gram"]
+
+
+def network(shared):
+    torch.manual_seed(5)
+    if shared:  # several positions, two groups in the second layer
+        layers = (nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Conv1d(4, 6, 2, groups=2), nn.Tanh())
+        return shake(nn.Sequential(*layers)).double(), torch.randn(12, 2, 4).double()
+    model = shake(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Sigmoid())).double()
+    return model, torch.randn(25, 4).double() * torch.tensor([0.3, 0.6, 1.0, 2.0])
+
+
+def estimate(model, x, fit, labels="exact"):
+    return kf.estimate(model, x, kf.Gaussian(), fit=fit, labels=labels)
+
+
+def rearranged(model, x):
+    """Name of every layer → ℛ(F) of each of its groups, ``[H, O², I²]``, from the dense matrix."""
+    full, kfac = estimate(model, x, "full"), estimate(model, x, "kfac")
+    found = {}
+    for name, product in kfac.blocks.items():
+        heads, inputs, outputs = len(product.A), product.A.shape[1], product.B.shape[1]
+        dense = next(op.to_dense() for key, op in full.blocks.items() if key.split(" + ")[0] == name)
+        F = dense.view(heads, outputs, inputs, heads, outputs, inputs)
+        parts = [F[h, :, :, h].permute(0, 2, 1, 3).reshape(outputs**2, inputs**2) for h in range(heads)]
+        found[name] = torch.stack(parts)
+    return found
+
+
+def written_out(operator):
+    """``Σ vec(B_r) vec(A_r)ᵀ [H, O², I²]``."""
+    A, B = (operator.A, operator.B) if isinstance(operator, Operator) else (operator.A[None], operator.B[None])
+    return torch.einsum("rho,rhi->hoi", B.flatten(2), A.flatten(2))
+
+
+def tails(R, rank):
+    """The optimal error of every group, each with its own choice of terms."""
+    return torch.linalg.svdvals(R)[:, rank:].norm(dim=1)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("method", "shared"), [(m, s) for m in METHODS for s in (False, True) if (m, s) != ("gram", True)]
+)
+def test_the_error_is_the_tail_of_the_spectrum(rank, method, shared):
+    model, x = network(shared)
+    fisher = estimate(model, x, kf.KroneckerSum(rank, method, **TIGHT))
+    for name, R in rearranged(model, x).items():
+        operator = fisher[name]
+        missed = (R - written_out(operator)).norm(dim=(1, 2))
+        if len(R) == 1:
+            torch.testing.assert_close(missed, tails(R, rank), rtol=1e-6, atol=1e-9 * R.norm().item())
+        else:  # all groups share the number of antisymmetric terms
+            kinds = operator.antisymmetric if rank > 1 else (False,)
+            best = _tails_by_kind(R, kinds)
+            torch.testing.assert_close(missed, best, rtol=1e-6, atol=1e-9 * R.norm().item())
+        assert (missed >= tails(R, rank) * (1 - 1e-9) - 1e-12).all()
+        assert isinstance(operator, Kronecker if rank == 1 else Operator)
+        told = fisher.info.blocks[name].error
+        if len(R) == 1:
+            assert told == pytest.approx(float(missed / R.norm()), abs=1e-6)
+    if shared and rank == 5:
+        assert any(any(fisher[name].antisymmetric) for name in fisher.blocks)
+
+
+def _tails_by_kind(R, kinds):
+    heads, outputs, inputs = len(R), round(R.shape[1] ** 0.5), round(R.shape[2] ** 0.5)
+    M = R.view(heads, outputs, outputs, inputs, inputs)
+    even = (M + M.transpose(1, 2)) / 2
+    odd = (R - even.reshape(R.shape)).reshape(R.shape)
+    parts = [torch.linalg.svdvals(even.reshape(R.shape)), torch.linalg.svdvals(odd)]
+    return torch.stack(
+        [part[:, n:].norm(dim=1) for part, n in zip(parts, (kinds.count(False), sum(kinds)), strict=True)]
+    ).norm(dim=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("method", ["lanczos", "nonnegative"])
+def test_pieces_come_close_to_the_optimum_in_one_pass(shared, method, monkeypatch):
+    model, x = network(shared)
+    options = TIGHT if method == "lanczos" else {}
+    whole = estimate(model, x, kf.KroneckerSum(2, method, **options))
+    monkeypatch.setattr(kronecker_sum, "PIECE", 16)
+    loader = [(part, None) for part in x.split(3)]
+    parts = estimate(model, loader, kf.KroneckerSum(2, method, **options))
+    assert all("pieces" in parts.info.blocks[name].notes for name in parts.blocks)
+    for name, R in rearranged(model, x).items():
+        errors = [(R - written_out(fisher[name])).norm() / R.norm() for fisher in (whole, parts)]
+        assert errors[1] < errors[0] + 0.03, name
+    error = parts.error((x, None))
+    for name in parts.blocks:
+        if method == "nonnegative":
+            assert parts.info.blocks[name].error is None
+        elif len(parts[name].A[0]) == 1:
+            assert parts.info.blocks[name].error == pytest.approx(error.blocks[name], abs=0.02)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_every_term_of_a_nonnegative_sum_is_positive(shared, rank):
+    model, x = network(shared)
+    fisher = estimate(model, x, kf.KroneckerSum(rank, "nonnegative", tolerance=1e-6))
+    for name, R in rearranged(model, x).items():
+        operator = fisher[name]
+        A, B = (operator.A, operator.B) if rank > 1 else (operator.A[None], operator.B[None])
+        for side in (A, B):
+            values = torch.linalg.eigvalsh(side)
+            assert (values[..., 0] >= -1e-12 * values[..., -1].clamp_min(1e-30)).all()
+        missed = (R - written_out(operator)).norm(dim=(1, 2))
+        best, one = tails(R, rank), tails(R, 1)
+        assert (missed <= one * (1 + 1e-4)).all(), name
+        assert (missed - best <= 0.35 * (one - best) + 1e-4 * R.norm(dim=(1, 2))).all() or shared, name
+        assert operator.semidefinite
+    damped = fisher + 1e-2
+    v = torch.randn(fisher.dim).double()
+    torch.testing.assert_close(damped.to_dense() @ damped.solve(v), v, rtol=1e-8, atol=1e-8)
+    assert damped.logdet().isfinite() and damped.sample(2) and fisher.sample(2, inverse=False)
+    assert (fisher + kf.FactoredTikhonov(0.1)).logdet().isfinite()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_correction_is_the_best_product_for_what_kfac_misses(shared):
+    model, x = network(shared)
+    kfac, corrected = (estimate(model, x, fit) for fit in ("kfac", kf.KFACCorrected(**TIGHT)))
+    for name, R in rearranged(model, x).items():
+        rest = R - written_out(kfac[name])
+        missed = (R - written_out(corrected[name])).norm(dim=(1, 2))
+        if len(R) == 1:
+            torch.testing.assert_close(missed, tails(rest, 1), rtol=1e-6, atol=1e-9 * R.norm().item())
+        assert (missed <= rest.norm(dim=(1, 2)) + 1e-12).all()
+        torch.testing.assert_close(corrected[name].terms[0].to_dense(), kfac[name].to_dense())
+
+
+def test_kpsvd_is_kfoc():
+    model, x = network(False)
+    one, other = estimate(model, x, kf.KPSVD(**TIGHT)), estimate(model, x, kf.KFOC(**TIGHT))
+    torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "deflation", "nonnegative"])
+def test_what_vanishes_or_has_few_terms(method):
+    model, x = network(False)
+    fit = kf.KroneckerSum(4, method)
+    zero = estimate(model, 0 * x, fit)
+    for row in zero.blocks.values():
+        assert row.to_dense().isfinite().all()
+    with torch.no_grad():
+        model[2].weight.zero_()
+    fisher = estimate(model, x, fit)
+    assert float(fisher["0.weight"].frobenius_norm()) == 0
+    torch.testing.assert_close((fisher["0.weight"] + 0.5).solve(torch.ones(25).double()), 2 * torch.ones(25).double())
+    thin = nn.Linear(4, 1).double()  # O = 1: one product is exact, the other three vanish
+    fisher = estimate(thin, x, fit)
+    torch.testing.assert_close(fisher.to_dense(), estimate(thin, x, "full").to_dense(), rtol=1e-3, atol=1e-3)
+    ((fisher + 0.1).sample(2)), (fisher + 0.1).logdet()
+
+
+def test_states_combine():
+    model, x = network(True)
+    whole = estimate(model, x, kf.KroneckerSum(2))
+    from kronfisher.isolation import isolated
+    from kronfisher.passes import Recipe
+
+    states = []
+    for data in (x[:5], x[5:]):
+        run = Recipe(model, kf.Gaussian(), labels="exact").accumulator(kf.KroneckerSum(2, memory=20))
+        with isolated(model, 0):
+            run.add((data, None), "batch 0")
+        states.append(run.groups)
+    for one, other in zip(*states, strict=True):
+        joined = one.fit.finish(one.fit.combine(one.state, other.state))
+        dense = whole.blocks[one.state.name].to_dense()
+        assert (joined.to_dense() - dense).norm() < 1e-3 * dense.norm()
+
+
+@pytest.mark.parametrize("method", ["lanczos", "deflation", "gram", "nonnegative"])
+def test_single_precision(method):
+    model, x = network(False)
+    double = estimate(model, x, kf.KroneckerSum(2, method))
+    single = estimate(model.float(), x.float(), kf.KroneckerSum(2, method))
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(
+        single.to_dense().double(), double.to_dense(), rtol=1e-2, atol=1e-3 * float(double.to_dense().abs().max())
+    )
+
+
+def test_nonsense_is_refused():
+    for wrong in ({"rank": 0}, {"method": "svd"}, {"iterations": 0}, {"tolerance": -1.0}, {"rank": 3, "memory": 2}):
+        with pytest.raises(ValueError, match=r"KroneckerSum|method"):
+            kf.KroneckerSum(**wrong)
+    with pytest.raises(ValueError, match="two terms"):
+        kf.KFACCorrected(rank=3)
+    model, x = network(True)
+    with pytest.raises(kf.UnsupportedError, match="one position"):
+        estimate(model, x, kf.KroneckerSum(2, "gram"))
