@@ -1,6 +1,6 @@
 """The coverage of networks as people have them: ``python -m kronfisher.experiments.coverage > docs/coverage.md``.
 
-The networks of the ``transformers`` and ``peft`` libraries are built from configurations with random weights, and nothing
+The networks of the ``transformers`` and ``peft`` libraries are built from configurations with random weights; nothing
 is downloaded; they need the extra ``kronfisher[transformers]``.
 """
 

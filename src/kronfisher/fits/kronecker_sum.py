@@ -9,7 +9,6 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import balanced, pieces, semidefinite
 from kronfisher.linalg import mirror
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
