@@ -60,23 +60,28 @@ class Attention(nn.Module):
         return self.out(answer.transpose(1, 2).flatten(2))
 
 
+class Layer(nn.Module):
+    """Attention and a perceptron, each behind a layer norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.feed = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.back = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, T, width]`` to the same."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.back(F.gelu(self.feed(self.norm2(x))))
+
+
 class GPT(nn.Module):
     """A decoder of text: learned positions, pre-normalised layers, a last layer tied to the embedding (GPT-2)."""
 
     def __init__(self, vocabulary: int, context: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(width),
-                    "attention": Attention(width, heads),
-                    "norm2": nn.LayerNorm(width),
-                    "feed": nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)),
-                }
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.words.weight
 
@@ -84,8 +89,7 @@ class GPT(nn.Module):
         """Logits ``[n, T, vocabulary]`` of the next token at every position of ``[n, T]``."""
         x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
-            x = x + layer["attention"](layer["norm1"](x))
-            x = x + layer["feed"](layer["norm2"](x))
+            x = layer(x)
         return self.head(self.norm(x))
 
 
