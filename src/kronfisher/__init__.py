@@ -18,7 +18,15 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
-from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kronfisher.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+    Weighted,
+)
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
 from kronfisher.rearrangement import nearest_kronecker
@@ -44,6 +52,7 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "IndefiniteError",
     "KFACCorrected",
     "KroneckerSum",
@@ -51,9 +60,11 @@ __all__ = [
     "MemoryBudgetError",
     "NumericalError",
     "NumericalWarning",
+    "Poisson",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
+    "Weighted",
     "compare",
     "coverage",
     "estimate",

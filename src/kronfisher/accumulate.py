@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward, not_finite, run
+from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
 from kronfisher.blocks import Block, View
 from kronfisher.capture import Capture, Proof
 from kronfisher.claims import detached, hidden, refuse, settle, unclaimed, unknown
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fallback import FALLBACK, per_sample_block
 from kronfisher.fits import Choice, Diagonal, Fit, Plan, choose
-from kronfisher.likelihoods import Draws, Likelihood
+from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
 from kronfisher.linalg import promote
 from kronfisher.operators.memory import available_memory
 from kronfisher.samples import WORKSPACE
@@ -61,6 +61,7 @@ class Accumulator:
         forward: how a batch goes through the model, if not as `batches.run` does it.
         memory_budget: bytes for states and temporaries; None: what is free.
         exact_limit: backward passes per batch beyond which exact labels are refused.
+        mask: which positions count, as for `estimate`.
         strict: refuse what only the fallback can treat.
         groups: filled by the first batch.
         apart: names of weights and biases that have several partners and are treated without them.
@@ -80,6 +81,7 @@ class Accumulator:
     forward: Forward | None = None
     memory_budget: int | None = None
     exact_limit: int = 1000
+    mask: Mask | None = None
     strict: bool = False
     groups: list[Group] = field(default_factory=list)
     fallback: dict[str, str] = field(default_factory=dict)
@@ -138,7 +140,11 @@ class Accumulator:
         except NumericalError as error:
             raise not_finite(batch, where) from error
         steps = self._steps(values, targets, where)
-        mask = self.likelihood.positions(values, targets)
+        mask, kept = self.likelihood.positions(values, targets), None
+        if self.mask is not None:
+            given = positions_of(batch, self.mask, values, where)
+            kept = along_outputs(given, values, self.likelihood.joint_dim(values, targets), where)
+            mask = masked_positions(given, mask, where)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
         proof, parts, owners = self.understand(capture, outputs, mask is not None, where)
@@ -157,6 +163,7 @@ class Accumulator:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
         stream = Stream(entries, owners, mask, singles)
         for column, vector in enumerate(self._vectors(values, targets)):
+            vector = vector if kept is None else vector * kept  # what is masked has no loss
             more = column + 1 < steps
             capture.backward(outputs, vector, stream.receive, proof.sources, retain=more or bool(singles))
             self.backward_passes += 1

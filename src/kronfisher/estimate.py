@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from kronfisher.accumulate import Accumulator, Labels
-from kronfisher.batches import Forward
+from kronfisher.batches import Forward, Mask
 from kronfisher.blocks import Block, View
 from kronfisher.claims import left_over, swapped
 from kronfisher.error import Origin
@@ -33,6 +33,7 @@ def estimate(
     labels: Labels = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
+    mask: Mask | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     seed: int = 0,
     memory_budget: int | None = None,
@@ -51,7 +52,9 @@ def estimate(
         model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP
             and ``torch.compile`` wrappers are removed, compiled parts run eagerly.
         data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. Inputs
-            go in as ``model(x)`` (a tensor), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping).
+            go in as ``model(x)`` (a tensor or array), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping). A batch
+            may also be one mapping or data class, with targets under the key ``"labels"``. Of the outputs their tensor
+            ``logits`` is taken, if they are none themselves. See ``docs/likelihoods.md``.
         likelihood: what the outputs mean, such as ``kf.Categorical()``.
         fit: a fit, its name, or a mapping from parameter-name patterns (as in `fnmatch`; the first match counts) to
             either.
@@ -61,6 +64,12 @@ def estimate(
             weights.
         samples: label draws per datum; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
+        mask: which positions count, bool ``[N, P]``: a function of the batch, or the name of the key of the batch (or
+            of its inputs) that holds it, such as ``"attention_mask"``. What does not count is left out of both factors
+            and of the number of rows, as are positions whose target is ignored (``ignore_index``): padding a batch
+            changes nothing (with sampled labels: but the numbers drawn). Layers with another number of positions, such
+            as a head on pooled features, count for data of which any position does. That a masked position acts on no
+            other is up to the model, which gets its inputs as they are.
         reduction: ``"mean"`` or ``"sum"`` over the N data. A datum whose positions are all ignored does not count.
         seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
             thread count give the same bits.
@@ -97,7 +106,7 @@ def estimate(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
     began = time.perf_counter()
-    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit)
+    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask)
     run = recipe.accumulator(fit)
     run.strict = strict
     accumulate(run, data, progress)

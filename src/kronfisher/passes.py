@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator, Labels
-from kronfisher.batches import Forward, checksum, passes_over
+from kronfisher.batches import Forward, Mask, checksum, passes_over
 from kronfisher.errors import DataError
 from kronfisher.fits import Choice
 from kronfisher.isolation import isolated, trainable
@@ -34,6 +34,7 @@ class Recipe:
     seed: int = 0
     memory_budget: int | None = None
     exact_limit: int = 1000
+    mask: Mask | None = None
 
     def accumulator(self, fit: Choice) -> Accumulator:
         """Empty states for the model's trainable parameters."""
@@ -48,6 +49,7 @@ class Recipe:
             self.forward,
             self.memory_budget,
             self.exact_limit,
+            self.mask,
         )
 
 

@@ -6,7 +6,7 @@ output gradients of K-FAC arrive and which inputs belong to them, by slicing pat
 proves them right: assembled, they must give autograd's own gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -83,9 +83,18 @@ def shake(module: nn.Module) -> nn.Module:
 
 
 def output_vectors(
-    likelihood: Likelihood, outputs: Tensor, targets: Tensor, labels: str, samples: int = 1, seed: int = 0
+    likelihood: Likelihood,
+    outputs: Tensor,
+    targets: Tensor,
+    labels: str,
+    samples: int = 1,
+    seed: int = 0,
+    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
 ) -> Tensor:
-    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient."""
+    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient.
+
+    Where the Hessian depends on the label, `averaged` gives the labels over which to take its mean.
+    """
     outputs = outputs.detach()
     if labels == "sampled":
         draws = [likelihood.sampled(outputs, targets, Draws(seed, stream)) for stream in range(samples)]
@@ -99,8 +108,11 @@ def output_vectors(
         return torch.stack([torch.func.grad(loss)(x, y) for x, y in pairs])[None]
     size = outputs[0].numel()
     roots = []
-    for x, y in zip(outputs, targets, strict=True):
-        hessian = torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size)
+    several = averaged(outputs, targets) if averaged else [targets]
+    for x, *ys in zip(outputs, *several, strict=True):
+        hessian = torch.stack([torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size) for y in ys]).mean(
+            0
+        )
         values, vectors = torch.linalg.eigh(hessian)
         roots.append((vectors * values.clamp_min(0).sqrt()).T.reshape(size, *x.shape))
     return torch.stack(roots, dim=1)
@@ -146,6 +158,7 @@ class Problem:
     likelihood: Likelihood
     x: Tensor
     targets: Tensor
+    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
 
     @property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -168,7 +181,7 @@ class Problem:
         return self._once("vectors", labels, lambda: self._vectors(labels))
 
     def _vectors(self, labels: str) -> Tensor:
-        return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED)
+        return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED, self.averaged)
 
     def gradients(self, labels: str) -> Tensor:
         """``[V, N, P]``."""
@@ -429,9 +442,8 @@ def problem(example: str, likelihood: str, dtype: torch.dtype = torch.float64) -
         drawn = [entry.example(generator, torch.float64) for _ in x]  # at least one datum each
         outputs, targets = (torch.cat(parts)[: len(x)] for parts in zip(*drawn, strict=True))
         model = Headed(module, module(x)[0].numel(), tuple(outputs.shape[1:])).double()
-    found = Problem(
-        model.to(dtype), entry.factory(), x.to(dtype), targets.to(dtype) if targets.is_floating_point() else targets
-    )
+    targets = targets.to(dtype) if targets.is_floating_point() else targets
+    found = Problem(model.to(dtype), entry.factory(), x.to(dtype), targets, entry.hessian_labels)
     if dtype == torch.float64:
         _PROBLEMS[example, likelihood] = found
     return found

@@ -206,3 +206,12 @@ def test_nonsense_is_refused():
     model, x = network(True)
     with pytest.raises(kf.UnsupportedError, match="one position"):
         estimate(model, x, kf.KroneckerSum(2, "gram"))
+
+
+@pytest.mark.parametrize("method", ["lanczos", "deflation"])
+def test_what_does_not_converge_says_so(method):
+    model, x = network(True)
+    for iterations, told in ((2, True), (500, False)):
+        fisher = estimate(model, x, kf.KroneckerSum(2, method, tolerance=1e-8, iterations=iterations))
+        notes = [block.notes for block in fisher.info.blocks.values()]
+        assert any("NOT converged" in text for text in notes) == told, notes

@@ -80,6 +80,33 @@ def test_class_probabilities_agree_with_torch(layout, weight):
     assert_matches_torch(categorical, outputs, targets, class_dim, weight=weight)
 
 
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_smoothing_agrees_with_torch(layout, weight):
+    shape, class_dim, target_shape = LAYOUTS[layout]
+    outputs, targets = logits(*shape), indices(*target_shape)
+    targets.view(-1)[1] = 2
+    categorical = Categorical(2, weight, class_dim, label_smoothing=0.3)
+    settings = {"weight": weight, "label_smoothing": 0.3}
+    assert_matches_torch(categorical, outputs, targets, class_dim, ignore_index=2, **settings)
+    soft = logits(*shape).mul(2).softmax(class_dim)
+    assert_matches_torch(categorical, outputs, soft, class_dim, **settings)
+
+
+def test_label_smoothing_leaves_the_fisher_of_the_model():
+    """Drawn labels are the model's own: smoothed as well they would give (1-α)² of the exact matrix."""
+    outputs, targets = logits(3, 5), indices(3)
+    plain, smooth = Categorical(), Categorical(label_smoothing=0.3)
+    assert torch.equal(smooth.sampled(outputs, None, Draws(0)), plain.sampled(outputs, None, Draws(0)))
+    torch.testing.assert_close(smooth.sampled(outputs, targets, Draws(0)), plain.sampled(outputs, None, Draws(0)))
+    for one, other in zip(smooth.exact(outputs, targets), plain.exact(outputs, targets), strict=True):
+        torch.testing.assert_close(one, other)
+    assert (smooth.observed(outputs, targets) - plain.observed(outputs, targets)).abs().max() > 0.1
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"label_smoothing=.* must be in \[0, 1\)"):
+            Categorical(label_smoothing=wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.int64], ids=str)
 def test_any_integer_type_labels(dtype):
     # ignore_index = -100 is 156 as uint8, which is a label here.

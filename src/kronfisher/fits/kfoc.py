@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register
+from kronfisher.fits.kfac import KFAC
 from kronfisher.linalg import eigh, mirror
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.rearrangement import (
     ROUTES,
+    Diagonals,
     Gram,
     Joint,
     Pair,
@@ -61,6 +63,8 @@ class KFOC(Fit):
             directions.
         iterations: double steps at most, in one piece and, for ``"exact"``, over the data.
         warm_start: start from what was found so far, where a start is free.
+        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is
+            the best product under that constraint.
         route: how half steps are taken (`kronfisher.rearrangement.routes`); None: by static cost.
 
     Raises:
@@ -81,6 +85,7 @@ class KFOC(Fit):
     tolerance: float = 1e-3
     iterations: int = 50
     warm_start: bool = True
+    max_dim: int = 10240
     route: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,22 +106,27 @@ class KFOC(Fit):
 
     def _terms(self, block: Block) -> int:
         """Products that are carried."""
-        heads, outputs, inputs = block.shape
-        wide = self.rank_memory * heads * (outputs**2 + inputs**2) > _WIDE
-        return self.rank_memory if self.aggregation in ("memory", "exact") and not wide else 1
+        sides = self.sides(block)
+        wide = self.rank_memory * sum(elements(*side) for side in sides) > _WIDE
+        several = self.aggregation in ("memory", "exact") and not wide and all(len(side) == 3 for side in sides)
+        return self.rank_memory if several else 1
+
+    def sides(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
+        return KFAC(max_dim=self.max_dim).sides((block,))
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
-        bytes = (self._terms(group[0]) + 1) * element * elements(heads, inputs**2 + outputs**2)
+        numbers = sum(elements(*side) for side in self.sides(group[0]))
+        bytes = (self._terms(group[0]) + 1) * element * numbers
         return Plan(bytes, passes=1 if self.aggregation != "exact" else 1 + 2 * self.iterations)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        heads, outputs, inputs = sizes(group)
-        terms, scalar = self._terms(group[0]), like.new_zeros((), dtype=torch.float64)
+        (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
+        scalar = like.new_zeros((), dtype=torch.float64)
         sums = {
-            "inputs": like.new_zeros(terms, heads, inputs, inputs),
-            "outputs": like.new_zeros(terms, heads, outputs, outputs),
-            "weight": like.new_zeros(heads),
+            "inputs": like.new_zeros(terms, *inputs),
+            "outputs": like.new_zeros(terms, *outputs),
+            "weight": like.new_zeros(inputs[0]),
             **{name: scalar.clone() for name in ("same", "pairs", "paired", "samples", "pieces", "steps")},
             "change": like.new_zeros((), dtype=torch.float64),
         }
@@ -139,9 +149,8 @@ class KFOC(Fit):
 
     def _enough(self, state: State) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
-        heads, outputs, inputs = sizes(state.blocks)
         several = sum(map(len, state.waiting)) >= (_PIECE if state.waiting[0].positions == 1 else _PIECE // _SHARED)
-        room = max(heads * (outputs**2 + inputs**2) * state.sums["inputs"].element_size(), _ROOM)
+        room = max(_ROOM, *(state.sums[side][0].nbytes for side in ("inputs", "outputs")))
         return several or sum(samples.bytes for samples in state.waiting) > room
 
     def _flush(self, state: State) -> None:
@@ -156,8 +165,12 @@ class KFOC(Fit):
     def _merge(self, state: State, piece: list[Samples]) -> None:
         shape, n = piece[0].shape, sum(map(len, piece))
         positions = max(several.positions for several in piece)
-        route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
-        source = rearranged(piece, route, self.tolerance, self.iterations)
+        sides = self.sides(state.blocks[0])
+        if any(len(side) == 2 for side in sides):
+            route, source = "rows", Diagonals(piece, sides)
+        else:
+            route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
+            source = rearranged(piece, route, self.tolerance, self.iterations)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
             before = Terms(*_split(state))
@@ -175,7 +188,7 @@ class KFOC(Fit):
             pair = Pair(sigma, sigma, sigma, steps, change)
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
-            start = mirror(sums["inputs"][0]) if warm else None
+            start = whole(sums["inputs"][0]) if warm else None
             pair = source.leading(start, self.tolerance, self.iterations)
             self._add(state, pair)
         self._certify(state, source, piece, n)
@@ -231,7 +244,7 @@ class KFOC(Fit):
         heads, outputs, inputs = piece[0].shape
         if isinstance(source, Gram):
             same, pairs = source.squared_products()
-        elif not isinstance(source, Projected) and n * heads * outputs * inputs * n <= _PAIRS:
+        elif not isinstance(source, Projected | Diagonals) and n * heads * outputs * inputs * n <= _PAIRS:
             same, pairs = squared_products(piece)
         else:
             state.facts["uncertain"] = True
@@ -242,11 +255,17 @@ class KFOC(Fit):
 
     def _half_step(self, state: State, use: Samples) -> State:
         """Of the passes that polish: one side is fixed, the other is summed."""
-        route = self.route if self.route in ("weights", "rows", "explicit") else None
-        if route is None:
-            found = cheapest(use.shape, len(use), use.positions, steps=1)
-            route = "weights" if found == "gram" else found
-        source = rearranged([use], route)
+        route, sides = (
+            self.route if self.route in ("weights", "rows", "explicit") else None,
+            self.sides(state.blocks[0]),
+        )
+        if any(len(side) == 2 for side in sides):
+            source = Diagonals([use], sides)
+        else:
+            if route is None:
+                found = cheapest(use.shape, len(use), use.positions, steps=1)
+                route = "weights" if found == "gram" else found
+            source = rearranged([use], route)
         assert not isinstance(source, Projected)
         if "outputs" in state.sums:
             state.sums["outputs"] += source.outputs(state.fixed["inputs"])
@@ -289,12 +308,8 @@ class KFOC(Fit):
         return self._turn(state, {"inputs": A}, state.phase + 1)
 
     def _turn(self, state: State, fixed: dict[str, Tensor], phase: int) -> State:
-        heads, outputs, inputs = sizes(state.blocks)
-        like = next(iter(fixed.values()))
-        if "inputs" in fixed:
-            sums = {"outputs": like.new_zeros(heads, outputs, outputs)}
-        else:
-            sums = {"inputs": like.new_zeros(heads, inputs, inputs)}
+        (inputs, outputs), like = self.sides(state.blocks[0]), next(iter(fixed.values()))
+        sums = {"outputs": like.new_zeros(outputs)} if "inputs" in fixed else {"inputs": like.new_zeros(inputs)}
         return State(state.blocks, state.plan, sums, fixed, phase=phase, facts=state.facts)
 
     def finish(self, state: State) -> Kronecker:
@@ -338,7 +353,7 @@ def _split(state: State) -> tuple[Tensor, Tensor]:
     A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
     if len(A) > 1 or not bool((weight > 0).any()):
         return A, B
-    return mirror(A), mirror(over(B[0], weight))[None]
+    return whole(A[0])[None], whole(over(B[0], weight))[None]
 
 
 def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
@@ -362,13 +377,23 @@ def semidefinite(matrix: Tensor, name: str) -> Tensor:
     return (vectors * values.unsqueeze(1)) @ vectors.mT
 
 
+def whole(side: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """A side times a scale, from its upper triangle where it is a matrix."""
+    return mirror(side, scale) if side.dim() == 3 else side * scale
+
+
 def balanced(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecker:
     """``scale · B ⊗ A`` with ``tr A / I = tr B / O``, as every damping rule wants it; reads upper triangles."""
-    left, right = (side.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0) for side in (B, A))
-    left = left * scale
+
+    def mean(side: Tensor) -> Tensor:
+        return (side.diagonal(dim1=-2, dim2=-1) if side.dim() == 3 else side).mean(-1).clamp_min(0)
+
+    left, right = mean(B) * scale, mean(A)
     some = (left > 0) & (right > 0)
     ratio = torch.where(some, left, 1).sqrt() / torch.where(some, right, 1).sqrt()
-    return Kronecker(mirror(A, ratio[:, None, None]), mirror(B, (scale / ratio)[:, None, None]), name=name)
+    inverse = scale / ratio
+    A = whole(A, ratio.view(-1, *[1] * (A.dim() - 1)))
+    return Kronecker(A, whole(B, inverse.view(-1, *[1] * (B.dim() - 1))), name=name)
 
 
 register("kfoc", KFOC)

@@ -57,7 +57,8 @@ class KroneckerSum(Fit):
             1. ``"nonnegative"`` finds terms that are all positive semidefinite, at nearly the optimal error, so that
             every operation of a single product is defined: by multiplicative updates of weights on the samples for
             T = 1, on the best products of clusters of samples otherwise.
-        memory: terms that are carried between pieces; None: 2 R + 4.
+        memory: terms that are carried between pieces; None: 2 R + 4. While a piece is treated, Lanczos keeps as many
+            sides as it takes steps besides.
         tolerance: of the residuals of the triplets relative to the first singular value, or of an A of norm one.
         iterations: steps at most.
 
@@ -165,7 +166,9 @@ class KroneckerSum(Fit):
         if not number:
             return "no samples"
         steps = float(state.sums["steps"]) / number
-        text = f"{self.method}, {steps:.0f} steps, accuracy {state.facts['accuracy']}"
+        worst = state.facts["accuracy"]
+        done = "" if worst <= self.tolerance else " (NOT converged)"
+        text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
         return text if number == 1 else f"{text}; {number:.0f} pieces"
 
     # Within -----------------------------------------------------------------------------------------------------------
@@ -203,8 +206,7 @@ class KroneckerSum(Fit):
             state.sums |= _stacks(kind, A, B)
         state.sums["pieces"] += 1
         state.sums["steps"] += steps
-        worst = max(accuracy, float(state.facts.get("accuracy", 0)))
-        state.facts["accuracy"] = f"{worst:.0e}"
+        state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
 
     def _found(
         self, piece: list[Samples], terms: int, odd: bool, less: Terms | None
@@ -244,18 +246,20 @@ class KroneckerSum(Fit):
             A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
             B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
             if heads * (inputs**2 + outputs**2) > _WIDE:
-                return *_ordered(A, B), float(steps), self.tolerance
+                A, B = _ordered(A, B)
+                return A, B, float(steps), self.tolerance
         else:
             found = [
-                rearranged(cluster, _route(cluster)).leading(None, self.tolerance, self.iterations)
+                _source(cluster).leading(None, self.tolerance, self.iterations)
                 for cluster in clusters(piece, 4 * terms)
             ]
-            sides = ([getattr(pair, name) for pair in found] for name in "AB")
-            A, B = _rooted(*map(torch.stack, sides), torch.stack([pair.sigma for pair in found]))
+            A, B = (torch.stack([getattr(pair, name) for pair in found]) for name in "AB")
+            A, B = _rooted(A, B, torch.stack([pair.sigma for pair in found]))
             steps = sum(float(pair.steps) for pair in found)
             A, B = self._shortened(A, B, terms)
         A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance)
-        return *_ordered(A, B), float(steps) + sweeps, change
+        A, B = _ordered(A, B)
+        return A, B, float(steps) + sweeps, change
 
     def _shortened(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """The best shorter sum of the same kind for a longer one."""
@@ -264,16 +268,16 @@ class KroneckerSum(Fit):
         if self.method != "nonnegative":
             B, A, _ = truncated(B, A, terms)
             return A, B
-        grams = [torch.einsum("rhij,shij->hrs", side, side) for side in (A, B)]
-        W, U, _, _ = nonnegative_weights(*grams, terms, self.tolerance)
+        KA, KB = (torch.einsum("rhij,shij->hrs", side, side) for side in (A, B))
+        W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
         A = torch.einsum("hsr,shij->rhij", W.to(A), A)
         return _ordered(A, torch.einsum("hsr,shij->rhij", U.to(B), B))
 
     def _terms(self, state: State) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
         """The R largest terms, A and B, and which of them are antisymmetric; the first is symmetric."""
         if not len(state.sums["even.inputs"]):  # no samples at all
-            zeros = [side.new_zeros(self.rank, *side.shape[1:]) for side in _sides(state, "even")]
-            return *zeros, (False,) * self.rank
+            A, B = (side.new_zeros(self.rank, *side.shape[1:]) for side in _sides(state, "even"))
+            return A, B, (False,) * self.rank
         stacks = {kind: _sides(state, kind) for kind in _KINDS}
         A, B = self._shortened(*stacks["even"], self.rank)
         ranked = [(float(_squares(A[r], B[r])), False, A[r], B[r]) for r in range(len(A))]

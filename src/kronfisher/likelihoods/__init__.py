@@ -4,6 +4,24 @@ from kronfisher.likelihoods.bernoulli import Bernoulli
 from kronfisher.likelihoods.categorical import Categorical
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.gaussian import Gaussian
+from kronfisher.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from kronfisher.likelihoods.likelihood import REGISTRY, Likelihood, Registered, register
+from kronfisher.likelihoods.poisson import Poisson
+from kronfisher.likelihoods.positions import along_outputs, masked_positions
+from kronfisher.likelihoods.weighted import Weighted
 
-__all__ = ["REGISTRY", "Bernoulli", "Categorical", "Draws", "Gaussian", "Likelihood", "Registered", "register"]
+__all__ = [
+    "REGISTRY",
+    "Bernoulli",
+    "Categorical",
+    "Draws",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Likelihood",
+    "Poisson",
+    "Registered",
+    "Weighted",
+    "along_outputs",
+    "masked_positions",
+    "register",
+]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +29,27 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ y log p + (1 - y) log(1 - p)` over the entries of a datum, `[N]`; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`y log p + (1 - y) log(1 - p)` of every entry; see the base class."""
         outputs = promote(outputs)
         targets = require_shape(targets, outputs.shape, "Bernoulli").to(outputs.dtype)
-        return -sum_per_datum(functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+        return -functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Zeros and ones like the outputs; see the base class."""
         probability = torch.sigmoid(promote(outputs.detach()))
         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=probability.dtype)
         return (uniform < probability).to(outputs.dtype)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """`p`; see the base class."""
+        return torch.sigmoid(promote(outputs))
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`p(1-p)`; see the base class."""
+        return torch.sigmoid(promote(outputs)) * torch.sigmoid(-promote(outputs))
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`√(p(1-p))` for every entry of the outputs; see the base class."""

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.softmax import from_probabilities, inverted, like, parts, residual_, to_rows, without
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,10 @@ class Categorical(Likelihood):
         weight: Non-negative weight `[C]` of every class. The loss of a position is then `-w_y log p_y` with its
             observed target y, so that all labels need targets, and `log_prob` is this weighted sum.
         class_dim: 1 or -1, the dimension of the classes; None to decide by the shape of the targets.
+        label_smoothing: α in [0, 1): the observed label y counts for 1-α and every class for α/C more, as in
+            `torch.nn.CrossEntropyLoss`. It changes `log_prob` and observed labels only: the Hessian of the loss does
+            not depend on labels, and drawn ones come from the model's own p, whose Fisher matrix that Hessian is.
+            (Smoothing drawn labels as well would give (1-α)² of it.)
 
     Raises:
         ValueError: A setting is out of range.
@@ -41,39 +49,67 @@ class Categorical(Likelihood):
     ignore_index: int = -100
     weight: Tensor | None = None
     class_dim: int | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the settings once."""
         if self.class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim={self.class_dim} must be 1 for [N, C, ...], -1 for [N, ..., C], or None")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1): what all classes share")
         w = self.weight
         if w is not None and not (w.ndim == 1 and bool(((w >= 0) & torch.isfinite(w)).all())):
             raise ValueError(f"weight must be one non-negative, finite number per class, [C]; found {w}")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ w_y log p_y` over the positions of a datum, `[N]`; see the base class."""
-        logits, axis = self._rows(outputs, targets)
-        scale, y = self._labels(outputs, targets, axis)
-        log_p = logits.log_softmax(-1)
-        if y.is_floating_point():
-            return (y * log_p).sum((1, 2))
-        return (scale * log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)).sum(1)
+        """`Σ w_y log p_y` over the positions of a datum, `[N]`; smoothed where asked to; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
+        axis = self._axis(outputs, targets)
+        log_p = promote(to_rows(outputs, axis)).log_softmax(-1)
+        if _soft(targets):
+            found = (self._soft(targets, outputs, axis) * log_p).sum(-1)
+        else:
+            own, even, index = self._hard(targets, outputs, axis)
+            found = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            if self.label_smoothing:
+                found = found + even * (log_p @ self._weights(outputs, axis))
+        return found.reshape(without(outputs, axis))
+
+    def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """The dimension of the classes; see the base class."""
+        return self._axis(outputs, targets)
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Class indices, int64, shaped like the outputs without the classes; see the base class."""
-        logits, axis = self._rows(outputs.detach(), None)
-        return self._draw(logits.softmax(-1), draws).reshape(_without(outputs, axis))
+        axis = self._axis(outputs, None)
+        shape = without(outputs, axis)
+        uniform = self._uniform(outputs, axis, draws)
+        rows = to_rows(outputs.detach(), axis)
+        drawn = [inverted(promote(rows[part]).softmax(-1), uniform[part]) for part in parts(rows)]
+        return torch.cat(drawn).reshape(shape)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The class probabilities `p`, in the layout of the outputs; see the base class."""
+        return promote(outputs).softmax(self._axis(outputs, None))
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`p(1-p)` for every class; see the base class."""
+        p = self.mean(outputs)
+        return p * (1 - p)
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""
-        if targets is None or targets.is_floating_point():
+        if targets is None or _soft(targets):
             return None
         return (targets.long() != self.ignore_index).unsqueeze(-1).flatten(1)
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """P·(C-1); see the base class."""
         axis = self._axis(outputs, targets)
-        return math.prod(_without(outputs, axis)[1:]) * (outputs.shape[axis] - 1)
+        return math.prod(without(outputs, axis)[1:]) * (outputs.shape[axis] - 1)
 
     def exact(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the columns of the Cholesky factor of `w_y (diag(p) - p pᵀ)`, one position after the other.
@@ -81,9 +117,10 @@ class Categorical(Likelihood):
         With tail sums `q_i = Σ_{j>i} p_j`, column i has `√(p_i q_i / q_{i-1})` at i and `-p_j/q_i` times that at j > i.
         See the base class.
         """
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale = self._scale(outputs, targets, axis)
-        p = logits.softmax(-1)
+        axis = self._axis(outputs, targets)
+        n, *places = without(outputs, axis)
+        scale = self._scale(outputs, targets, axis).reshape(n, math.prod(places))
+        p = promote(to_rows(outputs.detach(), axis)).softmax(-1).reshape(*scale.shape, outputs.shape[axis])
         tail = p.flip(-1).cumsum(-1).flip(-1)  # tail[i] = q_{i-1}; summing small terms alone keeps their digits
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
@@ -94,21 +131,39 @@ class Categorical(Likelihood):
                 vector = torch.zeros_like(p)
                 vector[:, t, i] = pivot[:, t, i]
                 vector[:, t, i + 1 :] = -(p[:, t, i + 1 :] / after[:, t, i, None]) * pivot[:, t, i, None]
-                yield self._like(vector, outputs, axis)
+                yield like(vector, outputs, axis)
 
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
-        p = logits.softmax(-1)
-        return self._like(_residual(p, self._draw(p, draws)) * scale, outputs, axis)
+        axis = self._axis(outputs, targets)
+        root = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
+        uniform = self._uniform(outputs, axis, draws)
+
+        def vector(p: Tensor, part: slice) -> Tensor:
+            return residual_(p, inverted(p, uniform[part])).mul_(root[part])
+
+        return from_probabilities(outputs, axis, vector)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
-        logits, axis = self._rows(outputs.detach(), targets)
-        scale, y = self._labels(outputs, targets, axis)
-        p, scale = logits.softmax(-1), scale.unsqueeze(-1)
-        return self._like(scale * p - y if y.is_floating_point() else scale * _residual(p, y), outputs, axis)
+        axis = self._axis(outputs, targets)
+        if _soft(targets):
+            y = self._soft(targets.detach(), outputs, axis)
+
+            def vector(p: Tensor, part: slice) -> Tensor:
+                return p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
+
+            return from_probabilities(outputs, axis, vector)
+        own, even, index = (number.unsqueeze(-1) for number in self._hard(targets, outputs, axis))
+        weights = self._weights(outputs, axis)
+
+        def vector(p: Tensor, part: slice) -> Tensor:
+            # The smoothed loss adds the mean over all classes of their weighted losses.
+            smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
+            found = residual_(p, index[part].squeeze(-1)).mul_(own[part])
+            return found if smooth is None else found.add_(smooth)
+
+        return from_probabilities(outputs, axis, vector)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
@@ -158,7 +213,7 @@ class Categorical(Likelihood):
                 f"Categorical needs integer class indices, found {targets.dtype} of shape {list(targets.shape)}",
                 "convert them with targets.long()",
             )
-        targets = require_shape(targets, _without(outputs, axis), "Categorical", where).long()
+        targets = require_shape(targets, without(outputs, axis), "Categorical", where).long()
         outside = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
         if outside.any():
             fail(
@@ -173,7 +228,7 @@ class Categorical(Likelihood):
             return 1
         if self.class_dim is not None:
             return self.class_dim % outputs.ndim
-        choices = {axis: _without(outputs, axis) for axis in (1, outputs.ndim - 1)}
+        choices = {axis: without(outputs, axis) for axis in (1, outputs.ndim - 1)}
         fits = [axis for axis, shape in choices.items() if targets is not None and tuple(targets.shape) == shape]
         if len(fits) == 1:
             return fits[0]
@@ -185,65 +240,61 @@ class Categorical(Likelihood):
             "say Categorical(class_dim=1) or Categorical(class_dim=-1), or correct the targets",
         )
 
-    def _rows(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, int]:
-        """Logits as `[N, P, C]` in float32 or better, and the dimension that the classes came from."""
-        axis = self._axis(outputs, targets)
-        return promote(_to_rows(outputs, axis)), axis
-
-    def _like(self, rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
-        """`[N, P, C]` in the layout and dtype of the outputs."""
-        return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
-
-    def _labels(self, outputs: Tensor, targets: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
-        """What multiplies the Hessian of every position `[N, P]`, and the targets as rows.
-
-        The targets are indices `[N, P]` (0 where ignored, there the scale is 0), or weighted probabilities `[N, P, C]`.
-        """
+    def _weights(self, outputs: Tensor, axis: int) -> Tensor:
+        """The weight of every class, `[C]`."""
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        weight = None if self.weight is None else self.weight.detach().to(outputs.device, dtype)
-        if targets is not None and targets.is_floating_point():
-            y = _to_rows(require_shape(targets, outputs.shape, "Categorical").detach(), axis).to(dtype)
-            y = y if weight is None else y * weight
-            return y.sum(-1), y
+        if self.weight is None:
+            return torch.ones(outputs.shape[axis], device=outputs.device, dtype=dtype)
+        return self.weight.detach().to(outputs.device, dtype)
+
+    def _hard(self, targets: Tensor | None, outputs: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every position `[R]`: the weight of its own class, that of each class alike, and the class.
+
+        The first two are zero where the position is ignored, and so is the class.
+        """
         # Widened first: compared as uint8, ignore_index=-100 would be label 156.
-        y = require_shape(targets, _without(outputs, axis), "Categorical").long().unsqueeze(-1).flatten(1)
-        counts = y != self.ignore_index
-        y = y.where(counts, 0)
-        return (counts.to(dtype) if weight is None else weight[y] * counts), y
+        index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
+        counts = index != self.ignore_index
+        index = index.where(counts, 0)
+        weights = self._weights(outputs, axis)
+        smoothing = self.label_smoothing
+        counts = counts.to(weights.dtype)
+        return (1 - smoothing) * weights[index] * counts, counts * (smoothing / outputs.shape[axis]), index
+
+    def _soft(self, targets: Tensor, outputs: Tensor, axis: int) -> Tensor:
+        """Class probabilities in the targets as rows `[R, C]`, smoothed and times the weight of the class."""
+        weights = self._weights(outputs, axis)
+        y = to_rows(require_shape(targets, outputs.shape, "Categorical"), axis).to(weights.dtype)
+        if self.label_smoothing:
+            y = y * (1 - self.label_smoothing) + self.label_smoothing / y.shape[-1]
+        return y if self.weight is None else y * weights
 
     def _scale(self, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor:
-        """What multiplies the Hessian of every position `[N, P]`; without targets all positions count alike."""
+        """What multiplies the Hessian of every position `[R]`; without targets all positions count alike."""
         if targets is None and self.weight is None:
-            return torch.ones_like(promote(outputs.detach()).select(axis, 0).unsqueeze(-1).flatten(1))
-        return self._labels(outputs, targets, axis)[0]
+            dtype = torch.promote_types(outputs.dtype, torch.float32)
+            return torch.ones(math.prod(without(outputs, axis)), device=outputs.device, dtype=dtype)
+        if _soft(targets):
+            return self._soft(targets.detach(), outputs, axis).sum(-1)
+        own, even, _ = self._hard(targets, outputs, axis)
+        return own + even * self._weights(outputs, axis).sum()
 
-    def _draw(self, p: Tensor, draws: Draws) -> Tensor:
-        """Class indices `[N, P]` by inverting the distribution function at one uniform number each."""
-        cumulative = p.cumsum(-1)
-        uniform = draws.uniform(p.shape[:2], device=p.device, dtype=p.dtype) * cumulative[..., -1]
-        return torch.searchsorted(cumulative, uniform.unsqueeze(-1)).squeeze(-1)
-
-
-def _without(outputs: Tensor, axis: int) -> tuple[int, ...]:
-    return (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
-
-
-def _to_rows(tensor: Tensor, axis: int) -> Tensor:
-    last = tensor.movedim(axis, -1)
-    return last.unsqueeze(1).flatten(1, -2)
+    def _uniform(self, outputs: Tensor, axis: int, draws: Draws) -> Tensor:
+        """One uniform number for every position, `[R]`."""
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        return draws.uniform(without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
 
 
-def _residual(p: Tensor, y: Tensor) -> Tensor:
-    """`p - onehot(y)`, its entry at y from the other entries: `p_y - 1` would lose the digits of a confident model."""
-    others = p.scatter(-1, y.unsqueeze(-1), 0)
-    return others.scatter(-1, y.unsqueeze(-1), -others.sum(-1, keepdim=True))
+def _soft(targets: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the targets are class probabilities."""
+    return targets is not None and targets.is_floating_point()
 
 
 def _register(name: str, likelihood: Categorical, *shape: int) -> None:
     def example(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
         axis = (likelihood.class_dim or 1) % len(shape)
-        targets = torch.randint(shape[axis], _without(outputs, axis), generator=generator)
+        targets = torch.randint(shape[axis], without(outputs, axis), generator=generator)
         if len(shape) > 2:
             targets[:, -1] = likelihood.ignore_index
         return outputs.to(dtype), targets
@@ -254,6 +305,7 @@ def _register(name: str, likelihood: Categorical, *shape: int) -> None:
 _WEIGHT = torch.tensor([0.5, 2.0, 1.0])
 _register("categorical", Categorical(), 4, 3)
 _register("categorical-sequence", Categorical(class_dim=-1), 3, 2, 3)
+_register("categorical-smoothed", Categorical(label_smoothing=0.2, class_dim=-1), 3, 2, 3)
 _register("categorical-images", Categorical(class_dim=1), 3, 3, 2, 2)
 _register("categorical-weighted", Categorical(weight=_WEIGHT), 4, 3)
 _register("categorical-weighted-sequence", Categorical(ignore_index=0, weight=_WEIGHT, class_dim=-1), 3, 2, 3)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, fail, promote, register, require_shape, sum_per_datum
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.linalg import promote
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +43,26 @@ class Gaussian(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`-½((y - f)²/σ² + log 2πσ²)` of every entry; see the base class."""
         outputs, variance = promote(outputs), self._variance(outputs)
         residual = require_shape(targets, outputs.shape, "Gaussian") - outputs
-        return -0.5 * sum_per_datum(residual.square() / variance + (2 * math.pi * variance).log())
+        return -0.5 * (residual.square() / variance + (2 * math.pi * variance).log())
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """`f + σε`, like the outputs; see the base class."""
         mean = promote(outputs.detach())
         return (mean + self._variance(outputs).sqrt() * self._noise(mean, draws)).to(outputs.dtype)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The outputs; see the base class."""
+        return promote(outputs)
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`σ²`; see the base class."""
+        return self._variance(outputs).expand(outputs.shape)
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`1/σ` for every entry of the outputs; see the base class."""

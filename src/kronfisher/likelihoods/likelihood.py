@@ -3,13 +3,15 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import NumericalError, UnsupportedError
+from kronfisher.likelihoods.checks import fail
 from kronfisher.likelihoods.draws import Draws
+from kronfisher.linalg import promote
 
 
 class Likelihood(ABC):
@@ -20,19 +22,20 @@ class Likelihood(ABC):
     by N. They come back detached, in the outputs' dtype, computed in float32 or better.
 
     The Hessian meant is the one averaged over labels drawn from the model, that is, the Fisher matrix of the outputs.
-    For outputs that are natural parameters (logits, means of known variance, logarithms of rates) it does not depend
-    on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
+    For outputs that are natural parameters (logits, means of known variance, logarithms of Poisson rates) it does not
+    depend on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
 
     A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. If the
-    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. A
-    likelihood with positions that do not count overrides `positions`, and zeroes them in `sampled` and `exact`.
+    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. `mean`
+    and `noise_variance` add predictions. A likelihood with positions that do not count overrides `positions`, and
+    zeroes them in `sampled` and `exact`.
 
     Examples:
-        Lifetimes with the logarithm of their rate as the output, for which the Hessian is one:
+        Lifetimes with the logarithm of their rate as the output; the mean of the Hessian is one:
 
         >>> class Exponential(Likelihood):
         ...     def log_prob(self, outputs, targets):
-        ...         return sum_per_datum(outputs - targets * outputs.exp())
+        ...         return (outputs - targets * outputs.exp()).flatten(1).sum(1)
         ...     def sample(self, outputs, draws):
         ...         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=outputs.dtype)
         ...         return -uniform.log() / outputs.detach().exp()
@@ -68,6 +71,61 @@ class Likelihood(ABC):
         Returns:
             Targets, detached, as `log_prob` takes them.
         """
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of every position, whose sum over a datum is `log_prob`; weights per position need it.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The labels, as `sample` makes them.
+
+        Returns:
+            The shape of the outputs, without their `joint_dim`.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("log_probs", "weights per position")
+
+    def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int | None:
+        """The dimension of the outputs whose entries describe one target together, such as the classes.
+
+        None where every entry of the outputs has a target of its own.
+        """
+        return None
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Mean of the targets under the model: the inverse link. Predictions need it, Fisher matrices do not.
+
+        Args:
+            outputs: `[N, ...]`.
+
+        Returns:
+            `E[targets]` in float32 or better, differentiable with respect to the outputs; for classes their
+            probabilities, with the classes where the outputs have them.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("mean")
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """Variance of the targets around their `mean`, entry by entry: what remains if the outputs are certain.
+
+        Args:
+            outputs: `[N, ...]`.
+
+        Returns:
+            Like the `mean`, in squared units of the targets; for classes the variance p(1-p) of their indicators.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("noise_variance")
+
+    def _undefined(self, method: str, purpose: str = "predictions") -> UnsupportedError:
+        name = type(self).__name__
+        return UnsupportedError(f"{purpose}: {name} does not say what its {method} is; define {name}.{method}")
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Square root of the Hessian of one datum where it is diagonal: entries of the outputs are independent.
@@ -190,7 +248,7 @@ class Likelihood(ABC):
             fail(
                 where,
                 f"{name} needs the targets to be a tensor, found {type(targets).__name__}",
-                "convert them with torch.as_tensor",
+                "convert them with torch.as_tensor (pairs (targets, weight) are for Weighted)",
             )
         if targets.device != outputs.device:
             fail(
@@ -212,10 +270,17 @@ class Registered(NamedTuple):
     Attributes:
         factory: Makes the likelihood.
         example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+        labels: `outputs -> targets, targets, …` over which the mean of the Hessian of `-log_prob` is its average over
+            the model's own labels; None if that Hessian does not depend on the label.
     """
 
     factory: Callable[[], Likelihood]
     example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
+    labels: Callable[[Tensor], Sequence[Tensor]] | None = None
+
+    def hessian_labels(self, outputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        """Targets over which to average the Hessian; the given ones if it does not depend on them."""
+        return (targets,) if self.labels is None else self.labels(outputs)
 
 
 REGISTRY: dict[str, Registered] = {}
@@ -225,6 +290,7 @@ def register(
     name: str,
     factory: Callable[[], Likelihood],
     example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]],
+    labels: Callable[[Tensor], Sequence[Tensor]] | None = None,
 ) -> None:
     """Enters a likelihood into `REGISTRY` and thereby into every conformance test.
 
@@ -232,51 +298,12 @@ def register(
         name: Unique name, shown in the tests.
         factory: Makes the likelihood.
         example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
+        labels: Needed if the Hessian of `-log_prob` depends on the label, see `Registered`; where it is linear in the
+            label, the mean of the targets is enough.
 
     Raises:
         ValueError: The name is taken.
     """
     if name in REGISTRY:
         raise ValueError(f"a likelihood named {name!r} is registered already; choose another name")
-    REGISTRY[name] = Registered(factory, example)
-
-
-def promote(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better: float16 and bfloat16 become float32, float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def sum_per_datum(tensor: Tensor) -> Tensor:
-    """Sum of `[N, ...]` over everything but the data: `[N]`."""
-    return tensor.unsqueeze(-1).flatten(1).sum(1)
-
-
-def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where: str = "targets") -> Tensor:
-    """The targets, once they are known to have this very shape: broadcasting would be silently wrong.
-
-    Args:
-        targets: What was given.
-        shape: What is needed.
-        name: Who needs it, for the message.
-        where: Name of the batch, for the message.
-
-    Returns:
-        The targets.
-
-    Raises:
-        DataError: There are none, or their shape differs.
-    """
-    if targets is None:
-        fail(where, f"{name} needs targets of shape {list(shape)}, found none", "give (inputs, targets) batches")
-    if tuple(targets.shape) != tuple(shape):
-        fail(
-            where,
-            f"{name} needs targets of shape {list(shape)}, found {list(targets.shape)}",
-            "reshape the targets or the outputs; nothing is broadcast",
-        )
-    return targets
-
-
-def fail(where: str, what: str, remedy: str) -> NoReturn:
-    """Raises a `DataError` that says where, what and what to do."""
-    raise DataError(f"{where}: {what}; {remedy}")
+    REGISTRY[name] = Registered(factory, example, labels)

@@ -1,6 +1,7 @@
 """The rearranged Fisher matrix ℛ(F), whose singular pairs are the best Kronecker products."""
 
 from kronfisher.rearrangement.clusters import clusters
+from kronfisher.rearrangement.diagonals import Diagonals
 from kronfisher.rearrangement.maps import (
     Explicit,
     Gram,
@@ -22,6 +23,7 @@ from kronfisher.rearrangement.terms import nearest_kronecker, truncated
 
 __all__ = [
     "ROUTES",
+    "Diagonals",
     "Explicit",
     "Gram",
     "Joint",

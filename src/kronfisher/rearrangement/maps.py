@@ -82,6 +82,11 @@ class Rearranged(ABC):
     def like(self) -> Tensor:
         """Some tensor with the dtype and device of the numbers."""
 
+    def first(self) -> Tensor:
+        """The identity in place of A."""
+        heads, _, width = self.shape
+        return torch.eye(width, dtype=self.like().dtype, device=self.like().device).expand(heads, -1, -1)
+
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
         """The first singular pair by alternating half steps; every iterate is positive semidefinite.
 
@@ -91,10 +96,12 @@ class Rearranged(ABC):
                 that: iterations go on, and nothing changes any more.
             iterations: double steps at most.
         """
-        heads, _, width = self.shape
-        like = self.like()
-        A = torch.eye(width, dtype=like.dtype, device=like.device).expand(heads, -1, -1) if start is None else start
+        like, A = self.like(), self.first()
+        heads = len(A)
         A = over(A, norm(A))
+        if start is not None:  # a little of the identity: what the start has none of would never come back
+            A = over(start, norm(start)) + 0.01 * A
+            A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         B, sigma = like.new_zeros(()), like.new_zeros(heads)
         for _ in range(max(iterations, 1)):
@@ -297,8 +304,8 @@ class Terms(Rearranged):
     """A sum of Kronecker products ``Σ_r c_r B_r ⊗ A_r``.
 
     Args:
-        A: ``[R, H, I, I]``.
-        B: ``[R, H, O, O]``.
+        A: ``[R, H, I, I]``, or diagonals ``[R, H, I]``.
+        B: ``[R, H, O, O]``, or diagonals.
         sign: of all of them: −1 to take them away from others.
     """
 
@@ -310,10 +317,10 @@ class Terms(Rearranged):
         return self.A
 
     def outputs(self, A: Tensor) -> Tensor:
-        return torch.einsum("rhij,hij,rhop->hop", self.A, A, self.B) * self.sign
+        return torch.einsum("rh,rh...->h...", (self.A * A).flatten(2).sum(-1), self.B) * self.sign
 
     def inputs(self, B: Tensor) -> Tensor:
-        return torch.einsum("rhop,hop,rhij->hij", self.B, B, self.A) * self.sign
+        return torch.einsum("rh,rh...->h...", (self.B * B).flatten(2).sum(-1), self.A) * self.sign
 
 
 class Joint(Rearranged):

@@ -82,9 +82,9 @@ def lanczos(
     limit = min(max(iterations, rank + 1), room)
     like = source.like()
     if limit < 1:
-        empty = [like.new_zeros(rank, heads, size, size) for size in (width, outputs)]
+        A, B = (like.new_zeros(rank, heads, size, size) for size in (width, outputs))
         zero = like.new_zeros(())
-        return Triplets(*empty, like.new_zeros(rank, heads), zero, zero)
+        return Triplets(A, B, like.new_zeros(rank, heads), zero, zero)
     v = start_of(source, antisymmetric)
     V, U = [v], []
     alphas, betas = [], []

@@ -48,7 +48,7 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
 def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
 
-    Signs are such that the leading term's right matrix has a trace of at least zero.
+    Either side may be diagonals, ``[s, H, p]``. Signs are such that the leading term's right matrix has a trace of at least zero.
     """
     root_left, back_left = _root(left)
     root_right, back_right = _root(right)
@@ -56,11 +56,12 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
     mix_right = (back_right @ V[:, :rank].mT) * keep.unsqueeze(1)
-    B = torch.einsum("hsr,shpq->rhpq", mix_left.to(left), left)
-    A = torch.einsum("hsr,shpq->rhpq", mix_right.to(right), right)
-    if A.shape[-1] == A.shape[-2]:
-        sign = torch.where(A.diagonal(dim1=-2, dim2=-1).sum(-1) < 0, -1.0, 1.0).to(A)[..., None, None]
-        A, B = A * sign, B * sign
+    B = torch.einsum("hsr,sh...->rh...", mix_left.to(left), left)
+    A = torch.einsum("hsr,sh...->rh...", mix_right.to(right), right)
+    trace = A.sum(-1) if A.dim() == 3 else A.diagonal(dim1=-2, dim2=-1).sum(-1)
+    sign = torch.where(trace < 0, -1.0, 1.0).to(A)[..., None]
+    A = A * (sign if A.dim() == 3 else sign[..., None])
+    B = B * (sign if B.dim() == 3 else sign[..., None])
     return B, A, sigma.mT
 
 

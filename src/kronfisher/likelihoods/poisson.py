@@ -1,0 +1,103 @@
+"""Counts: the likelihood of Poisson regression."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_datum
+from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.linalg import promote
+
+
+@dataclass(frozen=True, eq=False)
+class Poisson(Likelihood):
+    """Independent counts with rates `r = exp(outputs)`, summed over the entries of a datum.
+
+    Outputs `[N, ...]` of any shape are logarithms of rates (`torch.nn.PoissonNLLLoss(log_input=True)`), targets of the
+    same shape are counts; add the logarithm of an exposure to the outputs. The Hessian is `diag(r)`, so that the exact
+    square root has one column `e_c √r_c` per output entry.
+
+    Examples:
+        >>> poisson = Poisson()
+        >>> poisson.observed(torch.zeros(1, 2), torch.tensor([[3.0, 0.0]]))
+        tensor([[-2.,  1.]])
+        >>> [v.tolist() for v in poisson.exact(torch.zeros(1, 2))]
+        [[[1.0, 0.0]], [[0.0, 1.0]]]
+    """
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`Σ y f - exp f - log y!` over the entries of a datum, `[N]`; see the base class."""
+        return sum_per_datum(self.log_probs(outputs, targets))
+
+    def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`y f - exp f - log y!` of every entry; see the base class."""
+        outputs = promote(outputs)
+        targets = require_shape(targets, outputs.shape, "Poisson").to(outputs.dtype)
+        return targets * outputs - outputs.exp() - torch.lgamma(targets + 1)
+
+    def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
+        """Counts like the outputs, in float32 or better: half precisions do not hold them; see the base class."""
+        rate = promote(outputs.detach()).double().exp()
+        uniform = draws.uniform(rate.shape, device=rate.device)
+        return _quantile(rate, uniform).to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """`r`; see the base class."""
+        return promote(outputs).exp()
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """`r`; see the base class."""
+        return promote(outputs).exp()
+
+    def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`√r` for every entry of the outputs; see the base class."""
+        return (promote(outputs.detach()) / 2).exp()
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`r - y`; see the base class."""
+        rate = promote(outputs.detach()).exp()
+        return (rate - require_shape(targets, outputs.shape, "Poisson").detach()).to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
+        """As the base class; in addition rates that are finite, and targets of the outputs' shape that are counts."""
+        super().check(outputs, targets, where, labels)
+        require_exponentials(outputs, "Poisson", "logarithms of rates", where)
+        if targets is None:
+            return
+        require_shape(targets, outputs.shape, "Poisson", where)
+        if targets.is_complex() or not bool(((targets >= 0) & torch.isfinite(targets)).all()):
+            fail(
+                where,
+                "Poisson needs targets that are counts, found negative, NaN, infinite or complex ones",
+                "remove or impute them",
+            )
+
+
+def _quantile(rate: Tensor, uniform: Tensor) -> Tensor:
+    """The smallest count whose distribution function reaches `uniform`: one number each, however the data are batched.
+
+    Bisection between bounds that hold all but 1e-16 of the mass; `P(y ≤ k)` is the incomplete gamma function Q(k+1, r).
+    """
+    reach = 12 * rate.sqrt() + 40
+    low = (rate - reach).floor().clamp_min(-1)  # P(y ≤ low) < uniform, and P(y ≤ high) ≥ uniform
+    high = (rate + reach).ceil()
+    steps = int((high - low).max().log2().ceil()) + 1 if rate.numel() else 0
+    for _ in range(steps):
+        middle = ((low + high + 1) / 2).floor()  # of neighbours: the upper one
+        enough = torch.special.gammaincc(middle + 1, rate) >= uniform
+        high, low = high.where(~enough, middle), low.where(enough, middle)
+    return high
+
+
+def _example(*shape: int):
+    def make(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+        targets = torch.randint(5, shape, generator=generator)
+        return outputs.to(dtype), targets.to(dtype)
+
+    return make
+
+
+register("poisson", Poisson, _example(4, 3))

@@ -1,0 +1,148 @@
+"""Weights for data or positions, around any likelihood."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.likelihoods.checks import fail, sum_per_datum
+from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.positions import masked_positions, spread
+from kronfisher.linalg import promote
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted(Likelihood):
+    """A likelihood whose targets come with weights: the loss of a datum is `Σ_t -w_t log p_t` over its positions.
+
+    Targets are pairs `(targets, weight)`, so that a batch is `(inputs, (targets, weight))`. Weights are non-negative:
+    `[N]`, or with further leading dimensions of the positions (the outputs' shape without the classes, or means and
+    log-variances). What weighs zero does not count, as if it were ignored. Weights are of importance: they multiply the
+    Hessian, while N stays the number of data and K-FAC's input factors count every position once. Where labels are not
+    needed, the pair may be `(None, weight)`.
+
+    Args:
+        base: What is weighted. Weights per position need its `log_probs` (all likelihoods here have it).
+
+    Examples:
+        >>> from kronfisher import Gaussian
+        >>> weighted = Weighted(Gaussian())
+        >>> targets, weight = torch.zeros(2, 1), torch.tensor([1.0, 4.0])
+        >>> weighted.observed(torch.ones(2, 1), (targets, weight)).tolist()
+        [[1.0], [4.0]]
+        >>> [v.tolist() for v in weighted.exact(torch.ones(2, 1), (None, weight))]
+        [[[1.0], [2.0]]]
+    """
+
+    base: Likelihood
+
+    def __post_init__(self) -> None:
+        """Refuses what is no likelihood."""
+        if not isinstance(self.base, Likelihood):
+            raise TypeError(f"Weighted({self.base!r}): pass an instance such as Categorical() or Gaussian()")
+
+    def log_prob(self, outputs: Tensor, targets: Any) -> Tensor:
+        """`Σ w log p` over the positions of a datum, `[N]`; see the base class."""
+        targets, weight = _pair(targets)
+        weight = weight.to(torch.promote_types(outputs.dtype, torch.float32))
+        if weight.ndim == 1:
+            return weight * self.base.log_prob(outputs, targets)
+        return sum_per_datum(self.log_probs(outputs, (targets, weight)))
+
+    def log_probs(self, outputs: Tensor, targets: Any) -> Tensor:
+        """`w log p` of every position; see the base class."""
+        targets, weight = _pair(targets)
+        terms = self.base.log_probs(outputs, targets)
+        return terms * weight.reshape(*weight.shape, *[1] * (terms.ndim - weight.ndim)).to(terms.dtype)
+
+    def joint_dim(self, outputs: Tensor, targets: Any = None) -> int | None:
+        """That of the base."""
+        return self.base.joint_dim(outputs, None if targets is None else _pair(targets)[0])
+
+    def sample(self, outputs: Tensor, draws: Draws) -> Any:
+        """Labels of the base, each of weight one."""
+        weight = torch.ones(
+            len(outputs), device=outputs.device, dtype=torch.promote_types(outputs.dtype, torch.float32)
+        )
+        return self.base.sample(outputs, draws), weight
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """That of the base: weights say how much data count, not how they scatter."""
+        return self.base.mean(outputs)
+
+    def noise_variance(self, outputs: Tensor) -> Tensor:
+        """That of the base."""
+        return self.base.noise_variance(outputs)
+
+    def positions(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
+        """Bool `[N, P]`, False where the weight is zero or the base says so; see the base class."""
+        targets, weight = _pair(targets)
+        joint = self.base.joint_dim(outputs, targets)
+        places = [size for d, size in enumerate(outputs.shape) if d != (outputs.ndim - 1 if joint is None else joint)]
+        counts = weight > 0
+        if weight.ndim == 1 or weight.ndim > len(places):  # for data; or for entries, which are no positions
+            counts = counts.unsqueeze(-1).flatten(1).any(1, keepdim=True)
+        else:
+            counts = counts.reshape(*weight.shape, *[1] * (len(places) - weight.ndim)).expand(places).flatten(1)
+        return masked_positions(counts, self.base.positions(outputs, targets), "targets")
+
+    def columns(self, outputs: Tensor, targets: Any = None) -> int:
+        """Those of the base."""
+        return self.base.columns(outputs, _pair(targets)[0])
+
+    def exact(self, outputs: Tensor, targets: Any = None) -> Iterator[Tensor]:
+        """Yields the columns of the base times `√w`; see the base class."""
+        targets, weight = _pair(targets)
+        for vector in self.base.exact(outputs, targets):
+            yield self._times(vector, weight.sqrt(), outputs, targets)
+
+    def sampled(self, outputs: Tensor, targets: Any, draws: Draws) -> Tensor:
+        """The vector of the base times `√w`; see the base class."""
+        targets, weight = _pair(targets)
+        return self._times(self.base.sampled(outputs, targets, draws), weight.sqrt(), outputs, targets)
+
+    def observed(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The gradient of the base times w; see the base class."""
+        targets, weight = _pair(targets)
+        return self._times(self.base.observed(outputs, targets), weight, outputs, targets)
+
+    def check(self, outputs: Tensor, targets: Any, where: str = "batch 0", labels: str = "sampled") -> None:
+        """As the base's; in addition weights that are there, fit the outputs, and are finite and not negative."""
+        labelled, weight = _pair(targets, where)
+        self.base.check(outputs, labelled, where, labels)
+        joint = self.base.joint_dim(outputs, labelled)
+        places = [size for d, size in enumerate(outputs.shape) if d != joint]
+        if not 1 <= weight.ndim <= len(places) or list(weight.shape) != places[: weight.ndim]:
+            fail(
+                where,
+                f"weights {list(weight.shape)} do not fit outputs {list(outputs.shape)}",
+                f"give [N], or leading dimensions of the positions {places}",
+            )
+        if weight.device != outputs.device:
+            fail(
+                where,
+                f"weights are on {weight.device}, outputs on {outputs.device}",
+                f'move them with weight.to("{outputs.device}")',
+            )
+        if weight.is_complex() or not bool(((weight >= 0) & torch.isfinite(weight)).all()):
+            fail(where, "weights must be non-negative and finite", "drop such data, or give them the weight zero")
+
+    def _times(self, vector: Tensor, weight: Tensor, outputs: Tensor, targets: Any) -> Tensor:
+        weight = spread(weight, outputs, self.base.joint_dim(outputs, targets))
+        return (promote(vector) * weight).to(vector.dtype)
+
+
+def _pair(targets: Any, where: str = "targets") -> tuple[Any, Tensor]:
+    """Targets and weights, the latter in floating point."""
+    if not isinstance(targets, tuple | list) or len(targets) != 2 or not isinstance(targets[1], Tensor):
+        found = type(targets).__name__ + (f" of {len(targets)}" if isinstance(targets, tuple | list) else "")
+        fail(
+            where,
+            f"Weighted needs targets (targets, weight) with a tensor of weights, found {found}",
+            "give (inputs, (targets, weight)) batches, or do not wrap the likelihood in Weighted",
+        )
+    weight = targets[1].detach()
+    return targets[0], weight if weight.is_floating_point() or weight.is_complex() else weight.float()
