@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import kronfisher as kf
 from kronfisher.blocks import View
 from kronfisher.capture import Capture
+from kronfisher.fits import FITS, named
 from tests.exact import Written, assert_exact, assert_fallback
 
 
@@ -574,21 +575,27 @@ def test_a_weight_in_two_roles_has_a_term_for_each():
         assert_exact(model, x, fit=fit)
     fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", strict=True)
     assert fisher["w"].structure == "kronecker 3x4 + kronecker 3x4"
-    apart = Written(lambda m, x: F.linear(F.linear(x, m.w, m.b).tanh(), m.v, m.c), **dict(model.named_parameters()),
-                    v=model.w.detach().t().clone())  # fmt: skip
-    roles = kf.estimate(apart, x, kf.Gaussian(), labels="exact", fit={"*": kf.KFAC()})
-    alone = {name: nn.Parameter(torch.zeros_like(p)) for name, p in apart.named_parameters()}
-    assert set(alone) == set(roles.shapes)
-    encoder = kf.estimate(apart, x, kf.Gaussian(), labels="exact", fit={"b": "diagonal", "c": "diagonal", "*": "kfac"})
-    encode, decode = encoder["w"].to_dense(), encoder["v"].to_dense()
-    order = torch.arange(12).view(3, 4).t().flatten()  # of the elements of w among those of its transpose
-    assert torch.allclose(fisher["w"].to_dense(), encode + decode[order][:, order], atol=1e-5)
     v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     solved = (fisher + 0.1).solve(v)
     again = (fisher + 0.1) @ solved
     assert all(torch.allclose(again[name], v[name], atol=1e-3) for name in v)
     assert fisher.error(x).relative < 1
     assert kf.estimate(model, x, kf.Gaussian(), fit="ekfac")["w"].trace() > 0
+
+
+@pytest.mark.parametrize("fit", [name for name in FITS if not named(name).exact])
+def test_roles_add_up_whatever_the_fit(fit):
+    """The block of a tied weight is the sum of those that two weights of the same values have."""
+    model, x = autoencoder(), torch.randn(6, 3)
+    apart = Written(
+        lambda m, x: F.linear(F.linear(x, m.w, m.b).tanh(), m.v, m.c),
+        w=model.w.detach(), b=model.b.detach(), v=model.w.detach().t().clone(), c=model.c.detach(),
+    )  # fmt: skip
+    options = {"fit": {"b": "diagonal", "c": "diagonal", "*": fit}, "labels": "exact"}
+    tied, roles = (kf.estimate(m.double(), x.double(), kf.Gaussian(), **options) for m in (model, apart))
+    order = torch.arange(12).view(3, 4).t().flatten()
+    expected = roles["w"].to_dense() + roles["v"].to_dense()[order][:, order]
+    torch.testing.assert_close(tied["w"].to_dense(), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_embedding_tied_to_the_last_layer():

@@ -42,6 +42,13 @@ def test_written_out_by_a_loop(several):
     close(inputs.dense(), truth)
     close(inputs.dense(1, 3), truth[:, 1:3])
     assert inputs.shape == truth.shape
+    matrix = randn(1, I, 2)
+    close(inputs.times(matrix), truth @ matrix[:, None])
+    close(inputs.times(matrix, 2, 4), truth[:, 2:4] @ matrix[:, None])
+    close(inputs.part(1, 5, 2).dense(), truth[:, 1:5:2])
+    copy = inputs.copied()
+    assert copy.values.data_ptr() != inputs.values.data_ptr() and copy.stored == inputs.stored == 2 * N * T * several
+    close(copy.dense(), truth)
 
 
 @several

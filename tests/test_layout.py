@@ -25,7 +25,7 @@ ROWS = [
     {"cli"},
 ]
 ROW = {module: k for k, row in enumerate(ROWS) for module in row}
-EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer"}
+EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer", "transformers", "peft"}
 
 
 def top(path):

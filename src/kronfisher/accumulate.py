@@ -283,13 +283,13 @@ class Accumulator:
         fine = _APART.setdefault(self.model, set())
         if len(outputs) == 1 or proof.graph in fine:
             return
-        edges = dict(enumerate(proof.meetings))
+        edges = list(proof.meetings)
         for index in proof.alive:
             call = capture.calls[index]
             if not call.constant and any(use.name in self.fallback for use in call.uses):
-                edges[len(edges)] = (call.operator, call.edge)
-        if mixing := capture.mixing(outputs, {key: edge for key, (_, edge) in edges.items()}) if edges else []:
-            names = ", ".join(sorted({edges[key][0] for key in mixing}))
+                edges.append((call.operator, call.edge))
+        if mixing := capture.mixing(outputs, [edge for _, edge in edges]) if edges else []:
+            names = ", ".join(sorted({edges[place][0] for place in mixing}))
             refuse({names: coupled(f"{names} (with {', '.join(self.fallback)})")}, where)
         fine.add(proof.graph)
 

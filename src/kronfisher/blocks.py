@@ -61,6 +61,11 @@ class View:
         return self.row_major and self.numel == prod(self.shape) and self.stride == _row_major(self.size)
 
     @property
+    def complete(self) -> bool:
+        """Whether the window shows every element of the parameter once, in whatever order."""
+        return self.numel == prod(self.shape) and not self.overlaps
+
+    @property
     def row_major(self) -> bool:
         return all(n == 1 or s == t for n, s, t in zip(self.shape, self.layout, _row_major(self.shape), strict=True))
 

@@ -7,7 +7,7 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -379,29 +379,30 @@ class Capture(TorchFunctionMode):
         for name in names:
             proof.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))
 
-    def mixing(self, outputs: Tensor, edges: Mapping[Hashable, GradientEdge]) -> list[Hashable]:
-        """Those of some edges at which the gradient of a single element comes from several data.
+    def mixing(self, outputs: Tensor, edges: Sequence[GradientEdge]) -> list[int]:
+        """Places among some edges at which the gradient of a single element comes from several data.
 
         Args:
             outputs: what the captured forward pass returned.
-            edges: anything → where to look.
+            edges: where to look.
         """
-        probe, passes = Probe(len(outputs), outputs.dtype), {key: [] for key in edges}
+        probe, passes = Probe(len(outputs), outputs.dtype), [[] for _ in edges]
         for vector in self._probing(outputs, probe):
             product = (outputs * vector).sum()
-            found = torch.autograd.grad(product, list(edges.values()), retain_graph=True, allow_unused=True)
-            for key, gradient in zip(edges, found, strict=True):
+            found = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
+            for several, gradient in zip(passes, found, strict=True):
                 if gradient is not None:
                     rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
                     chosen = torch.Generator("cpu").manual_seed(len(rows))
                     some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
-                    passes[key].append(probe.projected(rows[some.to(rows.device), None]))
-        return [key for key, found in passes.items() if found and probe.owners(found) is None]
+                    several.append(probe.projected(rows[some.to(rows.device), None]))
+        return [place for place, found in enumerate(passes) if found and probe.owners(found) is None]
 
     def _probing(self, outputs: Tensor, probe: Probe) -> Iterator[Tensor]:
         """The vectors of a probe's passes."""
         generator = torch.Generator("cpu").manual_seed(0)
-        vector = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
+        drawn = promote(outputs.detach().new_empty(0)).dtype
+        vector = torch.randn(outputs.shape, generator=generator, dtype=drawn, device="cpu").to(outputs)
         for factor in probe.factors().to(outputs):
             yield vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
 

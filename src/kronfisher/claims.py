@@ -71,7 +71,10 @@ def settle(blocks: Iterable[Block], whole: Container[str] = ()) -> Claims:
             windows.setdefault(view.parameter, []).append((view, block))
     found = Claims()
     for name, several in windows.items():
-        if len(several) == 1 and several[0][0].whole:
+        alone = all(len(block.views) == 1 for _, block in several)
+        if len(several) == 1 and several[0][0].complete:
+            continue
+        if alone and name not in whole and swapped([view for view, _ in several]):
             continue
         counts = _counts([view for view, _ in several])
         operators = ", ".join(sorted({block.operator for _, block in several}))
@@ -81,9 +84,9 @@ def settle(blocks: Iterable[Block], whole: Container[str] = ()) -> Claims:
                     f"{name}: only {int((counts > 0).sum())} of its {counts.numel()} elements are used (by "
                     f"{operators}), and what is left over has {len(boxes)} pieces"
                 )
-        elif any(len(block.views) > 1 for _, block in several):
+        elif not alone:
             found.apart.add(name)
-        elif name in whole or not swapped([view for view, _ in several]):
+        else:
             found.problems[name] = (
                 f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its "
                 "transpose, or whole and in part"
@@ -96,7 +99,7 @@ _PIECES = 64  # left over by windows on a parameter
 
 def left_over(views: Sequence[View]) -> list[View]:
     """Windows on what some windows on one parameter do not show."""
-    if any(view.whole for view in views):
+    if any(view.complete for view in views):
         return []
     left, view = [], views[0]
     for box in _boxes(_counts(views) == 0):

@@ -19,7 +19,7 @@ from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
 from kronfisher.isolation import trainable
 from kronfisher.linalg import mirror, promote
-from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, KroneckerSum, Operator
+from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
@@ -231,10 +231,11 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
     """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
     if isinstance(operator, Kronecker):
         total = samples.gradients.new_zeros((), dtype=torch.float64)
-        if operator.A.dim() == 2:
-            (turned,) = samples.rotated(operator.A, operator.B)
+        A, B = sides.transpose(operator.A), sides.transpose(operator.B)
+        if A.dim() == 2:
+            (turned,) = samples.rotated(A, B)
             return samples.inner(turned)
-        for plain, turned in zip(samples.pieces(), samples.rotated(operator.A.mT, operator.B.mT), strict=True):
+        for plain, turned in zip(samples.pieces(), samples.rotated(A, B), strict=True):
             total += plain.inner(turned)
         return total
     if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):

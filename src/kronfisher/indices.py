@@ -42,12 +42,16 @@ class Indices(Activations):
     def part(self, low: int, high: int, step: int = 1) -> "Indices":
         return replace(self, values=self.values[low:high:step], weights=self.weights[low:high:step])
 
-    def copied(self) -> "Indices":
-        return replace(self, values=self.values.clone(), weights=self.weights.clone())
-
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         values, weights = self.values[low:high], self.weights[low:high]
         return weights.new_zeros(*values.shape[:2], self.width).scatter_add_(2, values, weights)[None]
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        values, weights = self.values[low:high], self.weights[low:high].to(matrix.dtype)
+        return (matrix[0][values] * weights[..., None]).sum(dim=2)[None]
+
+    def copied(self) -> "Indices":
+        return replace(self, values=self.values.clone(), weights=self.weights.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         if self.values.shape[2] == 1:

@@ -66,6 +66,12 @@ class Activations:
             rows = self.dense(low, high).to(total.dtype)
             add_symmetric_product_(total, rows.reshape(heads, -1, width))
 
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a∘²``, ``[H, I]``: the diagonal of the covariance."""
+        heads, n, positions, width = self.shape
+        for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
+            total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
+
     def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
         """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
         add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
@@ -74,12 +80,6 @@ class Activations:
         """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
         rows = self.dense()[:, :, 0]
         return mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
-
-    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
-        """``total += Σ_{k,t} a∘²``, ``[H, I]``: the diagonal of the covariance."""
-        heads, n, positions, width = self.shape
-        for low, high in chunks(n, heads * positions * width * total.element_size(), workspace):
-            total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
@@ -382,24 +382,22 @@ class Samples:
         """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
 
         Args:
-            inputs: ``U_A [H, I, I]``, or the diagonal ``[H, I]`` of a diagonal one; None: one.
+            inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
             outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
 
-        def turned(gradients: Tensor) -> Tensor:
-            if outputs is None:
-                return gradients
-            return gradients @ outputs.unsqueeze(1) if outputs.dim() == 3 else gradients * outputs[:, None, None]
+        def turned(rows: Tensor, side: Tensor | None) -> Tensor:
+            if side is None:
+                return rows
+            return rows @ side.unsqueeze(1) if side.dim() == 3 else rows * side[:, None, None]
 
-        if inputs is not None and inputs.dim() == 2:  # inputs need not be written out
-            yield replace(
-                self, activations=self.activations.scaled(inputs), gradients=turned(self.gradients), mask=None
-            )
+        if inputs is not None and inputs.dim() == 2:  # they need not be written out
+            activations = self.activations.scaled(inputs)
+            yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
             return
         for piece in self.pieces():
-            a = piece.activations.dense()
-            a = a if inputs is None else a @ inputs.unsqueeze(1)
-            yield replace(piece, activations=Dense(a), gradients=turned(piece.gradients))
+            activations = Dense(turned(piece.activations.dense(), inputs))
+            yield replace(piece, activations=activations, gradients=turned(piece.gradients, outputs))
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""

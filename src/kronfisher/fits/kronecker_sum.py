@@ -9,7 +9,6 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import balanced, pieces, semidefinite
 from kronfisher.linalg import mirror
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
@@ -335,7 +334,8 @@ class KFACCorrected(KroneckerSum):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         state = super().init(group, plan, like)
-        kfac = KFAC().init(group, plan, like).sums
+        heads, outputs, inputs = sizes(group)  # never only a diagonal, as K-FAC alone may have it
+        kfac = {"inputs": like.new_zeros(heads, inputs, inputs), "outputs": like.new_zeros(heads, outputs, outputs)}
         state.sums |= {f"kfac.{side}": total for side, total in kfac.items()}
         return state
 

@@ -167,9 +167,10 @@ def cat(view: Viewer, tensors: Sequence[Tensor], dim: int = 0) -> Iterator[Use]:
 
 
 @handles(Tensor.repeat)
-def repeat(view: Viewer, input: Tensor, *sizes: int) -> Iterator[Use]:
+def repeat(view: Viewer, input: Tensor, *sizes: int | Sequence[int]) -> Iterator[Use]:
     """A parameter repeated along axes that it does not have, once for each datum."""
-    window, repeats = view(input), sizes if sizes and isinstance(sizes[0], int) else tuple(*sizes)
+    repeats = [n for size in sizes for n in ([size] if isinstance(size, int) else size)]
+    window = view(input)
     if window and all(n == 1 or k == 1 for n, k in zip(window.size[::-1], repeats[::-1], strict=False)):
         shared = broadcast(window)
         yield ElementwiseUse(None, shared, None, shared.size[1:])

@@ -93,8 +93,8 @@ class AddedLookupUse(ElementwiseUse):
         return summed.reshape(1, owner.samples, -1, self.aligned[-1])
 
     def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        entries = [each.reshape(1, -1, 1).expand(owner.samples, -1, -1) for each in self.lookup.entries()]
-        return Indices(*entries, self.lookup.width)
+        values, weights = (each.reshape(1, -1, 1).expand(owner.samples, -1, -1) for each in self.lookup.entries())
+        return Indices(values, weights, self.lookup.width)
 
 
 def _table(view: Viewer, weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool) -> View | None:

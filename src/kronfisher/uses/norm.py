@@ -80,9 +80,10 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Iterator[Use]:
     """Normalised over the pixels of each channel, scaled and shifted by channel."""
-    if not use_input_stats:
-        return batch_norm(view, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _uses(view, input, weight, bias, _channels(input), lambda x: F.instance_norm(x, eps=eps))
+    if use_input_stats:
+        yield from _uses(view, input, weight, bias, _channels(input), lambda x: F.instance_norm(x, eps=eps))
+    else:
+        yield from batch_norm(view, input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 @handles(F.batch_norm)
