@@ -19,6 +19,7 @@ ROWS = [
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation"},
+    {"laplace"},
     {"experiments"},
     {"__init__"},
     {"cli"},

@@ -17,6 +17,7 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
+from kronfisher.laplace import Laplace, Prediction
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
@@ -38,10 +39,12 @@ __all__ = [
     "Fit",
     "Full",
     "Gaussian",
+    "Laplace",
     "Likelihood",
     "MemoryBudgetError",
     "NumericalError",
     "NumericalWarning",
+    "Prediction",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",
