@@ -15,7 +15,7 @@ from torch import Tensor
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import add_symmetric_product_
 
-__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
+__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join", "turned"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 
@@ -221,8 +221,8 @@ class Samples:
     def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator["Samples"]:
         """Samples of ``U_Bᵀ G_k U_A``, a few at a time, for matrices ``U_A [H, I, I]`` and ``U_B [H, O, O]``."""
         for piece in self.pieces():
-            activations = Dense(piece.activations.dense() @ inputs.unsqueeze(1))
-            yield replace(piece, activations=activations, gradients=piece.gradients @ outputs.unsqueeze(1))
+            activations = Dense(turned(piece.activations.dense(), inputs))
+            yield replace(piece, activations=activations, gradients=turned(piece.gradients, outputs))
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
@@ -254,6 +254,14 @@ class Samples:
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
         return replace(self, mask=positions.to(self.gradients.dtype))
+
+
+def turned(rows: Tensor, side: Tensor) -> Tensor:
+    """Rows ``[H, n, T, I]`` times a matrix ``[H, I, J]``, or times a diagonal ``[H, I]``."""
+    if side.dim() == 2:
+        return rows * side[:, None, None]
+    # Flat, as a product broadcast over n would copy the matrix n times.
+    return (rows.flatten(1, 2) @ side).unflatten(1, rows.shape[1:3])
 
 
 def join(uses: list[Samples]) -> Samples:

@@ -23,7 +23,7 @@ from kronfisher.laplace.precision import Precision
 from kronfisher.likelihoods import Draws, Likelihood
 from kronfisher.operators import KroneckerBasis
 from kronfisher.passes import plain_arithmetic
-from kronfisher.samples import Dense, Samples, chunks
+from kronfisher.samples import Dense, Samples, chunks, turned
 
 __all__ = ["Group", "Linearised", "covariances", "directions", "variances"]
 
@@ -241,7 +241,7 @@ def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) 
         a = next(_turned(kept[0][0], basis, whole=True)).activations.dense()[:, :, 0].square()  # [H, n, I]
         middle = a @ weights.mT  # [H, n, O]
         g = torch.stack([use.gradients[:, :, 0] for (use,) in kept], dim=2)  # [H, n, C, O]
-        g = _turn(g, basis.B)
+        g = turned(g, basis.B)
         return ((g * middle[:, :, None]) @ g.mT).sum(0)
     parts = []
     for rows in _rows(kept, precision.operator.dim):
@@ -285,14 +285,9 @@ def _turned(samples: Samples, basis: KroneckerBasis, *, whole: bool = False) -> 
         size += samples.gradients.element_size() * heads * outputs * width * 2
     workspace = size * len(samples) if whole else samples.workspace
     for low, high in chunks(len(samples), size, workspace):
-        a = _turn(samples.activations.dense(low, high).to(basis.A.dtype), basis.A)
-        g = _turn(samples.gradients[:, low:high].to(basis.B.dtype), basis.B)
+        a = turned(samples.activations.dense(low, high).to(basis.A.dtype), basis.A)
+        g = turned(samples.gradients[:, low:high].to(basis.B.dtype), basis.B)
         yield replace(samples, activations=Dense(a), gradients=g, mask=None)
-
-
-def _turn(rows: Tensor, side: Tensor) -> Tensor:
-    """``[H, n, T, I]`` times a side ``[H, I, I]``, or its diagonal ``[H, I]``."""
-    return rows * side[:, None, None] if side.dim() == 2 else rows @ side.unsqueeze(1)
 
 
 def _rows(kept: Sequence[tuple[Samples, ...]], dim: int) -> Iterator[Tensor]:
