@@ -17,7 +17,7 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, Diagonal, Fit, Full
-from kronfisher.laplace import Laplace, Prediction
+from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kronfisher.operators import Fisher
 from kronfisher.operators.storage import load
@@ -51,5 +51,6 @@ __all__ = [
     "compare",
     "coverage",
     "estimate",
+    "laplace_backend",
     "load",
 ]

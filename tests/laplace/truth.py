@@ -91,4 +91,11 @@ def problem(name, dtype=torch.float64, outputs=3, data=20, likelihood=None, fit=
 
 
 SEPARATE = {"*.bias": "kfac-reduce", "*": "kfac"}
-FITS = {"kfac": "kfac", "ekfac": "ekfac", "diagonal": "diagonal", "full": "full", "separate": SEPARATE}
+FITS = {
+    "kfac": "kfac",
+    "ekfac": "ekfac",
+    "diagonal": "diagonal",
+    "full": "full",
+    "joint": kf.Full(across_layers=True),
+    "separate": SEPARATE,
+}
