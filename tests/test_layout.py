@@ -19,7 +19,7 @@ ROWS = [
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation", "fallback"},
-    {"trust", "natural_gradient", "preconditioner"},
+    {"trust", "natural_gradient", "preconditioner", "laplace"},
     {"experiments"},
     {"__init__"},
     {"cli"},

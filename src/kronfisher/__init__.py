@@ -18,6 +18,7 @@ from kronfisher.errors import (
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
 from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
+from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,
     Categorical,
@@ -61,6 +62,7 @@ __all__ = [
     "IterateAverage",
     "KFACCorrected",
     "KroneckerSum",
+    "Laplace",
     "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
@@ -69,6 +71,7 @@ __all__ = [
     "NumericalWarning",
     "Poisson",
     "Preconditioner",
+    "Prediction",
     "Refresh",
     "Schedule",
     "SingularError",
@@ -79,6 +82,7 @@ __all__ = [
     "compare",
     "coverage",
     "estimate",
+    "laplace_backend",
     "load",
     "nearest_kronecker",
 ]

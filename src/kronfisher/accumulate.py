@@ -72,6 +72,9 @@ class Accumulator:
         count: N so far.
         backward_passes: how many were run.
         tell: receives a line on what is about to take long.
+        score: whether to sum the log likelihood of the observed targets.
+        log_likelihood: that sum so far; None if there were no targets.
+        outputs: how many numbers the model gave for them.
     """
 
     model: nn.Module
@@ -94,6 +97,9 @@ class Accumulator:
     count: float | Tensor = 0.0
     backward_passes: int = 0
     tell: Callable[[str], None] = log.debug
+    score: bool = False
+    log_likelihood: Tensor | None = None
+    outputs: int = 0
 
     def __post_init__(self) -> None:
         if self.labels not in ("exact", "sampled", "observed"):
@@ -115,7 +121,7 @@ class Accumulator:
     def start_pass(self) -> None:
         """Begin to read the data (again): the label draws start over, so that every pass sees the same."""
         self._draws = [Draws(self.seed, stream) for stream in range(self.samples)]
-        self.count = 0.0
+        self.count, self.log_likelihood, self.outputs = 0.0, None, 0
 
     def next_pass(self) -> bool:
         """Let every fit say whether it needs the data once more; True if one does."""
@@ -206,6 +212,10 @@ class Accumulator:
                 self.backward_passes += len(outputs)
             stream.flush()
         self.count = self.count + size
+        if self.score and targets is not None:
+            score = self.likelihood.log_prob(values, targets).sum(dtype=torch.float64)
+            self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
+            self.outputs += values.numel()
         for group in self.groups:
             if not group.done:
                 group.state.count = group.state.count + size

@@ -109,6 +109,7 @@ def estimate(
     recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask)
     run = recipe.accumulator(fit)
     run.strict = strict
+    run.score = True
     accumulate(run, data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
@@ -146,6 +147,8 @@ def estimate(
         seconds=time.perf_counter() - began,
         trainable=sum(p.numel() for p in run.parameters.values()),
         blocks=infos,
+        log_likelihood=None if run.log_likelihood is None else float(run.log_likelihood),
+        outputs=run.outputs,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
     single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator in entries)

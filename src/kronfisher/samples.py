@@ -17,7 +17,7 @@ from torch import Tensor
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import add_symmetric_product_, mirror
 
-__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join"]
+__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join", "turned"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 
@@ -429,6 +429,14 @@ class Samples:
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
         return replace(self, mask=positions.to(self.gradients.dtype))
+
+
+def turned(rows: Tensor, side: Tensor) -> Tensor:
+    """Rows ``[H, n, T, I]`` times a matrix ``[H, I, J]``, or times a diagonal ``[H, I]``."""
+    if side.dim() == 2:
+        return rows * side[:, None, None]
+    # Flat, as a product broadcast over n would copy the matrix n times.
+    return (rows.flatten(1, 2) @ side).unflatten(1, rows.shape[1:3])
 
 
 def join(uses: list[Samples]) -> Samples:

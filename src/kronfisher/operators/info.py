@@ -42,6 +42,8 @@ class Info:
         seconds: wall time of the whole estimate, passes over the model included.
         trainable: how many trainable parameters (numbers) the model has; None if unknown.
         blocks: block name to what concerns it alone.
+        log_likelihood: of the observed targets, summed over data; None if there were none.
+        outputs: how many numbers the model gave for the counted data, in all.
         changes: what was done to the matrix since, in order, such as ``"+ 0.001"`` or ``"inverse"``.
     """
 
@@ -54,6 +56,8 @@ class Info:
     seconds: float = 0.0
     trainable: int | None = None
     blocks: Mapping[str, BlockInfo] = field(default_factory=dict)
+    log_likelihood: float | None = None
+    outputs: float = 0.0
     changes: tuple[str, ...] = ()
 
     def changed(self, change: str) -> "Info":
@@ -87,7 +91,18 @@ class Info:
         count = self.count + more * other.count
         labels = self.labels if self.labels == other.labels else f"{self.labels} + {other.labels}"
         seconds = self.seconds + other.seconds
-        return replace(self, count=count, labels=labels, seconds=seconds, blocks=blocks, changes=changes)
+        known = more and self.log_likelihood is not None and other.log_likelihood is not None
+        log_likelihood = (self.log_likelihood or 0.0) + (other.log_likelihood or 0.0) if known else None
+        return replace(
+            self,
+            count=count,
+            labels=labels,
+            seconds=seconds,
+            blocks=blocks,
+            log_likelihood=log_likelihood,
+            outputs=self.outputs + more * other.outputs,
+            changes=changes,
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

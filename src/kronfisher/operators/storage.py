@@ -17,7 +17,7 @@ from kronfisher.operators.fisher import Fisher
 from kronfisher.operators.info import Info
 from kronfisher.operators.operator import Operator
 
-__all__ = ["FORMAT", "block_of", "load", "save"]
+__all__ = ["FORMAT", "block_of", "load", "read", "save"]
 
 FORMAT = 1
 _KEY = "kronfisher"
@@ -28,8 +28,16 @@ _CONVENTIONS = {
 }
 
 
-def save(fisher: Fisher, path: str | Path) -> None:
+def save(
+    fisher: Fisher, path: str | Path, more: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None
+) -> None:
     """Write `fisher` to `path`, all or nothing: an interrupted run leaves what was there before.
+
+    Args:
+        fisher: the matrix.
+        path: the file.
+        more: further tensors, for those who keep a Fisher among other things.
+        notes: further entries of the header.
 
     Raises:
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
@@ -49,10 +57,11 @@ def save(fisher: Fisher, path: str | Path) -> None:
         "shapes": {name: list(shape) for name, shape in fisher.shapes.items()},
         "info": asdict(fisher.info),
         "entries": entries,
+        **(notes or {}),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(_owned(tensors), temporary, metadata={_KEY: json.dumps(header)})
+        safetensors.torch.save_file(_owned({**tensors, **(more or {})}), temporary, metadata={_KEY: json.dumps(header)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,6 +82,11 @@ def load(path: str | Path, model: torch.nn.Module) -> Fisher:
         FileNotFoundError: there is no such file.
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
     """
+    return read(path, model)[0]
+
+
+def read(path: str | Path, model: torch.nn.Module) -> tuple[Fisher, dict[str, Tensor], dict[str, Any]]:
+    """The matrix as `load` reads it, all tensors of the file, and its header."""
     safetensors = _safetensors()
     path, model = Path(path), unwrapped(model)
     if not path.is_file():
@@ -83,7 +97,7 @@ def load(path: str | Path, model: torch.nn.Module) -> Fisher:
             _require_format(path, header)
             device = _require_match(path, header["shapes"], model)
             tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        return _build(header, tensors)
+        return _build(header, tensors), tensors, header
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged, or not a kronfisher file ({error}); estimate and save it again") from error
 

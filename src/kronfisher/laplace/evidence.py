@@ -1,0 +1,121 @@
+"""The marginal likelihood of the data under a posterior, and the hyper-parameters that it likes best."""
+
+from collections.abc import Callable, Sequence
+from math import log, pi
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import NumericalError, SingularError
+from kronfisher.laplace.precision import logdet
+from kronfisher.operators.fisher import gather
+
+if TYPE_CHECKING:
+    from kronfisher.laplace.laplace import Laplace
+
+__all__ = ["best_factors", "log_evidence", "mean_square"]
+
+
+def log_evidence(
+    posterior: "Laplace",
+    *,
+    priors: Sequence[Tensor] | None = None,
+    factors: Sequence[Tensor] | None = None,
+    noise: float | Tensor | None = None,
+) -> Tensor:
+    """See `Laplace.log_marginal_likelihood`.
+
+    Args:
+        posterior: whose data and network are meant.
+        priors: prior precisions of its blocks instead of its own.
+        factors: on its own prior precisions, one for each block; cheaper where these vary within a block.
+        noise: variance instead of its own.
+    """
+    log_likelihood, outputs = posterior.training_score()
+    device = posterior.fisher.device
+
+    def number(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+
+    total = number(log_likelihood)
+    if posterior.noise is not None:
+        sigma = number(posterior.noise if noise is None else noise)
+        squares = mean_square(log_likelihood, outputs, posterior.own_noise) * outputs
+        total = -0.5 * (squares / sigma + outputs * (2 * pi * sigma).log())
+    total = total / posterior.temperature
+    scale = number(posterior.scale(noise))
+    residual = {name: (mean - posterior.prior_mean[name])[None] for name, mean in posterior.mean.items()}
+    for k, (group, precision) in enumerate(posterior.precisions.items()):
+        prior = (precision.prior if priors is None else priors[k]).double()
+        if priors is not None:
+            determinant = logdet(precision.operator, scale, prior, precision.name)
+        else:
+            factor = number(1.0 if factors is None else factors[k])
+            determinant, prior = precision.logdet(scale, factor), prior * factor
+        if bool((prior <= 0).any()):
+            raise SingularError(
+                f"{precision.name}: a prior precision of zero is no prior; evidence needs a positive one."
+            )
+        delta = gather(group, residual)[0].double()
+        logs = prior.log().sum() * (1 if prior.dim() else len(delta))
+        total = total - 0.5 * ((prior * delta.square()).sum() + determinant - logs)
+    return total
+
+
+def best_factors(posterior: "Laplace", *, per_block: bool, noise: bool, steps: int) -> tuple[list[float], float | None]:
+    """Factors on the prior precisions of all blocks, and the noise, at which the marginal likelihood is largest."""
+    blocks = len(posterior.precisions)
+    own = blocks if per_block else 1
+    start = torch.zeros(own + noise, dtype=torch.float64, device=posterior.fisher.device)
+    if noise:
+        start[-1] = log(posterior.noise or posterior.own_noise)
+
+    def value(logs: Tensor) -> Tensor:
+        factors = logs[:own].exp().expand(blocks)
+        return log_evidence(posterior, factors=list(factors), noise=logs[-1].exp() if noise else None)
+
+    found = maximise(value, start, steps=steps).exp().tolist()
+    return found[:own] * (1 if per_block else blocks), found[-1] if noise else None
+
+
+def mean_square(log_likelihood: float, outputs: float, variance: float) -> float:
+    """The mean squared residual behind the log likelihood of so many numbers under Gaussian noise of `variance`."""
+    return -2 * variance * (log_likelihood / outputs + log(2 * pi * variance) / 2)
+
+
+def maximise(function: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 100, reach: float = 25.0) -> Tensor:
+    """The logarithms at which a smooth function is largest, near `start`, by L-BFGS in float64.
+
+    Args:
+        function: of the logarithms; 0-dim, differentiable.
+        start: ``[K]``.
+        steps: at most.
+        reach: no logarithm moves further; a prior that wants to be infinite ends there.
+
+    Raises:
+        NumericalError: the function is not finite where it starts.
+    """
+    start = start.detach().double()
+    offset = torch.zeros_like(start).requires_grad_()
+    optimiser = torch.optim.LBFGS([offset], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def value(x: Tensor) -> Tensor:
+        return -function(start + reach * torch.tanh(x / reach))
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = value(offset)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        first = value(offset)
+        if not bool(torch.isfinite(first)):
+            raise NumericalError("the marginal likelihood is not finite at the present hyper-parameters")
+        optimiser.step(closure)
+    found = offset.detach()
+    with torch.no_grad():
+        if not bool(torch.isfinite(found).all()) or float(value(found)) > float(first.detach()):
+            found = torch.zeros_like(found)
+    return start + reach * torch.tanh(found / reach)

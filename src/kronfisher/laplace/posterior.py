@@ -1,0 +1,331 @@
+"""The Gaussian over the parameters: its hyper-parameters, its samples, and the marginal likelihood."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.batches import Forward, run
+from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.isolation import isolated
+from kronfisher.laplace.evidence import best_factors, log_evidence, mean_square
+from kronfisher.laplace.functional import Group
+from kronfisher.laplace.precision import Precision
+from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
+from kronfisher.likelihoods import Gaussian, Likelihood
+from kronfisher.models import unwrapped
+from kronfisher.operators import Fisher
+from kronfisher.operators.fisher import scatter
+from kronfisher.operators.operator import nonnegative
+
+__all__ = ["Posterior"]
+
+
+class Posterior:
+    """``N(θ*, Λ⁻¹)`` with ``Λ = c·F + diag(prior precision)``; `Laplace` adds predictions to it and documents both.
+
+    Attributes:
+        model: unwrapped.
+        fisher: F.
+        likelihood: of the targets.
+        forward: as for `estimate`, or None.
+        mean: θ*, name → tensor.
+        prior_mean: name → tensor.
+        precisions: blocks → their part of Λ.
+        calibrated_for: the predictor that the prior precision was tuned for, if it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fisher: Fisher,
+        prior_precision: PriorPrecision = 1.0,
+        temperature: float = 1.0,
+        *,
+        prior_mean: float | Mapping[str, float | Tensor] = 0.0,
+        noise: float | None = None,
+        likelihood: Likelihood | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        recipe = getattr(fisher.context, "recipe", None)
+        likelihood = likelihood or getattr(recipe, "likelihood", None)
+        if likelihood is None:
+            raise DataError(
+                "this Fisher was loaded or made by hand; pass the likelihood: Laplace(..., likelihood=...)."
+            )
+        if fisher.info.changes:
+            raise DataError(
+                f"the Fisher was changed since its estimate ({', '.join(fisher.info.changes)}); pass it as estimated: "
+                "the prior precision is what Laplace adds to it."
+            )
+        self.model, self.fisher, self.likelihood = unwrapped(model), fisher, likelihood
+        self.forward = forward or getattr(recipe, "forward", None)
+        parameters = dict(self.model.named_parameters())
+        for name, shape in fisher.shapes.items():
+            if name not in parameters or parameters[name].shape != shape:
+                raise DataError(f"{name} {list(shape)} of the Fisher is no parameter of this model.")
+            if parameters[name].device != fisher.device:
+                raise DataError(
+                    f"{name} is on {parameters[name].device}, the Fisher on {fisher.device}; move one of them."
+                )
+        self.mean = {name: parameters[name].detach().clone() for name in fisher.shapes}
+        self._versions = {name: parameters[name]._version for name in fisher.shapes}
+        self.prior_mean = self._read_mean(prior_mean)
+        self.calibrated_for: str | None = None
+        self._temperature = _positive(temperature, "temperature")
+        self._noise = self._read_noise(noise)
+        self._log_likelihood = fisher.info.log_likelihood, fisher.info.outputs
+        self.prior_precision = prior_precision
+
+    # Hyper-parameters -------------------------------------------------------------------------------------------------
+
+    @property
+    def prior_precision(self) -> dict[str, Tensor]:
+        """Block name → δ: 0-dim, or ``[D]`` in the canonical order of the block. Set it in any form accepted."""
+        return {precision.name: precision.prior for precision in self.precisions.values()}
+
+    @prior_precision.setter
+    def prior_precision(self, value: PriorPrecision) -> None:
+        priors = [prior.detach() for prior in read_prior(value, self.fisher)]
+        self._set(
+            {
+                blocks: Precision(operator, self.scale(), prior, name)
+                for (name, blocks, operator), prior in zip(entries(self.fisher), priors, strict=True)
+            }
+        )
+
+    @property
+    def noise(self) -> float | None:
+        """Variance of the observation noise; None where the likelihood has no single one."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self._noise = self._read_noise(value)
+        self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
+
+    @property
+    def temperature(self) -> float:
+        """T, as given."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = _positive(value, "temperature")
+        self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
+
+    @property
+    def flat_directions(self) -> dict[str, int]:
+        """Block name → directions without any curvature, where the posterior is the prior: unused rows, dead units."""
+        return {precision.name: precision.flat_directions for precision in self.precisions.values()}
+
+    def _set(self, precisions: dict[Group, Precision]) -> None:
+        self.precisions, self.calibrated_for = precisions, None
+
+    def scale(self, noise: Tensor | float | None = None) -> Any:
+        """The c of ``Λ = c·F + diag(prior precision)``, for another noise if given; F holds the likelihood's own."""
+        count = self.fisher.count if self.fisher.reduction == "mean" else 1.0
+        noise = self._noise if noise is None else noise
+        return count / self._temperature / (1.0 if noise is None else noise / self.own_noise)
+
+    @property
+    def own_noise(self) -> float:
+        """The variance of the Gaussian likelihood under which the Fisher was estimated."""
+        assert isinstance(self.likelihood, Gaussian)
+        return float(self.likelihood.variance)
+
+    def _read_noise(self, noise: float | None) -> float | None:
+        single = isinstance(self.likelihood, Gaussian) and torch.as_tensor(self.likelihood.variance).numel() == 1
+        if noise is None:
+            return self.own_noise if single else None
+        if not single:
+            raise UnsupportedError(
+                f"noise={noise}: only a Gaussian likelihood with one variance for all outputs can take another noise; "
+                f"this is {self.likelihood}. Estimate the Fisher matrix anew under the noise that is meant."
+            )
+        return _positive(noise, "noise")
+
+    def _read_mean(self, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+        given = value if isinstance(value, Mapping) else dict.fromkeys(self.mean, value)
+        if odd := given.keys() ^ self.mean.keys():
+            raise DataError(
+                f"prior_mean must name exactly the parameters of the posterior; it differs in {', '.join(odd)}."
+            )
+        return {name: torch.as_tensor(given[name]).to(mean).expand(mean.shape) for name, mean in self.mean.items()}
+
+    # Parameters -----------------------------------------------------------------------------------------------------
+
+    def sample(self, n: int, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draw n parameter vectors from the posterior, ``{name: [n, *shape]}``; torch's global state is not touched.
+
+        Raises:
+            SingularError: directions have neither curvature nor prior precision.
+        """
+        return {name: self.mean[name] + delta for name, delta in self.by_name(self.draws(n, seed)).items()}
+
+    def variance(self) -> dict[str, Tensor]:
+        """Marginal posterior variances ``{name: [*shape]}``: the diagonal of Λ⁻¹."""
+        rows = {group: precision.inverse_diagonal()[None] for group, precision in self.precisions.items()}
+        return {name: tensor[0] for name, tensor in self.by_name(rows).items()}
+
+    def draws(self, n: int, seed: int, precisions: Mapping[Group, Precision] | None = None) -> dict[Group, Tensor]:
+        """Draws from ``N(0, Λ⁻¹)`` as canonical rows ``[n, D]`` of every block, perhaps under other precisions."""
+        generator = torch.Generator(self.fisher.device).manual_seed(seed)
+        found = {}
+        for group, precision in (precisions or self.precisions).items():
+            like = precision.operator
+            noise = torch.randn(n, like.dim, generator=generator, dtype=like.dtype, device=like.device)
+            found[group] = precision.colour(noise)
+        return found
+
+    def by_name(self, rows: Mapping[Group, Tensor]) -> dict[str, Tensor]:
+        """Canonical rows ``[n, D]`` of every block as ``{name: [n, *shape]}``."""
+        count = len(next(iter(rows.values())))
+        out = {name: mean.new_empty(count, *mean.shape) for name, mean in self.mean.items()}
+        for group, values in rows.items():
+            scatter(group, values.to(next(iter(out.values())).dtype), out)
+        return out
+
+    # The marginal likelihood ------------------------------------------------------------------------------------------
+
+    def log_marginal_likelihood(
+        self, prior_precision: PriorPrecision | None = None, noise: float | Tensor | None = None
+    ) -> Tensor:
+        """``log p(targets)`` under Laplace's approximation, a 0-dim float64 tensor.
+
+        ``log p(y|θ*)/T − ½ (θ* − μ)ᵀ diag(δ) (θ* − μ) − ½ log |Λ| + ½ log |diag(δ)|``.
+
+        Args:
+            prior_precision: instead of the posterior's own, in any of its forms; differentiable where it is a tensor.
+            noise: variance of Gaussian noise, instead of the posterior's own; differentiable where it is a tensor.
+
+        Raises:
+            DataError: the Fisher was estimated without targets; `score` reads them.
+            SingularError: Λ is singular, or a prior precision is zero, for which there is no normalised prior.
+        """
+        if noise is not None:
+            self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
+        if prior_precision is None:
+            return log_evidence(self, noise=noise)
+        return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
+
+    def score(self, data: Any) -> Self:
+        """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
+        total, outputs = 0.0, 0
+        with isolated(self.model, 0), torch.no_grad():
+            for k, batch in enumerate(data):
+                values, targets = run(self.model, batch, self.forward, self.fisher.device, f"batch {k}")
+                self.likelihood.check(values, targets, f"batch {k}", "observed")
+                total += float(self.likelihood.log_prob(values, targets).sum(dtype=torch.float64))
+                outputs += values.numel()
+        self._log_likelihood = total, outputs
+        return self
+
+    def optimize_prior(self, *, per_block: bool = False, noise: bool = False, steps: int = 100) -> Self:
+        """Set the prior precision, and the noise if asked to, to where the marginal likelihood is largest.
+
+        Every present prior precision is multiplied by one factor (for each block), so that its form stays as it is.
+
+        Args:
+            per_block: a factor for every block instead of one for all.
+            noise: also the variance of a Gaussian likelihood's noise.
+            steps: of L-BFGS, at most.
+
+        Returns:
+            Itself.
+        """
+        factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)
+        if noise:
+            self._noise = sigma
+        self._set(
+            {
+                group: precision.times(factor).with_scale(self.scale())
+                for (group, precision), factor in zip(self.precisions.items(), factors, strict=True)
+            }
+        )
+        return self
+
+    def fit_noise(self) -> Self:
+        """Set the noise variance of a Gaussian likelihood to the mean squared residual of the training data.
+
+        That is where the likelihood of θ* is largest; `optimize_prior(noise=True)` takes the uncertainty of the
+        parameters into account, too. Returns itself.
+        """
+        self._read_noise(self._noise if self._noise is not None else 1.0)
+        self.noise = mean_square(*self.training_score(), self.own_noise)
+        return self
+
+    def training_score(self) -> tuple[float, float]:
+        """The log likelihood of the training data, and how many numbers their targets are; DataError if unknown."""
+        log_likelihood, outputs = self._log_likelihood
+        if log_likelihood is None:
+            raise DataError(
+                "the likelihood of the training data is unknown, as the Fisher matrix was estimated without targets; "
+                "call posterior.score(train_loader) first."
+            )
+        return log_likelihood, outputs
+
+    # Around it ----------------------------------------------------------------------------------------------------
+
+    @property
+    def noise_ratio(self) -> float:
+        """The noise variance over that of the likelihood."""
+        return 1.0 if self._noise is None else self._noise / self.own_noise
+
+    def check_parameters(self) -> None:
+        """DataError if the model's parameters are no longer those that the posterior is around."""
+        parameters = dict(self.model.named_parameters())
+        for name, mean in self.mean.items():
+            parameter = parameters[name]
+            if parameter._version == self._versions.get(name):
+                continue
+            if parameter.device != mean.device or not torch.equal(parameter.detach(), mean.to(parameter.dtype)):
+                raise DataError(
+                    f"{name} has changed since the posterior was made around it, or was moved: estimate the Fisher "
+                    "matrix again after training; posterior.to(device) follows a model that went elsewhere."
+                )
+            self._versions[name] = parameter._version
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the posterior to another device or precision; move the model yourself. Returns itself."""
+        self.fisher = self.fisher.to(device, dtype)
+        self.mean = {name: mean.to(device) for name, mean in self.mean.items()}
+        self.prior_mean = {name: mean.to(device) for name, mean in self.prior_mean.items()}
+        calibrated = self.calibrated_for
+        self._set(
+            {
+                group: replace(precision, operator=operator, prior=precision.prior.to(operator.device, operator.dtype))
+                for (group, precision), operator in zip(
+                    self.precisions.items(), self.fisher.blocks.values(), strict=True
+                )
+            }
+        )
+        self.calibrated_for, self._versions = calibrated, {}
+        return self
+
+    def restore(self, priors: Sequence[Tensor], calibrated_for: str | None) -> None:
+        """Put back what a file holds: the prior precision of every block, in canonical order, and the calibration."""
+        self._set(
+            {
+                group: Precision(precision.operator, self.scale(), prior, precision.name)
+                for (group, precision), prior in zip(self.precisions.items(), priors, strict=True)
+            }
+        )
+        self.calibrated_for = calibrated_for
+
+    def __repr__(self) -> str:
+        flat = sum(self.flat_directions.values())
+        noise = "" if self._noise is None else f", noise variance {self._noise:.3g}"
+        return (
+            f"<Laplace posterior of {self.fisher.dim} parameters in {len(self.precisions)} blocks, "
+            f"{self.fisher.count:g} data{noise}; {flat} directions without curvature>"
+        )
+
+
+def _positive(value: float, what: str) -> float:
+    number = nonnegative(value, what)
+    if number == 0:
+        raise ValueError(f"{what} must be positive; it is {value}")
+    return number
