@@ -348,8 +348,11 @@ class KFACCorrected(KroneckerSum):
 
     def _product(self, state: State) -> tuple[Tensor, Tensor]:
         """K-FAC's factors ``[1, H, ...]``, in the scale of the sum over samples."""
-        A, B = mirror(state.sums["kfac.inputs"]), mirror(state.sums["kfac.outputs"], reciprocal(state.rows))
-        return A[None], B[None]
+        A, B = (
+            mirror(side) if side.dim() == 3 else torch.diag_embed(side)
+            for side in (state.sums["kfac.inputs"], state.sums["kfac.outputs"])
+        )
+        return A[None], B[None] * reciprocal(state.rows)
 
     def _merge_alone(self, state: State, piece: list[Samples]) -> None:
         state.facts["alone"] = "yes"  # all data are here: what is found is the exact correction
