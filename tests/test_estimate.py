@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
-from kronfisher.fits import FITS
+from kronfisher.fits import FITS, named
 from tests.exact import Written, assert_exact, exact_fisher
 
 FIT_NAMES = sorted(FITS)
@@ -36,7 +36,7 @@ def close(x, y, tolerance=1e-12):
 # Scale and batching ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", FIT_NAMES)
+@pytest.mark.parametrize("fit", [name for name in FIT_NAMES if not named(name).by_batch])
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_batching_changes_nothing(fit, labels):
     model, x = network(), X.double()
@@ -258,7 +258,7 @@ def test_a_tiny_budget_gives_the_same_in_little_room(fit, monkeypatch):
 
         return run
 
-    for kind in (kf.KFAC, kf.EKFAC, kf.Diagonal, kf.Full):
+    for kind in (kf.KFAC, kf.EKFAC, kf.Diagonal, kf.Full, kf.TKFAC, kf.KL):
         monkeypatch.setattr(kind, "update", watched(kind.update))
     current = "free"
     free = kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact")
@@ -273,8 +273,9 @@ def test_a_tiny_budget_gives_the_same_in_little_room(fit, monkeypatch):
     close(tight, free, 1e-10)
     matrices = 8 * max(54 * 54 + 27, 216 * 216 // 4) * 4
     one = 8 * 12 * 12 * max(27 + 1, 54 + 1) * 2  # bytes of a sample's patches and gradients
-    assert largest["tight"] <= max(one * 3, matrices), (largest, one)
-    assert largest["tight"] < largest["free"]
+    if largest:  # the others take many samples at once
+        assert largest["tight"] <= max(one * 3, matrices), (largest, one)
+        assert largest["tight"] < largest["free"]
 
 
 def test_budgets_that_do_not_suffice_are_refused_before_any_matrix_is_made(monkeypatch):

@@ -29,7 +29,7 @@ def estimate(
     data: Any,
     likelihood: Likelihood,
     *,
-    fit: Choice = "kfac",
+    fit: Choice = "kfoc",
     labels: Labels = "sampled",
     samples: int = 1,
     forward: Forward | None = None,

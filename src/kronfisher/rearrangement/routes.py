@@ -76,7 +76,7 @@ def rearranged(
     if route == "rows":
         return Rows(samples)
     if route == "explicit":
-        return Explicit(samples)
+        return Explicit(samples, samples[0].workspace)
     if route not in ROUTES:
         raise ValueError(f"route={route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
     if any(several.positions > 1 for several in samples):
