@@ -29,6 +29,11 @@ def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[
         yield low, min(low + step, total)
 
 
+def applied(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``[H, m, n, D]`` times ``[H, D, R]`` as one product a group; broadcasting would copy the matrix for every m."""
+    return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
+
+
 class Activations:
     """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
 
@@ -53,7 +58,7 @@ class Activations:
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
-        return self.dense(low, high) @ matrix.unsqueeze(1)
+        return applied(self.dense(low, high), matrix)
 
     def copied(self) -> "Activations":
         """The same in memory of its own, for samples that have to outlive their batch."""
@@ -146,7 +151,7 @@ class Dense(Activations):
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         width = self.values.shape[-1]
-        product = self.values[:, low:high] @ matrix[:, None, :width]
+        product = applied(self.values[:, low:high], matrix[:, :width])
         return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
 
     def copied(self) -> "Dense":
@@ -389,7 +394,7 @@ class Samples:
         def turned(rows: Tensor, side: Tensor | None) -> Tensor:
             if side is None:
                 return rows
-            return rows @ side.unsqueeze(1) if side.dim() == 3 else rows * side[:, None, None]
+            return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
 
         if inputs is not None and inputs.dim() == 2:  # they need not be written out
             activations = self.activations.scaled(inputs)

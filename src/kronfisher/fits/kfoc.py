@@ -188,11 +188,12 @@ class KFOC(Fit):
             pair = Pair(sigma, sigma, sigma, steps, change)
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
-            start = whole(sums["inputs"][0]) if warm else None
             if (terms := len(sums["inputs"])) > 1:
-                pair, A, B = source.leading_terms(terms, start, self.tolerance, self.iterations)
+                before = sums["inputs"] if warm else None
+                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
                 self._recompress(state, A, B)
             else:
+                start = whole(sums["inputs"][0]) if warm else None
                 pair = source.leading(start, self.tolerance, self.iterations)
                 self._add(state, pair)
         self._certify(state, source, piece, n)

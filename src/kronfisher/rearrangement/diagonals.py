@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kronfisher.indices import Indices
 from kronfisher.rearrangement.maps import Rearranged
-from kronfisher.samples import Samples
+from kronfisher.samples import Samples, applied
 
 __all__ = ["Diagonals"]
 
@@ -62,7 +62,7 @@ def _pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _times(rows: Tensor, side: Tensor) -> Tensor:
-    return rows @ side.unsqueeze(1) if side.dim() == 3 else rows * side[:, None, None]
+    return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
 
 
 def _add(total: Tensor, x: Tensor, y: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_, mirror
-from kronfisher.samples import WORKSPACE, Activations, Dense, Samples
+from kronfisher.samples import WORKSPACE, Activations, Dense, Samples, applied
 
 __all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "Weights", "norm", "over", "times"]
 
@@ -117,23 +117,23 @@ class Rearranged(ABC):
         return Pair(A, B, sigma, steps, change)
 
     def leading_terms(
-        self, rank: int, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
     ) -> tuple[Pair, Tensor, Tensor]:
         """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
 
-        The other terms are from a few steps of subspace iteration beside the pair, among symmetric matrices; whatever
-        they are, the sum is ℛ(F) behind a projection.
+        The other terms are from subspace iteration beside the pair, among symmetric matrices, that starts from the
+        terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind a projection.
         """
-        pair = self.leading(start, tolerance, iterations)
-        A = torch.cat([pair.A[None], _noise(pair.A, rank - 1)])
+        pair = self.leading(None if before is None else before[0], tolerance, iterations)
+        A = torch.cat([pair.A[None], _noise(pair.A, rank - 1) if before is None else before[1:rank]])
         B = A
-        for _ in range(_SUBSPACE):
+        for _ in range(_SUBSPACE if before is None else 1):
             B = _orthonormal(torch.stack([self.outputs(each) for each in _orthonormal(A)]))
             A = torch.stack([self.inputs(each) for each in B])
         return pair, A, B
 
 
-_SUBSPACE = 3  # steps of subspace iteration
+_SUBSPACE = 2  # steps of subspace iteration from noise
 
 
 def _noise(like: Tensor, number: int) -> Tensor:
@@ -249,7 +249,7 @@ class Gram(Weights):
         return Pair(mirror(A), mirror(B), sigma, steps, change)
 
     def leading_terms(
-        self, rank: int, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
     ) -> tuple[Pair, Tensor, Tensor]:
         """The same in the span of the samples: n² numbers a step and a term."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
@@ -310,14 +310,14 @@ class Rows(Rearranged):
     def outputs(self, A: Tensor) -> Tensor:
         total = self.like().new_zeros(())
         for a, g in self._pieces():
-            W = (a @ A.unsqueeze(1)) @ a.mT
+            W = applied(a, A) @ a.mT
             total = total + (W @ g).flatten(1, 2).mT @ g.flatten(1, 2)
         return total
 
     def inputs(self, B: Tensor) -> Tensor:
         total = self.like().new_zeros(())
         for a, g in self._pieces():
-            W = (g @ B.unsqueeze(1)) @ g.mT
+            W = applied(g, B) @ g.mT
             total = total + (W @ a).flatten(1, 2).mT @ a.flatten(1, 2)
         return total
 
@@ -352,7 +352,7 @@ class Explicit(Rearranged):
     def outputs(self, A: Tensor) -> Tensor:
         total = self.like().new_zeros(())
         for G in self.pieces():
-            total = total + (G @ A.unsqueeze(1)).flatten(2) @ G.flatten(2).mT
+            total = total + applied(G, A).flatten(2) @ G.flatten(2).mT
         return total
 
     def inputs(self, B: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.rearrangement.maps import Gram, norm, over
-from kronfisher.samples import Samples, chunks
+from kronfisher.samples import Samples, applied, chunks
 
 __all__ = ["DIRECTIONS", "PART", "Projected"]
 
@@ -113,7 +113,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     for low, high in chunks(len(samples), size, samples.workspace // 4):
         g = samples.gradients[:, low:high]
         if transposed:
-            yield ((g @ L.unsqueeze(1)).mT @ samples.activations.dense(low, high)).flatten(1, 2)
+            yield (applied(g, L).mT @ samples.activations.dense(low, high)).flatten(1, 2)
         else:
             yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
 

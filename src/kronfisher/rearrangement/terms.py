@@ -7,6 +7,8 @@ from kronfisher.errors import DataError
 
 __all__ = ["nearest_kronecker", "truncated"]
 
+_LONG = 2**15  # numbers in a matrix beyond which products of float32 stay float32
+
 
 def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The best sum of `rank` Kronecker products for a given ``Σ_k L_k ⊗ R_k``, in Frobenius norm.
@@ -67,11 +69,13 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 def _root(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """For ``[s, H, p, q]``: X with ``X Xᵀ`` the Gram matrix ``[H, s, s]``, and Y that takes X's columns back."""
-    flat = matrices.transpose(0, 1).flatten(2).double()
-    scale = flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    flat = flat / scale
-    values, vectors = torch.linalg.eigh(flat @ flat.mT)
-    values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
+    flat = matrices.transpose(0, 1).flatten(2)
+    flat = flat if flat.shape[-1] > _LONG else flat.double()
+    scale = flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    values, vectors = torch.linalg.eigh(((flat / scale) @ (flat / scale).mT).double())
+    noise = max(1e-14, 10 * torch.finfo(flat.dtype).eps if flat.dtype != torch.float64 else 0.0)
+    values = torch.where(values > values[:, -1:] * noise, values, 0)
+    scale = scale.double()
     root = values.sqrt()
     inverse = torch.where(root > 0, 1 / root, 0)
     return (vectors * root.unsqueeze(1)) * scale, (vectors * inverse.unsqueeze(1)) / scale
