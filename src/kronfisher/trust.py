@@ -105,10 +105,10 @@ class LevenbergMarquardt(Trust):
     """
 
     initial: float | None = None
-    relative: float = 1e-2
+    relative: float = 2e-2
     every: int = 5
     decay: float = 19 / 20
-    floor: float = 1e-3
+    floor: float = 2e-2
     ceiling: float = 1e6
     warmup: int = 10
     quick: float = 1.0

@@ -282,7 +282,7 @@ class NaturalGradient(torch.optim.Optimizer):
         spared = rows.spare(capture)
         wanted = [p for name, p in self._parameters().items() if name not in spared and p.requires_grad]
         sources: list[Tensor | GradientEdge] = [*rows.edges, *wanted]
-        found = torch.autograd.grad([loss], sources, allow_unused=True)[len(rows.edges) :]
+        found = torch.autograd.grad(loss, sources, allow_unused=True)[len(rows.edges) :]  # pyright: ignore
         for parameter, gradient in zip(wanted, found, strict=True):
             parameter.grad = gradient
 
