@@ -16,6 +16,7 @@ from kronfisher.operators import Kronecker, Operator
 from kronfisher.rearrangement import (
     ROUTES,
     Diagonals,
+    Explicit,
     Gram,
     Joint,
     Pair,
@@ -37,6 +38,7 @@ Aggregation = Literal["memory", "running", "approx", "exact"]
 
 _PIECE = 512  # samples that are treated at once where T = 1
 _SHARED = 4  # where positions share the weight, so many times fewer say as much
+_NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms beyond which one term is carried
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
@@ -190,7 +192,7 @@ class KFOC(Fit):
             warm = begun and self.warm_start and not isinstance(source, Gram)
             if (terms := len(sums["inputs"])) > 1:
                 before = sums["inputs"] if warm else None
-                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
+                pair, A, B = source.leading_terms(min(terms, _NEW), before, self.tolerance, self.iterations)
                 self._recompress(state, A, B)
             else:
                 start = whole(sums["inputs"][0]) if warm else None
@@ -254,7 +256,7 @@ class KFOC(Fit):
         if isinstance(source, Gram):
             same, pairs = source.squared_products()
         elif not isinstance(source, Projected | Diagonals) and n * heads * outputs * inputs * n <= _PAIRS:
-            same, pairs = squared_products(piece)
+            same, pairs = squared_products(source if isinstance(source, Explicit) else Explicit(piece))
         else:
             state.facts["uncertain"] = True
             return

@@ -14,6 +14,7 @@ from kronfisher.linalg import mirror
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
 from kronfisher.rearrangement import (
+    Explicit,
     Gram,
     Joint,
     Rearranged,
@@ -423,7 +424,7 @@ def _squared_norm(piece: list[Samples]) -> Tensor | None:
     if all(several.positions == 1 for several in piece):
         same, pairs = Gram(piece).squared_products()
     elif sum(map(len, piece)) ** 2 * elements(*piece[0].shape) <= _PAIRS:
-        same, pairs = squared_products(piece)
+        same, pairs = squared_products(Explicit(piece))
     else:
         return None
     return same + pairs

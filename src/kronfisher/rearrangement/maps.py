@@ -253,17 +253,15 @@ class Gram(Weights):
     ) -> tuple[Pair, Tensor, Tensor]:
         """The same in the span of the samples: n² numbers a step and a term."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
-        Ka, Kg = self.inputs_gram.double(), self.outputs_gram.double()
-        shape = (*w.shape, rank - 1)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(Ka)
-        W = torch.cat([w.double()[..., None], noise], dim=2)
+        Ka, Kg = self.inputs_gram, self.outputs_gram
+        noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        W = torch.cat([w[..., None], noise.to(w)], dim=2)
         U = W
         for _ in range(_SUBSPACE):
-            W = W @ _mixture(W.mT @ (Ka @ W))
+            W = W @ _mixture((W.mT @ (Ka @ W)).double()).to(W)
             U = Ka @ W
-            U = U @ _mixture(U.mT @ (Kg @ U))
-            W = Kg @ U
-        W, U = W.to(self.g), U.to(self.g)  # the scales of both Gram matrices cancel
+            U = U @ _mixture((U.mT @ (Kg @ U)).double()).to(U)
+            W = Kg @ U  # the scales of both Gram matrices cancel
         a = self.activations.dense()[:, :, 0]
         A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(rank)])
         B = torch.stack([(self.g * U[..., r, None]).mT @ self.g for r in range(rank)])

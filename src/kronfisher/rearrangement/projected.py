@@ -18,8 +18,8 @@ from kronfisher.samples import Samples, applied, chunks
 __all__ = ["DIRECTIONS", "PART", "Projected"]
 
 DIRECTIONS = 16
-PART = 256  # samples that tell the directions where T = 1; a quarter of all otherwise
-_SHARE = 4
+PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
+_SHARE = 4  # one of so many tells them where positions share the weight
 _STEPS = 2  # double steps over that part, each from nearby matrices
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
 
@@ -66,7 +66,8 @@ class Projected:
 
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""
-        gram = Gram(_every(self.samples, PART))
+        _, outputs, width = self.shape
+        gram = Gram(_every(self.samples, PART if outputs * width <= WIDER else PART // 2))
         w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
         self.gram = gram
         a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]

@@ -84,9 +84,9 @@ def rearranged(
     return Gram(samples) if route == "gram" else Weights(samples)
 
 
-def squared_products(samples: Sequence[Samples]) -> tuple[Tensor, Tensor]:
-    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of samples written out, in float64."""
-    rows = torch.cat([part.transpose(0, 1).flatten(1) for several in samples for part in several.per_sample()])
+def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
+    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
+    rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
     scale = rows.abs().amax()
     rows = rows / torch.where(scale > 0, scale, 1)
     squares = (rows @ rows.mT).square()
