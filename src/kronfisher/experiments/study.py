@@ -50,7 +50,7 @@ class Study:
 
     data: str = "digits"
     network: str = "convnet"
-    fits: tuple[str, ...] = ("kfac", "kfac-reduce", "ekfac", "diagonal")
+    fits: tuple[str, ...] = ("kfac", "kfoc", "ekfac", "diagonal")
     labels: str = "sampled"
     samples: int = 1
     limit: int = 500

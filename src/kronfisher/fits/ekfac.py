@@ -7,6 +7,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
+from kronfisher.fits.kfoc import KFOC
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
 from kronfisher.operators.sides import decompose
 from kronfisher.samples import Samples
@@ -85,3 +86,4 @@ class EKFAC(Fit):
 
 
 register("ekfac", EKFAC)
+register("ekfac-kfoc", lambda: EKFAC(KFOC()))
