@@ -32,7 +32,7 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["KPSVD", "KFACCorrected", "KroneckerSum"]
+__all__ = ["KFACCorrected", "KroneckerSum"]
 
 Method = Literal["lanczos", "deflation", "gram", "nonnegative"]
 PIECE = 512  # samples that are treated at once
@@ -303,26 +303,6 @@ _KINDS = ("even", "odd")
 
 
 @dataclass(frozen=True)
-class KPSVD(KroneckerSum):
-    """The best single product by power iteration (Koroko et al. 2022): the same optimum as K-FOC's.
-
-    Args:
-        rank: 1.
-        method: ``"deflation"``, which is power iteration for one term.
-
-    Example:
-        >>> import torch, kronfisher as kf
-        >>> data, layer = torch.randn(50, 2), torch.nn.Linear(2, 3)
-        >>> fisher = kf.estimate(layer, data, kf.Gaussian(), fit=kf.KPSVD(), labels="exact")
-        >>> fisher["weight"].structure
-        'kronecker 3x3'
-    """
-
-    rank: int = 1
-    method: Method = "deflation"
-
-
-@dataclass(frozen=True)
 class KFACCorrected(KroneckerSum):
     """K-FAC plus the best product for what it misses, ``F − B ⊗ A`` (Koroko et al. 2022, KFAC-corrected).
 
@@ -457,5 +437,4 @@ def _evened(A: Tensor, B: Tensor) -> Tensor:
 
 
 register("kronecker-sum", KroneckerSum)
-register("kpsvd", KPSVD)
 register("kfac-corrected", KFACCorrected)
