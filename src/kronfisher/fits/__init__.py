@@ -6,9 +6,9 @@ from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import FITS, Fit, Plan, State, named
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
-from kronfisher.fits.kfoc import KFOC
+from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
-from kronfisher.fits.kronecker_sum import KPSVD, KFACCorrected, KroneckerSum
+from kronfisher.fits.kronecker_sum import KFACCorrected, KroneckerSum
 from kronfisher.fits.tkfac import TKFAC
 
 __all__ = [

@@ -32,7 +32,7 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["KFOC"]
+__all__ = ["KFOC", "KPSVD"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
 
@@ -359,6 +359,21 @@ class KFOC(Fit):
         return text
 
 
+@dataclass(frozen=True)
+class KPSVD(KFOC):
+    """The best product by power iteration on the rearranged block (Koroko et al. 2022), under their name for it.
+
+    Their iteration and K-FOC's half steps are the same thing, and so is the answer.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> data, layer = torch.randn(50, 2), torch.nn.Linear(2, 3)
+        >>> fisher = kf.estimate(layer, data, kf.Gaussian(), fit=kf.KPSVD(), labels="exact")
+        >>> fisher["weight"].structure
+        'kronecker 3x3'
+    """
+
+
 def _split(state: State) -> tuple[Tensor, Tensor]:
     """The terms carried, A ``[R, H, I, I]`` and B ``[R, H, O, O]``, of the sum over samples."""
     A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
@@ -411,3 +426,4 @@ register("kfoc", KFOC)
 register("kfoc-exact", lambda: KFOC("exact"))
 register("kfoc-running", lambda: KFOC("running"))
 register("kfoc-approx", lambda: KFOC("approx"))
+register("kpsvd", KPSVD)

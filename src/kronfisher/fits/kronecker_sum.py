@@ -33,7 +33,7 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["KPSVD", "KFACCorrected", "KroneckerSum"]
+__all__ = ["KFACCorrected", "KroneckerSum"]
 
 Method = Literal["lanczos", "deflation", "gram", "nonnegative"]
 PIECE = 512  # samples that are treated at once
@@ -203,7 +203,9 @@ class KroneckerSum(Fit):
             before = _sides(state, kind)
             if len(before[0]):
                 state.sums["norm"] += 2 * _inner((A, B), before)
-                A, B = self._shortened(torch.cat([before[0], A]), torch.cat([before[1], B]), terms)
+                A, B = torch.cat([before[0], A]), torch.cat([before[1], B])
+                if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
+                    A, B = self._shortened(A, B, terms)
             state.sums |= _stacks(kind, A, B)
         state.sums["pieces"] += 1
         state.sums["steps"] += steps
@@ -246,9 +248,9 @@ class KroneckerSum(Fit):
             W, U = W.to(a), U.to(a)
             A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
             B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
-            if heads * (inputs**2 + outputs**2) > _WIDE:
+            if terms > self.rank or heads * (inputs**2 + outputs**2) > _WIDE:
                 A, B = _ordered(A, B)
-                return A, B, float(steps), self.tolerance
+                return A, B, float(steps), 0.0
         else:
             found = [
                 _source(cluster).leading(None, self.tolerance, self.iterations)
@@ -258,9 +260,11 @@ class KroneckerSum(Fit):
             A, B = _rooted(A, B, torch.stack([pair.sigma for pair in found]))
             steps = sum(float(pair.steps) for pair in found)
             A, B = self._shortened(A, B, terms)
-        A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance)
+        # What is only carried need not be the best of its length: it is going to be shortened.
+        most = _SWEEPS if terms == self.rank else _FEW
+        A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance, most)
         A, B = _ordered(A, B)
-        return A, B, float(steps) + sweeps, change
+        return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
 
     def _shortened(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """The best shorter sum of the same kind for a longer one."""
@@ -281,6 +285,10 @@ class KroneckerSum(Fit):
             return A, B, (False,) * self.rank
         stacks = {kind: _sides(state, kind) for kind in _KINDS}
         A, B = self._shortened(*stacks["even"], self.rank)
+        if self.method == "nonnegative" and len(A) < len(stacks["even"][0]):
+            A, B, _, change = positive_terms(Terms(*stacks["even"]), A, B, self.tolerance, _SWEEPS)
+            A, B = _ordered(A, B)
+            state.facts["accuracy"] = max(change, state.facts["accuracy"])
         ranked = [(float(_squares(A[r], B[r])), False, A[r], B[r]) for r in range(len(A))]
         ranked += [(float(_squares(a, b)), True, a, b) for a, b in zip(*stacks["odd"], strict=True)]
         ranked[1:] = sorted(ranked[1:], key=lambda entry: -entry[0])
@@ -289,29 +297,10 @@ class KroneckerSum(Fit):
 
 
 _NUMBERS = ("norm", "pieces", "steps")
+_SWEEPS, _FEW = 30, 3  # of positive terms that stay, and of ones that are only carried
 _PAIRS = 2**28  # multiplications of gradients written out that the norm of a piece may take
 _WIDE = 2**18  # numbers in both sides of a term beyond which T = 1 stays with weights on the samples
 _KINDS = ("even", "odd")
-
-
-@dataclass(frozen=True)
-class KPSVD(KroneckerSum):
-    """The best single product by power iteration (Koroko et al. 2022): the same optimum as K-FOC's.
-
-    Args:
-        rank: 1.
-        method: ``"deflation"``, which is power iteration for one term.
-
-    Example:
-        >>> import torch, kronfisher as kf
-        >>> data, layer = torch.randn(50, 2), torch.nn.Linear(2, 3)
-        >>> fisher = kf.estimate(layer, data, kf.Gaussian(), fit=kf.KPSVD(), labels="exact")
-        >>> fisher["weight"].structure
-        'kronecker 3x3'
-    """
-
-    rank: int = 1
-    method: Method = "deflation"
 
 
 @dataclass(frozen=True)
@@ -449,5 +438,4 @@ def _evened(A: Tensor, B: Tensor) -> Tensor:
 
 
 register("kronecker-sum", KroneckerSum)
-register("kpsvd", KPSVD)
 register("kfac-corrected", KFACCorrected)

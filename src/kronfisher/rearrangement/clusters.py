@@ -18,6 +18,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
 
     Seeds are far from one another and the samples go to the nearest; groups of a convolution are parted alike.
     """
+    samples = [replace(several, activations=Dense(several.activations.dense())) for several in samples]
     rows = torch.cat([_sketched(several) for several in samples], dim=1)
     products = (rows @ rows.mT).square().sum(0)
     size = products.diagonal().sqrt()
@@ -55,6 +56,7 @@ def _projection(heads: int, size: int, like: Tensor) -> Tensor | None:
 
 
 def _taken(samples: Samples, index: Tensor) -> Samples:
-    activations = Dense(samples.activations.dense()[:, index])
+    """Of samples whose inputs are written out."""
     mask = None if samples.mask is None else samples.mask[index]
+    activations = Dense(samples.activations.dense()[:, index])
     return replace(samples, activations=activations, gradients=samples.gradients[:, index], mask=mask)
