@@ -157,9 +157,11 @@ class KFOC(Fit):
 
     def _flush(self, state: State) -> None:
         """Merge what has been waiting."""
-        waiting, state.waiting = state.waiting, []
-        if not waiting:
+        if not state.waiting:
             return
+        if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
+            state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
+        waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, _PIECE):
             self._merge(state, piece)

@@ -127,6 +127,7 @@ class KroneckerSum(Fit):
         inner = sum(float(_inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
         both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * inner
         both.facts = {**x.facts, **y.facts}
+        both.facts["accuracy"] = max(state.facts.get("accuracy", 0.0) for state in (x, y))
         for kind in ("even", "odd"):
             A, B = (torch.cat([x.sums[f"{kind}.{side}"], y.sums[f"{kind}.{side}"]]) for side in ("inputs", "outputs"))
             weights = torch.tensor([wx] * len(x.sums[f"{kind}.inputs"]) + [wy] * len(y.sums[f"{kind}.inputs"]))
@@ -139,7 +140,7 @@ class KroneckerSum(Fit):
         return None
 
     def finish(self, state: State) -> Operator:
-        self._flush(state, last=True)
+        self._flush(state)  # in training this state goes on, and needs all the terms it can carry
         state.checked()
         A, B, odd = self._terms(state)
         scale = reciprocal(state.count)
@@ -176,6 +177,8 @@ class KroneckerSum(Fit):
 
     def _flush(self, state: State, last: bool = False) -> None:
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
+        if state.waiting:
+            state.checked()
         waiting, state.waiting = state.waiting, []
         alone = last and not float(state.sums["pieces"]) and sum(map(len, waiting)) <= PIECE
         if alone and waiting:
@@ -273,7 +276,7 @@ class KroneckerSum(Fit):
         if self.method != "nonnegative":
             B, A, _ = truncated(B, A, terms)
             return A, B
-        KA, KB = (torch.einsum("rhij,shij->hrs", side, side) for side in (A, B))
+        KA, KB = (torch.einsum("rhij,shij->hrs", side.double(), side.double()) for side in (A, B))
         W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
         A = torch.einsum("hsr,shij->rhij", W.to(A), A)
         return _ordered(A, torch.einsum("hsr,shij->rhij", U.to(B), B))

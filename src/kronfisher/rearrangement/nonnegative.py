@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import eigh
-from kronfisher.rearrangement.maps import Rearranged, norm
+from kronfisher.rearrangement.maps import Rearranged, norm, over
 
 __all__ = ["nonnegative_weights", "positive_terms"]
 
@@ -112,24 +112,35 @@ def positive_terms(
     for sweep in range(iterations):
         sweeps = sweep + 1
         for sides, others, back in ((A, B, source.inputs), (B, A, source.outputs)):
+            _shift_scale_(others, sides)
             for j in range(len(sides)):
-                inner = torch.einsum("rhop,hop->rh", others, others[j])
+                inner = torch.einsum("rhop,hop->rh", others, others[j])  # at most one: others[j] has norm one or zero
                 rest = back(others[j]) - torch.einsum("rh,rhij->hij", inner, sides) + _by(inner[j], sides[j])
                 side = _by(torch.where(inner[j] > 0, 1 / inner[j], 0), rest)
                 values, vectors = eigh(side, "a term of a sum")
                 sides[j] = (vectors * values.unsqueeze(1)) @ vectors.mT
-            scales = [norm(term).clamp_min(torch.finfo(A.dtype).tiny).sqrt() for term in (*A, *B)]
-            for j in range(len(A)):  # balanced, so that neither side vanishes
-                ratio = scales[len(A) + j] / scales[j]
-                A[j], B[j] = _by(ratio, A[j]), _by(1 / ratio, B[j])
         new = _size(A, B)
         change = float(((new - old).abs() / new.clamp_min(torch.finfo(new.dtype).tiny)).max())
         old = new
         if change <= 0.03 * tolerance:
             break
-    cross = torch.stack([(source.outputs(a) * b).sum((1, 2)) for a, b in zip(A, B, strict=True)]).sum(0)
-    own = _size(A, B).square().to(cross)
-    return A, B * torch.where(own > 0, cross / own, 1)[:, None, None], sweeps, change
+    mapped = zip(A, B, strict=True)  # A of norm one
+    cross = torch.stack([(source.outputs(a).double() * b.double()).sum((1, 2)) for a, b in mapped]).sum(0)
+    own = _size(A, B).square()
+    B = B * torch.where(own > 0, cross / own, 1).to(B)[:, None, None]
+    for a, b in zip(A, B, strict=True):
+        root = norm(b).sqrt()
+        a.copy_(_by(root, a))
+        b.copy_(over(b, root))
+    return A, B, sweeps, change
+
+
+def _shift_scale_(sides: Tensor, others: Tensor) -> None:
+    """Bring `sides` to norm one and leave the scale of every term to `others`, in place: no square of it vanishes."""
+    for side, other in zip(sides, others, strict=True):
+        size = norm(side)
+        side.copy_(over(side, size))
+        other.copy_(_by(size, other))
 
 
 def _size(A: Tensor, B: Tensor) -> Tensor:
