@@ -69,17 +69,6 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     return B, A, sigma.mT
 
 
-<<<<<<< HEAD
-def _root(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``[s, H, p, q]``: X with ``X Xᵀ`` the Gram matrix ``[H, s, s]``, and Y that takes X's columns back."""
-    flat = matrices.transpose(0, 1).flatten(2)
-    flat = flat if flat.shape[-1] > _LONG else flat.double()
-    scale = flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    values, vectors = torch.linalg.eigh(((flat / scale) @ (flat / scale).mT).double())
-    noise = max(1e-14, 10 * torch.finfo(flat.dtype).eps if flat.dtype != torch.float64 else 0.0)
-    values = torch.where(values > values[:, -1:] * noise, values, 0)
-    scale = scale.double()
-=======
 def _sizes(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H, s]`` of ``[s, H, p, q]``, in float64."""
     return torch.linalg.vector_norm(matrices.transpose(0, 1).flatten(2).double(), dim=2)
@@ -92,10 +81,12 @@ def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tens
     """
     inverse = torch.where(sizes > 0, 1 / sizes, 0)
     scale = shared.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    flat = matrices.transpose(0, 1).flatten(2).double() * (inverse * (shared / scale))[..., None]
-    values, vectors = torch.linalg.eigh(flat @ flat.mT)
-    values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
->>>>>>> review
+    flat = matrices.transpose(0, 1).flatten(2)
+    flat = flat if flat.shape[-1] > _LONG else flat.double()
+    flat = flat * (inverse * (shared / scale))[..., None].to(flat)
+    values, vectors = torch.linalg.eigh((flat @ flat.mT).double())
+    noise = 1e-14 if flat.dtype == torch.float64 else 10 * torch.finfo(flat.dtype).eps
+    values = torch.where(values > values[:, -1:] * noise, values, 0)
     root = values.sqrt()
     back = torch.where(root > 0, 1 / root, 0) / scale
     return (vectors * root.unsqueeze(1)) * scale[..., None], vectors * back.unsqueeze(1) * (shared * inverse)[..., None]
