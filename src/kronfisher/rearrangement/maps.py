@@ -185,9 +185,9 @@ class Weights(Rearranged):
 def _joined(activations: Sequence[Activations]) -> Activations:
     if len(activations) == 1:
         return activations[0]
-    if all(isinstance(several, Dense) for several in activations):
-        values = torch.cat([several.values for several in activations if isinstance(several, Dense)], dim=1)
-        return replace(activations[0], values=values)  # pyright: ignore[reportCallIssue]
+    dense = [several for several in activations if isinstance(several, Dense)]
+    if len(dense) == len(activations):
+        return replace(dense[0], values=torch.cat([several.values for several in dense], dim=1))
     return Dense(torch.cat([several.dense() for several in activations], dim=1))
 
 
