@@ -120,7 +120,7 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     for axes in (left, right):
         axes.set_ylim(0, 1.08 * max(1e-3, *(max(row.error, *row.blocks.values()) for row in rows)))
     labels = [f"{row.fit} ({size(row.bytes)})" for row in rows]
-    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(6, len(rows)))
+    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(5, len(rows)))
     return figure
 
 

@@ -36,8 +36,7 @@ __all__ = ["KFOC", "KPSVD"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
 
-_PIECE = 512  # samples that are treated at once where T = 1
-_SHARED = 4  # where positions share the weight, so many times fewer say as much
+_PIECE = 512  # samples that are treated at once
 _NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms beyond which one term is carried
@@ -151,7 +150,7 @@ class KFOC(Fit):
 
     def _enough(self, state: State) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
-        several = sum(map(len, state.waiting)) >= (_PIECE if state.waiting[0].positions == 1 else _PIECE // _SHARED)
+        several = sum(map(len, state.waiting)) >= _PIECE
         room = max(_ROOM, *(state.sums[side][0].nbytes for side in ("inputs", "outputs")))
         return several or sum(samples.bytes for samples in state.waiting) > room
 
