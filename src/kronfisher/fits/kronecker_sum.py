@@ -9,7 +9,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.fits.kfoc import balanced, pieces, semidefinite
+from kronfisher.fits.kfoc import balanced, inner, pieces, semidefinite
 from kronfisher.linalg import mirror
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
@@ -124,8 +124,8 @@ class KroneckerSum(Fit):
         for state in (x, y):
             self._flush(state)
         both = super().combine(_numbers(x), _numbers(y), wx, wy)
-        inner = sum(float(_inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
-        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * inner
+        crossed = sum(float(inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
+        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * crossed
         both.facts = {**x.facts, **y.facts}
         both.facts["accuracy"] = max(state.facts.get("accuracy", 0.0) for state in (x, y))
         for kind in ("even", "odd"):
@@ -193,7 +193,7 @@ class KroneckerSum(Fit):
     def _merge(self, state: State, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
         steps, accuracy = 0.0, 0.0
         norm = _squared_norm(piece)
-        if norm is None:
+        if norm is None or (len(state.sums["even.inputs"]) and piece[0].shape[0] > 1):  # groups meet in no term
             state.facts["uncertain"] = True
         else:
             state.sums["norm"] += norm
@@ -205,7 +205,7 @@ class KroneckerSum(Fit):
             steps, accuracy = steps + more, max(accuracy, change)
             before = _sides(state, kind)
             if len(before[0]):
-                state.sums["norm"] += 2 * _inner((A, B), before)
+                state.sums["norm"] += 2 * inner((A, B), before)
                 A, B = torch.cat([before[0], A]), torch.cat([before[1], B])
                 if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
                     A, B = self._shortened(A, B, terms)
@@ -403,12 +403,6 @@ def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     root = sigma.clamp_min(0).sqrt()[..., None, None]
     sign = sign[..., None, None]
     return A * (root * sign), B * (root * sign)
-
-
-def _inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
-    """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
-    grams = [torch.einsum("rhij,shij->hrs", mine.double(), theirs.double()) for mine, theirs in zip(x, y, strict=True)]
-    return (grams[0] * grams[1]).sum()
 
 
 def _squared_norm(piece: list[Samples]) -> Tensor | None:
