@@ -17,9 +17,10 @@ from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
+from kronfisher.fits.quadratic import quadratic
 from kronfisher.isolation import trainable
 from kronfisher.linalg import mirror, promote
-from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
+from kronfisher.operators import Fisher, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
@@ -225,33 +226,6 @@ class CrossTerms(Fit):
         scale = float(reciprocal(state.count))
         norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
-
-
-def quadratic(samples: Samples, operator: Operator) -> Tensor:
-    """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
-    if isinstance(operator, Kronecker):
-        total = samples.gradients.new_zeros((), dtype=torch.float64)
-        A, B = sides.transpose(operator.A), sides.transpose(operator.B)
-        if A.dim() == 2:
-            (turned,) = samples.rotated(A, B)
-            return samples.inner(turned)
-        for plain, turned in zip(samples.pieces(), samples.rotated(A, B), strict=True):
-            total += plain.inner(turned)
-        return total
-    if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
-        basis = operator.basis
-        turned = torch.stack([part.squares().double() for part in samples.rotated(basis.A, basis.B)]).sum(dim=0)
-        return (turned.flatten() * operator.values.double()).sum()
-    if isinstance(operator, Diagonal):
-        return (samples.squares().flatten().double() * operator.values.double()).sum()
-    if isinstance(operator, KroneckerSum) and operator.A.dim() == operator.B.dim() == 4:
-        total = torch.stack([quadratic(samples, term) for term in operator.terms]).sum()
-        return total + operator.shift * samples.squares().sum(dtype=torch.float64)
-    total = samples.gradients.new_zeros((), dtype=torch.float64)
-    for gradients in samples.per_sample():
-        rows = gradients.transpose(0, 1).flatten(1)
-        total += (rows * operator.matvecs(rows)).sum(dtype=torch.float64)
-    return total
 
 
 def _rows(samples: Samples) -> list[tuple[Tensor, ...]]:

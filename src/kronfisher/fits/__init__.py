@@ -1,5 +1,6 @@
 """Fits: how samples become an operator, one file per kind; importing registers them all."""
 
+from kronfisher.fits.auto import Auto
 from kronfisher.fits.choice import Choice, choose
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
@@ -19,6 +20,7 @@ __all__ = [
     "KL",
     "KPSVD",
     "TKFAC",
+    "Auto",
     "Choice",
     "Diagonal",
     "Fit",
