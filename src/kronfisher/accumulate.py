@@ -73,7 +73,7 @@ class Accumulator:
         backward_passes: how many were run.
         tell: receives a line on what is about to take long.
         score: whether to sum the log likelihood of the observed targets.
-        log_likelihood: that sum so far; None if there were no targets.
+        log_likelihood: that sum so far; None if there were no targets, or a mask that the likelihood does not know.
         outputs: how many numbers the model gave for them.
     """
 
@@ -214,7 +214,7 @@ class Accumulator:
                 self.backward_passes += len(outputs)
             stream.flush()
         self.count = self.count + size
-        if self.score and targets is not None:
+        if self.score and targets is not None and self.mask is None:
             score = self.likelihood.log_prob(values, targets).sum(dtype=torch.float64)
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()

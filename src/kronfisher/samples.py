@@ -34,6 +34,13 @@ def applied(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
 
 
+def turned(rows: Tensor, side: Tensor | None) -> Tensor:
+    """``[H, n, T, I]`` times a side ``[H, I, I]``, or its diagonal ``[H, I]``; None: one."""
+    if side is None:
+        return rows
+    return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
+
+
 class Activations:
     """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
 
@@ -390,12 +397,6 @@ class Samples:
             inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
             outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
-
-        def turned(rows: Tensor, side: Tensor | None) -> Tensor:
-            if side is None:
-                return rows
-            return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
-
         if inputs is not None and inputs.dim() == 2:  # they need not be written out
             activations = self.activations.scaled(inputs)
             yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
@@ -434,14 +435,6 @@ class Samples:
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
         return replace(self, mask=positions.to(self.gradients.dtype))
-
-
-def turned(rows: Tensor, side: Tensor) -> Tensor:
-    """Rows ``[H, n, T, I]`` times a matrix ``[H, I, J]``, or times a diagonal ``[H, I]``."""
-    if side.dim() == 2:
-        return rows * side[:, None, None]
-    # Flat, as a product broadcast over n would copy the matrix n times.
-    return (rows.flatten(1, 2) @ side).unflatten(1, rows.shape[1:3])
 
 
 def join(uses: list[Samples]) -> Samples:

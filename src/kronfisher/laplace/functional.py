@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from kronfisher.accumulate import Accumulator
 from kronfisher.batches import Forward
 from kronfisher.blocks import Block
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.indices import Indices
 from kronfisher.isolation import isolated
 from kronfisher.laplace.precision import Precision
 from kronfisher.likelihoods import Draws, Likelihood
@@ -65,11 +66,15 @@ class PerOutput(Fit):
         columns: tells which output it is.
         found: output → what was computed of it so far, shared by the fits of all blocks.
         entries: blocks → what is asked about them; blocks that share a parameter are under one fit.
+        arrived: blocks and output → data that came so far: gradients of single data come a few at a time.
     """
 
     columns: Columns
     found: dict[int, Any]
     entries: dict[Group, Any] = field(default_factory=dict)
+    arrived: dict[tuple[Group, int], int] = field(default_factory=dict)
+
+    exact = True  # whatever the gradients come from is asked for
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -96,6 +101,16 @@ class PerOutput(Fit):
         """Empty."""
         return State(group, plan, {})
 
+    def add(self, group: Group, value: Tensor) -> None:
+        """Add ``[K, n']`` for the next n' data to what was found for the current output."""
+        outputs, column = self.columns.outputs, self.columns.current
+        assert outputs is not None
+        low = self.arrived.get((group, column), 0)
+        high = self.arrived[group, column] = low + value.shape[1]
+        if column not in self.found:
+            self.found[column] = value.new_zeros(len(value), len(outputs))
+        self.found[column][:, low:high] += value
+
 
 class Variances(PerOutput):
     """``J_c Λ⁻¹ J_cᵀ`` for every output c, added to ``found[c] [K, n]`` for K posteriors at once."""
@@ -103,7 +118,7 @@ class Variances(PerOutput):
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Add what one group contributes to the variance of the current output."""
         parts = [quadratics(samples, precision, state.blocks) for precision in self.entries[state.blocks]]
-        _add(self.found, self.columns.current, torch.stack(parts))
+        self.add(state.blocks, torch.stack(parts))
         return state
 
 
@@ -112,10 +127,12 @@ class Directions(PerOutput):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Add what one group contributes to the change of the current output."""
-        rows: Tensor = self.entries[state.blocks]
-        dims = [block.dim for block in state.blocks]
-        for block, use, part in zip(state.blocks, samples, rows.split(dims, dim=1), strict=True):
-            _add(self.found, self.columns.current, products(use, part.reshape(len(part), *block.shape)))
+        parts = self.entries[state.blocks].split([block.dim for block in state.blocks], dim=1)
+        several = [
+            products(use, part.reshape(len(part), *block.shape))
+            for block, use, part in zip(state.blocks, samples, parts, strict=True)
+        ]
+        self.add(state.blocks, torch.stack(several).sum(0))
         return state
 
 
@@ -124,12 +141,15 @@ class Kept(PerOutput):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Keep them; the inputs are those of the model, only the output gradients are new."""
-        self.found.setdefault(self.columns.current, {})[state.blocks] = samples
+        mine = self.found.setdefault(self.columns.current, {})
+        before = mine.get(state.blocks)
+        mine[state.blocks] = samples if before is None else tuple(map(_one_after_the_other, before, samples))
         return state
 
 
-def _add(found: dict[int, Any], column: int, value: Tensor) -> None:
-    found[column] = found[column] + value if column in found else value
+def _one_after_the_other(x: Samples, y: Samples) -> Samples:
+    activations = Dense(torch.cat([x.activations.dense(), y.activations.dense()], dim=1))
+    return replace(x, activations=activations, gradients=torch.cat([x.gradients, y.gradients], dim=1))
 
 
 # What is asked of a model -------------------------------------------------------------------------------------------
@@ -169,6 +189,8 @@ class Linearised:
         with isolated(self.model, 0):
             run.add(batch, "the batch to predict")
         assert columns.outputs is not None
+        if strange := [group for group in run.groups if not isinstance(group.fit, PerOutput)]:
+            raise UnsupportedError(f"{strange[0].state.name}: no variance can be told for these parameters.")
         return columns.outputs, found
 
 
@@ -216,78 +238,89 @@ def _joined(outputs: Tensor, found: Mapping[int, Tensor], count: int) -> Tensor:
 
 def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_k)ᵀ Λ⁻¹ vec(G_k)`` of every sample k, ``[n]``."""
-    if (found := _factored(precision, blocks)) is not None:
-        basis, weights = found
-        (use,) = samples
-        parts = []
-        for piece in _turned(use, basis):
-            a, g = piece.activations.dense(), piece.gradients
-            if piece.positions == 1:
-                parts.append(((g[:, :, 0].square() @ weights) * a[:, :, 0].square()).sum(dim=(0, 2)))
-            else:
-                parts.append(((g.mT @ a).square() * weights[:, None]).sum(dim=(0, 2, 3)))
+    parts: list[Tensor] = []
+    if (found := _factored(precision, blocks, samples[0])) is None:
+        for rows in _rows([samples], precision.operator.dim):
+            rows = rows[:, 0].to(precision.operator.dtype)
+            parts.append((rows * precision.solves(rows)).sum(1))
         return torch.cat(parts)
-    parts = []
-    for rows in _rows([samples], precision.operator.dim):
-        rows = rows[:, 0].to(precision.operator.dtype)
-        parts.append((rows * precision.solves(rows)).sum(1))
+    basis, weights = found
+    for piece in samples[0].rotated(basis.A, basis.B):
+        if _lookup(piece):
+            parts.append(_lookup_pairs([piece.gradients], piece, weights)[:, 0, 0])
+        elif piece.positions == 1:
+            a, g = piece.activations.dense()[:, :, 0].square(), piece.gradients[:, :, 0].square()
+            parts.append(((g @ weights) * a).sum(dim=(0, 2)))
+        else:
+            parts.extend((G.square() * weights[:, None]).sum(dim=(0, 2, 3)) for G in piece.per_sample())
     return torch.cat(parts)
 
 
 def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_kc)ᵀ Λ⁻¹ vec(G_kd)`` for all outputs c, d of every sample k, ``[n, C, C]``."""
-    if (found := _factored(precision, blocks)) is not None and kept[0][0].positions == 1:
+    first = kept[0][0]
+    found = _factored(precision, blocks, first)
+    if found is not None and (first.positions == 1 or _lookup(first)):
         basis, weights = found
-        a = next(_turned(kept[0][0], basis, whole=True)).activations.dense()[:, :, 0].square()  # [H, n, I]
-        middle = a @ weights.mT  # [H, n, O]
-        g = torch.stack([use.gradients[:, :, 0] for (use,) in kept], dim=2)  # [H, n, C, O]
-        g = turned(g, basis.B)
-        return ((g * middle[:, :, None]) @ g.mT).sum(0)
+        gradients = [turned(use.gradients, basis.B) for (use,) in kept]
+        if _lookup(first) and basis.A.dim() == 2:
+            scaled = replace(first, activations=first.activations.scaled(basis.A))
+            return _lookup_pairs(gradients, scaled, weights)
+        if first.positions == 1:
+            pieces = [piece.activations.dense()[:, :, 0].square() for piece in first.rotated(basis.A, None)]
+            middle = torch.cat(pieces, dim=1) @ weights.mT  # [H, n, O]
+            g = torch.cat(gradients, dim=2)  # [H, n, C, O]
+            return ((g * middle[:, :, None]) @ g.mT).sum(0)
     parts = []
     for rows in _rows(kept, precision.operator.dim):
-        n, width, _ = rows.shape
-        flat = rows.reshape(n * width, -1).to(precision.operator.dtype)
-        parts.append(flat.reshape(n, width, -1) @ precision.solves(flat).reshape(n, width, -1).mT)
+        flat = rows.flatten(0, 1).to(precision.operator.dtype)
+        solved = precision.solves(flat).reshape(rows.shape)
+        parts.append(flat.reshape(rows.shape) @ solved.mT)
     return torch.cat(parts)
+
+
+def _lookup(samples: Samples) -> bool:
+    """Whether each input is one row of a table."""
+    return isinstance(samples.activations, Indices) and samples.activations.values.shape[2] == 1
+
+
+def _lookup_pairs(gradients: list[Tensor], samples: Samples, weights: Tensor) -> Tensor:
+    """As `pairs` where inputs are single rows i of a table, and never as wide as it: only equal rows meet."""
+    inputs = samples.activations
+    assert isinstance(inputs, Indices)
+    index, size = inputs.values[..., 0], inputs.weights[..., 0].to(weights.dtype)
+    meet = (index[:, :, None] == index[:, None, :]).to(weights.dtype)  # [n, T, T]
+    each = weights[0].mT[index]  # [n, T, O]
+    g = torch.stack([rows[0] * size[..., None] for rows in gradients], dim=1)  # [n, C, T, O]
+    other = meet[:, None] @ g
+    return (g * each[:, None]).flatten(2) @ other.flatten(2).mT
 
 
 def products(samples: Samples, matrices: Tensor) -> Tensor:
     """``⟨G_k, W_s⟩`` for every sample k and S matrices ``[S, H, O, I]``: ``[S, n]``, by ``Σ_t g · (W a)``."""
-    heads, n, positions, _ = samples.gradients.shape
-    size = len(matrices) * heads * positions * (samples.shape[1] + samples.shape[2]) * samples.gradients.element_size()
+    heads, _, positions, outputs = samples.gradients.shape
+    size = heads * positions * (samples.shape[2] + outputs) * samples.gradients.element_size()
     parts = []
-    for low, high in chunks(n, size, samples.workspace):
-        a, g = samples.activations.dense(low, high), samples.gradients[:, low:high]
-        outputs = a.flatten(1, 2) @ matrices.to(a).mT  # [S, H, n'·T, O]
-        outputs = outputs.reshape(len(matrices), heads, high - low, positions, -1)
-        parts.append((outputs * g).sum(dim=(1, 3, 4)))
+    for low, high in chunks(len(samples), size, samples.workspace):
+        g = samples.gradients[:, low:high]
+        several = [(samples.activations.times(W.mT.to(g), low, high) * g).sum(dim=(0, 2, 3)) for W in matrices]
+        parts.append(torch.stack(several))
     return torch.cat(parts, dim=1)
 
 
-def _factored(precision: Precision, blocks: Group) -> tuple[KroneckerBasis, Tensor] | None:
+def _factored(precision: Precision, blocks: Group, samples: Samples) -> tuple[KroneckerBasis, Tensor] | None:
     """K and 1/v ``[H, O, I]`` with ``Λ⁻¹ = K diag(1/v) Kᵀ``, for one block; a diagonal has the identity for K."""
     if len(blocks) > 1:
         return None
+    like = samples.gradients
     if (found := precision.factored) is not None:
-        return found[0], 1 / found[1]
+        basis, values = found
+        return KroneckerBasis(basis.A.to(like), basis.B.to(like)), (1 / values).to(like)
     if (diagonal := precision.variances()) is not None:
         heads, outputs, inputs = blocks[0].shape
-        basis = KroneckerBasis(diagonal.new_ones(heads, inputs), diagonal.new_ones(heads, outputs))
-        return basis, diagonal.reshape(blocks[0].shape)
+        basis = KroneckerBasis(like.new_ones(heads, inputs), like.new_ones(heads, outputs))
+        return basis, diagonal.to(like).reshape(blocks[0].shape)
     return None
-
-
-def _turned(samples: Samples, basis: KroneckerBasis, *, whole: bool = False) -> Iterator[Samples]:
-    """Samples of ``K_Bᵀ G_k K_A``, a few at a time or all at once."""
-    heads, outputs, width = samples.shape
-    size = samples.gradients.element_size() * heads * (samples.positions * 2 * (width + outputs))
-    if samples.positions > 1:
-        size += samples.gradients.element_size() * heads * outputs * width * 2
-    workspace = size * len(samples) if whole else samples.workspace
-    for low, high in chunks(len(samples), size, workspace):
-        a = turned(samples.activations.dense(low, high).to(basis.A.dtype), basis.A)
-        g = turned(samples.gradients[:, low:high].to(basis.B.dtype), basis.B)
-        yield replace(samples, activations=Dense(a), gradients=g, mask=None)
 
 
 def _rows(kept: Sequence[tuple[Samples, ...]], dim: int) -> Iterator[Tensor]:

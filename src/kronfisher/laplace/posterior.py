@@ -176,7 +176,9 @@ class Posterior:
         found = {}
         for group, precision in (precisions or self.precisions).items():
             like = precision.operator
-            noise = torch.randn(n, like.dim, generator=generator, dtype=like.dtype, device=like.device)
+            noise = torch.randn(
+                n, precision.damped.noise_dim(), generator=generator, dtype=like.dtype, device=like.device
+            )
             found[group] = precision.colour(noise)
         return found
 
@@ -213,6 +215,11 @@ class Posterior:
 
     def score(self, data: Any) -> Self:
         """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
+        if getattr(getattr(self.fisher.context, "recipe", None), "mask", None) is not None:
+            raise UnsupportedError(
+                "the Fisher matrix was estimated with a mask, which the likelihood of the targets does not know; mark "
+                "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
+            )
         total, outputs = 0.0, 0
         with isolated(self.model, 0), torch.no_grad():
             for k, batch in enumerate(data):

@@ -111,7 +111,7 @@ class Precision:
         return self.damped.solves(rows / self.root) / self.root
 
     def colour(self, noise: Tensor) -> Tensor:
-        """White noise ``[n, D]`` to draws from ``N(0, Λ⁻¹)``."""
+        """White noise ``[n, damped.noise_dim()]`` to draws from ``N(0, Λ⁻¹)``."""
         draws = self.damped.colour(noise)
         return draws if self.root is None else draws / self.root
 
