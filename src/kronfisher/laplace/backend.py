@@ -44,8 +44,8 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
         >>> la = Laplace(model, "classification", hessian_structure="kron", backend=laplace_backend())  # doctest: +SKIP
     """
     try:
-        from laplace.curvature import GGNInterface
-        from laplace.utils import Kron
+        from laplace.curvature import GGNInterface  # pyright: ignore[reportMissingImports]
+        from laplace.utils import Kron  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError('laplace-torch is missing; pip install "kronfisher[laplace]"') from error
 
