@@ -93,12 +93,12 @@ class Auto(Fit):
     is too good for structures with many numbers; that of the result is ``fisher.error(data)``.
 
     Args:
-        error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, the one of fewest bytes is
-            taken, of equals the first; if none does, the one with the smallest error. Left out, it is 0.1 without
+        error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, the one of fewest bytes
+            is taken, of equals the first; if none does, the one with the smallest error. Left out, it is 0.1 without
             `memory`, and 0 with it: the smallest error for that memory.
         memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
-        candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows, and nothing
-            whose estimate takes more than 1 GiB for a layer.
+        candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows, and
+            nothing whose estimate takes more than 1 GiB for a layer.
 
     Raises:
         ValueError: an option makes no sense.
@@ -126,7 +126,7 @@ class Auto(Fit):
         self, error: float | None = None, memory: int | None = None, candidates: Sequence[Fit] = _CANDIDATES
     ) -> None:
         goal = error if error is not None else self._default if memory is None else 0.0
-        if not 0 <= goal:
+        if not goal >= 0:
             raise ValueError(f"Auto(error={error!r}): a relative error to reach is a number of at least 0.")
         if memory is not None and not memory > 0:
             raise ValueError(f"Auto(memory={memory!r}): bytes for the operator of one layer are a positive number.")
