@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.quadratic import quadratic, squared_norm
+from kronfisher.indices import Indices
 from kronfisher.operators import Operator
-from kronfisher.samples import Samples
+from kronfisher.samples import Dense, Samples
 
 __all__ = ["Auto"]
 
@@ -227,6 +229,7 @@ class Auto(Fit):
         eligible = self._eligible(state.blocks, element)
         if not state.waiting:  # nothing ever came: all are zero
             return eligible[0], ()
+        state.waiting = _joined(state.waiting)
         squared = squared_norm(state.waiting)
         trials = tuple(self._tried(fit, state, squared) for fit in eligible)
         small = [trial for trial in trials if self.memory is None or trial.bytes <= self.memory]
@@ -276,6 +279,18 @@ class Auto(Fit):
         own = state.fit.notes(_inner(state))
         chosen = f"chose {_short(state.fit)}{missed}; errors on {state.facts['kept']} samples: {tried}"
         return f"{chosen}; {own}" if own else chosen
+
+
+def _joined(samples: list[Samples]) -> list[Samples]:
+    """All in one, inputs written out, where that takes little room: every candidate goes through them many times."""
+    size = sum(prod(each.activations.shape) for each in samples) * samples[0].gradients.element_size()
+    alike = len({(each.positions, each.mask is None) for each in samples}) == 1
+    if not alike or size > samples[0].workspace or any(isinstance(each.activations, Indices) for each in samples):
+        return samples
+    activations = Dense(torch.cat([each.activations.dense() for each in samples], dim=1))
+    mask = None if samples[0].mask is None else torch.cat([each.mask for each in samples if each.mask is not None])
+    gradients = torch.cat([each.gradients for each in samples], dim=1)
+    return [replace(samples[0], activations=activations, gradients=gradients, mask=mask)]
 
 
 def _short(fit: Fit) -> str:
