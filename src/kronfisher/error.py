@@ -18,12 +18,12 @@ from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
 from kronfisher.fits.quadratic import quadratic
-from kronfisher.isolation import trainable
 from kronfisher.linalg import mirror, promote
 from kronfisher.operators import Fisher, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
+from kronfisher.spectrum import Spectrum, leading
 
 __all__ = ["Distance", "Origin", "measure"]
 
@@ -62,13 +62,19 @@ class Distance:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a Fisher matrix comes from: its ``fisher.error(data)`` asks for the same labels on that data."""
+    """Where a Fisher matrix comes from: its ``error(data)`` and ``spectrum(data)`` ask for the same labels there."""
 
     recipe: Recipe
 
     def error(self, fisher: Fisher, data: Any, **options: Any) -> Distance:
         """See `measure`."""
         return measure(fisher, data, self.recipe, **options)
+
+    def spectrum(
+        self, fisher: Fisher, data: Any, block: str | None = None, rank: int = 8, **options: Any
+    ) -> dict[str, Spectrum]:
+        """See `kronfisher.spectrum.leading`."""
+        return leading(fisher, data, self.recipe, block, rank, **options)
 
 
 def measure(
@@ -90,12 +96,7 @@ def measure(
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
-    parameters = trainable(recipe.model)
-    if odd := parameters.keys() ^ fisher.shapes.keys():
-        raise DataError(
-            f"the trainable parameters of the model are not those of the matrix ({', '.join(sorted(odd))}): freeze and "
-            "unfreeze as when it was estimated."
-        )
+    parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
     groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.quadratic import quadratic, squared_norm
+from kronfisher.indices import Indices
 from kronfisher.operators import Operator
-from kronfisher.samples import Samples
+from kronfisher.samples import Dense, Samples
 
 __all__ = ["Auto"]
 
@@ -86,33 +88,42 @@ class Chosen(State):
 class Auto(Fit):
     """For every layer the structure with the fewest bytes that is close enough to its true block.
 
-    The first pass over the data keeps at most 512 samples of every layer (128 where positions share the weight), evenly
-    spread over all batches and columns. All candidates are fitted to these, and compared with the true block of these.
-    The one that is chosen is then fitted to all data, in further passes over the same batches, and is what it would be
-    had it been asked for by name. The report names it and the errors of all that were tried. An error on few samples
-    is too good for structures with many numbers; that of the result is ``fisher.error(data)``.
+        The first pass over the data keeps at most 512 samples of every layer (128 where positions share the weight), evenly
+        spread over all batches and columns. All candidates are fitted to these, and compared with the true block of these.
+        The one that is chosen is then fitted to all data, in further passes over the same batches, and is what it would be
+        had it been asked for by name. The report names it and the errors of all that were tried. An error on few samples
+        is too good for structures with many numbers; that of the result is ``fisher.error(data)``.
 
-    Args:
-        error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, that of fewest bytes is
-            taken, of equals the first; if none does, the one of smallest error. Left out, it is 0.1 without
-            `memory`, and 0 with it: the smallest error for that memory.
-        memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
-        candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows; nothing
-            whose estimate takes more than 1 GiB for a layer.
+        Args:
+    <<<<<<< HEAD
+            error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, that of fewest bytes is
+                taken, of equals the first; if none does, the one of smallest error. Left out, it is 0.1 without
+                `memory`, and 0 with it: the smallest error for that memory.
+            memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
+            candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows; nothing
+                whose estimate takes more than 1 GiB for a layer.
+    =======
+            error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, the one of fewest bytes
+                is taken, of equals the first; if none does, the one with the smallest error. Left out, it is 0.1 without
+                `memory`, and 0 with it: the smallest error for that memory.
+            memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
+            candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows, and
+                nothing whose estimate takes more than 1 GiB for a layer.
+    >>>>>>> auto
 
-    Raises:
-        ValueError: an option makes no sense.
-        MemoryBudgetError: while it is fitted, no candidate was small enough for a layer.
+        Raises:
+            ValueError: an option makes no sense.
+            MemoryBudgetError: while it is fitted, no candidate was small enough for a layer.
 
-    Example:
-        >>> import torch, kronfisher as kf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        >>> data = torch.randn(64, 4)
-        >>> fisher = kf.estimate(model, data, kf.Gaussian(), fit=kf.Auto(error=0.3), labels="exact")
-        >>> all(error <= 0.3 for error in fisher.error(data).blocks.values())
-        True
-        >>> fisher.bytes < kf.estimate(model, data, kf.Gaussian(), fit="full").bytes
-        True
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+            >>> data = torch.randn(64, 4)
+            >>> fisher = kf.estimate(model, data, kf.Gaussian(), fit=kf.Auto(error=0.3), labels="exact")
+            >>> all(error <= 0.3 for error in fisher.error(data).blocks.values())
+            True
+            >>> fisher.bytes < kf.estimate(model, data, kf.Gaussian(), fit="full").bytes
+            True
     """
 
     # The argument `error` is stored as `goal`: every fit has a method of that name.
@@ -227,6 +238,7 @@ class Auto(Fit):
         eligible = self._eligible(state.blocks, element)
         if not state.waiting:  # nothing ever came: all are zero
             return eligible[0], ()
+        state.waiting = _joined(state.waiting)
         squared = squared_norm(state.waiting)
         trials = tuple(self._tried(fit, state, squared) for fit in eligible)
         small = [trial for trial in trials if self.memory is None or trial.bytes <= self.memory]
@@ -276,6 +288,18 @@ class Auto(Fit):
         own = state.fit.notes(_inner(state))
         chosen = f"chose {_short(state.fit)}{missed}; errors on {state.facts['kept']} samples: {tried}"
         return f"{chosen}; {own}" if own else chosen
+
+
+def _joined(samples: list[Samples]) -> list[Samples]:
+    """All in one, inputs written out, where that takes little room: every candidate goes through them many times."""
+    size = sum(prod(each.activations.shape) for each in samples) * samples[0].gradients.element_size()
+    alike = len({(each.positions, each.mask is None) for each in samples}) == 1
+    if not alike or size > samples[0].workspace or any(isinstance(each.activations, Indices) for each in samples):
+        return samples
+    activations = Dense(torch.cat([each.activations.dense() for each in samples], dim=1))
+    mask = None if samples[0].mask is None else torch.cat([each.mask for each in samples if each.mask is not None])
+    gradients = torch.cat([each.gradients for each in samples], dim=1)
+    return [replace(samples[0], activations=activations, gradients=gradients, mask=mask)]
 
 
 def _short(fit: Fit) -> str:
