@@ -88,42 +88,33 @@ class Chosen(State):
 class Auto(Fit):
     """For every layer the structure with the fewest bytes that is close enough to its true block.
 
-        The first pass over the data keeps at most 512 samples of every layer (128 where positions share the weight), evenly
-        spread over all batches and columns. All candidates are fitted to these, and compared with the true block of these.
-        The one that is chosen is then fitted to all data, in further passes over the same batches, and is what it would be
-        had it been asked for by name. The report names it and the errors of all that were tried. An error on few samples
-        is too good for structures with many numbers; that of the result is ``fisher.error(data)``.
+    The first pass over the data keeps at most 512 samples of every layer (128 where positions share the weight), evenly
+    spread over all batches and columns. All candidates are fitted to these, and compared with the true block of these.
+    The one that is chosen is then fitted to all data, in further passes over the same batches, and is what it would be
+    had it been asked for by name. The report names it and the errors of all that were tried. An error on few samples
+    is too good for structures with many numbers; that of the result is ``fisher.error(data)``.
 
-        Args:
-    <<<<<<< HEAD
-            error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, that of fewest bytes is
-                taken, of equals the first; if none does, the one of smallest error. Left out, it is 0.1 without
-                `memory`, and 0 with it: the smallest error for that memory.
-            memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
-            candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows; nothing
-                whose estimate takes more than 1 GiB for a layer.
-    =======
-            error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, the one of fewest bytes
-                is taken, of equals the first; if none does, the one with the smallest error. Left out, it is 0.1 without
-                `memory`, and 0 with it: the smallest error for that memory.
-            memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
-            candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows, and
-                nothing whose estimate takes more than 1 GiB for a layer.
-    >>>>>>> auto
+    Args:
+        error: relative Frobenius error ``‖F − X‖ / ‖F‖`` to reach. Of the candidates that do, the one of fewest bytes
+            is taken, of equals the first; if none does, the one with the smallest error. Left out, it is 0.1 without
+            `memory`, and 0 with it: the smallest error for that memory.
+        memory: bytes that the operator of one layer may take, for every layer alike; None: any number.
+        candidates: fits to choose from, the cheapest to make first. The exact block is tried up to 1024 rows, and
+            nothing whose estimate takes more than 1 GiB for a layer.
 
-        Raises:
-            ValueError: an option makes no sense.
-            MemoryBudgetError: while it is fitted, no candidate was small enough for a layer.
+    Raises:
+        ValueError: an option makes no sense.
+        MemoryBudgetError: while it is fitted, no candidate was small enough for a layer.
 
-        Example:
-            >>> import torch, kronfisher as kf
-            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-            >>> data = torch.randn(64, 4)
-            >>> fisher = kf.estimate(model, data, kf.Gaussian(), fit=kf.Auto(error=0.3), labels="exact")
-            >>> all(error <= 0.3 for error in fisher.error(data).blocks.values())
-            True
-            >>> fisher.bytes < kf.estimate(model, data, kf.Gaussian(), fit="full").bytes
-            True
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> data = torch.randn(64, 4)
+        >>> fisher = kf.estimate(model, data, kf.Gaussian(), fit=kf.Auto(error=0.3), labels="exact")
+        >>> all(error <= 0.3 for error in fisher.error(data).blocks.values())
+        True
+        >>> fisher.bytes < kf.estimate(model, data, kf.Gaussian(), fit="full").bytes
+        True
     """
 
     # The argument `error` is stored as `goal`: every fit has a method of that name.
