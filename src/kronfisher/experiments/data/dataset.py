@@ -25,6 +25,7 @@ class Dataset:
         test_targets: as `train_targets`.
         task: what the targets are: "classes", real "values" or "probabilities" of ones.
         outputs: how many numbers a network predicts for one datum.
+        scale: standard deviation of the targets in their own units, where they were standardised.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Dataset:
     test_targets: Tensor
     task: Task
     outputs: int
+    scale: float = 1.0
 
     def __repr__(self) -> str:
         train, test = list(self.train_inputs.shape), list(self.test_inputs.shape)

@@ -62,4 +62,6 @@ def uci(name: str, data_dir: str | Path | None = None, split: int = 0) -> Datase
     deviation[deviation <= 1e-12 * np.abs(mean)] = 1.0
     train, test = (torch.from_numpy((part - mean) / deviation).float() for part in parts)
     f = len(features)
-    return Dataset(name, train[:, :f], train[:, f:], test[:, :f], test[:, f:], "values", len(target))
+    return Dataset(
+        name, train[:, :f], train[:, f:], test[:, :f], test[:, f:], "values", len(target), float(deviation[-1])
+    )

@@ -1,0 +1,99 @@
+"""Pictures of the studies of uncertainty."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from kronfisher.experiments.figures import written
+from kronfisher.experiments.studies.figures import LOOKS
+from kronfisher.experiments.studies.findings import Findings, deviation
+
+if TYPE_CHECKING:
+    from kronfisher.experiments.uncertainty.uci import UCIFindings
+
+__all__ = ["differences", "measures", "regression"]
+
+
+def _colour(fit: str) -> str:
+    return LOOKS.get(fit, ("#444444", "-"))[0]
+
+
+def differences(found: "UCIFindings", folder: str | Path) -> list[Path]:
+    """For every set the test log likelihoods less that of the exact blocks, split by split, with standard errors."""
+    problems = found.distinct("problem")
+    fits = [fit for fit in found.settings["fits"] if fit != "exact blocks"]
+
+    def figures() -> Iterator[tuple[str, Any]]:
+        from matplotlib.figure import Figure
+
+        columns = min(5, len(problems))
+        rows = -(-len(problems) // columns)
+        figure = Figure(figsize=(3.0 * columns + 1.6, 0.28 * len(fits) * rows + 1.2 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+        for axes, problem in zip(grid, problems, strict=False):
+            truth = found.values(problem, "exact blocks", "marginal")
+            for place, fit in enumerate(fits):
+                own = found.values(problem, fit, "marginal")
+                if not own or len(own) != len(truth):
+                    continue
+                average, spread = deviation(a - b for a, b in zip(own, truth, strict=True))
+                error = spread / len(own) ** 0.5
+                axes.errorbar(average, place, xerr=error, fmt="o", color=_colour(fit), markersize=5, capsize=2)
+            axes.axvline(0.0, color="#444444", lw=1)
+            axes.set_title(problem, fontsize=10)
+            axes.set_yticks(range(len(fits)), fits)
+            axes.set_ylim(len(fits) - 0.5, -0.5)
+        for axes in grid[len(problems) :]:
+            axes.set_visible(False)
+        figure.supxlabel("test log likelihood less that of the exact blocks, nats a datum", fontsize=10)
+        yield "uncertainty-uci", figure
+
+    return written(folder, figures) if problems else []
+
+
+def measures(found: Findings, folder: str | Path, names: Mapping[str, str]) -> list[Path]:
+    """A panel for each measure with a bar for each fit."""
+    fits = found.distinct("fit")
+
+    def figures() -> Iterator[tuple[str, Any]]:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3.4 * len(names) + 1.8, 0.32 * len(fits) + 1.2), layout="constrained")
+        panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+        for axes, (key, title) in zip(panels, names.items(), strict=True):
+            values = [[row[key] for row in found.select(fit=fit)] for fit in fits]
+            for place, (fit, several) in enumerate(zip(fits, values, strict=True)):
+                axes.errorbar(*([mean(several)], [place]), xerr=deviation(several)[1], fmt="o", color=_colour(fit))
+            axes.set_title(title, fontsize=10)
+            axes.set_yticks(range(len(fits)), fits)
+            axes.set_ylim(len(fits) - 0.5, -0.5)
+        yield "uncertainty-ood", figure
+
+    return written(folder, figures) if fits else []
+
+
+def regression(found: Findings, folder: str | Path) -> list[Path]:
+    """Data, mean, drawn functions, and bands of two standard deviations with and without noise."""
+
+    def figures() -> Iterator[tuple[str, Any]]:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3.4 * len(found.rows), 3.3), layout="constrained")
+        panels = figure.subplots(1, len(found.rows), squeeze=False, sharey=True)[0]
+        grid = found.settings["grid"]
+        for axes, row in zip(panels, found.rows, strict=True):
+            for extra, shade in ((row["noise"], 0.15), (0.0, 0.3)):
+                wide = [2 * (deviation**2 + extra) ** 0.5 for deviation in row["epistemic"]]
+                low, high = ([m + side * w for m, w in zip(row["mean"], wide, strict=True)] for side in (-1, 1))
+                axes.fill_between(grid, low, high, color="#0072B2", alpha=shade, linewidth=0)
+            for function in row["functions"]:
+                axes.plot(grid, function, color="#0072B2", lw=0.7, alpha=0.6)
+            axes.plot(grid, row["mean"], color="#003A5D", lw=1.8)
+            axes.plot(found.settings["x"], found.settings["y"], ".", color="#D55E00", markersize=4)
+            axes.set_ylim(-4, 4)
+            axes.set_xlim(grid[0], grid[-1])
+            axes.set_title(f"{row['fit']}: log evidence {row['evidence']:.1f}", fontsize=10)
+        yield "uncertainty", figure
+
+    return written(folder, figures)

@@ -1,0 +1,236 @@
+"""Fashion-MNIST with MNIST as data from elsewhere: calibration, and how well uncertainty tells the two apart."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
+from kronfisher.estimate import estimate
+from kronfisher.experiments import data, networks
+from kronfisher.experiments.studies.findings import Findings, Record, deviation
+from kronfisher.experiments.tables import Table, duration
+from kronfisher.experiments.training import train
+from kronfisher.experiments.uncertainty import peer
+from kronfisher.fits import EKFAC, KFAC, KFOC, TKFAC, Diagonal, Fit
+from kronfisher.laplace import Laplace
+from kronfisher.likelihoods import Categorical
+
+__all__ = ["FITS", "OODFindings", "OODStudy", "auroc", "calibration_error"]
+
+FITS: Mapping[str, Fit] = {
+    "diagonal": Diagonal(),
+    "K-FAC": KFAC(),
+    "TKFAC": TKFAC(),
+    "K-FOC": KFOC(),
+    "EKFAC on K-FAC": EKFAC(),
+    "EKFAC on K-FOC": EKFAC(KFOC()),
+}
+COLUMNS = {
+    "accuracy": "accuracy",
+    "nll": "negative log likelihood",
+    "ece": "calibration error",
+    "auroc": "AUROC",
+    "estimate": "estimate",
+    "tune": "tune",
+    "predict": "predict",
+}
+
+
+@dataclass(frozen=True)
+class OODStudy:
+    """The settings of the study: a network of all weights, the linearised predictive with the probit link.
+
+    The prior precision is one number, where the marginal likelihood is largest.
+
+    Attributes:
+        inside: data to train and to test on.
+        outside: whose test data come from elsewhere.
+        network: see `kronfisher.experiments.networks.NAMES`.
+        seeds: networks trained.
+        train_size: data to train and to estimate the Fisher matrix on.
+        test_size: test data of each kind.
+        epochs: of training.
+        fits: by the name they are shown under.
+        peers: structures of laplace-torch to run beside, where it is installed, for the first seed.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+    """
+
+    inside: str = "fashion-mnist"
+    outside: str = "mnist"
+    network: str = "lenet5"
+    seeds: int = 3
+    train_size: int = 10_000
+    test_size: int = 2_000
+    epochs: int = 15
+    fits: Mapping[str, Fit] = field(default_factory=lambda: FITS)
+    peers: Sequence[str] = ("diag", "kron")
+    data_dir: Path | None = None
+
+    @classmethod
+    def quick(cls, data_dir: Path | None = None) -> Self:
+        """The same in seconds."""
+        fits = {name: FITS[name] for name in ("diagonal", "K-FAC", "EKFAC on K-FAC")}
+        return cls(seeds=1, train_size=300, test_size=100, epochs=2, fits=fits, peers=(), data_dir=data_dir)
+
+    def check(self) -> None:
+        """Find both data sets.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message says which, and where it comes from.
+        """
+        for name in (self.inside, self.outside):
+            data.load(name, data_dir=self.data_dir)
+
+    def run(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        step: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> "OODFindings":
+        """Train, estimate, predict; a `KeyboardInterrupt` returns what is finished.
+
+        Args:
+            say: called with a line of text whenever a network is done.
+            step: called with what is being done, how many networks are done, and of how many.
+        """
+        rows: list[Record] = []
+        trained: list[Record] = []
+        inside = data.load(self.inside, data_dir=self.data_dir).head(self.train_size, self.test_size)
+        outside = data.load(self.outside, data_dir=self.data_dir).head(1, self.test_size)
+        batches = inside.batches(500)
+        try:
+            for seed in range(self.seeds):
+                start = time.perf_counter()
+                step(f"seed {seed}: training", seed, self.seeds)
+                model = networks.for_data(self.network, inside, seed=seed)
+                history = train(model, inside, epochs=self.epochs, seed=seed)
+                trained.append({"problem": self.inside, "seed": seed, "loss": history[-1]})
+                tests = (inside.test_inputs, outside.test_inputs, inside.test_targets)
+
+                def plain(x: Tensor, model: nn.Module = model) -> Tensor:
+                    with torch.no_grad():
+                        return model(x).softmax(-1)
+
+                rows.append(self._row("MAP", seed, judged(plain, *tests)))
+                for label, fit in self.fits.items():
+                    step(f"seed {seed}: {label}", seed, self.seeds)
+                    rows.append(self._row(label, seed, self._ours(model, batches, fit, seed, tests)))
+                for structure in self.peers if peer.available() and seed == 0 else ():
+                    step(f"seed {seed}: laplace-torch, {structure}", seed, self.seeds)
+                    posterior, estimating, tuning = peer.classifier(model, batches, structure)
+
+                    def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
+                        return posterior(x, pred_type="glm", link_approx="probit").detach()
+
+                    found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests)}
+                    rows.append(self._row(f"laplace-torch {structure}", seed, found))
+                say(f"seed {seed}: {duration(time.perf_counter() - start)}")
+        except KeyboardInterrupt:
+            return OODFindings(self._settings(), trained, rows, finished=False)
+        return OODFindings(self._settings(), trained, rows)
+
+    def _row(self, fit: str, seed: int, found: Mapping[str, Any]) -> Record:
+        return {"problem": self.inside, "seed": seed, "fit": fit, **found}
+
+    @staticmethod
+    def _ours(
+        model: nn.Module,
+        batches: list[tuple[Tensor, Tensor]],
+        fit: Fit,
+        seed: int,
+        tests: tuple[Tensor, Tensor, Tensor],
+    ) -> dict[str, Any]:
+        try:
+            start = time.process_time()
+            fisher = estimate(model, batches, Categorical(), fit=fit, labels="exact", seed=seed)
+            estimated = time.process_time()
+            posterior = Laplace(model, fisher).optimize_prior()
+            tuned = time.process_time()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a prior below the rounding of the largest eigenvalue
+                found = judged(lambda x: posterior.predict(x).mean, *tests)
+            precision = float(next(iter(posterior.prior_precision.values())))
+            evidence = float(posterior.log_marginal_likelihood())
+        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+            return {"failure": str(reason)}
+        seconds = {"estimate": estimated - start, "tune": tuned - estimated}
+        return {**found, **seconds, "prior_precision": precision, "evidence": evidence, "bytes": fisher.bytes}
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("inside", "outside", "network", "seeds", "train_size", "test_size", "epochs")
+        fits = {name: repr(fit) for name, fit in self.fits.items()}
+        return {"study": "ood", **{name: getattr(self, name) for name in names}, "fits": fits}
+
+
+def judged(predict: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, targets: Tensor) -> dict[str, float]:
+    """Accuracy, negative log likelihood, calibration error, AUROC by the entropy, and the seconds of predicting."""
+    start = time.process_time()
+    near, far = (torch.cat([predict(part) for part in x.split(250)]).double() for x in (inside, outside))
+    seconds = time.process_time() - start
+    entropies = [-(p * p.clamp_min(1e-300).log()).sum(1) for p in (near, far)]
+    return {
+        "accuracy": float((near.argmax(1) == targets).double().mean()),
+        "nll": -float(near.gather(1, targets[:, None]).clamp_min(1e-300).log().mean()),
+        "ece": calibration_error(near, targets),
+        "auroc": auroc(*entropies),
+        "predict": seconds,
+    }
+
+
+def calibration_error(p: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """The expected calibration error: mean difference of confidence and accuracy over bins of equal width.
+
+    Example:
+        >>> calibration_error(torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1]))
+        0.3000...
+    """
+    confidence, chosen = p.double().max(1)
+    place = (confidence * bins).long().clamp_max(bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, (chosen == targets).double() - confidence)
+    return float(gaps.abs().sum() / len(p))
+
+
+def auroc(low: Tensor, high: Tensor) -> float:
+    """The share of pairs in which `high` has the higher score; ties count half.
+
+    Example:
+        >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+        0.875
+    """
+    ordered = low.sort().values
+    below = torch.searchsorted(ordered, high) + torch.searchsorted(ordered, high, right=True)
+    return float(below.double().mean() / (2 * len(low)))
+
+
+@dataclass(frozen=True, eq=False)
+class OODFindings(Findings):
+    """What each posterior's probabilities are worth."""
+
+    def tables(self) -> list[Table]:
+        """Means and deviations over the seeds."""
+        settings = self.settings
+        title = f"{settings['network']} on {settings['inside']}, {settings['outside']} from elsewhere"
+        table = Table(f"{title}; mean ± deviation over seeds, seconds of one thread", ("", *COLUMNS.values()))
+        for fit in self.distinct("fit"):
+            rows = self.select(fit=fit)
+            cells = []
+            for key in COLUMNS:
+                found = [row[key] for row in rows if key in row]
+                if key in ("estimate", "tune", "predict"):
+                    cells.append(duration(deviation(found)[0]) if found else "–")
+                else:
+                    average, spread = deviation(found)
+                    cells.append(f"{average:.4f} ± {spread:.4f}" if len(found) > 1 else f"{average:.4f}")
+            table.add(fit, *cells)
+        return [table]
+
+    def draw(self, folder: str | Path) -> list[Path]:
+        """The four measures of every fit side by side; one PNG file."""
+        from kronfisher.experiments.uncertainty.figures import measures
+
+        return measures(self, folder, {key: name for key, name in COLUMNS.items() if key in ("nll", "ece", "auroc")})

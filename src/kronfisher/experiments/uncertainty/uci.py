@@ -1,0 +1,265 @@
+"""Regression on the UCI sets with their published splits: the test log likelihood of every fit's posterior."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
+from kronfisher.estimate import estimate
+from kronfisher.experiments import data
+from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.data.uci import NAMES
+from kronfisher.experiments.networks.feedforward import mlp
+from kronfisher.experiments.studies.findings import Findings, Record, deviation
+from kronfisher.experiments.tables import Table, duration
+from kronfisher.experiments.training import train
+from kronfisher.experiments.uncertainty import peer
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, TKFAC, Diagonal, Fit, Full, KroneckerSum
+from kronfisher.laplace import Laplace
+from kronfisher.likelihoods import Gaussian
+
+__all__ = ["FITS", "UCIFindings", "UCIStudy"]
+
+FITS: Mapping[str, Fit] = {
+    "diagonal": Diagonal(),
+    "K-FAC": KFAC(),
+    "TKFAC": TKFAC(),
+    "K-FOC": KFOC("exact"),
+    "KL": KL(damping=1e-6),
+    "EKFAC on K-FAC": EKFAC(),
+    "EKFAC on K-FOC": EKFAC(KFOC("exact")),
+    "nonnegative rank 2": KroneckerSum(rank=2, method="nonnegative"),
+    "nonnegative rank 4": KroneckerSum(rank=4, method="nonnegative"),
+    "exact blocks": Full(),
+    "exact": Full(across_layers=True),
+}
+NOISES = {"marginal": "noise by marginal likelihood", "training": "noise from the training residuals"}
+
+
+@dataclass(frozen=True)
+class UCIStudy:
+    """The settings of the study: networks in→50→1 with tanh, trained with a little weight decay.
+
+    The prior precision of all blocks is one number, where the marginal likelihood is largest. The variance of the noise
+    is that of the training residuals, or is found together with the prior. Predictions are linearised, so that all fits
+    and the plain network (MAP) have the same mean and the same RMSE.
+
+    Attributes:
+        sets: names of UCI sets.
+        splits: how many of the published splits, from the first.
+        hidden: units of the hidden layer.
+        steps: of Adam, half at a rate of 0.01 and half at 0.001, with 64 data each.
+        decay: prior precision in training, times the noise variance that it supposes; in units of the standardised
+            targets.
+        fits: by the name they are shown under.
+        peers: structures of laplace-torch to run beside, where it is installed.
+        peer_splits: how many splits these have: they are slow.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+    """
+
+    sets: Sequence[str] = NAMES
+    splits: int = 20
+    hidden: int = 50
+    steps: int = 1500
+    decay: float = 0.1
+    fits: Mapping[str, Fit] = field(default_factory=lambda: FITS)
+    peers: Sequence[str] = ("diag", "kron", "full")
+    peer_splits: int = 2
+    data_dir: Path | None = None
+
+    @classmethod
+    def quick(cls, data_dir: Path | None = None) -> Self:
+        """The same in seconds, on two small sets."""
+        names = ("K-FAC", "K-FOC", "EKFAC on K-FAC", "exact blocks")
+        fits = {name: FITS[name] for name in ("diagonal", *names)}
+        return cls(("bostonHousing", "yacht"), 2, 10, 200, fits=fits, peers=("kron",), peer_splits=1, data_dir=data_dir)
+
+    def check(self) -> None:
+        """Find every data set before hours of work.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message says which, and where it comes from.
+        """
+        for name in self.sets:
+            data.load(name, data_dir=self.data_dir)
+
+    def run(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        step: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> "UCIFindings":
+        """Train every network and evaluate every posterior; a `KeyboardInterrupt` returns what is finished.
+
+        Args:
+            say: called with a line of text whenever a split is done.
+            step: called with what is being done, how many splits are done, and of how many.
+        """
+        networks: list[Record] = []
+        rows: list[Record] = []
+        splits = [(name, split) for name in self.sets for split in range(min(self.splits, _published(name)))]
+        try:
+            for done, (name, split) in enumerate(splits):
+                what, start = f"{name}, split {split}", time.perf_counter()
+                step(f"{what}: training", done, len(splits))
+                dataset = data.load(name, data_dir=self.data_dir, split=split)
+                network = self._train(dataset, split)
+                problem = _Problem(dataset, network)
+                networks.append({"problem": name, "split": split, "data": len(problem.x), **problem.plain()})
+                for label, fit in self.fits.items():
+                    step(f"{what}: {label}", done, len(splits))
+                    rows.append({"problem": name, "split": split, "fit": label, **problem.ours(fit)})
+                for structure in self.peers if peer.available() and split < self.peer_splits else ():
+                    step(f"{what}: laplace-torch, {structure}", done, len(splits))
+                    found = problem.theirs(structure)
+                    rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **found})
+                say(f"{what}: test RMSE {networks[-1]['rmse']:.3g}, {duration(time.perf_counter() - start)}")
+        except KeyboardInterrupt:
+            return UCIFindings(self._settings(), networks, rows, finished=False)
+        return UCIFindings(self._settings(), networks, rows)
+
+    def _train(self, dataset: Dataset, seed: int) -> nn.Module:
+        model = mlp(dataset.input_shape[0], (self.hidden,), 1, activation="tanh", seed=seed)
+        size = len(dataset.train_inputs)
+        epochs = max(1, math.ceil(self.steps / 2 / math.ceil(size / 64)))
+        for half, rate in enumerate((1e-2, 1e-3)):
+            train(model, dataset, epochs=epochs, lr=rate, weight_decay=self.decay / size, seed=2 * seed + half)
+        return model.double()
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("splits", "hidden", "steps", "decay", "peer_splits")
+        fits = {name: repr(fit) for name, fit in self.fits.items()}
+        return {"study": "uci", "sets": list(self.sets), **{name: getattr(self, name) for name in names}, "fits": fits}
+
+
+class _Problem:
+    """One trained network with its data, in float64; log likelihoods are of the targets in their own units."""
+
+    def __init__(self, dataset: Dataset, model: nn.Module) -> None:
+        self.model, self.scale = model, dataset.scale
+        self.x, self.y = dataset.train_inputs.double(), dataset.train_targets.double()
+        self.new, self.targets = dataset.test_inputs.double(), dataset.test_targets.double()
+        with torch.no_grad():
+            self.residual = float((model(self.x) - self.y).square().mean())
+            self.error = (model(self.new) - self.targets).square()
+
+    def density(self, variance: Tensor | float) -> float:
+        """Mean log density of the test targets under normal distributions around the network's outputs."""
+        variance = torch.as_tensor(variance, dtype=torch.float64)
+        terms = -0.5 * (self.error / variance + (2 * math.pi * variance).log())
+        return float(terms.mean()) - math.log(self.scale)
+
+    def plain(self) -> dict[str, float]:
+        """Of the network alone, whose noise is the training residual."""
+        return {"rmse": float(self.error.mean().sqrt()) * self.scale, "log_likelihood": self.density(self.residual)}
+
+    def ours(self, fit: Fit) -> dict[str, Any]:
+        """Test log likelihoods, hyper-parameters, and the seconds of estimating, tuning and predicting."""
+        found: dict[str, Any] = {}
+        try:
+            start = time.process_time()
+            batches = list(zip(self.x.split(512), self.y.split(512), strict=True))
+            fisher = estimate(self.model, batches, Gaussian(self.residual), fit=fit, labels="exact")
+            found |= {"bytes": fisher.bytes, "seconds": time.process_time() - start}
+            for name in NOISES:
+                start = time.process_time()
+                posterior = Laplace(self.model, fisher).optimize_prior(noise=name == "marginal")
+                tuned = time.process_time()
+                variance = posterior.predict(self.new).variance
+                precision = next(iter(posterior.prior_precision.values()))
+                found[name] = {
+                    "log_likelihood": self.density(variance),
+                    "prior_precision": float(precision),
+                    "noise": posterior.noise,
+                    "evidence": float(posterior.log_marginal_likelihood()),
+                    "seconds": [tuned - start, time.process_time() - tuned],
+                }
+        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+            return {"failure": str(reason)}
+        return found
+
+    def theirs(self, structure: str) -> dict[str, Any]:
+        """The same by laplace-torch."""
+        found = peer.regression(self.model, self.x, self.y, self.new, structure)
+        variance, seconds = found.pop("variance"), found.pop("estimate")
+        return {"seconds": seconds, "marginal": {"log_likelihood": self.density(variance), **found}}
+
+
+def _published(name: str) -> int:
+    return 5 if name == "protein-tertiary-structure" else 20
+
+
+@dataclass(frozen=True, eq=False)
+class UCIFindings(Findings):
+    """Test log likelihoods by set and fit, and what the posteriors cost."""
+
+    def tables(self) -> list[Table]:
+        """Means and standard errors for both noises, how much of the way to the exact blocks, and the seconds."""
+        return [*(self._likelihoods(noise) for noise in NOISES), self._gaps(), self._costs()]
+
+    def values(self, problem: str, fit: str, noise: str) -> list[float]:
+        """Test log likelihoods, one for each split."""
+        rows = [row for row in self.select(problem=problem, fit=fit) if noise in row]
+        return [row[noise]["log_likelihood"] for row in rows]
+
+    def _likelihoods(self, noise: str) -> Table:
+        problems = list(dict.fromkeys(row["problem"] for row in self.networks))
+        table = Table(f"Test log likelihood, mean ± standard error over splits; {NOISES[noise]}", ("", *problems))
+        networks = {name: [row for row in self.networks if row["problem"] == name] for name in problems}
+        table.add("splits", *(str(len(networks[name])) for name in problems))
+        table.add("RMSE (of all)", *(_mean([row["rmse"] for row in networks[name]]) for name in problems))
+        table.add("MAP", *(_mean([row["log_likelihood"] for row in networks[name]]) for name in problems))
+        for fit in self.distinct("fit"):
+            table.add(fit, *(_mean(self.values(name, fit, noise)) for name in problems))
+        return table
+
+    def _gaps(self) -> Table:
+        """How much of the difference between K-FAC and the exact blocks a fit makes up, split by split."""
+        problems = self.distinct("problem")
+        title = f"Share of the way from K-FAC (0) to the exact blocks (1), of means; {NOISES['marginal']}"
+        table = Table(title, ("", *problems, "median"))
+        for fit in self.settings["fits"]:
+            shares = []
+            for name in problems:
+                start, end, own = (self.values(name, it, "marginal") for it in ("K-FAC", "exact blocks", fit))
+                complete = start and end and len(start) == len(end) == len(own)
+                way = sum(end) - sum(start) if complete else 0.0
+                shares.append((sum(own) - sum(start)) / way if way else math.nan)
+            known = [share for share in shares if math.isfinite(share)]
+            if known:
+                table.add(fit, *map(_share, shares), _share(median(known)))
+        return table
+
+    def _costs(self) -> Table:
+        table = Table(
+            "Seconds of one thread and bytes, medians over all networks", ("", "estimate", "tune", "predict", "bytes")
+        )
+        for fit in self.distinct("fit"):
+            rows = [row for row in self.select(fit=fit) if "marginal" in row]
+            tune, predict = (median(row["marginal"]["seconds"][k] for row in rows) for k in (0, 1))
+            size = f"{median(row['bytes'] for row in rows):,.0f}" if "bytes" in rows[0] else "–"
+            table.add(fit, duration(median(row["seconds"] for row in rows)), duration(tune), duration(predict), size)
+        return table
+
+    def draw(self, folder: str | Path) -> list[Path]:
+        """Test log likelihood of every fit relative to the exact blocks', set by set; one PNG file."""
+        from kronfisher.experiments.uncertainty.figures import differences
+
+        return differences(self, folder)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    average, spread = deviation(values)
+    return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "–"
