@@ -183,7 +183,11 @@ class Auto(Fit):
         state.seen += len(use)
         begin = int(state.uses * _GOLDEN % 1 * state.stride)  # no period of the batches meets that of the stride
         if begin < len(use):
-            part = use if state.stride == 1 else use.part(begin, len(use), state.stride)
+            part = (
+                use
+                if state.stride == 1
+                else use.taken(torch.arange(begin, len(use), state.stride, device=use.gradients.device))
+            )
             state.waiting.append(replace(part, first=True).copied())
         most = self._most(state.blocks, use.positions, use.gradients.element_size())
         while sum(map(len, state.waiting)) > most:
@@ -315,7 +319,11 @@ def _inner(state: Chosen) -> State:
 def _halved(samples: Samples, number: int) -> list[Samples]:
     """Every second sample."""
     begin = int(number * _GOLDEN % 1 * 2)
-    return [samples.part(begin, len(samples), 2)] if begin < len(samples) else []
+    return (
+        [samples.taken(torch.arange(begin, len(samples), 2, device=samples.gradients.device))]
+        if begin < len(samples)
+        else []
+    )
 
 
 register("auto", Auto)

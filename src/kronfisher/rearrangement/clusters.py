@@ -17,7 +17,6 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
 
     Seeds are far from one another and the samples go to the nearest; groups of a convolution are parted alike.
     """
-    samples = [replace(several, activations=Dense(several.activations.dense())) for several in samples]
     rows = torch.cat([_sketched(several) for several in samples], dim=1)
     products = (rows @ rows.mT).square().sum(0)
     size = products.diagonal().sqrt()

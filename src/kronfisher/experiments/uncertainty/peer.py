@@ -21,7 +21,7 @@ def regression(model: nn.Module, x: Tensor, y: Tensor, new: Tensor, structure: s
     """Its predictive variance of new targets, prior and noise by marginal likelihood with Adam as its manual shows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import laplace as library
+        import laplace as library  # pyright: ignore[reportMissingImports]
 
         start = time.process_time()
         loader = DataLoader(TensorDataset(x, y), batch_size=512)
@@ -51,7 +51,7 @@ def classifier(model: nn.Module, batches: list[tuple[Tensor, Tensor]], structure
     """Its posterior of all weights with the prior of the largest marginal likelihood; seconds of fitting and tuning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import laplace as library
+        import laplace as library  # pyright: ignore[reportMissingImports]
 
         start = time.process_time()
         inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
