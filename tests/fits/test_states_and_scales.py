@@ -211,3 +211,9 @@ def test_projections_see_the_few_samples_that_decide(T, n):
         for route in ("weights" if T == 1 else "rows", "projected")
     )
     assert exact - 1e-6 <= near < exact + 0.01
+
+
+@pytest.mark.parametrize("fit", ["kfac", "kfoc", "ekfac", "kl", "tkfac", "kronecker-sum"])
+def test_every_fit_says_how_many_rows_it_saw(fit):
+    fisher = kf.estimate(nn.Linear(3, 2), torch.randn(30, 3), kf.Gaussian(), fit=fit, labels="exact")
+    assert fisher.rows["weight"] == 30

@@ -55,6 +55,8 @@ class EKFAC(Fit):
         if "eigenvalues" not in state.sums:
             return self.basis.update(state, samples)
         (use,) = samples
+        if use.first:
+            state.rows = state.rows + use.rows
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             state.sums["eigenvalues"] += part.squares()
         return state
