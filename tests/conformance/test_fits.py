@@ -36,8 +36,11 @@ FORMS = [
     if (i + j + k) % 5 == 0
 ]
 turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
+# Where eigenvalues of K-FAC's sides agree, the eigenvectors are anybody's choice, and EKFAC's eigenvalues with them.
+DEGENERATE = [("attention, more keys", "ekfac")]
 free_of_batches = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"), [turn for turn in TURNS if not named(turn[1]).by_batch]
+    ("example", "fit", "likelihood"),
+    [turn for turn in TURNS if not named(turn[1]).by_batch and turn[:2] not in DEGENERATE],
 )
 
 

@@ -45,7 +45,7 @@ class Study:
     Example:
         >>> Study(fits=("kfac", "psvd"))
         Traceback (most recent call last):
-        ValueError: there is no fit 'psvd'; there are diagonal, ekfac, full, kfac, ...
+        ValueError: there is no fit 'psvd'; there are auto, diagonal, ekfac, ...
     """
 
     data: str = "digits"
