@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -131,11 +132,16 @@ def test_a_real_interrupt_ends_a_real_process(tmp_path):
         "--json",
         str(tmp_path / "x.json"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert "data to train on" in process.stderr.readline()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    # Shells start background jobs with interrupts ignored, which children inherit; a user's terminal does not.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+        try:
+            assert "data to train on" in process.stderr.readline()
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert not (tmp_path / "x.json").exists()
 

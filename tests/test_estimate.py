@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
-from kronfisher.fits import FITS, named
-from tests.exact import Written, assert_exact, exact_fisher
+from kronfisher.fits import named
+from tests.exact import SETTLED, Written, assert_exact, exact_fisher
 
-FIT_NAMES = sorted(FITS)
+FIT_NAMES = sorted(SETTLED)
 SEEDED = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 3, generator=SEEDED), torch.randint(3, (12,), generator=SEEDED)
 

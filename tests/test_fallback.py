@@ -7,8 +7,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fallback import per_sample_block, per_sample_gradients, written_out
-from kronfisher.fits import FITS, named
-from tests.exact import Written, assert_fallback, exact_fisher
+from kronfisher.fits import named
+from tests.exact import SETTLED, Written, assert_fallback, exact_fisher
 
 N = 6
 
@@ -86,7 +86,7 @@ def test_recurrent_layers_between_others(kind):
 
 
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
-@pytest.mark.parametrize("fit", [name for name in FITS if not named(name).by_batch])
+@pytest.mark.parametrize("fit", [name for name in SETTLED if not named(name).by_batch])
 def test_batches_do_not_matter(fit, labels):
     model = recurrent()
     x, y = words()

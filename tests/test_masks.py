@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.fits import FITS
 from kronfisher.likelihoods import REGISTRY
-from tests.exact import Written, exact_fisher, kept
+from tests.exact import SETTLED, Written, exact_fisher, kept
 
 SEEDED = torch.Generator().manual_seed(0)
 
@@ -71,7 +70,7 @@ def likelihoods(name):
     return kf.Categorical() if name == "pooled" else kf.Categorical(class_dim=-1), kf.Gaussian(), kf.Poisson()
 
 
-@pytest.mark.parametrize("fit", sorted(FITS))
+@pytest.mark.parametrize("fit", SETTLED)
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_a_batch_changes_nothing(name, fit):
     model = network(name)
@@ -147,7 +146,7 @@ def test_key_function_and_ignored_targets_agree(labels):
 def test_a_mask_of_data():
     model, x, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.randint(2, (6,))
     use = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
-    for fit in sorted(FITS):
+    for fit in SETTLED:
         found = kf.estimate(model, (x, y), kf.Categorical(), mask=lambda batch: use, fit=fit, labels="observed")
         expected = kf.estimate(model, (x[use], y[use]), kf.Categorical(), fit=fit, labels="observed")
         assert found.count == 3

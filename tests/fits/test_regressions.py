@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import kronfisher as kf
-from kronfisher.fits import FITS
 from kronfisher.operators import Kronecker
 from tests.conformance.truth import dense_fisher, patches, positions, shake
+from tests.exact import SETTLED
 
-fits = pytest.mark.parametrize("fit", FITS)
+fits = pytest.mark.parametrize("fit", SETTLED)
 DAMPING = 0.3
 
 
@@ -35,8 +35,6 @@ def exact(model: nn.Module, data, likelihood=None, fit="kfac", **options) -> kf.
 
 def accuracy(fit):
     """Fits that iterate until their own tolerance stop elsewhere when a group or a sample more is with them."""
-    if fit == "auto":  # it may choose positive terms, whose descent is the slowest to settle
-        return 5e-3
     iterated = fit.startswith(("kfoc", "ekfac-kfoc", "kpsvd", "kfac-corrected", "kronecker-sum"))
     return 1e-3 if iterated else 1e-10
 
@@ -110,7 +108,7 @@ def test_factors_are_second_moments_and_nothing_else(fit):
 # Layers ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", [name for name in FITS if name != "auto"])  # which may choose another structure
+@pytest.mark.parametrize("fit", SETTLED)
 def test_grouped_convolution_is_so_many_convolutions(fit):
     """Seen: parameters of a grouped convolution counted as of a plain one, crashes, wrong per-sample gradients."""
     grouped = shake(nn.Conv2d(6, 9, 2, groups=3, stride=2, padding=1)).double()
@@ -268,7 +266,7 @@ def test_roots_are_roots(fit):
     assert distance(inverse_root @ inverse_root @ dense, eye(len(dense))) < 1e-10
 
 
-@pytest.mark.parametrize("fit", [name for name in FITS if name != "kl"])  # which fits F + λ: never zero
+@pytest.mark.parametrize("fit", [name for name in SETTLED if name != "kl"])  # which fits F + λ: never zero
 @pytest.mark.parametrize("damping", [DAMPING, kf.FactoredTikhonov(DAMPING)], ids=["exact", "factored"])
 def test_zero_curvature_meets_a_prior(fit, damping):
     """Seen: a crash, or a prior that is lost, where a layer has no curvature at all."""
