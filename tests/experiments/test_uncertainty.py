@@ -51,7 +51,7 @@ def test_the_way_to_the_exact_blocks_is_what_it_says(study, tmp_path):
     found = study.run()
     text = str(found)
     assert "nan" not in text
-    gaps = found._gaps()
+    gaps = found._gaps("marginal")
     shares = {row[0]: row[1:] for row in gaps.rows}
     assert shares["K-FAC"] == ("0.00", "0.00")
     assert shares["exact blocks"] == ("1.00", "1.00")
@@ -61,6 +61,10 @@ def test_the_way_to_the_exact_blocks_is_what_it_says(study, tmp_path):
     (path,) = found.draw(tmp_path)
     assert path.stat().st_size > 5000
     assert json.loads(found.to_json())["settings"]["splits"] == 3
+    (truth,), (row,) = (found.select(fit=fit, split=2) for fit in ("exact blocks", "K-FAC"))
+    for name in ("prior_precision", "noise"):
+        assert row["borrowed"][name] == pytest.approx(truth["marginal"][name])
+        assert row["borrowed"][name] != pytest.approx(row["marginal"][name])
 
 
 def test_an_interrupt_keeps_what_is_finished(study, monkeypatch):
