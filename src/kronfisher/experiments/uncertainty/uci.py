@@ -238,7 +238,8 @@ class UCIFindings(Findings):
         table.add("MAP", *(_mean([row["log_likelihood"] for row in networks[name]]) for name in problems))
         for fit in self.fits:
             if any(cells := [self.values(name, fit, tuned) for name in problems]):
-                table.add(fit, *map(_mean, cells))
+                sizes = [len(networks[name]) for name in problems]
+                table.add(fit, *(_mean(own, size) for own, size in zip(cells, sizes, strict=True)))
         return table
 
     def _gaps(self, tuned: str) -> Table:
@@ -278,11 +279,14 @@ class UCIFindings(Findings):
         return differences(self, folder)
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], all_splits: int | None = None) -> str:
     if not values:
         return "–"
     average, spread = deviation(values)
-    return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}"
+    fewer = (
+        "" if all_splits in (None, len(values)) else f" ({len(values)} splits)"
+    )  # not to be compared with the others
+    return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}{fewer}"
 
 
 def _share(value: float) -> str:
