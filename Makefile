@@ -18,8 +18,8 @@ help:  ## list the targets
 demo: $(READY)  ## estimate the Fisher of two small networks with every fit: table and figures
 	$(PYTHON) -m kronfisher.cli demo $(ARGS)
 
-test: $(READY)  ## every test and every docstring example
-	$(PYTHON) -m pytest $(ARGS)
+test: $(READY)  ## every test and every docstring example, in two processes
+	$(PYTHON) -m pytest -n 2 $(ARGS)
 
 check: $(READY)  ## style and types
 	$(PYTHON) -m ruff check

@@ -22,6 +22,7 @@ ENVIRONMENT = HERE / ".venv-peers"
 PYTHON = ENVIRONMENT / "bin" / "python"
 PACKAGES = {
     "kronfisher": "kronfisher",
+    "kronfisher_kfoc": "kronfisher",
     "curvlinops": "curvlinops-for-pytorch",
     "laplace": "laplace-torch",
     "nngeometry": "nngeometry",

@@ -128,7 +128,7 @@ def test_gradients_that_come_in_some_columns_only():
     """Each column of exact labels reaches one half; the inputs of the other must be counted when its turn comes."""
     model = linears(lambda m, x: torch.cat([m.l0(x), Half.apply(m.l1(x))], 1), (3, 2), (3, 2))
     x = torch.randn(5, 3)
-    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", fit="kfac")
     rows = torch.cat([x, torch.ones(5, 1)], 1)
     for name in fisher.blocks:
         assert torch.allclose(fisher[name].A[0], rows.T @ rows / 5, atol=1e-6)
@@ -611,7 +611,7 @@ def test_tied_kfac_is_the_sum_over_all_rows():
     """K-FAC needs no owners: uses with different numbers of positions add up."""
     model = linears(lambda m, x: m.l0(x).sum(1) + m.l0(x[:, :2]).sum(1) * 3, (3, 2), bias=False)
     x = torch.randn(5, 4, 3)
-    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", fit="kfac")
     rows = torch.cat([x.flatten(0, 1), x[:, :2].flatten(0, 1)])
     assert torch.allclose(fisher["l0.weight"].A, rows.T @ rows / 30, atol=1e-6)
     assert torch.allclose(fisher["l0.weight"].B, (4 * 1 + 2 * 9) * torch.eye(2), atol=1e-5)

@@ -124,7 +124,7 @@ def test_what_it_costs_is_announced_and_counted():
 def test_methods_and_notes():
     model = recurrent()
     x, _ = words()
-    fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1))
+    fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit="kfac")
     rows = {row.name: row for row in fisher.report().rows}
     assert rows["rnn.weight_hh_l0"].method == "fallback: Diagonal()"
     assert rows["rnn.weight_hh_l0"].notes == "fallback: used by gru" and rows["out.weight"].notes == ""

@@ -122,7 +122,7 @@ def test_nothing_changes_when_it_fails(error, place, monkeypatch):
         monkeypatch.setattr(kf.KFAC, "update", fails)
     before = snapshot(model)
     with pytest.raises(error, match="stop") as caught:
-        kf.estimate(model, data, likelihood)
+        kf.estimate(model, data, likelihood, fit="kfac")
     assert snapshot(model) == before
     notes = " ".join(getattr(caught.value, "__notes__", []))
     assert ("no estimate was made" in notes) == (not issubclass(error, Exception))

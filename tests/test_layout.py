@@ -18,7 +18,8 @@ ROWS = [
     {"samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
     {"capture"},
-    {"estimate", "error", "coverage", "accumulate", "passes", "stream", "claims", "batches", "isolation", "fallback"},
+    {"estimate", "error", "spectrum", "coverage", "accumulate", "passes"}
+    | {"stream", "claims", "batches", "isolation", "fallback"},
     {"trust", "natural_gradient", "preconditioner", "laplace"},
     {"experiments"},
     {"__init__"},

@@ -115,7 +115,7 @@ def test_sequences_without_any_position_do_not_count(name):
 
 def test_rows_of_the_input_factor():
     model, batch = network("tokens"), padded(X, 2)
-    fisher = kf.estimate(model, batch, kf.Gaussian(), mask="attention_mask")
+    fisher = kf.estimate(model, batch, kf.Gaussian(), mask="attention_mask", fit="kfac")
     real = batch["x"][batch["attention_mask"] == 1]
     real = torch.cat([real, torch.ones(len(real), 1)], 1)
     assert fisher.rows["query.weight"] == fisher.rows["head.weight"] == 13

@@ -148,6 +148,8 @@ class Accumulator:
         try:
             self.absorb(capture, outputs, targets, where, batch=batch)
         except NumericalError as error:
+            if bool(torch.isfinite(outputs).all()):  # a gradient was not; the block is named
+                raise
             raise not_finite(batch, where) from error
 
     def absorb(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+DEMO = ("diagonal", "kfac", "kfac-reduce", "tkfac", "kfoc", "ekfac", "ekfac-kfoc", "kronecker-sum", "full")
+
 READING = """\
 relative error  ‖F̂ − F‖ / ‖F‖ against the exact blocks of the same data and labels: 0 is exact, 1 no better than zero
 trace ratio     tr F̂ / tr F: 1 if the overall size of the curvature is right
@@ -87,7 +89,7 @@ def _app() -> Any:
             _writable(output, folder=True)
         torch.set_num_threads(1)  # these problems are tiny: threads that wait for each other take longer than the work
         for network in ("convnet", "mlp"):
-            study = Study(network=network, fits=tuple(FITS), labels="exact", epochs=15)
+            study = Study(network=network, fits=DEMO, labels="exact", epochs=15)
             code = _run(study, output / f"{network}.json", output)
             if code:
                 return code

@@ -17,12 +17,13 @@ from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
-from kronfisher.isolation import trainable
+from kronfisher.fits.quadratic import quadratic
 from kronfisher.linalg import mirror, promote
-from kronfisher.operators import Diagonal, Eigen, Fisher, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
+from kronfisher.operators import Fisher, Operator
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
+from kronfisher.spectrum import Spectrum, leading
 
 __all__ = ["Distance", "Origin", "measure"]
 
@@ -61,13 +62,19 @@ class Distance:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a Fisher matrix comes from: its ``fisher.error(data)`` asks for the same labels on that data."""
+    """Where a Fisher matrix comes from: its ``error(data)`` and ``spectrum(data)`` ask for the same labels there."""
 
     recipe: Recipe
 
     def error(self, fisher: Fisher, data: Any, **options: Any) -> Distance:
         """See `measure`."""
         return measure(fisher, data, self.recipe, **options)
+
+    def spectrum(
+        self, fisher: Fisher, data: Any, block: str | None = None, rank: int = 8, **options: Any
+    ) -> dict[str, Spectrum]:
+        """See `kronfisher.spectrum.leading`."""
+        return leading(fisher, data, self.recipe, block, rank, **options)
 
 
 def measure(
@@ -89,12 +96,7 @@ def measure(
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
-    parameters = trainable(recipe.model)
-    if odd := parameters.keys() ^ fisher.shapes.keys():
-        raise DataError(
-            f"the trainable parameters of the model are not those of the matrix ({', '.join(sorted(odd))}): freeze and "
-            "unfreeze as when it was estimated."
-        )
+    parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
     groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]
@@ -225,33 +227,6 @@ class CrossTerms(Fit):
         scale = float(reciprocal(state.count))
         norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
-
-
-def quadratic(samples: Samples, operator: Operator) -> Tensor:
-    """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
-    if isinstance(operator, Kronecker):
-        total = samples.gradients.new_zeros((), dtype=torch.float64)
-        A, B = sides.transpose(operator.A), sides.transpose(operator.B)
-        if A.dim() == 2:
-            (turned,) = samples.rotated(A, B)
-            return samples.inner(turned)
-        for plain, turned in zip(samples.pieces(), samples.rotated(A, B), strict=True):
-            total += plain.inner(turned)
-        return total
-    if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
-        basis = operator.basis
-        turned = torch.stack([part.squares().double() for part in samples.rotated(basis.A, basis.B)]).sum(dim=0)
-        return (turned.flatten() * operator.values.double()).sum()
-    if isinstance(operator, Diagonal):
-        return (samples.squares().flatten().double() * operator.values.double()).sum()
-    if isinstance(operator, KroneckerSum) and operator.A.dim() == operator.B.dim() == 4:
-        total = torch.stack([quadratic(samples, term) for term in operator.terms]).sum()
-        return total + operator.shift * samples.squares().sum(dtype=torch.float64)
-    total = samples.gradients.new_zeros((), dtype=torch.float64)
-    for gradients in samples.per_sample():
-        rows = gradients.transpose(0, 1).flatten(1)
-        total += (rows * operator.matvecs(rows)).sum(dtype=torch.float64)
-    return total
 
 
 def _rows(samples: Samples) -> list[tuple[Tensor, ...]]:

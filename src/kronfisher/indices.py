@@ -39,8 +39,11 @@ class Indices(Activations):
     def stored(self) -> int:
         return self.values.numel() + self.weights.numel()
 
-    def part(self, low: int, high: int, step: int = 1) -> "Indices":
-        return replace(self, values=self.values[low:high:step], weights=self.weights[low:high:step])
+    def part(self, low: int, high: int) -> "Indices":
+        return replace(self, values=self.values[low:high], weights=self.weights[low:high])
+
+    def taken(self, index: Tensor) -> "Indices":
+        return replace(self, values=self.values[index], weights=self.weights[index])
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         values, weights = self.values[low:high], self.weights[low:high]

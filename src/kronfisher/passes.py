@@ -36,6 +36,20 @@ class Recipe:
     exact_limit: int = 1000
     mask: Mask | None = None
 
+    def parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """The model's trainable parameters, if they are those of the names.
+
+        Raises:
+            DataError: they are not, any more.
+        """
+        found = trainable(self.model)
+        if odd := found.keys() ^ set(names):
+            raise DataError(
+                f"the trainable parameters of the model are not those of the matrix ({', '.join(sorted(odd))}): freeze "
+                "and unfreeze as when it was estimated."
+            )
+        return found
+
     def accumulator(self, fit: Choice) -> Accumulator:
         """Empty states for the model's trainable parameters."""
         return Accumulator(

@@ -59,9 +59,13 @@ class Activations:
         """The inputs of samples low to high, written out: ``[H, high − low, T, I]``."""
         raise NotImplementedError
 
-    def part(self, low: int, high: int, step: int = 1) -> "Activations":
-        """The inputs of every `step`-th sample from low to high, in as compact a form."""
-        return Dense(self.dense(low, high)[:, ::step])
+    def part(self, low: int, high: int) -> "Activations":
+        """The inputs of samples low to high, in as compact a form."""
+        return Dense(self.dense(low, high))
+
+    def taken(self, index: Tensor) -> "Activations":
+        """The inputs of some samples ``[m]``, in as compact a form."""
+        return Dense(self.dense()[:, index])
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
@@ -153,8 +157,11 @@ class Dense(Activations):
         values = self.values[:, low:high]
         return torch.cat([values, values.new_ones(()).expand(*values.shape[:3], 1)], dim=-1) if self.bias else values
 
-    def part(self, low: int, high: int, step: int = 1) -> "Dense":
-        return replace(self, values=self.values[:, low:high:step])
+    def part(self, low: int, high: int) -> "Dense":
+        return replace(self, values=self.values[:, low:high])
+
+    def taken(self, index: Tensor) -> "Dense":
+        return replace(self, values=self.values[:, index])
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         width = self.values.shape[-1]
@@ -215,8 +222,11 @@ class Ones(Activations):
         heads, n, positions = self.sizes
         return self.like.new_ones(()).expand(heads, len(range(n)[low:high]), positions, 1)
 
-    def part(self, low: int, high: int, step: int = 1) -> "Ones":
-        return replace(self, sizes=(self.sizes[0], len(range(low, high, step)), self.sizes[2]))
+    def part(self, low: int, high: int) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], high - low, self.sizes[2]))
+
+    def taken(self, index: Tensor) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], len(index), self.sizes[2]))
 
     def copied(self) -> "Ones":
         return replace(self, like=self.like.new_empty(0))
@@ -372,10 +382,15 @@ class Samples:
             total += gradients.square().sum(dim=1)
         return total
 
-    def part(self, low: int, high: int, step: int = 1) -> "Samples":
-        """Every `step`-th sample from low to high."""
-        mask, gradients = None if self.mask is None else self.mask[low:high:step], self.gradients[:, low:high:step]
-        return replace(self, activations=self.activations.part(low, high, step), gradients=gradients, mask=mask)
+    def part(self, low: int, high: int) -> "Samples":
+        """Samples low to high."""
+        mask, gradients = None if self.mask is None else self.mask[low:high], self.gradients[:, low:high]
+        return replace(self, activations=self.activations.part(low, high), gradients=gradients, mask=mask)
+
+    def taken(self, index: Tensor) -> "Samples":
+        """Some samples ``[m]``."""
+        mask, gradients = None if self.mask is None else self.mask[index], self.gradients[:, index]
+        return replace(self, activations=self.activations.taken(index), gradients=gradients, mask=mask)
 
     def copied(self) -> "Samples":
         """The same in memory of its own: the batch may be gone, or refilled, when it is used."""

@@ -35,9 +35,12 @@ FORMS = [
     for k, likelihood in enumerate(REGISTRY)
     if (i + j + k) % 5 == 0
 ]
+# Where eigenvalues of K-FAC's sides agree, the eigenvectors are anybody's choice, and EKFAC's eigenvalues with them.
+TURNS = [turn for turn in TURNS if turn[:2] != ("attention, more keys", "ekfac")]
 turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
 free_of_batches = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"), [turn for turn in TURNS if not named(turn[1]).by_batch]
+    ("example", "fit", "likelihood"),
+    [turn for turn in TURNS if not named(turn[1]).by_batch],
 )
 
 
@@ -253,7 +256,9 @@ def test_batches_do_not_matter(example, likelihood, fit):
         for loader in loaders:
             parts = estimate(p, fit, labels, loader)
             assert parts.count == whole.count
-            close(parts.to_dense(), whole.to_dense(), f"{labels}, {len(loader)} batches")
+            # Iterations to a tolerance magnify the rounding of sums in another order; Auto's positive terms most.
+            tolerance = 1e-10 if named(fit).linear else 5e-3 if fit == "auto" else 1e-6
+            close(parts.to_dense(), whole.to_dense(), f"{labels}, {len(loader)} batches", tolerance)
 
 
 @turns
@@ -262,7 +267,7 @@ def test_order_does_not_matter(example, likelihood, fit):
     order = torch.arange(len(p.x)).flip(0).roll(1)
     for labels in ("exact", "observed"):
         whole, permuted = estimate(p, fit, labels), estimate(p, fit, labels, (p.x[order], p.targets[order]))
-        close(permuted.to_dense(), whole.to_dense(), labels)
+        close(permuted.to_dense(), whole.to_dense(), labels, 1e-10 if named(fit).linear else 5e-3)
 
 
 @turns

@@ -144,10 +144,14 @@ def test_the_correction_is_the_best_product_for_what_kfac_misses(shared):
         torch.testing.assert_close(corrected[name].terms[0].to_dense(), kfac[name].to_dense())
 
 
-def test_kpsvd_is_kfoc():
-    model, x = network(False)
-    one, other = estimate(model, x, kf.KPSVD(**TIGHT)), estimate(model, x, kf.KFOC(**TIGHT))
-    torch.testing.assert_close(one.to_dense(), other.to_dense(), rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("shared", [False, True])
+def test_kpsvd_is_the_leading_pair(shared):
+    model, x = network(shared)
+    fisher = estimate(model, x, kf.KPSVD("exact", **TIGHT))  # several pieces where columns are many
+    for name, R in rearranged(model, x).items():
+        missed = (R - written_out(fisher[name])).norm(dim=(1, 2))
+        torch.testing.assert_close(missed, tails(R, 1), rtol=1e-6, atol=1e-9 * R.norm().item())
+        assert "steps" in fisher.info.blocks[name].notes
 
 
 @pytest.mark.parametrize("method", ["lanczos", "deflation", "nonnegative"])
@@ -215,3 +219,15 @@ def test_what_does_not_converge_says_so(method):
         fisher = estimate(model, x, kf.KroneckerSum(2, method, tolerance=1e-8, iterations=iterations))
         notes = [block.notes for block in fisher.info.blocks.values()]
         assert any("NOT converged" in text for text in notes) == told, notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["lanczos", "deflation", "nonnegative"])
+def test_what_is_found_whole_is_converged(method, dtype):
+    torch.manual_seed(0)
+    x = 1e-3 * torch.randn(25, 2, 9, dtype=dtype)
+    thin = nn.Sequential(nn.Conv1d(2, 1, 3), nn.Flatten()).to(dtype)  # O = 1: one product is everything
+    for rank in (1, 4):
+        fisher = estimate(thin, x, kf.KroneckerSum(rank, method))
+        (block,) = fisher.info.blocks.values()
+        assert fisher.error((x, None)).relative < 1e-5 and "NOT" not in block.notes, block.notes

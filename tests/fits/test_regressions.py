@@ -35,7 +35,9 @@ def exact(model: nn.Module, data, likelihood=None, fit="kfac", **options) -> kf.
 
 def accuracy(fit):
     """Fits that iterate until their own tolerance stop elsewhere when a group or a sample more is with them."""
-    iterated = fit.startswith(("kfoc", "kpsvd", "kfac-corrected", "kronecker-sum"))
+    if fit == "auto":  # it may choose positive terms, whose descent is the slowest to settle
+        return 5e-3
+    iterated = fit.startswith(("kfoc", "ekfac-kfoc", "kpsvd", "kfac-corrected", "kronecker-sum"))
     return 1e-3 if iterated else 1e-10
 
 
@@ -108,7 +110,7 @@ def test_factors_are_second_moments_and_nothing_else(fit):
 # Layers ------------------------------------------------------------------------------------------------------------
 
 
-@fits
+@pytest.mark.parametrize("fit", [name for name in FITS if name != "auto"])  # which may choose another structure
 def test_grouped_convolution_is_so_many_convolutions(fit):
     """Seen: parameters of a grouped convolution counted as of a plain one, crashes, wrong per-sample gradients."""
     grouped = shake(nn.Conv2d(6, 9, 2, groups=3, stride=2, padding=1)).double()

@@ -69,7 +69,7 @@ def test_every_form(form):
 def test_the_input_factor_is_a_vector_of_counts():
     model = Written(lambda m, x: m.e(x).sin().sum(1), e=nn.Embedding(V, D, padding_idx=0))
     data = [tokens(5, 4), tokens(3, 4)]
-    fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact")["e.weight"]
+    fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact", fit="kfac")["e.weight"]
     assert isinstance(fisher, Kronecker) and fisher.A.shape == (1, V)
     counts = torch.bincount(torch.cat([x.flatten() for x in data]), minlength=V) / 32
     counts[0] = 0
@@ -116,7 +116,7 @@ def test_a_vocabulary_is_never_squared(fit, tied):
 
 def test_sides_beyond_the_limit_are_diagonals():
     model, x = nn.Linear(6, 5), torch.randn(40, 6)
-    whole = kf.estimate(model, x, kf.Gaussian())["weight"]
+    whole = kf.estimate(model, x, kf.Gaussian(), fit="kfac")["weight"]
     wide = kf.estimate(model, x, kf.Gaussian(), fit=kf.KFAC(max_dim=5))["weight"]
     both = kf.estimate(model, x, kf.Gaussian(), fit=kf.KFAC(max_dim=4))["weight"]
     assert [each.structure for each in (whole, wide, both)] == [

@@ -11,8 +11,11 @@ from kronfisher.experiments.tables import duration, size
 __all__ = ["draw", "written"]
 
 # Okabe and Ito's colours, distinct for colour-blind eyes too; the same fit has the same colour in every picture.
-COLOURS = {"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"}
-OTHERS = ("#D55E00", "#CC79A7", "#8C6BB1", "#A6761D")
+COLOURS = {
+    **{"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"},
+    **{"kfoc": "#D55E00", "ekfac-kfoc": "#8C6BB1", "kronecker-sum": "#CC79A7"},
+}
+OTHERS = ("#A6761D", "#999933", "#882255", "#44AA99")
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -117,7 +120,7 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     for axes in (left, right):
         axes.set_ylim(0, 1.08 * max(1e-3, *(max(row.error, *row.blocks.values()) for row in rows)))
     labels = [f"{row.fit} ({size(row.bytes)})" for row in rows]
-    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(6, len(rows)))
+    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(5, len(rows)))
     return figure
 
 

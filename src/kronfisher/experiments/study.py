@@ -45,12 +45,12 @@ class Study:
     Example:
         >>> Study(fits=("kfac", "psvd"))
         Traceback (most recent call last):
-        ValueError: there is no fit 'psvd'; there are diagonal, ekfac, full, kfac, ...
+        ValueError: there is no fit 'psvd'; there are auto, diagonal, ekfac, ...
     """
 
     data: str = "digits"
     network: str = "convnet"
-    fits: tuple[str, ...] = ("kfac", "kfac-reduce", "ekfac", "diagonal")
+    fits: tuple[str, ...] = ("kfac", "kfoc", "ekfac", "diagonal")
     labels: str = "sampled"
     samples: int = 1
     limit: int = 500

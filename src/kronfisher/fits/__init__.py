@@ -1,14 +1,15 @@
 """Fits: how samples become an operator, one file per kind; importing registers them all."""
 
+from kronfisher.fits.auto import Auto
 from kronfisher.fits.choice import Choice, choose
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import FITS, Fit, Plan, State, named
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
-from kronfisher.fits.kfoc import KFOC
+from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
-from kronfisher.fits.kronecker_sum import KPSVD, KFACCorrected, KroneckerSum
+from kronfisher.fits.kronecker_sum import KFACCorrected, KroneckerSum
 from kronfisher.fits.tkfac import TKFAC
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "KL",
     "KPSVD",
     "TKFAC",
+    "Auto",
     "Choice",
     "Diagonal",
     "Fit",

@@ -7,6 +7,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
+from kronfisher.fits.kfoc import KFOC
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
 from kronfisher.operators.sides import decompose
 from kronfisher.samples import Samples
@@ -54,6 +55,8 @@ class EKFAC(Fit):
         if "eigenvalues" not in state.sums:
             return self.basis.update(state, samples)
         (use,) = samples
+        if use.first:
+            state.rows = state.rows + use.rows
         for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             state.sums["eigenvalues"] += part.squares()
         return state
@@ -85,3 +88,4 @@ class EKFAC(Fit):
 
 
 register("ekfac", EKFAC)
+register("ekfac-kfoc", lambda: EKFAC(KFOC()))

@@ -70,12 +70,13 @@ class State:
         return ", ".join(block.name for block in self.blocks)
 
     def checked(self) -> "State":
-        """Itself, if every sum is finite.
+        """Itself, if every sum and all that waits to be added is finite.
 
         Raises:
             NumericalError: naming the block.
         """
-        for name, value in self.sums.items():
+        waiting = [("gradients", samples.gradients) for samples in self.waiting]
+        for name, value in [*self.sums.items(), *waiting]:
             if not bool(torch.isfinite(value.sum())):  # one NaN or Inf makes the sum one
                 raise NumericalError(
                     f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or "

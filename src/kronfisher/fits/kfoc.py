@@ -32,12 +32,11 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["KFOC"]
+__all__ = ["KFOC", "KPSVD"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
 
-_PIECE = 512  # samples that are treated at once where T = 1
-_SHARED = 4  # where positions share the weight, so many times fewer say as much
+_PIECE = 512  # samples that are treated at once
 _NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms beyond which one term is carried
@@ -129,7 +128,7 @@ class KFOC(Fit):
             "inputs": like.new_zeros(terms, *inputs),
             "outputs": like.new_zeros(terms, *outputs),
             "weight": like.new_zeros(inputs[0]),
-            **{name: scalar.clone() for name in ("same", "pairs", "paired", "samples", "pieces", "steps")},
+            **{name: scalar.clone() for name in ("norm", "pieces", "steps")},
             "change": like.new_zeros((), dtype=torch.float64),
         }
         return State(group, plan, sums)
@@ -151,15 +150,17 @@ class KFOC(Fit):
 
     def _enough(self, state: State) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
-        several = sum(map(len, state.waiting)) >= (_PIECE if state.waiting[0].positions == 1 else _PIECE // _SHARED)
+        several = sum(map(len, state.waiting)) >= _PIECE
         room = max(_ROOM, *(state.sums[side][0].nbytes for side in ("inputs", "outputs")))
         return several or sum(samples.bytes for samples in state.waiting) > room
 
     def _flush(self, state: State) -> None:
         """Merge what has been waiting."""
-        waiting, state.waiting = state.waiting, []
-        if not waiting:
+        if not state.waiting:
             return
+        if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
+            state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
+        waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, _PIECE):
             self._merge(state, piece)
@@ -180,32 +181,33 @@ class KFOC(Fit):
             pair = Joint(before, source).leading(start, self.tolerance, self.iterations)
             self._replace(state, pair)
         elif isinstance(source, Projected):
-            pair = self._add_projected(state, source)
+            pair = self._add_projected(state, source, n)
         elif isinstance(source, Gram) and len(sums["inputs"]) == 1 and self.aggregation != "running":
             w, u, sigma, steps, change = source.weights(self.tolerance, self.iterations)
-            root = self._share(sigma)
+            root = self._share(sigma, n)
             source.add_inputs_(sums["inputs"][0], times(w, root))  # straight into the sum
             source.add_outputs_(sums["outputs"][0], times(u, root))
-            sums["weight"] += self._weight(sigma)
+            sums["weight"] += self._weight(sigma, n)
             pair = Pair(sigma, sigma, sigma, steps, change)
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
             if (terms := len(sums["inputs"])) > 1:
                 before = sums["inputs"] if warm else None
                 pair, A, B = source.leading_terms(min(terms, _NEW), before, self.tolerance, self.iterations)
+                if begun:
+                    sums["norm"] += 2 * inner((A, B), (sums["inputs"], sums["outputs"]))
                 self._recompress(state, A, B)
             else:
                 start = whole(sums["inputs"][0]) if warm else None
                 pair = source.leading(start, self.tolerance, self.iterations)
-                self._add(state, pair)
+                self._add(state, pair, n)
         self._certify(state, source, piece, n)
         state.facts["route"] = route
         sums["pieces"] += 1
-        sums["samples"] += n
         sums["steps"] += pair.steps
         sums["change"] = torch.maximum(sums["change"], pair.change.double())
 
-    def _add_projected(self, state: State, source: Projected) -> Pair:
+    def _add_projected(self, state: State, source: Projected, n: int) -> Pair:
         """Half steps on both sides: straight into the sum where one product is carried and pieces weigh as they are."""
         sums = state.sums
         if len(sums["inputs"]) == 1 and not self.by_batch:
@@ -218,23 +220,24 @@ class KFOC(Fit):
         sizes = norm(A), norm(B)
         sigma = over(sizes[0] * sizes[1], weight)
         pair = Pair(over(A, sizes[0]), over(B, sizes[1]), sigma, source.steps, source.change)
-        self._add(state, pair)
+        self._add(state, pair, n)
         return pair
 
-    def _share(self, sigma: Tensor) -> Tensor:
-        return sigma.sqrt() if self.aggregation == "approx" else sigma
+    def _share(self, sigma: Tensor, n: int) -> Tensor:
+        # The factors of a batch's mean are those of its sum over √n, and batches count by their size.
+        return (sigma * n).sqrt() if self.aggregation == "approx" else sigma
 
-    def _weight(self, sigma: Tensor) -> Tensor:
-        return torch.ones_like(sigma) if self.aggregation == "approx" else sigma
+    def _weight(self, sigma: Tensor, n: int) -> Tensor:
+        return torch.full_like(sigma, n) if self.aggregation == "approx" else sigma
 
-    def _add(self, state: State, pair: Pair) -> None:
+    def _add(self, state: State, pair: Pair, n: int) -> None:
         """One more pair into the sum that is carried."""
         sums = state.sums
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
-            root = self._share(pair.sigma)
+            root = self._share(pair.sigma, n)
             sums["inputs"][0] += times(pair.A, root)
             sums["outputs"][0] += times(pair.B, root)
-            sums["weight"] += self._weight(pair.sigma)
+            sums["weight"] += self._weight(pair.sigma, n)
             return
         root = pair.sigma.sqrt()
         self._recompress(state, times(pair.A, root)[None], times(pair.B, root)[None])
@@ -251,18 +254,20 @@ class KFOC(Fit):
         state.sums["outputs"] = times(pair.B, root)[None]
 
     def _certify(self, state: State, source: object, piece: list[Samples], n: int) -> None:
-        """Sums for ‖F‖, from the pairs of samples of the same piece, where they cost no more than a few half steps."""
+        """‖F‖² of a piece, where it costs no more than a few half steps; between pieces it comes from their terms.
+
+        With one term a piece, too little is left of a piece to tell about the others; and what connects the groups of a
+        convolution is in no term. Pieces are no fair sample of each other either: columns and classes come in turn.
+        """
         heads, outputs, inputs = piece[0].shape
-        if isinstance(source, Gram):
-            same, pairs = source.squared_products()
+        if "route" in state.facts and (len(state.sums["inputs"]) == 1 or heads > 1):
+            state.facts["uncertain"] = True
+        elif isinstance(source, Gram):
+            state.sums["norm"] += sum(source.squared_products())
         elif not isinstance(source, Projected | Diagonals) and n * heads * outputs * inputs * n <= _PAIRS:
-            same, pairs = squared_products(source if isinstance(source, Explicit) else Explicit(piece))
+            state.sums["norm"] += sum(squared_products(source if isinstance(source, Explicit) else Explicit(piece)))
         else:
             state.facts["uncertain"] = True
-            return
-        state.sums["same"] += same
-        state.sums["pairs"] += pairs
-        state.sums["paired"] += n * (n - 1)
 
     def _half_step(self, state: State, use: Samples) -> State:
         """Of the passes that polish: one side is fixed, the other is summed."""
@@ -289,6 +294,15 @@ class KFOC(Fit):
             self._flush(state)
         terms = len(x.sums.get("inputs", ()))
         both = super().combine(x, y, wx, wy)
+        both.facts = {**x.facts, **y.facts}
+        if terms > 1 and not x.fixed:
+            x_terms, y_terms = ((state.sums["inputs"], state.sums["outputs"]) for state in (x, y))
+            norms = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"]
+            both.sums["norm"] = norms + 2 * wx * wy * inner(x_terms, y_terms)
+        if "route" in x.facts and "route" in y.facts:
+            both.facts["joined"] = True
+            if terms == 1 or len(x.sums["weight"]) > 1:
+                both.facts["uncertain"] = True
         if x.fixed or (terms == 1 and self.aggregation != "running"):
             return both  # sums of pieces' factors
         B = torch.cat([wx * x.sums["outputs"], wy * y.sums["outputs"]])
@@ -332,15 +346,15 @@ class KFOC(Fit):
         A, B, scale = sums["inputs"][0], sums["outputs"][0], reciprocal(state.count)
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
             scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
-        elif float(sums["pieces"]) > 1:
+        elif float(sums["pieces"]) > 1 or "joined" in state.facts:
             A, B = semidefinite(A, state.name), semidefinite(B, state.name)
         return balanced(A, B, scale, state.name)
 
     def error(self, state: State, operator: Operator) -> float | None:
+        """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
         if state.fixed or "uncertain" in state.facts or not float(state.sums["pieces"]):
             return None
-        same, pairs, paired, n = (float(state.sums[name]) for name in ("same", "pairs", "paired", "samples"))
-        squared = same + (pairs * n * (n - 1) / paired if paired else 0.0)
+        squared = float(state.sums["norm"])
         found = (float(operator.frobenius_norm()) * float(state.count)) ** 2
         return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
@@ -355,8 +369,23 @@ class KFOC(Fit):
         done = "" if change <= self.tolerance or route == "projected" else " (not converged)"
         text = f"{state.sums['steps'] / pieces:.1f} double steps by {route}, the last changed A by {change:.0e}{done}"
         if pieces > 1:
-            text += f"; {pieces:.0f} pieces" + (", error estimated" if "uncertain" not in state.facts else "")
+            text += f"; {pieces:.0f} pieces" + (", error from their terms" if "uncertain" not in state.facts else "")
         return text
+
+
+@dataclass(frozen=True)
+class KPSVD(KFOC):
+    """The best product by power iteration on the rearranged block (Koroko et al. 2022), under their name for it.
+
+    Their iteration and K-FOC's half steps are the same thing, and so is the answer.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> data, layer = torch.randn(50, 2), torch.nn.Linear(2, 3)
+        >>> fisher = kf.estimate(layer, data, kf.Gaussian(), fit=kf.KPSVD(), labels="exact")
+        >>> fisher["weight"].structure
+        'kronecker 3x3'
+    """
 
 
 def _split(state: State) -> tuple[Tensor, Tensor]:
@@ -365,6 +394,12 @@ def _split(state: State) -> tuple[Tensor, Tensor]:
     if len(A) > 1 or not bool((weight > 0).any()):
         return A, B
     return whole(A[0])[None], whole(over(B[0], weight))[None]
+
+
+def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
+    """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
+    grams = [torch.einsum("rhij,shij->hrs", mine.double(), theirs.double()) for mine, theirs in zip(x, y, strict=True)]
+    return (grams[0] * grams[1]).sum()
 
 
 def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
@@ -411,3 +446,4 @@ register("kfoc", KFOC)
 register("kfoc-exact", lambda: KFOC("exact"))
 register("kfoc-running", lambda: KFOC("running"))
 register("kfoc-approx", lambda: KFOC("approx"))
+register("kpsvd", KPSVD)

@@ -73,6 +73,8 @@ class KL(Fit):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         (use,) = samples
+        if use.first:
+            state.rows = state.rows + use.rows
         root = state.fixed["root"]
         if "outputs" in state.sums:
             for part in use.rotated(root if state.phase else None, None):

@@ -9,7 +9,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.fits.kfoc import balanced, pieces, semidefinite
+from kronfisher.fits.kfoc import balanced, inner, pieces, semidefinite
 from kronfisher.linalg import mirror
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
@@ -33,7 +33,7 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["KPSVD", "KFACCorrected", "KroneckerSum"]
+__all__ = ["KFACCorrected", "KroneckerSum"]
 
 Method = Literal["lanczos", "deflation", "gram", "nonnegative"]
 PIECE = 512  # samples that are treated at once
@@ -124,9 +124,10 @@ class KroneckerSum(Fit):
         for state in (x, y):
             self._flush(state)
         both = super().combine(_numbers(x), _numbers(y), wx, wy)
-        inner = sum(float(_inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
-        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * inner
+        crossed = sum(float(inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
+        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * crossed
         both.facts = {**x.facts, **y.facts}
+        both.facts["accuracy"] = max(state.facts.get("accuracy", 0.0) for state in (x, y))
         for kind in ("even", "odd"):
             A, B = (torch.cat([x.sums[f"{kind}.{side}"], y.sums[f"{kind}.{side}"]]) for side in ("inputs", "outputs"))
             weights = torch.tensor([wx] * len(x.sums[f"{kind}.inputs"]) + [wy] * len(y.sums[f"{kind}.inputs"]))
@@ -139,7 +140,7 @@ class KroneckerSum(Fit):
         return None
 
     def finish(self, state: State) -> Operator:
-        self._flush(state, last=True)
+        self._flush(state)  # in training this state goes on, and needs all the terms it can carry
         state.checked()
         A, B, odd = self._terms(state)
         scale = reciprocal(state.count)
@@ -176,6 +177,8 @@ class KroneckerSum(Fit):
 
     def _flush(self, state: State, last: bool = False) -> None:
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
+        if state.waiting:
+            state.checked()
         waiting, state.waiting = state.waiting, []
         alone = last and not float(state.sums["pieces"]) and sum(map(len, waiting)) <= PIECE
         if alone and waiting:
@@ -190,7 +193,7 @@ class KroneckerSum(Fit):
     def _merge(self, state: State, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
         steps, accuracy = 0.0, 0.0
         norm = _squared_norm(piece)
-        if norm is None:
+        if norm is None or (len(state.sums["even.inputs"]) and piece[0].shape[0] > 1):  # groups meet in no term
             state.facts["uncertain"] = True
         else:
             state.sums["norm"] += norm
@@ -202,8 +205,10 @@ class KroneckerSum(Fit):
             steps, accuracy = steps + more, max(accuracy, change)
             before = _sides(state, kind)
             if len(before[0]):
-                state.sums["norm"] += 2 * _inner((A, B), before)
-                A, B = self._shortened(torch.cat([before[0], A]), torch.cat([before[1], B]), terms)
+                state.sums["norm"] += 2 * inner((A, B), before)
+                A, B = torch.cat([before[0], A]), torch.cat([before[1], B])
+                if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
+                    A, B = self._shortened(A, B, terms)
             state.sums |= _stacks(kind, A, B)
         state.sums["pieces"] += 1
         state.sums["steps"] += steps
@@ -246,9 +251,9 @@ class KroneckerSum(Fit):
             W, U = W.to(a), U.to(a)
             A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
             B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
-            if heads * (inputs**2 + outputs**2) > _WIDE:
+            if terms > self.rank or heads * (inputs**2 + outputs**2) > _WIDE:
                 A, B = _ordered(A, B)
-                return A, B, float(steps), self.tolerance
+                return A, B, float(steps), 0.0
         else:
             found = [
                 _source(cluster).leading(None, self.tolerance, self.iterations)
@@ -258,9 +263,11 @@ class KroneckerSum(Fit):
             A, B = _rooted(A, B, torch.stack([pair.sigma for pair in found]))
             steps = sum(float(pair.steps) for pair in found)
             A, B = self._shortened(A, B, terms)
-        A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance)
+        # What is only carried need not be the best of its length: it is going to be shortened.
+        most = _SWEEPS if terms == self.rank else _FEW
+        A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance, most)
         A, B = _ordered(A, B)
-        return A, B, float(steps) + sweeps, change
+        return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
 
     def _shortened(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """The best shorter sum of the same kind for a longer one."""
@@ -269,7 +276,7 @@ class KroneckerSum(Fit):
         if self.method != "nonnegative":
             B, A, _ = truncated(B, A, terms)
             return A, B
-        KA, KB = (torch.einsum("rhij,shij->hrs", side, side) for side in (A, B))
+        KA, KB = (torch.einsum("rhij,shij->hrs", side.double(), side.double()) for side in (A, B))
         W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
         A = torch.einsum("hsr,shij->rhij", W.to(A), A)
         return _ordered(A, torch.einsum("hsr,shij->rhij", U.to(B), B))
@@ -281,6 +288,10 @@ class KroneckerSum(Fit):
             return A, B, (False,) * self.rank
         stacks = {kind: _sides(state, kind) for kind in _KINDS}
         A, B = self._shortened(*stacks["even"], self.rank)
+        if self.method == "nonnegative" and len(A) < len(stacks["even"][0]):
+            A, B, _, change = positive_terms(Terms(*stacks["even"]), A, B, self.tolerance, _SWEEPS)
+            A, B = _ordered(A, B)
+            state.facts["accuracy"] = max(change, state.facts["accuracy"])
         ranked = [(float(_squares(A[r], B[r])), False, A[r], B[r]) for r in range(len(A))]
         ranked += [(float(_squares(a, b)), True, a, b) for a, b in zip(*stacks["odd"], strict=True)]
         ranked[1:] = sorted(ranked[1:], key=lambda entry: -entry[0])
@@ -289,29 +300,10 @@ class KroneckerSum(Fit):
 
 
 _NUMBERS = ("norm", "pieces", "steps")
+_SWEEPS, _FEW = 30, 3  # of positive terms that stay, and of ones that are only carried
 _PAIRS = 2**28  # multiplications of gradients written out that the norm of a piece may take
 _WIDE = 2**18  # numbers in both sides of a term beyond which T = 1 stays with weights on the samples
 _KINDS = ("even", "odd")
-
-
-@dataclass(frozen=True)
-class KPSVD(KroneckerSum):
-    """The best single product by power iteration (Koroko et al. 2022): the same optimum as K-FOC's.
-
-    Args:
-        rank: 1.
-        method: ``"deflation"``, which is power iteration for one term.
-
-    Example:
-        >>> import torch, kronfisher as kf
-        >>> data, layer = torch.randn(50, 2), torch.nn.Linear(2, 3)
-        >>> fisher = kf.estimate(layer, data, kf.Gaussian(), fit=kf.KPSVD(), labels="exact")
-        >>> fisher["weight"].structure
-        'kronecker 3x3'
-    """
-
-    rank: int = 1
-    method: Method = "deflation"
 
 
 @dataclass(frozen=True)
@@ -413,12 +405,6 @@ def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return A * (root * sign), B * (root * sign)
 
 
-def _inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
-    """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
-    grams = [torch.einsum("rhij,shij->hrs", mine.double(), theirs.double()) for mine, theirs in zip(x, y, strict=True)]
-    return (grams[0] * grams[1]).sum()
-
-
 def _squared_norm(piece: list[Samples]) -> Tensor | None:
     """``‖Σ vec(G_k) vec(G_k)ᵀ‖²``; None where that costs more than the fit."""
     if all(several.positions == 1 for several in piece):
@@ -449,5 +435,4 @@ def _evened(A: Tensor, B: Tensor) -> Tensor:
 
 
 register("kronecker-sum", KroneckerSum)
-register("kpsvd", KPSVD)
 register("kfac-corrected", KFACCorrected)

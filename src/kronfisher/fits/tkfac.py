@@ -42,6 +42,8 @@ class TKFAC(Fit):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         (use,) = samples
+        if use.first:
+            state.rows = state.rows + use.rows
         use.add_input_products_(state.sums["inputs"])
         use.add_output_products_(state.sums["outputs"])
         return state

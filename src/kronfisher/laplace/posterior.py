@@ -210,8 +210,8 @@ class Posterior:
         if noise is not None:
             self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
         if prior_precision is None:
-            return log_evidence(self, noise=noise)
-        return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
+            return log_evidence(self, noise=noise)  # pyright: ignore[reportArgumentType]
+        return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)  # pyright: ignore[reportArgumentType]
 
     def score(self, data: Any) -> Self:
         """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
@@ -243,7 +243,7 @@ class Posterior:
         Returns:
             Itself.
         """
-        factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)
+        factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)  # pyright: ignore[reportArgumentType]
         if noise:
             self._noise = sigma
         self._set(

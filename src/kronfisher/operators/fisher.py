@@ -39,7 +39,8 @@ class Fisher:
         entries: pairs of a block, or of several blocks that one operator treats together, and its operator.
         shapes: name to shape of every covered parameter, in the order of the model.
         info: how the matrix was made.
-        context: what `error` asks, by ``context.error(fisher, data, **options)``; `estimate` sets it, a file has none.
+        context: what `error` and `spectrum` ask, by ``context.error(fisher, data, **options)``; `estimate` sets it, a
+            file has none.
 
     Raises:
         DataError: blocks, operators and shapes do not fit each other.
@@ -339,14 +340,39 @@ class Fisher:
         Raises:
             DataError: the matrix was loaded from a file or made by hand, and knows no model.
         """
-        if self.context is None:
-            raise DataError(
-                "this Fisher was loaded or made by hand and knows no model; measure the error of the one that "
-                "kronfisher.estimate returns"
-            )
-        found = self.context.error(self, data, **options)
+        found = self._origin().error(self, data, **options)
         vars(self)["_measured"] = found  # a cache on this very matrix: another one has another error
         return found
+
+    def spectrum(self, data: Any, block: str | None = None, rank: int = 8, **options: Any) -> Any:
+        """How much of the true blocks on `data` the best sums of 1, …, `rank` Kronecker products hold.
+
+        What approximates the blocks in this matrix does not matter. Samples are kept while it is computed.
+
+        Args:
+            data: as for `kronfisher.estimate`.
+            block: name of one block; None: all.
+            rank: how many singular values of the rearranged block.
+            **options: ``tolerance``, ``iterations``, ``memory_budget`` and ``progress``, see
+                `kronfisher.spectrum.leading`.
+
+        Returns:
+            Block name to `kronfisher.spectrum.Spectrum`: `values` ``σ_r / ‖F‖``, which of them belong to antisymmetric
+            pairs, and the `errors` of the best sums.
+
+        Raises:
+            DataError: the matrix was loaded from a file or made by hand, and knows no model; or there is no such block.
+            MemoryBudgetError: so many samples do not fit; pass fewer data.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> model, data = torch.nn.Linear(3, 2), torch.randn(50, 3)
+            >>> fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact")
+            >>> found = fisher.spectrum(data, "weight", rank=2)["weight"]
+            >>> [round(value, 3) for value in found.values.tolist()]  # B is the identity: one product is everything
+            [1.0, 0.0]
+        """
+        return self._origin().spectrum(self, data, block, rank, **options)
 
     def report(self) -> Report:
         """What the matrix consists of and what it cost; print it."""
@@ -388,6 +414,14 @@ class Fisher:
         return f"<Fisher of {self.dim} parameters in {blocks}, {self.dtype}, {self.reduction} over {self.count:g} data>"
 
     # Within -----------------------------------------------------------------------------------------------------------
+
+    def _origin(self) -> Any:
+        if self.context is None:
+            raise DataError(
+                "this Fisher was loaded or made by hand and knows no model; measure the error of the one that "
+                "kronfisher.estimate returns"
+            )
+        return self.context
 
     def _items(self) -> Iterator[tuple[Blocks, Operator]]:
         for blocks, operator in self.entries:

@@ -1,12 +1,11 @@
 """Samples whose gradients point alike, together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kronfisher.samples import Dense, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["clusters"]
 
@@ -35,7 +34,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
             index = (owner[offset : offset + len(several)] == label).nonzero()[:, 0]
             offset += len(several)
             if len(index):
-                part.append(_taken(several, index))
+                part.append(several.taken(index))
         found.append(part)
     return found
 
@@ -52,9 +51,3 @@ def _projection(heads: int, size: int, like: Tensor) -> Tensor | None:
         return None
     noise = torch.randn(size, _SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return noise.to(like).expand(heads, -1, -1)
-
-
-def _taken(samples: Samples, index: Tensor) -> Samples:
-    activations = Dense(samples.activations.dense()[:, index])
-    mask = None if samples.mask is None else samples.mask[index]
-    return replace(samples, activations=activations, gradients=samples.gradients[:, index], mask=mask)

@@ -185,9 +185,9 @@ class Weights(Rearranged):
 def _joined(activations: Sequence[Activations]) -> Activations:
     if len(activations) == 1:
         return activations[0]
-    if all(isinstance(several, Dense) for several in activations):
-        values = torch.cat([several.values for several in activations if isinstance(several, Dense)], dim=1)
-        return replace(activations[0], values=values)  # pyright: ignore[reportCallIssue]
+    dense = [several for several in activations if isinstance(several, Dense)]
+    if len(dense) == len(activations):
+        return replace(dense[0], values=torch.cat([several.values for several in dense], dim=1))
     return Dense(torch.cat([several.dense() for several in activations], dim=1))
 
 
@@ -235,8 +235,11 @@ class Gram(Weights):
             products = self.inputs_gram[0] * self.outputs_gram[0]
             scale = (self._a_scale.double() * self._g_scale.double()).square()[0]
         else:
-            products = (self.activations.products() * (self.g @ self.g.mT)).sum(0).square()
-            scale = 1.0
+            sides = self.activations.products(), self.g @ self.g.mT
+            largest = [side.abs().amax() for side in sides]
+            inverse = [torch.where(size > 0, 1 / size, 0) for size in largest]
+            products = ((sides[0] * inverse[0]) * (sides[1] * inverse[1])).sum(0).square()
+            scale = (largest[0].double() * largest[1].double()).square()
         same = products.diagonal().sum(dtype=torch.float64)
         return same * scale, (products.sum(dtype=torch.float64) - same) * scale
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import eigh
-from kronfisher.rearrangement.maps import Rearranged, norm
+from kronfisher.rearrangement.maps import Rearranged, norm, over
 
 __all__ = ["nonnegative_weights", "positive_terms"]
 
 _STARTS = 3
+_FEW = 64  # matrices up to which more starts cost nothing
+_FIRST = 30  # updates after which the starts are compared
 
 
 def nonnegative_weights(
@@ -27,7 +29,7 @@ def nonnegative_weights(
         KA: ``⟨A_k, A_l⟩ [H, s, s]``, entrywise nonnegative.
         KB: ``⟨B_k, B_l⟩ [H, s, s]``, likewise.
         rank: R.
-        tolerance: stop when the relative error falls by less than a hundredth of this in ten updates of both.
+        tolerance: stop when the relative error falls by less than this in ten updates of both.
         iterations: updates at most.
 
     Returns:
@@ -35,33 +37,56 @@ def nonnegative_weights(
     """
     scale = [K.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(K.dtype).tiny) for K in (KA, KB)]
     KA, KB = (K.clamp_min(0).double() / size.double()[:, None, None] for K, size in zip((KA, KB), scale, strict=True))
-    whole = (KA * KB).sum((1, 2))
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    descent = Descent(KA, KB)
     taken = 0
-    for start in range(_STARTS if rank > 1 else 1):
-        W, U = _start(KA, KB, rank, start)
-        error = torch.full_like(whole, torch.inf)
-        for step in range(iterations):
-            GW = KA @ W
-            U = U * _ratio(KB @ GW, (KB @ U) @ (W.mT @ GW))
-            GU = KB @ U
-            W = W * _ratio(KA @ GU, (KA @ W) @ (U.mT @ GU))
-            taken += 1
-            if step % 10 == 9:
-                new = _error(KA, KB, W, U, whole)
-                still = error - new > 1e-2 * tolerance * new.clamp_min(1e-12).sqrt()
-                error = new
-                if not bool(still.any()):
-                    break
-        W = W * _scale(KA, KB, W, U)[:, None, None]
-        error = _error(KA, KB, W, U, whole)
-        if best is None:
-            best = W, U, error
+    starts = _STARTS if KA.shape[1] > _FEW else 4 * _STARTS
+    for start in range(starts if rank > 1 else 1):
+        taken += descent.try_(*_start(KA, KB, rank, start), min(_FIRST, iterations))
+    while taken < iterations:  # from the best of the starts, group by group
+        before = descent.error
+        taken += descent.try_(descent.W, descent.U, min(10, iterations - taken))
+        if not bool((before.sqrt() - descent.error.sqrt() > tolerance).any()):
+            break
+    return descent.W, descent.U, descent.error, torch.tensor(float(taken))
+
+
+class Descent:
+    """Multiplicative updates, and the best weights that they came by.
+
+    Args:
+        KA: ``[H, s, s]``.
+        KB: ``[H, s, s]``.
+
+    Attributes:
+        W: ``[H, s, R]``.
+        U: ``[H, s, R]``.
+        error: squared and relative ``[H]``; infinite as long as nothing was tried.
+    """
+
+    def __init__(self, KA: Tensor, KB: Tensor) -> None:
+        self.KA, self.KB, self.whole = KA, KB, (KA * KB).sum((1, 2))
+        self.W = self.U = KA[:, :, :0]
+        self.error = torch.full_like(self.whole, torch.inf)
+
+    def try_(self, W: Tensor, U: Tensor, updates: int) -> int:
+        """Descend from some weights; groups where that is better than before keep what it leads to."""
+        GW, GU = self.KA @ W, self.KB @ U
+        for _ in range(updates):
+            U = U * _ratio(self.KB @ GW, GU @ (W.mT @ GW))
+            GU = self.KB @ U
+            W = W * _ratio(self.KA @ GU, GW @ (U.mT @ GU))
+            GW = self.KA @ W
+        cross, own = (GW * GU).sum((1, 2)), ((W.mT @ GW) * (U.mT @ GU)).sum((1, 2))
+        tiny = torch.finfo(own.dtype).tiny
+        scale = cross / own.clamp_min(tiny)  # ⟨F, X⟩ / ‖X‖²: with it the squared error is ‖F‖² − ‖X‖²
+        error = torch.where(self.whole > 0, 1 - cross * scale / self.whole.clamp_min(tiny), 0).clamp_min(0)
+        W, better = W * scale[:, None, None], (error < self.error)[:, None, None]
+        if not self.W.shape[-1]:
+            self.W, self.U, self.error = W, U, error
         else:
-            better = (error < best[2])[:, None, None]
-            best = torch.where(better, W, best[0]), torch.where(better, U, best[1]), torch.minimum(error, best[2])
-    assert best is not None
-    return *best, torch.tensor(float(taken))
+            self.W, self.U = torch.where(better, W, self.W), torch.where(better, U, self.U)
+            self.error = torch.minimum(error, self.error)
+        return updates
 
 
 def positive_terms(
@@ -76,7 +101,7 @@ def positive_terms(
         source: ℛ(F).
         A: ``[R, H, I, I]``, positive semidefinite.
         B: ``[R, H, O, O]``, positive semidefinite.
-        tolerance: stop when ``‖X‖`` changes by less than a tenth of this share in a sweep.
+        tolerance: stop when ``‖X‖`` changes by less than 3 % of this share in a sweep.
         iterations: sweeps at most.
 
     Returns:
@@ -87,24 +112,35 @@ def positive_terms(
     for sweep in range(iterations):
         sweeps = sweep + 1
         for sides, others, back in ((A, B, source.inputs), (B, A, source.outputs)):
+            _shift_scale_(others, sides)
             for j in range(len(sides)):
-                inner = torch.einsum("rhop,hop->rh", others, others[j])
+                inner = torch.einsum("rhop,hop->rh", others, others[j])  # at most one: others[j] has norm one or zero
                 rest = back(others[j]) - torch.einsum("rh,rhij->hij", inner, sides) + _by(inner[j], sides[j])
                 side = _by(torch.where(inner[j] > 0, 1 / inner[j], 0), rest)
                 values, vectors = eigh(side, "a term of a sum")
                 sides[j] = (vectors * values.unsqueeze(1)) @ vectors.mT
-            scales = [norm(term).clamp_min(torch.finfo(A.dtype).tiny).sqrt() for term in (*A, *B)]
-            for j in range(len(A)):  # balanced, so that neither side vanishes
-                ratio = scales[len(A) + j] / scales[j]
-                A[j], B[j] = _by(ratio, A[j]), _by(1 / ratio, B[j])
         new = _size(A, B)
         change = float(((new - old).abs() / new.clamp_min(torch.finfo(new.dtype).tiny)).max())
         old = new
-        if change <= 0.1 * tolerance:
+        if change <= 0.03 * tolerance:
             break
-    cross = torch.stack([(source.outputs(a) * b).sum((1, 2)) for a, b in zip(A, B, strict=True)]).sum(0)
-    own = _size(A, B).square().to(cross)
-    return A, B * torch.where(own > 0, cross / own, 1)[:, None, None], sweeps, change
+    mapped = zip(A, B, strict=True)  # A of norm one
+    cross = torch.stack([(source.outputs(a).double() * b.double()).sum((1, 2)) for a, b in mapped]).sum(0)
+    own = _size(A, B).square()
+    B = B * torch.where(own > 0, cross / own, 1).to(B)[:, None, None]
+    for a, b in zip(A, B, strict=True):
+        root = norm(b).sqrt()
+        a.copy_(_by(root, a))
+        b.copy_(over(b, root))
+    return A, B, sweeps, change
+
+
+def _shift_scale_(sides: Tensor, others: Tensor) -> None:
+    """Bring `sides` to norm one and leave the scale of every term to `others`, in place: no square of it vanishes."""
+    for side, other in zip(sides, others, strict=True):
+        size = norm(side)
+        side.copy_(over(side, size))
+        other.copy_(_by(size, other))
 
 
 def _size(A: Tensor, B: Tensor) -> Tensor:
@@ -119,21 +155,6 @@ def _by(scale: Tensor, matrices: Tensor) -> Tensor:
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return above / below.clamp_min(torch.finfo(below.dtype).tiny)
-
-
-def _scale(KA: Tensor, KB: Tensor, W: Tensor, U: Tensor) -> Tensor:
-    """``⟨F, X⟩ / ‖X‖²``: with it the squared error is ``‖F‖² − ‖X‖²``, converged or not."""
-    GW, GU = KA @ W, KB @ U
-    own = ((W.mT @ GW) * (U.mT @ GU)).sum((1, 2))
-    return (GW * GU).sum((1, 2)) / own.clamp_min(torch.finfo(own.dtype).tiny)
-
-
-def _error(KA: Tensor, KB: Tensor, W: Tensor, U: Tensor, whole: Tensor) -> Tensor:
-    """``‖F − X‖² / ‖F‖²``, from Gram matrices alone."""
-    GW, GU = KA @ W, KB @ U
-    cross = (GW * GU).sum((1, 2))
-    own = ((W.mT @ GW) * (U.mT @ GU)).sum((1, 2))
-    return ((whole - 2 * cross + own) / whole.clamp_min(torch.finfo(whole.dtype).tiny)).clamp_min(0)
 
 
 def _start(KA: Tensor, KB: Tensor, rank: int, number: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ one shrinks by σ₂/σ₁ in it. So a part of the samples tells the directions,
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ __all__ = ["DIRECTIONS", "PART", "Projected"]
 DIRECTIONS = 16
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
 _SHARE = 4  # one of so many tells them where positions share the weight
+_LARGE = 4  # so many times fewer are there besides, for their size
 _STEPS = 2  # double steps over that part, each from nearby matrices
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
 
@@ -67,7 +69,7 @@ class Projected:
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""
         _, outputs, width = self.shape
-        gram = Gram(_every(self.samples, PART if outputs * width <= WIDER else PART // 2))
+        gram = Gram(_some(self.samples, PART if outputs * width <= WIDER else PART // 2))
         w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
         self.gram = gram
         a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]
@@ -79,7 +81,7 @@ class Projected:
         """Double steps over a part of the samples."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = _every(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
+        part = _some(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
         right, left, A = _random(like, width), _random(like, outputs), like.new_zeros(())
         change = like.new_full((), torch.inf)
         for _ in range(_STEPS):
@@ -101,10 +103,32 @@ def _total(width: int, directions: Tensor, samples: Sequence[Samples], transpose
     return over(total, norm(total))
 
 
-def _every(samples: Sequence[Samples], number: int) -> list[Samples]:
-    """About so many of the samples, evenly spread."""
+def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
+    """The largest of the samples, and about so many of the others, evenly spread over sizes and standing for them all.
+
+    Of heavy-tailed gradients a few decide on the leading pair, and directions that miss these miss it.
+    """
     step = max(1, sum(map(len, samples)) // number)
-    return samples if step == 1 else [several.part(0, len(several), step) for several in samples]  # pyright: ignore
+    if step == 1:
+        return list(samples)
+    found = []
+    for several in samples:
+        order = _sizes(several).argsort(descending=True, stable=True)
+        large, rest = order.tensor_split([-(-len(order) // (step * _LARGE))])
+        spread = rest[::step]
+        part = several.taken(torch.cat([large, spread]))
+        weights = part.gradients.new_ones(len(part), 1, 1)
+        weights[len(large) :] = (len(rest) / max(len(spread), 1)) ** 0.5
+        found.append(replace(part, gradients=part.gradients * weights))
+    return found
+
+
+def _sizes(samples: Samples) -> Tensor:
+    """About ``‖g_k‖² ‖a_k‖² [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
+    a, g = samples.activations, samples.gradients
+    rows = a.dense() if samples.positions == 1 else a.times(_random(g, a.shape[-1])[..., :1].contiguous())
+    sizes = [torch.linalg.vector_norm(side, dim=(2, 3)) for side in (rows, g)]
+    return torch.linalg.vector_norm(sizes[0] * sizes[1], dim=0)
 
 
 def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Tensor]:

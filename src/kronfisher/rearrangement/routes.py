@@ -35,7 +35,7 @@ def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STE
     heads, O, I = shape
     n, T = heads * n, positions
     squares, left, right = I**2 + O**2, min(DIRECTIONS, O), min(DIRECTIONS, I)
-    found = {
+    found: dict[str, float] = {
         "rows": steps * n * (T * squares + T**2 * (I + O)),
         "explicit": n * O * I * (T + steps * (I + O)),
     }

@@ -104,6 +104,8 @@ def lanczos(
         betas.append(beta)
         if step + 1 == limit or (step + 1 >= rank and like.device.type == "cpu" and bool(change <= tolerance)):
             break
+    if len(U) == outputs * (outputs + sign) // 2:
+        change = torch.zeros_like(change)  # all there is
     # With the last direction as well: what the outputs span is exact then, and it is everything where they are few.
     P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas).double(), full_matrices=False)
     keep = min(rank, len(U))
@@ -164,7 +166,8 @@ def deflated(
         As.append(pair.A)
         Bs.append(pair.B)
         sigmas.append(pair.sigma)
-        steps, change = steps + pair.steps, torch.maximum(change, pair.change)
+        noise = (pair.sigma <= 100 * torch.finfo(like.dtype).eps * sigmas[0]).all()  # nothing was left to converge
+        steps, change = steps + pair.steps, torch.maximum(change, torch.where(noise, 0, pair.change))
     return Triplets(torch.stack(As), torch.stack(Bs), torch.stack(sigmas), steps, change)
 
 

@@ -52,8 +52,10 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
     Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace.
     """
-    root_left, back_left = _root(left)
-    root_right, back_right = _root(right)
+    sizes = [_sizes(side) for side in (left, right)]
+    shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its sides must not matter
+    root_left, back_left = _root(left, sizes[0], shared)
+    root_right, back_right = _root(right, sizes[1], shared)
     U, sigma, V = torch.linalg.svd(root_left.mT @ root_right)  # [H, s, s]
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
@@ -67,15 +69,24 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     return B, A, sigma.mT
 
 
-def _root(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``[s, H, p, q]``: X with ``X Xᵀ`` the Gram matrix ``[H, s, s]``, and Y that takes X's columns back."""
+def _sizes(matrices: Tensor) -> Tensor:
+    """Frobenius norms ``[H, s]`` of ``[s, H, p, q]``, in float64."""
+    return torch.linalg.vector_norm(matrices.transpose(0, 1).flatten(2).double(), dim=2)
+
+
+def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """For ``[s, H, p, q]`` brought from their sizes ``[H, s]`` to those shared by both sides of a term.
+
+    X with ``X Xᵀ`` their Gram matrix ``[H, s, s]``, and Y that takes X's columns back to the given matrices.
+    """
+    inverse = torch.where(sizes > 0, 1 / sizes, 0)
+    scale = shared.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     flat = matrices.transpose(0, 1).flatten(2)
     flat = flat if flat.shape[-1] > _LONG else flat.double()
-    scale = flat.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    values, vectors = torch.linalg.eigh(((flat / scale) @ (flat / scale).mT).double())
-    noise = max(1e-14, 10 * torch.finfo(flat.dtype).eps if flat.dtype != torch.float64 else 0.0)
+    flat = flat * (inverse * (shared / scale))[..., None].to(flat)
+    values, vectors = torch.linalg.eigh((flat @ flat.mT).double())
+    noise = 1e-14 if flat.dtype == torch.float64 else 10 * torch.finfo(flat.dtype).eps
     values = torch.where(values > values[:, -1:] * noise, values, 0)
-    scale = scale.double()
     root = values.sqrt()
-    inverse = torch.where(root > 0, 1 / root, 0)
-    return (vectors * root.unsqueeze(1)) * scale, (vectors * inverse.unsqueeze(1)) / scale
+    back = torch.where(root > 0, 1 / root, 0) / scale
+    return (vectors * root.unsqueeze(1)) * scale[..., None], vectors * back.unsqueeze(1) * (shared * inverse)[..., None]

@@ -92,8 +92,12 @@ class Patches(Activations):
             rows[:, -1] = 1
         return rows.unflatten(2, (high - low, positions)).permute(0, 2, 3, 1)
 
-    def part(self, low: int, high: int, step: int = 1) -> "Patches":
-        images = self.images.unflatten(0, (self.samples, -1))[low:high:step]
+    def part(self, low: int, high: int) -> "Patches":
+        images = self.images.unflatten(0, (self.samples, -1))[low:high]
+        return replace(self, images=images.flatten(0, 1), samples=len(images))
+
+    def taken(self, index: Tensor) -> "Patches":
+        images = self.images.unflatten(0, (self.samples, -1))[index]
         return replace(self, images=images.flatten(0, 1), samples=len(images))
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
