@@ -1,9 +1,10 @@
-"""The command line: ``kronfisher demo``, ``compare``, ``coverage`` and ``race``."""
+"""The command line: ``kronfisher demo``, ``compare``, ``coverage``, ``race`` and ``uncertainty``."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,8 @@ def _app() -> Any:
     from kronfisher.experiments.race import COMPETITORS, PROBLEMS
     from kronfisher.experiments.studies import STUDIES
     from kronfisher.experiments.study import Study
+    from kronfisher.experiments.uncertainty import STUDIES as UNCERTAINTY
+    from kronfisher.experiments.uncertainty import UCIStudy
     from kronfisher.fits import FITS
 
     app = typer.Typer(
@@ -166,6 +169,33 @@ def _app() -> Any:
         with _options():
             dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
         print(covered(model.eval(), dataset.batches(2)[0]))
+
+    @app.command()
+    def uncertainty(
+        study: Annotated[str, typer.Argument(help=f"one of {', '.join(UNCERTAINTY)}")],
+        quick: Annotated[bool, option("the same in seconds", "--quick")] = False,
+        splits: Annotated[int | None, option("of each UCI set, for the study uci (default: all)")] = None,
+        data_dir: Annotated[Path | None, option(folder_help)] = None,
+        json: Annotated[Path | None, option("settings and results (default: results/uncertainty-STUDY.json)")] = None,
+        figures: Annotated[Path, option("folder of the figures")] = Path("results"),
+    ) -> int:
+        """What each fit is worth as a Laplace posterior: UCI regression, data from elsewhere, or a picture."""
+        with _options():
+            if study not in UNCERTAINTY:
+                raise ValueError(f"there is no study {study!r}; there are {', '.join(UNCERTAINTY)}")
+            chosen = UNCERTAINTY[study].quick(data_dir) if quick else UNCERTAINTY[study](data_dir=data_dir)
+            if splits is not None:
+                if splits < 1 or not isinstance(chosen, UCIStudy):
+                    raise ValueError("--splits is a number of at least 1, for the study uci")
+                chosen = replace(chosen, splits=splits)
+            chosen.check()
+            json = json or Path(f"results/uncertainty-{study}.json")
+            _writable(json, folder=False)
+            _writable(figures, folder=True)
+        torch.set_num_threads(1)  # seconds of one thread are what the tables say
+        found = _watch(f"uncertainty {study}", chosen.run)
+        useful = any("failure" not in row for row in found.rows)
+        return _finish(found, json, figures, found.draw, useful, f"after {len(found.rows)} posteriors")
 
     @app.command()
     def race(

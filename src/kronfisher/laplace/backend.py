@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import MutableMapping
+from importlib import import_module
 from math import log, pi
 from typing import Any
 
@@ -44,8 +45,8 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
         >>> la = Laplace(model, "classification", hessian_structure="kron", backend=laplace_backend())  # doctest: +SKIP
     """
     try:
-        from laplace.curvature import GGNInterface  # pyright: ignore[reportMissingImports]
-        from laplace.utils import Kron  # pyright: ignore[reportMissingImports]
+        GGNInterface = import_module("laplace.curvature").GGNInterface
+        Kron = import_module("laplace.utils").Kron
     except ImportError as error:
         raise ImportError('laplace-torch is missing; pip install "kronfisher[laplace]"') from error
 

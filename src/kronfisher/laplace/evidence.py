@@ -12,13 +12,13 @@ from kronfisher.laplace.precision import logdet
 from kronfisher.operators.fisher import gather
 
 if TYPE_CHECKING:
-    from kronfisher.laplace.laplace import Laplace
+    from kronfisher.laplace.posterior import Posterior
 
 __all__ = ["best_factors", "log_evidence", "mean_square"]
 
 
 def log_evidence(
-    posterior: "Laplace",
+    posterior: "Posterior",
     *,
     priors: Sequence[Tensor] | None = None,
     factors: Sequence[Tensor] | None = None,
@@ -63,7 +63,9 @@ def log_evidence(
     return total
 
 
-def best_factors(posterior: "Laplace", *, per_block: bool, noise: bool, steps: int) -> tuple[list[float], float | None]:
+def best_factors(
+    posterior: "Posterior", *, per_block: bool, noise: bool, steps: int
+) -> tuple[list[float], float | None]:
     """Factors on the prior precisions of all blocks, and the noise, at which the marginal likelihood is largest."""
     blocks = len(posterior.precisions)
     own = blocks if per_block else 1

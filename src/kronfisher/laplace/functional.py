@@ -317,9 +317,9 @@ def _factored(precision: Precision, blocks: Group, samples: Samples) -> tuple[Kr
         basis, values = found
         return KroneckerBasis(basis.A.to(like), basis.B.to(like)), (1 / values).to(like)
     if (diagonal := precision.variances()) is not None:
-        heads, outputs, inputs = blocks[0].shape  # pyright: ignore[reportGeneralTypeIssues]
+        heads, outputs, inputs = samples.shape
         basis = KroneckerBasis(like.new_ones(heads, inputs), like.new_ones(heads, outputs))
-        return basis, diagonal.to(like).reshape(blocks[0].shape)  # pyright: ignore[reportGeneralTypeIssues]
+        return basis, diagonal.to(like).reshape(samples.shape)
     return None
 
 

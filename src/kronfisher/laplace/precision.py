@@ -91,7 +91,9 @@ class Precision:
             shape = (len(basis.A), basis.B.shape[1], basis.A.shape[1])
             if self.root is None:
                 return basis, values.reshape(shape)
-            outputs, inputs = _separated(self.root.reshape(shape))  # pyright: ignore
+            parts = _separated(self.root.reshape(shape))
+            assert parts is not None  # or it would not have been whitened into a Kronecker product
+            outputs, inputs = parts
             return KroneckerBasis(
                 _scaled_rows(basis.A, 1 / inputs), _scaled_rows(basis.B, 1 / outputs)
             ), values.reshape(shape)

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,8 +22,7 @@ def regression(model: nn.Module, x: Tensor, y: Tensor, new: Tensor, structure: s
     """Its predictive variance of new targets, prior and noise by marginal likelihood with Adam as its manual shows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import laplace as library  # pyright: ignore[reportMissingImports]
-
+        library = import_module("laplace")
         start = time.process_time()
         loader = DataLoader(TensorDataset(x, y), batch_size=512)
         posterior: Any = library.Laplace(model, "regression", subset_of_weights="all", hessian_structure=structure)
@@ -51,8 +51,7 @@ def classifier(model: nn.Module, batches: list[tuple[Tensor, Tensor]], structure
     """Its posterior of all weights with the prior of the largest marginal likelihood; seconds of fitting and tuning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import laplace as library  # pyright: ignore[reportMissingImports]
-
+        library = import_module("laplace")
         start = time.process_time()
         inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         loader = DataLoader(TensorDataset(inputs, targets), batch_size=len(batches[0][0]))

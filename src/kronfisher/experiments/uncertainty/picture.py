@@ -39,7 +39,7 @@ class Picture:
     """
 
     data: int = 120
-    epochs: int = 1500
+    epochs: int = 4000
     fits: Mapping[str, Fit] = field(default_factory=lambda: FITS)
     data_dir: Path | None = None
 

@@ -40,7 +40,12 @@ FITS: Mapping[str, Fit] = {
     "exact blocks": Full(),
     "exact": Full(across_layers=True),
 }
-NOISES = {"marginal": "noise by marginal likelihood", "training": "noise from the training residuals"}
+TUNED = {
+    "marginal": "prior and noise by the fit's own marginal likelihood",
+    "training": "prior by the fit's own marginal likelihood, noise from the training residuals",
+    "borrowed": "prior and noise by the exact blocks' marginal likelihood",
+}
+TRUTH = "exact blocks"
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class UCIStudy:
     """The settings of the study: networks in→50→1 with tanh, trained with a little weight decay.
 
     The prior precision of all blocks is one number, where the marginal likelihood is largest. The variance of the noise
-    is that of the training residuals, or is found together with the prior. Predictions are linearised, so that all fits
-    and the plain network (MAP) have the same mean and the same RMSE.
+    is that of the training residuals, or is found together with the prior; or both are those that the exact blocks
+    like best, which tells what a fit costs as a posterior apart from what it costs as evidence. Predictions are
+    linearised, so that all fits and the plain network (MAP) have the same mean and the same RMSE.
 
     Attributes:
         sets: names of UCI sets.
@@ -112,9 +118,12 @@ class UCIStudy:
                 network = self._train(dataset, split)
                 problem = _Problem(dataset, network)
                 networks.append({"problem": name, "split": split, "data": len(problem.x), **problem.plain()})
-                for label, fit in self.fits.items():
+                for label in sorted(self.fits, key=lambda label: label != TRUTH):  # the others borrow from it
                     step(f"{what}: {label}", done, len(splits))
-                    rows.append({"problem": name, "split": split, "fit": label, **problem.ours(fit)})
+                    found = problem.ours(self.fits[label])
+                    if label == TRUTH and "marginal" in found:
+                        problem.borrowed = found["marginal"]["prior_precision"], found["marginal"]["noise"]
+                    rows.append({"problem": name, "split": split, "fit": label, **found})
                 for structure in self.peers if peer.available() and split < self.peer_splits else ():
                     step(f"{what}: laplace-torch, {structure}", done, len(splits))
                     found = problem.theirs(structure)
@@ -143,6 +152,7 @@ class _Problem:
 
     def __init__(self, dataset: Dataset, model: nn.Module) -> None:
         self.model, self.scale = model, dataset.scale
+        self.borrowed: tuple[float, float] | None = None
         self.x, self.y = dataset.train_inputs.double(), dataset.train_targets.double()
         self.new, self.targets = dataset.test_inputs.double(), dataset.test_targets.double()
         with torch.no_grad():
@@ -167,9 +177,12 @@ class _Problem:
             batches = list(zip(self.x.split(512), self.y.split(512), strict=True))
             fisher = estimate(self.model, batches, Gaussian(self.residual), fit=fit, labels="exact")
             found |= {"bytes": fisher.bytes, "seconds": time.process_time() - start}
-            for name in NOISES:
+            for name in TUNED if self.borrowed else list(TUNED)[:2]:
                 start = time.process_time()
-                posterior = Laplace(self.model, fisher).optimize_prior(noise=name == "marginal")
+                if name == "borrowed" and self.borrowed:
+                    posterior = Laplace(self.model, fisher, self.borrowed[0], noise=self.borrowed[1])
+                else:
+                    posterior = Laplace(self.model, fisher).optimize_prior(noise=name == "marginal")
                 tuned = time.process_time()
                 variance = posterior.predict(self.new).variance
                 precision = next(iter(posterior.prior_precision.values()))
@@ -200,34 +213,45 @@ class UCIFindings(Findings):
     """Test log likelihoods by set and fit, and what the posteriors cost."""
 
     def tables(self) -> list[Table]:
-        """Means and standard errors for both noises, how much of the way to the exact blocks, and the seconds."""
-        return [*(self._likelihoods(noise) for noise in NOISES), self._gaps(), self._costs()]
+        """Means and standard errors for every way to tune, how much of the way to the exact blocks, and the seconds."""
+        gaps = [self._gaps(tuned) for tuned in ("marginal", "borrowed")]
+        return [*(self._likelihoods(tuned) for tuned in TUNED), *gaps, self._costs()]
 
-    def values(self, problem: str, fit: str, noise: str) -> list[float]:
+    def values(self, problem: str, fit: str, tuned: str) -> list[float]:
         """Test log likelihoods, one for each split."""
-        rows = [row for row in self.select(problem=problem, fit=fit) if noise in row]
-        return [row[noise]["log_likelihood"] for row in rows]
+        if fit == TRUTH and tuned == "borrowed":
+            tuned = "marginal"
+        return [row[tuned]["log_likelihood"] for row in self.select(problem=problem, fit=fit) if tuned in row]
 
-    def _likelihoods(self, noise: str) -> Table:
+    @property
+    def fits(self) -> list[str]:
+        """The fits in the order of the settings, others after them."""
+        known = list(self.settings["fits"])
+        return [*known, *(fit for fit in self.distinct("fit") if fit not in known)]
+
+    def _likelihoods(self, tuned: str) -> Table:
         problems = list(dict.fromkeys(row["problem"] for row in self.networks))
-        table = Table(f"Test log likelihood, mean ± standard error over splits; {NOISES[noise]}", ("", *problems))
+        table = Table(f"Test log likelihood, mean ± standard error over splits; {TUNED[tuned]}", ("", *problems))
         networks = {name: [row for row in self.networks if row["problem"] == name] for name in problems}
         table.add("splits", *(str(len(networks[name])) for name in problems))
         table.add("RMSE (of all)", *(_mean([row["rmse"] for row in networks[name]]) for name in problems))
         table.add("MAP", *(_mean([row["log_likelihood"] for row in networks[name]]) for name in problems))
-        for fit in self.distinct("fit"):
-            table.add(fit, *(_mean(self.values(name, fit, noise)) for name in problems))
+        for fit in self.fits:
+            if any(cells := [self.values(name, fit, tuned) for name in problems]):
+                sizes = [len(networks[name]) for name in problems]
+                table.add(fit, *(_mean(own, size) for own, size in zip(cells, sizes, strict=True)))
         return table
 
-    def _gaps(self) -> Table:
-        """How much of the difference between K-FAC and the exact blocks a fit makes up, split by split."""
+    def _gaps(self, tuned: str) -> Table:
+        """How much of the difference between K-FAC, tuned by itself, and the exact blocks a fit makes up."""
         problems = self.distinct("problem")
-        title = f"Share of the way from K-FAC (0) to the exact blocks (1), of means; {NOISES['marginal']}"
+        title = f"Share of the way from K-FAC as it is (0) to the exact blocks (1), of means; {TUNED[tuned]}"
         table = Table(title, ("", *problems, "median"))
         for fit in self.settings["fits"]:
             shares = []
             for name in problems:
-                start, end, own = (self.values(name, it, "marginal") for it in ("K-FAC", "exact blocks", fit))
+                start, end = (self.values(name, it, "marginal") for it in ("K-FAC", TRUTH))
+                own = self.values(name, fit, tuned)
                 complete = start and end and len(start) == len(end) == len(own)
                 way = sum(end) - sum(start) if complete else 0.0
                 shares.append((sum(own) - sum(start)) / way if way else math.nan)
@@ -240,8 +264,9 @@ class UCIFindings(Findings):
         table = Table(
             "Seconds of one thread and bytes, medians over all networks", ("", "estimate", "tune", "predict", "bytes")
         )
-        for fit in self.distinct("fit"):
-            rows = [row for row in self.select(fit=fit) if "marginal" in row]
+        for fit in self.fits:
+            if not (rows := [row for row in self.select(fit=fit) if "marginal" in row]):
+                continue
             tune, predict = (median(row["marginal"]["seconds"][k] for row in rows) for k in (0, 1))
             size = f"{median(row['bytes'] for row in rows):,.0f}" if "bytes" in rows[0] else "–"
             table.add(fit, duration(median(row["seconds"] for row in rows)), duration(tune), duration(predict), size)
@@ -254,11 +279,14 @@ class UCIFindings(Findings):
         return differences(self, folder)
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], all_splits: int | None = None) -> str:
     if not values:
         return "–"
     average, spread = deviation(values)
-    return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}"
+    fewer = (
+        "" if all_splits in (None, len(values)) else f" ({len(values)} splits)"
+    )  # not to be compared with the others
+    return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}{fewer}"
 
 
 def _share(value: float) -> str:
