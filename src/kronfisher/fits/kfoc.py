@@ -1,7 +1,7 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +25,7 @@ from kronfisher.rearrangement import (
     cheapest,
     norm,
     over,
+    products,
     rearranged,
     squared_products,
     times,
@@ -158,6 +159,7 @@ class KFOC(Fit):
         """Merge what has been waiting."""
         if not state.waiting:
             return
+        state.facts.pop("alone", None)
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
             state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
@@ -244,9 +246,13 @@ class KFOC(Fit):
 
     def _recompress(self, state: State, A: Tensor, B: Tensor) -> None:
         """The best sum of as many terms as before for what is carried and some more."""
-        sums = state.sums
-        A, B = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
-        sums["outputs"], sums["inputs"], _ = truncated(B, A, len(sums["inputs"]))
+        sums, terms = state.sums, len(state.sums["inputs"])
+        if "route" not in state.facts and len(A) <= terms:  # of zeros nothing comes
+            B, A, _ = truncated(B, A, len(A))
+            sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
+            return
+        sums["inputs"], sums["outputs"] = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
+        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms)
 
     def _replace(self, state: State, pair: Pair) -> None:
         root = pair.sigma.sqrt()
@@ -311,10 +317,11 @@ class KFOC(Fit):
         return both
 
     def next_pass(self, state: State) -> State | None:
+        if self.aggregation != "exact":
+            state.checked()
+            return None
         self._flush(state)
         state.checked()
-        if self.aggregation != "exact":
-            return None
         sums, fixed = state.sums, state.fixed
         if not fixed:
             alone = float(sums["pieces"]) <= 1 and state.facts.get("route") != "projected"
@@ -337,7 +344,20 @@ class KFOC(Fit):
         sums = {"outputs": like.new_zeros(outputs)} if "inputs" in fixed else {"inputs": like.new_zeros(inputs)}
         return State(state.blocks, state.plan, sums, fixed, phase=phase, facts=state.facts)
 
+    def _alone(self, state: State) -> State | None:
+        """What waits, as the one piece that it is where nothing came before: its leading pair is all that is needed."""
+        if not state.waiting or self.by_batch or "route" in state.facts or len(state.sums["inputs"]) == 1:
+            return None
+        fit = replace(self, rank_memory=1)
+        single = fit.init(state.blocks, state.plan, state.sums["inputs"])
+        single.count, single.rows, single.waiting = state.count, state.rows, list(state.waiting)
+        fit._flush(single)
+        return single if float(single.sums["pieces"]) == 1 else None
+
     def finish(self, state: State) -> Kronecker:
+        if alone := self._alone(state):
+            state.facts["alone"] = alone  # the report's; the samples go on waiting, and with more to come so do terms
+            state = alone
         self._flush(state)
         state.checked()
         sums = state.sums
@@ -352,6 +372,7 @@ class KFOC(Fit):
 
     def error(self, state: State, operator: Operator) -> float | None:
         """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
+        state = state.facts.get("alone", state)
         if state.fixed or "uncertain" in state.facts or not float(state.sums["pieces"]):
             return None
         squared = float(state.sums["norm"])
@@ -359,6 +380,7 @@ class KFOC(Fit):
         return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
     def notes(self, state: State) -> str:
+        state = state.facts.get("alone", state)
         route = state.facts.get("route", "nothing")
         if state.fixed:
             steps, change = state.phase, state.facts["change"]
@@ -398,8 +420,7 @@ def _split(state: State) -> tuple[Tensor, Tensor]:
 
 def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
     """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
-    grams = [torch.einsum("rhij,shij->hrs", mine.double(), theirs.double()) for mine, theirs in zip(x, y, strict=True)]
-    return (grams[0] * grams[1]).sum()
+    return (products(x[0], y[0]) * products(x[1], y[1])).sum()
 
 
 def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:

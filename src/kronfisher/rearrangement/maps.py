@@ -27,7 +27,7 @@ __all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H]`` of ``[H, ...]``; squares of entries of 1e-20, as late in training, do not vanish."""
     flat = matrices.flatten(1)
-    largest = flat.abs().amax(1)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
     return largest * torch.linalg.vector_norm(over(flat, largest), dim=1)
 
 
@@ -266,8 +266,11 @@ class Gram(Weights):
             U = U @ _mixture((U.mT @ (Kg @ U)).double()).to(U)
             W = Kg @ U  # the scales of both Gram matrices cancel
         a = self.activations.dense()[:, :, 0]
-        A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(rank)])
-        B = torch.stack([(self.g * U[..., r, None]).mT @ self.g for r in range(rank)])
+        (heads, outputs, width), new = self.shape, w.new_empty
+        A, B = new(rank, heads, width, width), new(rank, heads, outputs, outputs)
+        for r in range(rank):
+            torch.matmul((a * W[..., r, None]).mT, a, out=A[r])
+            torch.matmul((self.g * U[..., r, None]).mT, self.g, out=B[r])
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def add_inputs_(self, total: Tensor, w: Tensor) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.maps import Gram, norm, over
 from kronfisher.samples import Samples, applied, chunks
 
@@ -89,7 +89,7 @@ class Projected:
             left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
             new = _total(width, left, part, transposed=True)
             right = _directions(lambda v, A=new: A @ v, _random(like, width))
-            change, A = norm(new - A).max(), new
+            change, A = norm(A.sub_(new) if A.dim() else new).max(), new
         return right, left, like.new_full((), _STEPS, dtype=torch.int64), change
 
 
@@ -99,8 +99,8 @@ def _total(width: int, directions: Tensor, samples: Sequence[Samples], transpose
     for several in samples:
         for rows in _rows(several, directions, transposed):
             add_symmetric_product_(total, rows)
-    total = mirror(total)
-    return over(total, norm(total))
+    size = norm(mirror_(total))
+    return total.mul_(torch.where(size > 0, 1 / size, 0)[:, None, None])  # in place: they are as large as the factors
 
 
 def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
