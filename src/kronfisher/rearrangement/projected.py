@@ -135,7 +135,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     """``(G_k L)ᵀ``, or ``(G_kᵀ L)ᵀ`` where transposed: ``[H, n'·ρ, D]``, some samples at a time."""
     heads, _, width = samples.shape
     size = samples.gradients.element_size() * heads * samples.positions * (width + L.shape[-1]) * 2
-    for low, high in chunks(len(samples), size, samples.workspace // 4):
+    for low, high in chunks(len(samples), size, samples.workspace // 8):
         g = samples.gradients[:, low:high]
         if transposed:
             yield (applied(g, L).mT @ samples.activations.dense(low, high)).flatten(1, 2)

@@ -71,7 +71,9 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 def _sizes(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H, s]`` of ``[s, H, p, q]``, in float64."""
-    return torch.linalg.vector_norm(matrices.transpose(0, 1).flatten(2), dim=2, dtype=torch.float64)
+    flat = matrices.transpose(0, 1).flatten(2)
+    parts = [torch.linalg.vector_norm(piece, dim=2, dtype=torch.float64) for piece in flat.split(_PIECE, dim=2)]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
 
 def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
