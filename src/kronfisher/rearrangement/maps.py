@@ -121,16 +121,21 @@ class Rearranged(ABC):
     ) -> tuple[Pair, Tensor, Tensor]:
         """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
 
-        The other terms are from subspace iteration beside the pair, among symmetric matrices, that starts from the
-        terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind a projection.
+        The other terms are from subspace iteration beside the pair, among symmetric matrices orthogonal to it, that
+        starts from the terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind
+        a projection.
         """
         pair = self.leading(None if before is None else before[0], tolerance, iterations)
-        A = torch.cat([pair.A[None], _noise(pair.A, rank - 1) if before is None else before[1:rank]])
-        B = A
+        A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
+        if rank == 1:
+            return pair, A, B
+        others = _noise(pair.A, rank - 1) if before is None else before[1:rank]
+        more = others
         for _ in range(_SUBSPACE if before is None else 1):
-            B = _orthonormal(torch.stack([self.outputs(each) for each in _orthonormal(A)]))
-            A = torch.stack([self.inputs(each) for each in B])
-        return pair, A, B
+            others = _orthonormal(_without(others, pair.A))
+            more = _orthonormal(_without(torch.stack([self.outputs(each) for each in others]), pair.B))
+            others = torch.stack([self.inputs(each) for each in more])
+        return pair, torch.cat([A, others]), torch.cat([B, more])
 
 
 _SUBSPACE = 2  # steps of subspace iteration from noise
@@ -148,6 +153,11 @@ def _mixture(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(over(gram, scale))
     root = torch.where(values > values[:, -1:] * 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
     return over(vectors * root.unsqueeze(1), scale.sqrt())
+
+
+def _without(matrices: Tensor, direction: Tensor) -> Tensor:
+    """``[R, H, D, D]`` without their component along ``[H, D, D]`` of norm one."""
+    return matrices - torch.stack([times(direction, (each * direction).sum((1, 2))) for each in matrices])
 
 
 def _orthonormal(matrices: Tensor) -> Tensor:
