@@ -31,7 +31,7 @@ from kronfisher.rearrangement import (
     times,
     truncated,
 )
-from kronfisher.samples import Samples
+from kronfisher.samples import WORKSPACE, Samples
 
 __all__ = ["KFOC", "KPSVD"]
 
@@ -118,9 +118,13 @@ class KFOC(Fit):
         return KFAC(max_dim=self.max_dim).sides((block,))
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        numbers = sum(elements(*side) for side in self.sides(group[0]))
-        bytes = (self._terms(group[0]) + 1) * element * numbers
-        return Plan(bytes, passes=1 if self.aggregation != "exact" else 1 + 2 * self.iterations)
+        sides, terms = [elements(*side) for side in self.sides(group[0])], self._terms(group[0])
+        # Several terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger side.
+        temporary = 2 * (terms + _NEW) * sum(sides) if terms > 1 else 2 * max(sides)
+        passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
+        room = max(_ROOM, element * max(sides))
+        bytes = (terms + 1) * element * sum(sides)
+        return Plan(bytes, passes, temporary=temporary * element, waits=_PIECE, waiting=room)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
@@ -152,8 +156,7 @@ class KFOC(Fit):
     def _enough(self, state: State) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
         several = sum(map(len, state.waiting)) >= _PIECE
-        room = max(_ROOM, *(state.sums[side][0].nbytes for side in ("inputs", "outputs")))
-        return several or sum(samples.bytes for samples in state.waiting) > room
+        return several or sum(samples.bytes for samples in state.waiting) > state.plan.waiting
 
     def _flush(self, state: State) -> None:
         """Merge what has been waiting."""
@@ -164,8 +167,18 @@ class KFOC(Fit):
             state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
-        for piece in [waiting] if whole else pieces(waiting, _PIECE):
+        for piece in [waiting] if whole else pieces(waiting, self._size(state)):
             self._merge(state, piece)
+
+    def _size(self, state: State) -> int:
+        """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
+        (_, outputs, width), element = state.blocks[0].shape, state.sums["inputs"].element_size()
+        size = _PIECE
+        while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both sides of the samples
+            if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
+                break
+            size //= 2
+        return size
 
     def _merge(self, state: State, piece: list[Samples]) -> None:
         shape, n = piece[0].shape, sum(map(len, piece))

@@ -24,11 +24,15 @@ from kronfisher.samples import WORKSPACE, Activations, Dense, Samples, applied
 __all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "Weights", "norm", "over", "times"]
 
 
+_PIECE = 2**20  # numbers of a matrix that are scaled at once
+
+
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H]`` of ``[H, ...]``; squares of entries of 1e-20, as late in training, do not vanish."""
     flat = matrices.flatten(1)
     largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
-    return largest * torch.linalg.vector_norm(over(flat, largest), dim=1)
+    parts = [torch.linalg.vector_norm(over(part, largest), dim=1) for part in flat.split(_PIECE, dim=1)]
+    return largest * (parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
 
 
 def over(matrices: Tensor, scale: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ class Rearranged(ABC):
         heads = len(A)
         A = over(A, norm(A))
         if start is not None:  # a little of the identity: what the start has none of would never come back
-            A = over(start, norm(start)) + 0.01 * A
+            A = A.mul_(0.01).add_(over(start, norm(start)))
             A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         B, sigma = like.new_zeros(()), like.new_zeros(heads)
@@ -109,9 +113,9 @@ class Rearranged(ABC):
             B = over(half, norm(half))
             half = self.inputs(B)
             sigma = norm(half)
-            new = over(half, sigma)
-            steps, change = steps + (change > tolerance), norm(new - A).max()
-            A = new
+            half *= torch.where(sigma > 0, 1 / sigma, 0)[(..., *[None] * (half.dim() - 1))]  # as large as the factors
+            steps, change = steps + (change > tolerance), norm(A.sub_(half)).max()
+            A = half
             if like.device.type == "cpu" and bool(change <= tolerance):
                 break
         return Pair(A, B, sigma, steps, change)

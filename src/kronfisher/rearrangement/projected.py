@@ -82,25 +82,26 @@ class Projected:
         _, outputs, width = self.shape
         like = self.samples[0].gradients
         part = _some(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
-        right, left, A = _random(like, width), _random(like, outputs), like.new_zeros(())
+        right, left = _random(like, width), _random(like, outputs)
         change = like.new_full((), torch.inf)
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             B = _total(outputs, right, part, transposed=False)
             left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
-            new = _total(width, left, part, transposed=True)
-            right = _directions(lambda v, A=new: A @ v, _random(like, width))
-            change, A = norm(A.sub_(new) if A.dim() else new).max(), new
+            A, old = _total(width, left, part, transposed=True), right
+            right = _directions(lambda v, A=A: A @ v, _random(like, width))
+            if step:  # by the directions: they tell nearly all of A, and another A would take as much room as the factors
+                change = (2 - 2 * norm(old.mT @ right).square()).clamp_min(0).sqrt().max()
+            del A, B
         return right, left, like.new_full((), _STEPS, dtype=torch.int64), change
 
 
 def _total(width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool) -> Tensor:
-    """A half step over some samples, of norm one."""
+    """A half step over some samples, up to a scale."""
     total = directions.new_zeros(len(directions), width, width)
     for several in samples:
         for rows in _rows(several, directions, transposed):
             add_symmetric_product_(total, rows)
-    size = norm(mirror_(total))
-    return total.mul_(torch.where(size > 0, 1 / size, 0)[:, None, None])  # in place: they are as large as the factors
+    return mirror_(total)
 
 
 def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
