@@ -1,5 +1,6 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
+from kronfisher.errors import NumericalError, NumericalWarning
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register
 from kronfisher.fits.kfac import KFAC
 from kronfisher.linalg import eigh, mirror
@@ -41,6 +43,7 @@ _PIECE = 512  # samples that are treated at once
 _NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms beyond which one term is carried
+_DOUBLE_STEPS = 1000  # after which a term smaller than the first by a hundredth has no share left
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
@@ -142,6 +145,8 @@ class KFOC(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
+        if not len(use):
+            return state
         if state.fixed:
             return self._half_step(state, use)
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
@@ -165,10 +170,17 @@ class KFOC(Fit):
         state.facts.pop("alone", None)
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
             state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
+            _warn_of_nothing(state)
         waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
-            self._merge(state, piece)
+            try:
+                self._merge(state, piece)
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise NumericalError(
+                    f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
+                    "scale the loss down, look at the weights, or use float64."
+                ) from error
 
     def _size(self, state: State) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
@@ -340,8 +352,9 @@ class KFOC(Fit):
             alone = float(sums["pieces"]) <= 1 and state.facts.get("route") != "projected"
             if alone and float(sums["change"]) <= self.tolerance:
                 return None
-            A, _ = _split(state)
-            return self._turn(state, {"inputs": over(A[0], norm(A[0]))}, state.phase + 1)
+            A, B = _split(state)
+            first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
+            return self._turn(state, {"inputs": over(first, norm(first))}, state.phase + 1)
         if "outputs" in sums:
             B = over(sums["outputs"], norm(sums["outputs"]))
             return self._turn(state, {"outputs": B, "before": fixed["inputs"]}, state.phase + 1)
@@ -377,10 +390,10 @@ class KFOC(Fit):
         if state.fixed:
             return balanced(sums["inputs"], state.fixed["outputs"], reciprocal(state.count), state.name)
         A, B, scale = sums["inputs"][0], sums["outputs"][0], reciprocal(state.count)
+        if len(sums["inputs"]) > 1:
+            A, B = leading(sums["inputs"], sums["outputs"], state.name)
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
             scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
-        elif float(sums["pieces"]) > 1 or "joined" in state.facts:
-            A, B = semidefinite(A, state.name), semidefinite(B, state.name)
         return balanced(A, B, scale, state.name)
 
     def error(self, state: State, operator: Operator) -> float | None:
@@ -423,12 +436,43 @@ class KPSVD(KFOC):
     """
 
 
+def _warn_of_nothing(state: State) -> None:
+    largest = max(float(torch.linalg.vector_norm(several.gradients, torch.inf)) for several in state.waiting)
+    if 0 < largest**2 < torch.finfo(state.waiting[0].gradients.dtype).tiny:
+        warnings.warn(
+            f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
+            f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+
+
 def _split(state: State) -> tuple[Tensor, Tensor]:
     """The terms carried, A ``[R, H, I, I]`` and B ``[R, H, O, O]``, of the sum over samples."""
     A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
     if len(A) > 1 or not bool((weight > 0).any()):
         return A, B
     return whole(A[0])[None], whole(over(B[0], weight))[None]
+
+
+def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The positive semidefinite pair ``[H, I, I]``, ``[H, O, O]`` that leads a sum of orthogonal terms ``[R, H, ...]``.
+
+    Double steps from the identity multiply the share of a term by its squared singular value. They end in the first
+    term; where others are as large, in the one mixture of them that is positive semidefinite, and not in any other.
+    """
+    sizes = [torch.stack([norm(term) for term in side]).double() for side in (A, B)]
+    sigma = sizes[0] * sizes[1]  # [R, H]
+    traces = over(B.diagonal(dim1=-2, dim2=-1).sum(-1).double().flatten(), sizes[1].flatten()).view_as(sigma)
+    share = traces * (sigma / sigma[0].clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1) ** _DOUBLE_STEPS
+    share[0] = torch.where(share.abs().sum(0) > 0, share[0], 1)
+    root = sigma[0].sqrt()
+    sides = []
+    for side, size in zip((A, B), sizes, strict=True):
+        weights = over(share.flatten(), size.flatten()).view_as(share)
+        mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
+        sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name))
+    return sides[0], sides[1]
 
 
 def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:

@@ -36,8 +36,8 @@ def norm(matrices: Tensor) -> Tensor:
 
 
 def over(matrices: Tensor, scale: Tensor) -> Tensor:
-    """``[H, ...]`` divided by ``[H]``, zero where the divisor is zero."""
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    """``[H, ...]`` divided by ``[H]``, zero where the divisor is (or has no finite inverse)."""
+    inverse = torch.where(scale > torch.finfo(scale.dtype).tiny, 1 / scale, torch.zeros_like(scale))
     return matrices * inverse.view(-1, *[1] * (matrices.dim() - 1))
 
 
@@ -113,7 +113,9 @@ class Rearranged(ABC):
             B = over(half, norm(half))
             half = self.inputs(B)
             sigma = norm(half)
-            half *= torch.where(sigma > 0, 1 / sigma, 0)[(..., *[None] * (half.dim() - 1))]  # as large as the factors
+            half *= torch.where(sigma > torch.finfo(sigma.dtype).tiny, 1 / sigma, 0)[
+                (..., *[None] * (half.dim() - 1))
+            ]  # as large as the factors
             steps, change = steps + (change > tolerance), norm(A.sub_(half)).max()
             A = half
             if like.device.type == "cpu" and bool(change <= tolerance):
@@ -160,8 +162,13 @@ def _mixture(gram: Tensor) -> Tensor:
 
 
 def _without(matrices: Tensor, direction: Tensor) -> Tensor:
-    """``[R, H, D, D]`` without their component along ``[H, D, D]`` of norm one."""
-    return matrices - torch.stack([times(direction, (each * direction).sum((1, 2))) for each in matrices])
+    """``[R, H, D, D]`` without their component along ``[H, D, D]`` of norm one; zero where that is all there is."""
+    before = torch.stack([norm(each) for each in matrices])
+    for _ in range(2):
+        matrices = matrices - torch.stack([times(direction, (each * direction).sum((1, 2))) for each in matrices])
+    left = torch.stack([norm(each) for each in matrices])
+    noise = left <= 100 * torch.finfo(matrices.dtype).eps * before  # not a direction of its own
+    return torch.where(noise[..., None, None], 0, matrices)
 
 
 def _orthonormal(matrices: Tensor) -> Tensor:

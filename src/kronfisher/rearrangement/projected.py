@@ -89,7 +89,9 @@ class Projected:
             left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
             A, old = _total(width, left, part, transposed=True), right
             right = _directions(lambda v, A=A: A @ v, _random(like, width))
-            if step:  # by the directions: they tell nearly all of A, and another A would take as much room as the factors
+            if (
+                step
+            ):  # by the directions: they tell nearly all of A, and another A would take as much room as the factors
                 change = (2 - 2 * norm(old.mT @ right).square()).clamp_min(0).sqrt().max()
             del A, B
         return right, left, like.new_full((), _STEPS, dtype=torch.int64), change
