@@ -189,7 +189,8 @@ class Accumulator:
         if self.strict and self.fallback:
             raise unknown(self.fallback, where)
         alone = self._alone()
-        self.place([part.block for several in parts.values() for part in several] + [*alone.values()], where)
+        blocks = [part.block for several in parts.values() for part in several] + [*alone.values()]
+        self.place(blocks, where, _rows_each(capture, parts, len(outputs)))
         entries = {}
         for index, several in parts.items():
             placed = [(part, *self._places[part.block.key]) for part in several]
@@ -388,13 +389,14 @@ class Accumulator:
                     planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
         return planned
 
-    def place(self, blocks: list[Block], where: str) -> None:
-        """Make states for blocks seen for the first time."""
+    def place(self, blocks: list[Block], where: str, rows: Mapping[Key, int] | None = None) -> None:
+        """Make states for blocks seen for the first time, of which a datum has about so many `rows`."""
         new = {block.key: block for block in blocks if block.key not in self._places}
         if not new:
             return
-        planned = self.planned(new.values(), where)
-        workspace = self._afford([*(group.state.plan for group in self.groups), *(entry.plan for entry in planned)])
+        planned = [_with_sample(entry, rows or {}) for entry in self.planned(new.values(), where)]
+        known = [*(group.state.plan for group in self.groups), *(entry.plan for entry in planned)]
+        workspace = self._afford(known)
         for entry in planned:
             plan = replace(entry.plan, workspace=workspace)
             group = Group(entry.fit, entry.blocks, entry.fit.init(entry.blocks, plan, entry.like))
@@ -403,17 +405,18 @@ class Accumulator:
             self._places.update({block.key: (group, position) for position, block in enumerate(entry.blocks)})
 
     def _afford(self, plans: list[Plan]) -> int:
-        """Bytes left for temporaries, once the states have theirs."""
-        needed = sum(plan.bytes for plan in plans)
+        """Bytes left for temporaries, once matrices and samples that wait have theirs."""
+        standing = sum(plan.standing for plan in plans) + max(plan.temporary for plan in plans)
+        needed = sum(plan.standing for plan in plans) + max(plan.least for plan in plans)
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
         if needed > limit:
             raise MemoryBudgetError(
-                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices, more than the "
+                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one datum, more than the "
                 f"{'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
                 f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
                 "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
-        return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - needed), 1)
+        return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - standing), 1)
 
     def find_owners(
         self,
@@ -486,3 +489,20 @@ class Accumulator:
             elif sure:
                 self._guesses[proof.graph, index, part.block.key, sort] = rule
         return owners, refused, problems
+
+
+def _rows_each(capture: Capture, parts: Mapping[int, list[Part]], samples: int) -> dict[Key, int]:
+    """Block → positions of a datum times groups, over all uses of it, by the sizes of their outputs."""
+    found: dict[Key, int] = {}
+    for index, several in parts.items():
+        for part in several:
+            rows = -(-prod(capture.calls[index].shape) // (part.block.shape[1] * samples))
+            found[part.block.key] = found.get(part.block.key, 0) + rows
+    return found
+
+
+def _with_sample(entry: Planned, rows: Mapping[Key, int]) -> Planned:
+    """With the bytes that a datum takes."""
+    widths = {b.key: b.shape[1] if b.onehot else b.shape[1] + b.shape[2] for b in entry.blocks}
+    numbers = sum(rows.get(key, 1) * width for key, width in widths.items())
+    return replace(entry, plan=replace(entry.plan, sample=entry.like.element_size() * numbers))

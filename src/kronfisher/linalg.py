@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 
-__all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "promote"]
+__all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "mirror_", "promote"]
 
 _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product is too small for splitting it to pay
 _LEAF = 512
@@ -91,18 +91,22 @@ def _add_upper_(total: Tensor, x: Tensor) -> None:
 
 def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """`scale` times the symmetric matrix ``[..., D, D]`` with the upper triangle of `upper`."""
-    width = upper.shape[-1]
-    result = upper * scale
-    keep = torch.ones(min(_TILE, width), min(_TILE, width), dtype=torch.bool, device=upper.device).triu()
+    return mirror_(upper * scale)
+
+
+def mirror_(matrices: Tensor) -> Tensor:
+    """The upper triangles of ``[..., D, D]`` onto the lower ones, in place."""
+    width = matrices.shape[-1]
+    keep = torch.ones(min(_TILE, width), min(_TILE, width), dtype=torch.bool, device=matrices.device).triu()
     # Tile by tile: a large matrix that is read by columns misses the cache at every number.
-    for matrix in result.view(-1, width, width):
+    for matrix in matrices.view(-1, width, width):
         for low in range(0, width, _TILE):
             high = min(low + _TILE, width)
             if low:
                 matrix[low:high, :low] = matrix[:low, low:high].t()
             corner = matrix[low:high, low:high]
             corner.copy_(torch.where(keep[: high - low, : high - low], corner, corner.t()))
-    return result
+    return matrices
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

@@ -20,6 +20,7 @@ from kronfisher.linalg import add_symmetric_product_, mirror
 __all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join", "turned"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
+_CACHE = 2**22  # bytes of gradients that a processor writes out at once; more is no faster and takes more memory
 
 
 def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[tuple[int, int]]:
@@ -365,7 +366,8 @@ class Samples:
         """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
         heads, outputs, width = self.shape
         size = self.gradients.element_size() * heads * width * (outputs + self.positions)
-        for low, high in chunks(len(self), size, self.workspace):
+        room = min(self.workspace, _CACHE) if self.gradients.device.type == "cpu" else self.workspace
+        for low, high in chunks(len(self), size, room):
             a, g = self.activations.dense(low, high), self.gradients[:, low:high]
             yield g.mT @ a if self.positions > 1 else g.squeeze(2).unsqueeze(-1) * a
 

@@ -28,6 +28,10 @@ class Plan:
 
     Attributes:
         bytes: size of the state and of the operator made from it.
+        temporary: bytes of matrices that come and go while samples are taken in, beside those of `bytes`.
+        waits: samples that may wait for more.
+        waiting: bytes that they may take, at most.
+        sample: bytes of the inputs and gradients of one datum, about; known once there are data.
         passes: times the data are read, at most.
         owned: whether rows must be sorted by sample.
         workspace: bytes that temporaries may take.
@@ -37,6 +41,23 @@ class Plan:
     passes: int = 1
     owned: bool = True
     workspace: int = WORKSPACE
+    temporary: int = 0
+    waits: int = 0
+    waiting: int = 0
+    sample: int = 0
+
+    @property
+    def standing(self) -> int:
+        """Bytes that are taken from the first datum to the last."""
+        return self.bytes + min(self.waiting, self.waits * self.sample)
+
+    @property
+    def least(self) -> int:
+        """Bytes that come and go with one datum: itself, written out, and what is made of it.
+
+        What plans no bytes at all keeps an account of its own.
+        """
+        return self.temporary + 3 * self.sample if self.bytes else 0
 
 
 @dataclass

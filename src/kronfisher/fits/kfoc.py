@@ -1,7 +1,8 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
+from kronfisher.errors import NumericalError, NumericalWarning
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register
 from kronfisher.fits.kfac import KFAC
 from kronfisher.linalg import eigh, mirror
@@ -25,12 +27,13 @@ from kronfisher.rearrangement import (
     cheapest,
     norm,
     over,
+    products,
     rearranged,
     squared_products,
     times,
     truncated,
 )
-from kronfisher.samples import Samples
+from kronfisher.samples import WORKSPACE, Samples
 
 __all__ = ["KFOC", "KPSVD"]
 
@@ -40,6 +43,7 @@ _PIECE = 512  # samples that are treated at once
 _NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms beyond which one term is carried
+_DOUBLE_STEPS = 1000  # after which a term smaller than the first by a hundredth has no share left
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
@@ -117,9 +121,13 @@ class KFOC(Fit):
         return KFAC(max_dim=self.max_dim).sides((block,))
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        numbers = sum(elements(*side) for side in self.sides(group[0]))
-        bytes = (self._terms(group[0]) + 1) * element * numbers
-        return Plan(bytes, passes=1 if self.aggregation != "exact" else 1 + 2 * self.iterations)
+        sides, terms = [elements(*side) for side in self.sides(group[0])], self._terms(group[0])
+        # Several terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger side.
+        temporary = 2 * (terms + _NEW) * sum(sides) if terms > 1 else 2 * max(sides)
+        passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
+        room = max(_ROOM, element * max(sides))
+        bytes = (terms + 1) * element * sum(sides)
+        return Plan(bytes, passes, temporary=temporary * element, waits=_PIECE, waiting=room)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
@@ -137,6 +145,8 @@ class KFOC(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
+        if not len(use):
+            return state
         if state.fixed:
             return self._half_step(state, use)
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
@@ -151,19 +161,36 @@ class KFOC(Fit):
     def _enough(self, state: State) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
         several = sum(map(len, state.waiting)) >= _PIECE
-        room = max(_ROOM, *(state.sums[side][0].nbytes for side in ("inputs", "outputs")))
-        return several or sum(samples.bytes for samples in state.waiting) > room
+        return several or sum(samples.bytes for samples in state.waiting) > state.plan.waiting
 
     def _flush(self, state: State) -> None:
         """Merge what has been waiting."""
         if not state.waiting:
             return
+        state.facts.pop("alone", None)
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
             state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
+            _warn_of_nothing(state)
         waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
-        for piece in [waiting] if whole else pieces(waiting, _PIECE):
-            self._merge(state, piece)
+        for piece in [waiting] if whole else pieces(waiting, self._size(state)):
+            try:
+                self._merge(state, piece)
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise NumericalError(
+                    f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
+                    "scale the loss down, look at the weights, or use float64."
+                ) from error
+
+    def _size(self, state: State) -> int:
+        """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
+        (_, outputs, width), element = state.blocks[0].shape, state.sums["inputs"].element_size()
+        size = _PIECE
+        while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both sides of the samples
+            if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
+                break
+            size //= 2
+        return size
 
     def _merge(self, state: State, piece: list[Samples]) -> None:
         shape, n = piece[0].shape, sum(map(len, piece))
@@ -244,9 +271,13 @@ class KFOC(Fit):
 
     def _recompress(self, state: State, A: Tensor, B: Tensor) -> None:
         """The best sum of as many terms as before for what is carried and some more."""
-        sums = state.sums
-        A, B = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
-        sums["outputs"], sums["inputs"], _ = truncated(B, A, len(sums["inputs"]))
+        sums, terms = state.sums, len(state.sums["inputs"])
+        if "route" not in state.facts and len(A) <= terms:  # of zeros nothing comes
+            B, A, _ = truncated(B, A, len(A))
+            sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
+            return
+        sums["inputs"], sums["outputs"] = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
+        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms)
 
     def _replace(self, state: State, pair: Pair) -> None:
         root = pair.sigma.sqrt()
@@ -311,17 +342,19 @@ class KFOC(Fit):
         return both
 
     def next_pass(self, state: State) -> State | None:
+        if self.aggregation != "exact":
+            state.checked()
+            return None
         self._flush(state)
         state.checked()
-        if self.aggregation != "exact":
-            return None
         sums, fixed = state.sums, state.fixed
         if not fixed:
             alone = float(sums["pieces"]) <= 1 and state.facts.get("route") != "projected"
             if alone and float(sums["change"]) <= self.tolerance:
                 return None
-            A, _ = _split(state)
-            return self._turn(state, {"inputs": over(A[0], norm(A[0]))}, state.phase + 1)
+            A, B = _split(state)
+            first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
+            return self._turn(state, {"inputs": over(first, norm(first))}, state.phase + 1)
         if "outputs" in sums:
             B = over(sums["outputs"], norm(sums["outputs"]))
             return self._turn(state, {"outputs": B, "before": fixed["inputs"]}, state.phase + 1)
@@ -337,21 +370,35 @@ class KFOC(Fit):
         sums = {"outputs": like.new_zeros(outputs)} if "inputs" in fixed else {"inputs": like.new_zeros(inputs)}
         return State(state.blocks, state.plan, sums, fixed, phase=phase, facts=state.facts)
 
+    def _alone(self, state: State) -> State | None:
+        """What waits, as the one piece that it is where nothing came before: its leading pair is all that is needed."""
+        if not state.waiting or self.by_batch or "route" in state.facts or len(state.sums["inputs"]) == 1:
+            return None
+        fit = replace(self, rank_memory=1)
+        single = fit.init(state.blocks, state.plan, state.sums["inputs"])
+        single.count, single.rows, single.waiting = state.count, state.rows, list(state.waiting)
+        fit._flush(single)
+        return single if float(single.sums["pieces"]) == 1 else None
+
     def finish(self, state: State) -> Kronecker:
+        if alone := self._alone(state):
+            state.facts["alone"] = alone  # the report's; the samples go on waiting, and with more to come so do terms
+            state = alone
         self._flush(state)
         state.checked()
         sums = state.sums
         if state.fixed:
             return balanced(sums["inputs"], state.fixed["outputs"], reciprocal(state.count), state.name)
         A, B, scale = sums["inputs"][0], sums["outputs"][0], reciprocal(state.count)
+        if len(sums["inputs"]) > 1:
+            A, B = leading(sums["inputs"], sums["outputs"], state.name)
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
             scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
-        elif float(sums["pieces"]) > 1 or "joined" in state.facts:
-            A, B = semidefinite(A, state.name), semidefinite(B, state.name)
         return balanced(A, B, scale, state.name)
 
     def error(self, state: State, operator: Operator) -> float | None:
         """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
+        state = state.facts.get("alone", state)
         if state.fixed or "uncertain" in state.facts or not float(state.sums["pieces"]):
             return None
         squared = float(state.sums["norm"])
@@ -359,6 +406,7 @@ class KFOC(Fit):
         return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
     def notes(self, state: State) -> str:
+        state = state.facts.get("alone", state)
         route = state.facts.get("route", "nothing")
         if state.fixed:
             steps, change = state.phase, state.facts["change"]
@@ -388,6 +436,17 @@ class KPSVD(KFOC):
     """
 
 
+def _warn_of_nothing(state: State) -> None:
+    largest = max(float(torch.linalg.vector_norm(several.gradients, torch.inf)) for several in state.waiting)
+    if 0 < largest**2 < torch.finfo(state.waiting[0].gradients.dtype).tiny:
+        warnings.warn(
+            f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
+            f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+
+
 def _split(state: State) -> tuple[Tensor, Tensor]:
     """The terms carried, A ``[R, H, I, I]`` and B ``[R, H, O, O]``, of the sum over samples."""
     A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
@@ -396,10 +455,29 @@ def _split(state: State) -> tuple[Tensor, Tensor]:
     return whole(A[0])[None], whole(over(B[0], weight))[None]
 
 
+def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The positive semidefinite pair ``[H, I, I]``, ``[H, O, O]`` that leads a sum of orthogonal terms ``[R, H, ...]``.
+
+    Double steps from the identity multiply the share of a term by its squared singular value. They end in the first
+    term; where others are as large, in the one mixture of them that is positive semidefinite, and not in any other.
+    """
+    sizes = [torch.stack([norm(term) for term in side]).double() for side in (A, B)]
+    sigma = sizes[0] * sizes[1]  # [R, H]
+    traces = over(B.diagonal(dim1=-2, dim2=-1).sum(-1).double().flatten(), sizes[1].flatten()).view_as(sigma)
+    share = traces * (sigma / sigma[0].clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1) ** _DOUBLE_STEPS
+    share[0] = torch.where(share.abs().sum(0) > 0, share[0], 1)
+    root = sigma[0].sqrt()
+    sides = []
+    for side, size in zip((A, B), sizes, strict=True):
+        weights = over(share.flatten(), size.flatten()).view_as(share)
+        mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
+        sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name))
+    return sides[0], sides[1]
+
+
 def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
     """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
-    grams = [torch.einsum("rhij,shij->hrs", mine.double(), theirs.double()) for mine, theirs in zip(x, y, strict=True)]
-    return (grams[0] * grams[1]).sum()
+    return (products(x[0], y[0]) * products(x[1], y[1])).sum()
 
 
 def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:

@@ -19,7 +19,7 @@ from kronfisher.rearrangement.nonnegative import nonnegative_weights, positive_t
 from kronfisher.rearrangement.projected import Projected
 from kronfisher.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
 from kronfisher.rearrangement.spectrum import Triplets, deflated, gram_spectrum, lanczos
-from kronfisher.rearrangement.terms import nearest_kronecker, truncated
+from kronfisher.rearrangement.terms import nearest_kronecker, products, truncated
 
 __all__ = [
     "ROUTES",
@@ -45,6 +45,7 @@ __all__ = [
     "norm",
     "over",
     "positive_terms",
+    "products",
     "rearranged",
     "squared_products",
     "times",

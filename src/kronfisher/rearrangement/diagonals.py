@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kronfisher.indices import Indices
 from kronfisher.rearrangement.maps import Rearranged
-from kronfisher.samples import Samples, applied
+from kronfisher.samples import Samples, applied, chunks
 
 __all__ = ["Diagonals"]
 
@@ -35,8 +35,8 @@ class Diagonals(Rearranged):
         total = self.like().new_zeros(self.sides[1])
         for several in self.samples:
             if A.dim() == 2 and isinstance(several.activations, Indices):
-                places, rows = _gathered(several)
-                _add(total, A[:, places][..., None] * rows, rows)
+                for places, rows in _gathered(several):
+                    _add(total, A[:, places][..., None] * rows, rows)
                 continue
             for a, g in _pieces(several):
                 W = _times(a, A) @ a.mT
@@ -47,8 +47,8 @@ class Diagonals(Rearranged):
         total = self.like().new_zeros(self.sides[0])
         for several in self.samples:
             if total.dim() == 2 and isinstance(several.activations, Indices):
-                places, rows = _gathered(several)
-                total.index_add_(1, places, (_times(rows[:, None], B)[:, 0] * rows).sum(-1))
+                for places, rows in _gathered(several):
+                    total.index_add_(1, places, (_times(rows[:, None], B)[:, 0] * rows).sum(-1))
                 continue
             for a, g in _pieces(several):
                 W = _times(g, B) @ g.mT
@@ -70,13 +70,16 @@ def _add(total: Tensor, x: Tensor, y: Tensor) -> None:
     total += x.mT @ y if total.dim() == 3 else (x * y).sum(1)
 
 
-def _gathered(samples: Samples) -> tuple[Tensor, Tensor]:
-    """The columns of the gradients G_k that are not zero: their places ``[R]`` and they themselves ``[1, R, O]``."""
+def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of the gradients G_k that are not zero, some samples at a time: places ``[R]`` and they ``[1, R, O]``."""
+    size = 4 * samples.gradients.element_size() * samples.gradients[0, 0].numel()
     inputs = samples.activations
     assert isinstance(inputs, Indices)
-    n, _, several = inputs.values.shape
-    owners = torch.arange(n, device=inputs.values.device).view(-1, 1, 1).expand_as(inputs.values)
-    places, inverse = (owners * inputs.width + inputs.values).flatten().unique(return_inverse=True)
-    rows = samples.gradients[0, :, :, None].expand(-1, -1, several, -1) * inputs.weights[..., None]
-    sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
-    return places % inputs.width, sums[None]
+    for low, high in chunks(len(samples), size * inputs.values.shape[2], samples.workspace):
+        part = inputs.part(low, high)
+        several = part.values.shape[2]
+        owners = torch.arange(high - low, device=part.values.device).view(-1, 1, 1).expand_as(part.values)
+        places, inverse = (owners * part.width + part.values).flatten().unique(return_inverse=True)
+        rows = samples.gradients[0, low:high, :, None].expand(-1, -1, several, -1) * part.weights[..., None]
+        sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
+        yield places % part.width, sums[None]

@@ -24,16 +24,20 @@ from kronfisher.samples import WORKSPACE, Activations, Dense, Samples, applied
 __all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "Weights", "norm", "over", "times"]
 
 
+_PIECE = 2**20  # numbers of a matrix that are scaled at once
+
+
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H]`` of ``[H, ...]``; squares of entries of 1e-20, as late in training, do not vanish."""
     flat = matrices.flatten(1)
-    largest = flat.abs().amax(1)
-    return largest * torch.linalg.vector_norm(over(flat, largest), dim=1)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
+    parts = [torch.linalg.vector_norm(over(part, largest), dim=1) for part in flat.split(_PIECE, dim=1)]
+    return largest * (parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
 
 
 def over(matrices: Tensor, scale: Tensor) -> Tensor:
-    """``[H, ...]`` divided by ``[H]``, zero where the divisor is zero."""
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    """``[H, ...]`` divided by ``[H]``, zero where the divisor is (or has no finite inverse)."""
+    inverse = torch.where(scale > torch.finfo(scale.dtype).tiny, 1 / scale, torch.zeros_like(scale))
     return matrices * inverse.view(-1, *[1] * (matrices.dim() - 1))
 
 
@@ -100,7 +104,7 @@ class Rearranged(ABC):
         heads = len(A)
         A = over(A, norm(A))
         if start is not None:  # a little of the identity: what the start has none of would never come back
-            A = over(start, norm(start)) + 0.01 * A
+            A = A.mul_(0.01).add_(over(start, norm(start)))
             A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         B, sigma = like.new_zeros(()), like.new_zeros(heads)
@@ -109,9 +113,11 @@ class Rearranged(ABC):
             B = over(half, norm(half))
             half = self.inputs(B)
             sigma = norm(half)
-            new = over(half, sigma)
-            steps, change = steps + (change > tolerance), norm(new - A).max()
-            A = new
+            half *= torch.where(sigma > torch.finfo(sigma.dtype).tiny, 1 / sigma, 0)[
+                (..., *[None] * (half.dim() - 1))
+            ]  # as large as the factors
+            steps, change = steps + (change > tolerance), norm(A.sub_(half)).max()
+            A = half
             if like.device.type == "cpu" and bool(change <= tolerance):
                 break
         return Pair(A, B, sigma, steps, change)
@@ -121,16 +127,21 @@ class Rearranged(ABC):
     ) -> tuple[Pair, Tensor, Tensor]:
         """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
 
-        The other terms are from subspace iteration beside the pair, among symmetric matrices, that starts from the
-        terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind a projection.
+        The other terms are from subspace iteration beside the pair, among symmetric matrices orthogonal to it, that
+        starts from the terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind
+        a projection.
         """
         pair = self.leading(None if before is None else before[0], tolerance, iterations)
-        A = torch.cat([pair.A[None], _noise(pair.A, rank - 1) if before is None else before[1:rank]])
-        B = A
+        A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
+        if rank == 1:
+            return pair, A, B
+        others = _noise(pair.A, rank - 1) if before is None else before[1:rank]
+        more = others
         for _ in range(_SUBSPACE if before is None else 1):
-            B = _orthonormal(torch.stack([self.outputs(each) for each in _orthonormal(A)]))
-            A = torch.stack([self.inputs(each) for each in B])
-        return pair, A, B
+            others = _orthonormal(_without(others, pair.A))
+            more = _orthonormal(_without(torch.stack([self.outputs(each) for each in others]), pair.B))
+            others = torch.stack([self.inputs(each) for each in more])
+        return pair, torch.cat([A, others]), torch.cat([B, more])
 
 
 _SUBSPACE = 2  # steps of subspace iteration from noise
@@ -148,6 +159,16 @@ def _mixture(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(over(gram, scale))
     root = torch.where(values > values[:, -1:] * 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
     return over(vectors * root.unsqueeze(1), scale.sqrt())
+
+
+def _without(matrices: Tensor, direction: Tensor) -> Tensor:
+    """``[R, H, D, D]`` without their component along ``[H, D, D]`` of norm one; zero where that is all there is."""
+    before = torch.stack([norm(each) for each in matrices])
+    for _ in range(2):
+        matrices = matrices - torch.stack([times(direction, (each * direction).sum((1, 2))) for each in matrices])
+    left = torch.stack([norm(each) for each in matrices])
+    noise = left <= 100 * torch.finfo(matrices.dtype).eps * before  # not a direction of its own
+    return torch.where(noise[..., None, None], 0, matrices)
 
 
 def _orthonormal(matrices: Tensor) -> Tensor:
@@ -266,8 +287,11 @@ class Gram(Weights):
             U = U @ _mixture((U.mT @ (Kg @ U)).double()).to(U)
             W = Kg @ U  # the scales of both Gram matrices cancel
         a = self.activations.dense()[:, :, 0]
-        A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(rank)])
-        B = torch.stack([(self.g * U[..., r, None]).mT @ self.g for r in range(rank)])
+        (heads, outputs, width), new = self.shape, w.new_empty
+        A, B = new(rank, heads, width, width), new(rank, heads, outputs, outputs)
+        for r in range(rank):
+            torch.matmul((a * W[..., r, None]).mT, a, out=A[r])
+            torch.matmul((self.g * U[..., r, None]).mT, self.g, out=B[r])
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def add_inputs_(self, total: Tensor, w: Tensor) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.maps import Gram, norm, over
 from kronfisher.samples import Samples, applied, chunks
 
@@ -82,25 +82,28 @@ class Projected:
         _, outputs, width = self.shape
         like = self.samples[0].gradients
         part = _some(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
-        right, left, A = _random(like, width), _random(like, outputs), like.new_zeros(())
+        right, left = _random(like, width), _random(like, outputs)
         change = like.new_full((), torch.inf)
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             B = _total(outputs, right, part, transposed=False)
             left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
-            new = _total(width, left, part, transposed=True)
-            right = _directions(lambda v, A=new: A @ v, _random(like, width))
-            change, A = norm(new - A).max(), new
+            A, old = _total(width, left, part, transposed=True), right
+            right = _directions(lambda v, A=A: A @ v, _random(like, width))
+            if (
+                step
+            ):  # by the directions: they tell nearly all of A, and another A would take as much room as the factors
+                change = (2 - 2 * norm(old.mT @ right).square()).clamp_min(0).sqrt().max()
+            del A, B
         return right, left, like.new_full((), _STEPS, dtype=torch.int64), change
 
 
 def _total(width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool) -> Tensor:
-    """A half step over some samples, of norm one."""
+    """A half step over some samples, up to a scale."""
     total = directions.new_zeros(len(directions), width, width)
     for several in samples:
         for rows in _rows(several, directions, transposed):
             add_symmetric_product_(total, rows)
-    total = mirror(total)
-    return over(total, norm(total))
+    return mirror_(total)
 
 
 def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
@@ -135,7 +138,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     """``(G_k L)ᵀ``, or ``(G_kᵀ L)ᵀ`` where transposed: ``[H, n'·ρ, D]``, some samples at a time."""
     heads, _, width = samples.shape
     size = samples.gradients.element_size() * heads * samples.positions * (width + L.shape[-1]) * 2
-    for low, high in chunks(len(samples), size, samples.workspace // 4):
+    for low, high in chunks(len(samples), size, samples.workspace // 8):
         g = samples.gradients[:, low:high]
         if transposed:
             yield (applied(g, L).mT @ samples.activations.dense(low, high)).flatten(1, 2)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 
-__all__ = ["nearest_kronecker", "truncated"]
+__all__ = ["nearest_kronecker", "products", "truncated"]
 
-_LONG = 2**15  # numbers in a matrix beyond which products of float32 stay float32
+_PIECE = 2**14  # numbers of each matrix that are taken to float64 at once
 
 
 def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,9 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 def _sizes(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H, s]`` of ``[s, H, p, q]``, in float64."""
-    return torch.linalg.vector_norm(matrices.transpose(0, 1).flatten(2).double(), dim=2)
+    flat = matrices.transpose(0, 1).flatten(2)
+    parts = [torch.linalg.vector_norm(piece, dim=2, dtype=torch.float64) for piece in flat.split(_PIECE, dim=2)]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
 
 def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,12 +83,24 @@ def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tens
     """
     inverse = torch.where(sizes > 0, 1 / sizes, 0)
     scale = shared.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    flat = matrices.transpose(0, 1).flatten(2)
-    flat = flat if flat.shape[-1] > _LONG else flat.double()
-    flat = flat * (inverse * (shared / scale))[..., None].to(flat)
-    values, vectors = torch.linalg.eigh((flat @ flat.mT).double())
-    noise = 1e-14 if flat.dtype == torch.float64 else 10 * torch.finfo(flat.dtype).eps
-    values = torch.where(values > values[:, -1:] * noise, values, 0)
+    factor = (inverse * (shared / scale))[..., None]
+    gram = products(matrices, matrices, factor, factor)
+    values, vectors = torch.linalg.eigh(gram)
+    values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
     root = values.sqrt()
     back = torch.where(root > 0, 1 / root, 0) / scale
     return (vectors * root.unsqueeze(1)) * scale[..., None], vectors * back.unsqueeze(1) * (shared * inverse)[..., None]
+
+
+def products(x: Tensor, y: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """``⟨X_r, Y_s⟩ [H, r, s]`` of ``[r, H, ...]`` and ``[s, H, ...]``, times `left` and `right`, in float64.
+
+    Piece by piece: a copy in float64 would be twice as large as what is there.
+    """
+    x, y = (side.transpose(0, 1).flatten(2) for side in (x, y))
+    total = x.new_zeros(len(x), x.shape[1], y.shape[1], dtype=torch.float64)
+    for mine, theirs in zip(x.split(_PIECE, dim=2), y.split(_PIECE, dim=2), strict=True):
+        mine, theirs = mine.double(), theirs.double()
+        mine, theirs = mine if left is None else mine * left, theirs if right is None else theirs * right
+        total += mine @ theirs.mT
+    return total
