@@ -12,6 +12,7 @@ from kronfisher.operators import sides
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.operator import Operator, nonnegative, stable_norm
 from kronfisher.operators.spectral import negligible
+from kronfisher.operators.total import DENSE_LIMIT
 
 __all__ = ["Kronecker"]
 
@@ -88,6 +89,16 @@ class Kronecker(Operator, kind="kronecker"):
     def transposed(self) -> Operator:
         """The sides change places; for one group."""
         return replace(self, A=self.B, B=self.A) if len(self.A) == 1 else super().transposed()
+
+    def merged(self, other: Operator) -> Operator | None:
+        """Two terms of one form as a sum of products, where they are too large to be formed: it can be solved."""
+        if not isinstance(other, Kronecker) or self.dim <= DENSE_LIMIT:
+            return None
+        if (self.A.shape, self.B.shape) != (other.A.shape, other.B.shape):
+            return None
+        A, B = torch.stack([self.A, other.A]), torch.stack([self.B, other.B])
+        settings = {"name": self.name, "nonnegative": True, "antisymmetric": (False, False)}
+        return Operator.kinds["kronecker-sum"].from_tensors({"A": A, "B": B}, **settings)
 
     def scaled(self, factor: float) -> "Kronecker":
         """The factor goes into B."""

@@ -13,7 +13,9 @@ from kronfisher.rearrangement.maps import (
     Weights,
     norm,
     over,
+    semidefinite,
     times,
+    whole,
 )
 from kronfisher.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.rearrangement.projected import Projected
@@ -46,7 +48,9 @@ __all__ = [
     "over",
     "positive_terms",
     "rearranged",
+    "semidefinite",
     "squared_products",
     "times",
     "truncated",
+    "whole",
 ]

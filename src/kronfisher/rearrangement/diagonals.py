@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from kronfisher.indices import Indices
 from kronfisher.rearrangement.maps import Rearranged
-from kronfisher.samples import Samples, applied
+from kronfisher.samples import Samples, add_product_, turned
 
 __all__ = ["Diagonals"]
 
@@ -21,62 +19,43 @@ class Diagonals(Rearranged):
     """
 
     def __init__(self, samples: Sequence[Samples], sides: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        self.samples, self.sides = samples, sides
+        self.samples, self._sides = samples, sides
         self.shape = samples[0].shape
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._sides
 
     def like(self) -> Tensor:
         return self.samples[0].gradients
 
-    def first(self) -> Tensor:
-        heads, _, width = self.shape
-        return self.like().new_ones(heads, width) if len(self.sides[0]) == 2 else super().first()
-
     def outputs(self, A: Tensor) -> Tensor:
         total = self.like().new_zeros(self.sides[1])
         for several in self.samples:
-            if A.dim() == 2 and isinstance(several.activations, Indices):
-                places, rows = _gathered(several)
-                _add(total, A[:, places][..., None] * rows, rows)
+            columns = several.activations.columns(several.gradients) if A.dim() == 2 else None
+            if columns is not None:
+                places, rows = columns
+                add_product_(total, A[:, places][..., None] * rows, rows)
                 continue
             for a, g in _pieces(several):
-                W = _times(a, A) @ a.mT
-                _add(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
+                W = turned(a, A) @ a.mT
+                add_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
         return total
 
     def inputs(self, B: Tensor) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for several in self.samples:
-            if total.dim() == 2 and isinstance(several.activations, Indices):
-                places, rows = _gathered(several)
-                total.index_add_(1, places, (_times(rows[:, None], B)[:, 0] * rows).sum(-1))
+            columns = several.activations.columns(several.gradients) if total.dim() == 2 else None
+            if columns is not None:
+                places, rows = columns
+                total.index_add_(1, places, (turned(rows[:, None], B)[:, 0] * rows).sum(-1))
                 continue
             for a, g in _pieces(several):
-                W = _times(g, B) @ g.mT
-                _add(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
+                W = turned(g, B) @ g.mT
+                add_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
         return total
 
 
 def _pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     for piece in samples.pieces():
         yield piece.activations.dense(), piece.gradients
-
-
-def _times(rows: Tensor, side: Tensor) -> Tensor:
-    return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
-
-
-def _add(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """``total += xᵀ y``, or the diagonal of that."""
-    total += x.mT @ y if total.dim() == 3 else (x * y).sum(1)
-
-
-def _gathered(samples: Samples) -> tuple[Tensor, Tensor]:
-    """The columns of the gradients G_k that are not zero: their places ``[R]`` and they themselves ``[1, R, O]``."""
-    inputs = samples.activations
-    assert isinstance(inputs, Indices)
-    n, _, several = inputs.values.shape
-    owners = torch.arange(n, device=inputs.values.device).view(-1, 1, 1).expand_as(inputs.values)
-    places, inverse = (owners * inputs.width + inputs.values).flatten().unique(return_inverse=True)
-    rows = samples.gradients[0, :, :, None].expand(-1, -1, several, -1) * inputs.weights[..., None]
-    sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
-    return places % inputs.width, sums[None]
