@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import kronfisher as kf
 
 MATRICES = ["kfac", "kfac-reduce", "ekfac", "diagonal", "full"]
-LIBRARIES = ["curvlinops", "nngeometry", "backpack"]
+LIBRARIES = ["curvlinops", "nngeometry", "backpack", "kronfluence"]
 
 
 def estimate(problem: Problem, matrix: str, labels: str = "exact", reduction: str = "mean") -> kf.Fisher:
@@ -70,8 +70,8 @@ def against_library(name: str) -> Iterator[dict]:
                 reason = f"skipped: {type(error).__name__}: {' '.join(str(error).split())}"[:120]
                 yield row(problem, f"{matrix}, {reduction}", labels, name, "", reason, "")
                 continue
-            if matrix == "kfac" and hasattr(library, "counterpart"):
-                ours = library.counterpart(problem, partial(estimate, problem, labels=labels, reduction=reduction))
+            if counterpart := getattr(library, "COUNTERPARTS", {}).get(matrix):
+                ours = counterpart(partial(estimate, problem, labels=labels, reduction=reduction))
             else:
                 ours = estimate(problem, matrix, labels, reduction).to_dense()
             ours = ours.diagonal() if theirs.dim() == 1 else ours

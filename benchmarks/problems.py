@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from workloads import GPT, TOKENS, Block
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Problem:
         return self.model(self.inputs[:1])[..., 0].numel()
 
 
-def problem(name: str, model: nn.Module, shape: tuple[int, ...], likelihood: str, **options) -> Problem:
-    """Random inputs, and targets of the right kind."""
-    inputs = torch.randn(shape)
+def problem(name: str, model: nn.Module, data: tuple[int, ...] | Tensor, likelihood: str, **options) -> Problem:
+    """Given inputs, or random ones of a shape, and targets of the right kind."""
+    inputs = data if isinstance(data, Tensor) else torch.randn(data)
     outputs = model(inputs).detach()
     draw: dict[str, Callable[[], Tensor]] = {
         "gaussian": lambda: torch.randn_like(outputs),
@@ -59,6 +60,29 @@ class Averaged(nn.Sequential):
         return self[2](self[1](self[0](x)).mean(dim=1))
 
 
+class ViT(nn.Module):
+    """A small vision transformer of linear layers: embedded patches, a class token, blocks, a head on the token."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Linear(4, width), nn.Linear(width, classes)
+        self.register_buffer("token", torch.randn(1, width))
+        self.blocks = nn.Sequential(*(Block(width, 2, causal=False) for _ in range(2)))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, 2, stride=2).mT
+        x = torch.cat([self.token.expand(len(images), -1, -1), self.patches(patches)], dim=1)
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def transformers() -> Iterator[Problem]:
+    """The linear layers of a GPT and of a ViT."""
+    tokens = torch.randint(TOKENS, (5, 4))
+    yield problem("sequence, GPT", GPT(width=6, depth=2, heads=2, length=4, classes=5), tokens, "categorical")
+    yield problem("sequence, ViT", ViT(width=6, classes=3), (5, 1, 4, 4), "categorical")
+
+
 def shared_problems() -> Iterator[Problem]:
     """What other libraries can do as well."""
     torch.manual_seed(0)
@@ -69,6 +93,7 @@ def shared_problems() -> Iterator[Problem]:
     for likelihood in ("gaussian", "categorical"):
         yield problem("sequence", linear(), (5, 4, 4), likelihood)
         yield problem("sequence, averaged", Averaged(*linear()), (5, 4, 4), likelihood)
+    yield from transformers()
 
 
 def own_problems() -> Iterator[tuple[Problem, str, str]]:

@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 TOLERANCE = 1e-5
+PROMISED = (("kronfluence", "GPT"), ("curvlinops", "ViT"))  # that a library fell over must not look like agreement
 
 TITLES = {
     "factors": "K-FAC factors: time over (forward and backward + bare products)",
@@ -52,6 +53,12 @@ def disagrees(result: dict) -> bool:
     """Whether two matrices that ought to be equal are not."""
     error = result.get("relative error", "")
     return result["what"] == "agreement" and not error.startswith("skipped") and not float(error) <= TOLERANCE
+
+
+def missing(results: list[dict], peers: list[str]) -> list[str]:
+    """Comparisons that were promised, and of which there is not a single number."""
+    numbers = {(r["against"], r["problem"].split(", ")[1]) for r in results if r.get("relative error", "s")[0] != "s"}
+    return [f"{peer} on {name}" for peer, name in PROMISED if peer in peers and (peer, name) not in numbers]
 
 
 def line(result: dict) -> str:

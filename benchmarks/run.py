@@ -146,6 +146,8 @@ def main() -> None:
     target.with_suffix(".md").write_text(report.markdown(run))
     print(report.markdown(run))
     print(f"written: {target.relative_to(ROOT)}.md and .json", file=sys.stderr)
+    if "agreement" in options.what and (lost := report.missing(results, options.peers)):
+        sys.exit(f"benchmarks: nothing was compared with {', '.join(lost)}; see the table")
     if any(report.disagrees(result) for result in results):
         sys.exit("benchmarks: some matrices differ by more than they should; see the table")
 

@@ -24,12 +24,12 @@ class Workload:
     likelihood: str
 
 
-class CausalBlock(nn.Module):
+class Block(nn.Module):
     """Attention and feed-forward with residuals; the norms have no parameters."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -37,7 +37,7 @@ class CausalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.project(attended.transpose(1, 2).reshape(n, length, width))
         return x + self.contract(F.gelu(self.expand(self.norm(x))))
 
@@ -45,13 +45,15 @@ class CausalBlock(nn.Module):
 class GPT(nn.Module):
     """A small character model; the embeddings are buffers, so that every parameter belongs to a linear layer."""
 
-    def __init__(self, width: int = 128, depth: int = 4, heads: int = 4, length: int = 64) -> None:
+    def __init__(
+        self, width: int = 128, depth: int = 4, heads: int = 4, length: int = 64, classes: int = TOKENS
+    ) -> None:
         super().__init__()
         self.register_buffer("tokens", torch.randn(TOKENS, width))
         self.register_buffer("positions", torch.randn(length, width))
-        self.blocks = nn.Sequential(*(CausalBlock(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.head = nn.Linear(width, TOKENS)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.tokens[tokens] + self.positions)))

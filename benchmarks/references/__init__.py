@@ -4,7 +4,8 @@
 
 The matrix is dense ``[P, P]`` in the order of the model's parameters, or its diagonal ``[P]``; `scale` is the factor by
 which its convention exceeds ours, derived from the library's definitions. It raises `Skip` for what the library does
-not offer.
+not offer. `COUNTERPARTS` (optional) names matrices that are something else there: name → ours in its terms, made from
+`estimate(name of a fit)`.
 """
 
 from problems import Problem

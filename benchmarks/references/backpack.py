@@ -13,7 +13,7 @@ from kronfisher import Fisher
 from references import loss_scale
 
 
-def counterpart(problem: Problem, estimate: Callable[[str], Fisher]) -> Tensor:
+def counterpart(estimate: Callable[[str], Fisher]) -> Tensor:
     """Its K-FAC in terms of ours: no cross terms of weight and bias, and for T positions another matrix.
 
     It multiplies Σ_t a aᵀ (ours expand, T times its mean) by products of output gradients that are already summed over
@@ -26,6 +26,9 @@ def counterpart(problem: Problem, estimate: Callable[[str], Fisher]) -> Tensor:
         inputs, outputs = positions * expand[name].A[0], positions**2 * reduce[name].B[0]
         blocks += [torch.kron(outputs, inputs[:-1, :-1]), outputs]
     return torch.block_diag(*blocks)
+
+
+COUNTERPARTS = {"kfac": counterpart}
 
 
 def matrix(problem: Problem, kind: str, labels: str, reduction: str) -> tuple[Tensor, float, str]:

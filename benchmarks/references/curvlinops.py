@@ -14,8 +14,8 @@ def matrix(problem: Problem, kind: str, labels: str, reduction: str) -> tuple[Te
         raise Skip("the diagonal of `full`, nothing of its own")
     if labels == "observed" and problem.positions > 1 and kind in ("full", "ekfac"):
         raise Skip("treats positions as separate data: another matrix, without products of different positions")
-    if labels == "exact" and problem.positions > 1 and kind == "kfac-reduce":
-        raise Skip("sends one column back for all positions at once: no root of the Hessian once positions are summed")
+    if labels == "exact" and problem.positions > 1 and (kind == "kfac-reduce" or "GPT" in problem.name):
+        raise Skip("sends one column back for all positions at once: no root of the Hessian once positions are mixed")
     sequence = problem.likelihood == "categorical" and problem.positions > 1
     model = ClassesSecond(problem.model) if sequence else problem.model
     loss = LOSSES[problem.likelihood](reduction=reduction)

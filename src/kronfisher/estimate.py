@@ -170,8 +170,9 @@ def _joined(entries: list[Entry]) -> list[Entry]:
         for k, (others, other) in enumerate(joined):
             windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
             if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
-                first = (others, other + operator.transposed())
-                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed())
+                (_, *own), (_, *theirs) = blocks[0].shape, others[0].shape
+                first = (others, other + operator.transposed(*own))
+                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed(*theirs))
                 break
         else:
             joined.append((blocks, operator))

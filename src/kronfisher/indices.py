@@ -86,6 +86,14 @@ class Indices(Activations):
             self._add_squares(total, owners, rows, some)
         return total.mT[None]
 
+    def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, several = self.values.shape
+        owners = torch.arange(n, device=self.values.device).view(-1, 1, 1).expand_as(self.values)
+        places, inverse = (owners * self.width + self.values).flatten().unique(return_inverse=True)
+        rows = gradients[0, :, :, None].expand(-1, -1, several, -1) * self.weights[..., None].to(gradients.dtype)
+        sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
+        return places % self.width, sums[None]
+
     def _add_squares(self, total: Tensor, owners: Tensor, rows: Tensor, some: slice) -> None:
         """``total[i] += Σ_owner (Σ w · row over the owner's entries with index i)∘²``, ``[I, O]``."""
         values, weights = self.values[some], self.weights[some].to(total.dtype)

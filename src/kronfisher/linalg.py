@@ -50,11 +50,13 @@ def promote(tensor: Tensor) -> Tensor:
 def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
     """``total += xᵀ x`` where only the upper triangle of `total` has to come out right; `mirror` fills in the rest.
 
+    Where `total` has one axis less than a matrix it takes the diagonal alone.
+
     Torch has no symmetric rank-k update. Halving a large matrix, then multiplying four block columns down to the
     diagonal, straight into the sum, takes about two thirds of the plain product's time.
 
     Args:
-        total: ``[D, D]`` or ``[H, D, D]``, written to; may be a strided window.
+        total: ``[D, D]`` or ``[H, D, D]``, or diagonals ``[H, D]``, written to; may be a strided window.
         x: ``[R, D]`` or ``[H, R, D]``, R rows of D columns, of the same dtype.
 
     Returns:
@@ -65,7 +67,9 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
         tensor([[10., 14.],
                 [14., 20.]])
     """
-    if total.dim() == 3 and len(total) == 1:
+    if total.dim() < x.dim():
+        total += x.square().sum(-2)
+    elif total.dim() == 3 and len(total) == 1:
         add_symmetric_product_(total[0], x[0])
     elif total.dim() == 3:
         total.baddbmm_(x.mT, x)

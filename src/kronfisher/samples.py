@@ -17,7 +17,7 @@ from torch import Tensor
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import add_symmetric_product_, mirror
 
-__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "chunks", "join", "turned"]
+__all__ = ["Activations", "Dense", "Masked", "Ones", "Samples", "add_product_", "chunks", "join", "turned"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 _CACHE = 2**22  # bytes of gradients that a processor writes out at once; more is no faster and takes more memory
@@ -40,6 +40,11 @@ def turned(rows: Tensor, side: Tensor | None) -> Tensor:
     if side is None:
         return rows
     return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """``total += xᵀ y`` for ``[H, R, D]``; of it the diagonal, where `total` is one, ``[H, D]``."""
+    total += x.mT @ y if total.dim() == 3 else (x * y).sum(1)
 
 
 class Activations:
@@ -118,6 +123,10 @@ class Activations:
 
     def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
         """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
+        return None
+
+    def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where the G_k have few columns that are not zero: their places ``[R]`` in I and they ``[1, R, O]``."""
         return None
 
     @staticmethod
@@ -322,45 +331,49 @@ class Samples:
 
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
-        if total.dim() == 2:
-            total += self.gradients.to(total.dtype).square().sum(dim=(1, 2))
-            return
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
 
     def add_output_products_(self, total: Tensor) -> None:
-        """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]``; rows are sorted by sample."""
+        """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]`` or diagonal ``[H, O]``; rows sorted by sample."""
         heads, outputs, width = self.shape
-        if self.positions == 1:
+        columns = self.activations.columns(self.gradients)
+        if columns is not None:
+            add_symmetric_product_(total, columns[1].to(total.dtype))
+        elif self.positions == 1:
             for piece in self.pieces():
                 lengths = torch.linalg.vector_norm(piece.activations.dense(), dim=-1, keepdim=True)
                 add_symmetric_product_(total, (piece.gradients * lengths).to(total.dtype).flatten(1, 2))
-        elif self._shorter(outputs, width):
+        elif self._shorter(outputs, width, total.dim() == 2):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                total += (a @ a.mT @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+                add_product_(total, (a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
         else:
             for gradients in self.per_sample():
                 add_symmetric_product_(total, gradients.mT.reshape(heads, -1, outputs))
 
     def add_input_products_(self, total: Tensor) -> None:
-        """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]``; rows are sorted by sample."""
+        """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]`` or diagonal ``[H, I]``; rows sorted by sample."""
         heads, outputs, width = self.shape
-        if self.positions == 1:
+        columns = self.activations.columns(self.gradients) if total.dim() == 2 else None
+        if columns is not None:
+            places, rows = columns
+            total.index_add_(1, places, rows.to(total.dtype).square().sum(-1))
+        elif self.positions == 1:
             for piece in self.pieces():
                 lengths = torch.linalg.vector_norm(piece.gradients, dim=-1, keepdim=True)
                 add_symmetric_product_(total, (piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
-        elif self._shorter(width, outputs):
+        elif self._shorter(width, outputs, total.dim() == 2):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                total += (g @ g.mT @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+                add_product_(total, (g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
         else:
             for gradients in self.per_sample():
                 add_symmetric_product_(total, gradients.reshape(heads, -1, width))
 
-    def _shorter(self, kept: int, summed: int) -> bool:
+    def _shorter(self, kept: int, summed: int, diagonal: bool) -> bool:
         """Whether ``[T, T]`` products are cheaper than the gradients written out, by multiplications."""
-        positions = self.positions
-        return positions * (summed + kept) + kept**2 < kept * summed * (1 + kept / (2 * positions))
+        positions, last = self.positions, 1 if diagonal else kept
+        return positions * (summed + kept) + last * kept < kept * summed * (1 + last / (2 * positions))
 
     def per_sample(self) -> Iterator[Tensor]:
         """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
@@ -399,11 +412,14 @@ class Samples:
         mask = None if self.mask is None else self.mask.clone()
         return replace(self, activations=self.activations.copied(), gradients=self.gradients.clone(), mask=mask)
 
-    def pieces(self) -> Iterator["Samples"]:
-        """A few samples at a time, their inputs written out."""
+    def _ranges(self) -> Iterator[tuple[int, int]]:
         heads, outputs, width = self.shape
         size = self.gradients.element_size() * heads * self.positions * 2 * (width + outputs)
-        for low, high in chunks(len(self), size, self.workspace):
+        return chunks(len(self), size, self.workspace)
+
+    def pieces(self) -> Iterator["Samples"]:
+        """A few samples at a time, their inputs written out."""
+        for low, high in self._ranges():
             activations = Dense(self.activations.dense(low, high))
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
@@ -414,13 +430,15 @@ class Samples:
             inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
             outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
-        if inputs is not None and inputs.dim() == 2:  # they need not be written out
-            activations = self.activations.scaled(inputs)
+        if inputs is None or inputs.dim() == 2:  # they need not be written out
+            activations = self.activations if inputs is None else self.activations.scaled(inputs)
             yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
             return
-        for piece in self.pieces():
-            activations = Dense(turned(piece.activations.dense(), inputs))
-            yield replace(piece, activations=activations, gradients=turned(piece.gradients, outputs))
+        for low, high in self._ranges():
+            activations = Dense(self.activations.times(inputs, low, high))
+            yield replace(
+                self, activations=activations, gradients=turned(self.gradients[:, low:high], outputs), mask=None
+            )
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""

@@ -174,6 +174,14 @@ class Keep(Fit):
         (use,) = samples
         if state.name not in self.wanted:
             return state
+        heads, outputs, inputs = use.shape
+        directions = 3 * heads * (outputs**2 + inputs**2) * use.gradients.element_size()  # the least that Lanczos keeps
+        if directions > self.room.budget:
+            raise MemoryBudgetError(
+                f"{state.name}: the spectrum needs {directions:,} bytes for directions of {inputs:,} x {inputs:,} and "
+                f"{outputs:,} x {outputs:,} numbers, more than the {self.room.budget:,} there are. Name other blocks "
+                f"in fisher.spectrum(data, block=...), one by one."
+            )
         self.room.bytes += use.bytes
         if self.room.bytes > self.room.budget:
             raise MemoryBudgetError(

@@ -93,25 +93,80 @@ class Largest(TorchDispatchMode):
         return result
 
 
+WORDS = 50_000
+SIDED = {
+    **{name: name for name in ("kfac", "kfac-reduce", "ekfac", "diagonal", "tkfac", "kl", "auto", "kfac-corrected")},
+    **{name: name for name in ("kfoc", "kfoc-exact", "kfoc-running", "kfoc-approx", "kpsvd", "kronecker-sum")},
+    **{f"sum, {method}": kf.KroneckerSum(method=method) for method in ("deflation", "nonnegative")},
+    **{f"ekfac, {basis}": kf.EKFAC(basis) for basis in (kf.TKFAC(), kf.KL(), kf.KFOC(), kf.KFAC("reduce"))},
+}
+INDEFINITE = ("kfac-corrected", "kronecker-sum", "sum, deflation")
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("fit", ["kfac", "kfac-reduce", "ekfac", "diagonal"])
+@pytest.mark.parametrize("fit", SIDED)
 def test_a_vocabulary_is_never_squared(fit, tied):
-    words, width = 50_000, 4
+    words, width = WORDS, 4
     model = Written(
         lambda m, x: m.e(x).tanh() @ m.e.weight.t() if tied else F.linear(m.e(x), m.w, m.b),
         e=nn.Embedding(words, width), **({} if tied else {"w": torch.randn(words, width), "b": torch.zeros(words)}),
     )  # fmt: skip
     x = tokens(2, 3, high=words)
     with Largest() as largest:
-        fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit=fit)
+        fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit=SIDED[fit])
     assert largest.numel <= 2 * words * (width + 1) * 6  # a few times the weights or the outputs
     structures = " ".join(row.structure for row in fisher.report().rows)
     assert fit == "diagonal" or "diag(50000)" in structures
     v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     assert torch.isfinite((fisher @ v)["e.weight"]).all()
-    if not tied:
+    if fit not in INDEFINITE and (not tied or fit[:5] not in ("ekfac", "auto")):  # two bases have no inverse
         solved = (fisher + 0.1).solve(v)
         assert torch.allclose(((fisher + 0.1) @ solved)["e.weight"], v["e.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("fit", [kf.Full(), kf.Full(across_layers=True)])
+def test_the_exact_block_of_a_vocabulary_is_refused_with_its_bytes(fit):
+    model = Written(lambda m, x: m.e(x).sin().sum(1), e=nn.Embedding(WORDS, 4))
+    with pytest.raises(kf.MemoryBudgetError, match=r"needs 320,000,000,000 bytes .* Use a smaller structure for the"):
+        kf.estimate(model, tokens(2, 3, high=WORDS), kf.Gaussian(), fit=fit)
+
+
+def test_the_spectrum_of_a_vocabulary_is_refused_with_its_bytes():
+    model, x = Written(lambda m, x: m.e(x).sin().sum(1), e=nn.Embedding(WORDS, 4)), tokens(2, 3, high=WORDS)
+    fisher = kf.estimate(model, x, kf.Gaussian())
+    with pytest.raises(kf.MemoryBudgetError, match=r"e\.weight: the spectrum needs [0-9,]{14,} bytes for directions"):
+        fisher.spectrum(x)
+
+
+def test_bags_of_a_vocabulary():
+    model = Written(lambda m, x: m.l(m.e(x)), e=nn.EmbeddingBag(WORDS, 4), l=nn.Linear(4, 3))
+    x = tokens(6, 3, high=WORDS)
+    for fit in SIDED.values():
+        with Largest() as largest:
+            fisher = kf.estimate(model, x, kf.Categorical(), fit=fit)
+        assert largest.numel <= WORDS * 4 * 6 and torch.isfinite(fisher.trace())
+    exact = kf.estimate(model, x, kf.Categorical(), fit="diagonal")
+    assert torch.allclose(kf.estimate(model, x, kf.Categorical(), fit="tkfac").trace(), exact.trace())
+
+
+@pytest.mark.parametrize("fit", ["kfac", "tkfac", "kl", "kfoc", "auto"])
+def test_a_large_tied_weight_is_solved_as_a_small_one_is(fit, monkeypatch):
+    """Above the limit of what is formed, the two roles are a sum of two products; the matrix is the same."""
+    model = Written(lambda m, x: m.e(x).tanh() @ m.e.weight.t(), e=nn.Embedding(V, D)).double()
+    x = tokens(5, 4)
+
+    def solved():
+        fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit=fit)
+        v = torch.arange(V * D).double()
+        return fisher["e.weight"], fisher.to_dense(), (fisher + 0.1).solve(v)
+
+    small, dense, answer = solved()
+    for name in ("kronecker", "total"):
+        monkeypatch.setattr(f"kronfisher.operators.{name}.DENSE_LIMIT", 3)
+    large, same, close = solved()
+    assert large.kind == "kronecker-sum" or fit == "auto"
+    assert small.kind == "total" or fit == "auto"
+    assert torch.allclose(dense, same) and torch.allclose(answer, close, rtol=1e-4)
 
 
 def test_sides_beyond_the_limit_are_diagonals():

@@ -206,6 +206,36 @@ def sizes(group: tuple[Block, ...]) -> tuple[int, int, int]:
     return block.shape
 
 
+MAX_DIM = 10240  # of a side that is a matrix: 400 MiB in float32
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def checked_max_dim(fit: Any) -> None:
+    """ValueError unless its `max_dim` is a size."""
+    if not isinstance(fit.max_dim, int) or fit.max_dim < 0:
+        raise ValueError(
+            f"{type(fit).__name__}(max_dim={fit.max_dim!r}): the largest side that is a matrix is an integer >= 0."
+        )
+
+
+def side_shapes(group: tuple[Block, ...], max_dim: int = MAX_DIM, *, summed: bool = False) -> Shapes:
+    """Shapes of the sides A and B of a group of one block: ``[H, D, D]``, or ``[H, D]`` for a diagonal.
+
+    Args:
+        group: one block.
+        max_dim: sides beyond it are diagonals, as are those of inputs that are looked up in a table.
+        summed: rows of a table are summed before they are multiplied, so that their moments are no diagonal.
+    """
+    heads, outputs, inputs = sizes(group)
+    onehot = group[0].onehot and not summed
+
+    def shape(size: int, diagonal: bool) -> tuple[int, ...]:
+        return (heads, size) if diagonal or size > max_dim else (heads, size, size)
+
+    return shape(inputs, onehot), shape(outputs, False)
+
+
 def elements(*shape: int) -> int:
     """How many numbers a tensor of that shape holds."""
     return prod(shape)

@@ -6,7 +6,19 @@ from typing import Literal
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Number, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import (
+    MAX_DIM,
+    Fit,
+    Number,
+    Plan,
+    Shapes,
+    State,
+    checked_max_dim,
+    elements,
+    reciprocal,
+    register,
+    side_shapes,
+)
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker
 from kronfisher.samples import Samples
@@ -41,27 +53,20 @@ class KFAC(Fit):
     """
 
     mode: Literal["expand", "reduce"] = "expand"
-    max_dim: int = 10240
+    max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
         if self.mode not in ("expand", "reduce"):
             raise ValueError(f"KFAC(mode={self.mode!r}): use 'expand' or 'reduce'.")
-        if not isinstance(self.max_dim, int) or self.max_dim < 0:
-            raise ValueError(f"KFAC(max_dim={self.max_dim!r}): the largest side that is a matrix is an integer >= 0.")
+        checked_max_dim(self)
 
     def __repr__(self) -> str:
         own = f", max_dim={self.max_dim}" if self.max_dim != KFAC.max_dim else ""
         return f"KFAC(mode={self.mode!r}{own})"
 
-    def sides(self, group: tuple[Block, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sides(self, group: tuple[Block, ...]) -> Shapes:
         """Shapes of the input and of the output side: ``[H, n, n]``, or ``[H, n]`` for a diagonal."""
-        heads, outputs, inputs = sizes(group)
-        onehot = group[0].onehot and self.mode == "expand"  # then the second moments of inputs are diagonal
-
-        def shape(size: int, diagonal: bool) -> tuple[int, ...]:
-            return (heads, size) if diagonal or size > self.max_dim else (heads, size, size)
-
-        return shape(inputs, onehot), shape(outputs, False)
+        return side_shapes(group, self.max_dim, summed=self.mode == "reduce")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         inputs, outputs = self.sides(group)

@@ -11,9 +11,19 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import NumericalError, NumericalWarning
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register
-from kronfisher.fits.kfac import KFAC
-from kronfisher.linalg import eigh, mirror
+from kronfisher.fits.fit import (
+    MAX_DIM,
+    Fit,
+    Plan,
+    Shapes,
+    State,
+    checked_max_dim,
+    elements,
+    reciprocal,
+    register,
+    side_shapes,
+)
+from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.rearrangement import (
     ROUTES,
@@ -29,9 +39,11 @@ from kronfisher.rearrangement import (
     over,
     products,
     rearranged,
+    semidefinite,
     squared_products,
     times,
     truncated,
+    whole,
 )
 from kronfisher.samples import WORKSPACE, Samples
 
@@ -90,10 +102,11 @@ class KFOC(Fit):
     tolerance: float = 1e-3
     iterations: int = 50
     warm_start: bool = True
-    max_dim: int = 10240
+    max_dim: int = MAX_DIM
     route: str | None = None
 
     def __post_init__(self) -> None:
+        checked_max_dim(self)
         if self.aggregation not in ("memory", "running", "approx", "exact"):
             raise ValueError(f"aggregation={self.aggregation!r}: use 'memory', 'exact', 'running' or 'approx'.")
         if self.rank_memory < 1 or self.iterations < 1 or not self.tolerance >= 0:
@@ -116,9 +129,9 @@ class KFOC(Fit):
         several = self.aggregation in ("memory", "exact") and not wide and all(len(side) == 3 for side in sides)
         return self.rank_memory if several else 1
 
-    def sides(self, block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sides(self, block: Block) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
-        return KFAC(max_dim=self.max_dim).sides((block,))
+        return side_shapes((block,), self.max_dim)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         sides, terms = [elements(*side) for side in self.sides(group[0])], self._terms(group[0])
@@ -493,17 +506,6 @@ def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
                 piece.append(several if end - begin == len(several) else several.part(begin, end))
             offset += len(several)
         yield piece
-
-
-def semidefinite(matrix: Tensor, name: str) -> Tensor:
-    """Without the negative eigenvalues that recompressing a sum of products may leave, far below the others."""
-    values, vectors = eigh(matrix, name)
-    return (vectors * values.unsqueeze(1)) @ vectors.mT
-
-
-def whole(side: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """A side times a scale, from its upper triangle where it is a matrix."""
-    return mirror(side, scale) if side.dim() == 3 else side * scale
 
 
 def balanced(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecker:

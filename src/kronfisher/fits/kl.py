@@ -7,10 +7,23 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import SingularError
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.linalg import cholesky, mirror
+from kronfisher.fits.fit import (
+    MAX_DIM,
+    Fit,
+    Plan,
+    State,
+    checked_max_dim,
+    elements,
+    reciprocal,
+    register,
+    side_shapes,
+    sizes,
+)
+from kronfisher.linalg import cholesky
 from kronfisher.operators import Kronecker
 from kronfisher.operators.operator import nonnegative
+from kronfisher.operators.sides import diagonal, factor
+from kronfisher.rearrangement import norm, over, times, whole
 from kronfisher.samples import Samples
 
 __all__ = ["KL"]
@@ -37,6 +50,8 @@ class KL(Fit):
             least max(I, O) samples, I + 1 if I = O), never with dead inputs or softmax outputs.
         iterations: double steps at most.
         tolerance: a group is done when its A, at norm one, changes by no more than this in a double step.
+        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then X is the
+            minimum under that constraint.
 
     Raises:
         ValueError: a number makes no sense.
@@ -53,22 +68,26 @@ class KL(Fit):
     damping: float = 1e-3
     iterations: int = 20
     tolerance: float = 1e-3
+    max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
+        checked_max_dim(self)
         nonnegative(self.damping, "KL: the damping λ")
         nonnegative(self.tolerance, "KL: the tolerance")
         if not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"KL(iterations={self.iterations!r}): an integer of at least 1.")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
-        return Plan(4 * element * elements(heads, inputs**2 + outputs**2), passes=2 * self.iterations)
+        numbers = sum(elements(*side) for side in side_shapes(group, self.max_dim))
+        return Plan(4 * element * numbers, passes=2 * self.iterations)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        heads, outputs, inputs = sizes(group)
-        identity = torch.eye(inputs, dtype=like.dtype, device=like.device).expand(heads, -1, -1)
-        sums = {"outputs": like.new_zeros(heads, outputs, outputs)}
-        going = torch.ones(heads, dtype=torch.bool, device=like.device)
+        inputs, outputs = side_shapes(group, self.max_dim)
+        identity = like.new_ones(inputs)
+        if len(inputs) == 3:
+            identity = torch.eye(inputs[1], dtype=like.dtype, device=like.device).expand(inputs)
+        sums = {"outputs": like.new_zeros(outputs)}
+        going = torch.ones(inputs[0], dtype=torch.bool, device=like.device)
         return State(group, plan, sums, {"A": identity, "root": identity, "going": going})
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
@@ -86,23 +105,22 @@ class KL(Fit):
 
     def next_pass(self, state: State) -> State | None:
         A, B = self._sides(state)
-        heads, outputs, inputs = sizes(state.blocks)
+        inputs, outputs = side_shapes(state.blocks, self.max_dim)
         going = state.fixed["going"]
         if "inputs" in state.sums:
             going = going & (_change(A, state.fixed["A"]) > self.tolerance)
             if state.phase + 1 >= 2 * self.iterations or not bool(going.any()):
                 return None
-            sums, side = {"outputs": A.new_zeros(heads, outputs, outputs)}, A
+            sums, side = {"outputs": A.new_zeros(outputs)}, A
         else:
-            sums, side = {"inputs": A.new_zeros(heads, inputs, inputs)}, B
+            sums, side = {"inputs": A.new_zeros(inputs)}, B
         fixed = {"A": A, "B": B, "root": self._root(side, state.name), "going": going}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
 
     def finish(self, state: State) -> Kronecker:
         A, B = self._sides(state)
-        mean = [side.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] for side in (A, B)]
-        even = (mean[1] / mean[0]).sqrt()  # so that damping both sides alike makes sense
-        return Kronecker(A * even, B / even, name=state.name, definite=self.damping > 0)
+        even = (diagonal(B).mean(1) / diagonal(A).mean(1)).sqrt()  # so that damping both sides alike makes sense
+        return Kronecker(times(A, even), times(B, 1 / even), name=state.name, definite=self.damping > 0)
 
     def notes(self, state: State) -> str:
         steps = (state.phase + 1) // 2
@@ -118,35 +136,43 @@ class KL(Fit):
         state.checked()
         _, outputs, inputs = sizes(state.blocks)
         root, scale = state.fixed["root"], reciprocal(state.count)
-        shift = self.damping * root.square().sum((1, 2))  # λ tr of the other side's inverse
-        going = state.fixed["going"][:, None, None]
+        shift = self.damping * root.square().flatten(1).sum(1)  # λ tr of the other side's inverse
+        going = state.fixed["going"]
         if "outputs" in state.sums:
-            B = _shifted(mirror(state.sums["outputs"], scale), shift) / inputs
-            return state.fixed["A"], torch.where(going, B, state.fixed.get("B", B))
-        A = _shifted(mirror(state.sums["inputs"], scale), shift) / outputs
-        return torch.where(going, A, state.fixed["A"]), state.fixed["B"]
+            B = _shifted(whole(state.sums["outputs"], scale), shift) / inputs
+            return state.fixed["A"], _chosen(going, B, state.fixed.get("B", B))
+        A = _shifted(whole(state.sums["inputs"], scale), shift) / outputs
+        return _chosen(going, A, state.fixed["A"]), state.fixed["B"]
 
     def _root(self, side: Tensor, name: str) -> Tensor:
-        """R ``[H, n, n]`` with ``R Rᵀ = side⁻¹``."""
+        """R ``[H, n, n]`` with ``R Rᵀ = side⁻¹``, or its diagonal."""
         try:
-            lower = cholesky(side, name)
+            lower = cholesky(side, name) if side.dim() == 3 else factor(side, name)
         except SingularError as error:
             raise SingularError(
                 f"{name}: KL(damping={self.damping:g}) has no minimum to {side.dtype} precision, because a side of the "
                 "product is singular (dead inputs, softmax outputs or too few data). Use a larger damping, or float64."
             ) from error
+        if lower.dim() == 2:
+            return lower.reciprocal()
         identity = torch.eye(side.shape[-1], dtype=side.dtype, device=side.device).expand_as(side)
         return torch.linalg.solve_triangular(lower, identity, upper=False).mT.contiguous()
 
 
 def _shifted(side: Tensor, shift: Tensor) -> Tensor:
+    if side.dim() == 2:
+        return side + shift[:, None]
     return side + torch.diag_embed(shift[:, None].expand(-1, side.shape[-1]))
+
+
+def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Group by group the new side or the old one."""
+    return torch.where(which.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 def _change(new: Tensor, old: Tensor) -> Tensor:
     """``‖A / ‖A‖ − A' / ‖A'‖‖`` of each group, ``[H]``: the scale may move between A and B."""
-    new, old = (side / torch.linalg.matrix_norm(side, keepdim=True) for side in (new, old))
-    return torch.linalg.matrix_norm(new - old)
+    return norm(over(new, norm(new)) - over(old, norm(old)))
 
 
 register("kl", KL)

@@ -8,12 +8,24 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.fits.kfoc import balanced, inner, pieces, semidefinite
-from kronfisher.linalg import mirror
+from kronfisher.fits.fit import (
+    MAX_DIM,
+    Fit,
+    Plan,
+    Shapes,
+    State,
+    checked_max_dim,
+    elements,
+    reciprocal,
+    register,
+    side_shapes,
+)
+from kronfisher.fits.kfoc import balanced, inner, pieces
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
+from kronfisher.operators.sides import diagonal
 from kronfisher.rearrangement import (
+    Diagonals,
     Explicit,
     Gram,
     Joint,
@@ -28,8 +40,11 @@ from kronfisher.rearrangement import (
     norm,
     positive_terms,
     rearranged,
+    semidefinite,
     squared_products,
+    times,
     truncated,
+    whole,
 )
 from kronfisher.samples import Samples
 
@@ -62,10 +77,13 @@ class KroneckerSum(Fit):
             sides as it takes steps besides.
         tolerance: of the residuals of the triplets relative to the first singular value, or of an A of norm one.
         iterations: steps at most.
+        max_dim: sides beyond this size are kept as their diagonals in every term, as those of lookups in a table are:
+            then the sum is the best under that constraint.
 
     Raises:
         ValueError: an option makes no sense.
-        UnsupportedError: while it is fitted, ``"gram"`` met a weight that several positions share.
+        UnsupportedError: while it is fitted, ``"gram"`` met a weight that several positions share, or a side that is
+            kept as a diagonal.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -82,8 +100,10 @@ class KroneckerSum(Fit):
     memory: int | None = None
     tolerance: float = 1e-4
     iterations: int = 100
+    max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
+        checked_max_dim(self)
         if self.method not in ("lanczos", "deflation", "gram", "nonnegative"):
             raise ValueError(f"method={self.method!r}: use 'lanczos', 'deflation', 'gram' or 'nonnegative'.")
         if self.rank < 1 or self.iterations < 1 or not self.tolerance >= 0:
@@ -101,14 +121,17 @@ class KroneckerSum(Fit):
         return 2 * self.rank + 4 if self.memory is None else self.memory
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
         terms = 2 * self.carried + self.rank
-        return Plan(terms * element * elements(heads, inputs**2 + outputs**2))
+        return Plan(terms * element * sum(elements(*side) for side in self.sides(group)))
+
+    def sides(self, group: tuple[Block, ...]) -> Shapes:
+        """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
+        return side_shapes(group, self.max_dim)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         sums = {name: like.new_zeros((), dtype=torch.float64) for name in _NUMBERS}
         for kind in ("even", "odd"):
-            sums |= _stacks(kind, *_empty(group, like))
+            sums |= _stacks(kind, *(like.new_zeros(0, *side) for side in self.sides(group)))
         return State(group, plan, sums)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
@@ -131,7 +154,7 @@ class KroneckerSum(Fit):
         for kind in ("even", "odd"):
             A, B = (torch.cat([x.sums[f"{kind}.{side}"], y.sums[f"{kind}.{side}"]]) for side in ("inputs", "outputs"))
             weights = torch.tensor([wx] * len(x.sums[f"{kind}.inputs"]) + [wy] * len(y.sums[f"{kind}.inputs"]))
-            B = B * weights.to(B)[:, None, None, None]
+            B = B * weights.to(B).view(-1, *[1] * (B.dim() - 1))
             both.sums |= _stacks(kind, *self._shortened(A, B, self.carried))
         return both
 
@@ -148,9 +171,10 @@ class KroneckerSum(Fit):
         A[0], B[0] = semidefinite(A[0], state.name), semidefinite(B[0], state.name)
         if len(A) == 1:
             return balanced(A[0], B[0], scale, state.name)
-        ratio = _evened(A[0], B[0])[:, None, None]
+        ratio = _evened(A[0], B[0])
+        A, B = (torch.stack([times(side, by) for side in s]) for s, by in ((A, ratio), (B, scale / ratio)))
         positive = self.method == "nonnegative"
-        return KroneckerSumOperator(A * ratio, B * (scale / ratio), state.name, nonnegative=positive, antisymmetric=odd)
+        return KroneckerSumOperator(A, B, state.name, nonnegative=positive, antisymmetric=odd)
 
     def error(self, state: State, operator: Operator) -> float | None:
         """Where the norm of the block is affordable; over several pieces from the terms carried, slightly too small.
@@ -191,14 +215,16 @@ class KroneckerSum(Fit):
         self._merge(state, piece, self.rank)
 
     def _merge(self, state: State, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
+        self._require_gram(state, piece)
         steps, accuracy = 0.0, 0.0
-        norm = _squared_norm(piece)
-        if norm is None or (len(state.sums["even.inputs"]) and piece[0].shape[0] > 1):  # groups meet in no term
+        norm, sides = _squared_norm(piece), self.sides(state.blocks)
+        parted = piece[0].shape[0] > 1 or _diagonal(sides)  # what pieces share beyond their terms is in no term
+        if norm is None or (len(state.sums["even.inputs"]) and parted):
             state.facts["uncertain"] = True
         else:
             state.sums["norm"] += norm
         for kind, odd in (("even", False), ("odd", True)):
-            found = self._found(piece, terms, odd, less)
+            found = self._found(piece, sides, terms, odd, less)
             if found is None:
                 continue
             A, B, more, change = found
@@ -214,36 +240,43 @@ class KroneckerSum(Fit):
         state.sums["steps"] += steps
         state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
 
+    def _require_gram(self, state: State, piece: list[Samples]) -> None:
+        positions, diagonal = max(several.positions for several in piece), _diagonal(self.sides(state.blocks))
+        if self.method == "gram" and (positions > 1 or diagonal):
+            why = f"this one has {positions}" if positions > 1 else "a side of this one is kept as its diagonal"
+            raise UnsupportedError(
+                f"{state.name}: method='gram' is for weights with one position per sample and sides that are matrices; "
+                f"{why}. Use method='lanczos', for this parameter or for all."
+            )
+
     def _found(
-        self, piece: list[Samples], terms: int, odd: bool, less: Terms | None
+        self, piece: list[Samples], sides: Shapes, terms: int, odd: bool, less: Terms | None
     ) -> tuple[Tensor, Tensor, float, float] | None:
         """The leading terms of a piece of one kind, after another sum was taken away; None if there are none."""
         _, outputs, inputs = piece[0].shape
         positions = max(several.positions for several in piece)
-        if odd and (positions == 1 or self.method == "nonnegative" or min(outputs, inputs) == 1):
+        if odd and (positions == 1 or self.method == "nonnegative" or min(outputs, inputs) == 1 or _diagonal(sides)):
             return None
         if self.method == "nonnegative":
-            return self._positive(piece, terms, positions)
+            return self._positive(piece, sides, terms, positions)
         if self.method == "gram":
-            if positions > 1:
-                raise UnsupportedError(
-                    f"method='gram' is for weights with one position per sample, and this one of shape {outputs} x "
-                    f"{inputs} has {positions}; use method='lanczos', for this parameter or for all."
-                )
             source = rearranged(piece, "gram")
             assert isinstance(source, Gram)
             found = gram_spectrum(source, terms)
         else:
             find = lanczos if self.method == "lanczos" else deflated
-            source = _source(piece) if less is None else Joint(_source(piece), less)
+            source = _source(piece, sides)
+            source = source if less is None else Joint(source, less)
             found = find(source, terms, odd, self.tolerance, self.iterations)
         A, B = _rooted(found.A, found.B, found.sigma)
         return A, B, float(found.steps), float(found.change)
 
-    def _positive(self, piece: list[Samples], terms: int, positions: int) -> tuple[Tensor, Tensor, float, float]:
+    def _positive(
+        self, piece: list[Samples], sides: Shapes, terms: int, positions: int
+    ) -> tuple[Tensor, Tensor, float, float]:
         """Positive terms of a piece: a start from weights, then descent among all positive semidefinite sides."""
         heads, outputs, inputs = piece[0].shape
-        if positions == 1:
+        if positions == 1 and not _diagonal(sides):
             source = rearranged(piece, "gram")
             assert isinstance(source, Gram)
             W, U, _, steps = nonnegative_weights(source.inputs_gram, source.outputs_gram, terms, self.tolerance)
@@ -256,7 +289,7 @@ class KroneckerSum(Fit):
                 return A, B, float(steps), 0.0
         else:
             found = [
-                _source(cluster).leading(None, self.tolerance, self.iterations)
+                _source(cluster, sides).leading(None, self.tolerance, self.iterations)
                 for cluster in clusters(piece, 4 * terms)
             ]
             A, B = (torch.stack([getattr(pair, name) for pair in found]) for name in "AB")
@@ -265,7 +298,7 @@ class KroneckerSum(Fit):
             A, B = self._shortened(A, B, terms)
         # What is only carried need not be the best of its length: it is going to be shortened.
         most = _SWEEPS if terms == self.rank else _FEW
-        A, B, sweeps, change = positive_terms(_source(piece), A, B, self.tolerance, most)
+        A, B, sweeps, change = positive_terms(_source(piece, sides), A, B, self.tolerance, most)
         A, B = _ordered(A, B)
         return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
 
@@ -276,10 +309,10 @@ class KroneckerSum(Fit):
         if self.method != "nonnegative":
             B, A, _ = truncated(B, A, terms)
             return A, B
-        KA, KB = (torch.einsum("rhij,shij->hrs", side.double(), side.double()) for side in (A, B))
+        KA, KB = (torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B))
         W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
-        A = torch.einsum("hsr,shij->rhij", W.to(A), A)
-        return _ordered(A, torch.einsum("hsr,shij->rhij", U.to(B), B))
+        A = torch.einsum("hsr,sh...->rh...", W.to(A), A)
+        return _ordered(A, torch.einsum("hsr,sh...->rh...", U.to(B), B))
 
     def _terms(self, state: State) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
         """The R largest terms, A and B, and which of them are antisymmetric; the first is symmetric."""
@@ -327,9 +360,8 @@ class KFACCorrected(KroneckerSum):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         state = super().init(group, plan, like)
-        heads, outputs, inputs = sizes(group)  # never only a diagonal, as K-FAC alone may have it
-        kfac = {"inputs": like.new_zeros(heads, inputs, inputs), "outputs": like.new_zeros(heads, outputs, outputs)}
-        state.sums |= {f"kfac.{side}": total for side, total in kfac.items()}
+        inputs, outputs = self.sides(group)
+        state.sums |= {"kfac.inputs": like.new_zeros(inputs), "kfac.outputs": like.new_zeros(outputs)}
         return state
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
@@ -341,10 +373,7 @@ class KFACCorrected(KroneckerSum):
 
     def _product(self, state: State) -> tuple[Tensor, Tensor]:
         """K-FAC's factors ``[1, H, ...]``, in the scale of the sum over samples."""
-        A, B = (
-            mirror(side) if side.dim() == 3 else torch.diag_embed(side)
-            for side in (state.sums["kfac.inputs"], state.sums["kfac.outputs"])
-        )
+        A, B = whole(state.sums["kfac.inputs"]), whole(state.sums["kfac.outputs"])
         return A[None], B[None] * reciprocal(state.rows)
 
     def _merge_alone(self, state: State, piece: list[Samples]) -> None:
@@ -364,11 +393,6 @@ class KFACCorrected(KroneckerSum):
     def error(self, state: State, operator: Operator) -> float | None:
         """Not from these sums: K-FAC and its correction are not orthogonal."""
         return None
-
-
-def _empty(group: tuple[Block, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    heads, outputs, inputs = sizes(group)
-    return like.new_zeros(0, heads, inputs, inputs), like.new_zeros(0, heads, outputs, outputs)
 
 
 def _stacks(kind: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -391,7 +415,13 @@ def _route(piece: list[Samples]) -> str:
     return "weights" if found == "gram" else found
 
 
-def _source(piece: list[Samples]) -> Rearranged:
+def _diagonal(sides: Shapes) -> bool:
+    return any(len(side) == 2 for side in sides)
+
+
+def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
+    if _diagonal(sides):
+        return Diagonals(piece, sides)
     source = rearranged(piece, _route(piece))
     assert isinstance(source, Rearranged)
     return source
@@ -399,10 +429,14 @@ def _source(piece: list[Samples]) -> Rearranged:
 
 def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """σ shared between the sides; the trace of A at least zero."""
-    sign = torch.where(A.diagonal(dim1=-2, dim2=-1).sum(-1) < 0, -1.0, 1.0).to(A)
-    root = sigma.clamp_min(0).sqrt()[..., None, None]
-    sign = sign[..., None, None]
-    return A * (root * sign), B * (root * sign)
+    terms = [(times(a, s), times(b, s)) for a, b, s in zip(A, B, _signed_roots(A, sigma), strict=True)]
+    return torch.stack([a for a, _ in terms]), torch.stack([b for _, b in terms])
+
+
+def _signed_roots(A: Tensor, sigma: Tensor) -> Tensor:
+    """``[R, H]``."""
+    trace = torch.stack([diagonal(a).sum(-1) for a in A])
+    return sigma.clamp_min(0).sqrt() * torch.where(trace < 0, -1.0, 1.0).to(A)
 
 
 def _squared_norm(piece: list[Samples]) -> Tensor | None:
@@ -429,7 +463,7 @@ def _ordered(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 def _evened(A: Tensor, B: Tensor) -> Tensor:
     """``√((tr B / O) / (tr A / I))`` of every group, one where either is zero."""
-    right, left = (side.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0) for side in (A, B))
+    right, left = (diagonal(side).mean(-1).clamp_min(0) for side in (A, B))
     some = (left > 0) & (right > 0)
     return (torch.where(some, left, 1) / torch.where(some, right, 1)).sqrt()
 

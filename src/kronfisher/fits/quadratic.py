@@ -29,7 +29,7 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
         return (turned.flatten() * operator.values.double()).sum()
     if isinstance(operator, Diagonal):
         return (samples.squares().flatten().double() * operator.values.double()).sum()
-    if isinstance(operator, KroneckerSum) and operator.A.dim() == operator.B.dim() == 4:
+    if isinstance(operator, KroneckerSum):
         total = torch.stack([quadratic(samples, term) for term in operator.terms]).sum()
         return total + operator.shift * samples.squares().sum(dtype=torch.float64)
     total = samples.gradients.new_zeros((), dtype=torch.float64)

@@ -2,13 +2,23 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.linalg import mirror
+from kronfisher.fits.fit import (
+    MAX_DIM,
+    Fit,
+    Plan,
+    State,
+    checked_max_dim,
+    elements,
+    reciprocal,
+    register,
+    side_shapes,
+)
 from kronfisher.operators import Kronecker
+from kronfisher.operators.sides import diagonal
+from kronfisher.rearrangement import over, whole
 from kronfisher.samples import Samples
 
 __all__ = ["TKFAC"]
@@ -23,6 +33,13 @@ class TKFAC(Fit):
     gradients of single data are what Shampoo takes of mini-batch gradients, without its square root. Exact wherever the
     block is one Kronecker product. Each group of a convolution keeps its own trace.
 
+    Args:
+        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are; the trace is
+            the same.
+
+    Raises:
+        ValueError: `max_dim` is no size.
+
     Example:
         >>> import torch, kronfisher as kf
         >>> layer, x = torch.nn.Linear(2, 3), torch.randn(50, 2)
@@ -31,14 +48,17 @@ class TKFAC(Fit):
         ('kronecker 3x3', True)
     """
 
+    max_dim: int = MAX_DIM
+
+    def __post_init__(self) -> None:
+        checked_max_dim(self)
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
-        return Plan(2 * element * elements(heads, inputs**2 + outputs**2))
+        return Plan(2 * element * sum(elements(*side) for side in side_shapes(group, self.max_dim)))
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        heads, outputs, inputs = sizes(group)
-        sums = {"inputs": like.new_zeros(heads, inputs, inputs), "outputs": like.new_zeros(heads, outputs, outputs)}
-        return State(group, plan, sums)
+        inputs, outputs = side_shapes(group, self.max_dim)
+        return State(group, plan, {"inputs": like.new_zeros(inputs), "outputs": like.new_zeros(outputs)})
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         (use,) = samples
@@ -50,10 +70,8 @@ class TKFAC(Fit):
 
     def finish(self, state: State) -> Kronecker:
         state.checked()
-        inputs, outputs = mirror(state.sums["inputs"]), mirror(state.sums["outputs"], reciprocal(state.count))
-        trace = inputs.diagonal(dim1=1, dim2=2).sum(1)
-        scale = torch.where(trace > 0, 1 / trace, torch.zeros_like(trace))
-        return Kronecker(inputs * scale[:, None, None], outputs, name=state.name)
+        inputs, outputs = whole(state.sums["inputs"]), whole(state.sums["outputs"], reciprocal(state.count))
+        return Kronecker(over(inputs, diagonal(inputs).sum(1)), outputs, name=state.name)
 
 
 register("tkfac", TKFAC)

@@ -106,6 +106,11 @@ class Dense(Operator, kind="dense"):
         """The matrix (a copy)."""
         return self.matrix.clone()
 
+    def transposed(self, outputs: int, inputs: int) -> "Dense":
+        """Rows and columns in another order."""
+        order = torch.arange(outputs * inputs, device=self.device).view(outputs, inputs).mT.flatten()
+        return replace(self, matrix=self.matrix[order][:, order])
+
     def merged(self, other: Operator) -> Operator | None:
         """Dense and diagonal matrices are added in place of the sum."""
         if isinstance(other, Dense):

@@ -62,6 +62,10 @@ class Diagonal(Spectral, kind="diagonal"):
         """``[D, D]``."""
         return self.values.diag()
 
+    def transposed(self, outputs: int, inputs: int) -> "Diagonal":
+        """Its elements in another order."""
+        return replace(self, values=self.values.view(outputs, inputs).mT.flatten())
+
     def merged(self, other: Operator) -> Operator | None:
         """Diagonals add up to a diagonal."""
         if isinstance(other, Diagonal):

@@ -180,10 +180,10 @@ class Eigen(Spectral, kind="eigen"):
         """``(U∘²) S``, ``[D]``."""
         return self.basis.spread(self.values[None])[0]
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides of a `KroneckerBasis` of one group change places."""
         if not isinstance(self.basis, KroneckerBasis) or len(self.basis.A) > 1:
-            return super().transposed()
+            return super().transposed(outputs, inputs)
         basis = KroneckerBasis(self.basis.B, self.basis.A)
         values = self.values.reshape(self.basis.B.shape[1], self.basis.A.shape[1]).mT.flatten()
         return replace(self, basis=basis, values=values, form="")

@@ -12,6 +12,7 @@ from kronfisher.operators import sides
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.operator import Operator, nonnegative, stable_norm
 from kronfisher.operators.spectral import negligible
+from kronfisher.operators.total import DENSE_LIMIT
 
 __all__ = ["Kronecker"]
 
@@ -85,9 +86,19 @@ class Kronecker(Operator, kind="kronecker"):
         """Eigenvectors of both sides; the eigenvalues are all products of theirs."""
         return self._spectral
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides change places; for one group."""
-        return replace(self, A=self.B, B=self.A) if len(self.A) == 1 else super().transposed()
+        return replace(self, A=self.B, B=self.A) if len(self.A) == 1 else super().transposed(outputs, inputs)
+
+    def merged(self, other: Operator) -> Operator | None:
+        """Two terms of one form as a sum of products, where they are too large to be formed: it can be solved."""
+        if not isinstance(other, Kronecker) or self.dim <= DENSE_LIMIT:
+            return None
+        if (len(self.A), self.A.shape[1], self.B.shape[1]) != (len(other.A), other.A.shape[1], other.B.shape[1]):
+            return None
+        A, B = sides.stacked(self.A, other.A), sides.stacked(self.B, other.B)
+        settings = {"name": self.name, "nonnegative": True, "antisymmetric": (False, False)}
+        return Operator.kinds["kronecker-sum"].from_tensors({"A": A, "B": B}, **settings)
 
     def scaled(self, factor: float) -> "Kronecker":
         """The factor goes into B."""

@@ -197,9 +197,9 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         """As `clamped`."""
         return self._pair.absolute() if self._pair and not self.nonnegative else super().absolute()
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides of every term change places; for one group."""
-        return replace(self, A=self.B, B=self.A) if self.A.shape[1] == 1 else super().transposed()
+        return replace(self, A=self.B, B=self.A) if self.A.shape[1] == 1 else super().transposed(outputs, inputs)
 
     def scaled(self, factor: float) -> "KroneckerSum":
         """The factor goes into B and λ."""

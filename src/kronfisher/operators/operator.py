@@ -269,8 +269,8 @@ class Operator(ABC):
         new = {key: tensor.to(device=device, dtype=dtype) for key, tensor in old.items()}
         return self if all(new[key] is old[key] for key in old) else type(self).from_tensors(new, **self.settings())
 
-    def transposed(self) -> "Operator":
-        """The same matrix over ``Wᵀ [1, I, O]`` in place of ``W [1, O, I]``.
+    def transposed(self, outputs: int, inputs: int) -> "Operator":
+        """The same matrix over ``Wᵀ [1, I, O]`` in place of ``W [1, O, I]``, given O and I.
 
         Raises:
             UnsupportedError: the structure is of another kind.

@@ -61,6 +61,12 @@ def dense(side: Tensor) -> Tensor:
     return side if side.dim() == 3 else torch.diag_embed(side)
 
 
+def stacked(*several: Tensor) -> Tensor:
+    """``[R, H, n, n]``, or ``[R, H, n]`` where all are diagonals."""
+    alike = len({side.dim() for side in several}) == 1
+    return torch.stack([side if alike else dense(side) for side in several])
+
+
 def norms(side: Tensor) -> Tensor:
     """``[H]``, the Frobenius norms."""
     return stable_norm(side.flatten(1))

@@ -120,9 +120,9 @@ class Total(Operator, kind="total"):
         """Term by term."""
         return replace(self, terms=tuple(term.scaled(factor) for term in self.terms))
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """Term by term."""
-        return Total.from_terms(term.transposed() for term in self.terms)
+        return Total.from_terms(term.transposed(outputs, inputs) for term in self.terms)
 
     def trace(self) -> Tensor:
         """The sum of the traces."""

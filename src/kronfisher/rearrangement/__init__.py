@@ -13,7 +13,9 @@ from kronfisher.rearrangement.maps import (
     Weights,
     norm,
     over,
+    semidefinite,
     times,
+    whole,
 )
 from kronfisher.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.rearrangement.projected import Projected
@@ -47,7 +49,9 @@ __all__ = [
     "positive_terms",
     "products",
     "rearranged",
+    "semidefinite",
     "squared_products",
     "times",
     "truncated",
+    "whole",
 ]

@@ -18,10 +18,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.linalg import add_symmetric_product_, eigh, mirror
 from kronfisher.samples import WORKSPACE, Activations, Dense, Samples, applied
 
-__all__ = ["Explicit", "Gram", "Joint", "Pair", "Rearranged", "Rows", "Terms", "Weights", "norm", "over", "times"]
+__all__ = [
+    "Explicit",
+    "Gram",
+    "Joint",
+    "Pair",
+    "Rearranged",
+    "Rows",
+    "Terms",
+    "Weights",
+    "norm",
+    "over",
+    "semidefinite",
+    "times",
+    "whole",
+]
 
 
 _PIECE = 2**20  # numbers of a matrix that are scaled at once
@@ -44,6 +58,19 @@ def over(matrices: Tensor, scale: Tensor) -> Tensor:
 def times(matrices: Tensor, scale: Tensor) -> Tensor:
     """``[H, ...]`` times ``[H]``."""
     return matrices * scale.view(-1, *[1] * (matrices.dim() - 1))
+
+
+def whole(side: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """A side times a scale, from its upper triangle where it is a matrix."""
+    return mirror(side, scale) if side.dim() == 3 else side * scale
+
+
+def semidefinite(side: Tensor, name: str) -> Tensor:
+    """The nearest positive semidefinite side: without its negative eigenvalues."""
+    if side.dim() == 2:
+        return side.clamp_min(0)
+    values, vectors = eigh(side, name)
+    return (vectors * values.unsqueeze(1)) @ vectors.mT
 
 
 @dataclass
@@ -86,10 +113,18 @@ class Rearranged(ABC):
     def like(self) -> Tensor:
         """Some tensor with the dtype and device of the numbers."""
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` where a side is kept as its diagonal."""
+        heads, outputs, width = self.shape
+        return (heads, width, width), (heads, outputs, outputs)
+
     def first(self) -> Tensor:
         """The identity in place of A."""
-        heads, _, width = self.shape
-        return torch.eye(width, dtype=self.like().dtype, device=self.like().device).expand(heads, -1, -1)
+        like, shape = self.like(), self.sides[0]
+        if len(shape) == 2:
+            return like.new_ones(shape)
+        return torch.eye(shape[1], dtype=like.dtype, device=like.device).expand(shape)
 
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
         """The first singular pair by alternating half steps; every iterate is positive semidefinite.
@@ -400,6 +435,10 @@ class Terms(Rearranged):
         self.A, self.B, self.sign = A, B, sign
         self.shape = (A.shape[1], B.shape[-1], A.shape[-1])
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.A.shape[1:]), tuple(self.B.shape[1:])
+
     def like(self) -> Tensor:
         return self.A
 
@@ -416,6 +455,10 @@ class Joint(Rearranged):
     def __init__(self, *parts: Rearranged) -> None:
         self.parts = parts
         self.shape = parts[0].shape
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.parts[0].sides
 
     def like(self) -> Tensor:
         return self.parts[0].like()

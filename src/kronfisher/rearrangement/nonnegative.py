@@ -10,8 +10,7 @@ samples, ``a aᵀ`` and ``g gᵀ``.
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import eigh
-from kronfisher.rearrangement.maps import Rearranged, norm, over
+from kronfisher.rearrangement.maps import Rearranged, norm, over, semidefinite, times
 
 __all__ = ["nonnegative_weights", "positive_terms"]
 
@@ -99,8 +98,8 @@ def positive_terms(
 
     Args:
         source: ℛ(F).
-        A: ``[R, H, I, I]``, positive semidefinite.
-        B: ``[R, H, O, O]``, positive semidefinite.
+        A: ``[R, H, I, I]``, positive semidefinite, or diagonals ``[R, H, I]`` where those of `source` are.
+        B: ``[R, H, O, O]``, likewise.
         tolerance: stop when ``‖X‖`` changes by less than 3 % of this share in a sweep.
         iterations: sweeps at most.
 
@@ -114,23 +113,22 @@ def positive_terms(
         for sides, others, back in ((A, B, source.inputs), (B, A, source.outputs)):
             _shift_scale_(others, sides)
             for j in range(len(sides)):
-                inner = torch.einsum("rhop,hop->rh", others, others[j])  # at most one: others[j] has norm one or zero
-                rest = back(others[j]) - torch.einsum("rh,rhij->hij", inner, sides) + _by(inner[j], sides[j])
-                side = _by(torch.where(inner[j] > 0, 1 / inner[j], 0), rest)
-                values, vectors = eigh(side, "a term of a sum")
-                sides[j] = (vectors * values.unsqueeze(1)) @ vectors.mT
+                inner = torch.einsum("rh...,h...->rh", others, others[j])  # at most one: others[j] has norm one or zero
+                rest = back(others[j]) - torch.einsum("rh,rh...->h...", inner, sides) + times(sides[j], inner[j])
+                sides[j] = semidefinite(over(rest, inner[j]), "a term of a sum")
         new = _size(A, B)
         change = float(((new - old).abs() / new.clamp_min(torch.finfo(new.dtype).tiny)).max())
         old = new
         if change <= 0.03 * tolerance:
             break
     mapped = zip(A, B, strict=True)  # A of norm one
-    cross = torch.stack([(source.outputs(a).double() * b.double()).sum((1, 2)) for a, b in mapped]).sum(0)
+    cross = torch.stack([(source.outputs(a).double() * b.double()).flatten(1).sum(1) for a, b in mapped]).sum(0)
     own = _size(A, B).square()
-    B = B * torch.where(own > 0, cross / own, 1).to(B)[:, None, None]
+    scale = torch.where(own > 0, cross / own, 1).to(B)
+    B = torch.stack([times(b, scale) for b in B])
     for a, b in zip(A, B, strict=True):
         root = norm(b).sqrt()
-        a.copy_(_by(root, a))
+        a.copy_(times(a, root))
         b.copy_(over(b, root))
     return A, B, sweeps, change
 
@@ -140,17 +138,13 @@ def _shift_scale_(sides: Tensor, others: Tensor) -> None:
     for side, other in zip(sides, others, strict=True):
         size = norm(side)
         side.copy_(over(side, size))
-        other.copy_(_by(size, other))
+        other.copy_(times(other, size))
 
 
 def _size(A: Tensor, B: Tensor) -> Tensor:
     """``‖Σ B_r ⊗ A_r‖ [H]``, in float64."""
-    grams = [torch.einsum("rhij,shij->hrs", side.double(), side.double()) for side in (A, B)]
+    grams = [torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B)]
     return (grams[0] * grams[1]).sum((1, 2)).clamp_min(0).sqrt()
-
-
-def _by(scale: Tensor, matrices: Tensor) -> Tensor:
-    return matrices * scale[:, None, None]
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

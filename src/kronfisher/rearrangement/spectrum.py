@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.rearrangement.maps import Gram, Joint, Rearranged, Terms, norm, over
+from kronfisher.rearrangement.maps import Gram, Joint, Rearranged, Terms, norm, over, times
 
 __all__ = ["Triplets", "deflated", "gram_spectrum", "lanczos"]
 
@@ -20,8 +20,8 @@ class Triplets:
     """The leading singular triplets ``σ_r B_r ⊗ A_r``, all A and B of norm one (zero where σ is), of one kind.
 
     Attributes:
-        A: ``[R, H, I, I]``.
-        B: ``[R, H, O, O]``.
+        A: ``[R, H, I, I]``, or diagonals ``[R, H, I]`` where those of ℛ(F) are.
+        B: ``[R, H, O, O]``, likewise.
         sigma: ``[R, H]``, descending.
         steps: double steps taken.
         change: how far they are from converged: a residual ``‖ℛᵀB_r − σ_r A_r‖ / σ₁``, or the last change of an A.
@@ -36,10 +36,22 @@ class Triplets:
 
 def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
     """A ``[H, I, I]`` of norm one of the kind, in general position; the same at every call."""
-    heads, _, width = source.shape
-    noise = torch.randn(heads, width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = (noise - noise.mT if antisymmetric else noise + noise.mT).to(source.like())
+    noise = torch.randn(source.sides[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = _of_kind(noise, -1 if antisymmetric else 1).to(source.like())
     return over(noise, norm(noise))
+
+
+def _of_kind(side: Tensor, sign: int) -> Tensor:
+    """The symmetric or the antisymmetric part; a diagonal is symmetric."""
+    if side.dim() == 2:
+        return side if sign == 1 else torch.zeros_like(side)
+    return (side + sign * side.mT) / 2
+
+
+def _dimension(shape: tuple[int, ...], sign: int) -> int:
+    """Of the space of all sides ``[H, D, D]`` or ``[H, D]`` of a kind."""
+    size = shape[-1]
+    return size * (size + sign) // 2 if len(shape) == 3 else size * (sign == 1)
 
 
 class OfKind(Rearranged):
@@ -49,16 +61,18 @@ class OfKind(Rearranged):
         self.source, self.sign = source, -1 if antisymmetric else 1
         self.shape = source.shape
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.source.sides
+
     def like(self) -> Tensor:
         return self.source.like()
 
     def outputs(self, A: Tensor) -> Tensor:
-        found = self.source.outputs(A)
-        return (found + self.sign * found.mT) / 2
+        return _of_kind(self.source.outputs(A), self.sign)
 
     def inputs(self, B: Tensor) -> Tensor:
-        found = self.source.inputs(B)
-        return (found + self.sign * found.mT) / 2
+        return _of_kind(self.source.inputs(B), self.sign)
 
 
 def lanczos(
@@ -77,12 +91,12 @@ def lanczos(
         iterations: double steps at most; at least R + 1 are taken.
     """
     source, sign = OfKind(source, antisymmetric), -1 if antisymmetric else 1
-    heads, outputs, width = source.shape
-    room = min(size * (size + sign) // 2 for size in (width, outputs))  # the dimension of the smaller space
+    heads, dimensions = source.shape[0], [_dimension(shape, sign) for shape in source.sides]
+    room = min(dimensions)
     limit = min(max(iterations, rank + 1), room)
     like = source.like()
     if limit < 1:
-        A, B = (like.new_zeros(rank, heads, size, size) for size in (width, outputs))
+        A, B = (like.new_zeros(rank, *shape) for shape in source.sides)
         zero = like.new_zeros(())
         return Triplets(A, B, like.new_zeros(rank, heads), zero, zero)
     v = start_of(source, antisymmetric)
@@ -104,13 +118,13 @@ def lanczos(
         betas.append(beta)
         if step + 1 == limit or (step + 1 >= rank and like.device.type == "cpu" and bool(change <= tolerance)):
             break
-    if len(U) == outputs * (outputs + sign) // 2:
+    if len(U) == dimensions[1]:
         change = torch.zeros_like(change)  # all there is
     # With the last direction as well: what the outputs span is exact then, and it is everything where they are few.
     P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas).double(), full_matrices=False)
     keep = min(rank, len(U))
-    B = torch.einsum("khij,hkr->rhij", torch.stack(U), P[:, :, :keep].to(like))
-    A = torch.einsum("khij,hrk->rhij", torch.stack(V), Q[:, :keep].to(like))
+    B = torch.einsum("kh...,hkr->rh...", torch.stack(U), P[:, :, :keep].to(like))
+    A = torch.einsum("kh...,hrk->rh...", torch.stack(V), Q[:, :keep].to(like))
     sizes = sigma[:, :keep].mT.to(like)
     if keep < rank:
         A, B, sizes = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sizes))
@@ -124,10 +138,10 @@ def _orthogonal(matrix: Tensor, basis: list[Tensor]) -> Tensor:
     stack = torch.stack(basis)
     before = norm(matrix)
     for _ in range(2):
-        matrix = matrix - torch.einsum("khij,kh->hij", stack, torch.einsum("khij,hij->kh", stack, matrix))
+        matrix = matrix - torch.einsum("kh...,kh->h...", stack, torch.einsum("kh...,h...->kh", stack, matrix))
     # What is left of a direction that lay in the span is rounding noise, not a new direction.
     noise = norm(matrix) <= 100 * torch.finfo(matrix.dtype).eps * before
-    return torch.where(noise[:, None, None], 0, matrix)
+    return torch.where(noise.view(-1, *[1] * (matrix.dim() - 1)), 0, matrix)
 
 
 def _bidiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
@@ -160,7 +174,7 @@ def deflated(
         first = number == 0 and not antisymmetric
         rest = source
         if As:
-            scaled = torch.stack([sigma[:, None, None] * B for sigma, B in zip(sigmas, Bs, strict=True)])
+            scaled = torch.stack([times(B, sigma) for sigma, B in zip(sigmas, Bs, strict=True)])
             rest = Joint(source, Terms(torch.stack(As), scaled, sign=-1.0))
         pair = rest.leading(None if first else start_of(source, antisymmetric), tolerance, iterations)
         As.append(pair.A)
