@@ -109,7 +109,7 @@ EXTERNAL: dict[str, Callable[[], Subject]] = {
 HEAD = """# Coverage
 
 What `kronfisher.coverage(model, batch)` says of some networks: which operators of torch use each parameter, and how
-`estimate` with the default K-FAC would treat it. Nothing is skipped in silence: coverage is proved on the autograd
+`estimate(..., fit="kfac")` would treat it. Nothing is skipped in silence: coverage is proved on the autograd
 graph, and a parameter that is used in a way that is not understood gets the exact diagonal from the gradients of single
 data, is listed as `fallback` with the reason, and raises under `estimate(..., strict=True)`.
 

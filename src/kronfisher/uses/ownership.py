@@ -159,8 +159,9 @@ def coupled(what: str) -> str:
     """What to say of a use whose rows belong to several data."""
     return (
         f"{what}: the gradients of single rows mix several data, so no per-datum gradient exists. Data are coupled "
-        "(normalisation over the batch, attention across it), the parameter acts before it meets the data, or it has "
-        "elements of its own for each datum. Put such layers in eval mode, or freeze it with requires_grad_(False)."
+        "(normalisation over the batch, attention across it, rows that are nodes of one graph), the parameter acts "
+        "before it meets the data, or it has elements of its own for each datum. Put such layers in eval mode, let a "
+        "datum be all rows that act on each other, or freeze it with requires_grad_(False)."
     )
 
 
