@@ -411,8 +411,8 @@ class Accumulator:
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
         if needed > limit:
             raise MemoryBudgetError(
-                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one datum, more than the "
-                f"{'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
+                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one datum, more "
+                f"than the {'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
                 f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
                 "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
