@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 TOLERANCE = 1e-5
@@ -70,6 +71,46 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
+def kfoc(results: list[dict]) -> list[str]:
+    """K-FOC's own tables."""
+
+    def rows(name: str, cells: Callable[[dict], list[str]], width: int) -> list[list[str]]:
+        chosen = [r for r in results if r["table"] == name]
+        short = ([f"skipped: {r['skipped']}", *[""] * (width - 1)] if "skipped" in r else cells(r) for r in chosen)
+        return [[r["workload"], r.get("peer", ""), *each] for r, each in zip(chosen, short, strict=True)]
+
+    def public(r: dict) -> list[str]:
+        excess = max(a - b for a, b in zip(r["our errors"], r["their errors"], strict=True))
+        seconds = [f"{r[name] * 1e3:.0f}" for name in ("theirs", "own")]
+        return [*seconds, f"{r['ratio']:.0f}", f"{excess:+.0e}", r["compared on"], r["commit"]]
+
+    def memory(r: dict) -> list[str]:
+        return [f"{r['kfac']:.0f}", f"{r['kfoc']:.0f}", f"{r['kfoc'] / r['kfac']:.2f}"]
+
+    def budget(r: dict) -> list[str]:
+        sizes = [f"{r[name] / 2**20:.1f}" for name in ("matrices", "budget", "floor")]
+        peak = [f"{r['peak'] / 2**20:.1f}", "yes" if r["within"] else "NO"] if "peak" in r else ["", "refused"]
+        return [*sizes, *peak]
+
+    tables = {
+        "K-FOC beside public implementations, milliseconds": (
+            ["theirs", "ours", "times faster", "our error − theirs, at most", "compared on", "commit"],
+            rows("public", public, 6),
+        ),
+        "Over 20,480 data": (COLUMNS["factors"], rows("long", lambda r: cells(r | {"what": "factors"}), 6)),
+        "Peak extra memory, MiB": (["K-FAC", "K-FOC", "ratio"], rows("memory", memory, 3)),
+        "Large layers in a memory budget, MiB": (
+            ["least accepted", "budget", "the model's own", "peak", "within budget + the model's own"],
+            rows("budgets", budget, 5),
+        ),
+    }
+    lines = []
+    for title, (header, body) in tables.items():
+        if body:
+            lines += ["", f"## {title}", "", *table(["", "", *header], body)]
+    return lines
+
+
 def markdown(run: dict) -> str:
     """The whole report."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -82,6 +123,7 @@ def markdown(run: dict) -> str:
         for workload in dict.fromkeys(result["workload"] for result in chosen):
             rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
+    lines += kfoc([result for result in run["results"] if result["what"] == "kfoc"])
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

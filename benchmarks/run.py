@@ -1,6 +1,6 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement] [--peers ...] [--workloads ...]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc] [--peers ...] [--workloads ...]
                          [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
@@ -31,9 +31,11 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement")} | {
+WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc")} | {
     "solve": ["solve", "solve-exact"]
 }
+TABLES = ("public", "long", "memory", "budgets")
+BUDGETS = {"wide": (0.9, 1, 2, 4), "embedding": (0.9, 1, 2, 4), "convolution": (0.9, 1, 2)}
 
 
 def pip(*arguments: str) -> str | None:
@@ -79,8 +81,9 @@ def child(script: str, *arguments: str, timeout: float, python: str | Path = PYT
     """Run one of the scripts beside this one in a fresh process and read its last line."""
     # Whether glibc keeps a freed block or returns it and pays for fresh pages next time depends on history, and decides
     # a quarter of some libraries' time. For times it keeps all; for memory it returns all: what is resident is in use.
-    threshold = "65536" if "memory" in arguments else "4000000000"
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    threshold = "65536" if "memory" in arguments or script == "budgets.py" else "4000000000"
+    paths = f"{ROOT / 'src'}{os.pathsep}{HERE}"  # this tree's kronfisher, wherever the environment was made
+    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
     settings |= {"MALLOC_MMAP_THRESHOLD_": threshold, "MALLOC_TRIM_THRESHOLD_": threshold}
     command = [str(python), str(HERE / script), *arguments]
     try:
@@ -94,12 +97,44 @@ def child(script: str, *arguments: str, timeout: float, python: str | Path = PYT
     return json.loads(lines[-1])
 
 
+def kfoc(options: argparse.Namespace) -> list[dict]:
+    """What is K-FOC's alone: beside public implementations, over many data, in memory, of large layers."""
+    results = []
+    for peer in ("bpnn", "curvlinops") if "public" in options.tables else ():
+        for workload in ("wide", "lenet"):
+            arguments = (peer, workload, "--repeats", str(max(2, options.repeats // 3)))
+            if options.sources is not None:
+                arguments += ("--sources", str(options.sources.resolve()))
+            found = child("kfoc.py", *arguments, timeout=options.timeout)
+            results.append({"what": "kfoc", "table": "public", "peer": peer, "workload": workload, **found})
+    repeats = str(max(2, options.repeats // 3))
+    for peer in ("kronfisher", "kronfisher_kfoc") if "long" in options.tables else ():
+        arguments = (peer, "autoencoder-20k", "factors", "--repeats", repeats)
+        found = child("measure.py", *arguments, timeout=options.timeout)
+        results.append({"what": "kfoc", "table": "long", "peer": peer, "workload": "autoencoder-20k", **found})
+    for workload in options.workloads if "memory" in options.tables else ():
+        found = [
+            child("measure.py", peer, workload, "memory", timeout=options.timeout).get("extra")
+            for peer in ("kronfisher", "kronfisher_kfoc")
+        ]
+        results.append({"what": "kfoc", "table": "memory", "workload": workload, "kfac": found[0], "kfoc": found[1]})
+    for case, several in BUDGETS.items() if "budgets" in options.tables else ():
+        for times in several:
+            found = child("budgets.py", case, "--times", str(times), timeout=options.timeout)
+            results.append({"what": "kfoc", "table": "budgets", "workload": case, "times": times, **found})
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS), metavar="WHAT")
     parser.add_argument("--peers", nargs="+", choices=PACKAGES, default=list(PACKAGES), metavar="PEER")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD")
     parser.add_argument("--repeats", type=int, default=9, help="repeats after one round of warming up, at least 2")
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="of --what kfoc", metavar="TABLE"
+    )
+    parser.add_argument("--sources", type=Path, help="folder with clones of BPNN and curvlinops, for --what kfoc")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
     options = parser.parse_args()
     versions = environment()
@@ -121,6 +156,9 @@ def main() -> None:
             found = child("scaling.py", *arguments, timeout=options.timeout, python=sys.executable)
             results += [{"what": what, **row} for row in found.get("rows", [found])]
             print(what, found.get("figure", found.get("skipped")), file=sys.stderr)
+            continue
+        if what == "kfoc":
+            results += kfoc(options)
             continue
         if what == "steps":
             for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:

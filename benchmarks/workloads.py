@@ -82,6 +82,13 @@ def autoencoder() -> Workload:
     )
 
 
+def autoencoder_long() -> Workload:
+    """The same network over 20,480 data: 40 batches of 512."""
+    short = autoencoder()
+    images = [torch.rand(512, 784) for _ in range(40)]
+    return Workload(short.model, [(x, x.round()) for x in images], short.likelihood)
+
+
 def mlp() -> Workload:
     """2048-2048-2048-10, ReLU; 2 batches of 1024."""
     return Workload(dense_layers(2048, 2048, 2048, 10, activation=nn.ReLU), classified((2048,), 2, 1024), "categorical")
@@ -121,6 +128,7 @@ def lenet() -> Workload:
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "autoencoder": autoencoder,
+    "autoencoder-20k": autoencoder_long,
     "mlp": mlp,
     "gpt": gpt,
     "alexnet": alexnet,

@@ -410,11 +410,11 @@ class Accumulator:
         needed = sum(plan.standing for plan in plans) + max(plan.least for plan in plans)
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
         if needed > limit:
-            kind = "free memory" if self.memory_budget is None else "memory_budget"
             raise MemoryBudgetError(
                 f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one datum, more "
-                f"than the {kind} of {limit:,} bytes ({limit / 2**30:.2f} GiB). Use a smaller structure for the largest "
-                "layers, for example fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
+                f"than the {'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
+                f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
+                "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
         return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - standing), 1)
 
