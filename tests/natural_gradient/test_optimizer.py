@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.experiments.race.problems import PROBLEMS
 from kronfisher.likelihoods import Categorical
 from tests.exact import exact_fisher
 
@@ -288,6 +289,38 @@ def test_a_step_that_makes_the_loss_rise_is_undone_bit_for_bit():
         assert damping is None or report.damping > damping
         damping = report.damping
     assert optimizer.report().rejected == 2
+
+
+@pytest.mark.parametrize("stride", [0.02, 0.2])
+def test_the_first_steps_are_bounded_by_the_weights(stride):
+    model, data = network(), batches(6)
+    trust = kf.LevenbergMarquardt(stride=stride, warmup=4, initial=1e-6, floor=1e-9, relative=1e-6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=trust, refresh=kf.Refresh(1, 1, 1))
+    shares = []
+    for x, y in data:
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1}
+        optimizer.state.clear()  # without the last step
+        optimizer.step(lambda x=x: model(x), y)
+        own = dict(model.named_parameters())
+        shares.append(max(float((own[name].detach() - p).norm() / p.norm()) for name, p in before.items()))
+    assert max(shares[:4]) <= stride * 1.001 and shares[0] == pytest.approx(stride, rel=1e-3)
+    assert max(shares[4:]) > stride
+
+
+@pytest.mark.parametrize("fit", ["ekfac", "ekfac-kfoc", "kfoc"])
+def test_an_autoencoder_does_not_stall_where_kfac_goes_on(fit):
+    task = PROBLEMS["digits"].load()
+    reached = {}
+    for one in ("kfac", fit):
+        model = task.model(seed=0)
+        optimizer = kf.NaturalGradient(model, task.likelihood, fit=one)
+        inputs, targets = task.dataset.train_inputs, task.dataset.train_targets
+        for k in range(100):
+            chosen = torch.arange(256) * 5 + k
+            x, y = inputs[chosen % len(inputs)], targets[chosen % len(inputs)]
+            optimizer.step(lambda x=x: model(x), y)
+        reached[one] = task.evaluate(model)["train_loss"]
+    assert reached[fit] < 1.07 * reached["kfac"], reached
 
 
 def test_an_exploded_loss_takes_the_last_step_back():

@@ -364,7 +364,8 @@ class NaturalGradient(torch.optim.Optimizer):
             began = time.perf_counter()
             weights = {name: value + decays[name] for name in natural}
             problem = Problem(self._model, self.likelihood, passes, natural, last, gradients, slope, weights)
-            along, again, promised = self.search.solve(problem, curvature.step, rate)
+            longest = self.trust.longest(curvature.step)
+            along, again, promised = self.search.solve(problem, curvature.step, rate, longest)
             self._seconds["model"] += time.perf_counter() - began
         else:
             along, again = self.search.reuse(slope, rate)
