@@ -307,20 +307,19 @@ def test_the_first_steps_are_bounded_by_the_weights(stride):
     assert max(shares[4:]) > stride
 
 
-@pytest.mark.parametrize("fit", ["ekfac", "ekfac-kfoc", "kfoc"])
-def test_an_autoencoder_does_not_stall_where_kfac_goes_on(fit):
+def test_eigenvalue_correction_does_not_stall_where_kfac_goes_on():
     task = PROBLEMS["digits"].load()
-    reached = {}
-    for one in ("kfac", fit):
-        model = task.model(seed=0)
-        optimizer = kf.NaturalGradient(model, task.likelihood, fit=one)
-        inputs, targets = task.dataset.train_inputs, task.dataset.train_targets
-        for k in range(100):
-            chosen = torch.arange(256) * 5 + k
-            x, y = inputs[chosen % len(inputs)], targets[chosen % len(inputs)]
-            optimizer.step(lambda x=x: model(x), y)
-        reached[one] = task.evaluate(model)["train_loss"]
-    assert reached[fit] < 1.07 * reached["kfac"], reached
+    inputs, targets = task.dataset.train_inputs, task.dataset.train_targets
+
+    def reached(fit, steps=100):
+        model, generator = task.model(seed=0), torch.Generator().manual_seed(0)
+        optimizer = kf.NaturalGradient(model, task.likelihood, fit=fit)
+        for _ in range(steps):
+            chosen = torch.randperm(len(inputs), generator=generator)[:512]
+            optimizer.step(lambda x=inputs[chosen]: model(x), targets[chosen])
+        return task.evaluate(model)["train_loss"]
+
+    assert reached("ekfac-kfoc") < 1.07 * reached("kfac")
 
 
 def test_an_exploded_loss_takes_the_last_step_back():
