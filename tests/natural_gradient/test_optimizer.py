@@ -260,7 +260,7 @@ def test_a_batch_with_nan_moves_nothing():
     x, y = data[3]
     for poisoned in (x.clone().fill_(torch.nan), x.clone().index_fill_(0, torch.tensor([2]), torch.inf)):
         optimizer.step(lambda x=poisoned: model(x), y)
-        optimizer._failures = 0  # two in a row would be blamed on the weights
+        optimizer.watch.failures = 0  # two in a row would be blamed on the weights
         assert torch.equal(weights(model), before)
     assert optimizer.report().skipped == 2
     losses = train(optimizer, model, data[3:])
