@@ -13,6 +13,7 @@ from kronfisher.likelihoods import Categorical
 from tests.exact import exact_fisher
 
 EXACT = {"labels": "exact", "trust": 0.1}
+FITS = ["kfac", "kfoc", "ekfac", "ekfac-kfoc", kf.KroneckerSum(2)]
 FIXED = {"momentum": 0.9, "trust": 0.1, "kl_limit": 1.0}
 
 
@@ -167,7 +168,16 @@ def test_schedulers_multiply_the_step():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"fit": "ekfac"}, {"fit": "full"}, {"fit": "diagonal", "damping": kf.Tikhonov()}, FIXED], ids=str
+    "options",
+    [
+        {},
+        *({"fit": fit} for fit in FITS),
+        {"fit": kf.KFOC("running")},
+        {"fit": "full"},
+        {"fit": "diagonal", "damping": kf.Tikhonov()},
+        FIXED,
+    ],
+    ids=str,
 )
 def test_a_resumed_training_gives_the_same_bits(options):
     data = batches(14)
@@ -252,9 +262,13 @@ def test_parameters_without_a_block_make_plain_steps_and_are_reported():
     assert "power: used by exp" in str(optimizer.report())
 
 
-def test_a_batch_with_nan_moves_nothing():
+EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
+
+
+@EVERY_FIT
+def test_a_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(6)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
     train(optimizer, model, data[:3])
     before = weights(model)
     x, y = data[3]
@@ -267,9 +281,10 @@ def test_a_batch_with_nan_moves_nothing():
     assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(weights(model)).all()
 
 
-def test_a_first_batch_with_nan_moves_nothing():
+@EVERY_FIT
+def test_a_first_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(2)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
     before = weights(model)
     optimizer.step(lambda: model(data[0][0] * torch.nan), data[0][1])
     assert torch.equal(weights(model), before)
@@ -322,10 +337,11 @@ def test_eigenvalue_correction_does_not_stall_where_kfac_goes_on():
     assert reached("ekfac-kfoc") < 1.07 * reached("kfac")
 
 
-def test_an_exploded_loss_takes_the_last_step_back():
+@EVERY_FIT
+def test_an_exploded_loss_takes_the_last_step_back(fit):
     model = network()
     data = batches(20)
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), **FIXED)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, **FIXED)
     train(optimizer, model, data[:12])
     before = weights(model)
     optimizer.param_groups[0]["lr"], optimizer.search.kl_limit = 1e5, 1e12
@@ -337,7 +353,7 @@ def test_an_exploded_loss_takes_the_last_step_back():
     assert optimizer.report().rejected == 1
 
 
-@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("fit", [*FITS, "diagonal"], ids=str)
 def test_dead_units_and_unused_layers_are_no_obstacle(fit):
     class Sometimes(nn.Module):
         def __init__(self):
@@ -358,6 +374,15 @@ def test_dead_units_and_unused_layers_are_no_obstacle(fit):
         model.use = not 4 <= k < 8
         assert torch.isfinite(optimizer.step(lambda x=x: model(x), y))
     assert torch.isfinite(weights(model)).all()
+
+
+@EVERY_FIT
+def test_a_singular_factor_is_no_obstacle(fit):
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    row = torch.randn(1, 4, generator=generator)  # one datum again and again: inputs and gradients of rank one
+    losses = [optimizer.step(lambda: model(row.expand(16, -1)), torch.ones(16, dtype=torch.long)) for _ in range(12)]
+    assert losses[-1] < losses[0] and torch.isfinite(weights(model)).all()
 
 
 def test_misuse_is_refused_with_a_reason():
