@@ -121,7 +121,7 @@ class LevenbergMarquardt(Trust):
     ceiling: float = 1e6
     warmup: int = 10
     quick: float = 1.0
-    stride: float = 0.05
+    stride: float = 0.1
     reject: float = 1.0
 
     def __post_init__(self) -> None:
