@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 __all__ = ["Constant", "LevenbergMarquardt", "Schedule", "Trust"]
 
@@ -30,6 +30,10 @@ class Trust(ABC):
     def adapted(self, value: float, ratio: float, step: int) -> float:
         """λ after a comparison: `ratio` is the change of the loss over the change that the model promised."""
         return value
+
+    def longest(self, step: int) -> float:
+        """The largest part of any weight matrix that ``αΔ`` may change at this step, by norms."""
+        return inf
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ class LevenbergMarquardt(Trust):
     loss is compared at every one of them and λ moves `quick` times as fast (in its logarithm), until ρ leaves the side
     that it began on.
 
+    In these first steps no weight matrix changes by more than a share `stride` of its norm. What is known of the Fisher
+    matrix then comes from few data, and a step that is too long saturates units whose gradient is gone for good, while
+    the loss falls as promised: ρ does not tell.
+
     Args:
         initial: the first λ; None takes `relative` times the mean eigenvalue.
         relative: see `initial`.
@@ -95,8 +103,9 @@ class LevenbergMarquardt(Trust):
         decay: the change of λ per step, in (0, 1).
         floor: the smallest λ as a share of the mean eigenvalue of the Fisher matrix at the start.
         ceiling: the largest, likewise.
-        warmup: steps at the start that are all compared.
+        warmup: steps at the start that are all compared, and bounded by `stride`.
         quick: how much faster λ moves in them.
+        stride: the largest ``‖αΔ‖ / ‖W‖`` of a weight matrix W during `warmup`; ``math.inf`` for no bound.
         reject: undo steps after which the loss rises by more than `reject` times what the model promised it to fall;
             ``math.inf`` undoes only those after which it is not finite.
 
@@ -112,6 +121,7 @@ class LevenbergMarquardt(Trust):
     ceiling: float = 1e6
     warmup: int = 10
     quick: float = 1.0
+    stride: float = 0.1
     reject: float = 1.0
 
     def __post_init__(self) -> None:
@@ -119,6 +129,8 @@ class LevenbergMarquardt(Trust):
             _positive(self.initial, "LevenbergMarquardt(initial)")
         if not 0 < self.decay < 1:
             raise ValueError(f"LevenbergMarquardt(decay={self.decay}): λ changes by a factor between 0 and 1.")
+        if not self.stride > 0:
+            raise ValueError(f"LevenbergMarquardt(stride={self.stride}): a share of a weight's norm is positive.")
         if self.every < 1 or not 0 < self.floor <= self.relative <= self.ceiling:
             raise ValueError(f"{self}: every ≥ 1 and 0 < floor ≤ relative ≤ ceiling are needed.")
 
@@ -127,6 +139,9 @@ class LevenbergMarquardt(Trust):
 
     def compares(self, step: int) -> bool:
         return step < self.warmup or step % self.every == 0
+
+    def longest(self, step: int) -> float:
+        return self.stride if step < self.warmup else inf
 
     def adapted(self, value: float, ratio: float, step: int) -> float:
         steps = self.quick if step < self.warmup else self.every

@@ -10,7 +10,8 @@ import torch
 from kronfisher.blocks import Block, View
 from kronfisher.damping import Damping, FactoredTikhonov, Tikhonov
 from kronfisher.errors import NumericalWarning
-from kronfisher.operators import Dense, Diagonal, Eigen, Fisher, Info, Kronecker, Total
+from kronfisher.operators import Dense, Diagonal, Eigen, Fisher, Info, Kronecker, KroneckerBasis, Total
+from kronfisher.operators.sides import decompose
 
 
 def spd(*shape, seed, rank=None):
@@ -88,6 +89,26 @@ def test_a_zero_product_becomes_the_identity_times_lambda(dtype):
         damped = (X + FactoredTikhonov(0.25)).to_dense()
         torch.testing.assert_close(damped[:zero, :zero], 0.25 * torch.eye(zero, dtype=dtype))
         assert (X + FactoredTikhonov(0.25)).logdet().isfinite()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_corrected_eigenvalues_are_damped_as_the_product_of_their_margins(groups):
+    A, B = factors(groups)
+    (a, U), (b, V) = decompose(A, "A"), decompose(B, "B")
+    S = b[:, :, None] * a[:, None, :]
+    same = Eigen(KroneckerBasis(U, V), S.flatten()) + FactoredTikhonov(0.7)
+    torch.testing.assert_close(same.to_dense(), (Kronecker(A, B) + FactoredTikhonov(0.7)).to_dense())
+    S = S * torch.rand(S.shape, dtype=S.dtype) ** 3
+    S[:, 0] = 0  # a row that no sample of the batch has touched
+    damped = Eigen(KroneckerBasis(U, V), S.flatten()) + FactoredTikhonov(0.7)
+    rows, columns, total = S.sum(2, keepdim=True), S.sum(1, keepdim=True), S.sum((1, 2), keepdim=True)
+    ratio = (rows.mean(1, keepdim=True) / columns.mean(2, keepdim=True)).sqrt()  # of rows and columns, balanced below
+    left, right = rows / ratio / total.sqrt(), columns * ratio / total.sqrt()
+    pi = (right.mean(2, keepdim=True) / left.mean(1, keepdim=True)).sqrt()
+    expected = S + pi * 0.7**0.5 * left + 0.7**0.5 / pi * right + 0.7
+    torch.testing.assert_close(damped.values.reshape(S.shape), expected)
+    nothing = Eigen(KroneckerBasis(U, V), torch.zeros(S.numel()).double()) + FactoredTikhonov(0.7)
+    torch.testing.assert_close(nothing.to_dense(), 0.7 * eye(S.numel()))
 
 
 def test_one_by_one():

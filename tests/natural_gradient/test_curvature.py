@@ -7,6 +7,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.damping import Damping
 from kronfisher.natural_gradient import Curvature
+from kronfisher.operators import KroneckerBasis
 
 FITS = ["kfac", "kfac-reduce", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
@@ -147,3 +148,26 @@ def test_inverses_take_turns():
                 due[step][place], at[place] = 1, refresh.turn(step, place, 4)
     late = due[100:]
     assert max(map(sum, late)) == 1 and sum(map(sum, late)) == pytest.approx(100 / 8 * 4, abs=4)
+
+
+@pytest.mark.parametrize("basis", [kf.KFAC(), kf.KFOC()])
+def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
+    model = network()
+    found = curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
+    before = {}
+    for x, _ in (batch(9), batch(6), batch(8)):
+        observe(found, x)
+        found.merge()
+        found.renew(0.3)
+        found.step += 1
+        for layer in found.layers:
+            assert layer.average is not None
+            state = layer.average.states[-1]
+            U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT
+            batches = [block.name for block in layer.blocks]
+            truth = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="full")[batches[0]].to_dense() * len(x)
+            if layer.name in before:
+                truth = truth + 0.5 * before[layer.name]
+            values = (U.mT @ truth @ U).diagonal()
+            torch.testing.assert_close(state.sums["eigenvalues"].flatten(), values, rtol=1e-8, atol=1e-10)
+            before[layer.name] = (U * values) @ U.mT

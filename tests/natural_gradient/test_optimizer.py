@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.experiments.race.problems import PROBLEMS
 from kronfisher.likelihoods import Categorical
 from tests.exact import exact_fisher
 
 EXACT = {"labels": "exact", "trust": 0.1}
+FITS = ["kfac", "kfoc", "ekfac", "ekfac-kfoc", kf.KroneckerSum(2)]
 FIXED = {"momentum": 0.9, "trust": 0.1, "kl_limit": 1.0}
 
 
@@ -166,7 +168,16 @@ def test_schedulers_multiply_the_step():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"fit": "ekfac"}, {"fit": "full"}, {"fit": "diagonal", "damping": kf.Tikhonov()}, FIXED], ids=str
+    "options",
+    [
+        {},
+        *({"fit": fit} for fit in FITS),
+        {"fit": kf.KFOC("running")},
+        {"fit": "full"},
+        {"fit": "diagonal", "damping": kf.Tikhonov()},
+        FIXED,
+    ],
+    ids=str,
 )
 def test_a_resumed_training_gives_the_same_bits(options):
     data = batches(14)
@@ -251,24 +262,29 @@ def test_parameters_without_a_block_make_plain_steps_and_are_reported():
     assert "power: used by exp" in str(optimizer.report())
 
 
-def test_a_batch_with_nan_moves_nothing():
+EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
+
+
+@EVERY_FIT
+def test_a_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(6)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
     train(optimizer, model, data[:3])
     before = weights(model)
     x, y = data[3]
     for poisoned in (x.clone().fill_(torch.nan), x.clone().index_fill_(0, torch.tensor([2]), torch.inf)):
         optimizer.step(lambda x=poisoned: model(x), y)
-        optimizer._failures = 0  # two in a row would be blamed on the weights
+        optimizer.watch.failures = 0  # two in a row would be blamed on the weights
         assert torch.equal(weights(model), before)
     assert optimizer.report().skipped == 2
     losses = train(optimizer, model, data[3:])
     assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(weights(model)).all()
 
 
-def test_a_first_batch_with_nan_moves_nothing():
+@EVERY_FIT
+def test_a_first_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(2)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
     before = weights(model)
     optimizer.step(lambda: model(data[0][0] * torch.nan), data[0][1])
     assert torch.equal(weights(model), before)
@@ -290,10 +306,42 @@ def test_a_step_that_makes_the_loss_rise_is_undone_bit_for_bit():
     assert optimizer.report().rejected == 2
 
 
-def test_an_exploded_loss_takes_the_last_step_back():
+@pytest.mark.parametrize("stride", [0.02, 0.2])
+def test_the_first_steps_are_bounded_by_the_weights(stride):
+    model, data = network(), batches(6)
+    trust = kf.LevenbergMarquardt(stride=stride, warmup=4, initial=1e-6, floor=1e-9, relative=1e-6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=trust, refresh=kf.Refresh(1, 1, 1))
+    shares = []
+    for x, y in data:
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1}
+        optimizer.state.clear()  # without the last step
+        optimizer.step(lambda x=x: model(x), y)
+        own = dict(model.named_parameters())
+        shares.append(max(float((own[name].detach() - p).norm() / p.norm()) for name, p in before.items()))
+    assert max(shares[:4]) <= stride * 1.001 and shares[0] == pytest.approx(stride, rel=1e-3)
+    assert max(shares[4:]) > stride
+
+
+def test_eigenvalue_correction_does_not_stall_where_kfac_goes_on():
+    task = PROBLEMS["digits"].load()
+    inputs, targets = task.dataset.train_inputs, task.dataset.train_targets
+
+    def reached(fit, steps=100):
+        model, generator = task.model(seed=0), torch.Generator().manual_seed(0)
+        optimizer = kf.NaturalGradient(model, task.likelihood, fit=fit)
+        for _ in range(steps):
+            chosen = torch.randperm(len(inputs), generator=generator)[:512]
+            optimizer.step(lambda x=inputs[chosen]: model(x), targets[chosen])
+        return task.evaluate(model)["train_loss"]
+
+    assert reached("ekfac-kfoc") < 1.07 * reached("kfac")
+
+
+@EVERY_FIT
+def test_an_exploded_loss_takes_the_last_step_back(fit):
     model = network()
     data = batches(20)
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), **FIXED)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, **FIXED)
     train(optimizer, model, data[:12])
     before = weights(model)
     optimizer.param_groups[0]["lr"], optimizer.search.kl_limit = 1e5, 1e12
@@ -305,7 +353,7 @@ def test_an_exploded_loss_takes_the_last_step_back():
     assert optimizer.report().rejected == 1
 
 
-@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("fit", [*FITS, "diagonal"], ids=str)
 def test_dead_units_and_unused_layers_are_no_obstacle(fit):
     class Sometimes(nn.Module):
         def __init__(self):
@@ -326,6 +374,15 @@ def test_dead_units_and_unused_layers_are_no_obstacle(fit):
         model.use = not 4 <= k < 8
         assert torch.isfinite(optimizer.step(lambda x=x: model(x), y))
     assert torch.isfinite(weights(model)).all()
+
+
+@EVERY_FIT
+def test_a_singular_factor_is_no_obstacle(fit):
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    row = torch.randn(1, 4, generator=generator)  # one datum again and again: inputs and gradients of rank one
+    losses = [optimizer.step(lambda: model(row.expand(16, -1)), torch.ones(16, dtype=torch.long)) for _ in range(12)]
+    assert losses[-1] < losses[0] and torch.isfinite(weights(model)).all()
 
 
 def test_misuse_is_refused_with_a_reason():

@@ -1,7 +1,7 @@
 """Factored Tikhonov damping of Kronecker products (Martens & Grosse 2015, section 6.3)."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from kronfisher.damping.damping import Damping
 from kronfisher.errors import NumericalWarning
 from kronfisher.operators import sides
+from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
@@ -25,6 +26,10 @@ class FactoredTikhonov(Damping, kind="factored"):
     becomes ``λ·1``. Of a sum of products the first term is damped so: two terms keep an exact inverse. Operators of any
     other structure get exact Tikhonov damping.
 
+    Corrected eigenvalues S ``[H, O, I]`` (EKFAC) get what the product with their row and column sums would get:
+    ``S + π√λ·b 1ᵀ + √λ/π·1 aᵀ + λ`` with ``b aᵀ = (S 1)(1ᵀ S) / Σ S``. Small eigenvalues are the worst known, and exact
+    damping leaves those beside large ones (in the same row or column) as small as all others.
+
     λ is raised, with a warning, to ``(10 ε max(I, O))²`` times the mean eigenvalue of ``B ⊗ A`` (ε of the dtype) if it
     is smaller: the added diagonals would drown in the rounding errors of A and B.
 
@@ -35,16 +40,25 @@ class FactoredTikhonov(Damping, kind="factored"):
     """
 
     def damp(self, operator: Operator, value: float) -> Operator:
-        """The damped product, or sum with its first term damped; ``X + λ·1`` for any other structure.
+        """The damped product, sum with its first term damped, or eigenvalues; ``X + λ·1`` for any other structure.
 
         Warns:
             NumericalWarning: λ was raised to the floor, or is below the precision of an exactly damped operator.
         """
         if isinstance(operator, KroneckerSum):
             return operator.with_first(self._product(operator.terms[0], value))
+        if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis) and not operator.form:
+            return self._eigenvalues(operator, operator.basis, value)
         if not isinstance(operator, Kronecker):
             return operator.shifted(value)
         return self._product(operator, value)
+
+    def _eigenvalues(self, operator: Eigen, basis: KroneckerBasis, value: float) -> Eigen:
+        values = operator.values.reshape(len(basis.A), basis.B.shape[1], basis.A.shape[1])
+        rows, columns = values.mean(2, keepdim=True).clamp_min(0), values.mean(1, keepdim=True).clamp_min(0)
+        mean = rows.mean(1, keepdim=True)
+        root = torch.where(mean > 0, value / torch.where(mean > 0, mean, 1), 0).sqrt()  # balanced: a and b of one mean
+        return replace(operator.shifted(value), values=(values + value + root * (rows + columns)).flatten())
 
     def _product(self, operator: Kronecker, value: float) -> Kronecker:
         left, right = operator.B, operator.A

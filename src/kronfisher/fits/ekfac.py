@@ -9,7 +9,7 @@ from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
-from kronfisher.operators.sides import decompose
+from kronfisher.operators.sides import decompose, sandwich
 from kronfisher.samples import Samples
 
 __all__ = ["EKFAC"]
@@ -80,6 +80,16 @@ class EKFAC(Fit):
         }
         sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
+
+    def carried(self, before: State, after: State) -> State:
+        """The diagonal, in the new eigenvectors, of the matrix that the eigenvalues so far make in the old ones."""
+        turn = {
+            side: new.square() if new.dim() == 2 else (new.mT @ before.fixed[side]).square()
+            for side, new in after.fixed.items()
+        }
+        values = before.sums["eigenvalues"]
+        rows = sandwich(turn["outputs"], values.reshape(1, -1), turn["inputs"])
+        return replace(after, sums={"eigenvalues": rows.reshape(values.shape)}, count=before.count, rows=before.rows)
 
     def finish(self, state: State) -> Eigen:
         state.checked()

@@ -163,6 +163,10 @@ class Fit:
         """The state with which the data are read once more, or None when it is done."""
         return None
 
+    def carried(self, before: State, after: State) -> State:
+        """The empty state of a later pass that training begins anew, with what can be kept of the one before it."""
+        return after
+
     def finish(self, state: State) -> Operator:
         """The operator of the mean over data: the only place where 1/N is applied."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.damping import Damping
 from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
-from kronfisher.natural_gradient.phases import Phased, Phases
+from kronfisher.natural_gradient.phases import Phased, Phases, scaled
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.operators.fisher import gather, scatter
 from kronfisher.operators.spectral import Spectral
@@ -96,8 +96,11 @@ class Layer:
             self.group.state.checked()
         except NumericalError:
             return False
+        before = self.average.states[1:] if self.average is not None else []
         self.merge(keep)
         assert self.average is not None
+        # What the last eigenvalues were without this batch, which they are going to see in their new basis.
+        self.average.states[1:] = [scaled(state, keep) for state in before]
         self.average = self.fit.turned(self.average)
         assert self.average is not None
         self.empty()

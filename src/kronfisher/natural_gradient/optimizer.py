@@ -2,34 +2,33 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from math import isfinite
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from kronfisher.accumulate import Labels
-from kronfisher.capture import Receiver
 from kronfisher.damping import Damping, FactoredTikhonov
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fits import Choice
 from kronfisher.isolation import trainable
 from kronfisher.likelihoods import Likelihood
 from kronfisher.models import unwrapped
-from kronfisher.natural_gradient.curvature import Curvature, require_outputs
+from kronfisher.natural_gradient.curvature import Curvature
+from kronfisher.natural_gradient.evaluation import Evaluation
 from kronfisher.natural_gradient.refresh import Refresh
-from kronfisher.natural_gradient.replay import Pass, Snapshot
+from kronfisher.natural_gradient.region import Region
+from kronfisher.natural_gradient.replay import Pass
 from kronfisher.natural_gradient.report import TrainingReport
 from kronfisher.natural_gradient.rows import Rows
 from kronfisher.natural_gradient.search import Problem, Search, inner
+from kronfisher.natural_gradient.watch import Watch
 from kronfisher.trust import Constant, LevenbergMarquardt, Trust
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
-JUMP = 20.0  # a loss that rises by so many times its usual change from batch to batch has exploded
 _MISSING: Any = object()
 
 
@@ -119,18 +118,9 @@ class NaturalGradient(torch.optim.Optimizer):
             samples=samples,
             seed=seed,
         )
-        self._passes: list[Pass] = []
-        self._whole = False  # whether a step does everything, so that nobody else touches the gradient
-        self._rows: Rows | None = None
-        self._rows_pay = False  # whether rows were cheaper at the last step with statistics
-        self._opaque = False  # whether a loss that cannot be evaluated again was given
-        self._damping: float | None = None
-        self._first_mean = 0.0
+        self.evaluation = Evaluation(self._model, likelihood, self.curvature, self._parameters)
         self.search = Search(momentum, kl_limit, refresh.model)
-        self._level = (0.0, 0.0, 0)  # the last loss, the mean change from batch to batch, and how many
-        self._failures = 0  # batches in a row whose loss is not finite or exploded
-        self._ratio: float | None = None
-        self._loss: Tensor | None = None
+        self.region, self.watch = Region(self.trust), Watch()
         self._counts = {"rejected": 0, "skipped": 0}
         self._seconds = {"forward and backward": 0.0, "model": 0.0, "update": 0.0}
 
@@ -158,11 +148,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = closure()
         elif closure is not None:
             self.zero_grad()
-            self._whole = True
+            self.evaluation.whole = True
             try:
                 loss = self.backward(self._forward(closure), targets)
             finally:
-                self._whole = False
+                self.evaluation.whole = False
         self._update()
         return loss
 
@@ -172,7 +162,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The mean negative log-likelihood of a datum, differentiable."""
-        return self._mean_loss(outputs, targets)[0].to(outputs.dtype)
+        return self.evaluation.mean_loss(outputs, targets)[0].to(outputs.dtype)
 
     def backward(
         self,
@@ -199,42 +189,19 @@ class NaturalGradient(torch.optim.Optimizer):
             UnsupportedError: a loss that cannot be evaluated again meets a trust that has to.
         """
         began = time.perf_counter()
-        done = next((one for one in self._passes if one.outputs is outputs), None)
-        if done is None:
-            raise DataError("backward needs the outputs exactly as forward returned them, once.")
         if loss is not None and isinstance(self.trust, LevenbergMarquardt):
             raise UnsupportedError(
                 "LevenbergMarquardt compares the loss before and after a step, and a loss that was computed outside "
                 "cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
             )
-        own, done.count = self._mean_loss(outputs, targets)
-        done.targets, done.loss = targets, own.detach()
-        self._opaque |= loss is not None
-        total = own if loss is None else loss
-        scaled = total if scale is None else scale(total)
-        self._loss = done.loss if loss is None else loss.detach()
-        capture, done.capture, done.outputs = done.capture, None, None
-        if capture is None:
-            scaled.backward()
-        elif self.curvature.labels == "observed" and loss is None and scale is None:
-            self._collect(capture, outputs, targets, own=lambda *given: self._listen(capture, scaled, *given))
-        else:
-            due = self.curvature.due
-            self._rows = self._watched(capture)
-            with nullcontext() if self._rows is None else capture.listening(self._rows.receive):
-                if self._rows is None or due or self._again():
-                    scaled.backward(retain_graph=due)
-                else:
-                    self._backward_sparing(scaled, self._rows, capture)
-            self._rows_pay = self._rows is not None and bool(self._rows.found)
-            if due:
-                self._collect(capture, outputs, targets)
+        decayed = any(group["weight_decay"] for group in self.param_groups)
+        found = self.evaluation.backward(outputs, targets, loss, scale, again=self._again(), decayed=decayed)
         self._seconds["forward and backward"] += time.perf_counter() - began
-        return self._loss.to(outputs.dtype)
+        return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimiser; forward passes that no step followed are forgotten."""
-        self._passes, self._opaque, self._rows = [], False, None
+        self.evaluation.forget()
         super().zero_grad(set_to_none)
 
     def report(self) -> TrainingReport:
@@ -244,80 +211,28 @@ class NaturalGradient(torch.optim.Optimizer):
         seconds["forward and backward"] -= curvature.seconds["statistics"]
         return TrainingReport(
             step=curvature.step,
-            loss=None if self._loss is None else float(self._loss),
-            damping=self._damping,
+            loss=None if self.evaluation.loss is None else float(self.evaluation.loss),
+            damping=self.region.damping,
             step_size=self.search.step_size,
             momentum=self.search.used,
-            ratio=self._ratio,
+            ratio=self.region.ratio,
             seconds=seconds,
             dropped=curvature.dropped,
             stale={c.name: curvature.step - c.due for c in curvature.layers if c.due < curvature.step},
             troubles={c.name: c.trouble for c in curvature.layers if c.trouble},
             uncovered=curvature.uncovered,
             coupled=tuple(curvature.coupled),
-            warnings=tuple(self._warnings()),
+            warnings=tuple(self.region.warnings()),
             **self._counts,
         )
 
-    # Forward and backward ---------------------------------------------------------------------------------------------
+    # The step ---------------------------------------------------------------------------------------------------------
 
     def _forward(self, function: Callable[[], Any]) -> Tensor:
         began = time.perf_counter()
-        curvature = self.curvature
-        curvature.prepare()
-        snapshot = Snapshot(self._model) if self._again() else None
-        with torch.enable_grad():
-            if curvature.due or (self._whole and self._rows_pay):
-                with curvature.captured() as capture:
-                    outputs = function()
-            else:
-                capture, outputs = None, function()
-        require_outputs(outputs)
-        self._passes.append(Pass(function, snapshot, capture, outputs))
+        outputs = self.evaluation.forward(function, again=self._again())
         self._seconds["forward and backward"] += time.perf_counter() - began
         return outputs
-
-    def _backward_sparing(self, loss: Tensor, rows: Rows, capture: Any) -> None:
-        """Fill ``.grad`` of the parameters that need it; the others' steps are made from rows."""
-        spared = rows.spare(capture)
-        wanted = [p for name, p in self._parameters().items() if name not in spared and p.requires_grad]
-        sources: list[Tensor | GradientEdge] = [*rows.edges, *wanted]
-        found = torch.autograd.grad(loss, sources, allow_unused=True)[len(rows.edges) :]  # pyright: ignore
-        for parameter, gradient in zip(wanted, found, strict=True):
-            parameter.grad = gradient
-
-    def _watched(self, capture: Any) -> Rows | None:
-        """What keeps rows of the loss's own backward pass, where nobody else has a hand in the gradient."""
-        if not self._whole or any(group["weight_decay"] for group in self.param_groups):
-            return None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None
-        for parameter in self._parameters().values():
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return None
-        rows = Rows.of(self.curvature.layers)
-        rows.watch(capture)
-        return rows
-
-    def _mean_loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, float | Tensor]:
-        """In float64, and the number of data that count."""
-        mask = self.likelihood.positions(outputs.detach(), targets)
-        count = float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
-        return -self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64) / count, count
-
-    def _listen(self, capture: Any, loss: Tensor, receive: Receiver, count: float | Tensor) -> None:
-        with capture.listening(lambda call, gradient: receive(call, gradient * count)):
-            loss.backward(retain_graph=self.curvature.turns)
-
-    def _collect(self, capture: Any, outputs: Tensor, targets: Any, own: Any = None) -> None:
-        try:
-            self.curvature.absorb(capture, outputs, targets, retain=False, own=own)
-        except NumericalError:  # outputs that are not finite
-            self.curvature.discard()
-            if own is not None:
-                self.zero_grad()
-
-    # The step ---------------------------------------------------------------------------------------------------------
 
     def _again(self) -> bool:
         """Whether this step runs the forward pass again, for the model or to compare."""
@@ -327,10 +242,8 @@ class NaturalGradient(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         curvature, parameters = self.curvature, self._parameters()
-        passes, self._passes = [one for one in self._passes if one.loss is not None], []
-        opaque, self._opaque = self._opaque, False
+        passes, opaque, rows = self.evaluation.taken()
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        rows, self._rows = self._rows, None
         curvature.merge()
         if not (gradients or (rows and rows.found)) or not curvature.ready:
             if gradients and not curvature.dropped:
@@ -340,11 +253,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 )
             self._skip()
             return
-        if self._exploded(passes):
+        if self.watch.exploded(passes):
             self._undo_last()
             self._skip()
             return
-        value = self._choose_damping()
+        value = self.region.at(curvature.step, curvature.measure)
         curvature.renew(value)
         began = time.perf_counter()
         decays = self._options("weight_decay")
@@ -364,7 +277,8 @@ class NaturalGradient(torch.optim.Optimizer):
             began = time.perf_counter()
             weights = {name: value + decays[name] for name in natural}
             problem = Problem(self._model, self.likelihood, passes, natural, last, gradients, slope, weights)
-            along, again, promised = self.search.solve(problem, curvature.step, rate)
+            longest = self.trust.longest(curvature.step)
+            along, again, promised = self.search.solve(problem, curvature.step, rate, longest)
             self._seconds["model"] += time.perf_counter() - began
         else:
             along, again = self.search.reuse(slope, rate)
@@ -390,13 +304,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self._counts["skipped"] += 1
         self.curvature.step += 1
 
-    def _choose_damping(self) -> float:
-        if self._damping is None:
-            self._first_mean = max(self.curvature.measure(), torch.finfo(torch.float32).tiny)
-            self._damping = self.trust.start(self._first_mean)
-        self._damping = self.trust.at(self.curvature.step, self._damping)
-        return self._damping
-
     def _slope(self, natural: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rows: Rows | None) -> Tensor:
         """``naturalᵀ ∇h``, whether a layer's part of ∇h was formed or not."""
         rates = self._options("lr")
@@ -420,24 +327,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 direction.mul_(rates[name] / top)
         return top
 
-    def _exploded(self, passes: list[Pass]) -> bool:
-        """Whether the last step made the loss explode, as this batch shows."""
-        if not passes or any(one.loss is None or one.loss.device.type != "cpu" for one in passes):
-            return False  # elsewhere it would take a synchronisation
-        loss = sum(float(one.loss) for one in passes if one.loss is not None)
-        level, spread, seen = self._level
-        if not isfinite(loss):  # perhaps only the batch: the weights are to blame if it happens again
-            self._failures += 1
-            return self._failures > 1
-        jump = loss - level
-        if seen > 5 and jump > JUMP * spread and self._failures == 0:
-            self._failures += 1
-            return True
-        self._failures = 0
-        keep = 0.9 if seen else 0.0
-        self._level = (loss, keep * spread + (1 - keep) * abs(jump if seen else 0.0), seen + 1)
-        return False
-
     def _undo_last(self) -> None:
         """Take the last step back and trust the model less."""
         for group in self.param_groups:
@@ -446,12 +335,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     parameter.sub_(update)
         self._counts["rejected"] += 1
         self.search.due = self.curvature.step + 1
-        if self._damping is not None and isinstance(self.trust, LevenbergMarquardt):
-            self._set_damping(self.trust.refused(self._damping))
-
-    def _set_damping(self, value: float) -> None:
-        assert isinstance(self.trust, LevenbergMarquardt)
-        self._damping = self.trust.bounded(value, self._first_mean)
+        self.region.refuse()
 
     def _compare(
         self, passes: list[Pass], parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], promised: float
@@ -459,24 +343,12 @@ class NaturalGradient(torch.optim.Optimizer):
         """Evaluate the loss again, adapt λ, and undo the step if the loss rose beyond the model."""
         began = time.perf_counter()
         decays = self._options("weight_decay")
-        change = 0.0
-        for one in passes:
-            assert one.loss is not None
-            with one.again():
-                loss, _ = self._mean_loss(one.forward(), one.targets)
-            change += float(loss) - float(one.loss)
+        change = self.evaluation.change(passes)
         for name, old in saved.items():
             if decays[name]:
                 squares = parameters[name].square().sum(dtype=torch.float64) - old.square().sum(dtype=torch.float64)
                 change += decays[name] / 2 * float(squares)
-        self._ratio = change / promised if promised < 0 else float("nan")
-        undone = not isfinite(change)
-        if isinstance(self.trust, LevenbergMarquardt):
-            assert self._damping is not None
-            undone = undone or change > self.trust.reject * max(-promised, 0.0)
-            step, old = self.curvature.step, self._damping
-            self._set_damping(self.trust.refused(old) if undone else self.trust.adapted(old, self._ratio, step))
-        if undone:
+        if self.region.compared(change, promised, self.curvature.step):
             self._counts["rejected"] += 1
             for name, old in saved.items():
                 parameters[name].copy_(old)
@@ -506,12 +378,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Of the optimiser and its curvature; resumed with the same number of threads, training gives the same bits."""
         own = {
-            "damping": self._damping,
-            "first_mean": self._first_mean,
+            "region": self.region.state_dict(),
             "search": self.search.state_dict(),
-            "level": self._level,
-            "failures": self._failures,
-            "ratio": self._ratio,
+            "watch": self.watch.state_dict(),
             "counts": dict(self._counts),
         }
         return {**super().state_dict(), "natural_gradient": own, "curvature": self.curvature.state_dict()}
@@ -528,16 +397,6 @@ class NaturalGradient(torch.optim.Optimizer):
         self.curvature.load_state_dict(state_dict["curvature"])
         super().load_state_dict(rest)
         own = state_dict["natural_gradient"]
-        self._damping, self._first_mean, self._ratio = own["damping"], own["first_mean"], own["ratio"]
-        self.search.load_state_dict(own["search"])
-        self._level, self._failures = tuple(own["level"]), own["failures"]
+        for part, name in ((self.region, "region"), (self.search, "search"), (self.watch, "watch")):
+            part.load_state_dict(own[name])
         self._counts = dict(own["counts"])
-
-    def _warnings(self) -> Iterable[str]:
-        if self._damping is not None and isinstance(self.trust, LevenbergMarquardt):
-            if self._damping <= self.trust.floor * self._first_mean * 1.0001:
-                yield "λ is at its floor: the model is trusted as far as allowed; a lower floor may train faster"
-            if self._damping >= self.trust.ceiling * self._first_mean / 1.0001:
-                yield "λ is at its ceiling: steps are those of plain gradient descent; look at the loss and the data"
-        if self._ratio is not None and not self._ratio > 0:
-            yield "the model ratio is negative: the loss rose where a fall was promised; the batch may be too small"

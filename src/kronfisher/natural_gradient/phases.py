@@ -71,10 +71,18 @@ class Phased(Fit):
     def turned(self, average: Phases) -> Phases | None:
         """The average with its second pass begun anew from the first; None for a fit of one pass."""
         again = self.fit.next_pass(replace(average.states[0]))
+        if again is not None and len(average.states) > 1:
+            again = self.fit.carried(average.states[1], again)
         return None if again is None else replace(average, states=[average.states[0], again])
 
     def finish(self, state: Any) -> Operator:
         return self.fit.finish(state.states[-1])
+
+
+def scaled(state: State, factor: float) -> State:
+    """A state of plain sums times a number."""
+    sums = {name: factor * value for name, value in state.sums.items()}
+    return replace(state, sums=sums, count=factor * state.count, rows=factor * state.rows)
 
 
 def _emptied(state: State) -> State:

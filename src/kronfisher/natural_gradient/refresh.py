@@ -25,7 +25,7 @@ class Refresh:
 
     statistics: int = 10
     inverse: int = 50
-    model: int = 3
+    model: int = 5
     average: float = 0.95
 
     def __post_init__(self) -> None:

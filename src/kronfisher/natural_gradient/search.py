@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
+from sys import float_info
 from typing import Any, Literal
 
 import torch
@@ -75,8 +77,13 @@ class Search:
         """Whether a model is due."""
         return self.exact and step >= self.due
 
-    def solve(self, problem: Problem, step: int, rate: float) -> tuple[float | Tensor, float, float]:
-        """What multiplies natural and last, and what the exact model promises for it."""
+    def solve(
+        self, problem: Problem, step: int, rate: float, longest: float = inf
+    ) -> tuple[float | Tensor, float, float]:
+        """What multiplies natural and last, and what the exact model promises for it.
+
+        `longest` bounds the change of a weight matrix by the natural gradient, relative to its norm.
+        """
         moved = bool(problem.last) and any(bool(update.any()) for update in problem.last.values())
         matrix, slopes = quadratic(problem, moved)
         if not self.exact:
@@ -86,6 +93,8 @@ class Search:
         found = minimum(matrix, slopes)
         if not bool(torch.isfinite(found).all()):
             found = torch.zeros_like(found)
+        if longest < inf and (most := longest / max(_share(problem), float_info.min)) < float(found[0]):
+            found[0] = most
         alpha, mu = float(found[0]), float(found[1]) if moved else 0.0
         self.step_size, self.used, self.kept = alpha, mu, (alpha, mu)
         self.fall, self.due = alpha * float(problem.slope), Refresh.after(step, self.period)
@@ -117,6 +126,18 @@ class Search:
         """Take over what `state_dict` gave."""
         for key, value in state.items():
             setattr(self, key, tuple(value) if key == "kept" else value)
+
+
+def _share(problem: Problem) -> float:
+    """The largest ``‖natural‖ / ‖W‖`` of a weight matrix; those that are zero have nothing to lose."""
+    parameters = dict(problem.model.named_parameters())
+    shares = [
+        (value.norm() / norm.where(norm > 0, torch.inf)).double()
+        for name, value in problem.natural.items()
+        if value.dim() > 1
+        for norm in (parameters[name].detach().norm(),)
+    ]
+    return float(torch.stack(shares).max()) if shares else 0.0
 
 
 def quadratic(problem: Problem, moved: bool) -> tuple[Tensor, Tensor]:

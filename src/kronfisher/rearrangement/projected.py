@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, mirror_
+from kronfisher.linalg import add_symmetric_product_, eigh, mirror_
 from kronfisher.rearrangement.maps import Gram, norm, over
 from kronfisher.samples import Samples, applied, chunks
 
@@ -167,7 +167,7 @@ def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     X = times(Y)
     X = over(X, norm(X))
     core = Y.mT @ X
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    values, vectors = eigh(core, "the leading directions of K-FOC")
     kept = values > values[:, -1:] * core.shape[-1] * torch.finfo(core.dtype).eps * 10
     L = X @ (vectors * torch.where(kept, values.clamp_min(torch.finfo(core.dtype).tiny).rsqrt(), 0).unsqueeze(1))
     return over(L, norm(L.mT @ L).sqrt())
