@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
@@ -175,7 +175,7 @@ class CrossTerms(Fit):
     def __hash__(self) -> int:
         return id(self)
 
-    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
         """The operators' own groups."""
         keys = {block.key for block in blocks}
         groups = [group for group in self.operators if keys.issuperset(block.key for block in group)]

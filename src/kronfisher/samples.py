@@ -326,6 +326,19 @@ class Samples:
             return
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
 
+    def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""
+        x, y = self.counted, later.counted
+        size = self.positions * (x.shape[-1] + y.shape[-1]) * total.element_size()
+        for low, high in chunks(len(self), size, self.workspace):
+            left, right = (a.dense(low, high)[0].to(total.dtype).flatten(0, 1) for a in (x, y))
+            total.addmm_(left.mT, right)
+
+    def add_output_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} g g'ᵀ`` ``[O, O']`` with the output gradients of another layer, row by row."""
+        left, right = (use.gradients[0].to(total.dtype).flatten(0, 1) for use in (self, later))
+        total.addmm_(left.mT, right)
+
     def add_output_products_(self, total: Tensor) -> None:
         """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]``; rows are sorted by sample."""
         heads, outputs, width = self.shape
