@@ -24,7 +24,8 @@ class FactoredTikhonov(Damping, kind="factored"):
     It is ``B ⊗ A + λ·1`` and two terms more, ``π√λ·B ⊗ 1 + √λ/π·1 ⊗ A``: an approximation with an inverse of its own.
     π makes it independent of how a scale is split between A and B. Groups are damped one by one. A product that is zero
     becomes ``λ·1``. Of a sum of products the first term is damped so: two terms keep an exact inverse. In a
-    block-tridiagonal matrix each layer is damped so, the links stay as they are. Operators of any other structure get exact Tikhonov damping.
+    block-tridiagonal matrix each layer is damped so, the links stay as they are. Operators of any other structure get
+    exact Tikhonov damping.
 
     λ is raised, with a warning, to ``(10 ε max(I, O))²`` times the mean eigenvalue of ``B ⊗ A`` (ε of the dtype) if it
     is smaller: the added diagonals would drown in the rounding errors of A and B.

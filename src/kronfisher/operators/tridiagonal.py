@@ -1,9 +1,9 @@
 """Layers tied to their neighbours: a matrix whose inverse is block-tridiagonal (Martens & Grosse 2015, section 4.3).
 
-Blocks ``X_ii = B_i ⊗ A_i`` and ``X_{i,i+1} = B_{i,i+1} ⊗ A_{i,i+1}`` are given; all others follow as in a Markov chain,
-``X_ij = Ψ_i X_{i+1,j}`` for j > i + 1 with ``Ψ_i = X_{i,i+1} X_{i+1,i+1}⁻¹ = Ψᴮ_i ⊗ Ψᴬ_i``. So ``X = U S Uᵀ`` with a unit
-upper triangular ``U⁻¹ = 1 − Ψ`` and a block-diagonal ``S_i = X_ii − Ψ_i X_{i+1,i+1} Ψ_iᵀ``, a difference of two products
-that is diagonal in the coordinates where the first of them is the identity.
+Blocks ``X_ii = B_i ⊗ A_i`` and ``X_{i,i+1} = B_{i,i+1} ⊗ A_{i,i+1}`` are given; all others follow as in a Markov
+chain, ``X_ij = Ψ_i X_{i+1,j}`` for j > i + 1 with ``Ψ_i = X_{i,i+1} X_{i+1,i+1}⁻¹ = Ψᴮ_i ⊗ Ψᴬ_i``. So ``X = U S Uᵀ``
+with a unit upper triangular ``U⁻¹ = 1 − Ψ`` and a block-diagonal ``S_i = X_ii − Ψ_i X_{i+1,i+1} Ψ_iᵀ``, a difference of
+two products that is diagonal in the coordinates where the first of them is the identity.
 """
 
 import warnings
