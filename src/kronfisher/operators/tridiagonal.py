@@ -105,13 +105,14 @@ class Tridiagonal(Operator, kind="tridiagonal"):
             parts = self._split(rows)
             gains = (self._whitened if self.definite else self._spread).gains
             out = [layer.B[0] @ V @ layer.A[0] for layer, V in zip(self.layers, parts, strict=True)]
-            above = below = None
-            for k in reversed(range(len(parts) - 1)):  # Σ_{j>k} X_kj V_j
-                above = _plus(self.B[k] @ parts[k + 1] @ self.A[k].mT, _through(gains, k, above))
+            above, below = torch.zeros_like(parts[-1]), torch.zeros_like(parts[0])
+            for k in reversed(range(len(gains))):  # Σ_{j>k} X_kj V_j
+                above = self.B[k] @ parts[k + 1] @ self.A[k].mT + gains[k][0] @ above @ gains[k][1].mT
                 out[k] = out[k] + above
-            for k in range(len(parts) - 1):  # Σ_{j≤k} X_{k+1,j} V_j
-                below = parts[k] if below is None else parts[k] + _through(gains, k - 1, below, transposed=True)
+            for k in range(len(gains)):  # Σ_{j≤k} X_{k+1,j} V_j
+                below = parts[k] + below
                 out[k + 1] = out[k + 1] + self.B[k].mT @ below @ self.A[k]
+                below = gains[k][0].mT @ below @ gains[k][1]
             return _joined(out)
 
     def solves(self, rows: Tensor) -> Tensor:
@@ -257,11 +258,16 @@ class Tridiagonal(Operator, kind="tridiagonal"):
                 )
                 for layer in self.layers
             ]
-            return _Chain(roots, list(zip(self.B, self.A, strict=True)))
+            gains = [
+                (B @ outputs.mT @ outputs, A @ inputs.mT @ inputs)
+                for B, A, ((_, outputs), (_, inputs)) in zip(self.B, self.A, roots[1:], strict=True)
+            ]
+            return _Chain(roots, list(zip(self.B, self.A, strict=True)), gains)
 
     @cached_property
     def _conditioned(self) -> "_Conditionals":
-        return _Conditionals(self._whitened, self.name or self.structure, definite=self.definite)
+        with full_precision(self.device.type):
+            return _Conditionals(self._whitened, self.name or self.structure, definite=self.definite)
 
     @cached_property
     def _drawing(self) -> "_Conditionals":
@@ -315,7 +321,8 @@ class TridiagonalInverse(Operator, kind="tridiagonal-inverse"):
 
     def diagonal(self) -> Tensor:
         """``S_i⁻¹ + Ψ_{i−1}ᵀ S_{i−1}⁻¹ Ψ_{i−1}``, its diagonal ``[D]``."""
-        return self.of._conditioned.inverse_diagonal()
+        with full_precision(self.device.type):
+            return self.of._conditioned.inverse_diagonal()
 
     def trace(self) -> Tensor:
         """The sum of the diagonal."""
@@ -349,18 +356,17 @@ Pair = tuple[Tensor, Tensor]  # of the output side, then of the input side
 
 @dataclass
 class _Chain:
-    """Roots ``(H, P)`` of the sides, ``H Hᵀ`` the side and ``P = H⁻¹`` (or its pseudo-inverse), and the links."""
+    """What both sides are made of, pair by pair.
+
+    Attributes:
+        roots: ``(H, P)`` of each side, ``H Hᵀ`` the side and ``P = H⁻¹``, or its pseudo-inverse.
+        links: ``B_{i,i+1}, A_{i,i+1}``.
+        gains: ``Ψᴮ_i, Ψᴬ_i``.
+    """
 
     roots: list[tuple[Pair, Pair]]
     links: list[Pair]
-
-    @cached_property
-    def gains(self) -> list[Pair]:
-        """``Ψᴮ_i, Ψᴬ_i``."""
-        return [
-            (B @ later[0][1].mT @ later[0][1], A @ later[1][1].mT @ later[1][1])
-            for (B, A), later in zip(self.links, self.roots[1:], strict=True)
-        ]
+    gains: list[Pair]
 
 
 class _Conditionals:
@@ -452,17 +458,6 @@ class _Conditionals:
                 B, A = self.gains[k][0].mT @ B, self.gains[k][1].mT @ A
                 pulled = B.square() @ weights @ A.square().mT
         return torch.cat(found)
-
-
-def _through(gains: list[Pair], k: int, V: Tensor | None, *, transposed: bool = False) -> Tensor | None:
-    if V is None:
-        return None
-    B, A = gains[k]
-    return B.mT @ V @ A if transposed else B @ V @ A.mT
-
-
-def _plus(x: Tensor, y: Tensor | None) -> Tensor:
-    return x if y is None else x + y
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
