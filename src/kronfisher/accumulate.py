@@ -280,15 +280,17 @@ class Accumulator:
         found = chains(capture, proof, parts, owners, self._apart)
         begun = {block.key for group in self.groups for block in group.blocks}
         broken = [
-            key for key, later in self.after.items() if blocks.keys() & {key, later} and found.after.get(key) != later
+            (key, later)
+            for key, later in self.after.items()
+            if blocks.keys() & {key, later} and found.after.get(key) != later
         ]
         refuse(
             {
                 names: f"{names}: in earlier batches these layers followed each other and were counted so, here they "
-                f"do not ({found.cuts.get(self.after[key], 'one of them is not used')}). Choose a fit that treats "
-                "layers apart, such as 'kfac'."
-                for key in broken
-                for names in [", ".join(view.label for part in (key, self.after[key]) for view in part[:1] if view)]
+                f"do not ({found.cuts.get(later) or other}). Choose a fit that treats layers apart, such as 'kfac'."
+                for key, later in broken
+                for names in [", ".join(view.label for part in (key, later) for view in part[:1] if view)]
+                for other in ["another comes between" if {key, later} <= blocks.keys() else "one of them is not used"]
             },
             where,
         )

@@ -107,14 +107,9 @@ Place = tuple[Call, Part, Ownership]
 def unlike(capture: Capture, earlier: Place, later: Place) -> str:
     """Why rows of two uses do not belong together; empty if they do."""
     first, second = _rows(*earlier), _rows(*later)
-    mine, theirs = first.shape[1:3], second.shape[1:3]
-    if mine != theirs:
-        sizes = [f"{n} samples of {t} positions" if n > 1 else f"{t} rows" for n, t in (mine, theirs)]
-        if mine[1] == theirs[1] == 1:
-            sizes = [f"{n} rows" for n, _ in (mine, theirs)]
-        return f"{earlier[1].block.name} has {sizes[0]}, {later[1].block.name} {sizes[1]}"
-    first, second = first.flatten(0, 2), second.flatten(0, 2)
     total = len(first)
+    if total != len(second):
+        return f"{earlier[1].block.name} has {total} rows, {later[1].block.name} {len(second)} (data times positions)"
     some = max(1, total // _SHARE)
     generator = torch.Generator("cpu").manual_seed(total)
     order = torch.randperm(total, generator=generator, device="cpu")
@@ -143,6 +138,6 @@ _SURE = 0.75  # the rows that have to arrive in their own places; units that are
 
 
 def _rows(call: Call, part: Part, owner: Ownership) -> Tensor:
-    """Places of the elements of ``g [H, n, T, O]`` in the call's output."""
+    """Places of the elements of ``g [R, O]`` in the call's output, for R = n·T rows and one group."""
     places = torch.arange(prod(call.shape), dtype=torch.float64, device="cpu").reshape(call.shape)
-    return part.use.gradients(owner, places).round().long()
+    return part.use.gradients(owner, places).round().long().flatten(0, 2)

@@ -8,7 +8,7 @@ import kronfisher as kf
 from kronfisher.damping import Damping
 from kronfisher.natural_gradient import Curvature
 
-FITS = ["kfac", "kfac-reduce", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
+FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
 
 def network(dtype=torch.float64):

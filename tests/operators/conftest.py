@@ -19,6 +19,7 @@ from kronfisher.operators import (
     KroneckerSum,
     Tridiagonal,
 )
+from tests.exact import completed
 
 GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
 
@@ -109,18 +110,6 @@ def kronecker_sum(groups, rank=2, kind="positive", shift=0.0, inputs=3, outputs=
 def pair(groups, kind):
     X, dense = kronecker_sum(groups, kind=kind)
     return X.inverse(), torch.linalg.inv(dense)
-
-
-def completed(diagonal, links):
-    """The matrix of given diagonal and neighbouring blocks whose inverse is zero elsewhere, built block by block."""
-    blocks = {(k, k): block for k, block in enumerate(diagonal)}
-    for j in range(1, len(diagonal)):
-        for i in reversed(range(j)):
-            between = torch.linalg.inv(diagonal[i + 1])
-            blocks[i, j] = links[i] if j == i + 1 else links[i] @ between @ blocks[i + 1, j]
-            blocks[j, i] = blocks[i, j].T
-    size = range(len(diagonal))
-    return torch.cat([torch.cat([blocks[i, j] for j in size], dim=1) for i in size])
 
 
 def tridiagonal(inputs=(3, 2, 4), outputs=(2, 3, 1), seed=0):

@@ -109,7 +109,7 @@ class BlockTridiagonal(Fit):
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         if len(samples) == 1:
             return self.basis.update(state, samples)
-        if len({(use.first, len(use), use.positions) for use in samples}) > 1:
+        if len({(use.first, len(use) * use.positions) for use in samples}) > 1:
             raise UnsupportedError(
                 f"{state.name}: not every layer of this chain got a gradient in the same backward pass, so rows of "
                 "neighbours do not belong together. Choose a fit that treats layers apart, such as 'kfac'."
