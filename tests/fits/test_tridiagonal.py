@@ -403,3 +403,17 @@ def test_files(tmp_path):
         torch.cat([t.flatten() for t in back.sample(2).values()]),
         torch.cat([t.flatten() for t in fisher.sample(2).values()]),
     )
+
+
+def test_the_error_of_a_chain_needs_no_dense_matrix(monkeypatch):
+    torch.manual_seed(0)
+    tokens = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Flatten())
+    for model, x in ((perceptron(), torch.randn(20, 4)), (tokens.double(), torch.randn(7, 5, 3))):
+        fisher = kf.estimate(model, x.double(), kf.Gaussian(), fit="block-tridiagonal", labels="exact")
+        expected = fisher.error(x.double()).relative
+        with monkeypatch.context() as patch:
+            patch.setattr("kronfisher.error._WRITTEN_OUT", 0)
+            patch.setattr(Tridiagonal, "to_dense", None)
+            for data in (x.double(), list(x.double().split(3))):
+                assert fisher.error(data).relative == pytest.approx(expected, rel=1e-7)
+        assert expected > 0.01
