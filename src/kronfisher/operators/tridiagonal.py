@@ -6,8 +6,7 @@ with a unit upper triangular ``U⁻¹ = 1 − Ψ`` and a block-diagonal ``S_i = 
 two products that is diagonal in the coordinates where the first of them is the identity.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,13 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalWarning, SingularError, UnsupportedError
-from kronfisher.linalg import eigh, full_precision, singular_message
-from kronfisher.operators import sides
+from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.linalg import full_precision
+from kronfisher.operators.conditionals import Chain, Conditionals, Root, by_cholesky, by_eigenvectors
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator, nonnegative, stable_norm
-from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.spectral import Spectral
 from kronfisher.operators.total import DENSE_LIMIT
 
 __all__ = ["Tridiagonal", "TridiagonalInverse"]
@@ -227,51 +226,35 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         ]
 
     @cached_property
-    def _whitened(self) -> "_Chain":
+    def _whitened(self) -> Chain:
         """By Cholesky factors; SingularError as in `solve`."""
-
-        def whiten(side: Tensor, label: str, definite: bool) -> tuple[Tensor, Tensor]:
-            lower = sides.factor(side, label, definite=definite)[0]
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
-
-        return self._chain(whiten)
+        return self._chain(by_cholesky)
 
     @cached_property
-    def _spread(self) -> "_Chain":
+    def _spread(self) -> Chain:
         """By eigenvectors, those of numerically zero eigenvalues left out."""
+        return self._chain(by_eigenvectors)
 
-        def whiten(side: Tensor, label: str, definite: bool) -> tuple[Tensor, Tensor]:
-            values, vectors = eigh(side[0], label)
-            kept = values > negligible(side.dtype) * values.amax()
-            roots = values.sqrt() * kept
-            return vectors * roots, (vectors * torch.where(kept, 1 / roots, 0)).mT
-
-        return self._chain(whiten)
-
-    def _chain(self, whiten: Callable[[Tensor, str, bool], tuple[Tensor, Tensor]]) -> "_Chain":
+    def _chain(self, root: Root) -> Chain:
+        labels = [layer.name or self.structure for layer in self.layers]
         with full_precision(self.device.type):
             roots = [
                 (
-                    whiten(layer.B, f"{layer.name or self.structure} (output side)", layer.definite),
-                    whiten(layer.A, f"{layer.name or self.structure} (input side)", layer.definite),
+                    root(layer.B, f"{label} (output side)", layer.definite),
+                    root(layer.A, f"{label} (input side)", layer.definite),
                 )
-                for layer in self.layers
+                for layer, label in zip(self.layers, labels, strict=True)
             ]
-            gains = [
-                (B @ outputs.mT @ outputs, A @ inputs.mT @ inputs)
-                for B, A, ((_, outputs), (_, inputs)) in zip(self.B, self.A, roots[1:], strict=True)
-            ]
-            return _Chain(roots, list(zip(self.B, self.A, strict=True)), gains)
+            return Chain.of(roots, list(zip(self.B, self.A, strict=True)))
 
     @cached_property
-    def _conditioned(self) -> "_Conditionals":
+    def _conditioned(self) -> Conditionals:
         with full_precision(self.device.type):
-            return _Conditionals(self._whitened, self.name or self.structure, definite=self.definite)
+            return Conditionals(self._whitened, self.name or self.structure, definite=self.definite)
 
     @cached_property
-    def _drawing(self) -> "_Conditionals":
-        return self._conditioned if self.definite else _Conditionals(self._spread, self.name, singular=True)
+    def _drawing(self) -> Conditionals:
+        return self._conditioned if self.definite else Conditionals(self._spread, self.name, singular=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -349,115 +332,6 @@ class TridiagonalInverse(Operator, kind="tridiagonal-inverse"):
     def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
         """From X."""
         return cls(Tridiagonal.from_tensors(tensors, **settings))
-
-
-Pair = tuple[Tensor, Tensor]  # of the output side, then of the input side
-
-
-@dataclass
-class _Chain:
-    """What both sides are made of, pair by pair.
-
-    Attributes:
-        roots: ``(H, P)`` of each side, ``H Hᵀ`` the side and ``P = H⁻¹``, or its pseudo-inverse.
-        links: ``B_{i,i+1}, A_{i,i+1}``.
-        gains: ``Ψᴮ_i, Ψᴬ_i``.
-    """
-
-    roots: list[tuple[Pair, Pair]]
-    links: list[Pair]
-    gains: list[Pair]
-
-
-class _Conditionals:
-    """Every layer given the next: ``S_i = (W_B ⊗ W_A) diag(1 − d_B d_Aᵀ) (W_B ⊗ W_A)ᵀ``, and ``S_L = X_LL``.
-
-    Args:
-        chain: roots and links.
-        name: for messages.
-        definite: X is positive definite by construction; what rounding takes from that is given back, with a warning.
-        singular: zeros are welcome: only roots of S are wanted.
-    """
-
-    def __init__(self, chain: _Chain, name: str, *, definite: bool = False, singular: bool = False) -> None:
-        self.gains = chain.gains
-        self.roots: list[Pair] = []  # W_B, W_A
-        self.inverses: list[Pair] = []  # K_B, K_A
-        self.gaps: list[Tensor | None] = []
-        for k, sides_ in enumerate(chain.roots):
-            if k == len(chain.links):
-                self._add(*((root, inverse.mT) for root, inverse in sides_), gap=None)
-                continue
-            turned, shares = [], []
-            for (root, inverse), link, (_, later) in zip(sides_, chain.links[k], chain.roots[k + 1], strict=True):
-                half = inverse @ link @ later.mT
-                share, vectors = eigh(half @ half.mT, f"{name} (link {k})")
-                turned.append((root @ vectors, inverse.mT @ vectors))
-                shares.append(share)
-            self._add(
-                *turned,
-                gap=self._checked(1 - sides.outer(*(s[None] for s in shares)), name, definite, singular, shares),
-            )
-
-    def _add(self, outputs: Pair, inputs: Pair, gap: Tensor | None) -> None:
-        self.roots.append((outputs[0], inputs[0]))
-        self.inverses.append((outputs[1], inputs[1]))
-        self.gaps.append(gap)
-
-    @staticmethod
-    def _checked(gap: Tensor, name: str, definite: bool, singular: bool, shares: list[Tensor]) -> Tensor:
-        gap = gap.reshape(len(shares[0]), len(shares[1]))
-        if singular:
-            return gap.clamp_min(0)
-        floor = negligible(gap.dtype)
-        if bool((gap <= floor).any()):
-            if not definite:
-                raise SingularError(singular_message(name, gap.mean().item(), gap.dtype))
-            warnings.warn(
-                f"{name}: a layer is all but determined by the next, and the damping too small for {gap.dtype} to show "
-                "the difference. Use a larger λ or float64.",
-                NumericalWarning,
-                stacklevel=4,
-            )
-        return gap.clamp_min(floor)
-
-    def gain(self, k: int, V: Tensor) -> Tensor:
-        """``Ψ_k V`` for V of layer k + 1."""
-        return self.gains[k][0] @ V @ self.gains[k][1].mT
-
-    def pull(self, k: int, V: Tensor) -> Tensor:
-        """``Ψ_{k−1}ᵀ V`` for V of layer k − 1."""
-        return self.gains[k - 1][0].mT @ V @ self.gains[k - 1][1]
-
-    def divided(self, k: int, V: Tensor, *, root: bool = False) -> Tensor:
-        """``S_k⁻¹ V``; `root`: white noise to draws of that covariance."""
-        (B, A), gap = self.inverses[k], self.gaps[k]
-        if not root:
-            V = B.mT @ V @ A
-        if gap is not None:
-            V = V / (gap.sqrt() if root else gap)
-        return B @ V @ A.mT
-
-    def coloured(self, k: int, noise: Tensor) -> Tensor:
-        """White noise to draws of covariance ``S_k``."""
-        (B, A), gap = self.roots[k], self.gaps[k]
-        return B @ (noise if gap is None else noise * gap.sqrt()) @ A.mT
-
-    def logdet(self) -> Tensor:
-        """``Σ_i log |S_i| − log |X_ii|``."""
-        return torch.stack([gap.log().sum() for gap in self.gaps if gap is not None]).sum()
-
-    def inverse_diagonal(self) -> Tensor:
-        """Of ``X⁻¹``, ``[D]``."""
-        found, pulled = [], 0.0
-        for k, ((B, A), gap) in enumerate(zip(self.inverses, self.gaps, strict=True)):
-            weights = B.new_ones(B.shape[1], A.shape[1]) if gap is None else 1 / gap
-            own = B.square() @ weights @ A.square().mT
-            found.append((own + pulled).flatten())
-            if gap is not None:
-                B, A = self.gains[k][0].mT @ B, self.gains[k][1].mT @ A
-                pulled = B.square() @ weights @ A.square().mT
-        return torch.cat(found)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
