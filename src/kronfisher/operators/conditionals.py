@@ -81,7 +81,7 @@ class Conditionals:
                 turned.append((root @ vectors, inverse.mT @ vectors))
                 shares.append(share)
             gap = 1 - shares[0][:, None] * shares[1]
-            self._add(*turned, gap.clamp_min(0) if singular else _positive(gap, name, definite))
+            self._add(turned[0], turned[1], gap.clamp_min(0) if singular else _positive(gap, name, definite))
         (root_b, inverse_b), (root_a, inverse_a) = chain.roots[-1]
         self._add((root_b, inverse_b.mT), (root_a, inverse_a.mT), None)
 
