@@ -296,7 +296,8 @@ class Accumulator:
         )
         self.after |= {key: later for key, later in found.after.items() if not begun & {key, later}}
         self.cuts = found.cuts | self.cuts
-        self._followed.add(proof.graph)
+        if not proof.gathers:  # else the rows of the next batch may come in another order
+            self._followed.add(proof.graph)
 
     def _apart(self, earlier: Block, later: Block) -> str:
         """Why no fit takes two blocks together."""

@@ -73,6 +73,7 @@ class Proof:
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
         before: index of a call → those that its inputs are made of, with no other call in between.
+        last: indices of the calls that the outputs are made of, with no other call in between.
         gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
         graph: a number that stands for the graph's nodes: another one means another computation.
     """
@@ -84,6 +85,7 @@ class Proof:
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
+    last: frozenset[int] = frozenset()
     graph: int = 0
     gathers: bool = False
 
@@ -313,7 +315,8 @@ class Capture(TorchFunctionMode):
         below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
         claimed: set[int] = set()
         nodes: list[tuple] = []
-        stack: list[tuple[Node, bool]] = [(get_gradient_edge(outputs).node, False)]
+        end = get_gradient_edge(outputs).node
+        stack: list[tuple[Node, bool]] = [(end, False)]
         while stack:
             node, done = stack.pop()
             children = [child for child, _ in node.next_functions if child is not None]
@@ -358,6 +361,7 @@ class Capture(TorchFunctionMode):
                 operator = f"{self.calls[index].operator}, whose output is a view that was modified in place"
                 proof.unclaimed.setdefault(use.name, set()).add(operator)
         proof.before = {index: below[node] for node, index in calls.items() if node in below}
+        proof.last = frozenset((calls[end],)) if end in calls else below[end]
         proof.sources = [index for index, before in proof.before.items() if not before]
         proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
         proof.meetings += self._meetings

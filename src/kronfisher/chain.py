@@ -7,7 +7,7 @@ a transposition between the two, which would pair inputs of one position with in
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -54,14 +54,18 @@ def chains(
     found = Chains()
     uses = Counter(part.block.key for several in parts.values() for part in several)
     windows = Counter(name for key in uses for name in {view.parameter for view in key if view is not None})
-    following = Counter(earlier for before in proof.before.values() for earlier in before)
+    following = Counter(proof.last)
+    for before in proof.before.values():
+        following.update(before)
+
+    def names(indices: Iterable[int]) -> str:
+        return ", ".join(dict.fromkeys(use.name for index in indices for use in capture.calls[index].uses))
 
     def lone(index: int) -> str:
-        call, several = capture.calls[index], parts.get(index, [])
-        names = ", ".join(dict.fromkeys(use.name for use in call.uses))
+        several = parts.get(index, [])
         if len(several) != 1:
             why = "has several parameters that are treated apart" if several else "is left to the fallback"
-            return f"{call.operator} of {names} {why}"
+            return f"{capture.calls[index].operator} of {names((index,))} {why}"
         (part,) = several
         if uses[part.block.key] > 1:
             return f"{part.block.name} is used {uses[part.block.key]} times"
@@ -69,17 +73,14 @@ def chains(
             return f"{part.block.name} is used in several ways or in parts"
         return ""
 
-    def names(indices: frozenset[int]) -> str:
-        return ", ".join(dict.fromkeys(use.name for index in sorted(indices) for use in capture.calls[index].uses))
-
     def reason(index: int) -> str:
         before = proof.before[index]
         if len(before) > 1:
-            return f"its inputs come from {names(before)}"
+            return f"its inputs come from {names(sorted(before))}"
         (earlier,) = before
         if following[earlier] > 1:
-            every = frozenset(k for k, several in proof.before.items() if earlier in several)
-            return f"what {names(before)} gives goes to {names(every)}"
+            every = names(sorted(k for k, several in proof.before.items() if earlier in several))
+            return f"what {names(before)} gives goes to {every}{' and the outputs' if earlier in proof.last else ''}"
         if why := lone(earlier) or lone(index):
             return why
         first, second = parts[earlier][0], parts[index][0]
@@ -110,21 +111,23 @@ def unlike(capture: Capture, earlier: Place, later: Place) -> str:
     total = len(first)
     if total != len(second):
         return f"{earlier[1].block.name} has {total} rows, {later[1].block.name} {len(second)} (data times positions)"
-    some = max(1, total // _SHARE)
     generator = torch.Generator("cpu").manual_seed(total)
-    order = torch.randperm(total, generator=generator, device="cpu")
-    hits = chances = 0
-    for low in range(0, min(_PASSES * some, total), some):
-        rows = order[low : low + some]
+
+    def alive(rows: Tensor) -> Tensor:
+        """Rows of the earlier use at which a random gradient of some rows of the later one arrives."""
         places = second[rows].flatten()
         vector = torch.zeros(prod(later[0].shape), device="cpu")
         vector[places] = torch.randn(len(places), generator=generator, device="cpu")
         back = capture.between(later[0], earlier[0], vector.reshape(later[0].shape))
-        if back is None:
-            continue
-        alive = (back.flatten().cpu()[first] != 0).any(dim=1)
-        hits += int(alive[rows].sum())
-        chances += min(int(alive.sum()), len(rows))
+        return torch.zeros(total, dtype=torch.bool) if back is None else (back.flatten().cpu()[first] != 0).any(dim=1)
+
+    order = torch.randperm(total, generator=generator, device="cpu")
+    able, some = alive(order), max(1, total // _SHARE)  # units may be dead in a row
+    hits = chances = 0
+    for rows in order[: _PASSES * some].split(some):
+        found = alive(rows)
+        hits += int(found[rows].sum())
+        chances += min(int(found.sum()), int(able[rows].sum()))
     if not chances:
         return f"no gradient passes from {later[1].block.name} to {earlier[1].block.name}"
     if hits < _SURE * chances:
@@ -134,7 +137,7 @@ def unlike(capture: Capture, earlier: Place, later: Place) -> str:
 
 _SHARE = 64  # one row of so many is looked at in a pass: where positions mix nearby, most others get nothing
 _PASSES = 4
-_SURE = 0.75  # the rows that have to arrive in their own places; units that are dead in a row may swallow some
+_SURE = 0.9  # the share of rows that have to arrive in their own places
 
 
 def _rows(call: Call, part: Part, owner: Ownership) -> Tensor:

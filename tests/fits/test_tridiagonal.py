@@ -262,6 +262,15 @@ def branches(m, x):
     return m.l1(h) + m.l2(h)
 
 
+def leaving(m, x):
+    h = m.l0(x).tanh()
+    return m.l1(h) + h[:, :2]
+
+
+def shuffled(m, x):
+    return m.l1(m.l0(x).tanh()[torch.randperm(len(x))])
+
+
 def tied(m, x):
     return m.l2(m.l1(m.l1(m.l0(x).tanh()).tanh()).tanh())
 
@@ -287,6 +296,8 @@ def autoencoder(m, x):
     [
         (residual, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "goes to l1.weight.*l2.weight"),
         (branches, linear((3, 4), (4, 2), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "what l0.weight.* gives goes to"),
+        (leaving, linear((3, 4), (4, 2)), (6, 3), [["l0"], ["l1"]], "goes to l1.weight and the outputs"),
+        (shuffled, linear((3, 4), (4, 2)), (30, 3), [["l0"], ["l1"]], "rows change their order"),
         (tied, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "l1.weight is used 2 times"),
         (transposed_tokens, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows change their order"),
         (transposed_tokens, linear((3, 4), (4, 2)), (5, 5, 3), [["l0"], ["l1"]], "rows change their order"),
@@ -368,6 +379,27 @@ def test_dead_units_do_not_cut_a_chain():
         model[0].bias.fill_(-100)  # nothing passes
     found, cuts = layout(model, x)
     assert found == [["0.weight"], ["2.weight", "4.weight"]] and "no gradient passes from 2.weight to 0.weight" in cuts
+
+
+def test_narrow_rectified_convolutions_are_a_chain():
+    torch.manual_seed(0)
+    for width in (1, 2, 3):
+        model = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2, 3, padding=1), nn.Flatten()
+        )
+        for size in (1, 2, 20):
+            found, cuts = layout(model.double(), torch.randn(size, 1, 6, 6).double())
+            assert found == [["0.weight", "2.weight"]], cuts
+
+
+def test_rows_that_are_picked_by_index_are_looked_at_in_every_batch():
+    model = Written(lambda m, x: m.l1(m.l0(x).tanh()[x[:, 0].argsort()]), **linear((3, 4), (4, 2))).double()
+    x = torch.randn(8, 3).double()
+    x = x[x[:, 0].argsort()]  # in order, by chance
+    fisher = kf.estimate(model, [x, x + 1], kf.Gaussian(), fit=kf.BlockTridiagonal())
+    assert isinstance(fisher["l0.weight"], Tridiagonal)
+    with pytest.raises(kf.UnsupportedError, match="rows change their order"):
+        kf.estimate(model, [x, x.flip(0)], kf.Gaussian(), fit=kf.BlockTridiagonal())
 
 
 def test_a_chain_that_another_batch_breaks_is_refused():
