@@ -52,6 +52,18 @@ def exact_fisher(model, batches, likelihood=None, targets=None):
     return total / count
 
 
+def completed(diagonal, links):
+    """The matrix of given diagonal and neighbouring blocks whose inverse is zero elsewhere, built block by block."""
+    blocks = {(k, k): block for k, block in enumerate(diagonal)}
+    for j in range(1, len(diagonal)):
+        for i in reversed(range(j)):
+            between = torch.linalg.inv(diagonal[i + 1])
+            blocks[i, j] = links[i] if j == i + 1 else links[i] @ between @ blocks[i + 1, j]
+            blocks[j, i] = blocks[i, j].T
+    size = range(len(diagonal))
+    return torch.cat([torch.cat([blocks[i, j] for j in size], dim=1) for i in size])
+
+
 def kept(fisher):
     """``[P, P]``: 1 where the structure keeps an element of the exact matrix, for fits that are exact there."""
     positions, _ = read(torch.arange(fisher.dim), fisher.shapes)

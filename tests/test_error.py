@@ -8,8 +8,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher import error as module
-from kronfisher.error import quadratic
 from kronfisher.fits import FITS
+from kronfisher.fits.quadratic import quadratic
 from kronfisher.operators import KroneckerSum
 from kronfisher.samples import Dense, Samples
 from tests.exact import Written, exact_fisher

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
-from kronfisher.blocks import Block, View
+from kronfisher.blocks import Block, Key
 from kronfisher.capture import Capture, Proof, Receiver
+from kronfisher.chain import chains
 from kronfisher.claims import detached, hidden, refuse, settle, unclaimed, unknown
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fallback import FALLBACK, per_sample_block
@@ -28,7 +29,6 @@ from kronfisher.uses.ownership import coupled, scattered
 __all__ = ["Accumulator", "Labels"]
 
 Labels = Literal["exact", "sampled", "observed"]
-Key = tuple[View | None, View | None]
 # Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, Ownership]]] = WeakKeyDictionary()
 # Model → graphs in which data are known to stay apart where they meet the parameters that the fallback treats.
@@ -67,6 +67,8 @@ class Accumulator:
             (normalisation over the batch) are taken as they are where a fit treats rows apart.
         groups: filled by the first batch.
         mixed: in training, names of blocks whose rows mix data.
+        after: key of a block → key of the one after it, where a fit treats them together.
+        cuts: key of a block → why it is not treated together with what comes before, where its fit might do so.
         apart: names of weights and biases that have several partners and are treated without them.
         fallback: parameter → reason why only the gradients of single data, one by one, tell about it.
         count: N so far.
@@ -94,6 +96,8 @@ class Accumulator:
     fallback: dict[str, str] = field(default_factory=dict)
     apart: set[str] = field(default_factory=set)
     mixed: set[str] = field(default_factory=set)
+    after: dict[Key, Key] = field(default_factory=dict)
+    cuts: dict[Key, str] = field(default_factory=dict)
     count: float | Tensor = 0.0
     backward_passes: int = 0
     tell: Callable[[str], None] = log.debug
@@ -115,6 +119,7 @@ class Accumulator:
         self.fits = choose(self.fit, self.parameters)
         self._places: dict[Key, tuple[Group, int]] = {}
         self._guesses: dict[tuple, Ownership] = {}
+        self._followed: set[int] = set()  # graphs in which it is known what follows what
         self.device = next(iter(self.parameters.values())).device
         self.start_pass()
 
@@ -258,7 +263,62 @@ class Accumulator:
             self._give_up(problems, where)
         if self.fallback and not self.training:
             self._check_apart(capture, outputs, proof, where)
+        self._follow(capture, proof, parts, owners, where)
         return proof, parts, owners
+
+    def _follow(
+        self,
+        capture: Capture,
+        proof: Proof,
+        parts: Mapping[int, list[Part]],
+        owners: Mapping[tuple[int, int], Ownership],
+        where: str,
+    ) -> None:
+        """Find the chains of layers that fits treat together; those that were begun to be counted have to hold."""
+        blocks = {part.block.key: part.block for several in parts.values() for part in several}
+        if proof.graph in self._followed or not any(self.fit_of(block).chained for block in blocks.values()):
+            return
+        found = chains(capture, proof, parts, owners, self._apart)
+        begun = {block.key for group in self.groups for block in group.blocks}
+        broken = [
+            (key, later)
+            for key, later in self.after.items()
+            if blocks.keys() & {key, later} and found.after.get(key) != later
+        ]
+        refuse(
+            {
+                names: f"{names}: in earlier batches these layers followed each other and were counted so, here they "
+                f"do not ({found.cuts.get(later) or other}). Choose a fit that treats layers apart, such as 'kfac'."
+                for key, later in broken
+                for names in [", ".join(view.label for part in (key, later) for view in part[:1] if view)]
+                for other in ["another comes between" if {key, later} <= blocks.keys() else "one of them is not used"]
+            },
+            where,
+        )
+        self.after |= {key: later for key, later in found.after.items() if not begun & {key, later}}
+        self.cuts = found.cuts | self.cuts
+        if not proof.gathers:  # else the rows of the next batch may come in another order
+            self._followed.add(proof.graph)
+
+    def _apart(self, earlier: Block, later: Block) -> str:
+        """Why no fit takes two blocks together."""
+        first, second = self.fit_of(earlier), self.fit_of(later)
+        if first != second:
+            return f"{earlier.name} has another fit"
+        if not first.chained:
+            return "their fit treats layers apart"
+        dtypes = [self.parameters[block.parameters[0]].dtype for block in (earlier, later)]
+        if dtypes[0] != dtypes[1]:
+            return f"{earlier.name} is {dtypes[0]}, {later.name} {dtypes[1]}"
+        return first.alone(earlier) or first.alone(later)
+
+    def cut_notes(self, blocks: Iterable[Block]) -> list[str]:
+        """Where a chain of layers is cut before one of these blocks, and why."""
+        return [
+            f"cut before {block.name}: {self.cuts[block.key]}"
+            for block in blocks
+            if block.key in self.cuts and self.fit_of(block).chained
+        ]
 
     def _alone(self) -> dict[str, Block]:
         """The blocks of parameters that the fallback treats."""
@@ -376,7 +436,7 @@ class Accumulator:
         planned = []
         for fit, members in new.items():
             begun = [group.blocks for group in self.groups if group.fit == fit]
-            groups = fit.groups([*(block for group in begun for block in group), *members])
+            groups = fit.groups([*(block for group in begun for block in group), *members], self.after)
             if any(group not in groups for group in begun):
                 raise UnsupportedError(
                     f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and "

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "View"]
+__all__ = ["Block", "Key", "View"]
 
 Sizes = tuple[int, ...]
 
@@ -163,6 +163,9 @@ def _row_major(shape: Sizes) -> Sizes:
     return tuple(reversed(strides))
 
 
+Key = tuple[View | None, View | None]
+
+
 @dataclass(frozen=True)
 class Block:
     """One canonical matrix ``W [H, O, I]``: a weight, a bias as its last column, or either alone.
@@ -199,7 +202,7 @@ class Block:
         return tuple(dict.fromkeys(v.parameter for v in self.views))
 
     @property
-    def key(self) -> tuple[View | None, View | None]:
+    def key(self) -> Key:
         """Uses with the same key share one matrix."""
         return self.weight, self.bias
 

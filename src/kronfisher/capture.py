@@ -72,6 +72,8 @@ class Proof:
         meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
         alive: indices of the calls that the outputs depend on.
         sources: indices of those below which no other call lies.
+        before: index of a call → those that its inputs are made of, with no other call in between.
+        last: indices of the calls that the outputs are made of, with no other call in between.
         gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
         graph: a number that stands for the graph's nodes: another one means another computation.
     """
@@ -82,6 +84,8 @@ class Proof:
     meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
+    before: dict[int, frozenset[int]] = field(default_factory=dict)
+    last: frozenset[int] = frozenset()
     graph: int = 0
     gathers: bool = False
 
@@ -308,19 +312,23 @@ class Capture(TorchFunctionMode):
         constant = {tensor.grad_fn for tensor in self._constant.values() if tensor.grad_fn is not None}
         # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
         calls = {call.edge.node: call.index for call in self.calls if call.edge.node not in self._chains}
-        below: dict[Node, bool] = {}
+        below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
         claimed: set[int] = set()
         nodes: list[tuple] = []
-        stack: list[tuple[Node, bool]] = [(get_gradient_edge(outputs).node, False)]
+        end = get_gradient_edge(outputs).node
+        stack: list[tuple[Node, bool]] = [(end, False)]
         while stack:
             node, done = stack.pop()
             children = [child for child, _ in node.next_functions if child is not None]
             if done:
-                below[node] = any(below.get(child, False) or child in calls for child in children)
+                several = {
+                    frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children
+                }
+                below[node] = several.pop() if len(several) == 1 else _NONE.union(*several)
                 continue
             if node in below:
                 continue
-            below[node] = False
+            below[node] = _NONE
             stack.append((node, True))
             nodes.append((node.name(), len(children), *(getattr(node, name, None) for name in _DIMS)))
             if "CheckpointFunction" in nodes[-1][0]:
@@ -352,7 +360,9 @@ class Capture(TorchFunctionMode):
             for use in self.calls[index].uses:
                 operator = f"{self.calls[index].operator}, whose output is a view that was modified in place"
                 proof.unclaimed.setdefault(use.name, set()).add(operator)
-        proof.sources = [index for node, index in calls.items() if node in below and not below[node]]
+        proof.before = {index: below[node] for node, index in calls.items() if node in below}
+        proof.last = frozenset((calls[end],)) if end in calls else below[end]
+        proof.sources = [index for index, before in proof.before.items() if not before]
         proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
         proof.meetings += self._meetings
         proof.graph = hash(tuple(nodes))
@@ -457,16 +467,36 @@ class Capture(TorchFunctionMode):
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
 
+    def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
+        """What `vector`, for the output of one call, becomes as the gradient of the output of a call before it.
+
+        None where no way leads from the one to the other.
+        """
+        arrives = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+        start = vector.to(arrives.device, arrives.dtype)
+        if later.window is not None:
+            size, stride, offset = later.window
+            start = start.new_zeros(tuple(arrives.shape))
+            start.as_strided(size, stride, offset).copy_(vector)
+        found = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)[0]
+        return None if found is None else _windowed(earlier, found)
+
     def _receive(self, index: int, gradient: Tensor) -> None:
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
-            if call.window is not None:
-                size, stride, offset = call.window
-                gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
-                gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
-            self._receiver(call, gradient.reshape(call.shape))
+            self._receiver(call, _windowed(call, gradient))
 
 
+def _windowed(call: Call, gradient: Tensor) -> Tensor:
+    """The gradient of a call's output, out of that which arrives at its edge."""
+    if call.window is not None:
+        size, stride, offset = call.window
+        gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
+        gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
+    return gradient.reshape(call.shape)
+
+
+_NONE: frozenset[int] = frozenset()
 _GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
 _DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
 

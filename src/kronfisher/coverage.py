@@ -45,10 +45,12 @@ class Coverage:
     Attributes:
         rows: one per trainable parameter, in the model's order.
         frozen: how many numbers do not require a gradient and are left out.
+        cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
     """
 
     rows: tuple[CoverageRow, ...]
     frozen: int
+    cuts: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -77,7 +79,7 @@ class Coverage:
         if not self.complete:
             facts += f", {100 * (1 - self.share):.1f} % by the fallback"
         lines.append(facts + (f"; {self.frozen:,} frozen" if self.frozen else ""))
-        return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason)])
+        return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason), *self.cuts])
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
@@ -129,4 +131,4 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         shape, reason = tuple(parameter.shape), run.fallback.get(name, "")
         rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    return Coverage(tuple(rows), frozen)
+    return Coverage(tuple(rows), frozen, tuple(run.cut_notes(blocks.values())))

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal
 from kronfisher.fits.full import Full
-from kronfisher.fits.quadratic import quadratic
+from kronfisher.fits.quadratic import joint_quadratic
 from kronfisher.linalg import mirror, promote
-from kronfisher.operators import Fisher, Operator
+from kronfisher.operators import Fisher, Operator, Tridiagonal
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
 from kronfisher.samples import Samples
@@ -128,6 +128,9 @@ def _ratio(distance: float, norm: float) -> float:
     return distance / norm if norm else (inf if distance else 0.0)
 
 
+Rows = tuple[tuple[Tensor, ...], ...]  # of every block, see `_rows`
+
+
 @dataclass
 class Kept:
     """Samples of large blocks, until all their pairs have been multiplied.
@@ -139,14 +142,14 @@ class Kept:
     """
 
     budget: int
-    rows: dict[tuple[Block, ...], list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    rows: dict[tuple[Block, ...], list[Rows]] = field(default_factory=dict)
     bytes: int = 0
 
-    def add(self, state: State, rows: tuple[Tensor, ...]) -> None:
+    def add(self, state: State, rows: Rows) -> None:
         """Keep some more, or refuse."""
         several = self.rows.setdefault(state.blocks, [])
-        last = {tensor.untyped_storage().data_ptr() for entry in several[-1:] for tensor in entry}
-        new = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in rows}
+        last = {tensor.untyped_storage().data_ptr() for entry in several[-1:] for part in entry for tensor in part}
+        new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in rows for t in part}
         self.bytes += sum(size for place, size in new.items() if place not in last)  # parts of one batch share storage
         if self.bytes > self.budget:
             raise MemoryBudgetError(
@@ -175,7 +178,7 @@ class CrossTerms(Fit):
     def __hash__(self) -> int:
         return id(self)
 
-    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
         """The operators' own groups."""
         keys = {block.key for block in blocks}
         groups = [group for group in self.operators if keys.issuperset(block.key for block in group)]
@@ -188,7 +191,8 @@ class CrossTerms(Fit):
         return groups
 
     def _written_out(self, group: tuple[Block, ...]) -> bool:
-        return len(group) > 1 or self.operators[group].dim <= _WRITTEN_OUT
+        operator = self.operators[group]
+        return operator.dim <= _WRITTEN_OUT or (len(group) > 1 and not isinstance(operator, Tridiagonal))
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         """Dense where small, else two scalars and the samples."""
@@ -205,9 +209,8 @@ class CrossTerms(Fit):
         """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
         if self._written_out(state.blocks):
             return Full().update(state, samples)
-        (use,) = samples
-        state.sums["cross"] += quadratic(use, self.operators[state.blocks])
-        for rows in _rows(use):
+        state.sums["cross"] += joint_quadratic(samples, self.operators[state.blocks])
+        for rows in _rows(samples):
             state.sums["norm"] += _squared_products(rows, rows)
             for others in self.kept.rows.get(state.blocks, ()):
                 state.sums["norm"] += 2 * _squared_products(rows, others)
@@ -229,17 +232,29 @@ class CrossTerms(Fit):
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
 
 
-def _rows(samples: Samples) -> list[tuple[Tensor, ...]]:
-    """Samples in the smaller of two forms: inputs and gradients (T = 1, one group), or the products G_k written out."""
-    if samples.positions == 1 and samples.shape[0] == 1:
-        a, g = samples.activations.dense()[0, :, 0], samples.gradients[0, :, 0]
-        return [(a[low : low + 512], g[low : low + 512]) for low in range(0, len(a), 512)]
-    return [(part.transpose(0, 1).flatten(1),) for part in samples.per_sample()]
+def _rows(samples: tuple[Samples, ...]) -> list[Rows]:
+    """Samples of all blocks in the smaller of two forms, 512 at a time.
+
+    Inputs and gradients (T = 1, one group), or the products G_k written out.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for use in samples:
+        if use.positions == 1 and use.shape[0] == 1:
+            parts.append((use.activations.dense()[0, :, 0], use.gradients[0, :, 0]))
+        else:
+            written = [part.transpose(0, 1).flatten(1) for part in use.per_sample()]
+            parts.append((torch.cat(written) if len(written) > 1 else written[0],))
+    lows = range(0, len(samples[0]), 512)
+    return [tuple(tuple(tensor[low : low + 512] for tensor in part) for part in parts) for low in lows]
 
 
-def _squared_products(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Tensor:
-    """``Σ_{k,l} ⟨G_k, G_l⟩²`` over k in x and l in y."""
-    products = x[0] @ y[0].mT
-    for left, right in zip(x[1:], y[1:], strict=True):
-        products = products * (left @ right.mT)
-    return products.square().sum(dtype=torch.float64)
+def _squared_products(x: Rows, y: Rows) -> Tensor:
+    """``Σ_{k,l} ⟨G_k, G_l⟩²`` over k in x and l in y, inner products over all blocks."""
+    total = None
+    for mine, theirs in zip(x, y, strict=True):
+        products = mine[0] @ theirs[0].mT
+        for left, right in zip(mine[1:], theirs[1:], strict=True):
+            products = products * (left @ right.mT)
+        total = products if total is None else total + products
+    assert total is not None
+    return total.square().sum(dtype=torch.float64)

@@ -8,7 +8,7 @@ otherwise. A sample is one datum under one label draw or one column of the outpu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -332,6 +332,20 @@ class Samples:
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
         add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
+
+    def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""
+        pair = (self.counted, len(self)), (later.counted, len(later))
+        parts = gcd(len(self), len(later))  # positions may count as samples in one of them
+        size = len(self) * self.positions // max(parts, 1) * sum(total.shape) * total.element_size()
+        for low, high in chunks(parts, size, self.workspace):
+            left, right = (a.dense(low * n // parts, high * n // parts)[0].to(total.dtype) for a, n in pair)
+            total.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+
+    def add_output_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} g g'ᵀ`` ``[O, O']`` with the output gradients of another layer, row by row."""
+        left, right = (use.gradients[0].to(total.dtype).flatten(0, 1) for use in (self, later))
+        total.addmm_(left.mT, right)
 
     def add_output_products_(self, total: Tensor) -> None:
         """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]`` or diagonal ``[H, O]``; rows sorted by sample."""

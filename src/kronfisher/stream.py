@@ -81,7 +81,7 @@ class Stream:
                 self._counted.add((call.index, number))
                 if self._mask is not None:
                     samples = samples.masked(self._mask)
-                if group.state.plan.owned:
+                if group.state.plan.owned or len(group.blocks) > 1:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: uses of one weight need not wait for each other
                     group.state = group.fit.update(group.state, (samples,))

@@ -9,7 +9,7 @@ from kronfisher.damping import Damping
 from kronfisher.natural_gradient import Curvature
 from kronfisher.operators import KroneckerBasis
 
-FITS = ["kfac", "kfac-reduce", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
+FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
 
 def network(dtype=torch.float64):

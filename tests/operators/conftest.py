@@ -1,5 +1,7 @@
 """One operator of every kind and shape, each with the dense matrix it stands for, built independently in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from kronfisher.operators import (
     Kronecker,
     KroneckerBasis,
     KroneckerSum,
+    Tridiagonal,
 )
+from tests.exact import completed
 
 GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
 
@@ -108,7 +112,30 @@ def pair(groups, kind):
     return X.inverse(), torch.linalg.inv(dense)
 
 
+def tridiagonal(inputs=(3, 2, 4), outputs=(2, 3, 1), seed=0):
+    """A chain whose sides are second moments of random vectors of all layers, and its dense twin."""
+    parts = {}
+    for key, widths, start in (("A", inputs, seed), ("B", outputs, seed + 1)):
+        matrix, ends = spd(sum(widths), seed=start), [sum(widths[:k]) for k in range(len(widths) + 1)]
+        cuts = [slice(low, high) for low, high in pairwise(ends)]
+        parts[key] = [matrix[cut, cut] for cut in cuts]
+        parts[f"{key} links"] = [matrix[x, y] for x, y in pairwise(cuts)]
+    layers = tuple(Kronecker(A[None], B[None], "layer.weight") for A, B in zip(parts["A"], parts["B"], strict=True))
+    X = Tridiagonal(layers, tuple(parts["A links"]), tuple(parts["B links"]), "chain")
+    diagonal = [torch.kron(B, A) for A, B in zip(parts["A"], parts["B"], strict=True)]
+    links = [torch.kron(B, A) for A, B in zip(parts["A links"], parts["B links"], strict=True)]
+    return X, completed(diagonal, links)
+
+
+def inverse_of(X, dense):
+    return X.inverse(), torch.linalg.inv(dense)
+
+
 MAKE = {
+    "tridiagonal-2": lambda: tridiagonal((2, 3), (3, 2)),
+    "tridiagonal-3": tridiagonal,
+    "tridiagonal-4": lambda: tridiagonal((2, 1, 3, 2), (1, 2, 2, 2)),
+    "tridiagonal-inverse": lambda: inverse_of(*tridiagonal()),
     **{f"kronecker-{h}": lambda h=h: kronecker(h) for h in GROUPS},
     **{f"kronecker-diagonal-A-{h}": lambda h=h: kronecker(h, diagonal_a=True) for h in GROUPS},
     **{f"kronecker-diagonal-B-{h}": lambda h=h: kronecker(h, diagonal_b=True) for h in GROUPS},
@@ -159,6 +186,11 @@ def make():
 @pytest.fixture
 def kronecker_of():
     return kronecker
+
+
+@pytest.fixture
+def chain_of():
+    return tridiagonal
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
+from kronfisher.operators.tridiagonal import Tridiagonal
 
 __all__ = ["FactoredTikhonov"]
 
@@ -23,8 +24,9 @@ class FactoredTikhonov(Damping, kind="factored"):
 
     It is ``B ⊗ A + λ·1`` and two terms more, ``π√λ·B ⊗ 1 + √λ/π·1 ⊗ A``: an approximation with an inverse of its own.
     π makes it independent of how a scale is split between A and B. Groups are damped one by one. A product that is zero
-    becomes ``λ·1``. Of a sum of products the first term is damped so: two terms keep an exact inverse. Operators of any
-    other structure get exact Tikhonov damping.
+    becomes ``λ·1``. Of a sum of products the first term is damped so: two terms keep an exact inverse. In a
+    block-tridiagonal matrix each layer is damped so, the links stay as they are. Operators of any other structure get
+    exact Tikhonov damping.
 
     Corrected eigenvalues S ``[H, O, I]`` (EKFAC) get what the product with their row and column sums would get:
     ``S + π√λ·b 1ᵀ + √λ/π·1 aᵀ + λ`` with ``b aᵀ = (S 1)(1ᵀ S) / Σ S``. Small eigenvalues are the worst known, and exact
@@ -49,6 +51,8 @@ class FactoredTikhonov(Damping, kind="factored"):
             return operator.with_first(self._product(operator.terms[0], value))
         if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis) and not operator.form:
             return self._eigenvalues(operator, operator.basis, value)
+        if isinstance(operator, Tridiagonal):
+            return operator.with_layers(tuple(self._product(layer, value) for layer in operator.layers))
         if not isinstance(operator, Kronecker):
             return operator.shifted(value)
         return self._product(operator, value)

@@ -26,6 +26,7 @@ DESCRIPTIONS = {
     "kfac-corrected": "K-FAC and a product for what it misses",
     "kronecker-sum": "the best sum of two products",
     "kl": "the product nearest in divergence (F + 0.001)",
+    "block-tridiagonal": "K-FAC, layers tied to their neighbours",
     "diagonal": "the diagonal alone",
     "full": "each layer's dense matrix: the truth",
 }

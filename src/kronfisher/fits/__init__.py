@@ -11,6 +11,7 @@ from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
 from kronfisher.fits.kronecker_sum import KFACCorrected, KroneckerSum
 from kronfisher.fits.tkfac import TKFAC
+from kronfisher.fits.tridiagonal import BlockTridiagonal
 
 __all__ = [
     "EKFAC",
@@ -21,6 +22,7 @@ __all__ = [
     "KPSVD",
     "TKFAC",
     "Auto",
+    "BlockTridiagonal",
     "Choice",
     "Diagonal",
     "Fit",

@@ -4,7 +4,7 @@ A fit is a frozen bag of settings. What it accumulates lives in a `State`, a tre
 moving averages and partitions of the data are one `+` and one `*`. Only `finish` divides by the number of data.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.errors import NumericalError
 from kronfisher.operators import Operator
 from kronfisher.samples import WORKSPACE, Samples
@@ -126,9 +126,24 @@ class Fit:
         """Whether the answer depends on the size and order of the batches."""
         return False
 
-    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-        """Which blocks are treated together."""
+    @property
+    def chained(self) -> bool:
+        """Whether layers that follow each other are treated together, so that it has to be known which do."""
+        return False
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        """Which blocks are treated together.
+
+        Args:
+            blocks: all that this fit is given, in the order of the forward pass.
+            after: key of a block → key of the one that alone takes its outputs and nothing else, row by row; only for
+                blocks of which `alone` says nothing.
+        """
         return [(block,) for block in blocks]
+
+    def alone(self, block: Block) -> str:
+        """For a chained fit: why a block is treated apart from those before and after it, or nothing."""
+        return ""
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         """Bytes and passes for a group whose numbers take `element` bytes each."""

@@ -1,12 +1,12 @@
 """The exact block, dense: the truth that everything else approximates, affordable for small parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.operators import Dense
@@ -35,7 +35,7 @@ class Full(Fit):
     across_layers: bool = False
     exact = True
 
-    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
         if self.across_layers:
             return [tuple(blocks)] if blocks else []
         groups: list[tuple[Block, ...]] = []

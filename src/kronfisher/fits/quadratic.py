@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kronfisher.operators import Diagonal, Eigen, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
 from kronfisher.rearrangement import Gram
-from kronfisher.samples import Samples
+from kronfisher.samples import Samples, chunks
 
-__all__ = ["quadratic", "squared_norm"]
+__all__ = ["joint_quadratic", "quadratic", "squared_norm"]
 
 
 def quadratic(samples: Samples, operator: Operator) -> Tensor:
@@ -35,6 +35,18 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
     total = samples.gradients.new_zeros((), dtype=torch.float64)
     for gradients in samples.per_sample():
         rows = gradients.transpose(0, 1).flatten(1)
+        total += (rows * operator.matvecs(rows)).sum(dtype=torch.float64)
+    return total
+
+
+def joint_quadratic(samples: Sequence[Samples], operator: Operator) -> Tensor:
+    """``Σ_k v_kᵀ X v_k`` where ``v_k`` is ``vec(G_k)`` of all the blocks that X treats together, sorted by sample."""
+    if len(samples) == 1:
+        return quadratic(samples[0], operator)
+    total = samples[0].gradients.new_zeros((), dtype=torch.float64)
+    size = 4 * samples[0].gradients.element_size() * operator.dim
+    for low, high in chunks(len(samples[0]), size, samples[0].workspace):
+        rows = torch.cat([torch.cat(list(_rows([use.part(low, high)]))) for use in samples], dim=1)
         total += (rows * operator.matvecs(rows)).sum(dtype=torch.float64)
     return total
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator
 from kronfisher.batches import Forward
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fits.fit import Fit, Plan, State
 from kronfisher.indices import Indices
@@ -82,7 +82,7 @@ class PerOutput(Fit):
     def __hash__(self) -> int:
         return id(self)
 
-    def groups(self, blocks: Sequence[Block]) -> list[Group]:
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[Group]:
         """Those of the posterior."""
         keys = {block.key for block in blocks}
         groups = [group for group in self.entries if keys.issuperset(block.key for block in group)]

@@ -4,12 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator, Labels
+from kronfisher.blocks import Block
 from kronfisher.capture import Capture, Receiver
 from kronfisher.damping import Damping
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
@@ -89,6 +91,11 @@ class Curvature:
     def coupled(self) -> list[str]:
         """Names of blocks whose rows mix data."""
         return [] if self.run is None else sorted(self.run.mixed)
+
+    @property
+    def cuts(self) -> list[str]:
+        """Where chains of layers are cut and why, for fits that treat neighbours together."""
+        return [] if self.run is None else self.run.cut_notes(block for layer in self.layers for block in layer.blocks)
 
     def _accumulator(self) -> Accumulator:
         return Accumulator(
@@ -313,7 +320,10 @@ class Curvature:
         self.step, self.statistics_due, self.dropped = state["step"], state["statistics_due"], state["dropped"]
         run = self._accumulator()
         run.fallback, run.mixed, run.apart = dict(state["uncovered"]), set(state["coupled"]), set(state["apart"])
-        written = {tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]}
+        written: dict[tuple[Block, ...], Any] = {
+            tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
+        }
+        run.after = {x.key: y.key for blocks in written for x, y in pairwise(blocks)}  # chains; others ignore it
         self.run, self._trained = run, frozenset(state["trained"])
         run.place([block for blocks in written for block in blocks], "the saved state")
         groups = {group.blocks: group for group in run.groups}

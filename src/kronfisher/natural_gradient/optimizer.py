@@ -222,6 +222,7 @@ class NaturalGradient(torch.optim.Optimizer):
             troubles={c.name: c.trouble for c in curvature.layers if c.trouble},
             uncovered=curvature.uncovered,
             coupled=tuple(curvature.coupled),
+            cuts=tuple(curvature.cuts),
             warnings=tuple(self.region.warnings()),
             **self._counts,
         )

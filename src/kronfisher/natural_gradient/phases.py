@@ -1,12 +1,12 @@
 """A fit as training uses it: its passes over the data run side by side, each as a moving average."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.blocks import Block, Key
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits import Fit, Plan, State
 from kronfisher.operators import Operator
@@ -38,8 +38,15 @@ class Phased(Fit):
 
     fit: Fit
 
-    def groups(self, blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-        return self.fit.groups(blocks)
+    @property
+    def chained(self) -> bool:
+        return self.fit.chained
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        return self.fit.groups(blocks, after)
+
+    def alone(self, block: Block) -> str:
+        return self.fit.alone(block)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         plan = self.fit.plan(group, element)

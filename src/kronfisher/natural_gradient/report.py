@@ -25,6 +25,7 @@ class TrainingReport:
         troubles: layer → what went wrong with its last inverse.
         uncovered: parameter → why it makes plain momentum steps.
         coupled: layers whose rows mix data (normalisation over the batch).
+        cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
         warnings: what a user should know, in words.
     """
 
@@ -42,6 +43,7 @@ class TrainingReport:
     troubles: Mapping[str, str] = field(default_factory=dict)
     uncovered: Mapping[str, str] = field(default_factory=dict)
     coupled: tuple[str, ...] = ()
+    cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -60,4 +62,4 @@ class TrainingReport:
         lines += [f"plain momentum: {reason}" for reason in self.uncovered.values()]
         if self.coupled:
             lines.append(f"data are coupled by the batch in {', '.join(self.coupled)}; treated as if they were not")
-        return "\n".join([*lines, *self.warnings])
+        return "\n".join([*lines, *self.cuts, *self.warnings])

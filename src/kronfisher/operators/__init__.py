@@ -12,6 +12,7 @@ from kronfisher.operators.pair import Pair
 from kronfisher.operators.report import Report
 from kronfisher.operators.storage import load
 from kronfisher.operators.total import Total
+from kronfisher.operators.tridiagonal import Tridiagonal, TridiagonalInverse
 
 __all__ = [
     "BlockInfo",
@@ -28,5 +29,7 @@ __all__ = [
     "Pair",
     "Report",
     "Total",
+    "Tridiagonal",
+    "TridiagonalInverse",
     "load",
 ]

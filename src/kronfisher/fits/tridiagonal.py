@@ -1,0 +1,149 @@
+"""Block-tridiagonal K-FAC: layers that follow each other, tied by the cross moments of neighbours."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from kronfisher.blocks import Block, Key
+from kronfisher.errors import UnsupportedError
+from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
+from kronfisher.fits.kfac import KFAC
+from kronfisher.linalg import mirror
+from kronfisher.operators import Kronecker, Operator, Tridiagonal
+from kronfisher.samples import Samples
+
+__all__ = ["BlockTridiagonal"]
+
+
+@dataclass(frozen=True)
+class BlockTridiagonal(Fit):
+    """K-FAC with a block-tridiagonal inverse (Martens & Grosse 2015, section 4.3).
+
+    For layers i and i + 1 that follow each other it keeps ``F_{i,i+1} ≈ B_{i,i+1} ⊗ A_{i,i+1}`` beside K-FAC's own
+    ``B_i ⊗ A_i``, where ``A_{i,i+1} = Σ a_i a_{i+1}ᵀ / rows`` and ``B_{i,i+1} = Σ g_i g_{i+1}ᵀ / N``. What is farther
+    apart follows from these as in a Markov chain: the matrix is the one whose inverse is block-tridiagonal. It is exact
+    where K-FAC is and the gradients of layers form such a chain, as for one layer.
+
+    A chain is cut, and K-FAC's products stand alone there, where a layer's inputs come from several layers or its
+    outputs go to several; between layers with another number of positions; where positions change their order in
+    between; at parameters that are no matrices (scales and shifts of a normalisation), that are looked up, in groups,
+    wider than ``basis.max_dim``, used several times, or that another fit treats. ``report()`` says where and why.
+
+    The gradients of a whole chain are held until the last of them has arrived. Damping it exactly destroys the
+    structure: use ``fisher + kf.FactoredTikhonov(λ)``, as the paper and the optimisers do.
+
+    Args:
+        basis: K-FAC with its settings.
+
+    Raises:
+        ValueError: `basis` is another fit: only K-FAC's factors are second moments, which neighbours share.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> fisher = kf.estimate(model, torch.randn(50, 4), kf.Gaussian(), fit=kf.BlockTridiagonal(), labels="exact")
+        >>> fisher["0.weight"].structure
+        'block-tridiagonal of 2 layers'
+        >>> damped = fisher + kf.FactoredTikhonov(1e-2)
+        >>> damped.solve(torch.ones(43)).shape
+        torch.Size([43])
+    """
+
+    basis: KFAC = field(default_factory=KFAC)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.basis, KFAC):
+            raise ValueError(
+                f"BlockTridiagonal(basis={self.basis!r}): the basis must be KFAC(...), whose factors are second "
+                "moments; factors that are fitted to a layer say nothing of its neighbours."
+            )
+
+    @property
+    def chained(self) -> bool:
+        return True
+
+    def alone(self, block: Block) -> str:
+        heads, outputs, inputs = block.shape
+        if block.weight is None:
+            return f"{block.name} is no matrix but a vector"
+        if heads > 1:
+            return f"{block.name} has {heads} groups"
+        if block.onehot:
+            return f"{block.name} is looked up"
+        if max(outputs, inputs) > self.basis.max_dim:
+            return f"{block.name} has a side of {max(outputs, inputs)}, kept as its diagonal"
+        return ""
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        given = {block.key: block for block in blocks}
+        links = {key: later for key, later in after.items() if key in given and later in given}
+        groups = []
+        for key in given.keys() - set(links.values()):
+            chain = [given[key]]
+            while key in links:
+                key = links[key]
+                chain.append(given[key])
+            groups.append(tuple(chain))
+        return sorted(groups, key=lambda group: list(given).index(group[0].key))
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        plans = [self.basis.plan((block,), element) for block in group]
+        crosses = sum(x.shape[k] * y.shape[k] for x, y in pairwise(group) for k in (1, 2))
+        return Plan(sum(plan.bytes for plan in plans) + 2 * element * crosses, owned=plans[0].owned)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        if len(group) == 1:
+            return self.basis.init(group, plan, like)
+        sums = {}
+        for k, block in enumerate(group):
+            inputs, outputs = self.basis.sides((block,))
+            sums |= {f"inputs {k}": like.new_zeros(inputs), f"outputs {k}": like.new_zeros(outputs)}
+        for k, (x, y) in enumerate(pairwise(group)):
+            (_, outputs, inputs), (_, later_outputs, later_inputs) = x.shape, y.shape
+            sums[f"inputs {k}, {k + 1}"] = like.new_zeros(inputs, later_inputs)
+            sums[f"outputs {k}, {k + 1}"] = like.new_zeros(outputs, later_outputs)
+        return State(group, plan, sums)
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        if len(samples) == 1:
+            return self.basis.update(state, samples)
+        if len({(use.first, len(use) * use.positions) for use in samples}) > 1:
+            raise UnsupportedError(
+                f"{state.name}: not every layer of this chain got a gradient in the same backward pass, so rows of "
+                "neighbours do not belong together. Choose a fit that treats layers apart, such as 'kfac'."
+            )
+        if self.basis.mode == "reduce":
+            samples = tuple(use.reduced() for use in samples)
+        for k, use in enumerate(samples):
+            if use.first:
+                use.add_input_covariance_(state.sums[f"inputs {k}"])
+            use.add_output_covariance_(state.sums[f"outputs {k}"])
+        for k, (use, later) in enumerate(pairwise(samples)):
+            if use.first:
+                use.add_input_products_with_(later, state.sums[f"inputs {k}, {k + 1}"])
+            use.add_output_products_with_(later, state.sums[f"outputs {k}, {k + 1}"])
+        if samples[0].first:
+            state.rows = state.rows + samples[0].rows
+        return state
+
+    def finish(self, state: State) -> Operator:
+        if len(state.blocks) == 1:
+            return self.basis.finish(state)
+        state.checked()
+        rows, count, sums = reciprocal(state.rows), reciprocal(state.count), state.sums
+        layers = tuple(
+            Kronecker(mirror(sums[f"inputs {k}"], rows), mirror(sums[f"outputs {k}"], count), block.name)
+            for k, block in enumerate(state.blocks)
+        )
+        links = range(len(layers) - 1)
+        return Tridiagonal(
+            layers,
+            tuple(sums[f"inputs {k}, {k + 1}"] * rows for k in links),
+            tuple(sums[f"outputs {k}, {k + 1}"] * count for k in links),
+            state.name,
+        )
+
+
+register("block-tridiagonal", BlockTridiagonal)

@@ -1,0 +1,451 @@
+"""Block-tridiagonal K-FAC against the dense Markov completion of moments taken by hand; chains and their cuts."""
+
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.fits import named
+from kronfisher.operators import Kronecker, Tridiagonal
+from kronfisher.operators.fisher import gather
+from tests.conformance.truth import dense, gradients, output_vectors, positions
+from tests.exact import Written, completed
+
+LABELS = ("exact", "sampled", "observed")
+CASES = {
+    "categorical": (kf.Categorical(), lambda n: torch.randint(3, (n,))),
+    "gaussian": (kf.Gaussian(0.7), lambda n: torch.randn(n, 3, dtype=torch.float64)),
+}
+
+
+def close(found, truth, tolerance=1e-8):
+    assert truth.norm() > 1e-6, "nothing to compare"
+    distance = float((found.double() - truth.double()).norm() / truth.double().norm())
+    assert distance <= tolerance, f"relative distance {distance:.1e}"
+
+
+def perceptron(bias=True, widths=(4, 5, 4, 3)):
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias=bias), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+class Recorder:
+    """Inputs and outputs of linear layers and convolutions, by plain module hooks."""
+
+    def __init__(self, model):
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        self.seen = {}
+        for layer in self.layers:
+            layer.register_forward_hook(self)
+
+    def __call__(self, layer, inputs, output):
+        self.seen[layer] = inputs[0].detach(), output
+
+
+def rows(layer, a, y, g):
+    """Inputs ``[R, I]`` with the bias coordinate and output gradients ``[R, O]``, row by row alike."""
+    if isinstance(layer, nn.Conv2d):
+        a = nn.functional.unfold(a, layer.kernel_size, padding=layer.padding, stride=layer.stride).mT
+        g = g.flatten(2).mT
+    a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+    return (a if layer.bias is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1)), g
+
+
+def moments(model, x, vectors):
+    """Layer by layer ``a [R, I]`` and ``g [V, R, O]``, from one backward pass for each vector."""
+    recorder = Recorder(model)
+    outputs = model(x)
+    found = []
+    for layer in recorder.layers:
+        a, y = recorder.seen[layer]
+        gs = [torch.autograd.grad(outputs, y, v, retain_graph=True)[0] for v in vectors]
+        parts = [rows(layer, a, y, g) for g in gs]
+        found.append((parts[0][0], torch.stack([g for _, g in parts])))
+    return found
+
+
+def completion(model, x, vectors):
+    """``[P, P]`` in the order of the chain: every layer's weight with its bias as the last column."""
+    found = moments(model, x, vectors)
+
+    def block(k, j):
+        (a, g), (b, h) = found[k], found[j]
+        A, B = a.T @ b / len(a), torch.einsum("vro,vrp->op", g, h) / len(x)
+        return torch.kron(B, A)
+
+    size = range(len(found))
+    return completed([block(k, k) for k in size], [block(k, k + 1) for k in size[:-1]])
+
+
+def in_chain(fisher, model):
+    """The dense matrix of the only chain, and where its elements lie among all parameters."""
+    ((blocks, operator),) = fisher.entries
+    assert isinstance(operator, Tridiagonal)
+    index = gather(blocks, {name: place[None] for name, place in positions(model).items()})[0]
+    return fisher.to_dense()[index[:, None], index], index
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_completion_of_moments_taken_by_hand(case, labels, bias):
+    torch.manual_seed(1)
+    likelihood, draw = CASES[case]
+    model, x, y = perceptron(bias), torch.randn(40, 4).double(), draw(40)
+    vectors = output_vectors(likelihood, model(x), y, labels, 2, 3)
+    truth = completion(model, x, vectors)
+    options = {"fit": kf.BlockTridiagonal(), "labels": labels, "samples": 2, "seed": 3}
+    fisher = kf.estimate(model, (x, y), likelihood, **options)
+    found, _ = in_chain(fisher, model)
+    close(found, truth)
+    again = kf.estimate(model, (x, y), likelihood, **options)
+    assert torch.equal(fisher.to_dense(), again.to_dense())
+    total = kf.estimate(model, (x, y), likelihood, reduction="sum", **options)
+    close(total.to_dense(), 40 * fisher.to_dense(), 1e-12)
+    parts = [(x[low:high], y[low:high]) for low, high in ((0, 7), (7, 8), (8, 40))]
+    close(kf.estimate(model, parts, likelihood, **options).to_dense(), fisher.to_dense(), 1e-10)
+    single = kf.estimate(model.float(), (x.float(), y if y.dtype == torch.long else y.float()), likelihood, **options)
+    assert single.dtype == torch.float32
+    if labels != "sampled":  # other numbers may be drawn from outputs of another precision
+        close(single.to_dense(), fisher.to_dense(), 1e-3)
+
+
+def test_the_neighbouring_blocks_are_better_than_none():
+    torch.manual_seed(0)
+    model, x = perceptron(), torch.randn(60, 4).double()
+    truth = dense(gradients(model, x, output_vectors(kf.Gaussian(), model(x), x[:, :3], "exact")), len(x))
+    chain, apart = (
+        kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact") for fit in ("block-tridiagonal", "kfac")
+    )
+    far, near = ((fisher.to_dense() - truth).norm() for fisher in (apart, chain))
+    assert near < 0.5 * far
+    assert chain.error(x).relative == pytest.approx(float(near / truth.norm()))
+
+
+def test_one_datum_is_exact():
+    """With one datum rows of the Jacobian are products, and all gradients are linear in those of the next layer."""
+    torch.manual_seed(0)
+    for case, (likelihood, draw) in CASES.items():
+        model, x, y = perceptron(), torch.randn(1, 4).double(), draw(1)
+        truth = dense(gradients(model, x, output_vectors(likelihood, model(x), y, "exact")), 1)
+        fisher = kf.estimate(model, (x, y), likelihood, fit=kf.BlockTridiagonal(), labels="exact")
+        close(fisher.to_dense(), truth, 1e-6 if case == "categorical" else 1e-8)
+
+
+def test_deep_linear_networks_are_exact():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)).double(), torch.randn(30, 3).double()
+    truth = dense(gradients(model, x, output_vectors(kf.Gaussian(), model(x), x[:, :2], "exact")), 30)
+    fisher = kf.estimate(model, x, kf.Gaussian(), fit=kf.BlockTridiagonal(), labels="exact")
+    close(fisher.to_dense(), truth)
+
+
+def test_the_solution_is_the_papers_three_steps():
+    """Section 4.3, written out with inverses: Psi, the conditional covariances, and back."""
+    torch.manual_seed(2)
+    model, x = perceptron(), torch.randn(30, 4).double()
+    fisher = kf.estimate(model, x, kf.Categorical(), fit=kf.BlockTridiagonal(), labels="exact")
+    damped = fisher + kf.FactoredTikhonov(1e-2)
+    operator = damped["0.weight"]
+    V = [torch.randn(1, layer.B.shape[1], layer.A.shape[1]).double()[0] for layer in operator.layers]
+    A, B = [layer.A[0] for layer in operator.layers], [layer.B[0] for layer in operator.layers]
+    for k, (own, layer) in enumerate(zip(operator.layers, fisher["0.weight"].layers, strict=True)):
+        pi = ((layer.A[0].trace() / len(A[k])) / (layer.B[0].trace() / len(B[k]))).sqrt()
+        close(own.A[0], layer.A[0] + 0.1 * pi * torch.eye(len(A[k])).double())
+        close(own.B[0], layer.B[0] + 0.1 / pi * torch.eye(len(B[k])).double())
+    gain = [(operator.B[k] @ B[k + 1].inverse(), operator.A[k] @ A[k + 1].inverse()) for k in range(2)]
+    first = [V[k] - gain[k][0] @ V[k + 1] @ gain[k][1].T if k < 2 else V[k] for k in range(3)]
+    second = []
+    for k in range(3):
+        S = torch.kron(B[k], A[k])
+        if k < 2:
+            S = S - torch.kron(gain[k][0] @ B[k + 1] @ gain[k][0].T, gain[k][1] @ A[k + 1] @ gain[k][1].T)
+        second.append(torch.linalg.solve(S, first[k].flatten()).reshape(V[k].shape))
+    third = [second[k] - gain[k - 1][0].T @ second[k - 1] @ gain[k - 1][1] if k else second[0] for k in range(3)]
+    close(operator.solve(torch.cat([v.flatten() for v in V])), torch.cat([v.flatten() for v in third]))
+
+
+def test_positions_are_rows():
+    """Layers that act on positions apart, and convolutions that keep their number."""
+    torch.manual_seed(0)
+    tokens = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Flatten())
+    images = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, padding=1, bias=False), nn.Tanh(), nn.Flatten()
+    )
+    mixed = Written(  # one convolution of one pixel, and the same rows as tokens
+        lambda m, x: m.tokens(m.conv(x).tanh().flatten(2).transpose(1, 2)).flatten(1),
+        conv=nn.Conv2d(2, 3, 1),
+        tokens=nn.Linear(3, 2),
+    )
+    for model, x in (
+        (tokens, torch.randn(20, 5, 3)),
+        (images, torch.randn(9, 2, 4, 4)),
+        (mixed, torch.randn(9, 2, 4, 4)),
+    ):
+        model, x = model.double(), x.double()
+        vectors = output_vectors(kf.Gaussian(), model(x), model(x).detach(), "exact")
+        for data in (x, list(x.split(4))):
+            fisher = kf.estimate(model, data, kf.Gaussian(), fit=kf.BlockTridiagonal(), labels="exact")
+            found, _ = in_chain(fisher, model)
+            close(found, completion(model, x, vectors))
+
+
+def test_reduced_positions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Flatten()).double()
+    x = torch.randn(30, 5, 3).double()
+    vectors = output_vectors(kf.Gaussian(), model(x), model(x).detach(), "exact")
+    found, _ = in_chain(
+        kf.estimate(model, x, kf.Gaussian(), fit=kf.BlockTridiagonal(kf.KFAC("reduce")), labels="exact"), model
+    )
+    parts = []
+    for a, g in moments(model, x, vectors):
+        parts.append((a.unflatten(0, (30, 5)).sum(1), g.unflatten(1, (30, 5)).mean(2)))
+    (a, g), (b, h) = parts
+    links = torch.kron(torch.einsum("vro,vrp->op", g, h) / 30, a.T @ b / 30)
+    diagonal = [torch.kron(torch.einsum("vro,vrp->op", g, g) / 30, a.T @ a / 30) for a, g in parts]
+    close(found, completed(diagonal, [links]))
+
+
+def test_masked_positions_do_not_count():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 5, 3).double(), torch.randint(3, (6, 5))
+    y[1, 2:], y[4] = -100, -100
+    options = {"fit": kf.BlockTridiagonal(), "labels": "exact"}
+    whole = kf.estimate(model, (x, y), kf.Categorical(), **options)
+    rows = x[y >= 0]
+    plain = kf.estimate(model, (rows, y[y >= 0]), kf.Categorical(), **options)
+    assert whole.count == 5 and plain.count == len(rows)
+    close(whole["0.weight"].A[0], plain["0.weight"].A[0])
+    close(whole["0.weight"].B[0] * 5, plain["0.weight"].B[0] * len(rows))
+    padded = torch.cat([x, torch.randn(6, 2, 3).double()], 1), torch.cat([y, torch.full((6, 2), -100)], 1)
+    close(kf.estimate(model, padded, kf.Categorical(), **options).to_dense(), whole.to_dense(), 1e-12)
+
+
+# Chains and cuts ------------------------------------------------------------------------------------------------------
+
+
+def layout(model, x, fit=None, **options):
+    """Names of every group, and what the report says of cuts, for an estimate and for its announcement."""
+    fit = fit or kf.BlockTridiagonal()
+    fisher = kf.estimate(model, x, kf.Gaussian(), fit=fit, **options)
+    groups = [
+        [blocks.name] if not isinstance(blocks, tuple) else [block.name for block in blocks]
+        for blocks, _ in fisher.entries
+    ]
+    text = str(fisher.report())
+    cuts = kf.coverage(model, x, fit=fit).cuts
+    for cut in cuts:
+        assert cut in [note for block in fisher.info.blocks.values() for note in block.notes.split("; ")]
+        assert cut in " ".join(text.split())
+    assert all(cut in str(kf.coverage(model, x, fit=fit)) for cut in cuts)
+    return groups, " | ".join(cuts)
+
+
+def linear(*sizes):
+    return {f"l{k}": nn.Linear(*pair) for k, pair in enumerate(sizes)}
+
+
+def residual(m, x):
+    h = m.l0(x).tanh()
+    return m.l2(h + m.l1(h).tanh())
+
+
+def branches(m, x):
+    h = m.l0(x).tanh()
+    return m.l1(h) + m.l2(h)
+
+
+def leaving(m, x):
+    h = m.l0(x).tanh()
+    return m.l1(h) + h[:, :2]
+
+
+def shuffled(m, x):
+    return m.l1(m.l0(x).tanh()[torch.randperm(len(x))])
+
+
+def tied(m, x):
+    return m.l2(m.l1(m.l1(m.l0(x).tanh()).tanh()).tanh())
+
+
+def transposed_tokens(m, x):
+    return m.l1(m.l0(x).tanh().transpose(0, 1)).transpose(0, 1).flatten(1)
+
+
+def swapped_positions(m, x):
+    return m.l1(m.l0(x).tanh().flip(1)).flatten(1)
+
+
+def pooled(m, x):
+    return m.l1(m.l0(x).tanh().mean(1))
+
+
+def autoencoder(m, x):
+    return nn.functional.linear(m.l0(x).tanh(), m.l0.weight.t())
+
+
+@pytest.mark.parametrize(
+    ("function", "members", "shape", "groups", "message"),
+    [
+        (residual, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "goes to l1.weight.*l2.weight"),
+        (branches, linear((3, 4), (4, 2), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "what l0.weight.* gives goes to"),
+        (leaving, linear((3, 4), (4, 2)), (6, 3), [["l0"], ["l1"]], "goes to l1.weight and the outputs"),
+        (shuffled, linear((3, 4), (4, 2)), (30, 3), [["l0"], ["l1"]], "rows change their order"),
+        (tied, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "l1.weight is used 2 times"),
+        (transposed_tokens, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows change their order"),
+        (transposed_tokens, linear((3, 4), (4, 2)), (5, 5, 3), [["l0"], ["l1"]], "rows change their order"),
+        (swapped_positions, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows change their order"),
+        (pooled, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "l0.weight has 30 rows, l1.weight 6 "),
+    ],
+)
+def test_chains_are_cut_where_the_model_is_none(function, members, shape, groups, message):
+    torch.manual_seed(0)
+    model, x = Written(function, **members).double(), torch.randn(shape).double()
+    found, cuts = layout(model, x)
+    assert found == [[f"{name}.weight" for name in group] for group in groups]
+    assert re.search(message, cuts), cuts
+    kfac = kf.estimate(model, x, kf.Gaussian(), fit="kfac")
+    assert torch.equal(kf.estimate(model, x, kf.Gaussian(), fit="block-tridiagonal").to_dense(), kfac.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "groups", "message"),
+    [
+        (
+            nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3), nn.Linear(3, 2)
+            ),
+            (6, 1, 6, 6),
+            [["0.weight"], ["2.weight"], ["4.weight", "5.weight"]],
+            "0.weight has 96 rows, 2.weight 24 ",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2)),
+            (6, 3),
+            [["0.weight"], ["1.weight"], ["1.bias"], ["3.weight", "4.weight"]],
+            "layer_norm of 1.weight, 1.bias has several parameters",
+        ),
+        (
+            nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 2, 3, padding=1, groups=2), nn.Flatten()),
+            (6, 2, 4),
+            [["0.weight"], ["1.weight"]],
+            "1.weight has 2 groups",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 20), nn.Linear(20, 2), nn.Linear(2, 2)),
+            (6, 3),
+            [["0.weight"], ["1.weight"], ["2.weight"], ["3.weight"]],
+            "1.weight has a side of 20",
+        ),
+    ],
+)
+def test_chains_are_cut_at_layers_that_are_treated_otherwise(model, shape, groups, message):
+    found, cuts = layout(model.double(), torch.randn(shape).double(), kf.BlockTridiagonal(kf.KFAC(max_dim=19)))
+    assert found == groups
+    assert message in cuts
+
+
+def test_lookups_other_fits_and_the_fallback_cut_a_chain_and_frozen_layers_do_not():
+    table = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    found, cuts = layout(table.double(), torch.randint(5, (7,)))
+    assert found == [["0.weight"], ["1.weight", "3.weight"]] and "0.weight is looked up" in cuts
+    model, x = perceptron(), torch.randn(9, 4).double()
+    found, cuts = layout(model, x, {"2.*": "kfac", "*": kf.BlockTridiagonal()})
+    assert found == [["0.weight"], ["2.weight"], ["4.weight"]] and "2.weight has another fit" in cuts
+    weird = Written(lambda m, x: m.l1(m.l0(x) * torch.linalg.inv(m.w).sum()), w=torch.eye(2), **linear((3, 4), (4, 2)))
+    found, cuts = layout(weird.double(), torch.randn(6, 3).double())
+    assert ["l0.weight", "l1.weight"] in found and not cuts  # `w` is no call on the way from one to the other
+    for p in model[2].parameters():
+        p.requires_grad_(False)
+    found, cuts = layout(model, x)
+    assert found == [["0.weight", "4.weight"]] and not cuts
+
+
+def test_dead_units_do_not_cut_a_chain():
+    torch.manual_seed(0)
+    model, x = perceptron(widths=(4, 3, 3, 2)), torch.randn(12, 4).double()
+    for k in (1, 3):
+        model[k] = nn.ReLU()
+    found, _ = layout(model, x)
+    assert found == [["0.weight", "2.weight", "4.weight"]]
+    with torch.no_grad():
+        model[0].bias.fill_(-100)  # nothing passes
+    found, cuts = layout(model, x)
+    assert found == [["0.weight"], ["2.weight", "4.weight"]] and "no gradient passes from 2.weight to 0.weight" in cuts
+
+
+def test_narrow_rectified_convolutions_are_a_chain():
+    torch.manual_seed(0)
+    for width in (1, 2, 3):
+        model = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2, 3, padding=1), nn.Flatten()
+        )
+        for size in (1, 2, 20):
+            found, cuts = layout(model.double(), torch.randn(size, 1, 6, 6).double())
+            assert found == [["0.weight", "2.weight"]], cuts
+
+
+def test_rows_that_are_picked_by_index_are_looked_at_in_every_batch():
+    model = Written(lambda m, x: m.l1(m.l0(x).tanh()[x[:, 0].argsort()]), **linear((3, 4), (4, 2))).double()
+    x = torch.randn(8, 3).double()
+    x = x[x[:, 0].argsort()]  # in order, by chance
+    fisher = kf.estimate(model, [x, x + 1], kf.Gaussian(), fit=kf.BlockTridiagonal())
+    assert isinstance(fisher["l0.weight"], Tridiagonal)
+    with pytest.raises(kf.UnsupportedError, match="rows change their order"):
+        kf.estimate(model, [x, x.flip(0)], kf.Gaussian(), fit=kf.BlockTridiagonal())
+
+
+def test_a_chain_that_another_batch_breaks_is_refused():
+    model = Written(
+        lambda m, x: m.l2(m.l1(m.l0(x)) if len(x) > 3 else m.l0(x)), **linear((3, 4), (4, 4), (4, 2))
+    ).double()
+    batches = [torch.randn(5, 3).double(), torch.randn(2, 3).double()]
+    with pytest.raises(kf.UnsupportedError, match=r"batch 1: l0.weight, l1.weight: in earlier batches"):
+        kf.estimate(model, batches, kf.Gaussian(), fit=kf.BlockTridiagonal())
+    with pytest.raises(
+        kf.UnsupportedError, match=r"batch 1: l0.weight, l2.weight: in earlier batches .*another comes between"
+    ):
+        kf.estimate(model, batches[::-1], kf.Gaussian(), fit=kf.BlockTridiagonal())
+
+
+def test_settings():
+    with pytest.raises(ValueError, match="KFAC"):
+        kf.BlockTridiagonal(kf.KFOC())  # pyright: ignore[reportArgumentType]
+    assert named("block-tridiagonal") == kf.BlockTridiagonal(kf.KFAC())
+    layer = nn.Linear(3, 2).double()
+    fisher = kf.estimate(layer, torch.randn(9, 3).double(), kf.Gaussian(), fit="block-tridiagonal")
+    assert isinstance(fisher["weight"], Kronecker)
+
+
+def test_files(tmp_path):
+    model, x = perceptron(), torch.randn(30, 4).double()
+    fisher = kf.estimate(model, x, kf.Gaussian(), fit="block-tridiagonal") + kf.FactoredTikhonov(1e-3)
+    fisher.save(tmp_path / "chain.safetensors")
+    back = kf.load(tmp_path / "chain.safetensors", model)
+    v = torch.randn(fisher.dim).double()
+    assert torch.equal(back.solve(v), fisher.solve(v)) and torch.equal(back @ v, fisher @ v)
+    assert torch.equal(
+        torch.cat([t.flatten() for t in back.sample(2).values()]),
+        torch.cat([t.flatten() for t in fisher.sample(2).values()]),
+    )
+
+
+def test_the_error_of_a_chain_needs_no_dense_matrix(monkeypatch):
+    torch.manual_seed(0)
+    tokens = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Flatten())
+    for model, x in ((perceptron(), torch.randn(20, 4)), (tokens.double(), torch.randn(7, 5, 3))):
+        fisher = kf.estimate(model, x.double(), kf.Gaussian(), fit="block-tridiagonal", labels="exact")
+        expected = fisher.error(x.double()).relative
+        with monkeypatch.context() as patch:
+            patch.setattr("kronfisher.error._WRITTEN_OUT", 0)
+            patch.setattr(Tridiagonal, "to_dense", None)
+            for data in (x.double(), list(x.double().split(3))):
+                assert fisher.error(data).relative == pytest.approx(expected, rel=1e-7)
+        assert expected > 0.01
