@@ -17,7 +17,7 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Auto, Diagonal, Fit, Full, KFACCorrected, KroneckerSum
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Auto, Diagonal, Fit, Full, KFACCorrected, KroneckerSum, Prototypes
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,
@@ -73,6 +73,7 @@ __all__ = [
     "Poisson",
     "Preconditioner",
     "Prediction",
+    "Prototypes",
     "Refresh",
     "Schedule",
     "SingularError",

@@ -117,8 +117,11 @@ class Posterior:
         self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
 
     @property
-    def flat_directions(self) -> dict[str, int]:
-        """Block name → directions without any curvature, where the posterior is the prior: unused rows, dead units."""
+    def flat_directions(self) -> dict[str, int | None]:
+        """Block name → directions without any curvature, where the posterior is the prior: unused rows, dead units.
+
+        None where the structure cannot tell: sums of products of more than 4096 rows.
+        """
         return {precision.name: precision.flat_directions for precision in self.precisions.values()}
 
     def _set(self, precisions: dict[Group, Precision]) -> None:
@@ -323,7 +326,7 @@ class Posterior:
         self.calibrated_for = calibrated_for
 
     def __repr__(self) -> str:
-        flat = sum(self.flat_directions.values())
+        flat = sum(known for known in self.flat_directions.values() if known is not None)
         noise = "" if self._noise is None else f", noise variance {self._noise:.3g}"
         return (
             f"<Laplace posterior of {self.fisher.dim} parameters in {len(self.precisions)} blocks, "
