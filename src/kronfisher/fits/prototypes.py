@@ -51,7 +51,7 @@ class Prototypes(Fit):
     determinant, and the marginal likelihood, are not far from those of the exact block.
 
     The first pass keeps at most `samples` samples of a layer, spread evenly over data and columns whatever the batches,
-    and finds prototypes and U from these alone: spread seeds, then alternating assignment and best rank-one
+    and finds prototypes and U from these alone: greedy seeds, then alternating assignment and best rank-one
     directions. The second pass sums w and s over all samples, exactly.
 
     Args:
@@ -67,10 +67,10 @@ class Prototypes(Fit):
         >>> layer = torch.nn.Linear(2, 3)
         >>> fisher = kf.estimate(layer, torch.randn(50, 2), kf.Gaussian(), fit=kf.Prototypes(), labels="exact")
         >>> fisher["weight"].structure
-        '6 prototypes + eigenvalue-corrected 3x3'
+        '9 prototypes + eigenvalue-corrected 3x3'
     """
 
-    ratio: float = 2.0
+    ratio: float = 3.0
     samples: int = 2048
     iterations: int = 10
 
@@ -193,9 +193,14 @@ class Prototypes(Fit):
         return f"prototypes from {kept} samples hold {share:.1%} of the trace"
 
 
+def _along(a: Tensor, g: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``⟨G_k, z_c⟩`` ``[H, n, m]``."""
+    return ((a.flatten(1, 2) @ A.mT) * (g.flatten(1, 2) @ B.mT)).unflatten(1, a.shape[1:3]).sum(2)
+
+
 def _coefficients(a: Tensor, g: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """``⟨G_k, z⟩`` with the prototype nearest to each sample, and which one that is; ``[H, n]`` both."""
-    along = ((a.flatten(1, 2) @ A.mT) * (g.flatten(1, 2) @ B.mT)).unflatten(1, a.shape[1:3]).sum(2)  # [H, n, m]
+    along = _along(a, g, A, B)
     nearest = along.abs().argmax(-1)
     return along.gather(-1, nearest[..., None])[..., 0], nearest
 
@@ -251,8 +256,7 @@ def _joined(state: Kept) -> Samples:
 def _prototypes(samples: Samples, number: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Unit vectors A ``[H, m, I]`` and B ``[H, m, O]`` whose products are near to the gradients of samples."""
     a, g = samples.activations.dense(), samples.gradients
-    norms = torch.cat([G.square().sum(dim=(2, 3)) for G in samples.per_sample()], dim=1)
-    A, B = _seeds(a, g, norms, number)
+    A, B = _seeds(samples, number)
     for _ in range(iterations):
         along, nearest = _coefficients(a, g, A, B)
         mine = along[..., None, None] * (a @ _taken(A, nearest)[..., None]) * g  # c (a·a_c) g, summed over positions
@@ -268,22 +272,42 @@ def _renewed(old: Tensor, nearest: Tensor, rows: Tensor) -> Tensor:
     return torch.where(sums.norm(dim=2, keepdim=True) > 0, normalize(sums, dim=2, eps=0), old)
 
 
-def _seeds(a: Tensor, g: Tensor, norms: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Gradients of samples, each the one of which the seeds before it leave most, as products of unit vectors."""
+def _seeds(samples: Samples, number: int) -> tuple[Tensor, Tensor]:
+    """Gradients of samples as products of unit vectors, each the one that takes most from what is left of all."""
+    a, g = samples.activations.dense(), samples.gradients
+    norms = torch.cat([G.square().sum(dim=(2, 3)) for G in samples.per_sample()], dim=1)
     strength = (a.square().sum(-1) * g.square().sum(-1)).argmax(2)[..., None, None]  # the position to begin with
-    first = a.gather(2, strength.expand(-1, -1, 1, a.shape[3]))
+    inputs = a.gather(2, strength.expand(-1, -1, 1, a.shape[3]))
     for _ in range(1 if a.shape[2] == 1 else 5):  # powers of G_k: its best rank one
-        outer = normalize((a @ first.mT * g).sum(2, keepdim=True), dim=3)
-        first = normalize((g @ outer.mT * a).sum(2, keepdim=True), dim=3)
-    inputs, outputs = first[:, :, 0], outer[:, :, 0]
-    left, places = norms, []
-    for _ in range(number):
-        places.append(left.argmax(1))
-        z = [_taken(side, places[-1][:, None])[:, :, None] for side in (inputs, outputs)]
-        left = torch.minimum(left, norms - ((a * z[0]).sum(3) * (g * z[1]).sum(3)).sum(2).square())
-        left = left.scatter(1, places[-1][:, None], -1.0)  # each is taken once
-    index = torch.stack(places, dim=1)
+        outputs = normalize((a @ inputs.mT * g).sum(2, keepdim=True), dim=3)
+        inputs = normalize((g @ outputs.mT * a).sum(2, keepdim=True), dim=3)
+    inputs, outputs = inputs[:, :, 0], outputs[:, :, 0]
+    size = 3 * len(a) * a.shape[1] * a.shape[2] * a.element_size()
+    ranges = list(chunks(a.shape[1], size, samples.workspace))
+    explained = torch.cat([_along(a[:, i:j], g[:, i:j], inputs, outputs).square() for i, j in ranges], dim=1)
+    index = torch.stack([_greedy(*each, number) for each in zip(norms, explained, strict=True)])
     return _taken(inputs, index), _taken(outputs, index)
+
+
+def _greedy(norms: Tensor, explained: Tensor, number: int) -> Tensor:
+    """Which of n candidates ``[number]``: the next is the one that lowers ``Σ_k min_c (‖G_k‖² − ⟨G_k, z_c⟩²)`` most.
+
+    Args:
+        norms: ``‖G_k‖²`` ``[n]``.
+        explained: ``⟨G_k, z_c⟩²`` ``[n, n]``.
+        number: how many.
+    """
+    left, chosen = norms.clone(), []
+    gain = explained.sum(0)
+    for _ in range(number):
+        chosen.append(gain.argmax())
+        now = torch.minimum(left, norms - explained[:, chosen[-1]])
+        lower = (now < left).nonzero()[:, 0]
+        rest = explained[lower] - norms[lower, None]
+        gain -= ((left[lower, None] + rest).clamp_min(0) - (now[lower, None] + rest).clamp_min(0)).sum(0)
+        gain[chosen[-1]] = -torch.inf  # each is taken once
+        left = now
+    return torch.stack(chosen)
 
 
 register("prototypes", Prototypes)
