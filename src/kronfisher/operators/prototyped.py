@@ -273,6 +273,8 @@ class Prototyped(Operator, kind="prototyped"):
 
     def _parts(self, rows: Tensor) -> Iterator[Tensor]:
         size = 3 * self.A.numel() * self.A.element_size()
+        if not len(rows):
+            yield rows
         for low, high in chunks(len(rows), size, WORKSPACE):
             yield rows[low:high]
 
