@@ -17,7 +17,21 @@ from kronfisher.errors import (
 )
 from kronfisher.estimate import estimate
 from kronfisher.experiments.compare import Comparison, compare
-from kronfisher.fits import EKFAC, KFAC, KFOC, KL, KPSVD, TKFAC, Auto, Diagonal, Fit, Full, KFACCorrected, KroneckerSum, Prototypes
+from kronfisher.fits import (
+    EKFAC,
+    KFAC,
+    KFOC,
+    KL,
+    KPSVD,
+    TKFAC,
+    Auto,
+    Diagonal,
+    Fit,
+    Full,
+    KFACCorrected,
+    KroneckerSum,
+    Prototypes,
+)
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,

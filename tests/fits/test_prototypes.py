@@ -73,7 +73,10 @@ def test_exact_where_there_are_no_more_samples_than_prototypes():
 
 def test_exact_where_a_side_is_one_whatever_is_kept():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 1)).double(), torch.randn(50, 2, 4)
+    model, x = (
+        nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 1)).double(),
+        torch.randn(50, 2, 4),
+    )
     fisher, truth = (estimate(model, x.double(), fit) for fit in (kf.Prototypes(samples=5), "full"))
     assert isinstance(fisher["3.weight"], Eigen)
     torch.testing.assert_close(fisher["3.weight"].to_dense(), truth["3.weight"].to_dense(), rtol=1e-9, atol=1e-11)
@@ -102,7 +105,7 @@ def test_the_determinant_is_nearer_to_the_truth_than_that_of_ekfac_at_any_size(m
     torch.testing.assert_close(X @ X.solve(v), v)
     torch.testing.assert_close(X.inverse().trace(), X.inverse().diagonal().sum())
     assert X.sample(3).shape == (3, X.dim) and float(X.logdet()) == -float(X.inverse().logdet())
-    with pytest.raises(kf.UnsupportedError, match="eigenvalues|spectrum"):
+    with pytest.raises(kf.UnsupportedError, match="spectrum"):
         X.eigenvalues()
 
 

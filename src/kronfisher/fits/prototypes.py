@@ -47,8 +47,8 @@ class Prototypes(Fit):
     the two parts and the rest's off-diagonal. So the matrix is positive semidefinite and has the true trace. It is the
     exact block where no more samples than prototypes have a gradient (T = 1), and where O or I is one.
 
-    Unlike one Kronecker product, or any diagonal in a fixed basis, it can have few directions with curvature, so that its
-    determinant, and the marginal likelihood, are not far from those of the exact block.
+    Unlike one Kronecker product, or any diagonal in a fixed basis, it can have few directions with curvature, so that
+    its determinant, and the marginal likelihood, are not far from those of the exact block.
 
     The first pass keeps at most `samples` samples of a layer, spread evenly over data and columns whatever the batches,
     and finds prototypes and U from these alone: greedy seeds, then alternating assignment and best rank-one
@@ -135,7 +135,9 @@ class Prototypes(Fit):
         while sum(map(len, state.numbers)) > most:
             state.share /= 2
             kept = [(n < state.share).nonzero()[:, 0] for n in state.numbers]
-            state.waiting = [w.taken(k.to(w.gradients.device)) for w, k in zip(state.waiting, kept, strict=True) if len(k)]
+            state.waiting = [
+                w.taken(k.to(w.gradients.device)) for w, k in zip(state.waiting, kept, strict=True) if len(k)
+            ]
             state.numbers = [n[k] for n, k in zip(state.numbers, kept, strict=True) if len(k)]
 
     def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
@@ -153,16 +155,17 @@ class Prototypes(Fit):
     def next_pass(self, state: State) -> State | None:
         if not isinstance(state, Kept):
             return None
+        state.checked()
         heads, outputs, inputs = sizes(state.blocks)
         like = state.fixed["like"]
         if state.sums:
             A, B = (like.new_zeros(heads, 0, size) for size in (inputs, outputs))
-            moments = [mirror(state.checked().sums[side]) for side in ("inputs", "outputs")]
+            moments = [mirror(state.sums[side]) for side in ("inputs", "outputs")]
         elif not state.waiting:  # nothing ever came: all is zero
             A, B = (like.new_zeros(heads, self.number(state.blocks), size) for size in (inputs, outputs))
             moments = [torch.eye(size).to(like).expand(heads, -1, -1) for size in (inputs, outputs)]
         else:
-            kept = _joined(state.checked())
+            kept = _joined(state)
             A, B = _prototypes(kept, min(self.number(state.blocks), len(kept)), self.iterations)
             rest, moments = _parted(kept, A, B)[0], [like.new_zeros(heads, size, size) for size in (inputs, outputs)]
             rest.add_input_products_(moments[0])
@@ -248,7 +251,9 @@ def _joined(state: Kept) -> Samples:
     """All that was kept, in the order of the samples' own numbers; shorter ones get positions of zeros."""
     parts = [(use.activations.dense(), use.gradients) for use in state.waiting]
     longest = max(g.shape[2] for _, g in parts)
-    a, g = (torch.cat([pad(side, (0, 0, 0, longest - side.shape[2])) for side in s], 1) for s in zip(*parts, strict=True))
+    a, g = (
+        torch.cat([pad(side, (0, 0, 0, longest - side.shape[2])) for side in s], 1) for s in zip(*parts, strict=True)
+    )
     order = torch.cat(state.numbers).argsort(stable=True).to(g.device)
     return replace(state.waiting[0], activations=Dense(a[:, order]), gradients=g[:, order])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kronfisher.batches import Forward, run
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.isolation import isolated
-from kronfisher.laplace.evidence import best_factors, log_evidence, mean_square
+from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals
 from kronfisher.laplace.functional import Group
 from kronfisher.laplace.precision import Precision
 from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
@@ -228,7 +228,7 @@ class Posterior:
             for k, batch in enumerate(data):
                 values, targets = run(self.model, batch, self.forward, self.fisher.device, f"batch {k}")
                 self.likelihood.check(values, targets, f"batch {k}", "observed")
-                total += float(self.likelihood.log_prob(values, targets).sum(dtype=torch.float64))
+                total += float(self.likelihood.log_likelihood(values, targets))
                 outputs += values.numel()
         self._log_likelihood = total, outputs
         return self
@@ -264,7 +264,7 @@ class Posterior:
         parameters into account, too. Returns itself.
         """
         self._read_noise(self._noise if self._noise is not None else 1.0)
-        self.noise = mean_square(*self.training_score(), self.own_noise)
+        self.noise = require_residuals(*self.training_score(), self.own_noise)
         return self
 
     def training_score(self) -> tuple[float, float]:

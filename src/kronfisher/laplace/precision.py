@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kronfisher.errors import SingularError, UnsupportedError
+from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
+from kronfisher.linalg import indefinite_message
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
+from kronfisher.operators.spectral import negligible
 from kronfisher.operators.total import DENSE_LIMIT
 
 __all__ = ["Precision"]
@@ -171,7 +173,10 @@ def logdet(operator: Operator, scale: Tensor, prior: Tensor, name: str) -> Tenso
         except UnsupportedError:  # a sum that has a determinant, but no eigenvectors
             return _LogDet.apply(scale, prior, implicit)
         total = scale * values + prior
-        if bool((total <= 0).any()):
+        low, high = (float(end) for end in torch.aminmax(total.detach()))
+        if low < -negligible(operator.dtype) * high:
+            raise IndefiniteError(indefinite_message(f"{name}: the posterior precision", low, high))
+        if low <= 0:
             raise SingularError(
                 f"{name}: the posterior precision is singular: there are directions without curvature, and a prior "
                 "precision of zero leaves them open. Give it a positive one."
@@ -197,10 +202,8 @@ class _LogDet(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         scale, prior = ctx.saved_tensors
         precision = ctx.precision
-        if prior.dim():
-            by_prior = precision.inverse_diagonal().double()
-        else:
-            by_prior = precision.damped.inverse().trace().double()
+        own = precision.inverse_diagonal() if prior.dim() else precision.damped.inverse().trace()
+        by_prior = own.double()
         by_scale = (precision.operator.dim - (prior * by_prior).sum()) / scale
         return grads[0] * by_scale, grads[0] * by_prior, None
 

@@ -69,7 +69,9 @@ class Operator(ABC):
 
     kinds: ClassVar[dict[str, type["Operator"]]] = {}
     kind: ClassVar[str] = ""
-    determined: ClassVar[bool] = False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
+    determined: ClassVar[bool] = (
+        False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
+    )
     name: str
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A few Kronecker-structured directions with curvature of their own, and eigenvalues in a Kronecker basis for the rest."""
+"""A few Kronecker-structured directions with curvature of their own, and eigenvalues in a basis for the rest."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,8 @@ class Prototyped(Operator, kind="prototyped"):
 
     With ``Z [D, m]`` the prototypes of a group and ``M = 1 + W^{1/2} Zᵀ diag(1/s) Z W^{1/2}`` everything follows from
     Woodbury's identity: ``X⁻¹ = diag(1/s) − diag(1/s) Z W^{1/2} M⁻¹ W^{1/2} Zᵀ diag(1/s)``, ``log|X| = Σ log s +
-    log|M|``. λ goes into s. M takes ``m² D`` multiplications and is kept; neither Z nor X is ever held. Where the matrix
-    itself is wanted (eigenvalues, roots), it is formed up to `operators.total.DENSE_LIMIT` rows.
+    log|M|``. λ goes into s. M takes ``m² D`` multiplications and is kept; neither Z nor X is ever held. Where the
+    matrix itself is wanted (eigenvalues, roots), it is formed up to `operators.total.DENSE_LIMIT` rows.
 
     Attributes:
         rest: ``U diag(s) Uᵀ``, s of at least 0.
@@ -62,7 +62,11 @@ class Prototyped(Operator, kind="prototyped"):
         if not isinstance(basis, KroneckerBasis):
             raise DataError(f"{self.name or 'Prototyped'}: the rest needs a Kronecker basis")
         shapes = [(len(basis.A), self.weights.shape[-1], side.shape[1]) for side in (basis.A, basis.B)]
-        if [tuple(self.A.shape), tuple(self.B.shape)] != shapes or self.weights.shape != self.A.shape[:2] or not shapes[0][1]:
+        if (
+            [tuple(self.A.shape), tuple(self.B.shape)] != shapes
+            or self.weights.shape != self.A.shape[:2]
+            or not shapes[0][1]
+        ):
             raise DataError(
                 f"{self.name or 'Prototyped'}: prototypes {list(self.A.shape)} and {list(self.B.shape)} with weights "
                 f"{list(self.weights.shape)} do not fit a basis of {basis.size}"
@@ -130,7 +134,7 @@ class Prototyped(Operator, kind="prototyped"):
         return self.dim + self.weights.numel()
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
-        """The rest and the prototypes are drawn apart; ``X⁻¹`` times a draw from ``N(0, X)`` is one from ``N(0, X⁻¹)``."""
+        """Rest and prototypes are drawn apart; ``X⁻¹`` times a draw from ``N(0, X)`` is one from ``N(0, X⁻¹)``."""
         own = noise[:, : self.dim] * self.rest.values.sqrt()
         several = noise[:, self.dim :].reshape(len(noise), *self.weights.shape) * self.weights.sqrt()
         draws = self.rest.basis.back(own + self._spread(several))
