@@ -31,6 +31,7 @@ from kronfisher.fits import (
     Full,
     KFACCorrected,
     KroneckerSum,
+    Prototypes,
 )
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
@@ -88,6 +89,7 @@ __all__ = [
     "Poisson",
     "Preconditioner",
     "Prediction",
+    "Prototypes",
     "Refresh",
     "Schedule",
     "SingularError",

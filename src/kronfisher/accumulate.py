@@ -221,7 +221,7 @@ class Accumulator:
             stream.flush()
         self.count = self.count + size
         if self.score and targets is not None and self.mask is None:
-            score = self.likelihood.log_prob(values, targets).sum(dtype=torch.float64)
+            score = self.likelihood.log_likelihood(values, targets)
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()
         for group in self.groups:

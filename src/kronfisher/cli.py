@@ -175,6 +175,7 @@ def _app() -> Any:
         study: Annotated[str, typer.Argument(help=f"one of {', '.join(UNCERTAINTY)}")],
         quick: Annotated[bool, option("the same in seconds", "--quick")] = False,
         splits: Annotated[int | None, option("of each UCI set, for the study uci (default: all)")] = None,
+        sets: Annotated[list[str] | None, option("a UCI set, for the study uci; repeatable (default: all)")] = None,
         data_dir: Annotated[Path | None, option(folder_help)] = None,
         json: Annotated[Path | None, option("settings and results (default: results/uncertainty-STUDY.json)")] = None,
         figures: Annotated[Path, option("folder of the figures")] = Path("results"),
@@ -188,6 +189,10 @@ def _app() -> Any:
                 if splits < 1 or not isinstance(chosen, UCIStudy):
                     raise ValueError("--splits is a number of at least 1, for the study uci")
                 chosen = replace(chosen, splits=splits)
+            if sets:
+                if not isinstance(chosen, UCIStudy):
+                    raise ValueError("--sets is for the study uci")
+                chosen = replace(chosen, sets=tuple(sets))
             chosen.check()
             json = json or Path(f"results/uncertainty-{study}.json")
             _writable(json, folder=False)

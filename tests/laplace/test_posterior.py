@@ -309,3 +309,41 @@ def test_clear_refusals():
         posterior.predict(x)
     with torch.no_grad():
         model[0].weight -= 1.0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e2])
+@pytest.mark.parametrize("fit", ["kfac", "prototypes", "full"])
+def test_the_noise_of_targets_of_any_size(fit, size):
+    """In float32 too, and under a likelihood whose variance is far from that of the targets."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    with torch.no_grad():
+        for p in model[2].parameters():
+            p *= size
+        y = model(x) + 0.1 * size * torch.randn(200, 1)
+    fisher = kf.estimate(model, [(x, y)], kf.Gaussian(), fit=fit, labels="exact")
+    residual = float((model(x).detach() - y).double().square().mean())
+    assert kf.Laplace(model, fisher).fit_noise().noise == pytest.approx(residual, rel=1e-3)
+    assert residual < kf.Laplace(model, fisher).optimize_prior(noise=True, per_block=True).noise < 1.5 * residual
+
+
+def test_a_perfect_fit_tells_no_noise():
+    model, x = nn.Linear(3, 1), torch.randn(20, 3)
+    posterior = kf.Laplace(model, kf.estimate(model, [(x, model(x).detach())], kf.Gaussian(), fit="kfac"))
+    with pytest.raises(kf.DataError, match="no noise can be told"):
+        posterior.fit_noise()
+    with pytest.raises(kf.DataError, match="no noise can be told"):
+        posterior.optimize_prior(noise=True)
+    assert posterior.optimize_prior().log_marginal_likelihood().isfinite()
+
+
+def test_an_indefinite_sum_says_so():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 1)), torch.randn(50, 3)
+    fisher = kf.estimate(
+        model, [(x, x.sum(1, keepdim=True))], kf.Gaussian(1e-3), fit=kf.KroneckerSum(2), labels="exact"
+    )
+    assert float(fisher.eigenvalues()[-1]) * 50 < -0.1
+    with pytest.raises(kf.IndefiniteError, match="indefinite"):
+        kf.Laplace(model, fisher, 1e-3).log_marginal_likelihood()

@@ -17,6 +17,7 @@ from kronfisher.operators import (
     Kronecker,
     KroneckerBasis,
     KroneckerSum,
+    Prototyped,
     Tridiagonal,
 )
 from tests.exact import completed
@@ -57,6 +58,22 @@ def eigenvalue_corrected(groups):
     values = positive(groups * INPUTS * OUTPUTS, seed=4)
     U = kron(UB, UA)
     return Eigen(KroneckerBasis(UA, UB), values, name="layer.weight"), U @ values.diag() @ U.T
+
+
+def prototyped(groups, number=3, inputs=INPUTS, outputs=OUTPUTS):
+    generator = torch.Generator().manual_seed(30)
+    A, B = (torch.randn(groups, number, n, dtype=torch.float64, generator=generator) for n in (inputs, outputs))
+    UA, UB = orthogonal(groups, inputs, seed=2), orthogonal(groups, outputs, seed=3)
+    values, weights = positive(groups * inputs * outputs, seed=4), positive(groups, number, seed=5)
+    U = kron(UB, UA)
+    Z = (B[..., None] * A[:, :, None]).flatten(2)
+    inner = values.diag() + torch.block_diag(*(z.mT @ w.diag() @ z for z, w in zip(Z, weights, strict=True)))
+    return Prototyped(Eigen(KroneckerBasis(UA, UB), values, name="layer.weight"), A, B, weights), U @ inner @ U.T
+
+
+def prototyped_inverse(groups):
+    X, dense = prototyped(groups)
+    return X.inverse(), torch.linalg.inv(dense)
 
 
 def dense_basis():
@@ -162,6 +179,9 @@ MAKE = {
     "sum-tall": lambda: kronecker_sum(1, inputs=1, outputs=5),
     "sum-1x1": lambda: kronecker_sum(1, 3, inputs=1, outputs=1),
     **{f"pair-{kind}": lambda kind=kind: pair(2, kind) for kind in ("indefinite", "antisymmetric", "diagonal")},
+    **{f"prototyped-{h}": lambda h=h: prototyped(h) for h in GROUPS},
+    "prototyped-many": lambda: prototyped(2, number=20),
+    "prototyped-inverse": lambda: prototyped_inverse(3),
     "dense-basis": dense_basis,
     "dense": dense,
     "dense-1": lambda: dense(1),

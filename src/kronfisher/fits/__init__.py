@@ -10,6 +10,7 @@ from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
 from kronfisher.fits.kronecker_sum import KFACCorrected, KroneckerSum
+from kronfisher.fits.prototypes import Prototypes
 from kronfisher.fits.tkfac import TKFAC
 from kronfisher.fits.tridiagonal import BlockTridiagonal
 
@@ -30,6 +31,7 @@ __all__ = [
     "KFACCorrected",
     "KroneckerSum",
     "Plan",
+    "Prototypes",
     "State",
     "choose",
     "named",

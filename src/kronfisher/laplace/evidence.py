@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, SingularError
+from kronfisher.errors import DataError, NumericalError, SingularError
 from kronfisher.laplace.precision import logdet
 from kronfisher.operators.fisher import gather
 
 if TYPE_CHECKING:
     from kronfisher.laplace.posterior import Posterior
 
-__all__ = ["best_factors", "log_evidence", "mean_square"]
+__all__ = ["best_factors", "log_evidence", "mean_square", "require_residuals"]
 
 
 def log_evidence(
@@ -71,6 +71,7 @@ def best_factors(
     own = blocks if per_block else 1
     start = torch.zeros(own + noise, dtype=torch.float64, device=posterior.fisher.device)
     if noise:
+        require_residuals(*posterior.training_score(), posterior.own_noise)
         start[-1] = log(posterior.noise or posterior.own_noise)
 
     def value(logs: Tensor) -> Tensor:
@@ -83,7 +84,24 @@ def best_factors(
 
 def mean_square(log_likelihood: float, outputs: float, variance: float) -> float:
     """The mean squared residual behind the log likelihood of so many numbers under Gaussian noise of `variance`."""
-    return -2 * variance * (log_likelihood / outputs + log(2 * pi * variance) / 2)
+    return max(0.0, -2 * variance * (log_likelihood / outputs + log(2 * pi * variance) / 2))
+
+
+def require_residuals(log_likelihood: float, outputs: float, variance: float) -> float:
+    """`mean_square`, where it is more than rounding.
+
+    Raises:
+        DataError: the residuals are zero, or so small beside `variance` that nothing is known of them.
+    """
+    found = mean_square(log_likelihood, outputs, variance)
+    if not found > 1e-11 * variance * (1 + abs(log(2 * pi * variance))):
+        raise DataError(
+            f"the mean squared residual of the training data is below the rounding of their likelihood under a noise "
+            f"variance of {variance:.3g}, so that no noise can be told. If the network fits its training data exactly, "
+            "set noise= yourself; if its targets are tiny, scale them, or estimate the Fisher matrix under a Gaussian "
+            "likelihood with a variance of their size."
+        )
+    return found
 
 
 def maximise(function: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 100, reach: float = 25.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kronfisher.batches import Forward, run
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.isolation import isolated
-from kronfisher.laplace.evidence import best_factors, log_evidence, mean_square
+from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals
 from kronfisher.laplace.functional import Group
 from kronfisher.laplace.precision import Precision
 from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
@@ -117,8 +117,11 @@ class Posterior:
         self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
 
     @property
-    def flat_directions(self) -> dict[str, int]:
-        """Block name → directions without any curvature, where the posterior is the prior: unused rows, dead units."""
+    def flat_directions(self) -> dict[str, int | None]:
+        """Block name → directions without any curvature, where the posterior is the prior: unused rows, dead units.
+
+        None where the structure cannot tell: sums of products of more than 4096 rows.
+        """
         return {precision.name: precision.flat_directions for precision in self.precisions.values()}
 
     def _set(self, precisions: dict[Group, Precision]) -> None:
@@ -225,7 +228,7 @@ class Posterior:
             for k, batch in enumerate(data):
                 values, targets = run(self.model, batch, self.forward, self.fisher.device, f"batch {k}")
                 self.likelihood.check(values, targets, f"batch {k}", "observed")
-                total += float(self.likelihood.log_prob(values, targets).sum(dtype=torch.float64))
+                total += float(self.likelihood.log_likelihood(values, targets))
                 outputs += values.numel()
         self._log_likelihood = total, outputs
         return self
@@ -261,7 +264,7 @@ class Posterior:
         parameters into account, too. Returns itself.
         """
         self._read_noise(self._noise if self._noise is not None else 1.0)
-        self.noise = mean_square(*self.training_score(), self.own_noise)
+        self.noise = require_residuals(*self.training_score(), self.own_noise)
         return self
 
     def training_score(self) -> tuple[float, float]:
@@ -323,7 +326,7 @@ class Posterior:
         self.calibrated_for = calibrated_for
 
     def __repr__(self) -> str:
-        flat = sum(self.flat_directions.values())
+        flat = sum(known for known in self.flat_directions.values() if known is not None)
         noise = "" if self._noise is None else f", noise variance {self._noise:.3g}"
         return (
             f"<Laplace posterior of {self.fisher.dim} parameters in {len(self.precisions)} blocks, "

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kronfisher.errors import SingularError, UnsupportedError
+from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
+from kronfisher.linalg import indefinite_message
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.spectral import negligible
 from kronfisher.operators.total import DENSE_LIMIT
@@ -71,8 +72,8 @@ class Precision:
         """``c·X + p``, or ``c·X̃ + 1``."""
         shift = self.prior.item() if self.uniform else 1.0
         scaled = self.whitened.scaled(self.scale)
-        if shift == 0:
-            return scaled
+        if shift == 0 or self.whitened.determined:
+            return scaled.shifted(shift)
         try:
             spectral = self.whitened.spectral()
         except UnsupportedError:  # solved by other means
@@ -123,10 +124,12 @@ class Precision:
         return diagonal if self.root is None else diagonal / self.prior.detach()
 
     @cached_property
-    def flat_directions(self) -> int:
-        """How many directions have no curvature at all: there the posterior is the prior."""
-        values = self.whitened.spectral().values
-        return int((values <= negligible(values.dtype) * values.amax()).sum())
+    def flat_directions(self) -> int | None:
+        """How many directions have no curvature at all, where the posterior is the prior; None if nobody can tell."""
+        try:
+            return self.whitened.nullity()
+        except UnsupportedError:  # a sum that is too large for eigenvalues
+            return None
 
     def logdet(self, scale: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """``log |c·X + f·diag(p)|`` to differentiate by c and f; default: its own c, and one. 0-dim, float64."""
@@ -162,12 +165,18 @@ def logdet(operator: Operator, scale: Tensor, prior: Tensor, name: str) -> Tenso
     """
     prior = prior.double()
     if prior.dim() == 0:
+        implicit = Precision(operator, float(scale.detach()), prior.detach(), name)
+        if operator.determined:
+            return _LogDet.apply(scale, prior, implicit)
         try:
             values = operator.spectral().values.double()
         except UnsupportedError:  # a sum that has a determinant, but no eigenvectors
-            return _LogDet.apply(scale, prior, Precision(operator, float(scale.detach()), prior.detach(), name))
+            return _LogDet.apply(scale, prior, implicit)
         total = scale * values + prior
-        if bool((total <= 0).any()):
+        low, high = (float(end) for end in torch.aminmax(total.detach()))
+        if low < -negligible(operator.dtype) * high:
+            raise IndefiniteError(indefinite_message(f"{name}: the posterior precision", low, high))
+        if low <= 0:
             raise SingularError(
                 f"{name}: the posterior precision is singular: there are directions without curvature, and a prior "
                 "precision of zero leaves them open. Give it a positive one."
@@ -192,9 +201,10 @@ class _LogDet(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         scale, prior = ctx.saved_tensors
-        diagonal = ctx.precision.inverse_diagonal().double()
-        by_prior = diagonal if prior.dim() else diagonal.sum()
-        by_scale = (len(diagonal) - (prior * diagonal).sum()) / scale
+        precision = ctx.precision
+        own = precision.inverse_diagonal() if prior.dim() else precision.damped.inverse().trace()
+        by_prior = own.double()
+        by_scale = (precision.operator.dim - (prior * by_prior).sum()) / scale
         return grads[0] * by_scale, grads[0] * by_prior, None
 
 

@@ -45,6 +45,10 @@ class Gaussian(Likelihood):
         """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
         return sum_per_datum(self.log_probs(outputs, targets))
 
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See the base class; residuals far smaller than σ are not lost in `log 2πσ²`, for noise is told from them."""
+        return super().log_likelihood(outputs.double(), targets)
+
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`-½((y - f)²/σ² + log 2πσ²)` of every entry; see the base class."""
         outputs, variance = promote(outputs), self._variance(outputs)

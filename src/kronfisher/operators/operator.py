@@ -69,6 +69,9 @@ class Operator(ABC):
 
     kinds: ClassVar[dict[str, type["Operator"]]] = {}
     kind: ClassVar[str] = ""
+    determined: ClassVar[bool] = (
+        False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
+    )
     name: str
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
@@ -201,6 +204,11 @@ class Operator(ABC):
     def eigenvalues(self) -> Tensor:
         """All D eigenvalues, descending."""
         return self.spectral().values.sort(descending=True).values
+
+    def nullity(self) -> int:
+        """How many eigenvalues cannot be told from zero."""
+        values = self.eigenvalues()
+        return int((values <= 10 * torch.finfo(values.dtype).eps * values.amax()).sum())
 
     def frobenius_norm(self) -> Tensor:
         """``‖X‖ = √(Σ X_ij²)``, a 0-dim tensor."""

@@ -21,7 +21,7 @@ from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.tables import Table, duration
 from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import peer
-from kronfisher.fits import EKFAC, KFAC, KFOC, KL, TKFAC, Diagonal, Fit, Full, KroneckerSum
+from kronfisher.fits import EKFAC, KFAC, KFOC, KL, TKFAC, Diagonal, Fit, Full, KroneckerSum, Prototypes
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Gaussian
 
@@ -37,6 +37,7 @@ FITS: Mapping[str, Fit] = {
     "EKFAC on K-FOC": EKFAC(KFOC("exact")),
     "nonnegative rank 2": KroneckerSum(rank=2, method="nonnegative"),
     "nonnegative rank 4": KroneckerSum(rank=4, method="nonnegative"),
+    "prototypes": Prototypes(),
     "exact blocks": Full(),
     "exact": Full(across_layers=True),
 }

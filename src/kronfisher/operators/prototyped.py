@@ -1,0 +1,291 @@
+"""A few Kronecker-structured directions with curvature of their own, and eigenvalues in a basis for the rest."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, NumericalWarning
+from kronfisher.linalg import cholesky, full_precision
+from kronfisher.operators.dense import Dense
+from kronfisher.operators.eigen import Eigen, KroneckerBasis
+from kronfisher.operators.inverse import Inverse
+from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.total import require_small
+from kronfisher.samples import WORKSPACE, chunks
+
+__all__ = ["Prototyped"]
+
+_FALLBACK = "use what works at any size: solve, inverse, logdet, samples, trace, norm."
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prototyped(Operator, kind="prototyped"):
+    """``blockdiag_h(U (diag(s) + Σ_c w_c z_c z_cᵀ) Uᵀ)`` with ``z_c = b_c ⊗ a_c`` and ``U = U_B ⊗ U_A``.
+
+    With ``Z [D, m]`` the prototypes of a group and ``M = 1 + W^{1/2} Zᵀ diag(1/s) Z W^{1/2}`` everything follows from
+    Woodbury's identity: ``X⁻¹ = diag(1/s) − diag(1/s) Z W^{1/2} M⁻¹ W^{1/2} Zᵀ diag(1/s)``, ``log|X| = Σ log s +
+    log|M|``. λ goes into s. M takes ``m² D`` multiplications and is kept; neither Z nor X is ever held. Where the
+    matrix itself is wanted (eigenvalues, roots), it is formed up to `operators.total.DENSE_LIMIT` rows.
+
+    Attributes:
+        rest: ``U diag(s) Uᵀ``, s of at least 0.
+        A: the prototypes' input sides ``[H, m, I]``, in the coordinates of U_A.
+        B: their output sides ``[H, m, O]``, in the coordinates of U_B.
+        weights: w ``[H, m]``, of at least 0.
+
+    Raises:
+        DataError: the sizes do not fit.
+
+    Example:
+        >>> identity = torch.eye(2)[None]
+        >>> rest = Eigen(KroneckerBasis(identity, identity), torch.ones(4))
+        >>> X = Prototyped(rest, torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3.0]]))
+        >>> X.solve(torch.ones(4))
+        tensor([0.2500, 1.0000, 1.0000, 1.0000])
+    """
+
+    determined = True
+
+    rest: Eigen
+    A: Tensor
+    B: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        basis = self.rest.basis
+        if not isinstance(basis, KroneckerBasis):
+            raise DataError(f"{self.name or 'Prototyped'}: the rest needs a Kronecker basis")
+        shapes = [(len(basis.A), self.weights.shape[-1], side.shape[1]) for side in (basis.A, basis.B)]
+        if (
+            [tuple(self.A.shape), tuple(self.B.shape)] != shapes
+            or self.weights.shape != self.A.shape[:2]
+            or not shapes[0][1]
+        ):
+            raise DataError(
+                f"{self.name or 'Prototyped'}: prototypes {list(self.A.shape)} and {list(self.B.shape)} with weights "
+                f"{list(self.weights.shape)} do not fit a basis of {basis.size}"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the matrix belongs to, for messages."""
+        return self.rest.name
+
+    @property
+    def dim(self) -> int:
+        """D = H·O·I."""
+        return self.rest.dim
+
+    @property
+    def structure(self) -> str:
+        """Prototypes of each group, and the size of the basis."""
+        return f"{self.weights.shape[1]} prototypes + eigenvalue-corrected {self.rest.basis.size}"
+
+    # Products ---------------------------------------------------------------------------------------------------------
+
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """``U (s + Z W Zᵀ) Uᵀ v`` for K rows v ``[K, D]``."""
+        turned = self.rest.basis.rotate(rows)
+        found = turned * self.rest.values + self._spread(self._along(turned) * self.weights)
+        return self.rest.basis.back(found)
+
+    def solves(self, rows: Tensor) -> Tensor:
+        """``X⁻¹ v`` by Woodbury's identity, for K rows ``[K, D]``."""
+        s = self.rest.checked().values
+        direct = self.rest.basis.rotate(rows) / s
+        root = self.weights.sqrt()
+        along = (self._along(direct) * root).permute(1, 2, 0)  # [H, m, K]
+        inner = torch.cholesky_solve(along, self._factor).permute(2, 0, 1) * root
+        return self.rest.basis.back(direct - self._spread(inner) / s)
+
+    def inverse(self) -> Operator:
+        """``X⁻¹``, which solves where it multiplies."""
+        _ = self._factor  # what is singular is refused now
+        return Inverse(self)
+
+    def inverse_diagonal(self) -> Tensor:
+        """``diag(X⁻¹)`` ``[D]``."""
+        s = self.rest.checked().values
+        found = self.rest.basis.spread((1 / s)[None])[0]
+        root = self.weights.sqrt()
+        eye = torch.eye(self.weights.shape[1], dtype=self.dtype, device=self.device).expand(len(root), -1, -1)
+        half = torch.linalg.solve_triangular(self._factor, eye, upper=False) * root[:, None]  # rows: Y's columns
+        for low, high in chunks(half.shape[1], 4 * self.dim * s.element_size()):
+            columns = self._spread(half[:, low:high].transpose(0, 1)) / s
+            found = found - self.rest.basis.back(columns).square().sum(0)
+        return found
+
+    def inverse_trace(self) -> Tensor:
+        """``tr X⁻¹``: ``Σ 1/s − tr M⁻¹ W^{1/2} Zᵀ diag(1/s²) Z W^{1/2}``."""
+        s = self.rest.checked().values
+        root = self.weights.sqrt()
+        squares = root[:, :, None] * self._gram(s.square().reciprocal()) * root[:, None]
+        inner = torch.cholesky_solve(squares, self._factor)
+        return (1 / s).sum() - inner.diagonal(dim1=1, dim2=2).sum()
+
+    def noise_dim(self, *, inverse: bool = True) -> int:
+        """D, and one number for every prototype."""
+        return self.dim + self.weights.numel()
+
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """Rest and prototypes are drawn apart; ``X⁻¹`` times a draw from ``N(0, X)`` is one from ``N(0, X⁻¹)``."""
+        own = noise[:, : self.dim] * self.rest.values.sqrt()
+        several = noise[:, self.dim :].reshape(len(noise), *self.weights.shape) * self.weights.sqrt()
+        draws = self.rest.basis.back(own + self._spread(several))
+        return self.solves(draws) if inverse else draws
+
+    def logdet(self) -> Tensor:
+        """``Σ log s + log|M|``."""
+        return self.rest.logdet() + 2 * self._factor.diagonal(dim1=1, dim2=2).log().sum()
+
+    def shifted(self, damping: float) -> "Prototyped":
+        """``X + λ·1``: into the eigenvalues of the rest."""
+        shift = nonnegative(damping, "the damping λ")
+        if shift == 0:
+            return self
+        high = max(self.rest.extremes[1], self._heaviest)
+        if shift < torch.finfo(self.dtype).eps * high:
+            warnings.warn(
+                f"{self.name or self.structure}: λ = {shift:.1e} is below the {self.dtype} precision of the largest "
+                f"eigenvalue, about {high:.1e}; small eigenvalues are noise of that size. Use a larger λ or float64.",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        low = self.rest.extremes[0] + shift
+        result = replace(self, rest=self.rest.map(lambda values: values + shift, definite=low > 0))
+        vars(result)["_heaviest"] = self._heaviest
+        return result
+
+    def scaled(self, factor: float) -> "Prototyped":
+        """The factor goes into s and w."""
+        factor = nonnegative(factor, "the factor")
+        return replace(self, rest=self.rest.scaled(factor), weights=self.weights * factor)
+
+    def trace(self) -> Tensor:
+        """``Σ s + Σ_c w_c ‖a_c‖² ‖b_c‖²``."""
+        return self.rest.trace() + (self.weights * self._lengths).sum()
+
+    def diagonal(self) -> Tensor:
+        """``(U∘²) s + Σ_c w_c (U z_c)∘²``, ``[D]``."""
+        basis = self.rest.basis
+        assert isinstance(basis, KroneckerBasis)
+        a, b = (_turned_back(side, own).square() for side, own in ((self.A, basis.A), (self.B, basis.B)))
+        with full_precision(self.device.type):
+            return self.rest.diagonal() + ((b * self.weights[..., None]).mT @ a).flatten()
+
+    def frobenius_norm(self) -> Tensor:
+        """``‖X‖² = Σ s² + 2 Σ_c w_c z_cᵀ diag(s) z_c + Σ_{c,d} w_c w_d (z_c·z_d)²``, in float64."""
+        scale = torch.maximum(self.rest.values.amax(), self.weights.amax()).double()
+        if not bool(scale > 0):
+            return scale.to(self.dtype)
+        s, w = self.rest.values.double() / scale, self.weights.double() / scale
+        a, b = self.A.double(), self.B.double()
+        squares = torch.einsum("hmo,hoi,hmi->hm", b.square(), s.reshape(len(a), b.shape[2], -1), a.square())
+        grams = ((a @ a.mT) * (b @ b.mT)).square()
+        total = s.square().sum() + 2 * (w * squares).sum() + torch.einsum("hm,hmn,hn->", w, grams, w)
+        return (total.sqrt() * scale).to(self.dtype)
+
+    def spectral(self) -> Spectral:
+        """Of the matrix itself; UnsupportedError above `operators.total.DENSE_LIMIT` rows."""
+        require_small(self, "its spectrum", _FALLBACK)
+        return self._matrix.spectral()
+
+    def nullity(self) -> int:
+        """Of the coordinates where s is zero, those that the prototypes do not reach."""
+        s, heads = self.rest.values.double().reshape(len(self.A), -1), range(len(self.A))
+        scale = max(self.rest.extremes[1], self._heaviest)
+        empty = s <= negligible(self.dtype) * scale
+        gram = self._gram(empty.to(self.A)).double() * self.weights.double().sqrt()[:, :, None]
+        values = torch.linalg.eigvalsh(gram * self.weights.double().sqrt()[:, None])
+        reached = (values > negligible(self.dtype) * scale).sum(1)
+        return int(sum((empty[h].sum() - reached[h]).clamp_min(0) for h in heads))
+
+    def transposed(self) -> Operator:
+        """The sides change places; for one group."""
+        return replace(self, rest=self.rest.transposed(), A=self.B, B=self.A)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the rest, A, B and the weights."""
+        return {**self.rest.tensors(), "A": self.A, "B": self.B, "weights": self.weights}
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the rest."""
+        return self.rest.settings()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """The rest is told by its own tensors."""
+        return cls(Eigen.from_tensors(tensors, **settings), tensors["A"], tensors["B"], tensors["weights"])
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _lengths(self) -> Tensor:
+        return self.A.square().sum(2) * self.B.square().sum(2)
+
+    @cached_property
+    def _heaviest(self) -> float:
+        """The largest curvature of a prototype by itself: about the largest eigenvalue, and at most it."""
+        return (self.weights * self._lengths).amax().item()
+
+    @cached_property
+    def _matrix(self) -> Dense:
+        return Dense(self.to_dense(), self.name)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """L with ``M = L Lᵀ``, ``[H, m, m]``; SingularError where s has zeros."""
+        root = self.weights.sqrt()
+        inner = root[:, :, None] * self._gram(self.rest.checked().values.reciprocal()) * root[:, None]
+        inner.diagonal(dim1=1, dim2=2).add_(1)
+        return cholesky(inner, self.name or self.structure)
+
+    def _gram(self, values: Tensor) -> Tensor:
+        """``Zᵀ diag(values) Z``, ``[H, m, m]``, a few outputs at a time."""
+        heads, number, inputs = self.A.shape
+        values = values.reshape(heads, -1, 1, inputs)
+        total = self.A.new_zeros(heads, number, number)
+        size = 3 * heads * number * inputs * self.A.element_size()
+        with full_precision(self.device.type):
+            for low, high in chunks(self.B.shape[2], size, WORKSPACE):
+                Z = self.B[:, :, low:high, None] * self.A[:, :, None]  # [H, m, o, I]
+                total += (Z * values[:, low:high].transpose(1, 2)).flatten(2) @ Z.flatten(2).mT
+        return total
+
+    def _along(self, rows: Tensor) -> Tensor:
+        """``Zᵀ v`` for K rows: ``[K, H, m]``."""
+        found = []
+        for part in self._parts(rows):
+            W = part.reshape(len(part), len(self.A), self.B.shape[2], self.A.shape[2])
+            with full_precision(self.device.type):
+                found.append(((self.B @ W) * self.A).sum(3))
+        return torch.cat(found)
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """``Z y`` for K rows y ``[K, H, m]``: ``[K, D]``."""
+        found = []
+        for part in self._parts(weights):
+            with full_precision(self.device.type):
+                found.append((self.B.mT @ (part[..., None] * self.A)).flatten(1))
+        return torch.cat(found)
+
+    def _parts(self, rows: Tensor) -> Iterator[Tensor]:
+        size = 3 * self.A.numel() * self.A.element_size()
+        if not len(rows):
+            yield rows
+        for low, high in chunks(len(rows), size, WORKSPACE):
+            yield rows[low:high]
+
+
+def _turned_back(rows: Tensor, side: Tensor) -> Tensor:
+    """``[H, m, n]`` in the coordinates of a side to its own."""
+    if side.dim() == 2:
+        return rows * side[:, None]
+    with full_precision(rows.device.type):
+        return rows @ side.mT
