@@ -91,9 +91,9 @@ class Inverse(Operator, kind="inverse"):
         """As that of X; UnsupportedError where it has none."""
         return self.of.spectral().positive_map(lambda values: values.reciprocal())
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """Of the transpose."""
-        return replace(self, of=self.of.transposed())
+        return replace(self, of=self.of.transposed(outputs, inputs))
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of X."""

@@ -206,9 +206,9 @@ class Prototyped(Operator, kind="prototyped"):
         reached = (values > negligible(self.dtype) * scale).sum(1)
         return int(sum((empty[h].sum() - reached[h]).clamp_min(0) for h in heads))
 
-    def transposed(self) -> Operator:
+    def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides change places; for one group."""
-        return replace(self, rest=self.rest.transposed(), A=self.B, B=self.A)
+        return replace(self, rest=self.rest.transposed(outputs, inputs), A=self.B, B=self.A)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the rest, A, B and the weights."""
