@@ -6,6 +6,7 @@ import torch
 from kronfisher.linalg import mirror
 from kronfisher.samples import WORKSPACE, Dense, Masked, Ones, Samples, chunks, join
 from kronfisher.uses.convolution import Patches, Window
+from kronfisher.uses.transposed import FlippedPatches
 
 H, N, O, I = 2, 5, 3, 4
 TINY = 1  # a workspace that holds one sample
@@ -216,3 +217,14 @@ def test_long_products_are_taken_of_written_out_gradients():
     for positions, shorter in ((2, True), (200, False)):
         samples = Samples(Dense(randn(1, 1, positions, 30)), randn(1, 1, positions, 20))
         assert samples._shorter(20, 30) == samples._shorter(30, 20) == shorter
+
+
+def test_products_with_patches_of_transposed_convolutions():
+    """Their kernels lie the other way round, in every product alike."""
+    window = Window((3, 2), (1, 1), ((2, 2), (1, 1)), (1, 1))
+    images = torch.randn(4, 2, 4, 3, dtype=torch.float64)
+    for kind in (Patches, FlippedPatches):
+        patches = kind(images, window, 1, 4, bias=True)
+        M = torch.randn(1, patches.shape[-1], 3, dtype=torch.float64)
+        torch.testing.assert_close(patches.times(M), patches.dense() @ M)
+        torch.testing.assert_close(patches.times(M, 1, 3), patches.dense(1, 3) @ M)

@@ -448,8 +448,10 @@ class Samples:
             activations = self.activations if inputs is None else self.activations.scaled(inputs)
             yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
             return
+        narrow = inputs.shape[-1] < inputs.shape[-2]  # then there may be a shorter way than to write them out
         for low, high in self._ranges():
-            activations = Dense(self.activations.times(inputs, low, high))
+            rows = self.activations.times(inputs, low, high) if narrow else None
+            activations = Dense(turned(self.activations.dense(low, high), inputs) if rows is None else rows)
             yield replace(
                 self, activations=activations, gradients=turned(self.gradients[:, low:high], outputs), mask=None
             )

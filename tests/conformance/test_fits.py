@@ -149,6 +149,7 @@ def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
     for tap, a, g in p.rows(labels):
         G = torch.einsum("vhnto,hnti->vhnoi", g, a)
         L, R = torch.einsum("vhnoi,vhnpi->hop", G, G), torch.einsum("vhnoi,vhnoj->hij", G, G)
+        R = torch.diag_embed(R.diagonal(dim1=1, dim2=2)) if looked_up(fisher, tap) else R
         traces = G.square().sum((0, 2, 3, 4))
         parts = [torch.kron(left, right) / trace for left, right, trace in zip(L, R, traces, strict=True)]
         block = torch.block_diag(*parts) / p.count
@@ -158,7 +159,13 @@ def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
         assert float(fisher[tap.name].trace() / trace) == pytest.approx(1, abs=1e-10), tap.name
 
 
-def flip_flop(G: Tensor, count: int, fit: kf.KL) -> Tensor:
+def looked_up(fisher: kf.Fisher, tap: Tap) -> bool:
+    """Whether a block's inputs are looked up in a table: their side is kept as its diagonal."""
+    blocks = [entry for entry, _ in fisher.entries if isinstance(entry, Block)]
+    return any(block.onehot for block in blocks if block.name == tap.name)
+
+
+def flip_flop(G: Tensor, count: int, fit: kf.KL, diagonal: bool) -> Tensor:
     """KL of one group from its gradients ``[n, O, I]``, by explicit inverses."""
     _, outputs, inputs = G.shape
     A = torch.eye(inputs, dtype=G.dtype)
@@ -170,6 +177,7 @@ def flip_flop(G: Tensor, count: int, fit: kf.KL) -> Tensor:
         inverse = torch.linalg.inv(B)
         shift = fit.damping * inverse.trace() * torch.eye(inputs, dtype=G.dtype)
         A = (torch.einsum("noi,op,npj->ij", G, inverse, G) / count + shift) / outputs
+        A = A.diagonal().diag() if diagonal else A
         if (A / A.norm() - old / old.norm()).norm() <= fit.tolerance:
             break
     return torch.kron(B, A)
@@ -178,7 +186,7 @@ def flip_flop(G: Tensor, count: int, fit: kf.KL) -> Tensor:
 def check_kl(p: Problem, labels: str, fisher: kf.Fisher) -> None:
     for tap, a, g in p.rows(labels):
         G = torch.einsum("vhnto,hnti->hvnoi", g, a).flatten(1, 2)
-        block = torch.block_diag(*(flip_flop(group, p.count, kf.KL()) for group in G))
+        block = torch.block_diag(*(flip_flop(group, p.count, kf.KL(), looked_up(fisher, tap)) for group in G))
         close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
         assert "converged" in fisher.info.blocks[tap.name].notes
 

@@ -26,6 +26,9 @@ class FlippedPatches(Patches):
         rows[..., :width] = flipped.flatten(-1 - len(kernel))
         return rows
 
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        return Activations.times(self, matrix, low, high)  # its kernels lie the other way round
+
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         Activations.add_covariance_(self, total, workspace)
 
