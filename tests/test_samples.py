@@ -216,7 +216,7 @@ def test_products_with_themselves(kind, positions, workspace, monkeypatch):
 def test_long_products_are_taken_of_written_out_gradients():
     for positions, shorter in ((2, True), (200, False)):
         samples = Samples(Dense(randn(1, 1, positions, 30)), randn(1, 1, positions, 20))
-        assert samples._shorter(20, 30) == samples._shorter(30, 20) == shorter
+        assert samples._shorter(20, 30, False) == samples._shorter(30, 20, False) == shorter
 
 
 def test_products_with_patches_of_transposed_convolutions():

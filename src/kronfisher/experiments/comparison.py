@@ -26,7 +26,9 @@ DESCRIPTIONS = {
     "kfac-corrected": "K-FAC and a product for what it misses",
     "kronecker-sum": "the best sum of two products",
     "kl": "the product nearest in divergence (F + 0.001)",
-    "block-tridiagonal": "K-FAC, layers tied to their neighbours",
+    "block-tridiagonal": "K-FAC, neighbouring layers tied: of a whole chain",
+    "prototypes": "multiples of a few products, and EKFAC of the rest",
+    "auto": "the smallest structure within .1, layer by layer",
     "diagonal": "the diagonal alone",
     "full": "each layer's dense matrix: the truth",
 }

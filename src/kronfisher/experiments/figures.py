@@ -1,7 +1,7 @@
 """Pictures of a comparison: errors and costs, and what one block looks like under each fit."""
 
 from collections.abc import Callable, Iterable, Iterator
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ COLOURS = {
     **{"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"},
     **{"kfoc": "#D55E00", "ekfac-kfoc": "#8C6BB1", "kronecker-sum": "#CC79A7"},
 }
-OTHERS = ("#A6761D", "#999933", "#882255", "#44AA99")
+OTHERS = ("#A6761D", "#999933", "#882255", "#44AA99", "#332288", "#DDCC77", "#AA4499", "#88CCEE", "#117733", "#661100")
+_ACROSS = 9  # matrices of a block in a row
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -93,7 +94,9 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
 
     blocks = list(dict.fromkeys(name for row in rows for name in row.blocks))
     wide = min(14.0, max(7.0, 2.0 + 0.13 * (len(blocks) + 1) * len(rows)))
-    figure = Figure(figsize=(wide + 4.0, 4.6), layout="constrained")
+    entries = 5  # of the legend in a row
+    height = 4.2 + 0.2 * ceil(len(rows) / entries)
+    figure = Figure(figsize=(wide + 4.0, height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[wide, 4.0])
     width = 0.8 / len(rows)
     for k, row in enumerate(rows):
@@ -111,6 +114,7 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     right.set_xscale("log")
     low, high = min(row.seconds for row in rows) / 1.5, max(row.seconds for row in rows) * 1.5
     ticks = [digit * 10.0**k for k in range(-7, 7) for digit in (1, 2, 5) if low <= digit * 10.0**k <= high]
+    ticks = ticks if len(ticks) <= 8 else ticks[:: ceil(len(ticks) / 6)]
     right.set_xlim(low, high)
     right.set_xticks(ticks, map(duration, ticks))
     right.minorticks_off()
@@ -120,7 +124,7 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     for axes in (left, right):
         axes.set_ylim(0, 1.08 * max(1e-3, *(max(row.error, *row.blocks.values()) for row in rows)))
     labels = [f"{row.fit} ({size(row.bytes)})" for row in rows]
-    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(5, len(rows)))
+    figure.legend(left.containers, labels, loc="outside lower center", ncols=min(entries, len(rows)))
     return figure
 
 
@@ -134,10 +138,16 @@ def _block(rows: list[Row], colours: dict[str, str]) -> Any:
     names = {row.shown[0] for row in rows if row.shown is not None}
     # The few largest entries, all on the diagonal, would leave the others white.
     limit = float(torch.stack([matrix.abs().quantile(0.98) for matrix in shown.values()]).max()) or 1.0
-    figure = Figure(figsize=(max(8.0, 2.4 * len(shown) + 0.9), 6.2), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    lines = ceil(len(shown) / _ACROSS)
+    across = ceil(len(shown) / lines)
+    heights = 0.5 + 2.8 * lines, 3.0
+    figure = Figure(figsize=(max(8.0, 2.4 * across + 0.9), sum(heights)), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
     above, below = halves
-    panels = above.subplots(1, len(shown), squeeze=False)[0]
+    places = above.subplots(lines, across, squeeze=False).flatten()
+    panels = places[: len(shown)]
+    for axes in places[len(shown) :]:
+        axes.set_axis_off()
     image = None
     for axes, (fit, matrix) in zip(panels, shown.items(), strict=True):
         image = axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -145,7 +155,7 @@ def _block(rows: list[Row], colours: dict[str, str]) -> Any:
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
-    above.colorbar(image, ax=list(panels), label="entry", shrink=0.8, pad=0.015, extend="both")
+    above.colorbar(image, ax=list(places), label="entry", shrink=0.8, pad=0.015, extend="both")
     dim = len(next(iter(shown.values())))
     above.suptitle(f"{', '.join(map(_short, names))}: its block, {dim} × {dim}, under each fit", fontsize=12)
     axes = below.subplots()
@@ -159,12 +169,12 @@ def _block(rows: list[Row], colours: dict[str, str]) -> Any:
     axes.set_xlabel("rank of the eigenvalue")
     axes.set_ylabel("eigenvalue")
     axes.set_title("Its spectrum")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=ceil(len(shown) / 10))
     return figure
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight")
+    return name.replace(".weight", "")
 
 
 def _of(settings: Any) -> str:

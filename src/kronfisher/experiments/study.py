@@ -45,7 +45,7 @@ class Study:
     Example:
         >>> Study(fits=("kfac", "psvd"))
         Traceback (most recent call last):
-        ValueError: there is no fit 'psvd'; there are auto, diagonal, ekfac, ...
+        ValueError: there is no fit 'psvd'; there are auto, block-tridiagonal, diagonal, ...
     """
 
     data: str = "digits"
