@@ -251,3 +251,34 @@ def test_reconstruction_chooses_its_likelihood(uci_dir):
     assert digits.train_inputs.shape == (1500, 64) and isinstance(digits.likelihood, Bernoulli)
     yacht = data.load("yacht", data_dir=uci_dir[0]).reconstruction()
     assert isinstance(yacht.likelihood, Gaussian) and yacht.outputs == 3
+
+
+@pytest.fixture
+def text_dir(tmp_path):
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "input.txt").write_text("abcd\né" * 120)
+    return tmp_path
+
+
+def test_text_is_in_pieces_with_the_next_character_as_target(text_dir):
+    text = data.load("shakespeare", data_dir=text_dir)
+    assert text.text and text.outputs == 6 and text.task == "classes" and not data.load("digits").text
+    inputs = torch.cat([text.train_inputs, text.test_inputs]).flatten()
+    targets = torch.cat([text.train_targets, text.test_targets]).flatten()
+    truth = ["\nabcdé".index(character) for character in "abcd\né" * 120]
+    assert inputs.tolist() == truth[: len(inputs)] and targets.tolist() == truth[1 : len(inputs) + 1]
+    assert text.train_inputs.shape == (20, 32) and text.test_inputs.shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe" * 400, "is no text"), (b"too short", "needs more than 320")]
+)
+def test_text_that_is_damaged(text_dir, content, message):
+    (text_dir / "shakespeare" / "input.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        data.load("shakespeare", data_dir=text_dir)
+
+
+def test_text_that_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"shakespeare/input\.txt.*char-rnn"):
+        data.load("shakespeare", data_dir=tmp_path)

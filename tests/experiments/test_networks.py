@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronfisher.experiments import data, networks
+from kronfisher.experiments import data, networks, training
 from kronfisher.experiments.data import Dataset
 
 
@@ -103,5 +103,29 @@ def test_what_does_not_fit_is_refused(name, dataset, message):
 
 
 def test_activation_is_refused_where_there_is_none_to_choose():
-    with pytest.raises(ValueError, match="lenet5 has rectified units only"):
+    with pytest.raises(ValueError, match="lenet5 has its own units"):
         networks.for_data("lenet5", data.load("digits"), activation="tanh")
+
+
+def letters(pieces=40, length=8):
+    tokens = torch.arange(pieces * length + 1) % 5
+    inputs, targets = (tokens[k : k + pieces * length].view(pieces, length) for k in (0, 1))
+    return data.Dataset("letters", inputs, targets, inputs[:4], targets[:4], task="classes", outputs=5)
+
+
+def test_text_is_for_the_gpt_and_learned():
+    dataset = letters()
+    model = networks.for_data("gpt", dataset)
+    training.train(model, dataset, epochs=8, lr=0.01, batch_size=8)
+    found = training.evaluate(model, dataset)
+    assert found["accuracy"] == 1 and found["loss"] < 2  # eight letters, each the next of the alphabet
+    for name, other in (("mlp", dataset), ("vit", dataset), ("gpt", data.load("digits"))):
+        with pytest.raises(ValueError, match="do not go together"):
+            networks.for_data(name, other)
+
+
+def test_a_vision_transformer_takes_images_and_rows_of_pixels():
+    assert networks.for_data("vit", tiny((3, 8, 8), 7))(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+    assert networks.for_data("vit", tiny((64,), 7))(torch.zeros(2, 64)).shape == (2, 7)
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        networks.for_data("vit", tiny((1, 10, 10), 7))

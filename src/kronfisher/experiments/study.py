@@ -84,7 +84,7 @@ class Study:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)} and must be positive")
 
-    def load(self) -> tuple[Dataset, nn.Sequential]:
+    def load(self) -> tuple[Dataset, nn.Module]:
         """The data set and the network at its initial weights.
 
         Raises:

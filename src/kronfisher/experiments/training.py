@@ -102,7 +102,8 @@ def evaluate(
         likelihood: as for `train`.
 
     Returns:
-        ``{"loss": …}``, with ``"accuracy"`` for classes; the loss is summed over outputs and averaged over data.
+        ``{"loss": …}``, with ``"accuracy"`` for classes; the loss is summed over outputs (of a
+        text, over characters) and averaged over data.
     """
     likelihood = likelihood or dataset.likelihood
     device, loss, correct = next(model.parameters()).device, 0.0, 0
@@ -110,6 +111,6 @@ def evaluate(
         outputs, y = model(x.to(device)), y.to(device)
         loss += -likelihood.log_prob(outputs, y).sum().item()
         if dataset.task == "classes":
-            correct += int((outputs.argmax(1) == y).sum())
+            correct += int((outputs.argmax(-1) == y).sum()) / y[0].numel()  # of a text, its share of the characters
     number = len(dataset.test_inputs)
     return {"loss": loss / number} | ({"accuracy": correct / number} if dataset.task == "classes" else {})

@@ -7,12 +7,13 @@ from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.data.digits import digits
 from kronfisher.experiments.data.faces import faces
 from kronfisher.experiments.data.mnist import mnist
+from kronfisher.experiments.data.shakespeare import shakespeare
 from kronfisher.experiments.data.uci import NAMES as UCI
 from kronfisher.experiments.data.uci import uci
 
-__all__ = ["NAMES", "Dataset", "curves", "digits", "faces", "load", "mnist", "uci"]
+__all__ = ["NAMES", "Dataset", "curves", "digits", "faces", "load", "mnist", "shakespeare", "uci"]
 
-NAMES = ("digits", "curves", "mnist", "fashion-mnist", "faces", *UCI)
+NAMES = ("digits", "curves", "mnist", "fashion-mnist", "faces", "shakespeare", *UCI)
 
 
 def load(
@@ -52,6 +53,8 @@ def load(
         found = faces(data_dir, seed, **generated)
     elif name in ("mnist", "fashion-mnist"):
         found = mnist(name, data_dir)
+    elif name == "shakespeare":
+        found = shakespeare(data_dir)
     elif name in UCI:
         found = uci(name, data_dir, split)
     else:

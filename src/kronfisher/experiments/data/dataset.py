@@ -15,16 +15,16 @@ Task = Literal["classes", "values", "probabilities"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """A data set in memory, float32, split into training and test data.
+    """A data set in memory, float32 (text: int64), split into training and test data.
 
     Attributes:
         name: the name `load` knows it by.
         train_inputs: ``[N, *input_shape]``.
-        train_targets: ``[N]`` class indices (int64), or ``[N, outputs]`` values or probabilities.
+        train_targets: ``[N]`` class indices (int64), of text ``[N, T]``, or ``[N, outputs]`` values or probabilities.
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
         task: what the targets are: "classes", real "values" or "probabilities" of ones.
-        outputs: how many numbers a network predicts for one datum.
+        outputs: how many numbers a network predicts for one datum, or for one character of a text.
         scale: standard deviation of the targets in their own units, where they were standardised.
     """
 
@@ -45,6 +45,11 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one datum, without the batch's dimension."""
         return tuple(self.train_inputs.shape[1:])
+
+    @property
+    def text(self) -> bool:
+        """Whether inputs are indices into a vocabulary of `outputs`."""
+        return not self.train_inputs.is_floating_point()
 
     @property
     def likelihood(self) -> "Categorical | Gaussian | Bernoulli":

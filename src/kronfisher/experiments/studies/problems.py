@@ -46,7 +46,7 @@ class Problem:
     patience: int | None = None
     limit: int | None = None
 
-    def load(self, seed: int, data_dir: Path | None = None) -> tuple[Dataset, nn.Sequential]:
+    def load(self, seed: int, data_dir: Path | None = None) -> tuple[Dataset, nn.Module]:
         """Data and initial weights by `seed`, which also chooses the published split of a UCI set.
 
         Raises:
