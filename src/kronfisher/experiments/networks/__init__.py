@@ -11,7 +11,17 @@ from kronfisher.experiments.networks.convolutional import alexnet, convnet, lene
 from kronfisher.experiments.networks.feedforward import WIDTHS, autoencoder, mlp, sparse_
 
 __all__ = [
-    *("NAMES", "WIDTHS", "alexnet", "autoencoder", "convnet", "for_data", "gpt", "lenet5", "mlp", "resnet", "sparse_"),
+    "NAMES",
+    "WIDTHS",
+    "alexnet",
+    "autoencoder",
+    "convnet",
+    "for_data",
+    "gpt",
+    "lenet5",
+    "mlp",
+    "resnet",
+    "sparse_",
     "vit",
 ]
 
