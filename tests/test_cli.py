@@ -203,7 +203,7 @@ def test_help(capsys):
     ("text", "number"), [("500MB", 500_000_000), ("2 GiB", 2 << 30), ("1.5kb", 1500), ("123", 123), ("7B", 7)]
 )
 def test_sizes(text, number):
-    assert cli._bytes(text) == number
+    assert cli.options.byte_size(text) == number
 
 
 def test_demo(capsys, tmp_path):

@@ -1,0 +1,5 @@
+"""``python -m kronfisher.cli``."""
+
+from kronfisher.cli import main
+
+main()

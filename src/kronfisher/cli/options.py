@@ -1,0 +1,105 @@
+"""Options: what they mean, and what is said where they make no sense."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["byte_size", "checking", "interruptible", "names", "only", "option", "settings", "stop", "whole", "writable"]
+
+FOLDER = "folder with the files of the data sets (default: $KRONFISHER_DATA)"
+SEED = "of data, initial weights, training and label draws"
+
+
+def option(text: str, *names: str) -> Any:
+    """An option of a command with its help, and its names where they are not the argument's own."""
+    import typer
+
+    return typer.Option(*names, help=text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``a, b`` → ``("a", "b")``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def whole(text: str) -> int:
+    """A whole number, or ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number") from None
+
+
+def settings(text: str) -> Any:
+    """An object from JSON, or from the file that `text` names."""
+    import json
+
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"options are no JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise ValueError("options must be one JSON object of objects, name → settings")
+    return found
+
+
+def only(context: Any, names: set[str]) -> None:
+    """ValueError if the command line sets an option that is not among `names`."""
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    if odd := sorted(given - names):
+        listed = ", ".join(f"--{name.removesuffix('_name').replace('_', '-')}" for name in odd)
+        raise ValueError(f"a study has its own settings: leave out {listed}")
+
+
+def byte_size(text: str | None) -> int | None:
+    """``500MB`` → 500,000,000; ValueError if it is no size."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    stripped = text.strip().lower()
+    unit = stripped.lstrip("0123456789.")
+    try:
+        return int(float(stripped.removesuffix(unit)) * units[unit.strip()])
+    except (ValueError, KeyError):
+        raise ValueError(f"memory-budget {text!r} is no size; write it as 500MB, 2GB or a number of bytes") from None
+
+
+def writable(path: Path | None, *, folder: bool) -> None:
+    """ValueError if nothing can be written there, found out before hours of work."""
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is {'a file, not a folder' if folder else 'a folder, not a file'}")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not folder and path.exists():
+        parent = path
+    if not os.access(parent, os.W_OK) or (parent.is_file() and parent != path):
+        raise ValueError(f"{path} cannot be written: {parent} is {'a file' if parent.is_file() else 'read-only'}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupt in here leaves nothing behind: one line, exit 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("interrupted before anything was finished; nothing was written", 130)
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """What is wrong in here is wrong with the options: one line, exit 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        stop(str(error), 2)
+
+
+def stop(message: str, code: int) -> None:
+    """One line on standard error, and the end."""
+    print(f"kronfisher: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
