@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class Curvlinops:
 PEERS = {"bpnn": Bpnn, "curvlinops": Curvlinops}
 
 
-def ours(model: nn.Module, batch: Batch, labels: str = "sampled", **options: float) -> Factors:
+def ours(model: nn.Module, batch: Batch, labels: str = "sampled", **options: Any) -> Factors:
     fisher = kf.estimate(
         model, [batch], kf.Categorical(), fit=kf.KFOC(**options), labels=labels, reduction="sum", strict=True
     )
@@ -144,7 +145,7 @@ def agreement(peer: Bpnn | Curvlinops, workload: Workload) -> dict[str, object]:
     batch = (inputs[:few].double(), targets[:few])
     peer.model = model
     theirs, mine = peer.run(batch, peer.labels), ours(model, batch, peer.labels)
-    strict = ours(model, batch, peer.labels, tolerance=1e-9, iterations=500)
+    strict = ours(model, batch, peer.labels, aggregation="exact", tolerance=1e-9, iterations=500)
     blocks = gradients(model, batch, peer.labels)
     sets = {"their errors": theirs, "our errors": mine, "optimum": strict}
     return {
