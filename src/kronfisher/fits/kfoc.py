@@ -450,7 +450,8 @@ class KPSVD(KFOC):
 
 
 def _warn_of_nothing(state: State) -> None:
-    largest = max(float(torch.linalg.vector_norm(several.gradients, torch.inf)) for several in state.waiting)
+    ends = [end for several in state.waiting if len(several) for end in several.gradients.aminmax()]
+    largest = float(torch.stack(ends).abs().max()) if ends else 0.0
     if 0 < largest**2 < torch.finfo(state.waiting[0].gradients.dtype).tiny:
         warnings.warn(
             f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "

@@ -39,13 +39,17 @@ __all__ = [
 
 
 _PIECE = 2**20  # numbers of a matrix that are scaled at once
+_SHORT = 2**15  # and of one that is rather squared in float64
 
 
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms ``[H]`` of ``[H, ...]``; squares of entries of 1e-20, as late in training, do not vanish."""
     flat = matrices.flatten(1)
-    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
-    parts = [torch.linalg.vector_norm(over(part, largest), dim=1) for part in flat.split(_PIECE, dim=1)]
+    if flat.dtype != torch.float64 and flat.shape[1] <= _SHORT:
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(flat.dtype)
+    pieces = flat.split(_PIECE, dim=1)
+    largest = torch.stack([part.abs().amax(1) for part in pieces]).amax(0)  # many times faster than the norm of order ∞
+    parts = [torch.linalg.vector_norm(over(part, largest), dim=1) for part in pieces]
     return largest * (parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0))
 
 
