@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
+from kronfisher.fits.carried import balanced, inner, pieces
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -20,7 +21,6 @@ from kronfisher.fits.fit import (
     register,
     side_shapes,
 )
-from kronfisher.fits.kfoc import balanced, inner, pieces
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
 from kronfisher.operators.sides import diagonal
