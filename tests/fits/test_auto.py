@@ -184,7 +184,7 @@ def test_nonsense_is_refused():
     model, x = network()
     with pytest.raises(kf.DataError, match="more than once"):
         estimate(model, ((part, None) for part in x.split(7)), "auto")
-    with pytest.raises(kf.UnsupportedError, match="reads the data"):
+    with pytest.raises(kf.UnsupportedError, match="keeps samples"):
         preconditioner = kf.Preconditioner(model, kf.Gaussian(), fit="auto")
         preconditioner(x).sum().backward()
         preconditioner.step()

@@ -178,3 +178,10 @@ def test_samples_without_gradients_give_zero():
     fisher = estimate(model, data(30), "prototypes")
     assert float(fisher["0.weight"].trace()) == 0 and float(fisher["2.weight"].trace()) > 0
     assert torch.isfinite((fisher + 1.0).solve(torch.ones(fisher.dim).double())).all()
+
+
+def test_training_refuses_them_with_the_reason():
+    model = torch.nn.Linear(3, 2)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit=kf.Prototypes())
+    with pytest.raises(kf.UnsupportedError, match=r"weight: Prototypes.*keeps samples before it sums any"):
+        optimizer.step(lambda: model(torch.randn(5, 3)), torch.randn(5, 2))

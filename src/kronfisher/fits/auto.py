@@ -122,6 +122,7 @@ class Auto(Fit):
     memory: int | None
     candidates: tuple[Fit, ...]
 
+    trains: ClassVar[bool] = False
     _default: ClassVar[float] = 0.1
 
     def __init__(

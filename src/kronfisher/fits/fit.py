@@ -112,9 +112,11 @@ class Fit:
 
     Attributes:
         exact: it keeps what it keeps of the matrix exactly, however the gradients are come by.
+        trains: moving averages of its states can be kept, as in training.
     """
 
     exact: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     @property
     def linear(self) -> bool:

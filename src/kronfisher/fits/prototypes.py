@@ -1,6 +1,7 @@
 """Prototypes: gradients parted into the nearest of a few Kronecker-structured directions, and what is left of them."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class Prototypes(Fit):
     ratio: float = 3.0
     samples: int = 2048
     iterations: int = 10
+
+    trains: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.ratio > 0 or self.samples < 1 or self.iterations < 0:

@@ -50,6 +50,11 @@ class Phased(Fit):
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         plan = self.fit.plan(group, element)
+        if not self.fit.trains:
+            raise UnsupportedError(
+                f"{group[0].name}: {self.fit} keeps samples before it sums any, and training keeps moving averages of "
+                "sums. Choose a fit of one pass, such as 'kfac', or EKFAC of one."
+            )
         if plan.passes > 2:
             raise UnsupportedError(
                 f"{group[0].name}: {self.fit} reads the data {plan.passes} times, and in training each batch is seen "

@@ -79,5 +79,6 @@ def _made(module: Any, given: Any) -> Any:
 
 register(Competitor("natural", Natural, {"batch_size": 512}, takes=OPTIONS))
 for fit in fits.FITS:
-    if fit != "full":  # matrices of whole layers: no network here is small enough
+    # Matrices of whole layers are for networks smaller than any here.
+    if fit != "full" and fits.named(fit).trains:
         register(Competitor(f"natural-{fit}", Natural, {"batch_size": 512, "fit": fit}, takes=OPTIONS))
