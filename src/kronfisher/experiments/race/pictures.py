@@ -41,6 +41,7 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
     except ImportError as error:
         raise ImportError('figures are drawn by matplotlib: pip install "kronfisher[experiments]"') from error
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     folder.mkdir(parents=True, exist_ok=True)
     others = dict.fromkeys(_family(name) for name in standings.results if _family(name) not in COLOURS)
@@ -63,9 +64,8 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter("{x:.3g}")
                     axes.yaxis.set_minor_formatter("{x:.3g}")
-                    # A run that explodes leaves the picture instead of flattening all others.
-                    start = max(each[0].points[0][what] for each in standings.results.values())
-                    axes.set_ylim(top=min(axes.get_ylim()[1], 1.5 * start))
+                    axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))
+                    axes.set_ylim(top=min(axes.get_ylim()[1], _top(standings, what)))
             if clock != "seconds":
                 for axes in panels:
                     axes.set_xscale("log")
@@ -76,6 +76,14 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
             paths.append(folder / f"{standings.problem}-{clock}.png")
             figure.savefig(paths[-1])
     return paths
+
+
+def _top(standings: Standings, what: str) -> float:
+    """The highest value of the third evaluation: neither the start nor a run that explodes flattens all others."""
+    runs = [each.points for results in standings.results.values() for each in results]
+    early = [points[min(2, len(points) - 1)][what] for points in runs]
+    start = max(points[0][what] for points in runs)
+    return min(1.5 * start, 1.1 * max((value for value in early if np.isfinite(value)), default=start))
 
 
 def _family(name: str) -> str:
