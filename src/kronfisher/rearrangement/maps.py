@@ -55,8 +55,11 @@ def norm(matrices: Tensor) -> Tensor:
 
 def over(matrices: Tensor, scale: Tensor) -> Tensor:
     """``[H, ...]`` divided by ``[H]``, zero where the divisor is (or has no finite inverse)."""
-    inverse = torch.where(scale > torch.finfo(scale.dtype).tiny, 1 / scale, torch.zeros_like(scale))
-    return matrices * inverse.view(-1, *[1] * (matrices.dim() - 1))
+    return matrices * _inverse(scale).view(-1, *[1] * (matrices.dim() - 1))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale.reciprocal(), 0)
 
 
 def times(matrices: Tensor, scale: Tensor) -> Tensor:
@@ -277,10 +280,12 @@ class Gram(Weights):
         for _ in range(max(iterations, 1)):
             u, v = v, _times(Kg, v)
             size = torch.linalg.vecdot(u, v).sqrt()
-            u, w = over(u, size), over(v, size)
+            inverse = _inverse(size)[:, None]
+            u, w = u * inverse, v * inverse
             v = _times(Ka, w)
             sigma = torch.linalg.vecdot(w, v).sqrt()
-            w, v = over(w, sigma), over(v, sigma)
+            inverse = _inverse(sigma)[:, None]
+            w, v = w * inverse, v * inverse
             step = torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
             steps, change = steps + (change > tolerance), step
             old, mapped = w, v
