@@ -14,7 +14,7 @@ from kronfisher.operators.prototyped import Prototyped
 from kronfisher.operators.report import Report
 from kronfisher.operators.storage import load
 from kronfisher.operators.total import Total
-from kronfisher.operators.tridiagonal import Tridiagonal, TridiagonalInverse
+from kronfisher.operators.tridiagonal import Tridiagonal
 
 __all__ = [
     "BlockInfo",
@@ -34,6 +34,5 @@ __all__ = [
     "Report",
     "Total",
     "Tridiagonal",
-    "TridiagonalInverse",
     "load",
 ]

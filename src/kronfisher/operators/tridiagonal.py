@@ -19,12 +19,13 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.linalg import full_precision
 from kronfisher.operators.conditionals import Chain, Conditionals, Root, by_cholesky, by_eigenvectors
 from kronfisher.operators.dense import Dense
+from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator, nonnegative, stable_norm
 from kronfisher.operators.spectral import Spectral
 from kronfisher.operators.total import DENSE_LIMIT
 
-__all__ = ["Tridiagonal", "TridiagonalInverse"]
+__all__ = ["Tridiagonal"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,10 +137,19 @@ class Tridiagonal(Operator, kind="tridiagonal"):
                 drawn[k] = drawn[k] + chain.gain(k, drawn[k + 1])
             return _joined(drawn)
 
-    def inverse(self) -> "TridiagonalInverse":
-        """Factorised now, so that it is only applied later; SingularError as in `solve`."""
+    def inverse(self) -> Inverse:
+        """Block-tridiagonal; factorised now, so that it is only applied later; SingularError as in `solve`."""
         _ = self._conditioned
-        return TridiagonalInverse(self)
+        return Inverse(self)
+
+    def inverse_diagonal(self) -> Tensor:
+        """``S_i⁻¹ + Ψ_{i−1}ᵀ S_{i−1}⁻¹ Ψ_{i−1}``, its diagonal ``[D]``."""
+        with full_precision(self.device.type):
+            return self._conditioned.inverse_diagonal()
+
+    def inverse_trace(self) -> Tensor:
+        """The sum of that diagonal."""
+        return self.inverse_diagonal().sum()
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -255,83 +265,6 @@ class Tridiagonal(Operator, kind="tridiagonal"):
     @cached_property
     def _drawing(self) -> Conditionals:
         return self._conditioned if self.definite else Conditionals(self._spread, self.name, singular=True)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TridiagonalInverse(Operator, kind="tridiagonal-inverse"):
-    """``X⁻¹``, block-tridiagonal.
-
-    Attributes:
-        of: X.
-    """
-
-    of: Tridiagonal
-
-    @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of X."""
-        return self.of.name
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.of.dim
-
-    @property
-    def structure(self) -> str:
-        """Of X."""
-        return f"inverse {self.of.structure}"
-
-    def matvecs(self, rows: Tensor) -> Tensor:
-        """Solutions with X."""
-        return self.of.solves(rows)
-
-    def solves(self, rows: Tensor) -> Tensor:
-        """Products with X."""
-        return self.of.matvecs(rows)
-
-    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
-        """Draws for X, the other way round."""
-        return self.of.colour(noise, inverse=not inverse)
-
-    def inverse(self) -> Tridiagonal:
-        """X."""
-        return self.of
-
-    def logdet(self) -> Tensor:
-        """``−log |X|``."""
-        return -self.of.logdet()
-
-    def diagonal(self) -> Tensor:
-        """``S_i⁻¹ + Ψ_{i−1}ᵀ S_{i−1}⁻¹ Ψ_{i−1}``, its diagonal ``[D]``."""
-        with full_precision(self.device.type):
-            return self.of._conditioned.inverse_diagonal()
-
-    def trace(self) -> Tensor:
-        """The sum of the diagonal."""
-        return self.diagonal().sum()
-
-    def scaled(self, factor: float) -> Operator:
-        """X by the reciprocal; a factor of zero makes zeros."""
-        factor = nonnegative(factor, "the factor")
-        return TridiagonalInverse(self.of.scaled(1 / factor)) if factor else self.spectral().scaled(0.0)
-
-    def spectral(self) -> Spectral:
-        """As of X."""
-        return self.of.spectral().positive_map(torch.reciprocal)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of X."""
-        return self.of.tensors()
-
-    def settings(self) -> dict[str, Any]:
-        """Those of X."""
-        return self.of.settings()
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From X."""
-        return cls(Tridiagonal.from_tensors(tensors, **settings))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
