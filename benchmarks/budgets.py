@@ -8,16 +8,13 @@ Prints one line of JSON; run by run.py.
 """
 
 import argparse
-import gc
 import json
 import re
-import resource
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import torch
+from resident import peak
 from torch import Tensor, nn
 
 import kronfisher as kf
@@ -59,22 +56,6 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Data]]] = {
 }
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak(work: Callable[[], object]) -> int:
-    """Bytes by which the resident memory grows while something is done, its result included."""
-    gc.collect()
-    with suppress(OSError):  # forget what came before
-        Path("/proc/self/clear_refs").write_text("5")
-    before = resident()
-    result = work()
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    del result
-    return found
-
-
 def needed(model: nn.Module, data: Data) -> int:
     """What the matrices take: the number in the refusal of a budget of one byte."""
     try:
@@ -102,12 +83,12 @@ def measure(case: str, times: float, fit: str) -> dict[str, object]:
             torch.autograd.grad(model(x).sum(), outputs)
         handle.remove()
 
-    floor = peak(own)
+    floor, _ = peak(own)
     matrices = needed(model, data)
     budget = int(matrices * times)
     result: dict[str, object] = {"budget": budget, "matrices": matrices, "floor": floor}
     try:
-        result["peak"] = peak(lambda: kf.estimate(model, data, kf.Categorical(), fit=fit, memory_budget=budget))
+        result["peak"], _ = peak(lambda: kf.estimate(model, data, kf.Categorical(), fit=fit, memory_budget=budget))
         result["within"] = result["peak"] <= budget + floor
     except kf.MemoryBudgetError as refusal:
         result["refused"] = str(refusal)[:90]

@@ -11,16 +11,14 @@ import argparse
 import cProfile
 import json
 import pstats
-import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from resident import peak
 from torch import Tensor, nn
 
 import kronfisher as kf
@@ -74,10 +72,6 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def measure(layers: int, repeats: int, profile: bool) -> dict[str, object]:
     model, likelihood = gpt2(layers), kf.Categorical(class_dim=-1)
     tokens = torch.randint(50257, (8, 256))
@@ -85,11 +79,7 @@ def measure(layers: int, repeats: int, profile: bool) -> dict[str, object]:
     def own() -> kf.Fisher:  # strict: every parameter is covered, or this raises
         return kf.estimate(model, [{"input_ids": tokens}], likelihood, fit="kfac", strict=True)
 
-    with suppress(OSError):  # forget the peak of the imports
-        Path("/proc/self/clear_refs").write_text("5")
-    before = resident()
-    own()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    extra, _ = peak(own)
     if profile:
         with cProfile.Profile() as profiler:
             own()
@@ -103,7 +93,7 @@ def measure(layers: int, repeats: int, profile: bool) -> dict[str, object]:
         times["own"].append(seconds(own))
     ratios = [own / (fb + gemm) for own, fb, gemm in zip(*times.values(), strict=True)]
     found = {name: round(statistics.median(values), 2) for name, values in times.items()}
-    return {"ratio": round(statistics.median(ratios), 3), **found, "GiB": round(peak / 2**30, 2)}
+    return {"ratio": round(statistics.median(ratios), 3), **found, "GiB": round(extra / 2**30, 2)}
 
 
 if __name__ == "__main__":

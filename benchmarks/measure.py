@@ -7,18 +7,16 @@ import argparse
 import gc
 import importlib
 import json
-import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from floors import Floor
 from peers import Skip
+from resident import peak
 from torch import nn
 from workloads import WORKLOADS, Batch, Workload
 
@@ -78,14 +76,8 @@ def memory(prepare: Callable[[], tuple[Any, Workload]]) -> dict[str, object]:
     adaptor.run([(x[:2], y[:2]) for x, y in workload.batches])
     del adaptor, workload
     adaptor, workload = prepare()
-    gc.collect()
-    with suppress(OSError):  # forget the peak of the imports
-        Path("/proc/self/clear_refs").write_text("5")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    computed = adaptor.run(workload.batches)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    del computed
-    return {"likelihood": adaptor.likelihood, "extra": (peak - before) / 2**20}
+    extra, _ = peak(lambda: adaptor.run(workload.batches))
+    return {"likelihood": adaptor.likelihood, "extra": extra / 2**20}
 
 
 class Bare:

@@ -8,16 +8,13 @@ makes. Seconds are processor time, medians; memory is the peak above what was re
 """
 
 import argparse
-import ctypes
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 LIBRARIES = ("kronfisher", "laplace-torch")
@@ -71,6 +68,7 @@ def timed(work, repeats: int) -> tuple[float, object]:
 
 def measure(library: str, network: str, repeats: int) -> dict[str, object]:
     import torch
+    from resident import peak
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -79,14 +77,7 @@ def measure(library: str, network: str, repeats: int) -> dict[str, object]:
     make(*prepare("lenet5")[:2])  # loads code
     fit, predict = timed(lambda: make(model, batches), repeats)
     predict(x[:1])
-    gc.collect()
-    with suppress(OSError, AttributeError):  # what was freed by the fit is not there already
-        ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    p = predict(x)
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    extra, p = peak(lambda: predict(x))
     seconds, _ = timed(lambda: predict(x), repeats)
     return {"fit": fit, "predict": seconds, "extra_mib": extra / 2**20, "p": p.double().tolist()}
 
