@@ -127,7 +127,7 @@ class OODStudy:
                     def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
                         return posterior(x, pred_type="glm", link_approx="probit").detach()
 
-                    found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests)}
+                    found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests, at_once=peer.AT_ONCE)}
                     rows.append(self._row(f"laplace-torch {structure}", seed, found))
                 say(f"seed {seed}: {duration(time.perf_counter() - start)}")
         except KeyboardInterrupt:
@@ -167,10 +167,12 @@ class OODStudy:
         return {"study": "ood", **{name: getattr(self, name) for name in names}, "fits": fits}
 
 
-def judged(predict: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, targets: Tensor) -> dict[str, float]:
+def judged(
+    predict: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, targets: Tensor, at_once: int = 250
+) -> dict[str, float]:
     """Accuracy, negative log likelihood, calibration error, AUROC by the entropy, and the seconds of predicting."""
     start = time.process_time()
-    near, far = (torch.cat([predict(part) for part in x.split(250)]).double() for x in (inside, outside))
+    near, far = (torch.cat([predict(part) for part in x.split(at_once)]).double() for x in (inside, outside))
     seconds = time.process_time() - start
     entropies = [-(p * p.clamp_min(1e-300).log()).sum(1) for p in (near, far)]
     return {
