@@ -9,8 +9,9 @@ import torch
 
 import kronfisher as kf
 from kronfisher.cli import main
-from kronfisher.experiments import data
+from kronfisher.experiments import data, networks
 from kronfisher.experiments.data.dataset import Dataset
+from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import Picture, UCIStudy, ood, uci
 
 torch.set_num_threads(1)
@@ -96,6 +97,36 @@ def test_measures_of_classification():
     found = ood.judged(lambda x: p[x.long().flatten()], torch.arange(100.0), torch.arange(100.0, 300.0), targets[:100])
     assert found["nll"] == pytest.approx(-float(p[:100].gather(1, targets[:100, None]).log().mean()), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((p[:100].argmax(1) == targets[:100]).double().mean()))
+
+
+def test_calibrated_predictions_are_those_of_the_best_prior_on_validation_data(monkeypatch, tmp_path):
+    def images(name, data_dir=None):
+        generator = torch.Generator().manual_seed(len(name))
+        x, y = torch.randn(500, 1, 4, 4, generator=generator), torch.randint(3, (500,), generator=generator)
+        x[:, 0, 0, 0] += y
+        return Dataset(name, x[:300], y[:300], x[300:], y[300:], "classes", 3)
+
+    monkeypatch.setattr(data, "load", images)
+    sizes = {"train_size": 100, "validation_size": 200, "test_size": 200}
+    study = replace(ood.OODStudy.quick(), network="mlp", **sizes, fits={"K-FAC": kf.KFAC()}, epochs=40)
+    found = study.run()
+    assert found.distinct("fit") == ["MAP", "K-FAC", f"K-FAC{ood.CALIBRATED}"]
+    own, tuned = found.select()[1:]
+    assert own["evidence"] > tuned["evidence"]  # the largest there is
+    whole = images("fashion-mnist")
+    model = networks.for_data("mlp", whole.head(100), seed=0)
+    train(model, whole.head(100), epochs=40, seed=0)
+    fisher = kf.estimate(model, whole.batches(500, 100), kf.Categorical(), fit="kfac", labels="exact")
+
+    def score(precision):
+        p = kf.Laplace(model, fisher, precision).predict(whole.train_inputs[100:]).mean
+        return float(p.gather(1, whole.train_targets[100:, None]).log().mean())
+
+    best = score(tuned["prior_precision"])
+    assert best > score(own["prior_precision"])
+    assert all(best >= score(tuned["prior_precision"] * factor) for factor in (0.3, 0.7, 1.5, 3.0))
+    (path,) = found.draw(tmp_path)
+    assert path.stat().st_size > 5000
 
 
 def test_the_picture_shows_more_doubt_in_the_gap(tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from kronfisher.experiments.figures import written
@@ -52,8 +51,8 @@ def differences(found: "UCIFindings", folder: str | Path) -> list[Path]:
     return written(folder, figures) if problems else []
 
 
-def measures(found: Findings, folder: str | Path, names: Mapping[str, str]) -> list[Path]:
-    """A panel for each measure with a bar for each fit."""
+def measures(found: Findings, folder: str | Path, names: Mapping[str, str], same: str) -> list[Path]:
+    """A panel for each measure with a point for each fit, hollow where its name ends with `same`."""
     fits = found.distinct("fit")
 
     def figures() -> Iterator[tuple[str, Any]]:
@@ -64,7 +63,10 @@ def measures(found: Findings, folder: str | Path, names: Mapping[str, str]) -> l
         for axes, (key, title) in zip(panels, names.items(), strict=True):
             values = [[row[key] for row in found.select(fit=fit)] for fit in fits]
             for place, (fit, several) in enumerate(zip(fits, values, strict=True)):
-                axes.errorbar(*([mean(several)], [place]), xerr=deviation(several)[1], fmt="o", color=_colour(fit))
+                fill = "white" if fit.endswith(same) else None
+                average, spread = deviation(several)
+                colour = _colour(fit.removesuffix(same))
+                axes.errorbar(average, place, xerr=spread, fmt="o", color=colour, markerfacecolor=fill)
             axes.set_title(title, fontsize=10)
             axes.set_yticks(range(len(fits)), fits)
             axes.set_ylim(len(fits) - 0.5, -0.5)

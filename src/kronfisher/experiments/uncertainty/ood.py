@@ -21,7 +21,7 @@ from kronfisher.fits import EKFAC, KFAC, KFOC, TKFAC, Diagonal, Fit
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Categorical
 
-__all__ = ["FITS", "OODFindings", "OODStudy", "auroc", "calibration_error"]
+__all__ = ["CALIBRATED", "FITS", "OODFindings", "OODStudy", "auroc", "calibration_error"]
 
 FITS: Mapping[str, Fit] = {
     "diagonal": Diagonal(),
@@ -31,6 +31,7 @@ FITS: Mapping[str, Fit] = {
     "EKFAC on K-FAC": EKFAC(),
     "EKFAC on K-FOC": EKFAC(KFOC()),
 }
+CALIBRATED = ", calibrated"
 COLUMNS = {
     "accuracy": "accuracy",
     "nll": "negative log likelihood",
@@ -46,7 +47,8 @@ COLUMNS = {
 class OODStudy:
     """The settings of the study: a network of all weights, the linearised predictive with the probit link.
 
-    The prior precision is one number, where the marginal likelihood is largest.
+    The prior precision is one number, where the marginal likelihood is largest, and again where the predictions of
+    validation data are best.
 
     Attributes:
         inside: data to train and to test on.
@@ -54,18 +56,20 @@ class OODStudy:
         network: see `kronfisher.experiments.networks.NAMES`.
         seeds: networks trained.
         train_size: data to train and to estimate the Fisher matrix on.
+        validation_size: further data to calibrate on.
         test_size: test data of each kind.
         epochs: of training.
         fits: by the name they are shown under.
-        peers: structures of laplace-torch to run beside, where it is installed, for the first seed.
+        peers: structures of laplace-torch to run beside, where it is installed.
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
     inside: str = "fashion-mnist"
     outside: str = "mnist"
     network: str = "lenet5"
-    seeds: int = 1
+    seeds: int = 3
     train_size: int = 5_000
+    validation_size: int = 1_000
     test_size: int = 1_000
     epochs: int = 15
     fits: Mapping[str, Fit] = field(default_factory=lambda: FITS)
@@ -76,7 +80,8 @@ class OODStudy:
     def quick(cls, data_dir: Path | None = None) -> Self:
         """The same in seconds."""
         fits = {name: FITS[name] for name in ("diagonal", "K-FAC", "EKFAC on K-FAC")}
-        return cls(seeds=1, train_size=300, test_size=100, epochs=2, fits=fits, peers=(), data_dir=data_dir)
+        sizes = {"train_size": 300, "validation_size": 100, "test_size": 100}
+        return cls(seeds=1, **sizes, epochs=2, fits=fits, peers=(), data_dir=data_dir)
 
     def check(self) -> None:
         """Find both data sets.
@@ -100,7 +105,10 @@ class OODStudy:
         """
         rows: list[Record] = []
         trained: list[Record] = []
-        inside = data.load(self.inside, data_dir=self.data_dir).head(self.train_size, self.test_size)
+        whole = data.load(self.inside, data_dir=self.data_dir)
+        inside = whole.head(self.train_size, self.test_size)
+        kept = whole.head(self.train_size + self.validation_size)
+        validation = (kept.train_inputs[self.train_size :], kept.train_targets[self.train_size :])
         outside = data.load(self.outside, data_dir=self.data_dir).head(1, self.test_size)
         batches = inside.batches(500)
         try:
@@ -119,8 +127,14 @@ class OODStudy:
                 rows.append(self._row("MAP", seed, judged(plain, *tests)))
                 for label, fit in self.fits.items():
                     step(f"seed {seed}: {label}", seed, self.seeds)
-                    rows.append(self._row(label, seed, self._ours(model, batches, fit, seed, tests)))
-                for structure in self.peers if peer.available() and seed == 0 else ():
+                    try:
+                        posterior, found = self._ours(model, batches, fit, seed)
+                        rows.append(self._row(label, seed, found | judged(mean_of(posterior), *tests)))
+                        found = self._calibrated(posterior, validation)
+                        rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judged(mean_of(posterior), *tests)))
+                    except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+                        rows.append(self._row(label, seed, {"failure": str(reason)}))
+                for structure in self.peers if peer.available() else ():
                     step(f"seed {seed}: laplace-torch, {structure}", seed, self.seeds)
                     posterior, estimating, tuning = peer.classifier(model, batches, structure)
 
@@ -139,32 +153,43 @@ class OODStudy:
 
     @staticmethod
     def _ours(
-        model: nn.Module,
-        batches: list[tuple[Tensor, Tensor]],
-        fit: Fit,
-        seed: int,
-        tests: tuple[Tensor, Tensor, Tensor],
-    ) -> dict[str, Any]:
-        try:
-            start = time.process_time()
-            fisher = estimate(model, batches, Categorical(), fit=fit, labels="exact", seed=seed)
-            estimated = time.process_time()
-            posterior = Laplace(model, fisher).optimize_prior()
-            tuned = time.process_time()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a prior below the rounding of the largest eigenvalue
-                found = judged(lambda x: posterior.predict(x).mean, *tests)
-            precision = float(next(iter(posterior.prior_precision.values())))
-            evidence = float(posterior.log_marginal_likelihood())
-        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
-            return {"failure": str(reason)}
-        seconds = {"estimate": estimated - start, "tune": tuned - estimated}
-        return {**found, **seconds, "prior_precision": precision, "evidence": evidence, "bytes": fisher.bytes}
+        model: nn.Module, batches: list[tuple[Tensor, Tensor]], fit: Fit, seed: int
+    ) -> tuple[Laplace, dict[str, Any]]:
+        start = time.process_time()
+        fisher = estimate(model, batches, Categorical(), fit=fit, labels="exact", seed=seed)
+        estimated = time.process_time()
+        posterior = Laplace(model, fisher).optimize_prior()
+        seconds = {"estimate": estimated - start, "tune": time.process_time() - estimated}
+        return posterior, {**seconds, **_prior(posterior), "bytes": fisher.bytes}
+
+    @staticmethod
+    def _calibrated(posterior: Laplace, validation: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        start = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # candidates below the rounding of the largest eigenvalue
+            posterior.calibrate(list(zip(*(part.split(250) for part in validation), strict=True)))
+        return {"tune": time.process_time() - start, **_prior(posterior)}
 
     def _settings(self) -> dict[str, Any]:
-        names = ("inside", "outside", "network", "seeds", "train_size", "test_size", "epochs")
+        names = ("inside", "outside", "network", "seeds", "train_size", "validation_size", "test_size", "epochs")
         fits = {name: repr(fit) for name, fit in self.fits.items()}
         return {"study": "ood", **{name: getattr(self, name) for name in names}, "fits": fits}
+
+
+def mean_of(posterior: Laplace) -> Callable[[Tensor], Tensor]:
+    """What it predicts."""
+
+    def predict(x: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prior below the rounding of the largest eigenvalue
+            return posterior.predict(x).mean
+
+    return predict
+
+
+def _prior(posterior: Laplace) -> dict[str, float]:
+    precision = float(next(iter(posterior.prior_precision.values())))
+    return {"prior_precision": precision, "evidence": float(posterior.log_marginal_likelihood())}
 
 
 def judged(
@@ -235,4 +260,5 @@ class OODFindings(Findings):
         """The four measures of every fit side by side; one PNG file."""
         from kronfisher.experiments.uncertainty.figures import measures
 
-        return measures(self, folder, {key: name for key, name in COLUMNS.items() if key in ("nll", "ece", "auroc")})
+        names = {key: name for key, name in COLUMNS.items() if key in ("nll", "ece", "auroc")}
+        return measures(self, folder, names, same=CALIBRATED)
