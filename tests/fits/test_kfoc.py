@@ -192,6 +192,15 @@ def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monk
     torch.testing.assert_close(approx.to_dense(), torch.kron(B, A), rtol=1e-8, atol=1e-10)  # the mean of the factors
 
 
+def test_more_memory_never_means_less():
+    def terms(outputs, inputs, rank):
+        block = Block("w", "linear", View.of("w", torch.empty(outputs, inputs)).reshaped(1, outputs, inputs), None)
+        return kf.KFOC(rank_memory=rank)._terms(block)
+
+    assert [terms(300, 300, rank) for rank in (1, 3, 4, 8, 20)] == [1, 3, 4, 5, 5]
+    assert [terms(600, 300, rank) for rank in (2, 4, 8)] == [2, 1, 1]
+
+
 def test_running_is_the_best_product_for_the_last_one_and_the_new_batch():
     samples = random_samples(n=60)
     first, second = samples.part(0, 25), samples.part(25, 60)

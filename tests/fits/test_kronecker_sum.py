@@ -108,6 +108,20 @@ def test_pieces_come_close_to_the_optimum_in_one_pass(shared, method, monkeypatc
             assert parts.info.blocks[name].error == pytest.approx(error.blocks[name], abs=0.02)
 
 
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 1), (1, 5)])
+def test_a_single_row_or_column_is_one_positive_product_over_any_pieces(inputs, outputs, positions, monkeypatch):
+    monkeypatch.setattr(kronecker_sum, "PIECE", 16)
+    torch.manual_seed(0)
+    model = nn.Linear(inputs, outputs, bias=False).double()
+    x = torch.randn(90, *positions, inputs).double()
+    fisher = kf.estimate(
+        model, [(part, None) for part in x.split(7)], kf.Bernoulli(), fit=kf.KroneckerSum(2, "nonnegative")
+    )
+    assert fisher.error(x).relative < 1e-7
+    assert fisher.eigenvalues().min() >= 0
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_every_term_of_a_nonnegative_sum_is_positive(shared, rank):

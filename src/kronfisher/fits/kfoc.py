@@ -49,9 +49,9 @@ __all__ = ["KFOC", "KPSVD"]
 Aggregation = Literal["memory", "running", "approx", "exact"]
 
 _PIECE = 512  # samples that are treated at once
-_NEW = 2  # terms that are taken of a piece where several are carried: more change the error by less than .001
 _ROOM = 2**21  # bytes that may always wait for more
-_WIDE = 2**20  # numbers in all terms beyond which one term is carried
+_WIDE = 2**20  # numbers in all terms at most, where several are carried
+_SOME = 4  # where not even so many fit, of those wanted, one is carried
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
@@ -69,8 +69,8 @@ class KFOC(Fit):
             over all data until they change nothing: the optimum, in several passes. ``"running"`` (the best product for
             the estimate so far and the new batch) and ``"approx"`` (the mean of the batches' factors) are the paper's;
             both depend on the size and order of the batches.
-        rank_memory: products carried by ``"memory"``, at most: where they would take more than a million numbers, one
-            is carried, as a mean of the pieces' factors weighted by their singular values.
+        rank_memory: products carried by ``"memory"``, at most: as many as take a million numbers; where not even four
+            of them do, one is carried, as a mean of the pieces' factors weighted by their singular values.
         tolerance: iterations stop when A, scaled to norm one, changes by no more. The error is off by half of its
             square. From 1e-4 up, wide weights that many positions share are iterated through their leading 32
             directions.
@@ -121,9 +121,9 @@ class KFOC(Fit):
     def _terms(self, block: Block) -> int:
         """Products that are carried."""
         sides = self.sides(block)
-        wide = self.rank_memory * sum(elements(*side) for side in sides) > _WIDE
-        several = self.aggregation in ("memory", "exact") and not wide and all(len(side) == 3 for side in sides)
-        return self.rank_memory if several else 1
+        room = _WIDE // sum(elements(*side) for side in sides)
+        several = self.aggregation in ("memory", "exact") and all(len(side) == 3 for side in sides)
+        return min(self.rank_memory, room) if several and room >= min(self.rank_memory, _SOME) else 1
 
     def sides(self, block: Block) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
@@ -132,7 +132,7 @@ class KFOC(Fit):
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         sides, terms = [elements(*side) for side in self.sides(group[0])], self._terms(group[0])
         # Several terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger side.
-        temporary = 2 * (terms + _NEW) * sum(sides) if terms > 1 else 2 * max(sides)
+        temporary = 4 * terms * sum(sides) if terms > 1 else 2 * max(sides)
         passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
         room = max(_ROOM, element * max(sides))
         bytes = (terms + 1) * element * sum(sides)
@@ -229,7 +229,7 @@ class KFOC(Fit):
             warm = begun and self.warm_start and not isinstance(source, Gram)
             if (terms := len(sums["inputs"])) > 1:
                 before = sums["inputs"] if warm else None
-                pair, A, B = source.leading_terms(min(terms, _NEW), before, self.tolerance, self.iterations)
+                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
                 if begun:
                     sums["norm"] += 2 * inner((A, B), (sums["inputs"], sums["outputs"]))
                 self._recompress(state, A, B)

@@ -216,6 +216,7 @@ class KroneckerSum(Fit):
 
     def _merge(self, state: State, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
         self._require_gram(state, piece)
+        terms = min(terms, self._most(piece[0].shape))
         steps, accuracy = 0.0, 0.0
         norm, sides = _squared_norm(piece), self.sides(state.blocks)
         parted = piece[0].shape[0] > 1 or _diagonal(sides)  # what pieces share beyond their terms is in no term
@@ -239,6 +240,10 @@ class KroneckerSum(Fit):
         state.sums["pieces"] += 1
         state.sums["steps"] += steps
         state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
+
+    def _most(self, shape: tuple[int, ...]) -> int:
+        """Terms that a block can have at most, where that is one: a weight with a single row or column."""
+        return 1 if self.method == "nonnegative" and min(shape[1:]) == 1 else self.carried
 
     def _require_gram(self, state: State, piece: list[Samples]) -> None:
         positions, diagonal = max(several.positions for several in piece), _diagonal(self.sides(state.blocks))
@@ -276,6 +281,10 @@ class KroneckerSum(Fit):
     ) -> tuple[Tensor, Tensor, float, float]:
         """Positive terms of a piece: a start from weights, then descent among all positive semidefinite sides."""
         heads, outputs, inputs = piece[0].shape
+        if terms == 1:  # the best product is semidefinite by itself
+            pair = _source(piece, sides).leading(None, self.tolerance, self.iterations)
+            A, B = _rooted(pair.A[None], pair.B[None], pair.sigma[None])
+            return A, B, float(pair.steps), float(pair.change)
         if positions == 1 and not _diagonal(sides):
             source = rearranged(piece, "gram")
             assert isinstance(source, Gram)
@@ -306,7 +315,7 @@ class KroneckerSum(Fit):
         """The best shorter sum of the same kind for a longer one."""
         if len(A) <= terms:
             return A, B
-        if self.method != "nonnegative":
+        if self.method != "nonnegative" or terms == 1:
             B, A, _ = truncated(B, A, terms)
             return A, B
         KA, KB = (torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B))
@@ -320,7 +329,7 @@ class KroneckerSum(Fit):
             A, B = (side.new_zeros(self.rank, *side.shape[1:]) for side in _sides(state, "even"))
             return A, B, (False,) * self.rank
         stacks = {kind: _sides(state, kind) for kind in _KINDS}
-        A, B = self._shortened(*stacks["even"], self.rank)
+        A, B = self._shortened(*stacks["even"], min(self.rank, self._most(state.blocks[0].shape)))
         if self.method == "nonnegative" and len(A) < len(stacks["even"][0]):
             A, B, _, change = positive_terms(Terms(*stacks["even"]), A, B, self.tolerance, _SWEEPS)
             A, B = _ordered(A, B)
