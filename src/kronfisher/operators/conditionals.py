@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -90,17 +91,25 @@ class Conditionals:
         self.inverses.append((outputs[1], inputs[1]))
         self.gaps.append(gap)
 
+    @cached_property
+    def _last(self) -> Pair:
+        """Both sides of ``S_L⁻¹``."""
+        B, A = self.inverses[-1]
+        return B @ B.mT, A @ A.mT
+
     def gain(self, k: int, V: Tensor) -> Tensor:
         """``Ψ_k V`` for V of layer k + 1."""
-        return self.gains[k][0] @ V @ self.gains[k][1].mT
+        return _between(self.gains[k][0], V, self.gains[k][1].mT)
 
     def pull(self, k: int, V: Tensor) -> Tensor:
         """``Ψ_{k−1}ᵀ V`` for V of layer k − 1."""
-        return self.gains[k - 1][0].mT @ V @ self.gains[k - 1][1]
+        return _between(self.gains[k - 1][0].mT, V, self.gains[k - 1][1])
 
     def divided(self, k: int, V: Tensor, *, root: bool = False) -> Tensor:
         """``S_k⁻¹ V``; `root`: white noise to draws of that covariance."""
         (B, A), gap = self.inverses[k], self.gaps[k]
+        if gap is None and not root:  # nothing comes between the roots: two products in place of four
+            return self._last[0] @ V @ self._last[1]
         if not root:
             V = B.mT @ V @ A
         if gap is not None:
@@ -143,3 +152,9 @@ def _positive(gap: Tensor, name: str, definite: bool) -> Tensor:
         stacklevel=4,
     )
     return gap.clamp_min(floor)
+
+
+def _between(left: Tensor, V: Tensor, right: Tensor) -> Tensor:
+    """``left V right``, in the order that takes fewer multiplications; V is ``[K, O, I]``."""
+    (p, o), (i, q) = left.shape, right.shape
+    return left @ V @ right if p * i * (o + q) <= o * q * (i + p) else left @ (V @ right)
