@@ -122,8 +122,8 @@ def estimate(
             method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
             notes = [
                 group.fit.notes(group.state),
-                *run.cut_notes(group.blocks),
-                *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
+                *run.following.notes(group.blocks),
+                *(_why(name, run.treatment.fallback[name], len(group.blocks)) for name in alone),
             ]
             infos[block_name(group.blocks)] = BlockInfo(
                 method,

@@ -159,7 +159,7 @@ def test_states_combine_after_the_same_choice_only():
         with isolated(model, 0):
             run.add((data, None), "batch 0")
         runs.append(run)
-    one, other = (run.groups[0] for run in runs)
+    one, other = (next(iter(run.groups)) for run in runs)
     with pytest.raises(ValueError, match="only after the same fit was chosen"):
         one.fit.combine(one.state, other.state)
     for run, data in zip(runs, (x[:12], x[12:]), strict=True):
