@@ -180,13 +180,7 @@ class Accumulator:
         alone = self.treatment.singles()
         blocks = [part.block for several in parts.values() for part in several] + [*alone.values()]
         self.groups.add(blocks, where, rows_each(capture, parts, len(outputs)), self.count)
-        entries = {}
-        for index, several in parts.items():
-            placed = [(part, *self.groups.place(part.block)) for part in several]
-            if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
-                entries[index] = wanted
-        places = {name: self.groups.place(block) for name, block in alone.items()}
-        singles = {name: place for name, place in places.items() if not place[0].done}
+        entries, singles = self.groups.wanting(parts, alone)
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
         stream = Stream(entries, owners, mask, singles)

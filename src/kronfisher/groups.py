@@ -51,9 +51,22 @@ class Groups:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def place(self, block: Block) -> tuple[Group, int]:
-        """The group of a block, and its place in it."""
-        return self._places[block.key]
+    def wanting(
+        self, parts: Mapping[int, list[Part]], alone: Mapping[str, Block]
+    ) -> tuple[dict[int, list[tuple[Part, Group, int]]], dict[str, tuple[Group, int]]]:
+        """What of a batch goes to groups that still read data, with the group and the block's place in it.
+
+        Args:
+            parts: index of a call → its blocks.
+            alone: parameter that the fallback treats → its block.
+        """
+        entries = {}
+        for index, several in parts.items():
+            placed = [(part, *self._places[part.block.key]) for part in several]
+            if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
+                entries[index] = wanted
+        singles = {name: self._places[block.key] for name, block in alone.items()}
+        return entries, {name: place for name, place in singles.items() if not place[0].done}
 
     @property
     def blocks(self) -> dict[Key, Block]:

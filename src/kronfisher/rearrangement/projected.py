@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_, eigh, mirror_
-from kronfisher.rearrangement.maps import Gram, norm, over
+from kronfisher.rearrangement.sides import norm, over
+from kronfisher.rearrangement.weights import Gram
 from kronfisher.samples import Samples, applied, chunks
 
 __all__ = ["DIRECTIONS", "PART", "Projected"]
