@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import FITS
-from kronfisher.operators.fisher import gather
+from kronfisher.operators.layout import gather
 from kronfisher.operators.vectors import read
 
 # `auto` makes six fits of every layer and ends as one of the others. What is its own is tested with it, and in the

@@ -17,8 +17,8 @@ from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import promote
 from kronfisher.models import unwrapped
 from kronfisher.operators import Diagonal, Fisher, Operator
-from kronfisher.operators.fisher import block_name
 from kronfisher.operators.info import BlockInfo, Info
+from kronfisher.operators.layout import block_name
 from kronfisher.passes import Progress, Recipe, accumulate, plain_arithmetic
 
 __all__ = ["estimate"]
