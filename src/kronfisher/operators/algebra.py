@@ -52,13 +52,17 @@ class Algebra(ABC, Generic[Matrix]):
         if (total := self._plus(other)) is not None:
             return total
         number = as_number(other)
-        return NotImplemented if number is None else self.shifted(number)  # a damping answers by its own __radd__
+        if number is None:
+            return NotImplemented  # a damping answers by its own __radd__
+        return self.shifted(number)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Matrix:
         number = as_number(factor)
-        return NotImplemented if number is None else self.scaled(number)
+        if number is None:
+            return NotImplemented
+        return self.scaled(number)
 
     __rmul__ = __mul__
 
