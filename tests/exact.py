@@ -30,6 +30,12 @@ class Written(nn.Module):
         return self.function(self, *inputs)
 
 
+def linears(function, *sizes, bias=True):
+    """A model of linear layers `l0`, `l1`, ... of these sizes and its forward function."""
+    layers = {f"l{k}": nn.Linear(i, o, bias=bias) for k, (i, o) in enumerate(sizes)}
+    return Written(function, **layers)
+
+
 def exact_fisher(model, batches, likelihood=None, targets=None):
     """``[P, P]`` in float64: mean over data of ``Jᵀ H J``, a sum over columns of each datum's output Hessian root."""
     likelihood = likelihood or kf.Gaussian()

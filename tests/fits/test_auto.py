@@ -8,7 +8,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import auto
-from tests.conformance.truth import shake
+from tests.fits.networks import estimate
+from tests.fits.networks import network as small_network
 
 CANDIDATES = {
     "Diagonal()": kf.Diagonal(),
@@ -22,16 +23,7 @@ CANDIDATES = {
 
 
 def network(shared=False):
-    torch.manual_seed(5)
-    if shared:  # several positions, two groups in the second layer
-        layers = (nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Conv1d(4, 6, 2, groups=2), nn.Tanh())
-        return shake(nn.Sequential(*layers)).double(), torch.randn(8, 2, 2).double()
-    model = shake(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Sigmoid())).double()
-    return model, torch.randn(25, 4).double() * torch.tensor([0.3, 0.6, 1.0, 2.0])
-
-
-def estimate(model, x, fit, labels="exact", **options):
-    return kf.estimate(model, x, kf.Gaussian(), fit=fit, labels=labels, **options)
+    return small_network(shared, (4, 8, 5), (8, 2, 2))
 
 
 def told(fisher, name):
