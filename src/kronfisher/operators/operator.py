@@ -47,9 +47,8 @@ class Operator(Algebra["Operator"]):
 
     kinds: ClassVar[dict[str, type["Operator"]]] = {}
     kind: ClassVar[str] = ""
-    determined: ClassVar[bool] = (
-        False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
-    )
+    # Whether X + λ is solved, and has determinant and samples, at any size without a spectrum.
+    determined: ClassVar[bool] = False
     name: str
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:

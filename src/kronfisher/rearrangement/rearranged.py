@@ -97,9 +97,8 @@ class Rearranged(ABC):
             B = over(half, norm(half))
             half = self.inputs(B)
             sigma = norm(half)
-            half *= torch.where(sigma > torch.finfo(sigma.dtype).tiny, 1 / sigma, 0)[
-                (..., *[None] * (half.dim() - 1))
-            ]  # as large as the factors
+            # As large as the factors, so in place.
+            half *= torch.where(sigma > torch.finfo(sigma.dtype).tiny, 1 / sigma, 0)[(..., *[None] * (half.dim() - 1))]
             steps, change = steps + (change > tolerance), norm(A.sub_(half)).max()
             A = half
             if like.device.type == "cpu" and bool(change <= tolerance):
