@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import FITS
-from kronfisher.operators.fisher import gather
+from kronfisher.operators.layout import gather
 from kronfisher.operators.vectors import read
 
 # `auto` makes six fits of every layer and ends as one of the others. What is its own is tested with it, and in the
@@ -28,6 +28,12 @@ class Written(nn.Module):
 
     def forward(self, *inputs):
         return self.function(self, *inputs)
+
+
+def linears(function, *sizes, bias=True):
+    """A model of linear layers `l0`, `l1`, ... of these sizes and its forward function."""
+    layers = {f"l{k}": nn.Linear(i, o, bias=bias) for k, (i, o) in enumerate(sizes)}
+    return Written(function, **layers)
 
 
 def exact_fisher(model, batches, likelihood=None, targets=None):

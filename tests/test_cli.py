@@ -11,15 +11,7 @@ import pytest
 
 from kronfisher import cli
 from kronfisher.experiments import study
-
-
-def run(capsys, *arguments):
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return caught.value.code, captured.out, captured.err
-
+from tests.commands import run
 
 QUICK = ("--network", "mlp", "--limit", "40", "--epochs", "1", "--train-size", "100", "--fits", "kfac,diagonal")
 

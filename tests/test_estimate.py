@@ -282,7 +282,7 @@ def test_budgets_that_do_not_suffice_are_refused_before_any_matrix_is_made(monke
     monkeypatch.setattr(kf.KFAC, "init", lambda *a: pytest.fail("a state was made"))
     with pytest.raises(kf.MemoryBudgetError, match="memory_budget of 10 bytes"):
         kf.estimate(network(), X.double(), kf.Gaussian(), memory_budget=10)
-    monkeypatch.setattr("kronfisher.accumulate.available_memory", lambda device: 20)
+    monkeypatch.setattr("kronfisher.groups.available_memory", lambda device: 20)
     with pytest.raises(kf.MemoryBudgetError, match="more than the free memory of 20 bytes"):
         kf.estimate(network(), X.double(), kf.Gaussian())
 

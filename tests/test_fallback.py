@@ -140,11 +140,12 @@ def test_the_error_of_what_is_left_out():
     likelihood = kf.Categorical(class_dim=-1)
     fisher = kf.estimate(model, x, likelihood, labels="exact")
     truth = kf.estimate(model, x, likelihood, labels="exact", fit="full")
-    for name, error in fisher.error(x).blocks.items():
-        if name.startswith("rnn."):
-            dense = truth[name].to_dense()
-            left_out = float((dense - dense.diagonal().diag()).norm() / dense.norm())
-            assert error == pytest.approx(left_out, rel=1e-6)
+    errors = {name: error for name, error in fisher.error(x).blocks.items() if name.startswith("rnn.")}
+    assert errors.keys() == {name for name, _ in model.named_parameters() if name.startswith("rnn.")}
+    for name, error in errors.items():
+        dense = truth[name].to_dense()
+        left_out = float((dense - dense.diagonal().diag()).norm() / dense.norm())
+        assert error == pytest.approx(left_out, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

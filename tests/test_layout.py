@@ -19,7 +19,7 @@ ROWS = [
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "spectrum", "coverage", "accumulate", "passes"}
-    | {"stream", "chain", "claims", "batches", "isolation", "fallback"},
+    | {"stream", "chain", "claims", "batches", "isolation", "fallback", "treatment", "owners", "following", "groups"},
     {"trust", "natural_gradient", "preconditioner", "laplace"},
     {"experiments"},
     {"__init__"},

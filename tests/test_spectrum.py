@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.fits.test_kronecker_sum import estimate, network, rearranged
+from tests.fits.networks import estimate, network, rearranged
 
 TIGHT = {"tolerance": 1e-12, "iterations": 400}
 

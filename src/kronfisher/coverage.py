@@ -122,13 +122,13 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
             operators[name].add(block.operator)
     rows = []
     for name, parameter in run.parameters.items():
-        treatment = repr(run.fits[name]) if name in proof.reached else "unused"
+        treatment = repr(run.treatment.fits[name]) if name in proof.reached else "unused"
         used = operators[name] | proof.unclaimed.get(name, set())
-        if name in run.fallback:
+        if name in run.treatment.fallback:
             block = per_sample_block(name, parameter)
-            treatment = f"fallback: {run.fit_of(block)!r}"
+            treatment = f"fallback: {run.treatment.fit_of(block)!r}"
             used |= {call.operator for call in capture.calls if any(use.name == name for use in call.uses)}
-        shape, reason = tuple(parameter.shape), run.fallback.get(name, "")
+        shape, reason = tuple(parameter.shape), run.treatment.fallback.get(name, "")
         rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    return Coverage(tuple(rows), frozen, tuple(run.cut_notes(blocks.values())))
+    return Coverage(tuple(rows), frozen, tuple(run.following.notes(blocks.values())))

@@ -17,8 +17,8 @@ from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import promote
 from kronfisher.models import unwrapped
 from kronfisher.operators import Diagonal, Fisher, Operator
-from kronfisher.operators.fisher import block_name
 from kronfisher.operators.info import BlockInfo, Info
+from kronfisher.operators.layout import block_name
 from kronfisher.passes import Progress, Recipe, accumulate, plain_arithmetic
 
 __all__ = ["estimate"]
@@ -122,8 +122,8 @@ def estimate(
             method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
             notes = [
                 group.fit.notes(group.state),
-                *run.cut_notes(group.blocks),
-                *(_why(name, run.fallback[name], len(group.blocks)) for name in alone),
+                *run.following.notes(group.blocks),
+                *(_why(name, run.treatment.fallback[name], len(group.blocks)) for name in alone),
             ]
             infos[block_name(group.blocks)] = BlockInfo(
                 method,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError, MemoryBudgetError
-from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.fits.fit import State
 from kronfisher.fits.quadratic import squared_norm
+from kronfisher.fits.watching import Watching
 from kronfisher.operators import Fisher
 from kronfisher.operators.memory import available_memory
 from kronfisher.passes import Recipe, accumulate, plain_arithmetic
@@ -144,7 +145,7 @@ class Room:
 
 
 @dataclass(frozen=True, eq=False)
-class Keep(Fit):
+class Keep(Watching):
     """A fit that makes no operator: it keeps the samples of some blocks.
 
     Attributes:
@@ -154,20 +155,6 @@ class Keep(Fit):
 
     wanted: frozenset[str]
     room: Room
-
-    def __eq__(self, other: object) -> bool:
-        return self is other  # or blocks of several would be joined
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        """Nothing is known about the number of samples yet."""
-        return Plan(0)
-
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        """No samples."""
-        return State(group, plan, {})
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Keep them, or refuse."""

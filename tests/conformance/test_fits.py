@@ -14,7 +14,7 @@ from kronfisher.blocks import Block
 from kronfisher.fits import FITS, named
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
-from kronfisher.operators.fisher import gather
+from kronfisher.operators.layout import gather
 from kronfisher.operators.sides import dense
 from kronfisher.uses import EXAMPLES
 from tests.conformance.truth import DRAWS, SEED, Problem, Tap, positions, problem

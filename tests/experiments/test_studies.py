@@ -45,8 +45,8 @@ def test_errors_are_those_of_an_estimate(errors):
         assert row["layers"] == {
             name.removesuffix(".weight"): pytest.approx(value, abs=1e-5) for name, value in expected.blocks.items()
         }
-    assert all(max(row["layers"].values()) < 1e-3 for row in found.select(fit="full"))  # noise of float32
-    assert all(row["error"] > 0.05 for row in found.select(fit="K-FAC"))
+    assert max(max(row["layers"].values()) for row in found.select(fit="full")) < 1e-3  # noise of float32
+    assert min(row["error"] for row in found.select(fit="K-FAC")) > 0.05
 
 
 def test_every_size_is_measured_where_it_matters(errors):
@@ -120,7 +120,8 @@ def test_a_fit_that_fails_has_its_reason(errors, monkeypatch):
     found = replace(study, problems=study.problems[:1], seeds=1).run()
     assert {row["failure"] for row in found.rows if row["fit"] == "K-FAC"} == {"not today"}
     assert "digits, fully connected, K-FAC: not today" in found.notes() and "–" in str(found)
-    assert all("failure" not in row for row in found.rows if row["fit"] != "K-FAC")
+    others = [row for row in found.rows if row["fit"] != "K-FAC"]
+    assert others and not any("failure" in row for row in others)
 
 
 def test_an_interrupted_study_keeps_what_is_finished(errors):

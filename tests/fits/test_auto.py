@@ -8,7 +8,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import auto
-from tests.conformance.truth import shake
+from tests.fits.networks import estimate
+from tests.fits.networks import network as small_network
 
 CANDIDATES = {
     "Diagonal()": kf.Diagonal(),
@@ -22,16 +23,7 @@ CANDIDATES = {
 
 
 def network(shared=False):
-    torch.manual_seed(5)
-    if shared:  # several positions, two groups in the second layer
-        layers = (nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Conv1d(4, 6, 2, groups=2), nn.Tanh())
-        return shake(nn.Sequential(*layers)).double(), torch.randn(8, 2, 2).double()
-    model = shake(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Sigmoid())).double()
-    return model, torch.randn(25, 4).double() * torch.tensor([0.3, 0.6, 1.0, 2.0])
-
-
-def estimate(model, x, fit, labels="exact", **options):
-    return kf.estimate(model, x, kf.Gaussian(), fit=fit, labels=labels, **options)
+    return small_network(shared, (4, 8, 5), (8, 2, 2))
 
 
 def told(fisher, name):
@@ -159,7 +151,7 @@ def test_states_combine_after_the_same_choice_only():
         with isolated(model, 0):
             run.add((data, None), "batch 0")
         runs.append(run)
-    one, other = (run.groups[0] for run in runs)
+    one, other = (next(iter(run.groups)) for run in runs)
     with pytest.raises(ValueError, match="only after the same fit was chosen"):
         one.fit.combine(one.state, other.state)
     for run, data in zip(runs, (x[:12], x[12:]), strict=True):
@@ -184,10 +176,9 @@ def test_nonsense_is_refused():
     model, x = network()
     with pytest.raises(kf.DataError, match="more than once"):
         estimate(model, ((part, None) for part in x.split(7)), "auto")
+    preconditioner = kf.Preconditioner(model, kf.Gaussian(), fit="auto")
     with pytest.raises(kf.UnsupportedError, match="keeps samples"):
-        preconditioner = kf.Preconditioner(model, kf.Gaussian(), fit="auto")
-        preconditioner(x).sum().backward()
-        preconditioner.step()
+        preconditioner(x)
     assert repr(kf.Auto(memory=8)) == "Auto(error=0, memory=8)" and kf.Auto() == kf.Auto(error=0.1) != kf.Auto(
         error=0.2
     )

@@ -59,7 +59,7 @@ def test_states_of_other_blocks_or_bases_do_not_combine():
     for data in (x, y):
         run = Recipe(model, kf.Categorical(), labels="exact").accumulator("ekfac")
         accumulate(run, data)
-        groups.append(run.groups[0])
+        groups.append(next(iter(run.groups)))
     with pytest.raises(ValueError, match="same pass and basis"):
         groups[0].fit.combine(groups[0].state, groups[1].state)
     doubled = groups[0].fit.combine(groups[0].state, groups[0].state)

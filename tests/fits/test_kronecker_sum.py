@@ -8,36 +8,10 @@ import kronfisher as kf
 from kronfisher.fits import kronecker_sum
 from kronfisher.operators import Kronecker
 from kronfisher.operators import KroneckerSum as Operator
-from tests.conformance.truth import shake
+from tests.fits.networks import estimate, network, rearranged
 
 TIGHT = {"tolerance": 1e-9, "iterations": 300}
 METHODS = ["lanczos", "deflation", "gram"]
-
-
-def network(shared):
-    torch.manual_seed(5)
-    if shared:  # several positions, two groups in the second layer
-        layers = (nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Conv1d(4, 6, 2, groups=2), nn.Tanh())
-        return shake(nn.Sequential(*layers)).double(), torch.randn(12, 2, 4).double()
-    model = shake(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Sigmoid())).double()
-    return model, torch.randn(25, 4).double() * torch.tensor([0.3, 0.6, 1.0, 2.0])
-
-
-def estimate(model, x, fit, labels="exact"):
-    return kf.estimate(model, x, kf.Gaussian(), fit=fit, labels=labels)
-
-
-def rearranged(model, x):
-    """Name of every layer → ℛ(F) of each of its groups, ``[H, O², I²]``, from the dense matrix."""
-    full, kfac = estimate(model, x, "full"), estimate(model, x, "kfac")
-    found = {}
-    for name, product in kfac.blocks.items():
-        heads, inputs, outputs = len(product.A), product.A.shape[1], product.B.shape[1]
-        dense = next(op.to_dense() for key, op in full.blocks.items() if key.split(" + ")[0] == name)
-        F = dense.view(heads, outputs, inputs, heads, outputs, inputs)
-        parts = [F[h, :, :, h].permute(0, 2, 1, 3).reshape(outputs**2, inputs**2) for h in range(heads)]
-        found[name] = torch.stack(parts)
-    return found
 
 
 def written_out(operator):

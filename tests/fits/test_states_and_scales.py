@@ -128,7 +128,7 @@ def test_statistics_that_are_not_finite_are_left_out_of_the_average(fit):
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
         preconditioner.step()
-        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("n", [20, 1500])

@@ -10,7 +10,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fits import named
 from kronfisher.operators import Kronecker, Tridiagonal
-from kronfisher.operators.fisher import gather
+from kronfisher.operators.layout import gather
 from tests.conformance.truth import dense, gradients, output_vectors, positions
 from tests.exact import Written, completed
 

@@ -17,7 +17,7 @@ import kronfisher as kf
 from kronfisher.accumulate import Accumulator
 from kronfisher.blocks import Block
 from kronfisher.fallback import FALLBACK
-from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.fits.watching import Watching
 from kronfisher.isolation import trainable
 from kronfisher.operators.sides import dense
 from kronfisher.passes import accumulate
@@ -377,17 +377,11 @@ def networks(draw):
 
 
 @dataclass(frozen=True, eq=False)
-class Recorder(Fit):
+class Recorder(Watching):
     """A fit that keeps what it is given."""
 
     found: dict[Block, Samples] = field(default_factory=dict)
     exact = True  # it is shown the gradients of single data too, where there are no others
-
-    def plan(self, group, element):
-        return Plan(0)
-
-    def init(self, group, plan, like):
-        return State(group, plan, {})
 
     def update(self, state, samples):
         (self.found[state.blocks[0]],) = samples

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, overload
 
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.fisher import Fisher
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.operator import Operator
 
 __all__ = ["Damping"]
 

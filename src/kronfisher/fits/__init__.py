@@ -7,9 +7,10 @@ from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import FITS, Fit, Plan, State, named
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
+from kronfisher.fits.kfac_corrected import KFACCorrected
 from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
-from kronfisher.fits.kronecker_sum import KFACCorrected, KroneckerSum
+from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.prototypes import Prototypes
 from kronfisher.fits.tkfac import TKFAC
 from kronfisher.fits.tridiagonal import BlockTridiagonal

@@ -21,7 +21,7 @@ from kronfisher.fits.fit import (
 )
 from kronfisher.linalg import cholesky
 from kronfisher.operators import Kronecker
-from kronfisher.operators.operator import nonnegative
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.sides import diagonal, factor
 from kronfisher.rearrangement import norm, over, times, whole
 from kronfisher.samples import Samples

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError, SingularError
 from kronfisher.laplace.precision import logdet
-from kronfisher.operators.fisher import gather
+from kronfisher.operators.layout import gather
 
 if TYPE_CHECKING:
     from kronfisher.laplace.posterior import Posterior

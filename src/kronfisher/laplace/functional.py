@@ -17,7 +17,8 @@ from kronfisher.accumulate import Accumulator
 from kronfisher.batches import Forward
 from kronfisher.blocks import Block, Key
 from kronfisher.errors import DataError, UnsupportedError
-from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.fits.fit import State
+from kronfisher.fits.watching import Watching
 from kronfisher.indices import Indices
 from kronfisher.isolation import isolated
 from kronfisher.laplace.precision import Precision
@@ -59,7 +60,7 @@ class Columns(Likelihood):
 
 
 @dataclass(frozen=True, eq=False)
-class PerOutput(Fit):
+class PerOutput(Watching):
     """A fit that makes no operator; a subclass says what becomes of one output's samples.
 
     Attributes:
@@ -76,12 +77,6 @@ class PerOutput(Fit):
 
     exact = True  # whatever the gradients come from is asked for
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[Group]:
         """Those of the posterior."""
         keys = {block.key for block in blocks}
@@ -92,14 +87,6 @@ class PerOutput(Fit):
                 "when its Fisher matrix was estimated, or did not use them then; estimate it again for this model."
             )
         return groups
-
-    def plan(self, group: Group, element: int) -> Plan:
-        """Nothing is kept; rows are sorted by sample."""
-        return Plan(0)
-
-    def init(self, group: Group, plan: Plan, like: Tensor) -> State:
-        """Empty."""
-        return State(group, plan, {})
 
     def add(self, group: Group, value: Tensor) -> None:
         """Add ``[K, n']`` for the next n' data to what was found for the current output."""

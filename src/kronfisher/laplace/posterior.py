@@ -17,8 +17,8 @@ from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
 from kronfisher.likelihoods import Gaussian, Likelihood
 from kronfisher.models import unwrapped
 from kronfisher.operators import Fisher
-from kronfisher.operators.fisher import scatter
-from kronfisher.operators.operator import nonnegative
+from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.layout import scatter
 
 __all__ = ["Posterior"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError
 from kronfisher.operators import Fisher
-from kronfisher.operators.fisher import gather
-from kronfisher.operators.operator import as_number
+from kronfisher.operators.algebra import as_number
+from kronfisher.operators.layout import gather
 from kronfisher.operators.vectors import read
 
 __all__ = ["PriorPrecision", "entries", "read_prior"]

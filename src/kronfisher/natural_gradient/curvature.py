@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,17 +84,18 @@ class Curvature:
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter → why no block covers it."""
-        return {} if self.run is None else self.run.fallback
+        return {} if self.run is None else self.run.treatment.fallback
 
     @property
     def coupled(self) -> list[str]:
         """Names of blocks whose rows mix data."""
-        return [] if self.run is None else sorted(self.run.mixed)
+        return [] if self.run is None else sorted(self.run.owners.mixed)
 
     @property
     def cuts(self) -> list[str]:
         """Where chains of layers are cut and why, for fits that treat neighbours together."""
-        return [] if self.run is None else self.run.cut_notes(block for layer in self.layers for block in layer.blocks)
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        return [] if self.run is None else self.run.following.notes(blocks)
 
     def _accumulator(self) -> Accumulator:
         return Accumulator(
@@ -296,7 +296,7 @@ class Curvature:
             "statistics_due": self.statistics_due,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
-            "apart": sorted(self.run.apart) if self.run else [],
+            "apart": sorted(self.run.treatment.apart) if self.run else [],
             "trained": sorted(self._trained or ()),
             "dropped": self.dropped,
             "fits": {name: repr(fit) for name, fit in self.fits.items()},
@@ -319,18 +319,14 @@ class Curvature:
             )
         self.step, self.statistics_due, self.dropped = state["step"], state["statistics_due"], state["dropped"]
         run = self._accumulator()
-        run.fallback, run.mixed, run.apart = dict(state["uncovered"]), set(state["coupled"]), set(state["apart"])
         written: dict[tuple[Block, ...], Any] = {
             tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
         }
-        run.after = {x.key: y.key for blocks in written for x, y in pairwise(blocks)}  # chains; others ignore it
+        run.resume(state["uncovered"], set(state["apart"]), set(state["coupled"]), list(written))
         self.run, self._trained = run, frozenset(state["trained"])
-        run.place([block for blocks in written for block in blocks], "the saved state")
-        groups = {group.blocks: group for group in run.groups}
-        self.layers = [Layer(groups[blocks]) for blocks in written]
+        self.layers = [Layer(group) for group in run.groups]
         for layer, entry in zip(self.layers, written.values(), strict=True):
             layer.load(entry, run.device)
-        run.groups = [layer.group for layer in self.layers]
 
 
 def require_outputs(outputs: Any) -> None:

@@ -13,7 +13,7 @@ from kronfisher.damping import Damping
 from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.natural_gradient.phases import Phased, Phases, scaled
 from kronfisher.operators import Kronecker, Operator
-from kronfisher.operators.fisher import gather, scatter
+from kronfisher.operators.layout import gather, scatter
 from kronfisher.operators.spectral import Spectral
 from kronfisher.stream import Group
 

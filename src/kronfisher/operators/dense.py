@@ -11,9 +11,10 @@ from torch import Tensor
 from kronfisher.errors import DataError, SingularError
 from kronfisher.linalg import eigh, full_precision
 from kronfisher.operators import sides
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.eigen import DenseBasis, Eigen
-from kronfisher.operators.operator import Operator, nonnegative, stable_norm
+from kronfisher.operators.operator import Operator, stable_norm
 
 __all__ = ["Dense"]
 

@@ -7,15 +7,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
 from kronfisher.errors import DataError
+from kronfisher.operators.algebra import Algebra, nonnegative
 from kronfisher.operators.info import Info
+from kronfisher.operators.layout import Blocks, block_name, gather, require_cover, scatter
 from kronfisher.operators.memory import require_memory
-from kronfisher.operators.operator import Operator, as_number, nonnegative, stable_norm
+from kronfisher.operators.operator import Operator, stable_norm
 from kronfisher.operators.report import Report, report
 from kronfisher.operators.vectors import Shapes, Vector, read
 
@@ -24,11 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Fisher"]
 
-Blocks = tuple[Block, ...]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Fisher:
+class Fisher(Algebra["Fisher"]):
     """A symmetric matrix ``[P, P]`` over the parameters of a model; only a sum of products may make it indefinite.
 
     A vector is a dict by parameter name, ``{name: [*shape]}`` or ``{name: [K, *shape]}`` for K of them, or one flat
@@ -66,18 +65,7 @@ class Fisher:
         shapes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
         object.__setattr__(self, "entries", tuple(tuple(entry) for entry in self.entries))
         object.__setattr__(self, "shapes", shapes)
-        seen = {}
-        for blocks, operator in self._items():
-            label = block_name(blocks)
-            if sum(b.dim for b in blocks) != operator.dim:
-                rows = sum(b.dim for b in blocks)
-                raise DataError(f"{label}: the blocks have {rows} rows, {operator!r} has {operator.dim}")
-            for view in (view for block in blocks for view in block.views):
-                if shapes.get(view.parameter) != torch.Size(view.shape):
-                    raise DataError(f"{label}: {view.parameter} {list(view.shape)} is not among the shapes given")
-                seen[view.parameter] = seen.get(view.parameter, 0) + view.numel
-        if wrong := [name for name, shape in shapes.items() if seen.get(name, 0) != prod(shape)]:
-            raise DataError(f"the blocks do not cover each element exactly once of {', '.join(wrong)}")
+        require_cover(self._items(), shapes)
         if len(self.blocks) != len(self.entries) or not self.entries:
             raise DataError("a Fisher needs at least one block, and blocks need different names")
 
@@ -308,25 +296,18 @@ class Fisher:
         """On another device or in another precision (float32 or float64)."""
         return self.mapped(lambda operator: operator.to(device, dtype), "")
 
-    def __add__(self, other: object) -> "Fisher":
-        if isinstance(other, Fisher):
-            return self._plus(other)
-        number = as_number(other)
-        return NotImplemented if number is None else self.shifted(number)  # a damping answers by its own __radd__
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: float) -> "Fisher":
-        number = as_number(factor)
-        return NotImplemented if number is None else self.scaled(number)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> "Fisher":
-        number = as_number(divisor)
-        if number is None:
-            return NotImplemented
-        return self.scaled(1 / nonnegative(number, "the divisor"))
+    def _plus(self, other: object) -> "Fisher | None":
+        """``F + other`` for another over the same parameters in the same blocks (DataError otherwise)."""
+        if not isinstance(other, Fisher):
+            return None
+        mine, theirs = dict(self._items()), dict(other._items())
+        if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
+            odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
+            differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
+            raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
+        entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
+        context = self.context if self.context == other.context else None  # else no one truth belongs to the sum
+        return replace(self, entries=entries, info=self.info.joined(other.info), context=context)
 
     # Reports, files, other libraries ----------------------------------------------------------------------------------
 
@@ -394,20 +375,9 @@ class Fisher:
         Raises:
             ImportError: SciPy is missing; ``pip install "kronfisher[scipy]"``.
         """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise ImportError('SciPy is missing; pip install "kronfisher[scipy]"') from error
+        from kronfisher.operators.interop import to_scipy
 
-        dtype = str(self.dtype).removeprefix("torch.")
-
-        def multiply(v: Any) -> Any:
-            flat = torch.from_numpy(np.array(v, dtype=dtype, order="C")).to(self.device).reshape(self.dim, -1)
-            return (self @ flat).cpu().numpy().reshape(v.shape)
-
-        products = {"matvec": multiply, "rmatvec": multiply, "matmat": multiply, "rmatmat": multiply}
-        make: Any = LinearOperator  # its stubs describe the subclasses' constructor
-        return make((self.dim, self.dim), dtype=dtype, **products)
+        return to_scipy(self)
 
     def __repr__(self) -> str:
         blocks = f"{len(self.entries)} block{'s' if len(self.entries) > 1 else ''}"
@@ -426,16 +396,6 @@ class Fisher:
     def _items(self) -> Iterator[tuple[Blocks, Operator]]:
         for blocks, operator in self.entries:
             yield (blocks,) if isinstance(blocks, Block) else blocks, operator
-
-    def _plus(self, other: "Fisher") -> "Fisher":
-        mine, theirs = dict(self._items()), dict(other._items())
-        if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
-            odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
-            differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
-            raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
-        entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
-        context = self.context if self.context == other.context else None  # else no one truth belongs to the sum
-        return replace(self, entries=entries, info=self.info.joined(other.info), context=context)
 
     def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
         rows, form = read(v, self.shapes)
@@ -456,21 +416,3 @@ class Fisher:
         for blocks, operator in self._items():
             scatter(blocks, make(operator).to(dtype), out)
         return out
-
-
-def block_name(blocks: Blocks) -> str:
-    """What reports call one or several blocks under one operator."""
-    names = [block.name for block in blocks]
-    return " + ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} blocks)"
-
-
-def gather(blocks: Blocks, rows: Mapping[str, Tensor]) -> Tensor:
-    """Canonical rows ``[K, D]`` of all the blocks, one after the other."""
-    parts = [block.gather(rows) for block in blocks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def scatter(blocks: Blocks, rows: Tensor, out: Mapping[str, Tensor]) -> None:
-    """Write what `gather` read."""
-    for block, part in zip(blocks, rows.split([block.dim for block in blocks], dim=1), strict=True):
-        block.scatter(part, out)

@@ -6,7 +6,8 @@ from typing import Any, Protocol, Self, cast, runtime_checkable
 
 from torch import Tensor
 
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 
 __all__ = ["Inverse"]

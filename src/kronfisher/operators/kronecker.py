@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kronfisher.operators import sides
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
-from kronfisher.operators.operator import Operator, nonnegative, stable_norm
+from kronfisher.operators.operator import Operator, stable_norm
 from kronfisher.operators.spectral import negligible
 from kronfisher.operators.total import DENSE_LIMIT
 

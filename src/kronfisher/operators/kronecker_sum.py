@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.operators import sides
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.conjugate import Convergence, conjugate_gradients
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.kronecker import Kronecker
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.pair import Pair
 from kronfisher.operators.spectral import Spectral, negligible
 from kronfisher.operators.total import require_small

@@ -6,42 +6,20 @@ replaces what it can do more cheaply. Vectors are canonical: ``[D]`` with ``D = 
 tensors and eigenvectors with the old.
 """
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.operators.algebra import Algebra, nonnegative
 
 if TYPE_CHECKING:
     from kronfisher.operators.spectral import Spectral
 
-__all__ = ["Operator", "as_number", "nonnegative", "stable_norm"]
-
-
-def as_number(value: object) -> float | None:
-    """`value` as a float if it is a real number or a tensor of one element, else None."""
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return float(value.item())
-    return None
-
-
-def nonnegative(value: object, what: str) -> float:
-    """`value` as a float.
-
-    Raises:
-        ValueError: it is not a finite number of zero or more, so that the matrix would not stay positive semidefinite.
-    """
-    number = as_number(value)
-    if number is None or not math.isfinite(number) or number < 0:
-        raise ValueError(f"{what} must be a finite number of at least 0 to keep the matrix semidefinite; it is {value}")
-    return number
+__all__ = ["Operator", "stable_norm"]
 
 
 def stable_norm(tensor: Tensor) -> Tensor:
@@ -55,7 +33,7 @@ def stable_norm(tensor: Tensor) -> Tensor:
     return scale[..., 0] * torch.linalg.vector_norm(tensor / scale, dim=-1)
 
 
-class Operator(ABC):
+class Operator(Algebra["Operator"]):
     """A symmetric matrix ``[D, D]`` with structure.
 
     It is positive semidefinite unless `semidefinite` is False. What needs a positive definite matrix then raises
@@ -69,9 +47,8 @@ class Operator(ABC):
 
     kinds: ClassVar[dict[str, type["Operator"]]] = {}
     kind: ClassVar[str] = ""
-    determined: ClassVar[bool] = (
-        False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
-    )
+    # Whether X + λ is solved, and has determinant and samples, at any size without a spectrum.
+    determined: ClassVar[bool] = False
     name: str
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
@@ -295,25 +272,11 @@ class Operator(ABC):
     def __matmul__(self, v: Tensor) -> Tensor:
         return self._through(v, lambda operator, rows: operator.matvecs(rows))
 
-    def __add__(self, other: object) -> "Operator":
-        if isinstance(other, Operator):
-            return Operator.kinds["total"].from_terms((self, other))  # pyright: ignore[reportAttributeAccessIssue]
-        number = as_number(other)
-        return NotImplemented if number is None else self.shifted(number)  # a damping answers by its own __radd__
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: float) -> "Operator":
-        number = as_number(factor)
-        return NotImplemented if number is None else self.scaled(number)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> "Operator":
-        number = as_number(divisor)
-        if number is None:
-            return NotImplemented
-        return self.scaled(1 / nonnegative(number, "the divisor"))
+    def _plus(self, other: object) -> "Operator | None":
+        """``X + other`` for another operator: a sum of terms."""
+        if not isinstance(other, Operator):
+            return None
+        return Operator.kinds["total"].from_terms((self, other))  # pyright: ignore[reportAttributeAccessIssue]
 
     def __repr__(self) -> str:
         return f"<{self.structure}{f' of {self.name}' if self.name else ''}, {self.dtype}>"

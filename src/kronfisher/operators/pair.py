@@ -11,9 +11,10 @@ from torch import Tensor
 from kronfisher.errors import DataError, IndefiniteError, SingularError
 from kronfisher.linalg import eigh, full_precision, singular_message
 from kronfisher.operators import sides
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral, negligible
 from kronfisher.operators.total import DENSE_LIMIT, Total, require_small
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalWarning
 from kronfisher.linalg import cholesky, full_precision
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.inverse import Inverse
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral, negligible
 from kronfisher.operators.total import require_small
 from kronfisher.samples import WORKSPACE, chunks

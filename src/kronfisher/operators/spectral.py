@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
 from kronfisher.linalg import indefinite_message, singular_message
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.operator import Operator
 
 __all__ = ["Spectral", "negligible"]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
-from kronfisher.operators.operator import Operator, nonnegative
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 
 __all__ = ["DENSE_LIMIT", "Total"]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.linalg import full_precision
+from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.conditionals import Chain, Conditionals, Root, by_cholesky, by_eigenvectors
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
-from kronfisher.operators.operator import Operator, nonnegative, stable_norm
+from kronfisher.operators.operator import Operator, stable_norm
 from kronfisher.operators.spectral import Spectral
 from kronfisher.operators.total import DENSE_LIMIT
 

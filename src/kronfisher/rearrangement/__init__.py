@@ -2,26 +2,16 @@
 
 from kronfisher.rearrangement.clusters import clusters
 from kronfisher.rearrangement.diagonals import Diagonals
-from kronfisher.rearrangement.maps import (
-    Explicit,
-    Gram,
-    Joint,
-    Pair,
-    Rearranged,
-    Rows,
-    Terms,
-    Weights,
-    norm,
-    over,
-    semidefinite,
-    times,
-    whole,
-)
+from kronfisher.rearrangement.joint import Joint, Terms
 from kronfisher.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.rearrangement.projected import Projected
+from kronfisher.rearrangement.rearranged import Pair, Rearranged
 from kronfisher.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
+from kronfisher.rearrangement.rows import Explicit, Rows
+from kronfisher.rearrangement.sides import norm, over, semidefinite, times, whole
 from kronfisher.rearrangement.spectrum import Triplets, deflated, gram_spectrum, lanczos
 from kronfisher.rearrangement.terms import nearest_kronecker, products, truncated
+from kronfisher.rearrangement.weights import Gram, Weights
 
 __all__ = [
     "ROUTES",

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from kronfisher.indices import Indices
-from kronfisher.rearrangement.maps import Rearranged
+from kronfisher.rearrangement.rearranged import Rearranged
+from kronfisher.rearrangement.rows import dense_pieces
 from kronfisher.samples import Samples, add_product_, chunks, turned
 
 __all__ = ["Diagonals"]
@@ -37,7 +38,7 @@ class Diagonals(Rearranged):
                 for places, rows in _gathered(several):
                     add_product_(total, A[:, places][..., None] * rows, rows)
                 continue
-            for a, g in _pieces(several):
+            for a, g in dense_pieces(several):
                 W = turned(a, A) @ a.mT
                 add_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
         return total
@@ -49,15 +50,10 @@ class Diagonals(Rearranged):
                 for places, rows in _gathered(several):
                     total.index_add_(1, places, (turned(rows[:, None], B)[:, 0] * rows).sum(-1))
                 continue
-            for a, g in _pieces(several):
+            for a, g in dense_pieces(several):
                 W = turned(g, B) @ g.mT
                 add_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
         return total
-
-
-def _pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    for piece in samples.pieces():
-        yield piece.activations.dense(), piece.gradients
 
 
 def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,8 @@ samples, ``a aᵀ`` and ``g gᵀ``.
 import torch
 from torch import Tensor
 
-from kronfisher.rearrangement.maps import Rearranged, norm, over, semidefinite, times
+from kronfisher.rearrangement.rearranged import Rearranged
+from kronfisher.rearrangement.sides import norm, over, semidefinite, times
 
 __all__ = ["nonnegative_weights", "positive_terms"]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_, eigh, mirror_
-from kronfisher.rearrangement.maps import Gram, norm, over
+from kronfisher.rearrangement.sides import norm, over
+from kronfisher.rearrangement.weights import Gram
 from kronfisher.samples import Samples, applied, chunks
 
 __all__ = ["DIRECTIONS", "PART", "Projected"]
@@ -41,8 +42,8 @@ class Projected:
         self.samples = samples
         self.shape = samples[0].shape
         self.single = all(several.positions == 1 for several in samples)
-        find = self._from_gram if self.single else self._from_part
-        self.right, self.left, self.steps, self.change = find(tolerance, iterations)
+        found = self._from_gram(tolerance, iterations) if self.single else self._from_part()
+        self.right, self.left, self.steps, self.change = found
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Add a half step on each side to sums ``[H, I, I]`` and ``[H, O, O]``, upper triangles.
@@ -77,7 +78,7 @@ class Projected:
         left = _directions(lambda v: g.mT @ (g @ v), _random(g, g.shape[-1]))
         return right, left, steps, change
 
-    def _from_part(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Double steps over a part of the samples."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
@@ -89,9 +90,7 @@ class Projected:
             left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
             A, old = _total(width, left, part, transposed=True), right
             right = _directions(lambda v, A=A: A @ v, _random(like, width))
-            if (
-                step
-            ):  # by the directions: they tell nearly all of A, and another A would take as much room as the factors
+            if step:  # by the directions: they tell nearly all of A, and another A would take as much room as factors
                 change = (2 - 2 * norm(old.mT @ right).square()).clamp_min(0).sqrt().max()
             del A, B
         return right, left, like.new_full((), _STEPS, dtype=torch.int64), change

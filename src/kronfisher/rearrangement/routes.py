@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kronfisher.rearrangement.maps import Explicit, Gram, Rearranged, Rows, Weights
 from kronfisher.rearrangement.projected import DIRECTIONS, PART, Projected
+from kronfisher.rearrangement.rearranged import Rearranged
+from kronfisher.rearrangement.rows import Explicit, Rows
+from kronfisher.rearrangement.weights import Gram, Weights
 from kronfisher.samples import Samples
 
 __all__ = ["ROUTES", "cheapest", "costs", "rearranged", "squared_products"]

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.rearrangement.maps import Gram, Joint, Rearranged, Terms, norm, over, times
+from kronfisher.rearrangement.joint import Joint, Terms
+from kronfisher.rearrangement.rearranged import Rearranged
+from kronfisher.rearrangement.sides import norm, over, times
+from kronfisher.rearrangement.weights import Gram
 
 __all__ = ["Triplets", "deflated", "gram_spectrum", "lanczos"]
 

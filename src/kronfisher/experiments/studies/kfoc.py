@@ -6,7 +6,7 @@ figure there is the runtime table that it does not give.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf, nan
 from pathlib import Path
@@ -20,6 +20,7 @@ from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedErro
 from kronfisher.estimate import estimate
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.studies.divergence import DAMPING, divergences, small_blocks
+from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.studies.problems import Problem
@@ -74,7 +75,7 @@ ENTRANTS: Mapping[str, Entrant] = {
 
 
 @dataclass(frozen=True)
-class KFOCStudy:
+class KFOCStudy(Experiment):
     """The settings of the study.
 
     Attributes:
@@ -98,49 +99,29 @@ class KFOCStudy:
         return cls(QUICK, seeds=2, batch_sizes=(5, None), data_dir=data_dir)
 
     def check(self) -> None:
-        """Find every data set before hours of work.
-
-        Raises:
-            FileNotFoundError: a file is missing; the message says which, and where it comes from.
-        """
         for problem in self.problems:
             problem.check(self.data_dir)
 
-    def run(
-        self,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
-    ) -> "KFOCFindings":
-        """Train every network and measure every fit.
-
-        A `KeyboardInterrupt` ends the study early: what is finished is returned, and its `finished` is False.
-
-        Args:
-            say: called with a line of text whenever a part is done.
-            step: called with what is being done, how many estimates are done, and of how many.
-        """
-        networks: list[Record] = []
-        rows: list[Record] = []
+    def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         seeds = [(problem, seed) for problem in self.problems for seed in range(self.seeds)]
         total = sum(len(list(self._cells(seed))) for _, seed in seeds)
-        try:
-            for problem, seed in seeds:
-                what, start = f"{problem.title}, seed {seed}", time.perf_counter()
-                step(f"{what}: training", len(rows), total)
-                dataset, model = problem.load(seed, self.data_dir)
-                networks.append(problem.train(dataset, model, seed))
-                whole = dataset.batches(len(dataset.train_inputs), problem.limit)
-                truth = small_blocks(model, whole, dataset.likelihood, seed)
-                for name, entrant, size in self._cells(seed):
-                    step(f"{what}: {name}", len(rows), total)
-                    found = self._measured(problem, dataset, model, entrant, size, seed)
-                    if (fisher := found.pop("fisher", None)) is not None and size == self.batch_sizes[-1]:
-                        found["divergence"] = _named(divergences(fisher, truth))
-                    rows.append({"problem": problem.title, "seed": seed, "fit": name, "batch_size": size, **found})
-                say(f"{what}: test loss {networks[-1]['test_loss']:.3g}, {duration(time.perf_counter() - start)}")
-        except KeyboardInterrupt:
-            return KFOCFindings(self._settings(), networks, rows, finished=False)
-        return KFOCFindings(self._settings(), networks, rows)
+        for problem, seed in seeds:
+            what, start = f"{problem.title}, seed {seed}", time.perf_counter()
+            step(f"{what}: training", len(rows), total)
+            dataset, model = problem.load(seed, self.data_dir)
+            networks.append(problem.train(dataset, model, seed))
+            whole = dataset.batches(len(dataset.train_inputs), problem.limit)
+            truth = small_blocks(model, whole, dataset.likelihood, seed)
+            for name, entrant, size in self._cells(seed):
+                step(f"{what}: {name}", len(rows), total)
+                found = self._measured(problem, dataset, model, entrant, size, seed)
+                if (fisher := found.pop("fisher", None)) is not None and size == self.batch_sizes[-1]:
+                    found["divergence"] = _named(divergences(fisher, truth))
+                rows.append({"problem": problem.title, "seed": seed, "fit": name, "batch_size": size, **found})
+            say(f"{what}: test loss {networks[-1]['test_loss']:.3g}, {duration(time.perf_counter() - start)}")
+
+    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "KFOCFindings":
+        return KFOCFindings(self._settings(), networks, rows, finished)
 
     def _cells(self, seed: int) -> Iterator[tuple[str, Entrant | None, int | None]]:
         """What is measured for one network: where batches make no difference, all sizes for the first seed only."""

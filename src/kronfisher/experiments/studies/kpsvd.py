@@ -20,6 +20,7 @@ from kronfisher.error import Distance
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.estimate import estimate
 from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record
 from kronfisher.experiments.studies.problems import Problem
@@ -55,7 +56,7 @@ QUICK = (Problem("digits", "digits", epochs=4, batch_size=128, lr=1e-3, limit=32
 
 
 @dataclass(frozen=True)
-class KPSVDStudy:
+class KPSVDStudy(Experiment):
     """The settings of the study.
 
     Attributes:
@@ -80,40 +81,20 @@ class KPSVDStudy:
         return cls(QUICK, points=3, data_dir=data_dir)
 
     def check(self) -> None:
-        """Find every data set before hours of work.
-
-        Raises:
-            FileNotFoundError: a file is missing; the message says which, and where it comes from.
-        """
         for problem in self.problems:
             problem.check(self.data_dir)
 
-    def run(
-        self,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
-    ) -> "KPSVDFindings":
-        """Train every network and measure every fit on the way.
+    def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
+        for problem in self.problems:
+            start = time.perf_counter()
+            step(f"{problem.title}: loading", 0, 1)
+            dataset, model = problem.load(self.seed, self.data_dir)
+            networks.append(self._trained(problem, dataset, model, rows, step))
+            loss = networks[-1]["test_loss"]
+            say(f"{problem.title}: test loss {loss:.3g}, {duration(time.perf_counter() - start)}")
 
-        A `KeyboardInterrupt` ends the study early: what is finished is returned, and its `finished` is False.
-
-        Args:
-            say: called with a line of text whenever a part is done.
-            step: called with what is being done, how many steps of it are done, and of how many.
-        """
-        networks: list[Record] = []
-        rows: list[Record] = []
-        try:
-            for problem in self.problems:
-                start = time.perf_counter()
-                step(f"{problem.title}: loading", 0, 1)
-                dataset, model = problem.load(self.seed, self.data_dir)
-                networks.append(self._trained(problem, dataset, model, rows, step))
-                loss = networks[-1]["test_loss"]
-                say(f"{problem.title}: test loss {loss:.3g}, {duration(time.perf_counter() - start)}")
-        except KeyboardInterrupt:
-            return KPSVDFindings(self._settings(), networks, rows, finished=False)
-        return KPSVDFindings(self._settings(), networks, rows)
+    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "KPSVDFindings":
+        return KPSVDFindings(self._settings(), networks, rows, finished)
 
     def _trained(
         self, problem: Problem, dataset: Dataset, model: nn.Module, rows: list[Record], step: Callable

@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.fits.fit import State
+from kronfisher.fits.watching import Watching
 from kronfisher.operators import Kronecker, KroneckerSum, Operator
 from kronfisher.passes import Recipe, accumulate
 from kronfisher.samples import Samples
@@ -23,17 +23,9 @@ __all__ = ["Spectrum", "leading_eigenvalues", "spectra"]
 WRITTEN_OUT = 600  # up to this dimension of the compressed matrix a dense eigendecomposition is faster
 
 
-@dataclass(frozen=True)
-class Collect(Fit):
+@dataclass(frozen=True, eq=False)
+class Collect(Watching):
     """A fit that makes no operator: it keeps the inputs and gradients of layers without shared positions."""
-
-    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        """Nothing is known about the number of samples yet."""
-        return Plan(0)
-
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        """No samples."""
-        return State(group, plan, {})
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Keep them."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.estimate import estimate
-from kronfisher.experiments import data, networks
+from kronfisher.experiments import data
+from kronfisher.experiments.networks import for_data
+from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.tables import Table, duration
 from kronfisher.experiments.training import train
@@ -44,7 +46,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class OODStudy:
+class OODStudy(Experiment):
     """The settings of the study: a network of all weights, the linearised predictive with the probit link.
 
     The prior precision is one number, where the marginal likelihood is largest, and again where the predictions of
@@ -84,69 +86,51 @@ class OODStudy:
         return cls(seeds=1, **sizes, epochs=2, fits=fits, peers=(), data_dir=data_dir)
 
     def check(self) -> None:
-        """Find both data sets.
-
-        Raises:
-            FileNotFoundError: a file is missing; the message says which, and where it comes from.
-        """
         for name in (self.inside, self.outside):
             data.load(name, data_dir=self.data_dir)
 
-    def run(
-        self,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
-    ) -> "OODFindings":
-        """Train, estimate, predict; a `KeyboardInterrupt` returns what is finished.
-
-        Args:
-            say: called with a line of text whenever a network is done.
-            step: called with what is being done, how many networks are done, and of how many.
-        """
-        rows: list[Record] = []
-        trained: list[Record] = []
+    def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         whole = data.load(self.inside, data_dir=self.data_dir)
         inside = whole.head(self.train_size, self.test_size)
         kept = whole.head(self.train_size + self.validation_size)
         validation = (kept.train_inputs[self.train_size :], kept.train_targets[self.train_size :])
         outside = data.load(self.outside, data_dir=self.data_dir).head(1, self.test_size)
         batches = inside.batches(500)
-        try:
-            for seed in range(self.seeds):
-                start = time.perf_counter()
-                step(f"seed {seed}: training", seed, self.seeds)
-                model = networks.for_data(self.network, inside, seed=seed)
-                history = train(model, inside, epochs=self.epochs, seed=seed)
-                trained.append({"problem": self.inside, "seed": seed, "loss": history[-1]})
-                tests = (inside.test_inputs, outside.test_inputs, inside.test_targets)
+        for seed in range(self.seeds):
+            start = time.perf_counter()
+            step(f"seed {seed}: training", seed, self.seeds)
+            model = for_data(self.network, inside, seed=seed)
+            history = train(model, inside, epochs=self.epochs, seed=seed)
+            networks.append({"problem": self.inside, "seed": seed, "loss": history[-1]})
+            tests = (inside.test_inputs, outside.test_inputs, inside.test_targets)
 
-                def plain(x: Tensor, model: nn.Module = model) -> Tensor:
-                    with torch.no_grad():
-                        return model(x).softmax(-1)
+            def plain(x: Tensor, model: nn.Module = model) -> Tensor:
+                with torch.no_grad():
+                    return model(x).softmax(-1)
 
-                rows.append(self._row("MAP", seed, judged(plain, *tests)))
-                for label, fit in self.fits.items():
-                    step(f"seed {seed}: {label}", seed, self.seeds)
-                    try:
-                        posterior, found = self._ours(model, batches, fit, seed)
-                        rows.append(self._row(label, seed, found | judged(mean_of(posterior), *tests)))
-                        found = self._calibrated(posterior, validation)
-                        rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judged(mean_of(posterior), *tests)))
-                    except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
-                        rows.append(self._row(label, seed, {"failure": str(reason)}))
-                for structure in self.peers if peer.available() else ():
-                    step(f"seed {seed}: laplace-torch, {structure}", seed, self.seeds)
-                    posterior, estimating, tuning = peer.classifier(model, batches, structure)
+            rows.append(self._row("MAP", seed, judged(plain, *tests)))
+            for label, fit in self.fits.items():
+                step(f"seed {seed}: {label}", seed, self.seeds)
+                try:
+                    posterior, found = self._ours(model, batches, fit, seed)
+                    rows.append(self._row(label, seed, found | judged(mean_of(posterior), *tests)))
+                    found = self._calibrated(posterior, validation)
+                    rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judged(mean_of(posterior), *tests)))
+                except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+                    rows.append(self._row(label, seed, {"failure": str(reason)}))
+            for structure in self.peers if peer.available() else ():
+                step(f"seed {seed}: laplace-torch, {structure}", seed, self.seeds)
+                posterior, estimating, tuning = peer.classifier(model, batches, structure)
 
-                    def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
-                        return posterior(x, pred_type="glm", link_approx="probit").detach()
+                def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
+                    return posterior(x, pred_type="glm", link_approx="probit").detach()
 
-                    found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests, at_once=peer.AT_ONCE)}
-                    rows.append(self._row(f"laplace-torch {structure}", seed, found))
-                say(f"seed {seed}: {duration(time.perf_counter() - start)}")
-        except KeyboardInterrupt:
-            return OODFindings(self._settings(), trained, rows, finished=False)
-        return OODFindings(self._settings(), trained, rows)
+                found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests, at_once=peer.AT_ONCE)}
+                rows.append(self._row(f"laplace-torch {structure}", seed, found))
+            say(f"seed {seed}: {duration(time.perf_counter() - start)}")
+
+    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "OODFindings":
+        return OODFindings(self._settings(), networks, rows, finished)
 
     def _row(self, fit: str, seed: int, found: Mapping[str, Any]) -> Record:
         return {"problem": self.inside, "seed": seed, "fit": fit, **found}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 __all__ = ["AT_ONCE", "available", "classifier", "regression"]
 
-AT_ONCE = 25  # data to predict in one call: it makes dense Jacobians, which for 250 images of LeNet-5 take more than 20 GiB
+AT_ONCE = 25  # data to predict in one call: dense Jacobians of 250 images of LeNet-5 take more than 20 GiB
 
 
 def available() -> bool:

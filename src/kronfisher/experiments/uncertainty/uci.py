@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from kronfisher.experiments import data
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.uci import NAMES
 from kronfisher.experiments.networks.feedforward import mlp
+from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.tables import Table, duration
 from kronfisher.experiments.training import train
@@ -50,7 +51,7 @@ TRUTH = "exact blocks"
 
 
 @dataclass(frozen=True)
-class UCIStudy:
+class UCIStudy(Experiment):
     """The settings of the study: networks in→50→1 with tanh, trained with a little weight decay.
 
     The prior precision of all blocks is one number, where the marginal likelihood is largest. The variance of the noise
@@ -89,50 +90,32 @@ class UCIStudy:
         return cls(("bostonHousing", "yacht"), 2, 10, 200, fits=fits, peers=("kron",), peer_splits=1, data_dir=data_dir)
 
     def check(self) -> None:
-        """Find every data set before hours of work.
-
-        Raises:
-            FileNotFoundError: a file is missing; the message says which, and where it comes from.
-        """
         for name in self.sets:
             data.load(name, data_dir=self.data_dir)
 
-    def run(
-        self,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
-    ) -> "UCIFindings":
-        """Train every network and evaluate every posterior; a `KeyboardInterrupt` returns what is finished.
-
-        Args:
-            say: called with a line of text whenever a split is done.
-            step: called with what is being done, how many splits are done, and of how many.
-        """
-        networks: list[Record] = []
-        rows: list[Record] = []
+    def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         splits = [(name, split) for name in self.sets for split in range(min(self.splits, _published(name)))]
-        try:
-            for done, (name, split) in enumerate(splits):
-                what, start = f"{name}, split {split}", time.perf_counter()
-                step(f"{what}: training", done, len(splits))
-                dataset = data.load(name, data_dir=self.data_dir, split=split)
-                network = self._train(dataset, split)
-                problem = _Problem(dataset, network)
-                networks.append({"problem": name, "split": split, "data": len(problem.x), **problem.plain()})
-                for label in sorted(self.fits, key=lambda label: label != TRUTH):  # the others borrow from it
-                    step(f"{what}: {label}", done, len(splits))
-                    found = problem.ours(self.fits[label])
-                    if label == TRUTH and "marginal" in found:
-                        problem.borrowed = found["marginal"]["prior_precision"], found["marginal"]["noise"]
-                    rows.append({"problem": name, "split": split, "fit": label, **found})
-                for structure in self.peers if peer.available() and split < self.peer_splits else ():
-                    step(f"{what}: laplace-torch, {structure}", done, len(splits))
-                    found = problem.theirs(structure)
-                    rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **found})
-                say(f"{what}: test RMSE {networks[-1]['rmse']:.3g}, {duration(time.perf_counter() - start)}")
-        except KeyboardInterrupt:
-            return UCIFindings(self._settings(), networks, rows, finished=False)
-        return UCIFindings(self._settings(), networks, rows)
+        for done, (name, split) in enumerate(splits):
+            what, start = f"{name}, split {split}", time.perf_counter()
+            step(f"{what}: training", done, len(splits))
+            dataset = data.load(name, data_dir=self.data_dir, split=split)
+            network = self._train(dataset, split)
+            problem = _Problem(dataset, network)
+            networks.append({"problem": name, "split": split, "data": len(problem.x), **problem.plain()})
+            for label in sorted(self.fits, key=lambda label: label != TRUTH):  # the others borrow from it
+                step(f"{what}: {label}", done, len(splits))
+                found = problem.ours(self.fits[label])
+                if label == TRUTH and "marginal" in found:
+                    problem.borrowed = found["marginal"]["prior_precision"], found["marginal"]["noise"]
+                rows.append({"problem": name, "split": split, "fit": label, **found})
+            for structure in self.peers if peer.available() and split < self.peer_splits else ():
+                step(f"{what}: laplace-torch, {structure}", done, len(splits))
+                found = problem.theirs(structure)
+                rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **found})
+            say(f"{what}: test RMSE {networks[-1]['rmse']:.3g}, {duration(time.perf_counter() - start)}")
+
+    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "UCIFindings":
+        return UCIFindings(self._settings(), networks, rows, finished)
 
     def _train(self, dataset: Dataset, seed: int) -> nn.Module:
         model = mlp(dataset.input_shape[0], (self.hidden,), 1, activation="tanh", seed=seed)

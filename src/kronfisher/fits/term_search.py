@@ -1,0 +1,206 @@
+"""How the leading terms of the rearranged block are found in one piece of the samples, and a sum of them shortened."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.fits.fit import Shapes, elements
+from kronfisher.operators.sides import diagonal
+from kronfisher.rearrangement import (
+    Diagonals,
+    Explicit,
+    Gram,
+    Joint,
+    Rearranged,
+    Terms,
+    cheapest,
+    clusters,
+    deflated,
+    gram_spectrum,
+    lanczos,
+    nonnegative_weights,
+    norm,
+    positive_terms,
+    rearranged,
+    squared_products,
+    times,
+    truncated,
+)
+from kronfisher.samples import Samples
+
+__all__ = ["METHODS", "Method", "TermSearch", "has_diagonal", "ordered", "squared_norm", "squares"]
+
+Method = Literal["lanczos", "deflation", "gram", "nonnegative"]
+METHODS = ("lanczos", "deflation", "gram", "nonnegative")
+_SWEEPS, _FEW = 30, 3  # of positive terms that stay, and of ones that are only carried
+_PAIRS = 2**28  # multiplications of gradients written out that the norm of a piece may take
+_WIDE = 2**18  # numbers in both sides of a term beyond which T = 1 stays with weights on the samples
+
+
+@dataclass(frozen=True)
+class TermSearch:
+    """A way to find terms ``B_r ⊗ A_r``.
+
+    Attributes:
+        method: as for `KroneckerSum`.
+        rank: R, terms that stay in the end; more of them are only carried, and need not be the best of their length.
+        tolerance: as for `KroneckerSum`.
+        iterations: as for `KroneckerSum`.
+    """
+
+    method: Method
+    rank: int
+    tolerance: float
+    iterations: int
+
+    def require(self, piece: list[Samples], sides: Shapes, name: str) -> None:
+        """UnsupportedError where the method is not for such samples."""
+        positions, diagonal = max(several.positions for several in piece), has_diagonal(sides)
+        if self.method == "gram" and (positions > 1 or diagonal):
+            why = f"this one has {positions}" if positions > 1 else "a side of this one is kept as its diagonal"
+            raise UnsupportedError(
+                f"{name}: method='gram' is for weights with one position per sample and sides that are matrices; "
+                f"{why}. Use method='lanczos', for this parameter or for all."
+            )
+
+    def found(
+        self, piece: list[Samples], sides: Shapes, terms: int, odd: bool, less: Terms | None = None
+    ) -> tuple[Tensor, Tensor, float, float] | None:
+        """The leading terms of a piece of one kind, after another sum was taken away; None if there are none.
+
+        Args:
+            piece: samples.
+            sides: shapes of A and B.
+            terms: how many.
+            odd: antisymmetric ones, else symmetric ones.
+            less: the sum that is taken away.
+
+        Returns:
+            A ``[R, H, I, I]`` and B ``[R, H, O, O]``, or diagonals; steps taken; how far they are from converged.
+        """
+        _, outputs, inputs = piece[0].shape
+        positions = max(several.positions for several in piece)
+        if odd and (positions == 1 or self.method == "nonnegative" or min(outputs, inputs) == 1 or has_diagonal(sides)):
+            return None
+        if self.method == "nonnegative":
+            return self._positive(piece, sides, terms, positions)
+        if self.method == "gram":
+            source = rearranged(piece, "gram")
+            assert isinstance(source, Gram)
+            found = gram_spectrum(source, terms)
+        else:
+            find = lanczos if self.method == "lanczos" else deflated
+            source = _source(piece, sides)
+            source = source if less is None else Joint(source, less)
+            found = find(source, terms, odd, self.tolerance, self.iterations)
+        A, B = _rooted(found.A, found.B, found.sigma)
+        return A, B, float(found.steps), float(found.change)
+
+    def _positive(
+        self, piece: list[Samples], sides: Shapes, terms: int, positions: int
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """Positive terms of a piece: a start from weights, then descent among all positive semidefinite sides."""
+        heads, outputs, inputs = piece[0].shape
+        if terms == 1:  # the best product is semidefinite by itself
+            pair = _source(piece, sides).leading(None, self.tolerance, self.iterations)
+            A, B = _rooted(pair.A[None], pair.B[None], pair.sigma[None])
+            return A, B, float(pair.steps), float(pair.change)
+        if positions == 1 and not has_diagonal(sides):
+            source = rearranged(piece, "gram")
+            assert isinstance(source, Gram)
+            W, U, _, steps = nonnegative_weights(source.inputs_gram, source.outputs_gram, terms, self.tolerance)
+            a = source.activations.dense()[:, :, 0]
+            W, U = W.to(a), U.to(a)
+            A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
+            B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
+            if terms > self.rank or heads * (inputs**2 + outputs**2) > _WIDE:
+                A, B = ordered(A, B)
+                return A, B, float(steps), 0.0
+        else:
+            found = [
+                _source(cluster, sides).leading(None, self.tolerance, self.iterations)
+                for cluster in clusters(piece, 4 * terms)
+            ]
+            A, B = (torch.stack([getattr(pair, name) for pair in found]) for name in "AB")
+            A, B = _rooted(A, B, torch.stack([pair.sigma for pair in found]))
+            steps = sum(float(pair.steps) for pair in found)
+            A, B = self.shortened(A, B, terms)
+        # What is only carried need not be the best of its length: it is going to be shortened.
+        most = _SWEEPS if terms == self.rank else _FEW
+        A, B, sweeps, change = positive_terms(_source(piece, sides), A, B, self.tolerance, most)
+        A, B = ordered(A, B)
+        return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
+
+    def shortened(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        """The best shorter sum of the same kind for a longer one."""
+        if len(A) <= terms:
+            return A, B
+        if self.method != "nonnegative" or terms == 1:
+            B, A, _ = truncated(B, A, terms)
+            return A, B
+        KA, KB = (torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B))
+        W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
+        A = torch.einsum("hsr,sh...->rh...", W.to(A), A)
+        return ordered(A, torch.einsum("hsr,sh...->rh...", U.to(B), B))
+
+    def polished(self, whole: tuple[Tensor, Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The best positive sum for a longer one, from a good start A and B; and its last change."""
+        A, B, _, change = positive_terms(Terms(*whole), A, B, self.tolerance, _SWEEPS)
+        return *ordered(A, B), change
+
+
+def _route(piece: list[Samples]) -> str:
+    """The cheapest way to take many half steps on matrices that need not be positive."""
+    n, positions = sum(map(len, piece)), max(several.positions for several in piece)
+    found = cheapest(piece[0].shape, n, positions)
+    return "weights" if found == "gram" else found
+
+
+def has_diagonal(sides: Shapes) -> bool:
+    """Whether a side is kept as its diagonal."""
+    return any(len(side) == 2 for side in sides)
+
+
+def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
+    if has_diagonal(sides):
+        return Diagonals(piece, sides)
+    source = rearranged(piece, _route(piece))
+    assert isinstance(source, Rearranged)
+    return source
+
+
+def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """σ shared between the sides; the trace of A at least zero."""
+    terms = [(times(a, s), times(b, s)) for a, b, s in zip(A, B, _signed_roots(A, sigma), strict=True)]
+    return torch.stack([a for a, _ in terms]), torch.stack([b for _, b in terms])
+
+
+def _signed_roots(A: Tensor, sigma: Tensor) -> Tensor:
+    """``[R, H]``."""
+    trace = torch.stack([diagonal(a).sum(-1) for a in A])
+    return sigma.clamp_min(0).sqrt() * torch.where(trace < 0, -1.0, 1.0).to(A)
+
+
+def squared_norm(piece: list[Samples]) -> Tensor | None:
+    """``‖Σ vec(G_k) vec(G_k)ᵀ‖²``; None where that costs more than the fit."""
+    if all(several.positions == 1 for several in piece):
+        same, pairs = Gram(piece).squared_products()
+    elif sum(map(len, piece)) ** 2 * elements(*piece[0].shape) <= _PAIRS:
+        same, pairs = squared_products(Explicit(piece))
+    else:
+        return None
+    return same + pairs
+
+
+def squares(A: Tensor, B: Tensor) -> Tensor:
+    """``‖B ⊗ A‖²`` over all groups."""
+    return (norm(A).double() * norm(B).double()).square().sum()
+
+
+def ordered(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest term first."""
+    order = torch.stack([squares(a, b) for a, b in zip(A, B, strict=True)]).argsort(descending=True)
+    return A[order], B[order]

@@ -1,0 +1,85 @@
+"""Half steps for any number of positions: row by row, or with the gradients of samples written out."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from kronfisher.rearrangement.rearranged import Rearranged
+from kronfisher.samples import WORKSPACE, Samples, applied
+
+__all__ = ["Explicit", "Rows", "dense_pieces"]
+
+
+def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and output gradients, some samples at a time."""
+    for piece in samples.pieces():
+        yield piece.activations.dense(), piece.gradients
+
+
+class Rows(Rearranged):
+    """Any T, through ``W_k [T, T]``; the gradients of samples are never written out.
+
+    Args:
+        samples: some; their positions may differ.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def outputs(self, A: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+            W = applied(a, A) @ a.mT
+            total = total + (W @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+        return total
+
+    def inputs(self, B: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+            W = applied(g, B) @ g.mT
+            total = total + (W @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+        return total
+
+
+class Explicit(Rearranged):
+    """Any T, with the gradients of samples written out as ``[H, O, n, I]``, some at a time if they are many.
+
+    Args:
+        samples: some; their positions may differ.
+        workspace: bytes that may be kept from one half step to the next.
+    """
+
+    def __init__(self, samples: Sequence[Samples], workspace: int = WORKSPACE) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+        heads, outputs, width = self.shape
+        size = heads * outputs * width * sum(len(several) for several in samples) * self.like().element_size()
+        self._kept = list(self._written_out()) if size <= workspace else None
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def _written_out(self) -> Iterator[Tensor]:
+        for several in self.samples:
+            for gradients in several.per_sample():
+                yield gradients.transpose(1, 2).contiguous()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """``[H, O, n', I]``, some samples at a time."""
+        yield from self._written_out() if self._kept is None else self._kept
+
+    def outputs(self, A: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for G in self.pieces():
+            total = total + applied(G, A).flatten(2) @ G.flatten(2).mT
+        return total
+
+    def inputs(self, B: Tensor) -> Tensor:
+        total = self.like().new_zeros(())
+        for G in self.pieces():
+            total = total + G.flatten(1, 2).mT @ (B @ G.flatten(2)).view(G.shape).flatten(1, 2)
+        return total

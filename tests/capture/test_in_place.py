@@ -1,0 +1,185 @@
+"""In-place changes of what weights and inputs become: exact, or refused with the name and operator."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.exact import Written, assert_exact, assert_fallback, linears
+
+
+def relu(y):
+    return y.relu_()
+
+
+def flat_relu(y):
+    y.view(-1).relu_()
+    return y
+
+
+def slice_assignment(y):
+    y[..., :2] = 0
+    return y
+
+
+def slice_values(y):
+    y[..., :2] = y[..., 2:4] * 2
+    return y
+
+
+def slice_tanh(y):
+    y[..., :2].tanh_()
+    return y
+
+
+def slice_add(y):
+    y[..., 1:3] += 1.5
+    return y.relu_()
+
+
+def select_relu(y):
+    y[0].relu_()
+    return y
+
+
+def transposed_tanh(y):
+    y.transpose(0, -1).tanh_()
+    return y
+
+
+def chunked(y):
+    first, second = (part.clone() for part in y.chunk(2, dim=-1))
+    return torch.cat([first.relu_(), second.mul_(2)], dim=-1)
+
+
+def twice(y):
+    y += 1
+    y *= 2
+    return y.sigmoid_()
+
+
+IN_PLACE = [
+    relu,
+    flat_relu,
+    slice_assignment,
+    slice_values,
+    slice_tanh,
+    slice_add,
+    select_relu,
+    transposed_tanh,
+    chunked,
+]
+
+
+IN_PLACE += [twice]
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3), (4, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_place_after_linear(change, shape, bias):
+    model = linears(lambda m, x: m.l1(change(m.l0(x))).flatten(1), (3, 4), (4, 2), bias=bias)
+    assert_exact(model, torch.randn(shape))
+
+
+@pytest.mark.parametrize("change", [relu, flat_relu, slice_assignment, slice_tanh, twice])
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (lambda: nn.Conv1d(3, 4, 2), (4, 3, 5)),
+        (lambda: nn.Conv2d(3, 4, 2, bias=False), (3, 3, 4, 4)),
+        (lambda: nn.LayerNorm(5), (4, 3, 5)),
+        (lambda: nn.GroupNorm(2, 4), (3, 4, 5)),
+        (lambda: nn.BatchNorm1d(3).eval(), (4, 3, 5)),
+    ],
+    ids=["conv1d", "conv2d", "layernorm", "groupnorm", "batchnorm"],
+)
+def test_in_place_after_other_layers(change, layer, shape):
+    assert_exact(Written(lambda m, x: change(m.layer(x)).flatten(1), layer=layer()), torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_that_are_parts_of_larger_ones(shape, bias):
+    """The gradient of the second arrives as a window somewhere inside that of both."""
+
+    def forward(m, x):
+        first, second = torch.cat([m.l0(x), m.l1(x).relu_()]).chunk(2)
+        return (first.tanh() * second + torch.stack([m.l0(x), m.l2(x)]).sin()[1]).flatten(1)
+
+    assert_exact(linears(forward, (3, 2), (3, 2), (3, 2), bias=bias), torch.randn(shape))
+
+
+def test_gradients_that_come_in_some_columns_only():
+    """Each column of exact labels reaches one half; the inputs of the other must be counted when its turn comes."""
+    model = linears(lambda m, x: torch.cat([m.l0(x), Half.apply(m.l1(x))], 1), (3, 2), (3, 2))
+    x = torch.randn(5, 3)
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", fit="kfac")
+    rows = torch.cat([x, torch.ones(5, 1)], 1)
+    for name in fisher.blocks:
+        assert torch.allclose(fisher[name].A[0], rows.T @ rows / 5, atol=1e-6)
+
+
+class Half(torch.autograd.Function):
+    """Keeps a zero gradient to itself."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if g.any() else None
+
+
+def test_parameter_added_in_place():
+    def forward(m, x):
+        x = x.clone()
+        x[:, :2] += m.p
+        x *= m.q
+        return (x - 1).mul_(m.r)
+
+    assert_exact(Written(forward, p=torch.randn(2), q=torch.randn(3), r=torch.randn(())), torch.randn(5, 3))
+
+
+def test_parameter_added_to_a_view_that_lives_on():
+    def forward(m, x):
+        x = x * m.q
+        part = x[:, :2]
+        part += m.p  # x changes with it, and the model goes on with both
+        part.tanh_()
+        return x * 3 + part.sum(1, keepdim=True)
+
+    assert_exact(Written(forward, p=torch.randn(2), q=torch.randn(3)), torch.randn(5, 3))
+
+
+def test_unsupported_use_before_one_in_place():
+    """The graph of an operator in place goes on into what was there before; that is not its own."""
+
+    def forward(m, x):
+        x = x + m.p.abs()
+        x[:, :2] += m.p[:2]
+        x[:, 2:] *= m.p[2:]
+        return x
+
+    assert_fallback(Written(forward, p=torch.randn(3)), torch.randn(5, 3), "p: used by abs")
+
+
+def test_inputs_modified_after_use_are_refused():
+    def forward(m, x):
+        hidden = x * 2
+        y = m.l0(hidden)
+        hidden += 1
+        return m.l1(y) + m.l1(hidden)
+
+    model, x = linears(forward, (3, 3), (3, 2)), torch.randn(5, 3)
+    with pytest.raises(kf.UnsupportedError, match=r"l0\.weight: the input of this layer was modified in place"):
+        kf.estimate(model, x, kf.Gaussian())
+    model.l0.weight.requires_grad_(False)  # a bias alone does not need them
+    assert_exact(model, x)
+
+
+def test_out_argument_is_torch_s_own_refusal():
+    model = Written(lambda m, x: torch.add(x, m.p, out=torch.empty(5, 3)), p=torch.randn(3))
+    with pytest.raises(RuntimeError, match="out="):
+        kf.estimate(model, torch.randn(5, 3), kf.Gaussian())
