@@ -52,8 +52,8 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
 
     Where `total` has one axis less than a matrix it takes the diagonal alone.
 
-    Torch has no symmetric rank-k update. Panels of few rows (or columns, as the numbers lie in memory) from the diagonal
-    on, straight into the sum, take .56 to .65 of the plain product's time.
+    Torch has no symmetric rank-k update. Panels of few rows (or columns, as the numbers lie in memory) that end at the
+    diagonal, straight into the sum, take .56 to .65 of the plain product's time.
 
     Args:
         total: ``[D, D]`` or ``[H, D, D]``, or diagonals ``[H, D]``, written to; may be a strided window.

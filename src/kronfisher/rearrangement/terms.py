@@ -71,7 +71,7 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 
 def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """For matrices of this Gram matrix ``[H, s, s]``, brought from their sizes ``[H, s]`` to those shared by both sides.
+    """For matrices of this Gram matrix ``[H, s, s]``, brought from sizes ``[H, s]`` to those shared by both sides.
 
     X with ``X Xᵀ`` their Gram matrix then, and Y that takes X's columns back to the given matrices.
     """
