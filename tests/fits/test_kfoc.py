@@ -9,7 +9,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.blocks import Block, View
 from kronfisher.fits import kfoc
-from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged, semidefinite
+from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
 from kronfisher.samples import Dense, Samples
 from kronfisher.uses import EXAMPLES
 from tests.conformance.truth import SEED, problem
@@ -269,18 +269,6 @@ def test_a_start_that_has_nothing_of_a_piece_loses_nothing_of_it():
     traces = found.A[0].diagonal().unflatten(0, (2, 20)).sum(1)
     assert traces[1] > traces[0] > 0
     assert excess(found, both) <= excess(fitted(kf.KFAC(), both)[0], both)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_semidefinite_stays_as_it_is(dtype):
-    root = torch.randn(2, 30, 12, dtype=dtype)
-    singular = root @ root.mT
-    assert semidefinite(singular, "w") is singular
-    bent = singular - 3 * torch.eye(30, dtype=dtype)
-    values, vectors = torch.linalg.eigh(bent.double())
-    truth = (vectors * values.clamp_min(0).unsqueeze(1)) @ vectors.mT
-    torch.testing.assert_close(semidefinite(bent, "w").double(), truth, rtol=1e-4, atol=1e-4)
-    assert not semidefinite(torch.zeros(1, 3, 3, dtype=dtype), "w").any()
 
 
 def network():

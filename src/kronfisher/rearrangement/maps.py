@@ -76,10 +76,6 @@ def semidefinite(side: Tensor, name: str) -> Tensor:
     """The nearest positive semidefinite side: without its negative eigenvalues."""
     if side.dim() == 2:
         return side.clamp_min(0)
-    shift = side.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp_min(0) * torch.finfo(side.dtype).eps
-    shift = torch.diag_embed((shift * side.shape[-1]).expand(side.shape[:-1]))
-    if not bool(torch.linalg.cholesky_ex(side + shift).info.any()):  # it is, but for rounding
-        return side
     values, vectors = eigh(side, name)
     return (vectors * values.unsqueeze(1)) @ vectors.mT
 
