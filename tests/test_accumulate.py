@@ -200,3 +200,18 @@ def test_errors_name_the_batch():
     data = [torch.randn(1, 3), torch.randn(2, 3)]  # in this order it is known in time
     fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact", fit="diagonal")
     assert torch.allclose(fisher.to_dense().diagonal().double(), exact_fisher(model, data).diagonal(), rtol=1e-4)
+
+
+# What is let go of ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_inputs_go_with_the_last_pass_and_not_before(retain):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    run = Accumulator(model, trainable(model), kf.Gaussian(), kf.KFAC(), labels="exact")
+    capture, outputs, targets = run.observe(torch.randn(5, 4), "batch 0")
+    run.absorb(capture, outputs, targets, "batch 0", retain=retain)
+    assert run.backward_passes == 2
+    kept = [use.inputs is not None for call in capture.calls for use in call.uses]
+    assert kept == [retain, retain]

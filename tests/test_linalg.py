@@ -5,7 +5,7 @@ from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 from kronfisher.linalg import add_symmetric_product_, cholesky, eigh, full_precision, mirror, promote
 
 # Below, at and above the sizes where products are split and triangles are copied tile by tile.
-WIDTHS = (1, 7, 95, 96, 129, 300, 512, 513, 1100)
+WIDTHS = (1, 7, 95, 96, 129, 193, 300, 512, 1009, 1100)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -26,9 +26,11 @@ def close(found, truth, tolerance):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [3, 700])
+@pytest.mark.parametrize("by_columns", [False, True])
 @dtypes
-def test_symmetric_product_adds_the_upper_triangle(width, rows, dtype):
+def test_symmetric_product_adds_the_upper_triangle(width, rows, by_columns, dtype):
     x, start = torch.randn(rows, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+    x = x.mT.contiguous().mT if by_columns else x
     total = start.clone()
     assert add_symmetric_product_(total, x) is total
     truth = (start.double() + x.double().T @ x.double()).triu()

@@ -228,3 +228,12 @@ def test_products_with_patches_of_transposed_convolutions():
         M = torch.randn(1, patches.shape[-1], 3, dtype=torch.float64)
         torch.testing.assert_close(patches.times(M), patches.dense() @ M)
         torch.testing.assert_close(patches.times(M, 1, 3), patches.dense(1, 3) @ M)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_combined_positions(kind, T):
+    activations, weights = KINDS[kind](T), randn(H, N, T, 2)
+    truth = torch.einsum("hntr,hnti->hnri", weights, activations.dense().expand(H, N, T, -1))
+    torch.testing.assert_close(activations.combined(weights), truth)
+    torch.testing.assert_close(activations.combined(weights[:, 1:3], 1, 3), truth[:, 1:3])

@@ -188,12 +188,16 @@ class Accumulator:
         if own is not None:
             own(stream.receive, size)
             stream.flush()
-        for column, vector in enumerate(() if own else self._vectors(values, targets)):
-            vector = vector if kept is None else vector * kept  # what is masked has no loss
-            more = column + 1 < steps
-            capture.backward(outputs, vector, stream.receive, proof.sources, retain=retain or more or bool(singles))
+        left = steps
+        for vector in () if own else self._vectors(values, targets):  # enumerate would hold on to the vectors
+            vector, left = vector if kept is None else vector * kept, left - 1  # what is masked has no loss
+            again = retain or left > 0 or bool(singles)
+            stream.last = not again
+            product = (outputs * vector).sum()
+            vector = vector if singles else None  # it may go while the pass is on
+            capture.backward(product, stream.receive, proof.sources, retain=again)
             self.backward_passes += 1
-            if singles:
+            if vector is not None:
                 stream.receive_single(outputs, vector, self.parameters)
                 self.backward_passes += len(outputs)
             stream.flush()

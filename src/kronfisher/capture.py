@@ -416,12 +416,12 @@ class Capture(TorchFunctionMode):
         for factor in probe.factors().to(outputs):
             yield vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
 
-    def backward(self, outputs: Tensor, vector: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
-        """Back-propagate `vector`, shaped like the outputs, and hand output gradients to `receive` as they arrive.
+    def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
+        """Go backward from a number and hand output gradients to `receive` as they arrive.
 
         Args:
-            outputs: what the captured forward pass returned.
-            vector: the direction.
+            product: of the outputs of the captured forward pass with a vector, which is their gradient then. Handing
+                the vector to autograd instead would import half a second's worth of symbolic algebra at the first call.
             receive: called with a call and the gradient of its output, in reverse order of the forward pass.
             sources: indices of the earliest calls that are wanted (`Proof.sources`); the pass ends there.
             retain: whether another backward pass follows.
@@ -429,9 +429,6 @@ class Capture(TorchFunctionMode):
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
         if not edges:
             return
-        # The gradient of the inner product is `vector` itself; handing it to autograd instead would import half a
-        # second's worth of symbolic algebra at the first call.
-        product = (outputs * vector).sum()
         with self.listening(receive):
             torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
 
@@ -463,7 +460,7 @@ class Capture(TorchFunctionMode):
                 passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
 
         for vector in self._probing(outputs, probe):
-            self.backward(outputs, vector, receive, sources, retain=True)
+            self.backward((outputs * vector).sum(), receive, sources, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
 

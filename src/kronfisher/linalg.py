@@ -7,7 +7,6 @@ on global flags and a matrix that cannot be factorised is reported by the name o
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 __all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "mirror_", "promote"]
 
 _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product is too small for splitting it to pay
-_LEAF = 512
+_LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
+_FEW = 192  # columns of a product for narrower panels
 _TILE = 128
 
 
@@ -52,8 +52,8 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
 
     Where `total` has one axis less than a matrix it takes the diagonal alone.
 
-    Torch has no symmetric rank-k update. Halving a large matrix, then multiplying four block columns down to the
-    diagonal, straight into the sum, takes about two thirds of the plain product's time.
+    Torch has no symmetric rank-k update. Panels of few rows (or columns, as the numbers lie in memory) that end at the
+    diagonal, straight into the sum, take .56 to .65 of the plain product's time.
 
     Args:
         total: ``[D, D]`` or ``[H, D, D]``, or diagonals ``[H, D]``, written to; may be a strided window.
@@ -82,15 +82,27 @@ def _add_upper_(total: Tensor, x: Tensor) -> None:
     width = total.shape[-1]
     if width < _NARROW or x.numel() < _SMALL:
         total.addmm_(x.mT, x)
-    elif width <= _LEAF:
-        edges = [round(width * k / 32) * 8 for k in range(4)] + [width]
-        for low, high in pairwise(edges):
-            total[:high, low:high].addmm_(x[:, :high].mT, x[:, low:high])
-    else:
-        half = (width // 2 + 7) // 8 * 8
+    elif width > _LEAF:
+        half = (width // 2 + 23) // 48 * 48
         _add_upper_(total[:half, :half], x[:, :half])
         _add_upper_(total[half:, half:], x[:, half:])
         total[:half, half:].addmm_(x[:, :half].mT, x[:, half:])
+    else:
+        panel = _panel(x)
+        for low in range(0, width, panel):
+            high = min(low + panel, width)
+            if x.stride(-1) == 1:
+                total[low:high, low:].addmm_(x[:, low:high].mT, x[:, low:])
+            else:
+                total[:high, low:high].addmm_(x[:, :high].mT, x[:, low:high])
+
+
+def _panel(x: Tensor) -> int:
+    """Columns of a panel: a processor's registers hold 48 numbers of float32, an accelerator wants few launches."""
+    width = x.shape[-1]
+    if x.device.type != "cpu":
+        return -(-width // 4)
+    return 48 if width <= _FEW else 96
 
 
 def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:

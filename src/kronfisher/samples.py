@@ -77,6 +77,10 @@ class Activations:
         """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
         return applied(self.dense(low, high), matrix)
 
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``Σ_t w[k, t] a[k, t]`` of samples low to high for weights ``[H, n', T, R]``: ``[H, n', R, I]``."""
+        return weights.mT @ self.dense(low, high)
+
     def copied(self) -> "Activations":
         """The same in memory of its own, for samples that have to outlive their batch."""
         return Dense(self.dense().clone())
@@ -177,6 +181,10 @@ class Dense(Activations):
         width = self.values.shape[-1]
         product = applied(self.values[:, low:high], matrix[:, :width])
         return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
+
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        product = weights.mT @ self.values[:, low:high]
+        return torch.cat([product, weights.sum(2).unsqueeze(-1)], dim=-1) if self.bias else product
 
     def copied(self) -> "Dense":
         return replace(self, values=self.values.clone())

@@ -47,7 +47,12 @@ class Stream:
         owners: (index of a call, number of the part) → which sample owns each row.
         mask: ``[N, P]`` output positions that count, or None.
         singles: parameter that the fallback treats → the group of its block, and its place in it.
+
+    Attributes:
+        last: whether no other backward pass comes, so that inputs may go when their gradients have come.
     """
+
+    last = False
 
     def __init__(
         self,
@@ -86,6 +91,9 @@ class Stream:
                 else:  # sums over rows: uses of one weight need not wait for each other
                     group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
+        if self.last:
+            for part, _, _ in self._entries.get(call.index, ()):
+                part.use.forget()
 
     def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Back-propagate one datum after the other, for parameters that no samples of a use tell about."""

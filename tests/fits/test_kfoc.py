@@ -1,5 +1,7 @@
 """K-FOC is the leading singular pair of the rearranged block, whatever the use, the route and the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -230,6 +232,52 @@ def test_projections_are_close(T, n):
     assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-3) == "projected"
     assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-6) == "gram"
     assert cheapest((1, 512, 4609), 64, 49, tolerance=1e-3) == "projected"
+
+
+def excess(operator, samples):
+    """By how much the relative error exceeds that of the best product."""
+    G = gradients_of(samples)[0]
+    rows, sigma = G.flatten(1), torch.linalg.svdvals(rearrange(G))
+    block = rows.mT @ rows
+    return float(((block - operator.to_dense()).norm() - (block.norm() ** 2 - sigma[0] ** 2).sqrt()) / block.norm())
+
+
+@pytest.mark.parametrize(("T", "n", "pieces"), [(1, 4096, 8), (9, 256, 4)])
+def test_later_pieces_go_on_from_the_directions_of_earlier_ones(T, n, pieces):
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(24, 24, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 24)
+    a = torch.relu(torch.randn(1, n, T, 24, generator=generator, dtype=torch.float64) @ mix)
+    g = torch.randn(1, n, T, 20, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, 20)
+    samples = samples_of(a, g)
+    batches = [samples.part(n * k // pieces, n * (k + 1) // pieces) for k in range(pieces)]
+    errors = {}
+    for warm in (False, True):
+        fit = kf.KFOC(route="projected", rank_memory=1, warm_start=warm)
+        block = Block("w", "linear", View.of("w", torch.zeros(1, 20, 24)))
+        state = fit.init((block,), replace(fit.plan((block,), 8), waiting=0), g)
+        for batch in batches:
+            state = fit.update(state, (batch,))
+        assert float(state.sums["pieces"]) == pieces
+        if T > 1:  # two double steps of a part from nothing, one from a start
+            assert float(state.sums["steps"]) == (pieces + 1 if warm else 2 * pieces)
+        state.count = 1.0
+        errors[warm] = excess(fit.finish(state), samples)
+    assert errors[True] <= errors[False] + 0.001 and errors[True] <= 0.01
+
+
+def test_a_start_that_has_nothing_of_a_piece_loses_nothing_of_it():
+    first, second = random_samples(n=512, I=40, O=20), random_samples(n=512, I=40, O=20, seed=1)
+    halves = torch.arange(40) < 20
+    first = samples_of(first.activations.dense() * halves, first.gradients)  # inputs of one are zero in the other
+    second = samples_of(second.activations.dense() * ~halves * 2, second.gradients)
+    found = fitted(kf.KFOC(route="projected", rank_memory=1), first, second)[0]
+    both = samples_of(
+        torch.cat([use.activations.dense() for use in (first, second)], dim=1),
+        torch.cat([first.gradients, second.gradients], dim=1),
+    )
+    traces = found.A[0].diagonal().unflatten(0, (2, 20)).sum(1)
+    assert traces[1] > traces[0] > 0
+    assert excess(found, both) <= excess(fitted(kf.KFAC(), both)[0], both)
 
 
 def network():

@@ -1,5 +1,6 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -178,14 +179,14 @@ class KFOC(Fit):
             return
         state.facts.pop("alone", None)
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
-            state.checked()  # decompositions wait for the device anyway, and tell less of what is wrong
-            _warn_of_nothing(state)
+            _look_over(state)  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
             try:
                 self._merge(state, piece)
             except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                state.checked()
                 raise NumericalError(
                     f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
                     "scale the loss down, look at the weights, or use float64."
@@ -209,7 +210,8 @@ class KFOC(Fit):
             route, source = "rows", Diagonals(piece, sides)
         else:
             route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
-            source = rearranged(piece, route, self.tolerance, self.iterations)
+            start = state.facts.get("directions") if self.warm_start and not self.by_batch else None
+            source = rearranged(piece, route, self.tolerance, self.iterations, start)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
             before = Terms(*_split(state))
@@ -218,6 +220,7 @@ class KFOC(Fit):
             self._replace(state, pair)
         elif isinstance(source, Projected):
             pair = self._add_projected(state, source, n)
+            state.facts["directions"] = (source.right, source.left)
         elif isinstance(source, Gram) and len(sums["inputs"]) == 1 and self.aggregation != "running":
             w, u, sigma, steps, change = source.weights(self.tolerance, self.iterations)
             root = self._share(sigma, n)
@@ -282,7 +285,8 @@ class KFOC(Fit):
         """The best sum of as many terms as before for what is carried and some more."""
         sums, terms = state.sums, len(state.sums["inputs"])
         if "route" not in state.facts and len(A) <= terms:  # of zeros nothing comes
-            B, A, _ = truncated(B, A, len(A))
+            if len(A) > 1:
+                B, A, _ = truncated(B, A, len(A))
             sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
             return
         sums["inputs"], sums["outputs"] = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
@@ -399,8 +403,8 @@ class KFOC(Fit):
         if state.fixed:
             return balanced(sums["inputs"], state.fixed["outputs"], reciprocal(state.count), state.name)
         A, B, scale = sums["inputs"][0], sums["outputs"][0], reciprocal(state.count)
-        if len(sums["inputs"]) > 1:
-            A, B = leading(sums["inputs"], sums["outputs"], state.name)
+        if len(sums["inputs"]) > 1 and not (state.facts.get("route") == "projected" and float(sums["pieces"]) == 1):
+            A, B = leading(sums["inputs"], sums["outputs"], state.name)  # else one term, semidefinite as it was made
         if len(sums["inputs"]) == 1 and self.aggregation != "running":
             scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
         return balanced(A, B, scale, state.name)
@@ -445,9 +449,12 @@ class KPSVD(KFOC):
     """
 
 
-def _warn_of_nothing(state: State) -> None:
+def _look_over(state: State) -> None:
+    """Refuse gradients that are not finite, and say so where they are too small to be squared."""
     ends = [end for several in state.waiting if len(several) for end in several.gradients.aminmax()]
     largest = float(torch.stack(ends).abs().max()) if ends else 0.0
+    if not math.isfinite(largest):
+        state.checked()
     if 0 < largest**2 < torch.finfo(state.waiting[0].gradients.dtype).tiny:
         warnings.warn(
             f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, eigh, mirror_
+from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.sides import norm, over
 from kronfisher.rearrangement.weights import Gram
 from kronfisher.samples import Samples, applied, chunks
@@ -32,17 +32,32 @@ class Projected:
 
     Args:
         samples: some; their positions may differ.
+        tolerance: of the pair of a part of them, where T = 1.
+        iterations: double steps at most, for that pair.
+        start: directions ``[H, I, ρ]`` of A and ``[H, O, ρ]`` of B for other samples of the block: one double step goes
+            on from there.
 
     Attributes:
+        right: directions of A.
+        left: directions of B.
         change: of A in the last step over the part of the samples.
         steps: double steps over that part.
     """
 
-    def __init__(self, samples: Sequence[Samples], tolerance: float = 1e-3, iterations: int = 50) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Samples],
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.samples = samples
         self.shape = samples[0].shape
         self.single = all(several.positions == 1 for several in samples)
-        found = self._from_gram(tolerance, iterations) if self.single else self._from_part()
+        if self.single:
+            found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
+        else:
+            found = self._from_part(start)
         self.right, self.left, self.steps, self.change = found
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -78,31 +93,60 @@ class Projected:
         left = _directions(lambda v: g.mT @ (g @ v), _random(g, g.shape[-1]))
         return right, left, steps, change
 
-    def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Double steps over a part of the samples."""
+    def _from_all(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One double step over all samples, each side through its directions."""
+        pairs = [(several.activations.dense()[:, :, 0], several.gradients[:, :, 0]) for several in self.samples]
+        right, left = map(_renewed, start)
+        rows = [(g, (a @ right).square().sum(-1, keepdim=True)) for a, g in pairs]
+        left = _nystrom(lambda v: _weighted(rows, v), left)
+        columns = [(a, (g @ left).square().sum(-1, keepdim=True)) for a, g in pairs]
+        right = _nystrom(lambda v: _weighted(columns, v), right)
+        return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
+
+    def _from_part(self, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Double steps over a part of the samples: fewer from a start."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
         part = _some(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
-        right, left = _random(like, width), _random(like, outputs)
-        change = like.new_full((), torch.inf)
-        for step in range(_STEPS):
-            B = _total(outputs, right, part, transposed=False)
-            left = _directions(lambda v, B=B: B @ v, _random(like, outputs))
-            A, old = _total(width, left, part, transposed=True), right
-            right = _directions(lambda v, A=A: A @ v, _random(like, width))
-            if step:  # by the directions: they tell nearly all of A, and another A would take as much room as factors
-                change = (2 - 2 * norm(old.mT @ right).square()).clamp_min(0).sqrt().max()
-            del A, B
-        return right, left, like.new_full((), _STEPS, dtype=torch.int64), change
+        right, left = (_random(like, width), _random(like, outputs)) if start is None else map(_renewed, start)
+        steps, old = (_STEPS, None) if start is None else (1, start[0])
+        for step in range(steps):
+            left = _directions(_half_step(outputs, right, part, transposed=False), _random(like, outputs))
+            old = right if step else old
+            right = _directions(_half_step(width, left, part, transposed=True), _random(like, width))
+        change = like.new_full((), torch.inf) if old is None else _change(old, right)
+        return right, left, like.new_full((), steps, dtype=torch.int64), change
 
 
-def _total(width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool) -> Tensor:
-    """A half step over some samples, up to a scale."""
+def _renewed(directions: Tensor) -> Tensor:
+    """With a little of another one: what a start has none of would never come back."""
+    other = _random(directions, directions.shape[1])[..., :1]
+    return torch.cat([directions[..., :1] + 0.1 * over(other, norm(other)), directions[..., 1:]], dim=-1)
+
+
+def _change(old: Tensor, new: Tensor) -> Tensor:
+    """Of A, by its directions: they tell nearly all of it, and another A would take as much room as the factors."""
+    return (2 - 2 * norm(old.mT @ new).square()).clamp_min(0).sqrt().max()
+
+
+def _weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
+    """``Σ_k w_k x_k x_kᵀ v`` for rows ``[H, n, D]`` and weights ``[H, n, 1]``."""
+    return torch.stack([x.mT @ ((x @ v) * w) for x, w in rows]).sum(0)
+
+
+def _half_step(
+    width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool
+) -> Callable[[Tensor], Tensor]:
+    """What multiplies by the matrix that a half step over some samples gives: it is not formed where rows are few."""
+    found = (rows for several in samples for rows in _rows(several, directions, transposed))
+    if sum(map(len, samples)) * directions.shape[-1] <= width:
+        kept = list(found)
+        return lambda v: torch.stack([rows.mT @ (rows @ v) for rows in kept]).sum(0)
     total = directions.new_zeros(len(directions), width, width)
-    for several in samples:
-        for rows in _rows(several, directions, transposed):
-            add_symmetric_product_(total, rows)
-    return mirror_(total)
+    for rows in found:
+        add_symmetric_product_(total, rows)
+    total = mirror_(total)
+    return lambda v: total @ v
 
 
 def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
@@ -140,7 +184,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     for low, high in chunks(len(samples), size, samples.workspace // 8):
         g = samples.gradients[:, low:high]
         if transposed:
-            yield (applied(g, L).mT @ samples.activations.dense(low, high)).flatten(1, 2)
+            yield samples.activations.combined(applied(g, L), low, high).flatten(1, 2)
         else:
             yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
 
@@ -159,14 +203,20 @@ def _drawn(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """L ``[H, D, ρ]`` with ``L Lᵀ`` of norm one and close to the leading part of a positive semidefinite matrix.
 
-    Nyström's approximation ``X (YᵀX)⁺ Xᵀ``, X = M Y, from Y that M was applied to once (Halko et al. 2011).
+    From Y that M was applied to once (Halko et al. 2011).
     """
-    Y = times(start)
+    return _nystrom(times, times(start))
+
+
+def _nystrom(times: Callable[[Tensor], Tensor], Y: Tensor) -> Tensor:
+    """The same from Y near the leading part: Nyström's approximation ``X (YᵀX)⁺ Xᵀ``, X = M Y."""
     Y = over(Y, norm(Y))
     X = times(Y)
     X = over(X, norm(X))
     core = Y.mT @ X
-    values, vectors = eigh(core, "the leading directions of K-FOC")
-    kept = values > values[:, -1:] * core.shape[-1] * torch.finfo(core.dtype).eps * 10
-    L = X @ (vectors * torch.where(kept, values.clamp_min(torch.finfo(core.dtype).tiny).rsqrt(), 0).unsqueeze(1))
+    core = over(core + core.mT, core.diagonal(dim1=-2, dim2=-1).amax(-1))
+    # In place of the inverse: what is no more than rounding in the core is that in X too, and stays so.
+    core.diagonal(dim1=-2, dim2=-1).add_(core.shape[-1] * torch.finfo(core.dtype).eps * 20)
+    root = torch.linalg.cholesky_ex(core).L
+    L = torch.linalg.solve_triangular(root.mT, X, upper=True, left=False)
     return over(L, norm(L.mT @ L).sqrt())

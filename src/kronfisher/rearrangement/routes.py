@@ -66,15 +66,19 @@ def cheapest(
 
 
 def rearranged(
-    samples: Sequence[Samples], route: str, tolerance: float = 1e-3, iterations: int = 50
+    samples: Sequence[Samples],
+    route: str,
+    tolerance: float = 1e-3,
+    iterations: int = 50,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Rearranged | Projected:
-    """ℛ(F) of some samples; projections are found to a tolerance.
+    """ℛ(F) of some samples; projections are found to a tolerance, or from the directions of other samples.
 
     Raises:
         ValueError: the route is not known or not for so many positions.
     """
     if route == "projected":
-        return Projected(samples, tolerance, iterations)
+        return Projected(samples, tolerance, iterations, start)
     if route == "rows":
         return Rows(samples)
     if route == "explicit":

@@ -52,10 +52,11 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
     Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace.
     """
-    sizes = [_sizes(side) for side in (left, right)]
+    grams = [products(side, side) for side in (left, right)]
+    sizes = [gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams]
     shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its sides must not matter
-    root_left, back_left = _root(left, sizes[0], shared)
-    root_right, back_right = _root(right, sizes[1], shared)
+    root_left, back_left = _root(grams[0], sizes[0], shared)
+    root_right, back_right = _root(grams[1], sizes[1], shared)
     U, sigma, V = torch.linalg.svd(root_left.mT @ root_right)  # [H, s, s]
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
@@ -69,22 +70,15 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     return B, A, sigma.mT
 
 
-def _sizes(matrices: Tensor) -> Tensor:
-    """Frobenius norms ``[H, s]`` of ``[s, H, p, q]``, in float64."""
-    flat = matrices.transpose(0, 1).flatten(2)
-    parts = [torch.linalg.vector_norm(piece, dim=2, dtype=torch.float64) for piece in flat.split(_PIECE, dim=2)]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """For matrices of this Gram matrix ``[H, s, s]``, brought from sizes ``[H, s]`` to those shared by both sides.
 
-
-def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``[s, H, p, q]`` brought from their sizes ``[H, s]`` to those shared by both sides of a term.
-
-    X with ``X Xᵀ`` their Gram matrix ``[H, s, s]``, and Y that takes X's columns back to the given matrices.
+    X with ``X Xᵀ`` their Gram matrix then, and Y that takes X's columns back to the given matrices.
     """
     inverse = torch.where(sizes > 0, 1 / sizes, 0)
     scale = shared.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     factor = (inverse * (shared / scale))[..., None]
-    gram = products(matrices, matrices, factor, factor)
+    gram = gram * factor * factor.mT
     values, vectors = torch.linalg.eigh(gram)
     values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
     root = values.sqrt()
@@ -92,15 +86,15 @@ def _root(matrices: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tens
     return (vectors * root.unsqueeze(1)) * scale[..., None], vectors * back.unsqueeze(1) * (shared * inverse)[..., None]
 
 
-def products(x: Tensor, y: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """``⟨X_r, Y_s⟩ [H, r, s]`` of ``[r, H, ...]`` and ``[s, H, ...]``, times `left` and `right`, in float64.
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """``⟨X_r, Y_s⟩ [H, r, s]`` of ``[r, H, ...]`` and ``[s, H, ...]``, in float64.
 
     Piece by piece: a copy in float64 would be twice as large as what is there.
     """
+    same = x is y
     x, y = (side.transpose(0, 1).flatten(2) for side in (x, y))
     total = x.new_zeros(len(x), x.shape[1], y.shape[1], dtype=torch.float64)
     for mine, theirs in zip(x.split(_PIECE, dim=2), y.split(_PIECE, dim=2), strict=True):
-        mine, theirs = mine.double(), theirs.double()
-        mine, theirs = mine if left is None else mine * left, theirs if right is None else theirs * right
-        total += mine @ theirs.mT
+        mine = mine.double()
+        total += mine @ (mine if same else theirs.double()).mT
     return total

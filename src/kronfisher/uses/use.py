@@ -124,6 +124,10 @@ class Use:
         """The use of its output by adding it onto tensors of a shape; none where nothing is known of that."""
         return ()
 
+    def forget(self) -> None:
+        """Let go of the inputs once nobody asks for them again: the backward pass frees what it has done with too."""
+        self.inputs = None
+
     def checked_inputs(self) -> Tensor:
         """The inputs in the dtype of the samples, if nobody has written over them since."""
         return self.unchanged_inputs().to(self.dtype)
