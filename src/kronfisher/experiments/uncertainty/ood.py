@@ -82,8 +82,16 @@ class OODStudy(Experiment):
     def quick(cls, data_dir: Path | None = None) -> Self:
         """The same in seconds."""
         fits = {name: FITS[name] for name in ("diagonal", "K-FAC", "EKFAC on K-FAC")}
-        sizes = {"train_size": 300, "validation_size": 100, "test_size": 100}
-        return cls(seeds=1, **sizes, epochs=2, fits=fits, peers=(), data_dir=data_dir)
+        return cls(
+            seeds=1,
+            train_size=300,
+            validation_size=100,
+            test_size=100,
+            epochs=2,
+            fits=fits,
+            peers=(),
+            data_dir=data_dir,
+        )
 
     def check(self) -> None:
         for name in (self.inside, self.outside):
