@@ -185,6 +185,7 @@ FORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with a single core
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_loaders(model, form, workers):
