@@ -370,3 +370,14 @@ def test_nearest_kronecker_is_the_truncated_svd(shapes):
         nearest_kronecker(left, right, 7)
     with pytest.raises(kf.DataError, match="same s"):
         nearest_kronecker(left, right[:3])
+
+
+def test_directions_do_not_fade_from_piece_to_piece():
+    a = torch.randn(600, 3).relu() @ torch.randn(3, 300)  # of rank three, where there are 32 directions
+    samples = samples_of(a[None, :, None], torch.randn(1, 600, 1, 3) @ torch.randn(3, 280))
+    source = rearranged([samples], "projected")
+    for _ in range(60):
+        source = rearranged([samples], "projected", start=(source.right, source.left))
+    for side in (source.right, source.left):
+        sizes = side.abs().amax(dim=-2)
+        assert sizes.min() > 1e-12 * sizes.max()  # numbers below 1e-38 would make every product ten times slower

@@ -211,6 +211,8 @@ def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 def _nystrom(times: Callable[[Tensor], Tensor], Y: Tensor) -> Tensor:
     """The same from Y near the leading part: Nyström's approximation ``X (YᵀX)⁺ Xᵀ``, X = M Y."""
     Y = over(Y, norm(Y))
+    # Column by column: from piece to piece the weaker ones would fade to numbers that processors are slow with.
+    Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
     X = times(Y)
     X = over(X, norm(X))
     core = Y.mT @ X
