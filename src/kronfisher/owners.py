@@ -82,13 +82,13 @@ class Owners:
             return part.use.summing or masked or part.block.key in owned
 
         for index, several in parts.items():
-            lead = capture.calls[index].shape
+            shape = capture.calls[index].shape
             for number, part in enumerate(several):
                 sort = sorting(part)
                 rule = rules.get(key := (index, part.block.key, sort)) or guesses.get(key)
                 if sort and proof.gathers:
                     rule = None  # the next batch may come in another order
-                if owner := _known(rule, part.use.lead(lead), samples, sort):
+                if owner := _known(rule, part.use.lead(shape), samples, sort):
                     found.owners[index, number] = owner
                 else:
                     doubtful[index, number] = part.use

@@ -224,8 +224,8 @@ class KroneckerSum(Fit):
         state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
 
     def _most(self, shape: tuple[int, ...]) -> int:
-        """Terms that a block can have at most, where that is one: a weight with a single row or column."""
-        return 1 if self.method == "nonnegative" and min(shape[1:]) == 1 else self.carried
+        """Terms worth carrying: of a weight with a single row or column there is only one."""
+        return 1 if min(shape[1:]) == 1 else self.carried
 
     def _terms(self, state: State) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
         """The R largest terms, A and B, and which of them are antisymmetric; the first is symmetric."""
