@@ -50,6 +50,21 @@ def test_the_error_is_the_tail_of_the_spectrum(rank, method, shared):
         assert any(any(fisher[name].antisymmetric) for name in fisher.blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["lanczos", "deflation"])
+def test_in_the_span_of_the_samples_terms_are_those_of_whole_matrices(method, dtype, monkeypatch):
+    model, x = network(shared=False)
+    model, x = model.to(dtype), x.to(dtype)
+    found = []
+    for within in (True, False):
+        monkeypatch.setattr("kronfisher.fits.term_search.spans", lambda *_, within=within: within)
+        found.append(estimate(model, x, kf.KroneckerSum(3, method, tolerance=1e-6, iterations=300)))
+    for name in found[0].blocks:
+        left, right = (fisher[name].to_dense() for fisher in found)
+        scale = float(right.norm())
+        torch.testing.assert_close(left, right, rtol=0, atol=scale * (1e-3 if dtype == torch.float32 else 1e-5))
+
+
 def _tails_by_kind(R, kinds):
     heads, outputs, inputs = len(R), round(R.shape[1] ** 0.5), round(R.shape[2] ** 0.5)
     M = R.view(heads, outputs, outputs, inputs, inputs)

@@ -6,8 +6,10 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.damping import Damping
+from kronfisher.fits import Plan, State
 from kronfisher.natural_gradient import Curvature
 from kronfisher.operators import KroneckerBasis
+from kronfisher.operators.sides import outer
 
 FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
@@ -166,8 +168,36 @@ def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
             U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT
             batches = [block.name for block in layer.blocks]
             truth = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="full")[batches[0]].to_dense() * len(x)
+            values = diagonal(U, truth)
             if layer.name in before:
-                truth = truth + 0.5 * before[layer.name]
-            values = (U.mT @ truth @ U).diagonal()
-            torch.testing.assert_close(state.sums["eigenvalues"].flatten(), values, rtol=1e-8, atol=1e-10)
-            before[layer.name] = (U * values) @ U.mT
+                V, old = before[layer.name]
+                product = outer(state.fixed["outputs.values"], state.fixed["inputs.values"])
+                leaked = diagonal(U, whole(V, diagonal(V, whole(U, product)))) / product
+                values = values + 0.5 * diagonal(U, whole(V, old)) / leaked
+            torch.testing.assert_close(state.sums["eigenvalues"].flatten(), values, rtol=1e-6, atol=1e-10)
+            before[layer.name] = U, values
+
+
+def diagonal(U, matrix):
+    return (U.mT @ matrix @ U).diagonal()
+
+
+def whole(U, values):
+    return (U * values) @ U.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_that_belong_to_the_new_product_arrive_as_its_own(dtype):
+    """By a turn of 0.01 a large eigenvalue would leak a hundred times what the smallest is."""
+    a, b = torch.tensor([1.0, 1e-3, 1e-6], dtype=dtype), torch.tensor([2.0, 1e-4], dtype=dtype)
+    skew = torch.tensor([[0.0, 1.0, -2.0], [-1.0, 0.0, 1.0], [2.0, -1.0, 0.0]], dtype=dtype)
+    turn = torch.linalg.matrix_exp(0.01 * skew)
+    new = {"inputs": torch.eye(3, dtype=dtype)[None], "outputs": torch.eye(2, dtype=dtype)[None]}
+    old = {"inputs": turn[None], "outputs": new["outputs"]}
+    values = torch.outer(b, diagonal(turn, torch.diag(a)))  # of the product, in the old eigenvectors
+    plan = Plan(0)
+    before = State((), plan, {"eigenvalues": values[None]}, old, count=4.0, rows=4.0)
+    after = State((), plan, {}, {**new, "inputs.values": a[None], "outputs.values": b[None]})
+    carried = kf.EKFAC().carried(before, after)
+    torch.testing.assert_close(carried.sums["eigenvalues"][0], torch.outer(b, a), rtol=1e-4, atol=0)
+    assert carried.count == 4.0

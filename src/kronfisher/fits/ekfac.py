@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
@@ -74,22 +75,31 @@ class EKFAC(Fit):
         product = self.basis.finish(state)
         if not isinstance(product, Kronecker):
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
-        fixed = {
-            "inputs": decompose(product.A, f"{state.name} (input side)")[1],
-            "outputs": decompose(product.B, f"{state.name} (output side)")[1],
-        }
+        fixed = {}
+        for side, matrix in (("inputs", product.A), ("outputs", product.B)):
+            values, fixed[side] = decompose(matrix, f"{state.name} ({side[:-1]} side)")
+            fixed[f"{side}.values"] = values
         sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
 
     def carried(self, before: State, after: State) -> State:
-        """The diagonal, in the new eigenvectors, of the matrix that the eigenvalues so far make in the old ones."""
-        turn = {
-            side: new.square() if new.dim() == 2 else (new.mT @ before.fixed[side]).square()
-            for side, new in after.fixed.items()
-        }
+        """The eigenvalues so far, taken over into the new eigenvectors.
+
+        That is the diagonal there of the matrix that they make in the old eigenvectors. A large eigenvalue would leak
+        into small ones beside it, by far more than these are, with every small turn; so each side's are scaled by what
+        the same way there and back would make of the new product's: what belongs to the new product arrives unchanged.
+        """
+        sides = {}
+        for side in ("inputs", "outputs"):
+            new, values = after.fixed[side], after.fixed[f"{side}.values"]
+            turn = new.square() if new.dim() == 2 else (new.mT @ before.fixed[side]).square()
+            column = values.clamp_min(values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps)[..., None]
+            back = column if turn.dim() == 2 else turn @ (turn.mT @ column)
+            sides[side] = turn, torch.where(back > 0, column / back, 1.0)
         values = before.sums["eigenvalues"]
-        rows = sandwich(turn["outputs"], values.reshape(1, -1), turn["inputs"])
-        return replace(after, sums={"eigenvalues": rows.reshape(values.shape)}, count=before.count, rows=before.rows)
+        rows = sandwich(sides["outputs"][0], values.reshape(1, -1), sides["inputs"][0]).reshape(values.shape)
+        rows = rows * sides["outputs"][1] * sides["inputs"][1].mT
+        return replace(after, sums={"eigenvalues": rows}, count=before.count, rows=before.rows)
 
     def finish(self, state: State) -> Eigen:
         state.checked()

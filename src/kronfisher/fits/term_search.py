@@ -15,16 +15,17 @@ from kronfisher.rearrangement import (
     Gram,
     Joint,
     Rearranged,
+    Span,
     Terms,
     cheapest,
     clusters,
     deflated,
-    gram_spectrum,
     lanczos,
     nonnegative_weights,
     norm,
     positive_terms,
     rearranged,
+    spans,
     squared_products,
     times,
     truncated,
@@ -88,14 +89,18 @@ class TermSearch:
         if self.method == "nonnegative":
             return self._positive(piece, sides, terms, positions)
         if self.method == "gram":
-            source = rearranged(piece, "gram")
-            assert isinstance(source, Gram)
-            found = gram_spectrum(source, terms)
+            span = Span(piece)
+            found = span.expanded(span.spectrum(terms))
         else:
             find = lanczos if self.method == "lanczos" else deflated
-            source = _source(piece, sides)
-            source = source if less is None else Joint(source, less)
-            found = find(source, terms, odd, self.tolerance, self.iterations)
+            within = positions == 1 and less is None and not has_diagonal(sides)
+            if within and spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
+                span = Span(piece)
+                found = span.expanded(find(span, terms, odd, self.tolerance, self.iterations))
+            else:
+                source = _source(piece, sides)
+                source = source if less is None else Joint(source, less)
+                found = find(source, terms, odd, self.tolerance, self.iterations)
         A, B = _rooted(found.A, found.B, found.sigma)
         return A, B, float(found.steps), float(found.change)
 

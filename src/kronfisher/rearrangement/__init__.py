@@ -9,7 +9,8 @@ from kronfisher.rearrangement.rearranged import Pair, Rearranged
 from kronfisher.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
 from kronfisher.rearrangement.rows import Explicit, Rows
 from kronfisher.rearrangement.sides import norm, over, semidefinite, times, whole
-from kronfisher.rearrangement.spectrum import Triplets, deflated, gram_spectrum, lanczos
+from kronfisher.rearrangement.span import Span, spans
+from kronfisher.rearrangement.spectrum import Triplets, deflated, lanczos
 from kronfisher.rearrangement.terms import nearest_kronecker, products, truncated
 from kronfisher.rearrangement.weights import Gram, Weights
 
@@ -23,6 +24,7 @@ __all__ = [
     "Projected",
     "Rearranged",
     "Rows",
+    "Span",
     "Terms",
     "Triplets",
     "Weights",
@@ -30,7 +32,6 @@ __all__ = [
     "clusters",
     "costs",
     "deflated",
-    "gram_spectrum",
     "lanczos",
     "nearest_kronecker",
     "nonnegative_weights",
@@ -40,6 +41,7 @@ __all__ = [
     "products",
     "rearranged",
     "semidefinite",
+    "spans",
     "squared_products",
     "times",
     "truncated",

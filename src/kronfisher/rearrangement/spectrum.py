@@ -13,9 +13,8 @@ from torch import Tensor
 from kronfisher.rearrangement.joint import Joint, Terms
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.sides import norm, over, times
-from kronfisher.rearrangement.weights import Gram
 
-__all__ = ["Triplets", "deflated", "gram_spectrum", "lanczos"]
+__all__ = ["Triplets", "deflated", "lanczos"]
 
 
 @dataclass
@@ -186,33 +185,3 @@ def deflated(
         noise = (pair.sigma <= 100 * torch.finfo(like.dtype).eps * sigmas[0]).all()  # nothing was left to converge
         steps, change = steps + pair.steps, torch.maximum(change, torch.where(noise, 0, pair.change))
     return Triplets(torch.stack(As), torch.stack(Bs), torch.stack(sigmas), steps, change)
-
-
-def gram_spectrum(source: Gram, rank: int) -> Triplets:
-    """T = 1: everything in the span of the n samples, from the roots of ``(a aᵀ)∘²`` and ``(g gᵀ)∘²``; n³."""
-    rootA, backA = _root(source.inputs_gram)
-    rootB, backB = _root(source.outputs_gram)
-    P, sigma, Q = torch.linalg.svd(rootB.mT @ rootA)  # [H, n, n]
-    keep = min(rank, sigma.shape[-1])
-    u, w = backB @ P[..., :keep], backA @ Q.mT[..., :keep]  # weights [H, n, R]
-    like = source.like()
-    a = source.activations.dense()[:, :, 0]
-    A = torch.stack([(a * w[..., r, None].to(like)).mT @ a for r in range(keep)])
-    B = torch.stack([(source.g * u[..., r, None].to(like)).mT @ source.g for r in range(keep)])
-    sizes = [torch.stack([norm(term) for term in side]) for side in (A, B)]
-    A, B = (
-        torch.stack([over(t, n) for t, n in zip(side, ns, strict=True)]) for side, ns in zip((A, B), sizes, strict=True)
-    )
-    sigma = sigma[:, :keep].mT.to(like) * (source._a_scale * source._g_scale)
-    if keep < rank:
-        A, B, sigma = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sigma))
-    zero = like.new_zeros(())
-    return Triplets(A, B, sigma, zero, zero)
-
-
-def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """X ``[H, n, n]`` with ``X Xᵀ`` the Gram matrix, and Y with ``Yᵀ`` times the Gram matrix times Y the identity."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    values = torch.where(values > values[:, -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps, values, 0)
-    root = values.sqrt()
-    return vectors * root.unsqueeze(1), vectors * torch.where(root > 0, 1 / root, 0).unsqueeze(1)
