@@ -52,6 +52,7 @@ Aggregation = Literal["memory", "running", "approx", "exact"]
 _PIECE = 512  # samples that are treated at once
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms at most, where several are carried
+_SMALL = 2**12  # numbers in both sides of a term up to which other terms than the first take whole steps
 _SOME = 4  # where not even so many fit, of those wanted, one is carried
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
@@ -231,8 +232,12 @@ class KFOC(Fit):
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
             if (terms := len(sums["inputs"])) > 1:
-                before = sums["inputs"] if warm else None
-                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
+                before = (sums["inputs"], sums["outputs"]) if warm else None
+                half = None
+                if before is not None and sum(elements(*side) for side in sides) > _SMALL:
+                    half = "forwards" if state.facts.get("half") == "backwards" else "backwards"
+                    state.facts["half"] = half  # in turns they are whole steps, from piece to piece
+                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations, half)
                 if begun:
                     sums["norm"] += 2 * inner((A, B), (sums["inputs"], sums["outputs"]))
                 self._recompress(state, A, B)
@@ -289,8 +294,7 @@ class KFOC(Fit):
                 B, A, _ = truncated(B, A, len(A))
             sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
             return
-        sums["inputs"], sums["outputs"] = torch.cat([sums["inputs"], A]), torch.cat([sums["outputs"], B])
-        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms)
+        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms, (B, A))
 
     def _replace(self, state: State, pair: Pair) -> None:
         root = pair.sigma.sqrt()
@@ -349,9 +353,8 @@ class KFOC(Fit):
                 both.facts["uncertain"] = True
         if x.fixed or (terms == 1 and self.aggregation != "running"):
             return both  # sums of pieces' factors
-        B = torch.cat([wx * x.sums["outputs"], wy * y.sums["outputs"]])
-        A = torch.cat([x.sums["inputs"], y.sums["inputs"]])
-        both.sums["outputs"], both.sums["inputs"], _ = truncated(B, A, terms)
+        more = wy * y.sums["outputs"], y.sums["inputs"]
+        both.sums["outputs"], both.sums["inputs"], _ = truncated(wx * x.sums["outputs"], x.sums["inputs"], terms, more)
         return both
 
     def next_pass(self, state: State) -> State | None:
@@ -451,11 +454,15 @@ class KPSVD(KFOC):
 
 def _look_over(state: State) -> None:
     """Refuse gradients that are not finite, and say so where they are too small to be squared."""
+    tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
+    sizes = [torch.linalg.vector_norm(several.gradients) for several in state.waiting if len(several)]
+    if all(bool(torch.isfinite(size)) and float(size) ** 2 > 1e9 * tiny for size in sizes):
+        return  # the usual case, at a fraction of the time
     ends = [end for several in state.waiting if len(several) for end in several.gradients.aminmax()]
     largest = float(torch.stack(ends).abs().max()) if ends else 0.0
     if not math.isfinite(largest):
         state.checked()
-    if 0 < largest**2 < torch.finfo(state.waiting[0].gradients.dtype).tiny:
+    if 0 < largest**2 < tiny:
         warnings.warn(
             f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
             f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",

@@ -13,6 +13,7 @@ both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -106,24 +107,38 @@ class Rearranged(ABC):
         return Pair(A, B, sigma, steps, change)
 
     def leading_terms(
-        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+        self,
+        rank: int,
+        before: tuple[Tensor, Tensor] | None = None,
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+        half: Literal["forwards", "backwards"] | None = None,
     ) -> tuple[Pair, Tensor, Tensor]:
         """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
 
-        The other terms are from subspace iteration beside the pair, among symmetric matrices orthogonal to it, that
-        starts from the terms A ``[R, H, I, I]`` of `before`, or from noise; whatever it finds, the sum is ℛ(F) behind
-        a projection.
+        The other terms are from subspace iteration beside the pair, among symmetric matrices orthogonal to it;
+        whatever it finds, the sum is ℛ(F) behind a projection.
+
+        Args:
+            rank: R.
+            before: terms A and B of other samples of the block, from which one step is made; None: two from noise.
+            tolerance: of the pair, see `leading`.
+            iterations: for the pair.
+            half: the one step is only half a step: from A to B, or backwards from B to A.
         """
-        pair = self.leading(None if before is None else before[0], tolerance, iterations)
+        pair = self.leading(None if before is None else before[0][0], tolerance, iterations)
         A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
-        others = _noise(pair.A, rank - 1) if before is None else before[1:rank]
-        more = others
+        others = _noise(pair.A, rank - 1) if before is None else before[0][1:rank]
+        more = others if before is None else before[1][1:rank]
         for _ in range(SUBSPACE if before is None else 1):
-            others = _orthonormal(_without(others, pair.A))
-            more = _orthonormal(_without(torch.stack([self.outputs(each) for each in others]), pair.B))
-            others = torch.stack([self.inputs(each) for each in more])
+            if half != "backwards":
+                others = _orthonormal(_without(others, pair.A))
+                more = torch.stack([self.outputs(each) for each in others])  # orthogonal to B, as ℛᵀ of that is A
+            if half != "forwards":
+                more = _orthonormal(_without(more, pair.B))
+                others = torch.stack([self.inputs(each) for each in more])
         return pair, torch.cat([A, others]), torch.cat([B, more])
 
 

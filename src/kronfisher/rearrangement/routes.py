@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kronfisher.linalg import add_symmetric_product_
 from kronfisher.rearrangement.projected import DIRECTIONS, PART, Projected
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.rows import Explicit, Rows
+from kronfisher.rearrangement.sides import inverted
 from kronfisher.rearrangement.weights import Gram, Weights
 from kronfisher.samples import Samples
 
@@ -94,8 +96,8 @@ def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
     """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
     rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
     scale = rows.abs().amax()
-    rows = rows / torch.where(scale > 0, scale, 1)
-    squares = (rows @ rows.mT).square()
-    same = squares.diagonal().sum(dtype=torch.float64)
-    fourth = scale.double() ** 4
-    return same * fourth, (squares.sum(dtype=torch.float64) - same) * fourth
+    rows *= inverted(scale)
+    products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
+    squares = products.triu_().square_()
+    same, fourth = squares.diagonal().sum(dtype=torch.float64), scale.double() ** 4
+    return same * fourth, 2 * (squares.sum(dtype=torch.float64) - same) * fourth

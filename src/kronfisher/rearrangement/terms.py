@@ -47,12 +47,16 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
     return B[:, 0], A[:, 0], sigma[:, 0]
 
 
-def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated(
+    left: Tensor, right: Tensor, rank: int, more: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
 
-    Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace.
+    Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace. `more` are
+    further terms, left and right, of the sum: stacked with the others they would be there twice.
     """
-    grams = [products(side, side) for side in (left, right)]
+    sides = [(left,), (right,)] if more is None else [(left, more[0]), (right, more[1])]
+    grams = [_gram(side) for side in sides]
     sizes = [gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams]
     shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its sides must not matter
     root_left, back_left = _root(grams[0], sizes[0], shared)
@@ -61,13 +65,31 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
     mix_right = (back_right @ V[:, :rank].mT) * keep.unsqueeze(1)
-    B = torch.einsum("hsr,sh...->rh...", mix_left.to(left), left)
-    A = torch.einsum("hsr,sh...->rh...", mix_right.to(right), right)
+    B, A = _mixed(sides[0], mix_left), _mixed(sides[1], mix_right)
     trace = A.sum(-1) if A.dim() == 3 else A.diagonal(dim1=-2, dim2=-1).sum(-1)
     sign = torch.where(trace < 0, -1.0, 1.0).to(A)[..., None]
-    A = A * (sign if A.dim() == 3 else sign[..., None])
-    B = B * (sign if B.dim() == 3 else sign[..., None])
+    A *= sign if A.dim() == 3 else sign[..., None]
+    B *= sign if B.dim() == 3 else sign[..., None]
     return B, A, sigma.mT
+
+
+def _gram(stacks: tuple[Tensor, ...]) -> Tensor:
+    """``⟨X_r, X_s⟩ [H, s, s]`` over all of one or two stacks."""
+    first = products(stacks[0], stacks[0])
+    if len(stacks) == 1:
+        return first
+    across, last = products(*stacks), products(stacks[1], stacks[1])
+    return torch.cat([torch.cat([first, across], dim=2), torch.cat([across.mT, last], dim=2)], dim=1)
+
+
+def _mixed(stacks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    """``Σ_s weights[h, s, r] X_s[h]`` over all stacks, ``[R, H, ...]``."""
+    total, at = None, 0
+    for stack in stacks:
+        part = torch.einsum("hsr,sh...->rh...", weights[:, at : at + len(stack)].to(stack), stack)
+        total, at = part if total is None else total.add_(part), at + len(stack)
+    assert total is not None
+    return total
 
 
 def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:

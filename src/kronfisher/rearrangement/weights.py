@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +111,12 @@ class Gram(Weights):
         return Pair(mirror(A), mirror(B), sigma, steps, change)
 
     def leading_terms(
-        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+        self,
+        rank: int,
+        before: tuple[Tensor, Tensor] | None = None,
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+        half: Literal["forwards", "backwards"] | None = None,
     ) -> tuple[Pair, Tensor, Tensor]:
         """The same in the span of the samples: n² numbers a step and a term."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
