@@ -52,13 +52,16 @@ def test_the_error_is_the_tail_of_the_spectrum(rank, method, shared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["lanczos", "deflation"])
-def test_in_the_span_of_the_samples_terms_are_those_of_whole_matrices(method, dtype, monkeypatch):
+@pytest.mark.parametrize("labels", ["exact", "sampled"])
+@pytest.mark.parametrize("fit", [lambda **options: kf.KroneckerSum(3, **options), kf.KFACCorrected])
+def test_in_the_span_of_the_samples_terms_are_those_of_whole_matrices(fit, labels, method, dtype, monkeypatch):
     model, x = network(shared=False)
     model, x = model.to(dtype), x.to(dtype)
     found = []
     for within in (True, False):
         monkeypatch.setattr("kronfisher.fits.term_search.spans", lambda *_, within=within: within)
-        found.append(estimate(model, x, kf.KroneckerSum(3, method, tolerance=1e-6, iterations=300)))
+        search = fit(method=method, tolerance=1e-6, iterations=300)
+        found.append(estimate(model, x, search, labels, samples=1 if labels == "exact" else 2))
     for name in found[0].blocks:
         left, right = (fisher[name].to_dense() for fisher in found)
         scale = float(right.norm())

@@ -17,6 +17,7 @@ from kronfisher.rearrangement import (
     Rearranged,
     Span,
     Terms,
+    Triplets,
     cheapest,
     clusters,
     deflated,
@@ -92,17 +93,27 @@ class TermSearch:
             span = Span(piece)
             found = span.expanded(span.spectrum(terms))
         else:
-            find = lanczos if self.method == "lanczos" else deflated
-            within = positions == 1 and less is None and not has_diagonal(sides)
-            if within and spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
-                span = Span(piece)
-                found = span.expanded(find(span, terms, odd, self.tolerance, self.iterations))
-            else:
+            found = self._in_span(piece, sides, terms, less) if positions == 1 else None
+            if found is None:
                 source = _source(piece, sides)
                 source = source if less is None else Joint(source, less)
-                found = find(source, terms, odd, self.tolerance, self.iterations)
+                found = self._find(source, terms, odd)
         A, B = _rooted(found.A, found.B, found.sigma)
         return A, B, float(found.steps), float(found.change)
+
+    def _find(self, source: Rearranged, terms: int, odd: bool) -> Triplets:
+        find = lanczos if self.method == "lanczos" else deflated
+        return find(source, terms, odd, self.tolerance, self.iterations)
+
+    def _in_span(self, piece: list[Samples], sides: Shapes, terms: int, less: Terms | None) -> Triplets | None:
+        """The same triplets for T = 1 between the spans of the samples; None where that is no cheaper or impossible."""
+        if has_diagonal(sides) or not spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
+            return None
+        span = Span(piece)
+        taken = None if less is None else span.within(less)
+        if less is not None and taken is None:
+            return None
+        return span.expanded(self._find(span if taken is None else Joint(span, taken), terms, odd=False))
 
     def _positive(
         self, piece: list[Samples], sides: Shapes, terms: int, positions: int

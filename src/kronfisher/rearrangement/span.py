@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kronfisher.rearrangement.joint import Terms
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.sides import norm, over
 from kronfisher.rearrangement.spectrum import Triplets
@@ -19,6 +20,7 @@ from kronfisher.samples import Samples
 __all__ = ["Span", "spans"]
 
 _ROOTS = 100  # multiplications, over n³, as costly as both roots in float64
+_LOST = 1e-4  # of a matrix, by its norm, outside of a span that it was taken for within
 _STEPS = {"lanczos": 4, "deflation": 25}  # double steps a term, about
 
 
@@ -75,6 +77,17 @@ class Span(Rearranged):
             A, B, sigma = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sigma))
         zero = self.matrix.new_zeros(())
         return Triplets(A, B, sigma, zero, zero)
+
+    def within(self, terms: Terms) -> Terms | None:
+        """A sum of products of matrices ``Σ_k w_k a_k a_kᵀ`` and ``Σ_k u_k g_k g_kᵀ``, in coordinates; else None."""
+        sides = []
+        for rows, back, side in ((self.a, self._inputs, terms.A), (self.g, self._outputs, terms.B)):
+            products = torch.stack([torch.linalg.vecdot(rows @ term, rows) for term in side])  # ⟨X, x_k x_kᵀ⟩
+            sides.append(torch.einsum("hij,rhi->rhj", back, products.double()))
+            found, whole = torch.linalg.vector_norm(sides[-1], dim=-1), torch.stack([norm(term) for term in side])
+            if bool((found < (1 - _LOST) * whole).any()):
+                return None
+        return Terms(sides[0], sides[1], terms.sign)
 
     def expanded(self, found: Triplets) -> Triplets:
         """Triplets in coordinates as matrices ``[R, H, I, I]`` and ``[R, H, O, O]``."""
