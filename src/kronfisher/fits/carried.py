@@ -1,16 +1,19 @@
 """Sums of products that are carried from one piece of the samples to the next, and what becomes of them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kronfisher.errors import NumericalError
+from kronfisher.fits.fit import State
 from kronfisher.operators import Kronecker
 from kronfisher.rearrangement import norm, over, products, semidefinite, times, whole
 from kronfisher.samples import Samples
 
-__all__ = ["balanced", "inner", "leading", "pieces"]
+__all__ = ["balanced", "inner", "leading", "named", "pieces"]
 
 _DOUBLE_STEPS = 1000  # after which a term smaller than the first by a hundredth has no share left
 
@@ -33,6 +36,19 @@ def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
         mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
         sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name))
     return sides[0], sides[1]
+
+
+@contextmanager
+def named(state: State) -> Iterator[None]:
+    """Decompositions that fail say of which block they were."""
+    try:
+        yield
+    except (NumericalError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        state.checked()
+        raise NumericalError(
+            f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
+            "scale the loss down, look at the weights, or use float64."
+        ) from error
 
 
 def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,16 +1,12 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
-import math
-import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.errors import NumericalError, NumericalWarning
-from kronfisher.fits.carried import balanced, inner, leading, pieces
+from kronfisher.fits.carried import balanced, inner, leading, named, pieces
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -23,38 +19,26 @@ from kronfisher.fits.fit import (
     register,
     side_shapes,
 )
-from kronfisher.linalg import mirror
+from kronfisher.fits.merging import Aggregation, Merging, look_over, split
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.rearrangement import (
     ROUTES,
     Diagonals,
-    Explicit,
-    Gram,
-    Joint,
-    Pair,
     Projected,
-    Terms,
     cheapest,
     norm,
     over,
     rearranged,
-    squared_products,
-    times,
     truncated,
-    whole,
 )
 from kronfisher.samples import WORKSPACE, Samples
 
 __all__ = ["KFOC", "KPSVD"]
 
-Aggregation = Literal["memory", "running", "approx", "exact"]
-
 _PIECE = 512  # samples that are treated at once
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms at most, where several are carried
-_SMALL = 2**12  # numbers in both sides of a term up to which other terms than the first take whole steps
 _SOME = 4  # where not even so many fit, of those wanted, one is carried
-_PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
 @dataclass(frozen=True)
@@ -180,18 +164,14 @@ class KFOC(Fit):
             return
         state.facts.pop("alone", None)
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
-            _look_over(state)  # decompositions wait for the device anyway, and tell less of what is wrong
+            look_over(state)  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
+        settings = (self.aggregation, self.tolerance, self.iterations, self.warm_start, self.route)
+        merging = Merging(*settings, self.sides(state.blocks[0]))
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
-            try:
-                self._merge(state, piece)
-            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-                state.checked()
-                raise NumericalError(
-                    f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
-                    "scale the loss down, look at the weights, or use float64."
-                ) from error
+            with named(state):
+                merging.add_(state, piece)
 
     def _size(self, state: State) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
@@ -202,120 +182,6 @@ class KFOC(Fit):
                 break
             size //= 2
         return size
-
-    def _merge(self, state: State, piece: list[Samples]) -> None:
-        shape, n = piece[0].shape, sum(map(len, piece))
-        positions = max(several.positions for several in piece)
-        sides = self.sides(state.blocks[0])
-        if any(len(side) == 2 for side in sides):
-            route, source = "rows", Diagonals(piece, sides)
-        else:
-            route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
-            start = state.facts.get("directions") if self.warm_start and not self.by_batch else None
-            source = rearranged(piece, route, self.tolerance, self.iterations, start)
-        sums, begun = state.sums, "route" in state.facts
-        if self.aggregation == "running" and not isinstance(source, Projected) and begun:
-            before = Terms(*_split(state))
-            start = before.A[0] if self.warm_start else None
-            pair = Joint(before, source).leading(start, self.tolerance, self.iterations)
-            self._replace(state, pair)
-        elif isinstance(source, Projected):
-            pair = self._add_projected(state, source, n)
-            state.facts["directions"] = (source.right, source.left)
-        elif isinstance(source, Gram) and len(sums["inputs"]) == 1 and self.aggregation != "running":
-            w, u, sigma, steps, change = source.weights(self.tolerance, self.iterations)
-            root = self._share(sigma, n)
-            source.add_inputs_(sums["inputs"][0], times(w, root))  # straight into the sum
-            source.add_outputs_(sums["outputs"][0], times(u, root))
-            sums["weight"] += self._weight(sigma, n)
-            pair = Pair(sigma, sigma, sigma, steps, change)
-        else:
-            warm = begun and self.warm_start and not isinstance(source, Gram)
-            if (terms := len(sums["inputs"])) > 1:
-                before = (sums["inputs"], sums["outputs"]) if warm else None
-                half = None
-                if before is not None and sum(elements(*side) for side in sides) > _SMALL:
-                    half = "forwards" if state.facts.get("half") == "backwards" else "backwards"
-                    state.facts["half"] = half  # in turns they are whole steps, from piece to piece
-                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations, half)
-                if begun:
-                    sums["norm"] += 2 * inner((A, B), (sums["inputs"], sums["outputs"]))
-                self._recompress(state, A, B)
-            else:
-                start = whole(sums["inputs"][0]) if warm else None
-                pair = source.leading(start, self.tolerance, self.iterations)
-                self._add(state, pair, n)
-        self._certify(state, source, piece, n)
-        state.facts["route"] = route
-        sums["pieces"] += 1
-        sums["steps"] += pair.steps
-        sums["change"] = torch.maximum(sums["change"], pair.change.double())
-
-    def _add_projected(self, state: State, source: Projected, n: int) -> Pair:
-        """Half steps on both sides: straight into the sum where one product is carried and pieces weigh as they are."""
-        sums = state.sums
-        if len(sums["inputs"]) == 1 and not self.by_batch:
-            sigma = source.add_(sums["inputs"][0], sums["outputs"][0])
-            sums["weight"] += sigma
-            return Pair(sigma, sigma, sigma, source.steps, source.change)
-        A, B = torch.zeros_like(sums["inputs"][0]), torch.zeros_like(sums["outputs"][0])
-        weight = source.add_(A, B)
-        A, B = mirror(A), mirror(B)
-        sizes = norm(A), norm(B)
-        sigma = over(sizes[0] * sizes[1], weight)
-        pair = Pair(over(A, sizes[0]), over(B, sizes[1]), sigma, source.steps, source.change)
-        self._add(state, pair, n)
-        return pair
-
-    def _share(self, sigma: Tensor, n: int) -> Tensor:
-        # The factors of a batch's mean are those of its sum over √n, and batches count by their size.
-        return (sigma * n).sqrt() if self.aggregation == "approx" else sigma
-
-    def _weight(self, sigma: Tensor, n: int) -> Tensor:
-        return torch.full_like(sigma, n) if self.aggregation == "approx" else sigma
-
-    def _add(self, state: State, pair: Pair, n: int) -> None:
-        """One more pair into the sum that is carried."""
-        sums = state.sums
-        if len(sums["inputs"]) == 1 and self.aggregation != "running":
-            root = self._share(pair.sigma, n)
-            sums["inputs"][0] += times(pair.A, root)
-            sums["outputs"][0] += times(pair.B, root)
-            sums["weight"] += self._weight(pair.sigma, n)
-            return
-        root = pair.sigma.sqrt()
-        self._recompress(state, times(pair.A, root)[None], times(pair.B, root)[None])
-
-    def _recompress(self, state: State, A: Tensor, B: Tensor) -> None:
-        """The best sum of as many terms as before for what is carried and some more."""
-        sums, terms = state.sums, len(state.sums["inputs"])
-        if "route" not in state.facts and len(A) <= terms:  # of zeros nothing comes
-            if len(A) > 1:
-                B, A, _ = truncated(B, A, len(A))
-            sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
-            return
-        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms, (B, A))
-
-    def _replace(self, state: State, pair: Pair) -> None:
-        root = pair.sigma.sqrt()
-        state.sums["inputs"] = times(pair.A, root)[None]
-        state.sums["outputs"] = times(pair.B, root)[None]
-
-    def _certify(self, state: State, source: object, piece: list[Samples], n: int) -> None:
-        """‖F‖² of a piece, where it costs no more than a few half steps; between pieces it comes from their terms.
-
-        With one term a piece, too little is left of a piece to tell about the others; and what connects the groups of a
-        convolution is in no term. Pieces are no fair sample of each other either: columns and classes come in turn.
-        """
-        heads, outputs, inputs = piece[0].shape
-        if "route" in state.facts and (len(state.sums["inputs"]) == 1 or heads > 1):
-            state.facts["uncertain"] = True
-        elif isinstance(source, Gram):
-            state.sums["norm"] += sum(source.squared_products())
-        elif not isinstance(source, Projected | Diagonals) and n * heads * outputs * inputs * n <= _PAIRS:
-            state.sums["norm"] += sum(squared_products(source if isinstance(source, Explicit) else Explicit(piece)))
-        else:
-            state.facts["uncertain"] = True
 
     def _half_step(self, state: State, use: Samples) -> State:
         """Of the passes that polish: one side is fixed, the other is summed."""
@@ -368,7 +234,7 @@ class KFOC(Fit):
             alone = float(sums["pieces"]) <= 1 and state.facts.get("route") != "projected"
             if alone and float(sums["change"]) <= self.tolerance:
                 return None
-            A, B = _split(state)
+            A, B = split(state)
             first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
             return self._turn(state, {"inputs": over(first, norm(first))}, state.phase + 1)
         if "outputs" in sums:
@@ -450,33 +316,6 @@ class KPSVD(KFOC):
         >>> fisher["weight"].structure
         'kronecker 3x3'
     """
-
-
-def _look_over(state: State) -> None:
-    """Refuse gradients that are not finite, and say so where they are too small to be squared."""
-    tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
-    sizes = [torch.linalg.vector_norm(several.gradients) for several in state.waiting if len(several)]
-    if all(bool(torch.isfinite(size)) and float(size) ** 2 > 1e9 * tiny for size in sizes):
-        return  # the usual case, at a fraction of the time
-    ends = [end for several in state.waiting if len(several) for end in several.gradients.aminmax()]
-    largest = float(torch.stack(ends).abs().max()) if ends else 0.0
-    if not math.isfinite(largest):
-        state.checked()
-    if 0 < largest**2 < tiny:
-        warnings.warn(
-            f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
-            f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",
-            NumericalWarning,
-            stacklevel=2,
-        )
-
-
-def _split(state: State) -> tuple[Tensor, Tensor]:
-    """The terms carried, A ``[R, H, I, I]`` and B ``[R, H, O, O]``, of the sum over samples."""
-    A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
-    if len(A) > 1 or not bool((weight > 0).any()):
-        return A, B
-    return whole(A[0])[None], whole(over(B[0], weight))[None]
 
 
 register("kfoc", KFOC)

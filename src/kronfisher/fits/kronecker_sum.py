@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.carried import balanced, inner, pieces
+from kronfisher.fits.carried import balanced, inner, named, pieces
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -187,11 +187,12 @@ class KroneckerSum(Fit):
             state.checked()
         waiting, state.waiting = state.waiting, []
         alone = last and not float(state.sums["pieces"]) and sum(map(len, waiting)) <= PIECE
-        if alone and waiting:
-            self._merge_alone(state, waiting)
-        else:
-            for piece in pieces(waiting, PIECE) if waiting else ():
-                self._merge(state, piece, self.carried)
+        with named(state):
+            if alone and waiting:
+                self._merge_alone(state, waiting)
+            else:
+                for piece in pieces(waiting, PIECE) if waiting else ():
+                    self._merge(state, piece, self.carried)
 
     def _merge_alone(self, state: State, piece: list[Samples]) -> None:
         self._merge(state, piece, self.rank)

@@ -54,6 +54,9 @@ class Projected:
         self.samples = samples
         self.shape = samples[0].shape
         self.single = all(several.positions == 1 for several in samples)
+        self._weights: list[
+            Tensor
+        ] = []  # of the rows of A, as the last half step had them, [H, n] for some samples each
         if self.single:
             found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
         else:
@@ -67,10 +70,11 @@ class Projected:
             The weight ``⟨B, ℛ(F) A⟩ [H]`` of what was added: the pair is ``B ⊗ A`` divided by it.
         """
         weight = self.right.new_zeros(len(self.right))
-        for several in self.samples:
+        for place, several in enumerate(self.samples):
             if self.single:
                 right = several.activations.times(self.right)[:, :, 0].square().sum(-1)
-                left = (several.gradients[:, :, 0] @ self.left).square().sum(-1)
+                known = bool(self._weights)
+                left = self._weights[place] if known else (several.gradients[:, :, 0] @ self.left).square().sum(-1)
                 several.activations.add_weighted_(inputs, left)
                 add_symmetric_product_(outputs, several.gradients[:, :, 0] * right.sqrt()[..., None])
                 weight += torch.linalg.vecdot(left, right)
@@ -100,6 +104,7 @@ class Projected:
         rows = [(g, (a @ right).square().sum(-1, keepdim=True)) for a, g in pairs]
         left = _nystrom(lambda v: _weighted(rows, v), left)
         columns = [(a, (g @ left).square().sum(-1, keepdim=True)) for a, g in pairs]
+        self._weights = [w.squeeze(-1) for _, w in columns]
         right = _nystrom(lambda v: _weighted(columns, v), right)
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kronfisher.linalg import eigh
 from kronfisher.rearrangement.sides import norm, over, times
 
 __all__ = ["SUBSPACE", "Pair", "Rearranged", "mixture"]
@@ -154,7 +155,7 @@ def _noise(like: Tensor, number: int) -> Tensor:
 def mixture(gram: Tensor) -> Tensor:
     """X ``[H, R, R]`` that makes vectors with this Gram matrix orthonormal; zero for what they do not span."""
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(1)
-    values, vectors = torch.linalg.eigh(over(gram, scale))
+    values, vectors = eigh(over(gram, scale), "products of terms")
     root = torch.where(values > values[:, -1:] * 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
     return over(vectors * root.unsqueeze(1), scale.sqrt())
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kronfisher.linalg import eigh
 from kronfisher.rearrangement.joint import Terms
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.sides import norm, over
@@ -106,7 +107,7 @@ def _root(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = rows.abs().amax((1, 2)).clamp_min(torch.finfo(rows.dtype).tiny)
     rows = over(rows, scale)
     gram = (rows @ rows.mT).square()
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram, "products of samples")  # many are zero where units are dead
     values = torch.where(values > values[:, -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps, values, 0)
     root = values.sqrt()
     scale = (scale**2)[:, None, None]

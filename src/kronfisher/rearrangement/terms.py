@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError
+from kronfisher.linalg import eigh
 
 __all__ = ["nearest_kronecker", "products", "truncated"]
 
@@ -101,7 +102,7 @@ def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
     scale = shared.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     factor = (inverse * (shared / scale))[..., None]
     gram = gram * factor * factor.mT
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram, "products of terms")
     values = torch.where(values > values[:, -1:] * 1e-14, values, 0)
     root = values.sqrt()
     back = torch.where(root > 0, 1 / root, 0) / scale
