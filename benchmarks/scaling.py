@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from kronfisher import KFAC
+from kronfisher.activations import Dense
 from kronfisher.blocks import Block, View
-from kronfisher.samples import Dense, Samples
+from kronfisher.samples import Samples
 from kronfisher.uses.convolution import Patches, Window
 
 WIDTH, CHANNELS = 256, 64

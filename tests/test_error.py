@@ -8,10 +8,11 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher import error as module
+from kronfisher.activations import Dense
 from kronfisher.fits import FITS
 from kronfisher.fits.quadratic import quadratic
 from kronfisher.operators import KroneckerSum
-from kronfisher.samples import Dense, Samples
+from kronfisher.samples import Samples
 from tests.exact import Written, exact_fisher
 
 FITS_TO_TRY = [

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kronfisher.activations import WORKSPACE, Dense
 from kronfisher.indices import Indices
 from kronfisher.linalg import mirror
-from kronfisher.samples import WORKSPACE, Dense, Samples, join
+from kronfisher.samples import Samples, join
 
 N, T, O, I = 5, 4, 3, 6
 

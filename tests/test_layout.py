@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module may import from its own row and from the rows above it.
 ROWS = [
     {"errors", "linalg", "models"},
-    {"samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
+    {"activations", "samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
     {"capture"},
     {"estimate", "error", "spectrum", "coverage", "accumulate", "passes"}

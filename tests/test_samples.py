@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kronfisher.activations import WORKSPACE, Dense, Masked, Ones, chunks
 from kronfisher.linalg import mirror
-from kronfisher.samples import WORKSPACE, Dense, Masked, Ones, Samples, chunks, join
+from kronfisher.samples import Samples, join
 from kronfisher.uses.convolution import Patches, Window
 from kronfisher.uses.transposed import FlippedPatches
 

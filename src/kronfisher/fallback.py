@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from kronfisher.activations import Ones
 from kronfisher.blocks import Block, View
 from kronfisher.indices import Indices
 from kronfisher.linalg import promote
-from kronfisher.samples import Ones, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["FALLBACK", "per_sample_block", "per_sample_gradients", "written_out"]
 

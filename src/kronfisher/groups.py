@@ -6,6 +6,7 @@ from math import prod
 
 from torch import Tensor
 
+from kronfisher.activations import WORKSPACE
 from kronfisher.blocks import Block, Key
 from kronfisher.capture import Capture
 from kronfisher.errors import MemoryBudgetError, UnsupportedError
@@ -13,7 +14,6 @@ from kronfisher.fits import Fit, Plan
 from kronfisher.following import Following
 from kronfisher.linalg import promote
 from kronfisher.operators.memory import available_memory
-from kronfisher.samples import WORKSPACE
 from kronfisher.stream import Group, Part
 from kronfisher.treatment import Treatment
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfisher.samples import WORKSPACE, Activations, chunks
+from kronfisher.activations import WORKSPACE, Activations, chunks
 
 __all__ = ["Indices"]
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.activations import Dense
 from kronfisher.blocks import Block, View
 from kronfisher.fits import kfoc
 from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
-from kronfisher.samples import Dense, Samples
+from kronfisher.samples import Samples
 from kronfisher.uses import EXAMPLES
 from tests.conformance.truth import SEED, problem
 

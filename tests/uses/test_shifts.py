@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kronfisher.activations import Activations
 from kronfisher.linalg import mirror
-from kronfisher.samples import Activations
 from kronfisher.uses import shifts
 from kronfisher.uses.convolution import Patches, Window
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kronfisher.activations import Dense
 from kronfisher.blocks import Block
 from kronfisher.errors import MemoryBudgetError
 from kronfisher.fits.diagonal import Diagonal
@@ -20,7 +21,7 @@ from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.quadratic import quadratic, squared_norm
 from kronfisher.indices import Indices
 from kronfisher.operators import Operator
-from kronfisher.samples import Dense, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["Auto"]
 

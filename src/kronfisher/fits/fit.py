@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kronfisher.activations import WORKSPACE
 from kronfisher.blocks import Block, Key
 from kronfisher.errors import NumericalError
 from kronfisher.operators import Operator
-from kronfisher.samples import WORKSPACE, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["FITS", "Fit", "Plan", "State", "named", "register"]
 

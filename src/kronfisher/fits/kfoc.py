@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kronfisher.activations import WORKSPACE
 from kronfisher.blocks import Block
 from kronfisher.fits.carried import balanced, inner, leading, named, pieces
 from kronfisher.fits.fit import (
@@ -31,7 +32,7 @@ from kronfisher.rearrangement import (
     rearranged,
     truncated,
 )
-from kronfisher.samples import WORKSPACE, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["KFOC", "KPSVD"]
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from kronfisher.activations import Dense, chunks
 from kronfisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
 from kronfisher.linalg import eigh, mirror
 from kronfisher.operators import Eigen, KroneckerBasis, Prototyped
-from kronfisher.samples import Dense, Samples, chunks
+from kronfisher.samples import Samples
 
 __all__ = ["Prototypes"]
 

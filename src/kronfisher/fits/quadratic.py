@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kronfisher.activations import chunks
 from kronfisher.operators import Diagonal, Eigen, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
 from kronfisher.rearrangement import Gram
-from kronfisher.samples import Samples, chunks
+from kronfisher.samples import Samples
 
 __all__ = ["joint_quadratic", "quadratic", "squared_norm"]
 

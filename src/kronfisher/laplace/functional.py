@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.accumulate import Accumulator
+from kronfisher.activations import Dense, chunks, turned
 from kronfisher.batches import Forward
 from kronfisher.blocks import Block, Key
 from kronfisher.errors import DataError, UnsupportedError
@@ -25,7 +26,7 @@ from kronfisher.laplace.precision import Precision
 from kronfisher.likelihoods import Draws, Likelihood
 from kronfisher.operators import KroneckerBasis
 from kronfisher.passes import plain_arithmetic
-from kronfisher.samples import Dense, Samples, chunks, turned
+from kronfisher.samples import Samples
 
 __all__ = ["Group", "Linearised", "covariances", "directions", "variances"]
 

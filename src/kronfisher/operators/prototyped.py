@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from kronfisher.activations import WORKSPACE, chunks
 from kronfisher.errors import DataError, NumericalWarning
 from kronfisher.linalg import cholesky, full_precision
 from kronfisher.operators.algebra import nonnegative
@@ -18,7 +19,6 @@ from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral, negligible
 from kronfisher.operators.total import require_small
-from kronfisher.samples import WORKSPACE, chunks
 
 __all__ = ["Prototyped"]
 

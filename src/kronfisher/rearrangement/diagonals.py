@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from kronfisher.activations import add_product_, chunks, turned
 from kronfisher.indices import Indices
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.rows import dense_pieces
-from kronfisher.samples import Samples, add_product_, chunks, turned
+from kronfisher.samples import Samples
 
 __all__ = ["Diagonals"]
 

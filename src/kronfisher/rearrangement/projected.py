@@ -12,10 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kronfisher.activations import applied, chunks
 from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.sides import norm, over
 from kronfisher.rearrangement.weights import Gram
-from kronfisher.samples import Samples, applied, chunks
+from kronfisher.samples import Samples
 
 __all__ = ["DIRECTIONS", "PART", "Projected"]
 

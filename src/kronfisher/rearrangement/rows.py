@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from kronfisher.activations import WORKSPACE, applied
 from kronfisher.rearrangement.rearranged import Rearranged
-from kronfisher.samples import WORKSPACE, Samples, applied
+from kronfisher.samples import Samples
 
 __all__ = ["Explicit", "Rows", "dense_pieces"]
 

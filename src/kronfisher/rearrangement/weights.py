@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kronfisher.activations import Activations, Dense
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.rearrangement.rearranged import SUBSPACE, Pair, Rearranged, mixture
 from kronfisher.rearrangement.sides import inverted, over
-from kronfisher.samples import Activations, Dense, Samples
+from kronfisher.samples import Samples
 
 __all__ = ["Gram", "Weights"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronfisher.activations import WORKSPACE, Activations, Ones
 from kronfisher.linalg import promote
-from kronfisher.samples import WORKSPACE, Activations, Ones
 from kronfisher.uses import shifts
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles

@@ -11,8 +11,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from kronfisher.activations import Activations, Ones
 from kronfisher.blocks import View
-from kronfisher.samples import Activations, Ones
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
 

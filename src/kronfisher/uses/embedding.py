@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronfisher.activations import Activations
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
 from kronfisher.indices import Indices
-from kronfisher.samples import Activations
 from kronfisher.uses.elementwise import ElementwiseUse
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronfisher.activations import Activations, Dense, Ones
 from kronfisher.blocks import View
-from kronfisher.samples import Activations, Dense, Ones
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles
 

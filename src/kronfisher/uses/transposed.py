@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronfisher.activations import WORKSPACE, Activations
 from kronfisher.linalg import promote
-from kronfisher.samples import WORKSPACE, Activations
 from kronfisher.uses.convolution import ConvolutionUse, Patches, Window, each
 from kronfisher.uses.ownership import Ownership
 from kronfisher.uses.use import EXAMPLES, Use, Viewer, handles

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.activations import Activations
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
-from kronfisher.samples import Activations
 from kronfisher.uses.ownership import Ownership
 
 __all__ = ["EXAMPLES", "OPERATORS", "REWRITES", "Use", "Viewer", "handles", "rewrites"]
