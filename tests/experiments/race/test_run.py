@@ -172,3 +172,17 @@ def test_muon_in_single_precision_is_torchs_muon():
         gradient, arguments = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
         theirs = _muon._zeropower_via_newtonschulz(gradient, *arguments).float()
         assert (orthogonalized(gradient, *arguments) - theirs).norm() < 0.03 * theirs.norm()  # theirs is bfloat16
+
+
+def test_numbers_that_fade_do_not_slow_a_run_down(tmp_path, task, monkeypatch):
+    """Seen: Adam at six times its time a step, where the averages of dead units' gradients had become subnormal."""
+    seen, small = [], torch.tensor(1e-310, dtype=torch.float64)
+    step = running.Run.train
+
+    def train(self, **limits):
+        seen.append(float(small * 1))
+        return step(self, **limits)
+
+    monkeypatch.setattr(running.Run, "train", train)
+    race(tmp_path, "sgd", steps=2).go(task)
+    assert seen and set(seen) == {0.0} and float(small * 1) > 0
