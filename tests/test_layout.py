@@ -17,7 +17,7 @@ ROWS = [
     {"errors", "linalg", "models"},
     {"activations", "samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
     {"uses", "fits", "damping"},
-    {"capture"},
+    {"capture", "proof"},
     {"estimate", "error", "spectrum", "coverage", "accumulate", "passes"}
     | {"stream", "chain", "claims", "batches", "isolation", "fallback", "treatment", "owners", "following", "groups"},
     {"trust", "natural_gradient", "preconditioner", "laplace"},

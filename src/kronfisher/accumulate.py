@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kronfisher.batches import Forward, Mask, not_finite, positions_of, run
 from kronfisher.blocks import Block
-from kronfisher.capture import Capture, Proof, Receiver
+from kronfisher.capture import Capture, Receiver
 from kronfisher.claims import detached, hidden, refuse, unclaimed, unknown
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.fallback import FALLBACK
@@ -20,6 +20,7 @@ from kronfisher.following import Following
 from kronfisher.groups import Groups, rows_each
 from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
 from kronfisher.owners import Owners
+from kronfisher.proof import Proof
 from kronfisher.stream import Part, Stream
 from kronfisher.treatment import Treatment
 from kronfisher.uses import Ownership

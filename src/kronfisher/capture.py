@@ -9,7 +9,6 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 from weakref import ref
@@ -18,76 +17,24 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from kronfisher.blocks import View
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import promote
+from kronfisher.proof import Call, Proof, Seen, prove
 from kronfisher.uses import OPERATORS, REWRITES, Probe, Use, Viewer
 
-__all__ = ["Call", "Capture", "Proof", "Receiver"]
+__all__ = ["Capture", "Receiver"]
 
-Receiver = Callable[["Call", Tensor], None]
+Receiver = Callable[[Call, Tensor], None]
 
 # New tensors with the elements of an old one, in the same order: the parameter seen through a change of dtype.
 COPIES = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as,
     Tensor.contiguous, Tensor.clone, torch.clone,
 }  # fmt: skip
-
-
-@dataclass
-class Call:
-    """One call of an operator with trainable parameters.
-
-    Attributes:
-        index: position in the order of the forward pass.
-        operator: the operator's name.
-        uses: what it did with them.
-        shape: the output's shape.
-        edge: where the output's gradient arrives.
-        window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
-        constant: whether no data went in, only parameters, buffers and constants.
-    """
-
-    index: int
-    operator: str
-    uses: tuple[Use, ...]
-    shape: tuple[int, ...]
-    edge: GradientEdge
-    constant: bool
-    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
-
-
-@dataclass
-class Proof:
-    """What a walk over the graph from the outputs found.
-
-    Attributes:
-        reached: names of trainable parameters that the outputs depend on.
-        unclaimed: name → operators that use it and that no use accounts for.
-        hidden: name → autograd functions that use it inside, where no graph shows what they do with it.
-        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
-        alive: indices of the calls that the outputs depend on.
-        sources: indices of those below which no other call lies.
-        before: index of a call → those that its inputs are made of, with no other call in between.
-        last: indices of the calls that the outputs are made of, with no other call in between.
-        gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
-        graph: a number that stands for the graph's nodes: another one means another computation.
-    """
-
-    reached: set[str] = field(default_factory=set)
-    unclaimed: dict[str, set[str]] = field(default_factory=dict)
-    hidden: dict[str, set[str]] = field(default_factory=dict)
-    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
-    alive: set[int] = field(default_factory=set)
-    sources: list[int] = field(default_factory=list)
-    before: dict[int, frozenset[int]] = field(default_factory=dict)
-    last: frozenset[int] = frozenset()
-    graph: int = 0
-    gathers: bool = False
 
 
 class Capture(TorchFunctionMode):
@@ -97,6 +44,9 @@ class Capture(TorchFunctionMode):
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
         constants: buffers and other tensors that are the same whatever the data.
         lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
+
+    Attributes:
+        seen: what was recorded.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -113,18 +63,21 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._lenient = lenient
-        self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.calls: list[Call] = []
-        self._roots = {id(p): (name, p) for name, p in self.parameters.items()}
-        self._claims: dict[tuple[Node, Node], int] = {}
-        self._owners: dict[Node, int] = {}  # nodes that a call made
-        self._chains: dict[Node, str] = {}  # nodes between a parameter and its uses: views and casts
-        self._constant = {id(tensor): tensor for tensor in (*parameters.values(), *constants)}
-        self._meetings: list[tuple[str, GradientEdge]] = []
+        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.seen = Seen(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
+        self._roots = {id(p): (name, p) for name, p in trainable.items()}
         self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
-        self._touched: dict[str, set[str]] = {}
-        self._hidden: dict[str, set[str]] = {}  # used inside autograd functions, where no graph is made
         self._receiver: Receiver | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """In the order of the forward pass."""
+        return self.seen.calls
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Name → trainable parameter."""
+        return self.seen.parameters
 
     def view(self, tensor: Any) -> View | None:
         """The window on a trainable parameter that the tensor is, or None."""
@@ -167,7 +120,7 @@ class Capture(TorchFunctionMode):
         if isinstance(result, Tensor | tuple | list):
             self._note(func, args, kwargs, result)
         elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
-            self._constant.pop(id(args[0]), None)
+            self.seen.constant.pop(id(args[0]), None)
         return result
 
     def _uses(
@@ -242,7 +195,7 @@ class Capture(TorchFunctionMode):
     def _claim(self, call: Call, views: Mapping[int, View | None], operands: Mapping[Node, View | None]) -> None:
         """Note the nodes that one operator made as its own, and their edges into its trainable operands."""
         stack = [call.edge.node]
-        self._owners[call.edge.node] = call.index
+        self.seen.owners[call.edge.node] = call.index
         while stack:
             node = stack.pop()
             for child, _ in node.next_functions:
@@ -251,26 +204,26 @@ class Capture(TorchFunctionMode):
                 leaf = getattr(child, "variable", None)
                 if leaf is not None or child in operands:
                     if (operands[child] if leaf is None else views.get(id(leaf))) is not None:
-                        self._claims[node, child] = call.index
-                elif self._owners.get(child) != call.index:
-                    self._owners[child] = call.index
+                        self.seen.claims[node, child] = call.index
+                elif self.seen.owners.get(child) != call.index:
+                    self.seen.owners[child] = call.index
                     stack.append(child)
 
     def _chain(self, node: Node | None, name: str) -> None:
-        while node is not None and node not in self._chains:
-            self._chains[node] = name
+        while node is not None and node not in self.seen.chains:
+            self.seen.chains[node] = name
             node = node.next_functions[0][0] if node.next_functions else None
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._constant or id(tensor) in self._roots
+        return id(tensor) in self.seen.constant or id(tensor) in self._roots
 
     def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
         """Keep what is made of constants alone: where a parameter meets no data no row belongs to a datum."""
         for tensor in results:
             if constant:
-                self._constant[id(tensor)] = tensor
+                self.seen.constant[id(tensor)] = tensor
             else:
-                self._constant.pop(id(tensor), None)  # overwritten in place
+                self.seen.constant.pop(id(tensor), None)  # overwritten in place
 
     def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Follow copies of parameters, and remember which operators, not understood, saw which parameter."""
@@ -284,7 +237,7 @@ class Capture(TorchFunctionMode):
         if grad and not alive:
             return
         if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
-            self._meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
+            self.seen.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
         for tensor in operands:
             found = self._root(tensor)
             if found is None or id(result) in self._roots:
@@ -292,12 +245,12 @@ class Capture(TorchFunctionMode):
             name, root = found
             if not grad:
                 if function := _running_function():
-                    self._hidden.setdefault(name, set()).add(function)
+                    self.seen.hidden.setdefault(name, set()).add(function)
             elif func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
                 self._roots[id(result)] = (name, result)
             elif any(tensor._base is not root for tensor in results):
                 form = " in a form that is not known" if func in OPERATORS else ""
-                self._touched.setdefault(name, set()).add(_name(func) + form)
+                self.seen.touched.setdefault(name, set()).add(_name(func) + form)
 
     def prove(self, outputs: Tensor) -> Proof:
         """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
@@ -305,89 +258,7 @@ class Capture(TorchFunctionMode):
         Raises:
             UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
         """
-        proof = Proof(hidden={name: set(functions) for name, functions in self._hidden.items()})
-        if not outputs.requires_grad:
-            return proof
-        leaves = {id(p): name for name, p in self.parameters.items()}
-        constant = {tensor.grad_fn for tensor in self._constant.values() if tensor.grad_fn is not None}
-        # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
-        calls = {call.edge.node: call.index for call in self.calls if call.edge.node not in self._chains}
-        below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
-        claimed: set[int] = set()
-        nodes: list[tuple] = []
-        end = get_gradient_edge(outputs).node
-        stack: list[tuple[Node, bool]] = [(end, False)]
-        while stack:
-            node, done = stack.pop()
-            children = [child for child, _ in node.next_functions if child is not None]
-            if done:
-                several = {
-                    frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children
-                }
-                below[node] = several.pop() if len(several) == 1 else _NONE.union(*several)
-                continue
-            if node in below:
-                continue
-            below[node] = _NONE
-            stack.append((node, True))
-            nodes.append((node.name(), len(children), *(getattr(node, name, None) for name in _DIMS)))
-            if "CheckpointFunction" in nodes[-1][0]:
-                raise UnsupportedError(
-                    "The model uses reentrant checkpointing, which hides its layers from the graph. "
-                    "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                )
-            if isinstance(node, BackwardCFunction):
-                self._look_into(node, proof, leaves, constant)
-            for child in children:
-                owner = self._owners.get(child)
-                known = child in calls or child in self._chains
-                if owner is not None and not known and owner != self._owners.get(node):
-                    # a second derivative, say, which meets the weight in the midst of the operator's nodes
-                    for use in self.calls[owner].uses:
-                        proof.unclaimed.setdefault(use.name, set()).add(node.name())
-                name = self._chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
-                if name is None or node in self._chains:
-                    stack.append((child, False))
-                    continue
-                proof.reached.add(name)
-                index = self._claims.get((node, child))
-                if index is not None:
-                    claimed.add(index)
-                else:
-                    proof.unclaimed.setdefault(name, set()).update(self._touched.get(name) or {node.name()})
-        proof.alive = {index for node, index in calls.items() if node in below}
-        for index in claimed - proof.alive:  # its output was replaced behind our back, its gradient would never arrive
-            for use in self.calls[index].uses:
-                operator = f"{self.calls[index].operator}, whose output is a view that was modified in place"
-                proof.unclaimed.setdefault(use.name, set()).add(operator)
-        proof.before = {index: below[node] for node, index in calls.items() if node in below}
-        proof.last = frozenset((calls[end],)) if end in calls else below[end]
-        proof.sources = [index for index, before in proof.before.items() if not before]
-        proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
-        proof.meetings += self._meetings
-        proof.graph = hash(tuple(nodes))
-        picking = (node.name() for node in below if self._owners.get(node) not in proof.alive)
-        proof.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
-        return proof
-
-    def _look_into(self, node: Any, proof: Proof, leaves: Mapping[int, str], constant: set[Node]) -> None:
-        """Note which parameters a function written in Python was given: to these it passes gradients of its own."""
-        below, stack, names = set(), [child for child, _ in node.next_functions], set()
-        while stack:
-            child = stack.pop()
-            if child is None or child in below:
-                continue
-            below.add(child)
-            name = leaves.get(id(getattr(child, "variable", None)))
-            if name is not None:
-                names.add(name)
-            elif child in constant or child in self._chains:
-                stack += [deeper for deeper, _ in child.next_functions]
-        if names and node not in constant:
-            several = len(getattr(node, "_input_metadata", (None,)))
-            proof.meetings += [(node.name(), GradientEdge(node, place)) for place in range(several)]
-        for name in names:
-            proof.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))
+        return prove(self.seen, outputs)
 
     def mixing(self, outputs: Tensor, edges: Sequence[GradientEdge]) -> list[int]:
         """Places among some edges at which the gradient of a single element comes from several data.
@@ -491,11 +362,6 @@ def _windowed(call: Call, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
         gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
     return gradient.reshape(call.shape)
-
-
-_NONE: frozenset[int] = frozenset()
-_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
-_DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
 
 
 def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:

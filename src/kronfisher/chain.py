@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block, Key
-from kronfisher.capture import Call, Capture, Proof
+from kronfisher.capture import Capture
+from kronfisher.proof import Call, Proof
 from kronfisher.stream import Part
 from kronfisher.uses import Ownership
 

@@ -3,9 +3,10 @@
 from collections.abc import Container, Iterable, Mapping
 
 from kronfisher.blocks import Block, Key
-from kronfisher.capture import Capture, Proof
+from kronfisher.capture import Capture
 from kronfisher.chain import chains
 from kronfisher.claims import refuse
+from kronfisher.proof import Proof
 from kronfisher.stream import Part
 from kronfisher.treatment import Treatment
 from kronfisher.uses import Ownership

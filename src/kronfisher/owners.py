@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from kronfisher.blocks import Key
-from kronfisher.capture import Call, Capture, Proof
+from kronfisher.capture import Capture
+from kronfisher.proof import Call, Proof
 from kronfisher.stream import Part
 from kronfisher.uses import Ownership, Use
 from kronfisher.uses.ownership import coupled, scattered

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kronfisher.activations import Dense
 from kronfisher.blocks import Block
-from kronfisher.capture import Call
 from kronfisher.fallback import per_sample_gradients, written_out
 from kronfisher.fits import Fit, State
 from kronfisher.linalg import full_precision
+from kronfisher.proof import Call
 from kronfisher.samples import Samples, join
 from kronfisher.uses import Ownership, Use
 

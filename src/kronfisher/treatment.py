@@ -7,10 +7,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from kronfisher.blocks import Block, Key
-from kronfisher.capture import Capture, Proof
+from kronfisher.capture import Capture
 from kronfisher.claims import refuse, settle
 from kronfisher.fallback import FALLBACK, per_sample_block
 from kronfisher.fits import Choice, Diagonal, Fit, choose
+from kronfisher.proof import Proof
 from kronfisher.stream import Part
 from kronfisher.uses.ownership import coupled
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from kronfisher.capture import Call, Capture
+from kronfisher.capture import Capture
 from kronfisher.natural_gradient.layers import Layer
 from kronfisher.operators import Kronecker
+from kronfisher.proof import Call
 from kronfisher.uses import Ownership
 from kronfisher.uses.linear import RowUse
 
