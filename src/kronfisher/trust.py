@@ -108,6 +108,9 @@ class LevenbergMarquardt(Trust):
         stride: the largest ``‖αΔ‖ / ‖W‖`` of a weight matrix W during `warmup`; ``math.inf`` for no bound.
         reject: undo steps after which the loss rises by more than `reject` times what the model promised it to fall;
             ``math.inf`` undoes only those after which it is not finite.
+        least: the exact step size α below which λ rises tenfold: the direction is that many times too long because it
+            is mostly noise where the matrix is nearly zero, as in networks whose mean eigenvalue tells little of the
+            large ones; ρ would not tell.
 
     Raises:
         ValueError: a setting is out of range.
@@ -123,12 +126,15 @@ class LevenbergMarquardt(Trust):
     quick: float = 1.0
     stride: float = 0.1
     reject: float = 1.0
+    least: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.initial is not None:
             _positive(self.initial, "LevenbergMarquardt(initial)")
         if not 0 < self.decay < 1:
             raise ValueError(f"LevenbergMarquardt(decay={self.decay}): λ changes by a factor between 0 and 1.")
+        if not self.least >= 0:
+            raise ValueError(f"LevenbergMarquardt(least={self.least}): a step size is not negative.")
         if not self.stride > 0:
             raise ValueError(f"LevenbergMarquardt(stride={self.stride}): a share of a weight's norm is positive.")
         if self.every < 1 or not 0 < self.floor <= self.relative <= self.ceiling:

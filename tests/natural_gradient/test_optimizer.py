@@ -98,6 +98,14 @@ def test_both_interfaces_make_the_same_steps(options):
         assert torch.equal(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.parametrize("fit", FITS, ids=str)
+def test_the_seconds_of_all_phases_are_seconds(fit):
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, labels="exact")
+    train(optimizer, model, batches(6))
+    assert all(spent >= 0 for spent in optimizer.report().seconds.values())
+
+
 def test_a_closure_in_the_manner_of_torch():
     models = [network(), network()]
     whole, closed = (kf.NaturalGradient(model, kf.Categorical()) for model in models)

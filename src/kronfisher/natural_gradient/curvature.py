@@ -47,6 +47,7 @@ class Curvature:
         step: how many steps were made.
         dropped: how many batches brought statistics that were not finite and were left out.
         seconds: by phase.
+        absorbing: of those for statistics, the seconds within backward passes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Curvature:
         self.statistics_due = 0
         self.dropped = 0
         self.seconds = {"statistics": 0.0, "inverses": 0.0}
+        self.absorbing = 0.0
         self._open = False
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
 
@@ -160,7 +162,9 @@ class Curvature:
                 for layer in turning:
                     layer.turned = self.step
                     layer.merge_last()
-        self.seconds["statistics"] += time.perf_counter() - began
+        spent = time.perf_counter() - began
+        self.seconds["statistics"] += spent
+        self.absorbing += spent
 
     def _adopt(self) -> None:
         """A layer for every group; those that treated the same blocks before go on."""

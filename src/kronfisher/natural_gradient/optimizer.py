@@ -208,7 +208,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """How training goes."""
         curvature = self.curvature
         seconds = {**self._seconds, **curvature.seconds}
-        seconds["forward and backward"] -= curvature.seconds["statistics"]
+        seconds["forward and backward"] -= curvature.absorbing
         return TrainingReport(
             step=curvature.step,
             loss=None if self.evaluation.loss is None else float(self.evaluation.loss),
@@ -280,6 +280,8 @@ class NaturalGradient(torch.optim.Optimizer):
             problem = Problem(self._model, self.likelihood, passes, natural, last, gradients, slope, weights)
             longest = self.trust.longest(curvature.step)
             along, again, promised = self.search.solve(problem, curvature.step, rate, longest)
+            if self.search.exact:
+                self.region.solved(self.search.step_size)
             self._seconds["model"] += time.perf_counter() - began
         else:
             along, again = self.search.reuse(slope, rate)

@@ -47,6 +47,11 @@ class Region:
             self._set(self.trust.refused(old) if undone else self.trust.adapted(old, self.ratio, step))
         return undone
 
+    def solved(self, step_size: float) -> None:
+        """Trust the model less where even the exact one takes next to nothing of the direction."""
+        if isinstance(self.trust, LevenbergMarquardt) and self.damping is not None and 0 < step_size < self.trust.least:
+            self._set(10 * self.damping)
+
     def refuse(self) -> None:
         """Trust the model less, because a step was taken back."""
         if self.damping is not None and isinstance(self.trust, LevenbergMarquardt):
