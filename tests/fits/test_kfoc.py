@@ -9,7 +9,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.activations import Dense
 from kronfisher.blocks import Block, View
-from kronfisher.fits import kfoc
+from kronfisher.fits import kfoc, merging
 from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
 from kronfisher.samples import Samples
 from kronfisher.uses import EXAMPLES
@@ -194,6 +194,28 @@ def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monk
     A = sum(pair.A[0] * pair.sigma.sqrt() for pair in pairs)
     B = sum(pair.B[0] * pair.sigma.sqrt() for pair in pairs) / len(pairs)
     torch.testing.assert_close(approx.to_dense(), torch.kron(B, A), rtol=1e-8, atol=1e-10)  # the mean of the factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_steps_for_the_other_terms_of_large_sides_stay_close_to_the_optimum(dtype, monkeypatch):
+    monkeypatch.setattr(kfoc, "_PIECE", 64)
+    monkeypatch.setattr(merging, "_SMALL", 0)
+    samples = random_samples(n=640, T=4, dtype=dtype)
+    batches = [samples.part(low, low + 40) for low in range(0, 640, 40)]
+    operator, state, _ = fitted(kf.KFOC(), *batches)
+    assert state.facts["half"] in ("forwards", "backwards") and float(state.sums["pieces"]) > 3
+    assert excess(operator, samples) <= 0.002
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e160])
+def test_gradients_whose_squares_leave_float64_are_told(scale):
+    samples = random_samples()
+    far = samples_of(samples.activations.dense(), samples.gradients * scale)
+    if scale > 1:
+        with pytest.raises(kf.NumericalError, match="w: "):
+            fitted(kf.KFOC(), far)
+    else:
+        assert torch.isfinite(fitted(kf.KFOC(), far)[0].to_dense()).all()
 
 
 def test_more_memory_never_means_less():

@@ -20,7 +20,7 @@ from kronfisher.fits.fit import (
     register,
     side_shapes,
 )
-from kronfisher.fits.merging import Aggregation, Merging, look_over, split
+from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, look_over, split
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.rearrangement import (
     ROUTES,
@@ -103,7 +103,7 @@ class KFOC(Fit):
 
     @property
     def by_batch(self) -> bool:
-        return self.aggregation in ("running", "approx")
+        return self.aggregation in BY_BATCH
 
     def _terms(self, block: Block) -> int:
         """Products that are carried."""
@@ -167,8 +167,14 @@ class KFOC(Fit):
         if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
             look_over(state)  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
-        settings = (self.aggregation, self.tolerance, self.iterations, self.warm_start, self.route)
-        merging = Merging(*settings, self.sides(state.blocks[0]))
+        merging = Merging(
+            aggregation=self.aggregation,
+            tolerance=self.tolerance,
+            iterations=self.iterations,
+            warm_start=self.warm_start,
+            route=self.route,
+            sides=self.sides(state.blocks[0]),
+        )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
             with named(state):

@@ -31,9 +31,10 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["Aggregation", "Merging", "look_over", "split"]
+__all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
+BY_BATCH = ("running", "approx")  # of these, batches are pieces, whatever their size
 
 _SMALL = 2**12  # numbers in both sides of a term up to which other terms than the first take whole steps
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
@@ -59,11 +60,6 @@ class Merging:
     route: str | None
     sides: Shapes
 
-    @property
-    def by_batch(self) -> bool:
-        """Whether batches are pieces, whatever their size."""
-        return self.aggregation in ("running", "approx")
-
     def add_(self, state: State, piece: list[Samples]) -> None:
         """Take a piece into the sums of a state."""
         shape, n = piece[0].shape, sum(map(len, piece))
@@ -73,7 +69,7 @@ class Merging:
             route, source = "rows", Diagonals(piece, sides)
         else:
             route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
-            start = state.facts.get("directions") if self.warm_start and not self.by_batch else None
+            start = state.facts.get("directions") if self.warm_start and self.aggregation not in BY_BATCH else None
             source = rearranged(piece, route, self.tolerance, self.iterations, start)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
@@ -116,7 +112,7 @@ class Merging:
     def _add_projected(self, state: State, source: Projected, n: int) -> Pair:
         """Half steps on both sides: straight into the sum where one product is carried and pieces weigh as they are."""
         sums = state.sums
-        if len(sums["inputs"]) == 1 and not self.by_batch:
+        if len(sums["inputs"]) == 1 and self.aggregation not in BY_BATCH:
             sigma = source.add_(sums["inputs"][0], sums["outputs"][0])
             sums["weight"] += sigma
             return Pair(sigma, sigma, sigma, source.steps, source.change)
@@ -184,13 +180,13 @@ def look_over(state: State) -> None:
     """Refuse gradients that are not finite, and say so where they are too small to be squared."""
     tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
     sizes = [torch.linalg.vector_norm(several.gradients) for several in state.waiting if len(several)]
-    if all(bool(torch.isfinite(size)) and float(size) ** 2 > 1e9 * tiny for size in sizes):
+    if all(bool(torch.isfinite(size)) and float(size) > (1e9 * tiny) ** 0.5 for size in sizes):
         return  # the usual case, at a fraction of the time
     ends = [end for several in state.waiting if len(several) for end in several.gradients.aminmax()]
     largest = float(torch.stack(ends).abs().max()) if ends else 0.0
     if not math.isfinite(largest):
         state.checked()
-    if 0 < largest**2 < tiny:
+    if 0 < largest < tiny**0.5:
         warnings.warn(
             f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
             f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",

@@ -55,9 +55,7 @@ class Projected:
         self.samples = samples
         self.shape = samples[0].shape
         self.single = all(several.positions == 1 for several in samples)
-        self._weights: list[
-            Tensor
-        ] = []  # of the rows of A, as the last half step had them, [H, n] for some samples each
+        self._weights: list[Tensor] = []  # [H, n] of the samples in A, where a step over all of them left these
         if self.single:
             found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
         else:
@@ -74,8 +72,10 @@ class Projected:
         for place, several in enumerate(self.samples):
             if self.single:
                 right = several.activations.times(self.right)[:, :, 0].square().sum(-1)
-                known = bool(self._weights)
-                left = self._weights[place] if known else (several.gradients[:, :, 0] @ self.left).square().sum(-1)
+                if self._weights:
+                    left = self._weights[place]
+                else:
+                    left = (several.gradients[:, :, 0] @ self.left).square().sum(-1)
                 several.activations.add_weighted_(inputs, left)
                 add_symmetric_product_(outputs, several.gradients[:, :, 0] * right.sqrt()[..., None])
                 weight += torch.linalg.vecdot(left, right)
