@@ -35,13 +35,15 @@ def flat(vectors):
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-@pytest.mark.parametrize("mode", ["forward", "double backward"])
+@pytest.mark.parametrize("mode", ["at once", "one by one", "double backward"])
 def test_products_are_those_of_the_exact_fisher_matrix(name, mode, monkeypatch):
+
+    def fails(*_):
+        raise NotImplementedError("no forward mode")
+
+    if mode != "at once":
+        monkeypatch.setattr(quadratic, "_all_at_once", fails)
     if mode == "double backward":
-
-        def fails(*_):
-            raise NotImplementedError("no forward mode")
-
         monkeypatch.setattr(quadratic, "_forward_mode", fails)
     model, parameters, x, likelihood, done = problem(name)
     given = directions(parameters, 3)
@@ -49,6 +51,57 @@ def test_products_are_those_of_the_exact_fisher_matrix(name, mode, monkeypatch):
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
     found = quadratic.gram(model, parameters, done, given, likelihood)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert (model in quadratic._one_by_one) == (mode != "at once")
+
+
+TRICKY = {  # what draws at random, writes to buffers or has no batching rule, and whether directions can go together
+    "dropout": ((6, 4), True, [nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 3)]),
+    "convolution": (
+        (6, 2, 6, 6),
+        True,
+        [
+            nn.Conv2d(2, 4, 3, groups=2),
+            nn.GroupNorm(2, 4),
+            nn.MaxPool2d(2),
+            nn.Dropout2d(0.3),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ],
+    ),
+    "batch norm": ((6, 4), False, [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]),
+    "attention": (
+        (6, 5, 4),
+        False,
+        [nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True), nn.Flatten(), nn.Linear(20, 3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_directions_go_together_only_where_nothing_changes_by_it(name):
+    shape, together, layers = TRICKY[name]
+    model, x, y, likelihood = (
+        nn.Sequential(*layers).double(),
+        torch.randn(*shape).double(),
+        torch.arange(6) % 3,
+        kf.Categorical(),
+    )
+    snapshot = Snapshot(model)
+    loss = -likelihood.log_prob(model(x), y).mean().detach()
+    done = Pass(lambda: model(x), snapshot, targets=y, loss=loss, count=6.0)
+    parameters = dict(model.named_parameters())
+    first, second = directions(parameters)
+    second.popitem()
+    buffers, state = {k: b.clone() for k, b in model.named_buffers()}, torch.get_rng_state()
+    found = quadratic.gram(model, parameters, done, [first, second], likelihood)
+    assert (model not in quadratic._one_by_one) == together
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(buffers[k], b) for k, b in model.named_buffers())
+    alone = [quadratic.gram(model, parameters, done, [d], likelihood)[0, 0] for d in (first, second)]
+    torch.testing.assert_close(found.diagonal(), torch.stack(alone))
+    both = {k: first[k] + second.get(k, 0) for k in first}
+    total = quadratic.gram(model, parameters, done, [both], likelihood)[0, 0]
+    torch.testing.assert_close(found.sum(), total)
 
 
 def test_directions_may_leave_parameters_out():

@@ -1,8 +1,9 @@
 """The exact quadratic model of the loss: products with the Fisher matrix of a batch by forward-mode differentiation."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ __all__ = ["gram", "minimum", "model_change"]
 
 Direction = Mapping[str, Tensor]
 
+_one_by_one: WeakSet[nn.Module] = WeakSet()  # models with an operator that derives along one direction at a time
+
 
 def gram(
     model: nn.Module,
@@ -28,7 +31,8 @@ def gram(
 ) -> Tensor:
     """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch, a mean over its data.
 
-    Each direction takes one forward pass in which every tensor carries its derivative along it.
+    All directions take one forward pass in which every tensor carries its derivatives along them, or, where an operator
+    of the model cannot, one pass each.
 
     Args:
         model: unwrapped; its modules hold the parameters.
@@ -44,30 +48,23 @@ def gram(
         DataError: the pass gives other outputs, or depends on the parameters otherwise, when it is run again.
         UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
     """
-    columns = []
-    outputs = None
-    for direction in directions:
-        outputs, tangent = _tangent(model, parameters, done, direction)
-        columns.append(tangent)
-    assert outputs is not None
-    _require_same(outputs, done, likelihood)
+    outputs, columns = _tangents(model, parameters, done, directions, likelihood)
     rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
     products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
     matrix = torch.stack(products) / done.count
     return (matrix + matrix.mT) / 2
 
 
-def _require_same(outputs: Tensor, done: Pass, likelihood: Likelihood) -> None:
-    """DataError if the loss of the second run is not that of the first."""
+def _same(outputs: Tensor, done: Pass, likelihood: Likelihood) -> bool:
+    """Whether the loss of another run is that of the first."""
     assert done.loss is not None
-    again = -likelihood.log_prob(outputs, done.targets).sum(dtype=torch.float64) / done.count
     tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) and not done.narrow else 0.1
-    if not bool((again - done.loss).abs() <= tolerance * (1 + done.loss.abs())):
-        raise DataError(
-            f"The model gave another loss when it was run again on the same batch ({float(done.loss):.6g}, then "
-            f"{float(again):.6g}). The function given to step must not draw a new batch, and randomness must come from "
-            "torch's, NumPy's or Python's global generators; otherwise use momentum=0.9 with trust=kf.Constant(λ)."
-        )
+    change = _loss(outputs, done, likelihood) - done.loss
+    return bool(change.abs() <= tolerance * (1 + done.loss.abs()))
+
+
+def _loss(outputs: Tensor, done: Pass, likelihood: Likelihood) -> Tensor:
+    return -likelihood.log_prob(outputs, done.targets).sum(dtype=torch.float64) / done.count
 
 
 def minimum(matrix: Tensor, slopes: Tensor, most: float = 1.0) -> Tensor:
@@ -97,6 +94,39 @@ def model_change(matrix: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor
     return slopes @ coefficients + coefficients @ matrix @ coefficients / 2
 
 
+def _tangents(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    done: Pass,
+    directions: Sequence[Direction],
+    likelihood: Likelihood,
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs and their derivative along each direction.
+
+    Raises:
+        DataError: the outputs of the second run are not those of the first.
+    """
+    if len(directions) > 1 and model not in _one_by_one:
+        try:
+            outputs, tangents = _all_at_once(model, parameters, done, directions)
+        except (NotImplementedError, RuntimeError):
+            outputs = tangents = None
+        if outputs is not None and tangents is not None and _same(outputs, done, likelihood):
+            return outputs, list(tangents)
+        _one_by_one.add(model)
+    found = [_tangent(model, parameters, done, direction) for direction in directions]
+    outputs = found[-1][0]
+    assert done.loss is not None
+    if not _same(outputs, done, likelihood):
+        raise DataError(
+            f"The model gave another loss when it was run again on the same batch ({float(done.loss):.6g}, then "
+            f"{float(_loss(outputs, done, likelihood)):.6g}). The function given to step must not draw a new batch, "
+            "and randomness must come from torch's, NumPy's or Python's global generators; otherwise use momentum=0.9 "
+            "with trust=kf.Constant(λ)."
+        )
+    return outputs, [tangent for _, tangent in found]
+
+
 def _tangent(
     model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
 ) -> tuple[Tensor, Tensor]:
@@ -115,25 +145,55 @@ def _tangent(
         ) from error
 
 
+def _all_at_once(
+    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, directions: Sequence[Direction]
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and their derivatives ``[K, ...]`` along K directions: what depends on none of them is computed once."""
+    _warm_up()
+    names = dict.fromkeys(name for direction in directions for name in direction)
+    primals = {name: parameters[name].detach() for name in names}
+    stacked = {
+        name: torch.stack([d[name].to(p.dtype) if name in d else torch.zeros_like(p) for d in directions])
+        for name, p in primals.items()
+    }
+
+    def outputs(given: Mapping[str, Tensor]) -> Tensor:
+        with _instead(model, {id(parameters[name]): tensor for name, tensor in given.items()}):
+            return done.forward()
+
+    def along(direction: Direction) -> tuple[Tensor, Tensor]:
+        primal, tangent, *_ = torch.func.jvp(outputs, (primals,), (direction,))
+        return primal, tangent
+
+    with torch.no_grad(), done.again(), sdpa_kernel(SDPBackend.MATH):
+        several = torch.vmap(along, out_dims=(None, 0), randomness="same")  # pyright: ignore[reportArgumentType]
+        return several(stacked)  # pyright: ignore[reportReturnType]
+
+
 def _forward_mode(
     model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
 ) -> tuple[Tensor, Tensor]:
     _warm_up()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(done.again())
-        stack.enter_context(forward_ad.dual_level())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no forward mode
+    # The fused kernels have no forward mode.
+    with torch.no_grad(), done.again(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {
             id(parameters[name]): forward_ad.make_dual(parameters[name].detach(), tangent.to(parameters[name].dtype))
             for name, tangent in direction.items()
         }
+        with _instead(model, duals):
+            primal, tangent = forward_ad.unpack_dual(done.forward())
+        return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+@contextmanager
+def _instead(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other tensors in place of parameters, by ``id``."""
+    with ExitStack() as stack:
         for module in model.modules():
             if module._parameters:
-                own = {name: duals.get(id(p), p) for name, p in module._parameters.items()}
+                own = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
                 stack.enter_context(replaced([module._parameters], own))  # pyright: ignore[reportArgumentType]
-        primal, tangent = forward_ad.unpack_dual(done.forward())
-        return primal, torch.zeros_like(primal) if tangent is None else tangent
+        yield
 
 
 def _double_backward(parameters: Mapping[str, Tensor], done: Pass, direction: Direction) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ __all__ = ["Refresh"]
 
 @dataclass(frozen=True)
 class Refresh:
-    """Periods, in steps. Early on, when everything changes quickly, they are shorter: a quarter of the steps so far.
+    """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
     Args:
         statistics: between batches whose curvature is averaged; each costs one more backward pass.
@@ -35,7 +35,7 @@ class Refresh:
     @staticmethod
     def after(step: int, period: int) -> int:
         """The step at which what was renewed at `step` is due again."""
-        return step + min(period, max(1, step // 4))
+        return step + min(period, max(1, step // 2))
 
     def turn(self, step: int, place: int, layers: int) -> int:
         """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
