@@ -48,16 +48,24 @@ def alternate(works: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     return times
 
 
+def relative(times: dict[str, list[float]], what: str, *floors: str) -> dict[str, float]:
+    return spread([t / sum(parts) for t, *parts in zip(times[what], *(times[f] for f in floors), strict=True)])
+
+
 def ratios(times: dict[str, list[float]], *floors: str) -> dict[str, object]:
-    relative = [own / sum(parts) for own, *parts in zip(times["own"], *(times[f] for f in floors), strict=True)]
-    return {"ratio": spread(relative), **{name: spread(values) for name, values in times.items()}}
+    return {"ratio": relative(times, "own", *floors), **{name: spread(values) for name, values in times.items()}}
 
 
 def factors(adaptor: Any, workload: Workload, floor: Floor, repeats: int) -> dict[str, object]:
     first = seconds(lambda: adaptor.run(workload.batches))
     floor.write_out()
     works = {"own": lambda: adaptor.run(workload.batches), "fb": floor.forward_backward, "gemm": floor.products}
-    return {"first": first, **ratios(alternate(works, repeats), "fb", "gemm")}
+    linear = not any(isinstance(layer, nn.Conv2d) for layer in floor.model.modules())
+    if linear:  # a convolution's products have shortcuts, and no such floor
+        works["least"] = floor.least
+    times = alternate(works, repeats)
+    result = {"first": first, **ratios(times, "fb", "gemm")}
+    return {**result, "least": relative(times, "least", "fb", "gemm")} if linear else result
 
 
 def solve(adaptor: Any, workload: Workload, floor: Floor, repeats: int, exact: bool) -> dict[str, object]:

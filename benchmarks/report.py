@@ -15,7 +15,7 @@ TITLES = {
     "memory": "Peak extra memory of computing the factors",
 }
 COLUMNS = {
-    "factors": ["/ (fb + gemm)", "quartiles", "seconds", "fb", "gemm", "first call / later"],
+    "factors": ["/ (fb + gemm)", "quartiles", "seconds", "fb", "gemm", "first call / later", "least"],
     "solve": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
     "solve-exact": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
     "memory": ["MiB"],
@@ -47,7 +47,12 @@ def cells(result: dict) -> list[str]:
     ratio, own = result["ratio"], result["own"]
     row = [f"{ratio['median']:.2f}", f"{ratio['low']:.2f}–{ratio['high']:.2f}", f"{own['median']:.4f}"]
     row += [f"{result[floor]['median']:.4f}" for floor in ("fb", "gemm", "bare") if floor in result]
-    return [*row, f"{result['first'] / own['median']:.1f}"] if what == "factors" else row
+    if what == "factors":
+        row += [
+            f"{result['first'] / own['median']:.1f}",
+            f"{result['least']['median']:.2f}" if "least" in result else "–",
+        ]
+    return row
 
 
 def disagrees(result: dict) -> bool:
