@@ -10,13 +10,13 @@ from kronfisher.experiments.race.standings import Standings, collect
 from tests.experiments.race.racing import race
 
 
-def made(name, losses, seed=0, step=10, accuracy=None):
+def made(name, losses, seed=0, step=10, accuracy=None, busy=0.5):
     points = [
         {
             "step": step * k,
             "epoch": k,
             "seconds": float(k),
-            "cpu_seconds": 0.5 * k,
+            "cpu_seconds": busy * k,
             "train_loss": loss,
             "test_loss": loss,
         }
@@ -43,6 +43,13 @@ def test_standings_are_medians_and_times_to_the_best_baseline():
     )
     text = str(standings)
     assert "0.42" in text and "to loss 5" in text and "batch_size 2" in text
+
+
+def test_cpu_time_leaves_out_what_others_did_on_the_machine():
+    slow, fast = (made("sgd", [10.0, 8.0, 5.0], busy=1.0),), (made("natural", [10.0, 5.0], busy=0.25),)
+    (duel,) = Standings("p", {"sgd": slow, "natural": fast}, ("sgd",)).duels()
+    assert duel["train_loss"]["seconds"]["ratio"] == pytest.approx(1 / 2)
+    assert duel["train_loss"]["cpu_seconds"]["ratio"] == pytest.approx(1 / 8)
 
 
 def test_a_target_that_most_runs_miss_has_no_time():

@@ -12,7 +12,7 @@ from kronfisher.experiments.tables import Table, duration
 
 __all__ = ["Standings", "collect"]
 
-CLOCKS = ("seconds", "step")
+CLOCKS = ("seconds", "cpu_seconds", "step")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Standings:
         table = Table(title, ("optimizer", *header, f"time {goal}", f"steps {goal}"))
         for name, results in self.results.items():
             steps, seconds = self.last(name, "step"), self.last(name, "seconds")
-            when = [self.reach(name, "train_loss", self.goal, clock) for clock in CLOCKS]
+            when = [self.reach(name, "train_loss", self.goal, clock) for clock in ("seconds", "step")]
             tests = [
                 self._median(name, lambda result, what=what: result.test.get(what, math.nan))
                 for what in ("test_loss", f"test_{extra}")
@@ -108,7 +108,7 @@ class Standings:
     def _duels(self) -> Table:
         extra = "test accuracy" if self.extra() == "accuracy" else "test error"
         title = "Time and steps to the best that each baseline reached, as a share of the baseline's own"
-        header = ("loss", "time", "share", "steps", "share", extra, "time", "share")
+        header = ("loss", "time", "share", "of CPU time", "steps", "share", extra, "time", "share", "of CPU time")
         table = Table(title, ("optimizer", "baseline", *header), text=2)
         for duel in self.duels():
             loss, other = (duel[what] for what in duel if what not in ("optimizer", "baseline"))
@@ -118,11 +118,13 @@ class Standings:
                 _figures(loss["target"]),
                 duration(loss["seconds"]["ours"]),
                 _share(loss["seconds"]["ratio"]),
+                _share(loss["cpu_seconds"]["ratio"]),
                 _whole(loss["step"]["ours"]),
                 _share(loss["step"]["ratio"]),
                 _figures(other["target"]),
                 duration(other["seconds"]["ours"]),
                 _share(other["seconds"]["ratio"]),
+                _share(other["cpu_seconds"]["ratio"]),
             )
         return table
 
