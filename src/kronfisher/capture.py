@@ -184,6 +184,7 @@ class Capture(TorchFunctionMode):
             self._lookups[id(result)] = (result, uses[0])
         capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
+        call.hooks = anchor._backward_hooks or {}
         for use in uses:
             use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
         for node, view in operands.items():

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from kronfisher.errors import UnsupportedError
 
-__all__ = ["isolated", "replaced", "tensors_in", "trainable"]
+__all__ = ["isolated", "replaced", "tensors_in", "trainable", "without_weight_cache"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_random_state(model, seed))
-        stack.enter_context(_without_weight_cache())
+        stack.enter_context(without_weight_cache())
         if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(replaced(_backward_hooks(model), {}))
@@ -108,7 +108,7 @@ def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _without_weight_cache() -> Iterator[None]:
+def without_weight_cache() -> Iterator[None]:
     """Autocast keeps its copies of weights for the next call; then uses of one weight could not be told apart."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

@@ -1,6 +1,7 @@
 """The natural gradient before any optimiser of torch."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from math import isfinite
 from typing import Any
 
@@ -126,10 +127,8 @@ class Preconditioner:
         with curvature.captured() as capture:
             outputs = forward()
         require_outputs(outputs)
-        try:
+        with suppress(NumericalError):  # outputs that are not finite; the loss will say so
             curvature.absorb(capture, outputs, targets, retain=True)
-        except NumericalError:  # outputs that are not finite; the loss will say so
-            curvature.discard()
         return outputs
 
     @torch.no_grad()
@@ -142,11 +141,16 @@ class Preconditioner:
         curvature = self.curvature
         curvature.merge()
         gradients = {name: p.grad for name, p in curvature.parameters.items() if p.grad is not None}
+        if sparse := [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]:
+            raise UnsupportedError(
+                f"{', '.join(sparse)}: a sparse gradient has no room for a natural one. Use sparse=False in the layer, "
+                "or leave the parameter out of `params`."
+            )
         if not gradients:
             curvature.step += 1
             return
         if not curvature.ready:
-            if curvature.dropped:
+            if curvature.run is not None:  # no batch so far had anything that counts
                 curvature.step += 1
                 return
             raise UnsupportedError("There is no curvature yet: call outputs = preconditioner(x) in place of the model.")

@@ -33,6 +33,7 @@ class Call:
         edge: where the output's gradient arrives.
         window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
         constant: whether no data went in, only parameters, buffers and constants.
+        hooks: of the output tensor, ours among them.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Call:
     edge: GradientEdge
     constant: bool
     window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    hooks: Mapping[int, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -20,8 +20,7 @@ def problem(name):
     likelihood, targets = LIKELIHOODS[name]
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), targets(6)
-    loss = -likelihood.log_prob(model(x), y).mean().detach()
-    done = Pass(lambda: model(x), Snapshot(model), targets=y, loss=loss, count=6.0)
+    done, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     return model, parameters, x, likelihood, done
 
@@ -34,74 +33,136 @@ def flat(vectors):
     return torch.stack([torch.cat([v.flatten() for v in vector.values()]) for vector in vectors])
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-@pytest.mark.parametrize("mode", ["at once", "one by one", "double backward"])
-def test_products_are_those_of_the_exact_fisher_matrix(name, mode, monkeypatch):
+def passed(model, function, y, likelihood):
+    """A pass as training makes it, with the slopes of its loss along directions."""
+    snapshot = Snapshot(model)
+    outputs = function()
+    loss = -likelihood.log_prob(outputs, y).sum(dtype=torch.float64) / len(outputs)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    done = Pass(function, snapshot, seen=outputs.detach(), targets=y, loss=loss.detach(), count=float(len(outputs)))
 
+    def slopes(given):
+        named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+        return [float(sum((v * named[k]).sum() for k, v in d.items() if named[k] is not None)) for d in given]
+
+    return done, slopes
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("way", quadratic.WAYS)
+def test_products_are_those_of_the_exact_fisher_matrix(name, way, monkeypatch):
     def fails(*_):
         raise NotImplementedError("no forward mode")
 
-    if mode != "at once":
-        monkeypatch.setattr(quadratic, "_all_at_once", fails)
-    if mode == "double backward":
-        monkeypatch.setattr(quadratic, "_forward_mode", fails)
+    for before in quadratic.WAYS[: quadratic.WAYS.index(way)]:
+        monkeypatch.setitem(quadratic._FUNCTIONS, before, fails)
     model, parameters, x, likelihood, done = problem(name)
     given = directions(parameters, 3)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    found = quadratic.gram(model, parameters, done, given, likelihood)
+    products = quadratic.Products()
+    found = products.gram(model, parameters, done, given, likelihood)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    assert (model in quadratic._one_by_one) == (mode != "at once")
+    assert products.way == way
 
 
-TRICKY = {  # what draws at random, writes to buffers or has no batching rule, and whether directions can go together
-    "dropout": ((6, 4), True, [nn.Linear(4, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 3)]),
-    "convolution": (
-        (6, 2, 6, 6),
-        True,
-        [
-            nn.Conv2d(2, 4, 3, groups=2),
-            nn.GroupNorm(2, 4),
-            nn.MaxPool2d(2),
-            nn.Dropout2d(0.3),
-            nn.Flatten(),
-            nn.Linear(16, 3),
-        ],
-    ),
-    "batch norm": ((6, 4), False, [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]),
+class Listed(nn.Module):
+    """Its second layer is met in a list, as no module's own parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.weights = [self.last.weight, self.last.bias]
+
+    def forward(self, x):
+        return nn.functional.linear(self.first(x).tanh(), *self.weights)
+
+
+class Detaching(nn.Module):
+    """A scale that no gradient goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).tanh()
+        with torch.no_grad():
+            scale = hidden.abs().max()
+        return self.last(hidden / scale)
+
+
+class Asserting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        assert isinstance(self.first.weight, nn.Parameter)
+        return self.last(self.first(x).tanh())
+
+
+class Remembering(Detaching):
+    """Keeps tensors and counts in attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen = 0, None
+
+    def forward(self, x):
+        self.calls, self.seen = self.calls + 1, self.first(x).detach()
+        return self.last(self.first(x).tanh())
+
+
+def convolution():
+    drop = nn.Dropout2d(0.3)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), drop, nn.Flatten(), nn.Linear(64, 3))
+
+
+TRICKY = {  # shape of the inputs, the model, and the way that is left for it
+    "dropout": ((6, 4), lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 3)), "together"),
+    "convolution": ((6, 2, 6, 6), convolution, "together"),
+    "attributes": ((6, 4), Remembering, "together"),
+    "batch norm": ((6, 4), lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), "apart"),
     "attention": (
         (6, 5, 4),
-        False,
-        [nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True), nn.Flatten(), nn.Linear(20, 3)],
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 8, 0.3, batch_first=True), nn.Flatten(), nn.Linear(20, 3)
+        ),
+        "apart",
     ),
+    "in a list": ((6, 4), Listed, "backward"),
+    "without gradient": ((6, 4), Detaching, "backward"),
+    "assertion": ((6, 4), Asserting, "backward"),
 }
 
 
 @pytest.mark.parametrize("name", TRICKY)
-def test_directions_go_together_only_where_nothing_changes_by_it(name):
-    shape, together, layers = TRICKY[name]
-    model, x, y, likelihood = (
-        nn.Sequential(*layers).double(),
-        torch.randn(*shape).double(),
-        torch.arange(6) % 3,
-        kf.Categorical(),
-    )
-    snapshot = Snapshot(model)
-    loss = -likelihood.log_prob(model(x), y).mean().detach()
-    done = Pass(lambda: model(x), snapshot, targets=y, loss=loss, count=6.0)
-    parameters = dict(model.named_parameters())
-    first, second = directions(parameters)
-    second.popitem()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_quickest_way_that_is_right_is_taken(name, layout):
+    shape, build, way = TRICKY[name]
+    if layout is torch.channels_last and len(shape) < 4:
+        pytest.skip("no channels")
+    model, likelihood, y = build().double().to(memory_format=layout), kf.Categorical(), torch.arange(6) % 3
+    x = torch.randn(*shape).double()
+    x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
+    done, slopes = passed(model, lambda: model(x), y, likelihood)
+    parameters, given = dict(model.named_parameters()), directions(dict(model.named_parameters()))
+    given[1].popitem()
     buffers, state = {k: b.clone() for k, b in model.named_buffers()}, torch.get_rng_state()
-    found = quadratic.gram(model, parameters, done, [first, second], likelihood)
-    assert (model not in quadratic._one_by_one) == together
+    attributes = [dict(module.__dict__) for module in model.modules()]
+    products = quadratic.Products()
+    found = products.gram(model, parameters, done, given, likelihood, slopes(given))
+    assert products.way == way or layout is torch.channels_last  # where other masks are drawn then
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(buffers[k], b) for k, b in model.named_buffers())
-    alone = [quadratic.gram(model, parameters, done, [d], likelihood)[0, 0] for d in (first, second)]
-    torch.testing.assert_close(found.diagonal(), torch.stack(alone))
-    both = {k: first[k] + second.get(k, 0) for k in first}
-    total = quadratic.gram(model, parameters, done, [both], likelihood)[0, 0]
-    torch.testing.assert_close(found.sum(), total)
+    after = [module.__dict__ for module in model.modules()]
+    assert all(
+        old.keys() == new.keys() and all(old[k] is new[k] for k in old)
+        for old, new in zip(attributes, after, strict=True)
+    )
+    truth = quadratic.Products("backward").gram(model, parameters, done, given, likelihood)
+    torch.testing.assert_close(found, truth)
 
 
 def test_directions_may_leave_parameters_out():
@@ -109,7 +170,7 @@ def test_directions_may_leave_parameters_out():
     (whole,) = directions(parameters, 1)
     part = {name: v for name, v in whole.items() if name.startswith("3.")}
     zeroed = {name: v if name in part else torch.zeros_like(v) for name, v in whole.items()}
-    one, other = (quadratic.gram(model, parameters, done, [d], likelihood) for d in (part, zeroed))
+    one, other = (quadratic.Products().gram(model, parameters, done, [d], likelihood) for d in (part, zeroed))
     torch.testing.assert_close(one, other)
     assert all(isinstance(p, nn.Parameter) for module in model.modules() for p in module._parameters.values())
 
@@ -119,13 +180,12 @@ def test_a_tied_weight_moves_in_both_places():
     model[2].weight = model[0].weight
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,))
     likelihood = kf.Categorical()
-    loss = -likelihood.log_prob(model(x), y).mean().detach()
-    done = Pass(lambda: model(x), Snapshot(model), targets=y, loss=loss, count=5.0)
+    done, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     given = directions(parameters, 1)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    torch.testing.assert_close(quadratic.gram(model, parameters, done, given, likelihood), expected)
+    torch.testing.assert_close(quadratic.Products().gram(model, parameters, done, given, likelihood), expected)
 
 
 def test_attention_has_a_forward_mode():
@@ -140,11 +200,10 @@ def test_attention_has_a_forward_mode():
 
     model, x, y = Attention(), torch.randn(3, 5, 4), torch.randn(3, 4)
     likelihood = kf.Gaussian()
-    loss = -likelihood.log_prob(model(x), y).mean().detach()
-    done = Pass(lambda: model(x), Snapshot(model), targets=y, loss=loss, count=3.0)
+    done, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     given = directions(parameters, 1)
-    found = quadratic.gram(model, parameters, done, given, likelihood)
+    found = quadratic.Products().gram(model, parameters, done, given, likelihood)
     v = flat(given).double()
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         expected = v @ exact_fisher(model, x, likelihood) @ v.T
@@ -155,7 +214,7 @@ def test_another_loss_on_the_same_batch_is_refused():
     model, parameters, _, likelihood, done = problem("gaussian")
     done.forward = lambda: model(torch.randn(6, 4, dtype=torch.float64))
     with pytest.raises(kf.DataError, match="another loss when it was run again"):
-        quadratic.gram(model, parameters, done, directions(parameters, 1), likelihood)
+        quadratic.Products().gram(model, parameters, done, directions(parameters, 1), likelihood)
 
 
 def test_the_minimum_is_where_the_model_is_least():
@@ -170,6 +229,15 @@ def test_the_minimum_is_where_the_model_is_least():
         other = (found + 0.1 * torch.randn(2)).double()
         other[1].clamp_(min=0)
         assert quadratic.model_change(matrix, slopes, other) >= value
+
+
+def test_a_flat_model_moves_only_along_the_last_step():
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    assert quadratic.minimum(zero, zero[0]).tolist() == [0.0]
+    matrix = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    assert quadratic.minimum(matrix, torch.tensor([0.0, -1.0]).double()).tolist() == [0.0, 0.5]
+    assert quadratic.minimum(0 * matrix, torch.zeros(2).double()).tolist() == [0.0, 0.0]
+    assert quadratic.minimum(matrix.flip(0, 1), torch.tensor([-1.0, 0.0]).double()).tolist() == [0.5, 0.0]
 
 
 def test_a_bounded_momentum_has_its_own_best_step():

@@ -18,7 +18,7 @@ from kronfisher.fits import Choice, Fit, choose
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision
 from kronfisher.natural_gradient.layers import Layer
-from kronfisher.natural_gradient.phases import Phased
+from kronfisher.natural_gradient.phases import Phased, Phases
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.rows import Rows, apply
 from kronfisher.operators.storage import block_of
@@ -129,6 +129,12 @@ class Curvature:
             constants = (*self.model.parameters(), *self.model.buffers())
             yield stack.enter_context(Capture(self.run.parameters, constants, lenient=True))
 
+    def extend(self, parameters: dict[str, nn.Parameter], fit: Choice) -> None:
+        """Treat these parameters from now on; what is known of the others stays."""
+        self.parameters = parameters
+        self.fits = {name: Phased(one) for name, one in choose(fit, parameters).items()}
+        self._trained = None
+
     # Statistics -------------------------------------------------------------------------------------------------------
 
     def absorb(
@@ -140,18 +146,32 @@ class Curvature:
         retain: bool,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
     ) -> None:
-        """Statistics of one batch, or of one part of it, for this step; see `Accumulator.absorb`."""
+        """Statistics of one batch, or of one part of it, for this step; see `Accumulator.absorb`.
+
+        Whatever goes wrong, this step's statistics are left out then.
+        """
         run = self.run
         assert run is not None
         began = time.perf_counter()
-        where = f"step {self.step}"
         if not self._open:
             self._open = True
             run.seed = (self.seed << 32) + self.step
             run.start_pass()
-        again = retain or self.turns
+        try:
+            self._absorb(run, capture, outputs, targets, retain, own)
+        except BaseException:  # out of memory, an interruption, values that are not finite: half a batch is none
+            self.discard()
+            raise
+        spent = time.perf_counter() - began
+        self.seconds["statistics"] += spent
+        self.absorbing += spent
+
+    def _absorb(
+        self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, retain: bool, own: Any
+    ) -> None:
+        where = f"step {self.step}"
         with full_precision(run.device.type):
-            run.absorb(capture, outputs, targets, where, retain=again, own=own)
+            run.absorb(capture, outputs, targets, where, retain=retain or self.turns, own=own)
             self._adopt()
             if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self.refresh.average)]:
                 for group in run.groups:
@@ -162,16 +182,12 @@ class Curvature:
                 for layer in turning:
                     layer.turned = self.step
                     layer.merge_last()
-        spent = time.perf_counter() - began
-        self.seconds["statistics"] += spent
-        self.absorbing += spent
 
     def _adopt(self) -> None:
         """A layer for every group; those that treated the same blocks before go on."""
         assert self.run is not None
-        if len(self.layers) == len(self.run.groups) and all(
-            layer.group is group for layer, group in zip(self.layers, self.run.groups, strict=True)
-        ):
+        same = len(self.layers) == len(self.run.groups)
+        if same and self.layers and all(x.group is y for x, y in zip(self.layers, self.run.groups, strict=True)):
             return
         before = {layer.blocks: layer for layer in self.layers}
         self.layers = []
@@ -216,8 +232,10 @@ class Curvature:
         """Leave this step's statistics out."""
         self._open = False
         self.dropped += 1
-        for layer in self.layers:
-            layer.empty()
+        for group in self.run.groups if self.run else ():
+            fit, state = group.fit, group.state
+            assert isinstance(fit, Phased) and isinstance(state, Phases)
+            group.state, group.done = fit.fresh(state), False
 
     # Inverses ---------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The forward and backward passes of one step, and what is collected on the way."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ class Evaluation:
         likelihood: whose loss is differentiated.
         curvature: which gets the statistics.
         parameters: gives name → parameter, all that are trained.
+        rates: gives name → learning rate.
 
     Attributes:
         passes: of the step in hand.
         opaque: whether a loss that cannot be evaluated again was given.
         whole: whether a step does everything, so that nobody else touches the gradient.
         rows: what gradients are made of, if inverses are to be applied to that.
+        rows_pay: whether they were cheaper at the last step with statistics.
         loss: the last one, detached.
     """
 
@@ -41,13 +43,15 @@ class Evaluation:
         likelihood: Likelihood,
         curvature: Curvature,
         parameters: Callable[[], Mapping[str, nn.Parameter]],
+        rates: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.model, self.likelihood, self.curvature, self._parameters = model, likelihood, curvature, parameters
+        self.model, self.likelihood, self.curvature = model, likelihood, curvature
+        self._parameters, self._rates = parameters, rates
         self.passes: list[Pass] = []
         self.opaque = self.whole = False
         self.rows: Rows | None = None
         self.loss: Tensor | None = None
-        self._rows_pay = False  # whether rows were cheaper at the last step with statistics
+        self.rows_pay = False
 
     def forget(self) -> None:
         """Drop forward passes that no step followed."""
@@ -81,13 +85,13 @@ class Evaluation:
         curvature.prepare()
         snapshot = Snapshot(self.model) if again else None
         with torch.enable_grad():
-            if curvature.due or (self.whole and self._rows_pay):
+            if curvature.due or (self.whole and self.rows_pay):
                 with curvature.captured() as capture:
                     outputs = function()
             else:
                 capture, outputs = None, function()
         require_outputs(outputs)
-        self.passes.append(Pass(function, snapshot, capture, outputs))
+        self.passes.append(Pass(function, snapshot, capture, outputs, outputs.detach() if again else None))
         return outputs
 
     def backward(
@@ -104,6 +108,9 @@ class Evaluation:
         done = next((one for one in self.passes if one.outputs is outputs), None)
         if done is None:
             raise DataError("backward needs the outputs exactly as forward returned them, once.")
+        if self.curvature.due:  # reads values, so that it waits for a device
+            with suppress(NumericalError):  # then the loss tells
+                self.likelihood.check(outputs.detach(), targets, f"step {self.curvature.step}", self.curvature.labels)
         own, done.count = self.mean_loss(outputs, targets)
         done.targets, done.loss = targets, own.detach()
         self.opaque |= loss is not None
@@ -123,19 +130,20 @@ class Evaluation:
                     scaled.backward(retain_graph=due)
                 else:
                     self._backward_sparing(scaled, self.rows, capture)
-            self._rows_pay = self.rows is not None and bool(self.rows.found)
+            self.rows_pay = self.rows is not None and bool(self.rows.found)
             if due:
                 self._collect(capture, outputs, targets)
         return self.loss.to(outputs.dtype)
 
     def _backward_sparing(self, loss: Tensor, rows: Rows, capture: Any) -> None:
-        """Fill ``.grad`` of the parameters that need it; the others' steps are made from rows."""
+        """Fill ``.grad`` of the parameters that need it, another optimiser's too; others' steps are made from rows."""
         spared = rows.spare(capture)
-        wanted = [p for name, p in self._parameters().items() if name not in spared and p.requires_grad]
+        wanted = [p for name, p in self.model.named_parameters() if name not in spared and p.requires_grad]
         sources: list[Tensor | GradientEdge] = [*rows.edges, *wanted]
         found = torch.autograd.grad(loss, sources, allow_unused=True)[len(rows.edges) :]  # pyright: ignore
         for parameter, gradient in zip(wanted, found, strict=True):
-            parameter.grad = gradient
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _watched(self, capture: Any, decayed: bool) -> Rows | None:
         """What keeps rows of the loss's own backward pass, where nobody else has a hand in the gradient."""
@@ -146,7 +154,7 @@ class Evaluation:
         for parameter in self._parameters().values():
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
                 return None
-        rows = Rows.of(self.curvature.layers)
+        rows = Rows.of(self.curvature.layers, self._rates())
         rows.watch(capture)
         return rows
 
@@ -158,7 +166,6 @@ class Evaluation:
         try:
             self.curvature.absorb(capture, outputs, targets, retain=False, own=own)
         except NumericalError:  # outputs that are not finite
-            self.curvature.discard()
             if own is not None:
                 self.forget()
                 for parameter in self._parameters().values():

@@ -1,6 +1,7 @@
 """The optimiser: natural gradient, momentum and step size from a quadratic model, damping from its success."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from kronfisher.accumulate import Labels
 from kronfisher.damping import Damping, FactoredTikhonov
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError, NumericalWarning, UnsupportedError
 from kronfisher.fits import Choice
 from kronfisher.isolation import trainable
 from kronfisher.likelihoods import Likelihood
@@ -118,7 +119,10 @@ class NaturalGradient(torch.optim.Optimizer):
             samples=samples,
             seed=seed,
         )
-        self.evaluation = Evaluation(self._model, likelihood, self.curvature, self._parameters)
+        self._fit: Choice = fit
+        self.evaluation = Evaluation(
+            self._model, likelihood, self.curvature, self._parameters, lambda: self._options("lr")
+        )
         self.search = Search(momentum, kl_limit, refresh.model)
         self.region, self.watch = Region(self.trust), Watch()
         self._counts = {"rejected": 0, "skipped": 0}
@@ -153,7 +157,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 loss = self.backward(self._forward(closure), targets)
             finally:
                 self.evaluation.whole = False
-        self._update()
+        self._update(whole=closure is not None and targets is not _MISSING)
         return loss
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
@@ -223,7 +227,7 @@ class NaturalGradient(torch.optim.Optimizer):
             uncovered=curvature.uncovered,
             coupled=tuple(curvature.coupled),
             cuts=tuple(curvature.cuts),
-            warnings=tuple(self.region.warnings()),
+            warnings=(*([self.search.refusal] if self.search.refusal else []), *self.region.warnings()),
             **self._counts,
         )
 
@@ -238,16 +242,16 @@ class NaturalGradient(torch.optim.Optimizer):
     def _again(self) -> bool:
         """Whether this step runs the forward pass again, for the model or to compare."""
         step = self.curvature.step
-        return self.trust.compares(step) or self.search.solves(step)
+        return not self.search.refusal and (self.trust.compares(step) or self.search.solves(step))
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, *, whole: bool) -> None:
         curvature, parameters = self.curvature, self._parameters()
         passes, opaque, rows = self.evaluation.taken()
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        gradients = {name: _dense(p.grad) for name, p in parameters.items() if p.grad is not None}
         curvature.merge()
         if not (gradients or (rows and rows.found)) or not curvature.ready:
-            if gradients and not curvature.dropped:
+            if gradients and curvature.run is None:
                 raise UnsupportedError(
                     "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
                     "optimizer.backward(outputs, y) before optimizer.step()."
@@ -268,20 +272,24 @@ class NaturalGradient(torch.optim.Optimizer):
         natural = curvature.precondition(gradients, value, rows)
         slope = self._slope(natural, gradients, rows)
         rate = self._scale_rates(natural)
-        if slope.device.type == "cpu" and not isfinite(float(slope)):
+        solves = self._again() and bool(passes) and not opaque and all(one.snapshot is not None for one in passes)
+        if (solves or slope.device.type == "cpu") and not isfinite(float(slope)):
             self._skip()
             return
         last = {n: self.state[parameters[n]]["update"] for n in natural if "update" in self.state[parameters[n]]}
         self._seconds["update"] += time.perf_counter() - began
         promised = None
-        if self._again() and passes and not opaque and all(one.snapshot is not None for one in passes):
+        if solves:
             began = time.perf_counter()
-            weights = {name: value + decays[name] for name in natural}
-            problem = Problem(self._model, self.likelihood, passes, natural, last, gradients, slope, weights)
-            longest = self.trust.longest(curvature.step)
-            along, again, promised = self.search.solve(problem, curvature.step, rate, longest)
-            if self.search.exact:
-                self.region.solved(self.search.step_size)
+            decay = {name: decays[name] for name in natural}
+            problem = Problem(
+                self._model, self.likelihood, passes, natural, last, gradients, slope, value, decay, whole
+            )
+            try:
+                along, again, promised = self._solve(problem, rate)
+            except UnsupportedError as error:
+                self._give_up(str(error))
+                along, again = self.search.reuse(slope, rate)
             self._seconds["model"] += time.perf_counter() - began
         else:
             along, again = self.search.reuse(slope, rate)
@@ -297,10 +305,26 @@ class NaturalGradient(torch.optim.Optimizer):
                 step = torch.where(torch.isfinite(slope), step, torch.zeros_like(step))
             parameters[name].add_(step)
             self.state[parameters[name]]["update"] = step
+        torch.clear_autocast_cache()  # it may hold the weights as they were
         self._seconds["update"] += time.perf_counter() - began
         if promised is not None and compares:
             self._compare(passes, parameters, saved, promised)
         curvature.step += 1
+
+    def _solve(self, problem: Problem, rate: float) -> tuple[float | Tensor, float, float]:
+        step = self.curvature.step
+        found = self.search.solve(problem, step, rate, self.trust.longest(step))
+        if self.search.exact:
+            self.region.solved(self.search.step_size)
+        return found
+
+    def _give_up(self, reason: str) -> None:
+        """Go on at a fixed rate where the exact model cannot be had, with the λ that such a rate starts from."""
+        if not self.search.exact:
+            raise UnsupportedError(reason)
+        self.search.refusal = reason
+        self.region.damping = max(self.region.damping or 0.0, Constant().start(self.region.first_mean))
+        warnings.warn(f"{reason} Training goes on so.", NumericalWarning, stacklevel=4)
 
     def _skip(self) -> None:
         """Leave out a step whose loss or gradient is not finite, or whose loss exploded."""
@@ -378,6 +402,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def _options(self, key: str) -> dict[str, float]:
         return {self._names[id(p)]: float(group[key]) for group in self.param_groups for p in group["params"]}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in any optimiser; the new parameters get curvature from the next statistics on."""
+        super().add_param_group(param_group)
+        if hasattr(self, "curvature"):
+            self.curvature.extend(self._parameters(), self._fit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")
+
     def state_dict(self) -> dict[str, Any]:
         """Of the optimiser and its curvature; resumed with the same number of threads, training gives the same bits."""
         own = {
@@ -385,6 +418,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "search": self.search.state_dict(),
             "watch": self.watch.state_dict(),
             "counts": dict(self._counts),
+            "rows pay": self.evaluation.rows_pay,
         }
         return {**super().state_dict(), "natural_gradient": own, "curvature": self.curvature.state_dict()}
 
@@ -402,4 +436,8 @@ class NaturalGradient(torch.optim.Optimizer):
         own = state_dict["natural_gradient"]
         for part, name in ((self.region, "region"), (self.search, "search"), (self.watch, "watch")):
             part.load_state_dict(own[name])
-        self._counts = dict(own["counts"])
+        self._counts, self.evaluation.rows_pay = dict(own["counts"]), own["rows pay"]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from weakref import WeakSet
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,56 +15,138 @@ from kronfisher.isolation import replaced
 from kronfisher.likelihoods import Likelihood
 from kronfisher.natural_gradient.replay import Pass
 
-__all__ = ["gram", "minimum", "model_change"]
+__all__ = ["WAYS", "Products", "minimum", "model_change"]
 
 Direction = Mapping[str, Tensor]
 
-_one_by_one: WeakSet[nn.Module] = WeakSet()  # models with an operator that derives along one direction at a time
+WAYS = ("together", "apart", "backward")
 
 
-def gram(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    done: Pass,
-    directions: Sequence[Direction],
-    likelihood: Likelihood,
-) -> Tensor:
-    """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch, a mean over its data.
+@dataclass
+class Products:
+    """Products with the exact Fisher matrix of a batch, taken the quickest way that is right for the model.
 
-    All directions take one forward pass in which every tensor carries its derivatives along them, or, where an operator
-    of the model cannot, one pass each.
-
-    Args:
-        model: unwrapped; its modules hold the parameters.
-        parameters: name → parameter.
-        done: the forward pass; it is run again.
-        directions: K vectors ``{name: [*shape]}``; a missing name means zero.
-        likelihood: whose Hessian of the outputs is taken.
-
-    Returns:
-        ``[K, K]``, float64, on the outputs' device.
-
-    Raises:
-        DataError: the pass gives other outputs, or depends on the parameters otherwise, when it is run again.
-        UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
+    Attributes:
+        way: "together": one forward pass in which every tensor carries its derivatives along all directions; "apart":
+            one such pass for each; "backward": the derivative of a backward pass. The first that works is kept.
     """
-    outputs, columns = _tangents(model, parameters, done, directions, likelihood)
-    rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
-    products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
-    matrix = torch.stack(products) / done.count
-    return (matrix + matrix.mT) / 2
+
+    way: str = WAYS[0]
+
+    def gram(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        done: Pass,
+        directions: Sequence[Direction],
+        likelihood: Likelihood,
+        slopes: Sequence[float] | None = None,
+    ) -> Tensor:
+        """``dᵢᵀ F dⱼ`` for the exact Fisher matrix F of one batch, a mean over its data.
+
+        Args:
+            model: unwrapped; its modules hold the parameters.
+            parameters: name → parameter.
+            done: the forward pass; it is run again.
+            directions: K vectors ``{name: [*shape]}``; a missing name means zero.
+            likelihood: whose Hessian of the outputs is taken.
+            slopes: ``∇hᵀ dᵢ`` with the gradient of this pass's loss, where that is known. Forward mode goes on through
+                ``torch.no_grad``, and misses weights that are not met as a module's own: then the slopes differ.
+
+        Returns:
+            ``[K, K]``, float64, on the outputs' device.
+
+        Raises:
+            DataError: the pass gives another loss when it is run again.
+            UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
+        """
+        outputs, columns = self._tangents(model, parameters, done, directions, likelihood, slopes)
+        rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
+        products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
+        matrix = torch.stack(products) / done.count
+        return (matrix + matrix.mT) / 2
+
+    def _tangents(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        done: Pass,
+        directions: Sequence[Direction],
+        likelihood: Likelihood,
+        slopes: Sequence[float] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Outputs and their derivative along each direction."""
+        for way in WAYS[WAYS.index(self.way) :]:
+            if way == "together" and len(directions) == 1:
+                continue
+            try:
+                outputs, columns = _FUNCTIONS[way](model, parameters, done, directions)
+            except (NotImplementedError, RuntimeError) as error:
+                if way != WAYS[-1]:
+                    continue
+                raise UnsupportedError(
+                    "The exact quadratic model needs the derivative of the outputs along a direction, and an operator "
+                    f"of the model has neither a forward-mode nor a second derivative ({error}). Use momentum=0.9 (a "
+                    "fixed rate) and trust=Constant(λ)."
+                ) from error
+            except Exception:  # what a model says to tensors that are no parameters; its own errors come again below
+                if way == WAYS[-1]:
+                    raise
+                continue
+            if way == WAYS[-1]:
+                _require_same(outputs, done, likelihood)
+            elif not (_same(outputs, done) and _consistent(outputs, columns, done, likelihood, slopes)):
+                continue
+            if len(directions) > 1:
+                self.way = way
+            return outputs, columns
+        raise AssertionError("the last way returns or raises")
 
 
-def _same(outputs: Tensor, done: Pass, likelihood: Likelihood) -> bool:
-    """Whether the loss of another run is that of the first."""
+def _same(outputs: Tensor, done: Pass) -> bool:
+    """Whether the outputs are those of the first run, number by number: other dropout masks would show."""
+    assert done.seen is not None
+    scale = done.seen.abs().max()
+    return bool((outputs - done.seen).abs().max() <= _tolerance(outputs, done) * scale)
+
+
+def _consistent(
+    outputs: Tensor, columns: Sequence[Tensor], done: Pass, likelihood: Likelihood, slopes: Sequence[float] | None
+) -> bool:
+    """Whether the outputs' derivatives make the loss change as its gradient says."""
+    if slopes is None:
+        return True
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        loss = -likelihood.log_prob(leaf, done.targets).sum(dtype=torch.float64) / done.count
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    tolerance = _tolerance(outputs, done)
+    for column, slope in zip(columns, slopes, strict=True):
+        found = (gradient.double() * column).sum()
+        most = tolerance * (10 * abs(slope) + gradient.norm().double() * column.norm())
+        if not bool((found - slope).abs() <= most):
+            return False
+    return True
+
+
+def _tolerance(outputs: Tensor, done: Pass) -> float:
+    """Rounding that adds up, with room to spare, relative to the largest number or to the norms."""
+    if done.narrow or outputs.dtype not in (torch.float32, torch.float64):
+        return 0.05
+    return 1e-3 if outputs.dtype == torch.float32 else 1e-6
+
+
+def _require_same(outputs: Tensor, done: Pass, likelihood: Likelihood) -> None:
+    """DataError if the loss of the second run is not that of the first."""
     assert done.loss is not None
+    again = -likelihood.log_prob(outputs, done.targets).sum(dtype=torch.float64) / done.count
     tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) and not done.narrow else 0.1
-    change = _loss(outputs, done, likelihood) - done.loss
-    return bool(change.abs() <= tolerance * (1 + done.loss.abs()))
-
-
-def _loss(outputs: Tensor, done: Pass, likelihood: Likelihood) -> Tensor:
-    return -likelihood.log_prob(outputs, done.targets).sum(dtype=torch.float64) / done.count
+    if not bool((again - done.loss).abs() <= tolerance * (1 + done.loss.abs())):
+        raise DataError(
+            f"The model gave another loss when it was run again on the same batch ({float(done.loss):.6g}, then "
+            f"{float(again):.6g}). The function given to step must not draw a new batch, and randomness must come from "
+            "torch's, NumPy's or Python's global generators; otherwise use momentum=0.9 with trust=kf.Constant(λ)."
+        )
 
 
 def minimum(matrix: Tensor, slopes: Tensor, most: float = 1.0) -> Tensor:
@@ -79,14 +161,18 @@ def minimum(matrix: Tensor, slopes: Tensor, most: float = 1.0) -> Tensor:
         >>> minimum(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([-4.0, 5.0]))
         tensor([2., 0.])
     """
-    if len(slopes) == 1:
-        return -slopes / matrix[0]
-    scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
-    unit = matrix * scale[:, None] * scale[None, :]
-    second = torch.zeros_like(slopes[1])
-    if float(1 - unit[0, 1].abs()) > 1e-7:  # else the two are as good as parallel
-        second = (-(scale * torch.linalg.solve(unit, scale * slopes))[1]).clamp(0, most)
-    return torch.stack([-(slopes[0] + matrix[0, 1] * second) / matrix[0, 0], second])
+    flat = [not float(entry) > 0 for entry in matrix.diagonal()]  # no direction, or one whose square vanishes
+    first, *rest = slopes
+    if not rest:
+        return torch.zeros_like(slopes) if flat[0] else -slopes / matrix[0]
+    roots, cross = matrix.diagonal().sqrt(), matrix[0, 1]
+    second = torch.zeros_like(first)
+    if flat[0] and not flat[1]:
+        second = -rest[0] / matrix[1, 1]
+    elif not any(flat) and float(1 - (across := cross / roots[0] / roots[1]).abs()) > 1e-7:  # else as good as parallel
+        second = (across * first / roots[0] - rest[0] / roots[1]) / (1 - across.square()) / roots[1]
+    second = second.clamp(0, most)
+    return torch.stack([torch.zeros_like(second) if flat[0] else -(first + cross * second) / matrix[0, 0], second])
 
 
 def model_change(matrix: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor:
@@ -94,61 +180,10 @@ def model_change(matrix: Tensor, slopes: Tensor, coefficients: Tensor) -> Tensor
     return slopes @ coefficients + coefficients @ matrix @ coefficients / 2
 
 
-def _tangents(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    done: Pass,
-    directions: Sequence[Direction],
-    likelihood: Likelihood,
-) -> tuple[Tensor, list[Tensor]]:
-    """Outputs and their derivative along each direction.
-
-    Raises:
-        DataError: the outputs of the second run are not those of the first.
-    """
-    if len(directions) > 1 and model not in _one_by_one:
-        try:
-            outputs, tangents = _all_at_once(model, parameters, done, directions)
-        except (NotImplementedError, RuntimeError):
-            outputs = tangents = None
-        if outputs is not None and tangents is not None and _same(outputs, done, likelihood):
-            return outputs, list(tangents)
-        _one_by_one.add(model)
-    found = [_tangent(model, parameters, done, direction) for direction in directions]
-    outputs = found[-1][0]
-    assert done.loss is not None
-    if not _same(outputs, done, likelihood):
-        raise DataError(
-            f"The model gave another loss when it was run again on the same batch ({float(done.loss):.6g}, then "
-            f"{float(_loss(outputs, done, likelihood)):.6g}). The function given to step must not draw a new batch, "
-            "and randomness must come from torch's, NumPy's or Python's global generators; otherwise use momentum=0.9 "
-            "with trust=kf.Constant(λ)."
-        )
-    return outputs, [tangent for _, tangent in found]
-
-
-def _tangent(
-    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
-) -> tuple[Tensor, Tensor]:
-    """Outputs and their derivative along a direction."""
-    try:
-        return _forward_mode(model, parameters, done, direction)
-    except (NotImplementedError, RuntimeError):
-        pass
-    try:
-        return _double_backward(parameters, done, direction)
-    except (NotImplementedError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"The exact quadratic model needs the derivative of the outputs along a direction, and an operator of the "
-            f"model has neither a forward-mode nor a second derivative ({error}). Use momentum=0.9 (a fixed rate) and "
-            "trust=Constant(λ)."
-        ) from error
-
-
-def _all_at_once(
+def _together(
     model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, directions: Sequence[Direction]
-) -> tuple[Tensor, Tensor]:
-    """Outputs, and their derivatives ``[K, ...]`` along K directions: what depends on none of them is computed once."""
+) -> tuple[Tensor, list[Tensor]]:
+    """By forward mode along all directions: what depends on none of them is computed once."""
     _warm_up()
     names = dict.fromkeys(name for direction in directions for name in direction)
     primals = {name: parameters[name].detach() for name in names}
@@ -167,22 +202,62 @@ def _all_at_once(
 
     with torch.no_grad(), done.again(), sdpa_kernel(SDPBackend.MATH):
         several = torch.vmap(along, out_dims=(None, 0), randomness="same")  # pyright: ignore[reportArgumentType]
-        return several(stacked)  # pyright: ignore[reportReturnType]
+        primal, tangents = several(stacked)
+    return primal, list(tangents)
 
 
-def _forward_mode(
-    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, direction: Direction
-) -> tuple[Tensor, Tensor]:
+def _apart(
+    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, directions: Sequence[Direction]
+) -> tuple[Tensor, list[Tensor]]:
+    """By forward mode along one direction after the other."""
     _warm_up()
-    # The fused kernels have no forward mode.
-    with torch.no_grad(), done.again(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        duals = {
-            id(parameters[name]): forward_ad.make_dual(parameters[name].detach(), tangent.to(parameters[name].dtype))
-            for name, tangent in direction.items()
-        }
-        with _instead(model, duals):
-            primal, tangent = forward_ad.unpack_dual(done.forward())
-        return primal, torch.zeros_like(primal) if tangent is None else tangent
+    outputs, columns = done.seen, []
+    for direction in directions:
+        # The fused kernels have no forward mode.
+        with torch.no_grad(), done.again(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = {
+                id(parameters[name]): forward_ad.make_dual(parameters[name].detach(), t.to(parameters[name].dtype))
+                for name, t in direction.items()
+            }
+            with _instead(model, duals):
+                outputs, tangent = forward_ad.unpack_dual(done.forward())
+            columns.append(torch.zeros_like(outputs) if tangent is None else tangent)
+    assert outputs is not None
+    return outputs, columns
+
+
+def _backward(
+    model: nn.Module, parameters: Mapping[str, Tensor], done: Pass, directions: Sequence[Direction]
+) -> tuple[Tensor, list[Tensor]]:
+    """``J d`` as the derivative of ``Jᵀ u`` with respect to u."""
+    with torch.enable_grad(), done.again(), sdpa_kernel(SDPBackend.MATH):
+        outputs = done.forward()
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        names = dict.fromkeys(name for direction in directions for name in direction)
+        slopes = torch.autograd.grad(
+            outputs, [parameters[name] for name in names], dummy, create_graph=True, allow_unused=True
+        )
+        columns = []
+        for direction in directions:
+            pairs = [
+                (slope, direction[name])
+                for name, slope in zip(names, slopes, strict=True)
+                if slope is not None and name in direction
+            ]
+            tangent = None
+            if pairs:
+                (tangent,) = torch.autograd.grad(
+                    [slope for slope, _ in pairs],
+                    dummy,
+                    [d.to(slope.dtype) for slope, d in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            columns.append(torch.zeros_like(outputs) if tangent is None else tangent.detach())
+    return outputs.detach(), columns
+
+
+_FUNCTIONS = {"together": _together, "apart": _apart, "backward": _backward}
 
 
 @contextmanager
@@ -194,20 +269,6 @@ def _instead(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
                 own = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
                 stack.enter_context(replaced([module._parameters], own))  # pyright: ignore[reportArgumentType]
         yield
-
-
-def _double_backward(parameters: Mapping[str, Tensor], done: Pass, direction: Direction) -> tuple[Tensor, Tensor]:
-    """``J d`` as the derivative of ``Jᵀ u`` with respect to u."""
-    with torch.enable_grad(), done.again(), sdpa_kernel(SDPBackend.MATH):
-        outputs = done.forward()
-        dummy = torch.zeros_like(outputs, requires_grad=True)
-        wanted = [parameters[name] for name in direction]
-        slopes = torch.autograd.grad(outputs, wanted, dummy, create_graph=True, allow_unused=True)
-        pairs = [(slope, d) for slope, d in zip(slopes, direction.values(), strict=True) if slope is not None]
-        (tangent,) = torch.autograd.grad(
-            [slope for slope, _ in pairs], dummy, [d.to(slope.dtype) for slope, d in pairs], allow_unused=True
-        )
-    return outputs.detach(), torch.zeros_like(outputs) if tangent is None else tangent.detach()
 
 
 def _once() -> Callable[[], None]:

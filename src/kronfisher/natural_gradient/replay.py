@@ -1,4 +1,4 @@
-"""The same forward pass once more: dropout masks are replayed, buffers are left alone."""
+"""The same forward pass once more: dropout masks are replayed, buffers and modules' attributes are left alone."""
 
 import random
 import sys
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kronfisher.isolation import replaced
+from kronfisher.isolation import replaced, without_weight_cache
 
 __all__ = ["Pass", "Snapshot"]
 
 
 class Snapshot:
-    """Random state, buffers and autocast as they are before a forward pass.
+    """Random state, buffers, modules' attributes and autocast as they are before a forward pass.
 
     Args:
         model: whose buffers and devices count.
@@ -29,6 +29,7 @@ class Snapshot:
             for module in model.modules()
             if module._buffers
         ]
+        self._attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
         devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
         self._random = _random_state(devices)
         self.autocast = [
@@ -42,6 +43,9 @@ class Snapshot:
         """Meet that state again; the present one is put back at the end."""
         present = _random_state(set(self._random[3]))
         with ExitStack() as stack:
+            stack.enter_context(without_weight_cache())  # it may hold the weights as they were before a step
+            for attributes, values in self._attributes:
+                stack.enter_context(replaced([attributes], values))
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
@@ -65,6 +69,7 @@ class Pass:
         snapshot: the state before it, if it may be needed again.
         capture: what was seen of it, if statistics are due.
         outputs: what it returned, until the backward pass.
+        seen: the same without the graph, if it may be needed again.
         targets: as the likelihood takes them.
         loss: the mean negative log-likelihood, in float64.
         count: data that counted.
@@ -74,6 +79,7 @@ class Pass:
     snapshot: Snapshot | None = None
     capture: Any = None
     outputs: Tensor | None = None
+    seen: Tensor | None = None
     targets: Any = None
     loss: Tensor | None = None
     count: float | Tensor = field(default=0.0)

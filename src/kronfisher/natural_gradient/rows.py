@@ -60,17 +60,19 @@ class Rows:
     edges: list[GradientEdge] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layers: Iterable[Layer]) -> "Rows":
-        """For the layers whose inverse is separable."""
-        return cls({layer.blocks[0].key: layer for layer in layers if layer.separable})
+    def of(cls, layers: Iterable[Layer], rates: Mapping[str, float]) -> "Rows":
+        """For the layers whose inverse is separable, and whose parameters have one learning rate."""
+        chosen = (layer for layer in layers if layer.separable)
+        one = (layer for layer in chosen if len({rates.get(name) for name in layer.blocks[0].parameters}) == 1)
+        return cls({layer.blocks[0].key: layer for layer in one})
 
     def watch(self, capture: Capture) -> None:
-        """Drop layers that are used more than once, whose gradient is a sum."""
+        """Drop layers that are used more than once, whose gradient is a sum, and those with hooks of the user's."""
         counts: dict[tuple, int] = {}
         for call in capture.calls:
             for use in call.uses:
                 for key in {(use.weight, use.bias), (use.weight, None), (None, use.bias)}:
-                    counts[key] = counts.get(key, 0) + 1
+                    counts[key] = counts.get(key, 0) + (1 if len(call.hooks) <= 1 else 2)
         self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1}
 
     def spare(self, capture: Capture) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.likelihoods import Likelihood
-from kronfisher.natural_gradient.quadratic import gram, minimum, model_change
+from kronfisher.natural_gradient.quadratic import Products, minimum, model_change
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.replay import Pass
 from kronfisher.passes import plain_arithmetic
@@ -33,7 +33,9 @@ class Problem:
         last: the last step.
         gradients: ``∇h``.
         slope: ``naturalᵀ ∇h``, a 0-dim tensor.
-        weights: parameter name → what is added to the exact curvature: λ and weight decay.
+        damping: λ, which is added to the exact curvature.
+        decays: parameter name → weight decay, which is added to it too, and is in the gradients.
+        own: whether ∇h is the gradient of these passes and nobody else had a hand in it.
     """
 
     model: nn.Module
@@ -43,7 +45,9 @@ class Problem:
     last: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     slope: Tensor
-    weights: Mapping[str, float]
+    damping: float
+    decays: Mapping[str, float]
+    own: bool
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Search:
         kept: α and μ as the last model gave them.
         fall: ``α·slope`` of the last model's step.
         due: the step at which the next model is due.
+        products: with the exact Fisher matrix.
+        refusal: why there is no exact model; then the rate is fixed, and the momentum `KEPT`.
     """
 
     momentum: float | Literal["exact"]
@@ -67,11 +73,13 @@ class Search:
     used: float = 0.0
     kept: tuple[float, float] = (1.0, 0.0)
     fall: float = 0.0
-    due: int = field(default=0)
+    due: int = 0
+    products: Products = field(default_factory=Products)
+    refusal: str = ""
 
     @property
     def exact(self) -> bool:
-        return self.momentum == "exact"
+        return self.momentum == "exact" and not self.refusal
 
     def solves(self, step: int) -> bool:
         """Whether a model is due."""
@@ -85,7 +93,7 @@ class Search:
         `longest` bounds the change of a weight matrix by the natural gradient, relative to its norm.
         """
         moved = bool(problem.last) and any(bool(update.any()) for update in problem.last.values())
-        matrix, slopes = quadratic(problem, moved)
+        matrix, slopes = self.quadratic(problem, moved)
         if not self.exact:
             along, again = self.fixed(problem.slope, rate)
             taken = [float(along), *([again] if moved else [])]
@@ -100,6 +108,31 @@ class Search:
         self.fall, self.due = alpha * float(problem.slope), Refresh.after(step, self.period)
         return rate * alpha, rate * mu, float(model_change(matrix, slopes, rate * found))
 
+    def quadratic(self, problem: Problem, moved: bool) -> tuple[Tensor, Tensor]:
+        """Matrix ``[K, K]`` and slopes ``[K]`` of the model along ``−natural`` and, if there was one, the last step."""
+        directions = [{name: -value for name, value in problem.natural.items()}, *([problem.last] if moved else [])]
+        parameters = dict(problem.model.named_parameters())
+        slopes = [-float(problem.slope), *([float(inner(problem.last, problem.gradients))] if moved else [])]
+        known = None
+        if problem.own and len(problem.passes) == 1:
+            weights = {name: parameters[name].detach() for name in problem.natural}
+            decayed = [float(inner(each, weights, problem.decays)) for each in directions]
+            known = [slope - part for slope, part in zip(slopes, decayed, strict=True)]
+        size = len(directions)
+        matrix = torch.zeros(size, size, dtype=torch.float64)
+        for one in problem.passes:
+            with plain_arithmetic(problem.slope.device):
+                found = self.products.gram(problem.model, parameters, one, directions, problem.likelihood, known)
+                matrix += found.cpu()
+        added = {name: problem.damping + decay for name, decay in problem.decays.items()}
+        for i, left in enumerate(directions):
+            for j, right in enumerate(directions[: i + 1]):
+                extra = float(inner(left, right, added))
+                matrix[i, j] += extra
+                if i != j:
+                    matrix[j, i] += extra
+        return matrix, torch.tensor(slopes, dtype=torch.float64)
+
     def reuse(self, slope: Tensor, rate: float) -> tuple[float | Tensor, float]:
         """What multiplies natural and last between two models: the last answer, within bounds."""
         if not self.exact:
@@ -113,19 +146,22 @@ class Search:
 
     def fixed(self, slope: Tensor, rate: float) -> tuple[Tensor, float]:
         """The rate, or less where ``rate²·slope`` is beyond the limit; and the fixed momentum."""
-        assert not isinstance(self.momentum, str)
-        self.step_size, self.used = rate, self.momentum
+        momentum = KEPT if isinstance(self.momentum, str) else self.momentum
+        self.step_size, self.used = rate, momentum
         within = (self.kl_limit / (rate * rate * slope.abs()).clamp_min(1e-300)).sqrt().clamp(max=1.0)
-        return rate * within, self.momentum
+        return rate * within, momentum
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs."""
-        return {"step_size": self.step_size, "used": self.used, "kept": self.kept, "fall": self.fall, "due": self.due}
+        names = ("step_size", "used", "kept", "fall", "due", "refusal")
+        return {name: getattr(self, name) for name in names} | {"way": self.products.way}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+        self.products.way = state["way"]
         for key, value in state.items():
-            setattr(self, key, tuple(value) if key == "kept" else value)
+            if key != "way":
+                setattr(self, key, tuple(value) if key == "kept" else value)
 
 
 def _share(problem: Problem) -> float:
@@ -138,25 +174,6 @@ def _share(problem: Problem) -> float:
         for norm in (parameters[name].detach().norm(),)
     ]
     return float(torch.stack(shares).max()) if shares else 0.0
-
-
-def quadratic(problem: Problem, moved: bool) -> tuple[Tensor, Tensor]:
-    """Matrix ``[K, K]`` and slopes ``[K]`` of the model along ``−natural`` and, if there was one, the last step."""
-    directions = [{name: -value for name, value in problem.natural.items()}, *([problem.last] if moved else [])]
-    parameters = dict(problem.model.named_parameters())
-    size = len(directions)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    for one in problem.passes:
-        with plain_arithmetic(problem.slope.device):
-            matrix += gram(problem.model, parameters, one, directions, problem.likelihood).cpu()
-    for i, left in enumerate(directions):
-        for j, right in enumerate(directions[: i + 1]):
-            extra = float(inner(left, right, problem.weights))
-            matrix[i, j] += extra
-            if i != j:
-                matrix[j, i] += extra
-    slopes = [-float(problem.slope), *([float(inner(problem.last, problem.gradients))] if moved else [])]
-    return matrix, torch.tensor(slopes, dtype=torch.float64)
 
 
 def inner(
