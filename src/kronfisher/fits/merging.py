@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,7 +31,7 @@ from kronfisher.rearrangement import (
 )
 from kronfisher.samples import Samples
 
-__all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split"]
+__all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split", "widened"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
 BY_BATCH = ("running", "approx")  # of these, batches are pieces, whatever their size
@@ -70,7 +70,10 @@ class Merging:
         else:
             route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
             start = state.facts.get("directions") if self.warm_start and self.aggregation not in BY_BATCH else None
-            source = rearranged(piece, route, self.tolerance, self.iterations, start)
+            if route == "projected" and positions > 1 and "route" not in state.facts:
+                narrow(state)  # half steps on running sums come closer than one term of each piece
+            running = self.warm_start and self._one(state)
+            source = rearranged(piece, route, self.tolerance, self.iterations, start, running)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
             before = Terms(*split(state))
@@ -112,7 +115,7 @@ class Merging:
     def _add_projected(self, state: State, source: Projected, n: int) -> Pair:
         """Half steps on both sides: straight into the sum where one product is carried and pieces weigh as they are."""
         sums = state.sums
-        if len(sums["inputs"]) == 1 and self.aggregation not in BY_BATCH:
+        if self._one(state):
             sigma = source.add_(sums["inputs"][0], sums["outputs"][0])
             sums["weight"] += sigma
             return Pair(sigma, sigma, sigma, source.steps, source.change)
@@ -124,6 +127,10 @@ class Merging:
         pair = Pair(over(A, sizes[0]), over(B, sizes[1]), sigma, source.steps, source.change)
         self._add(state, pair, n)
         return pair
+
+    def _one(self, state: State) -> bool:
+        """Whether one product is carried, as the sums of its sides over everything so far."""
+        return len(state.sums["inputs"]) == 1 and self.aggregation not in BY_BATCH
 
     def _share(self, sigma: Tensor, n: int) -> Tensor:
         # The factors of a batch's mean are those of its sum over √n, and batches count by their size.
@@ -174,6 +181,23 @@ class Merging:
             state.sums["norm"] += sum(squared_products(source if isinstance(source, Explicit) else Explicit(piece)))
         else:
             state.facts["uncertain"] = True
+
+
+def narrow(state: State) -> None:
+    """Room for one product, in a state that holds nothing yet."""
+    for side in ("inputs", "outputs"):
+        state.sums[side] = state.sums[side][:1]
+
+
+def widened(state: State, terms: int) -> State:
+    """One product, as the first of several terms."""
+    if len(state.sums["inputs"]) >= terms:
+        return state
+    sides = dict(zip(("inputs", "outputs"), split(state), strict=True))
+    room = {name: side.new_zeros(terms - len(side), *side.shape[1:]) for name, side in sides.items()}
+    sums = {name: torch.cat([side, room[name]]) for name, side in sides.items()}
+    weight = torch.zeros_like(state.sums["weight"])
+    return replace(state, sums={**state.sums, **sums, "weight": weight}, facts={**state.facts, "uncertain": True})
 
 
 def look_over(state: State) -> None:

@@ -22,9 +22,9 @@ __all__ = ["DIRECTIONS", "PART", "Projected"]
 
 DIRECTIONS = 16
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
-_SHARE = 4  # one of so many tells them where positions share the weight
 _LARGE = 4  # so many times fewer are there besides, for their size
-_STEPS = 2  # double steps over that part, each from nearby matrices
+_STEPS = 8  # double steps at most over the part where positions share the weight
+_SETTLED = 0.03  # change of A after which the half steps over everything do the rest
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
 
 
@@ -35,8 +35,9 @@ class Projected:
         samples: some; their positions may differ.
         tolerance: of the pair of a part of them, where T = 1.
         iterations: double steps at most, for that pair.
-        start: directions ``[H, I, ρ]`` of A and ``[H, O, ρ]`` of B for other samples of the block: one double step goes
-            on from there.
+        start: directions ``[H, I, ρ]`` of A and ``[H, O, ρ]`` of B for other samples of the block, to go on from.
+        running: the sums that `add_` is given hold what these other samples brought: where positions share the weight,
+            directions are those of the sums, and half steps over one piece after the other are half steps over all.
 
     Attributes:
         right: directions of A.
@@ -51,6 +52,7 @@ class Projected:
         tolerance: float = 1e-3,
         iterations: int = 50,
         start: tuple[Tensor, Tensor] | None = None,
+        running: bool = False,
     ) -> None:
         self.samples = samples
         self.shape = samples[0].shape
@@ -58,8 +60,11 @@ class Projected:
         self._weights: list[Tensor] = []  # [H, n] of the samples in A, where a step over all of them left these
         if self.single:
             found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
+        elif start is not None and running:
+            found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
         else:
             found = self._from_part(start)
+        self.running = running and not self.single
         self.right, self.left, self.steps, self.change = found
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -82,9 +87,17 @@ class Projected:
                 continue
             for rows in _rows(several, self.right):
                 add_symmetric_product_(outputs, rows)
-                weight += (rows @ self.left).square().sum((1, 2))
+        if self.single:
+            return weight
+        if self.running:
+            self.left = _of_sum(outputs, self.left)
+        for several in self.samples:
             for rows in _rows(several, self.left, transposed=True):
                 add_symmetric_product_(inputs, rows)
+                weight += (rows @ self.right).square().sum((1, 2))
+        if self.running:
+            old, self.right = self.right, _of_sum(inputs, self.right)
+            self.steps, self.change = self.steps + 1, _change(old, self.right)
         return weight
 
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,24 +123,32 @@ class Projected:
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 
     def _from_part(self, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Double steps over a part of the samples: fewer from a start."""
+        """Double steps over all samples, or over a part of many."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = _some(self.samples, max(1, sum(map(len, self.samples)) // _SHARE))
+        part = _some(self.samples, PART)
         right, left = (_random(like, width), _random(like, outputs)) if start is None else map(_renewed, start)
-        steps, old = (_STEPS, None) if start is None else (1, start[0])
-        for step in range(steps):
+        steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        for step in range(_STEPS):
             left = _directions(_half_step(outputs, right, part, transposed=False), _random(like, outputs))
-            old = right if step else old
-            right = _directions(_half_step(width, left, part, transposed=True), _random(like, width))
-        change = like.new_full((), torch.inf) if old is None else _change(old, right)
-        return right, left, like.new_full((), steps, dtype=torch.int64), change
+            old, right = right, _directions(_half_step(width, left, part, transposed=True), _random(like, width))
+            steps, change = steps + 1, _change(old, right) if step or start is not None else change
+            if like.device.type == "cpu" and bool(change <= _SETTLED):
+                break
+        return right, left, steps, change
 
 
 def _renewed(directions: Tensor) -> Tensor:
     """With a little of another one: what a start has none of would never come back."""
     other = _random(directions, directions.shape[1])[..., :1]
     return torch.cat([directions[..., :1] + 0.1 * over(other, norm(other)), directions[..., 1:]], dim=-1)
+
+
+def _of_sum(upper: Tensor, start: Tensor) -> Tensor:
+    """Directions of a sum ``[H, D, D]`` of which the upper triangle is known."""
+    above = upper.triu(1)
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
+    return _nystrom(lambda v: above @ v + above.mT @ v + diagonal * v, _renewed(start))
 
 
 def _change(old: Tensor, new: Tensor) -> Tensor:

@@ -73,14 +73,15 @@ def rearranged(
     tolerance: float = 1e-3,
     iterations: int = 50,
     start: tuple[Tensor, Tensor] | None = None,
+    running: bool = False,
 ) -> Rearranged | Projected:
-    """ℛ(F) of some samples; projections are found to a tolerance, or from the directions of other samples.
+    """ℛ(F) of some samples; projections are found to a tolerance, or from other samples, see `Projected`.
 
     Raises:
         ValueError: the route is not known or not for so many positions.
     """
     if route == "projected":
-        return Projected(samples, tolerance, iterations, start)
+        return Projected(samples, tolerance, iterations, start, running)
     if route == "rows":
         return Rows(samples)
     if route == "explicit":

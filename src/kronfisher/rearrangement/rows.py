@@ -34,15 +34,15 @@ class Rows(Rearranged):
     def outputs(self, A: Tensor) -> Tensor:
         total = self.like().new_zeros(())
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
-            W = applied(a, A) @ a.mT
-            total = total + (W @ g).flatten(1, 2).mT @ g.flatten(1, 2)
+            W = applied(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
+            total = total + g.flatten(1, 2).mT @ (W @ g).flatten(1, 2)
         return total
 
     def inputs(self, B: Tensor) -> Tensor:
         total = self.like().new_zeros(())
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = applied(g, B) @ g.mT
-            total = total + (W @ a).flatten(1, 2).mT @ a.flatten(1, 2)
+            total = total + a.flatten(1, 2).mT @ (W @ a).flatten(1, 2)
         return total
 
 
