@@ -203,7 +203,7 @@ class Accumulator:
                 self.backward_passes += len(outputs)
             stream.flush()
         self.count = self.count + size
-        if self.score and targets is not None and self.mask is None:
+        if self.score and self.mask is None and self.likelihood.labelled(targets):
             score = self.likelihood.log_likelihood(values, targets)
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()

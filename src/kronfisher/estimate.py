@@ -114,10 +114,8 @@ def estimate(
     count = float(run.count)
     with plain_arithmetic(run.device):
         entries: list[Entry] = []
-        infos: dict[str, BlockInfo] = {}
         for group in run.groups:
             operator = group.fit.finish(group.state)
-            entries.append((group.blocks, operator))
             alone = [block.name for block in group.blocks if block.operator == FALLBACK]
             method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
             notes = [
@@ -125,18 +123,17 @@ def estimate(
                 *run.following.notes(group.blocks),
                 *(_why(name, run.treatment.fallback[name], len(group.blocks)) for name in alone),
             ]
-            infos[block_name(group.blocks)] = BlockInfo(
+            info = BlockInfo(
                 method,
                 float(group.state.rows),
                 group.seconds,
                 group.fit.error(group.state, operator),
                 "; ".join(filter(None, notes)),
             )
+            entries.append((group.blocks, operator, info))
             group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
         entries = _joined(entries)
-        for block, operator in _unused(run):
-            entries.append(((block,), operator))
-            infos[block.name] = BlockInfo("unused: zero")
+        entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused(run)]
     order = {name: place for place, name in enumerate(run.parameters)}
     entries.sort(key=lambda entry: order[entry[0][0].parameters[0]])
     info = Info(
@@ -147,12 +144,12 @@ def estimate(
         likelihood=repr(likelihood),
         seconds=time.perf_counter() - began,
         trainable=sum(p.numel() for p in run.parameters.values()),
-        blocks=infos,
+        blocks={block_name(blocks): info for blocks, _, info in entries},
         log_likelihood=None if run.log_likelihood is None else float(run.log_likelihood),
         outputs=run.outputs,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
-    single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator in entries)
+    single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator, _ in entries)
     fisher = Fisher(single, shapes, info, Origin(recipe))
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
@@ -161,23 +158,37 @@ def _why(name: str, reason: str, among: int) -> str:
     return "fallback: " + (reason if among > 1 else reason.removeprefix(f"{name}: "))
 
 
-Entry = tuple[tuple[Block, ...], Operator]
+Entry = tuple[tuple[Block, ...], Operator, BlockInfo]
 
 
 def _joined(entries: list[Entry]) -> list[Entry]:
     """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
     joined: list[Entry] = []
-    for blocks, operator in entries:
-        for k, (others, other) in enumerate(joined):
+    for blocks, operator, info in entries:
+        for k, (others, other, before) in enumerate(joined):
             windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
             if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
                 (_, *own), (_, *theirs) = blocks[0].shape, others[0].shape
                 first = (others, other + operator.transposed(*own))
-                joined[k] = first if windows[0].whole else (blocks, operator + other.transposed(*theirs))
+                chosen = first if windows[0].whole else (blocks, operator + other.transposed(*theirs))
+                joined[k] = (*chosen, _both(before, info))
                 break
         else:
-            joined.append((blocks, operator))
+            joined.append((blocks, operator, info))
     return joined
+
+
+def _both(first: BlockInfo, second: BlockInfo) -> BlockInfo:
+    """What is known of both roles: the error of either tells nothing of what is left out."""
+    methods, notes = (dict.fromkeys((getattr(first, key), getattr(second, key))) for key in ("method", "notes"))
+    left_out = "a weight in two roles: each has a term of its own, products between them are left out"
+    return BlockInfo(
+        " + ".join(methods),
+        first.rows + second.rows,
+        first.seconds + second.seconds,
+        None,
+        "; ".join(filter(None, (left_out, *notes))),
+    )
 
 
 def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit, Plan, State, elements, named, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
@@ -24,7 +24,7 @@ class EKFAC(Fit):
     in the same order and with the same label draws.
 
     Args:
-        basis: the fit whose Kronecker product gives the eigenvectors.
+        basis: the fit whose Kronecker product gives the eigenvectors, or its name.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -35,6 +35,9 @@ class EKFAC(Fit):
     """
 
     basis: Fit = field(default_factory=KFAC)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "basis", named(self.basis))
 
     @property
     def linear(self) -> bool:

@@ -159,12 +159,14 @@ class KroneckerSum(Fit):
         return KroneckerSumOperator(A, B, state.name, nonnegative=positive, antisymmetric=odd)
 
     def error(self, state: State, operator: Operator) -> float | None:
-        """Where the norm of the block is affordable; over several pieces from the terms carried, slightly too small.
+        """Where the norm of the block is affordable; over several pieces from the terms carried, somewhat too small.
 
-        Positive terms that were shortened more than once are too far from the block to tell.
+        That takes more terms than are kept. Positive terms that were shortened are too far from the block to tell.
         """
         squared, number = float(state.sums["norm"]), float(state.sums["pieces"])
-        if "uncertain" in state.facts or not number or (number > 1 and self.method == "nonnegative"):
+        if "uncertain" in state.facts or not number:
+            return None
+        if number > 1 and (self.method == "nonnegative" or self.carried < 2 * self.rank):
             return None
         found = (float(operator.frobenius_norm()) * float(state.count)) ** 2
         return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
@@ -177,7 +179,10 @@ class KroneckerSum(Fit):
         worst = state.facts["accuracy"]
         done = "" if worst <= self.tolerance else " (NOT converged)"
         text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
-        return text if number == 1 else f"{text}; {number:.0f} pieces"
+        if number == 1:
+            return text
+        told = "" if self.carried < 2 * self.rank or self.method == "nonnegative" else ", error from their terms"
+        return f"{text}; {number:.0f} pieces{told}"
 
     # Within -----------------------------------------------------------------------------------------------------------
 

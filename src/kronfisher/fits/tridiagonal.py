@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kronfisher.blocks import Block, Key
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
+from kronfisher.fits.fit import Fit, Plan, State, named, reciprocal, register
 from kronfisher.fits.kfac import KFAC
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
@@ -54,6 +54,7 @@ class BlockTridiagonal(Fit):
     basis: KFAC = field(default_factory=KFAC)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "basis", named(self.basis))
         if not isinstance(self.basis, KFAC):
             raise ValueError(
                 f"BlockTridiagonal(basis={self.basis!r}): the basis must be KFAC(...), whose factors are second "

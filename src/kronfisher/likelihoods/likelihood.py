@@ -60,6 +60,10 @@ class Likelihood(ABC):
             `[N]`, summed over positions and entries, differentiable with respect to the outputs.
         """
 
+    def labelled(self, targets: Tensor | None) -> bool:
+        """Whether these targets hold labels, of which there is a log likelihood."""
+        return targets is not None
+
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ log_prob` over data, 0-dim in float64: what the marginal likelihood is made of."""
         return self.log_prob(outputs, targets).sum(dtype=torch.float64)

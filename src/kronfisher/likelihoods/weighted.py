@@ -62,6 +62,10 @@ class Weighted(Likelihood):
         """That of the base."""
         return self.base.joint_dim(outputs, None if targets is None else _pair(targets)[0])
 
+    def labelled(self, targets: Any) -> bool:
+        """Whether the pair has labels besides its weights."""
+        return targets is not None and self.base.labelled(_pair(targets)[0])
+
     def sample(self, outputs: Tensor, draws: Draws) -> Any:
         """Labels of the base, each of weight one."""
         weight = torch.ones(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import singular_message
 from kronfisher.operators.operator import stable_norm
 
 __all__ = ["Convergence", "conjugate_gradients"]
@@ -17,6 +16,7 @@ Rows = Callable[[Tensor], Tensor]
 
 ITERATIONS = 1000
 _RESTARTS = 3  # the residual that is carried along drifts from the true one; it is measured anew as often as this
+_POOR = 1e-2  # a residual that nobody takes for a solution, even if the precision allows no better
 _STRIDE = 8  # iterations between two looks at the residual where looking means waiting for another device
 
 
@@ -64,7 +64,8 @@ def conjugate_gradients(
         NumericalError: NaN or Inf.
 
     Warns:
-        NumericalWarning: `ITERATIONS` were not enough; the answer has the residual that the warning tells.
+        NumericalWarning: `ITERATIONS` or the precision were not enough; the answer has the residual that the warning
+            tells.
     """
     norms = stable_norm(rows)[:, None]
     units = rows / torch.where(norms > 0, norms, 1)
@@ -113,7 +114,8 @@ def conjugate_gradients(
     missing = torch.stack([stable_norm(residual).max(), excess(residual).max()]).tolist() if len(rows) else [0.0, 0.0]
     if not missing[0] < torch.inf:
         raise NumericalError(f"{name}: the solution by conjugate gradients is NaN or Inf; use float64 or more damping.")
-    found = Convergence(iterations, missing[0], missing[0] <= 10 * tolerance or missing[1] <= 0)
+    done = missing[0] <= 10 * tolerance or (missing[1] <= 0 and missing[0] <= _POOR)
+    found = Convergence(iterations, missing[0], done)
     if not found.converged:
         warnings.warn(
             f"{name}: conjugate gradients stopped after {iterations} iterations with a relative residual of "
@@ -129,9 +131,13 @@ def _failure(quotient: float, scale: float, name: str, dtype: torch.dtype, itera
     if quotient < -noise:
         return IndefiniteError(
             f"{name} is indefinite: after {iterations} iterations conjugate gradients met a direction p with "
-            f"pᵀXp / pᵀp = {quotient:.3g}. Add damping of more than {-quotient:.3g}, choose a fit whose terms are all "
-            "positive semidefinite, or say how to bend it: .clamped(floor) or .absolute()."
+            f"pᵀXp / pᵀp = {quotient:.3g}, and its smallest eigenvalue is lower still. Add damping of several times "
+            f"{-quotient:.3g}, choose a fit whose terms are all positive semidefinite, or say how to bend it: "
+            ".clamped(floor) or .absolute()."
         )
     if quotient == quotient:
-        return SingularError(singular_message(name, scale, dtype))
+        return SingularError(
+            f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
+            f"(fisher + λ).solve(v) with λ ≥ {noise:.1e} (its largest eigenvalue is about {scale:.3g})."
+        )
     return NumericalError(f"{name}: conjugate gradients met NaN or Inf; look at the data and the weights.")

@@ -280,7 +280,10 @@ class Fisher(Algebra["Fisher"]):
 
         Raises:
             DataError: the matrix is an inverse or a root, which is neither; reduce first, then invert.
+            ValueError: another reduction.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
         if reduction == self.reduction:
             return self
         if odd := {"inverse", "sqrt", "inverse sqrt"} & set(self.info.changes):

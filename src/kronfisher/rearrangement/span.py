@@ -104,7 +104,8 @@ class Span(Rearranged):
 def _root(rows: Tensor) -> tuple[Tensor, Tensor]:
     """X ``[H, n, n]`` with ``X Xᵀ = (x xᵀ)∘²`` and Y with Yᵀ times that times Y the identity, for x ``[H, n, D]``."""
     rows = rows.double()
-    scale = rows.abs().amax((1, 2)).clamp_min(torch.finfo(rows.dtype).tiny)
+    scale = rows.abs().amax((1, 2))
+    scale = torch.where(scale > 0, scale, 1)  # of zeros everything is zero
     rows = over(rows, scale)
     gram = (rows @ rows.mT).square()
     values, vectors = eigh(gram, "products of samples")  # many are zero where units are dead
