@@ -48,8 +48,8 @@ class KFOC(Fit):
     """``F ≈ B ⊗ A`` with the smallest Frobenius error, both sides positive semidefinite (Schnaus, Lee & Triebel 2021).
 
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
-    weights; see `kronfisher.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once and
-    exactly; over more of them the aggregation decides.
+    weights; see `kronfisher.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once, to
+    `tolerance`; over more of them the aggregation decides.
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:

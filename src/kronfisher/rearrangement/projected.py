@@ -3,6 +3,8 @@
 With ``A ≈ L Lᵀ``, L ``[I, ρ]``, a half step is ``Σ_k (G_k L)(G_k L)ᵀ``: ρ rows a sample instead of T, and for T = 1 the
 weights ``‖Lᵀ a_k‖²``. The step is an exact one from a nearby matrix, and the distance of that matrix from the leading
 one shrinks by σ₂/σ₁ in it. So a part of the samples tells the directions, and one half step on each side takes in all.
+Where positions share the weight, later samples go on from the directions of the sums so far: their half steps add up
+to half steps of all samples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
