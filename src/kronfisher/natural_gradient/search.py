@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.likelihoods import Likelihood
-from kronfisher.natural_gradient.quadratic import Products, minimum, model_change
+from kronfisher.natural_gradient.products import Products
+from kronfisher.natural_gradient.quadratic import minimum, model_change
 from kronfisher.natural_gradient.refresh import Refresh
 from kronfisher.natural_gradient.replay import Pass
 from kronfisher.passes import plain_arithmetic
