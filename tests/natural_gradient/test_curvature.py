@@ -201,3 +201,16 @@ def test_eigenvalues_that_belong_to_the_new_product_arrive_as_its_own(dtype):
     carried = kf.EKFAC().carried(before, after)
     torch.testing.assert_close(carried.sums["eigenvalues"][0], torch.outer(b, a), rtol=1e-4, atol=0)
     assert carried.count == 4.0
+
+
+def test_bases_are_renewed_more_often_in_the_first_steps():
+    data, dues = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(12)], {}
+    for fit in ("kfac", "ekfac"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
+        dues[fit] = []
+        for x, y in data:
+            optimizer.step(lambda model=model, x=x: model(x), y)
+            dues[fit].append(optimizer.curvature.statistics_due)
+    assert dues["kfac"] == [1, 2, 3, 4, 6, 6, 9, 9, 9, 13, 13, 13]
+    assert dues["ekfac"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12]

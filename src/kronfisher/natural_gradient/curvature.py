@@ -206,6 +206,12 @@ class Curvature:
         """Whether statistics of this step may need the graph twice."""
         return not self.layers or any(self._turns(layer) for layer in self.layers)
 
+    @property
+    def _rhythm(self) -> Refresh:
+        """Periods for the fits in use."""
+        stale = any(layer.group.state.plan.passes > 1 for layer in self.layers)
+        return self.refresh.careful() if stale else self.refresh
+
     def _turns(self, layer: Layer) -> bool:
         """Whether the second pass of the layer's fit begins anew with this batch."""
         return layer.group.state.plan.passes > 1 and layer.due <= self.step and layer.turned != self.step
@@ -225,7 +231,7 @@ class Curvature:
             else:
                 for layer in self.layers:
                     layer.merge(self.refresh.average)
-                self.statistics_due = self.refresh.after(self.step, self.refresh.statistics)
+                self.statistics_due = self._rhythm.after(self.step, self.refresh.statistics)
         self.seconds["statistics"] += time.perf_counter() - began
 
     def discard(self) -> None:
@@ -269,7 +275,7 @@ class Curvature:
                 if layer.due <= self.step or layer.inverse is None:
                     layer.estimate()
                     layer.invert(self.damping, value, self.step)
-                    layer.due = self.refresh.turn(self.step, place, len(self.layers))
+                    layer.due = self._rhythm.turn(self.step, place, len(self.layers))
                 elif layer.operator is not None and value != layer.value:  # its spectrum is at hand
                     layer.invert(self.damping, value, layer.made)
                 elif moved:

@@ -123,7 +123,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.evaluation = Evaluation(
             self._model, likelihood, self.curvature, self._parameters, lambda: self._options("lr")
         )
-        self.search = Search(momentum, kl_limit, refresh.model)
+        self.search = Search(momentum, kl_limit, refresh)
         self.region, self.watch = Region(self.trust), Watch()
         self._counts = {"rejected": 0, "skipped": 0}
         self._seconds = {"forward and backward": 0.0, "model": 0.0, "update": 0.0}

@@ -1,22 +1,28 @@
 """When statistics, inverses and the quadratic model are renewed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Refresh"]
+
+BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 
 
 @dataclass(frozen=True)
 class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
+    Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter, at least as far as statistics and
+    inverses go: with half of the steps they fall behind within the first hundred.
+
     Args:
         statistics: between batches whose curvature is averaged; each costs one more backward pass.
         inverse: between factorisations of one layer; the layers take turns.
         model: between solutions of the exact quadratic model for step size and momentum, kept in between.
         average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
+        early: early periods are the steps so far over this.
 
     Raises:
-        ValueError: a period is below 1, or the average is not in [0, 1).
+        ValueError: a period or `early` is below 1, or the average is not in [0, 1).
 
     Example:
         >>> Refresh(statistics=10).after(0, 10), Refresh(statistics=10).after(200, 10)
@@ -27,15 +33,19 @@ class Refresh:
     inverse: int = 50
     model: int = 5
     average: float = 0.95
+    early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.statistics, self.inverse, self.model) < 1 or not 0 <= self.average < 1:
-            raise ValueError(f"{self}: periods are at least 1 and the average lies in [0, 1).")
+        if min(self.statistics, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
+            raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
 
-    @staticmethod
-    def after(step: int, period: int) -> int:
+    def after(self, step: int, period: int) -> int:
         """The step at which what was renewed at `step` is due again."""
-        return step + min(period, max(1, step // 2))
+        return step + min(period, max(1, int(step / self.early)))
+
+    def careful(self) -> "Refresh":
+        """For fits whose bases go stale."""
+        return replace(self, early=max(self.early, BASES))
 
     def turn(self, step: int, place: int, layers: int) -> int:
         """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""

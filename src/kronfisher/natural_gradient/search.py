@@ -58,7 +58,7 @@ class Search:
     Attributes:
         momentum: ``"exact"`` for both α and μ from the model, or a fixed μ.
         kl_limit: for a fixed rate, the largest ``lr²·slope``.
-        period: steps between two models.
+        refresh: says how many steps lie between two models.
         step_size: α of the last step, before the learning rate.
         kept: α and μ as the last model gave them.
         fall: ``α·slope`` of the last model's step.
@@ -69,7 +69,7 @@ class Search:
 
     momentum: float | Literal["exact"]
     kl_limit: float
-    period: int
+    refresh: Refresh
     step_size: float = 1.0
     used: float = 0.0
     kept: tuple[float, float] = (1.0, 0.0)
@@ -106,7 +106,7 @@ class Search:
             found[0] = most
         alpha, mu = float(found[0]), float(found[1]) if moved else 0.0
         self.step_size, self.used, self.kept = alpha, mu, (alpha, mu)
-        self.fall, self.due = alpha * float(problem.slope), Refresh.after(step, self.period)
+        self.fall, self.due = alpha * float(problem.slope), self.refresh.after(step, self.refresh.model)
         return rate * alpha, rate * mu, float(model_change(matrix, slopes, rate * found))
 
     def quadratic(self, problem: Problem, moved: bool) -> tuple[Tensor, Tensor]:
