@@ -62,7 +62,7 @@ def enter(
     for name, value in (("train-size", train_size), ("evaluations", evaluations)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value} and must be at least 1")
-    chosen, clocks = PROBLEMS[problem], ("seconds", "step")
+    chosen, clocks = PROBLEMS[problem], ("seconds", "cpu_seconds", "step")
     if study:
         chosen = replace(chosen, train_size=train_size)
         chosen, competitors, steps = kpsvd(chosen, optimizers, options)

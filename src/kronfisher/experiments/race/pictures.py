@@ -17,21 +17,28 @@ COLOURS = {
     "adamw": "#56B4E9",
     "muon": "#009E73",
     "soap": "#E69F00",
-    "shampoo": "#A6761D",
+    "shampoo": "#7570B3",
     "natural": "#D55E00",
     "kfac": "#0072B2",
 }
 MORE = (*OTHERS, "#E7298A", "#1B9E77", "#6A3D9A", "#B2DF8A", "#000000")
-AXES = {"seconds": "training time in seconds", "step": "steps", "epoch": "epochs"}
+AXES = {
+    "seconds": "training time in seconds",
+    "cpu_seconds": "CPU time of training in seconds",
+    "step": "steps",
+    "epoch": "epochs",
+}
 
 
-def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds", "step")) -> list[Path]:
+def draw(
+    standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds", "cpu_seconds", "step")
+) -> list[Path]:
     """Write ``<problem>-seconds.png`` and so on: a line per optimiser (median of seeds), a band from best to worst.
 
     Args:
         standings: with at least one result.
         folder: is made if need be.
-        clocks: of "seconds", "step" and "epoch".
+        clocks: of "seconds", "cpu_seconds", "step" and "epoch".
 
     Returns:
         The paths of the files.
@@ -66,7 +73,7 @@ def draw(standings: Standings, folder: Path, clocks: tuple[str, ...] = ("seconds
                     axes.yaxis.set_minor_formatter("{x:.3g}")
                     axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))
                     axes.set_ylim(top=min(axes.get_ylim()[1], _top(standings, what)))
-            if clock != "seconds":
+            if not clock.endswith("seconds"):
                 for axes in panels:
                     axes.set_xscale("log")
             seeds = max(map(len, standings.results.values()))
@@ -102,7 +109,7 @@ def _line(
             curves.append(np.array(points).T)
     if not curves:
         return
-    begin = min(curve[0][1] for curve in curves) if clock != "seconds" else 0.0  # a logarithm has no zero
+    begin = min(curve[0][1] for curve in curves) if not clock.endswith("seconds") else 0.0  # a logarithm has no zero
     grid = np.linspace(begin, min(curve[0][-1] for curve in curves), 200)
     values = np.stack([np.interp(grid, *curve) for curve in curves])
     axes.plot(grid, np.median(values, 0), color=colour, label=name, **style)

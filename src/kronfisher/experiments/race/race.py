@@ -53,7 +53,7 @@ class Race:
     search: Literal["all", "rates", "none"] = "all"
     threads: int = 1
     device: str = "cpu"
-    clocks: tuple[str, ...] = ("seconds", "step")
+    clocks: tuple[str, ...] = ("seconds", "cpu_seconds", "step")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run before anything is loaded."""
