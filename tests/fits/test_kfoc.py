@@ -1,7 +1,5 @@
 """K-FOC is the leading singular pair of the rearranged block, whatever the use, the route and the batches."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -240,88 +238,6 @@ def test_running_is_the_best_product_for_the_last_one_and_the_new_batch():
     torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("T", "n"), [(1, 900), (9, 64)])
-def test_projections_are_close(T, n):
-    generator = torch.Generator().manual_seed(1)
-    mix = torch.randn(60, 60, generator=generator) * torch.logspace(0, -2, 60)
-    a = torch.relu(torch.randn(1, n, T, 60, generator=generator) @ mix)
-    g = torch.randn(1, n, T, 50, generator=generator) * torch.logspace(0, -1.5, 50)
-    samples = samples_of(a.double(), g.double())
-    exact = fitted(kf.KFOC(route="explicit", **SHARP), samples)[0]
-    near = fitted(kf.KFOC(route="projected"), samples)[0]
-    rows = gradients_of(samples)[0].flatten(1)
-    block = rows.mT @ rows
-    errors = [float((block - operator.to_dense()).norm() / block.norm()) for operator in (exact, near)]
-    assert errors[0] <= errors[1] <= errors[0] + 0.001
-    assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-3) == "projected"
-    assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-6) == "gram"
-    assert cheapest((1, 512, 4609), 64, 49, tolerance=1e-3) == "projected"
-
-
-@pytest.mark.parametrize(("T", "n", "pieces"), [(1, 4096, 8), (9, 256, 4)])
-def test_later_pieces_go_on_from_the_directions_of_earlier_ones(T, n, pieces):
-    generator = torch.Generator().manual_seed(1)
-    mix = torch.randn(24, 24, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 24)
-    a = torch.relu(torch.randn(1, n, T, 24, generator=generator, dtype=torch.float64) @ mix)
-    g = torch.randn(1, n, T, 20, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, 20)
-    samples = samples_of(a, g)
-    batches = [samples.part(n * k // pieces, n * (k + 1) // pieces) for k in range(pieces)]
-    errors, steps = {}, {}
-    for warm in (False, True):
-        fit = kf.KFOC(route="projected", rank_memory=1, warm_start=warm)
-        block = Block("w", "linear", View.of("w", torch.zeros(1, 20, 24)))
-        state = fit.init((block,), replace(fit.plan((block,), 8), waiting=0), g)
-        for batch in batches:
-            state = fit.update(state, (batch,))
-        assert float(state.sums["pieces"]) == pieces
-        state.count, steps[warm] = 1.0, float(state.sums["steps"])
-        errors[warm] = excess(fit.finish(state), samples)
-    assert steps[True] < steps[False]
-    assert errors[True] <= errors[False] + 0.001 and errors[True] <= 0.003
-
-
-class Language(nn.Module):
-    def __init__(self, words=65, width=32, hidden=128):
-        super().__init__()
-        self.embedding, self.first = nn.Embedding(words, width), nn.Linear(width, hidden)
-        self.second, self.head = nn.Linear(hidden, width), nn.Linear(width, words)
-
-    def forward(self, x):
-        h = self.embedding(x)
-        h = h + h.cumsum(1) / 5
-        return self.head(h + self.second(torch.relu(self.first(h))))
-
-
-@pytest.mark.parametrize(("size", "most"), [(10, 0.001), (200, 0.002), (16, 0.003)])
-def test_few_long_sequences_and_many_small_batches_come_close_to_the_best_product(size, most):
-    torch.manual_seed(1)
-    model, x = Language(), torch.randint(65, (10 if size == 10 else 200, 32))
-    batches = [x[low : low + size] for low in range(0, len(x), size)]
-    errors = {}
-    for fit in (kf.KFOC(), kf.KFOC("exact", tolerance=1e-6), kf.TKFAC()):
-        fisher = kf.estimate(model, batches, kf.Categorical(class_dim=-1), fit=fit)
-        errors[repr(fit)] = fisher.error(batches).blocks
-        if fit == kf.KFOC():
-            assert sum("projected" in block.notes for block in fisher.info.blocks.values()) >= 2
-    found, best, tensor = errors.values()
-    for name in best:
-        assert best[name] - 1e-6 <= found[name] <= best[name] + most, name
-        assert size == 16 or found[name] <= tensor[name] + 1e-4
-
-
-def test_states_with_one_term_and_with_several_add_up():
-    fit, block = kf.KFOC(), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
-    several = random_samples(n=40)
-    wide, thin = (fit.init((block,), replace(fit.plan((block,), 8), waiting=0), several.gradients) for _ in range(2))
-    merging.narrow(thin)
-    wide, thin = fit.update(wide, (several.part(0, 20),)), fit.update(thin, (several.part(20, 40),))
-    wide.count = thin.count = 0.5
-    for pair in ((wide, thin), (thin, wide)):
-        both = fit.combine(*pair)
-        assert len(both.sums["inputs"]) == 4 and both.count == 1.0
-        assert excess(fit.finish(both), several) < 0.01
-
-
 @pytest.mark.parametrize("route", ["rows", "explicit"])
 def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
     samples = random_samples(n=6, T=3)
@@ -332,21 +248,6 @@ def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
         A, B = (X - X.T if odd else X + X.T for X in (A, B))
         torch.testing.assert_close(source.outputs(A[None])[0], (G @ A @ G.mT).sum(0))
         torch.testing.assert_close(source.inputs(B[None])[0], (G.mT @ B @ G).sum(0))
-
-
-def test_a_start_that_has_nothing_of_a_piece_loses_nothing_of_it():
-    first, second = random_samples(n=512, I=40, O=20), random_samples(n=512, I=40, O=20, seed=1)
-    halves = torch.arange(40) < 20
-    first = samples_of(first.activations.dense() * halves, first.gradients)  # inputs of one are zero in the other
-    second = samples_of(second.activations.dense() * ~halves * 2, second.gradients)
-    found = fitted(kf.KFOC(route="projected", rank_memory=1), first, second)[0]
-    both = samples_of(
-        torch.cat([use.activations.dense() for use in (first, second)], dim=1),
-        torch.cat([first.gradients, second.gradients], dim=1),
-    )
-    traces = found.A[0].diagonal().unflatten(0, (2, 20)).sum(1)
-    assert traces[1] > traces[0] > 0
-    assert excess(found, both) <= excess(fitted(kf.KFAC(), both)[0], both)
 
 
 def network():

@@ -214,3 +214,10 @@ def test_bases_are_renewed_more_often_in_the_first_steps():
             dues[fit].append(optimizer.curvature.statistics_due)
     assert dues["kfac"] == [1, 2, 3, 4, 6, 6, 9, 9, 9, 13, 13, 13]
     assert dues["ekfac"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12]
+
+
+def test_early_periods_are_at_most_the_steps_so_far():
+    assert kf.Refresh(early=4).after(20, 10) == 25 and kf.Refresh().after(20, 10) == 30
+    assert kf.Refresh().careful() == kf.Refresh(early=4) and kf.Refresh(early=9).careful() == kf.Refresh(early=9)
+    with pytest.raises(ValueError, match="early"):
+        kf.Refresh(early=0.5)

@@ -61,7 +61,7 @@ class KFOC(Fit):
             of them do, one is carried, as a mean of the pieces' factors weighted by their singular values.
         tolerance: iterations stop when A, scaled to norm one, changes by no more. The error is off by half of its
             square. From 1e-4 up, wide weights, and those that many positions share, are iterated through their leading
-            16 directions and A settles to about 0.03 only: what is left is a fraction of a hundredth of the error.
+            16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖.
         iterations: double steps at most, in one piece and, for ``"exact"``, over the data.
         warm_start: start from what was found so far, where a start is free.
         max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is

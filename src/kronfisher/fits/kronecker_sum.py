@@ -161,15 +161,20 @@ class KroneckerSum(Fit):
     def error(self, state: State, operator: Operator) -> float | None:
         """Where the norm of the block is affordable; over several pieces from the terms carried, somewhat too small.
 
-        That takes more terms than are kept. Positive terms that were shortened are too far from the block to tell.
+        That takes twice the terms that are kept. Positive terms that were shortened are too far from the block to tell.
         """
         squared, number = float(state.sums["norm"]), float(state.sums["pieces"])
         if "uncertain" in state.facts or not number:
             return None
-        if number > 1 and (self.method == "nonnegative" or self.carried < 2 * self.rank):
+        if number > 1 and not self._tells:
             return None
         found = (float(operator.frobenius_norm()) * float(state.count)) ** 2
         return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
+
+    @property
+    def _tells(self) -> bool:
+        """Whether the terms carried tell the error of several pieces."""
+        return self.method != "nonnegative" and self.carried >= 2 * self.rank
 
     def notes(self, state: State) -> str:
         number = float(state.sums["pieces"])
@@ -181,8 +186,7 @@ class KroneckerSum(Fit):
         text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
         if number == 1:
             return text
-        told = "" if self.carried < 2 * self.rank or self.method == "nonnegative" else ", error from their terms"
-        return f"{text}; {number:.0f} pieces{told}"
+        return f"{text}; {number:.0f} pieces{', error from their terms' if self._tells else ''}"
 
     # Within -----------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class Merging:
         else:
             route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
             start = state.facts.get("directions") if self.warm_start and self.aggregation not in BY_BATCH else None
-            if route == "projected" and positions > 1 and "route" not in state.facts:
+            if route == "projected" and positions > 1 and self.warm_start and "route" not in state.facts:
                 narrow(state)  # half steps on running sums come closer than one term of each piece
             running = self.warm_start and self._one(state)
             source = rearranged(piece, route, self.tolerance, self.iterations, start, running)

@@ -35,7 +35,7 @@ class BlockTridiagonal(Fit):
     structure: use ``fisher + kf.FactoredTikhonov(λ)``, as the paper and the optimisers do.
 
     Args:
-        basis: K-FAC with its settings.
+        basis: K-FAC with its settings, or a name of it.
 
     Raises:
         ValueError: `basis` is another fit: only K-FAC's factors are second moments, which neighbours share.

@@ -50,8 +50,8 @@ class NaturalGradient(torch.optim.Optimizer):
         fit: the structure of the curvature, as in `estimate`.
         damping: how λ enters the curvature. One with a λ of its own sets where `trust` starts.
         trust: who chooses λ; a number keeps it constant.
-        momentum: ``"exact"``, or a number: then the step is ``−lr·s·(F̆ + λ)⁻¹∇h + momentum·δ₀`` with ``s ≤ 1`` as
-            `kl_limit` wants it.
+        momentum: ``"exact"`` (models that have no exact model get a fixed rate, with a warning), or a number: then the
+            step is ``−lr·s·(F̆ + λ)⁻¹∇h + momentum·δ₀`` with ``s ≤ 1`` as `kl_limit` wants it.
         lr: multiplies the step; schedulers may change it. With exact momentum 1.0 is the model's own step.
         weight_decay: η; ``½ η ‖θ‖²`` is added to the loss, and η to the curvature of the quadratic model.
         refresh: how often statistics, inverses and the quadratic model are renewed.

@@ -60,22 +60,6 @@ class Products:
             DataError: the pass gives another loss when it is run again.
             UnsupportedError: an operator of the model has neither a forward-mode nor a second derivative.
         """
-        outputs, columns = self._tangents(model, parameters, done, directions, likelihood, slopes)
-        rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
-        products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
-        matrix = torch.stack(products) / done.count
-        return (matrix + matrix.mT) / 2
-
-    def _tangents(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, Tensor],
-        done: Pass,
-        directions: Sequence[Direction],
-        likelihood: Likelihood,
-        slopes: Sequence[float] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Outputs and their derivative along each direction."""
         for way in WAYS[WAYS.index(self.way) :]:
             if way == "together" and len(directions) == 1:
                 continue
@@ -99,7 +83,10 @@ class Products:
                 continue
             if len(directions) > 1:
                 self.way = way
-            return outputs, columns
+            rows = [likelihood.hessian_product(outputs, column, done.targets) for column in columns]
+            products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
+            matrix = torch.stack(products) / done.count
+            return (matrix + matrix.mT) / 2
         raise AssertionError("the last way returns or raises")
 
 

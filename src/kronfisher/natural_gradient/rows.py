@@ -69,11 +69,14 @@ class Rows:
     def watch(self, capture: Capture) -> None:
         """Drop layers that are used more than once, whose gradient is a sum, and those with hooks of the user's."""
         counts: dict[tuple, int] = {}
+        hooked: set[tuple] = set()
         for call in capture.calls:
             for use in call.uses:
-                for key in {(use.weight, use.bias), (use.weight, None), (None, use.bias)}:
-                    counts[key] = counts.get(key, 0) + (1 if len(call.hooks) <= 1 else 2)
-        self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1}
+                keys = {(use.weight, use.bias), (use.weight, None), (None, use.bias)}
+                hooked |= keys if len(call.hooks) > 1 else set()  # one is ours
+                for key in keys:
+                    counts[key] = counts.get(key, 0) + 1
+        self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1 and key not in hooked}
 
     def spare(self, capture: Capture) -> set[str]:
         """Parameters whose gradient need not be formed, because both sides go to rows; remembers their calls."""

@@ -1,6 +1,5 @@
 """Sums of Kronecker products: several per group, and perhaps a multiple of the identity."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalWarning
+from kronfisher.errors import DataError
 from kronfisher.operators import sides
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.conjugate import Convergence, conjugate_gradients
@@ -17,7 +16,7 @@ from kronfisher.operators.dense import Dense
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.pair import Pair
-from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
 from kronfisher.operators.total import require_small
 
 __all__ = ["KroneckerSum"]
@@ -135,14 +134,8 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         leading = self._plain._leading.spectral()
         high = leading.extremes[1]
         noise = negligible(self.dtype) * high
-        if 0 < self.shift < torch.finfo(self.dtype).eps * float(high):
-            warnings.warn(
-                f"{self.name or self.structure}: λ = {self.shift:.1e} is below the {self.dtype} precision of the "
-                f"largest eigenvalue {float(high):.1e}; small eigenvalues are noise of that size. Use a larger λ or "
-                "float64.",
-                NumericalWarning,
-                stacklevel=3,
-            )
+        if self.shift:
+            told_if_lost(self, self.shift, float(high))
         near = leading.shifted(max(self.shift, noise)).inverse()
         floor = noise if not self.shift and not self.definite else 0.0
         label = self.name or self.structure

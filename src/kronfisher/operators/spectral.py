@@ -15,12 +15,23 @@ from kronfisher.linalg import indefinite_message, singular_message
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.operator import Operator
 
-__all__ = ["Spectral", "negligible"]
+__all__ = ["Spectral", "negligible", "told_if_lost"]
 
 
 def negligible(dtype: torch.dtype) -> float:
     """The share of the largest eigenvalue at and below which an eigenvalue cannot be told from zero."""
     return 10 * torch.finfo(dtype).eps
+
+
+def told_if_lost(operator: Operator, shift: float, high: float) -> None:
+    """NumericalWarning if a damping drowns in the rounding errors of the largest eigenvalue."""
+    if shift < torch.finfo(operator.dtype).eps * high:
+        warnings.warn(
+            f"{operator.name or operator.structure}: λ = {shift:.1e} is below the {operator.dtype} precision of the "
+            f"largest eigenvalue {high:.1e}; small eigenvalues are noise of that size. Use a larger λ or float64.",
+            NumericalWarning,
+            stacklevel=4,
+        )
 
 
 class Spectral(Operator):
@@ -97,13 +108,7 @@ class Spectral(Operator):
         if shift == 0:
             return self
         low, high = self.extremes
-        if shift < torch.finfo(self.dtype).eps * high:
-            warnings.warn(
-                f"{self.name or self.structure}: λ = {shift:.1e} is below the {self.dtype} precision of the largest "
-                f"eigenvalue {high:.1e}; small eigenvalues are noise of that size. Use a larger λ or float64.",
-                NumericalWarning,
-                stacklevel=3,
-            )
+        told_if_lost(self, shift, high)
         result = self.map(lambda values: values + shift, definite=low + shift > 0)
         vars(result)["extremes"] = (low + shift, high + shift)  # known, so a new λ needs no answer from the device
         return result

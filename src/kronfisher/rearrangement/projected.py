@@ -65,7 +65,7 @@ class Projected:
         elif start is not None and running:
             found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
         else:
-            found = self._from_part(start)
+            found = self._from_part()
         self.running = running and not self.single
         self.right, self.left, self.steps, self.change = found
 
@@ -124,17 +124,17 @@ class Projected:
         right = _nystrom(lambda v: _weighted(columns, v), right)
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 
-    def _from_part(self, start: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Double steps over all samples, or over a part of many."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
         part = _some(self.samples, PART)
-        right, left = (_random(like, width), _random(like, outputs)) if start is None else map(_renewed, start)
+        right, left = _random(like, width), _random(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         for step in range(_STEPS):
             left = _directions(_half_step(outputs, right, part, transposed=False), _random(like, outputs))
             old, right = right, _directions(_half_step(width, left, part, transposed=True), _random(like, width))
-            steps, change = steps + 1, _change(old, right) if step or start is not None else change
+            steps, change = steps + 1, _change(old, right) if step else change
             if like.device.type == "cpu" and bool(change <= _SETTLED):
                 break
         return right, left, steps, change
