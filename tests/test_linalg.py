@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import add_symmetric_product_, cholesky, eigh, full_precision, mirror, promote
+from kronfisher.linalg import add_symmetric_product_, cholesky, eigh, full_precision, mirror, mirror_, promote
 
 # Below, at and above the sizes where products are split and triangles are copied tile by tile.
 WIDTHS = (1, 7, 95, 96, 129, 193, 300, 512, 1009, 1100)
@@ -35,6 +35,20 @@ def test_symmetric_product_adds_the_upper_triangle(width, rows, by_columns, dtyp
     assert add_symmetric_product_(total, x) is total
     truth = (start.double() + x.double().T @ x.double()).triu()
     close(total.double().triu(), truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("width", [7, 193, 1009])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_products_that_are_symmetric_or_antisymmetric_by_what_is_between(width, heads, sign, by_columns):
+    x, middle = torch.randn(heads, 300, width, dtype=torch.float64), torch.randn(300, 300, dtype=torch.float64)
+    y = (middle + sign * middle.T) @ x
+    x, y = (side.mT.contiguous().mT if by_columns else side for side in (x, y))
+    total = add_symmetric_product_(torch.zeros(heads, width, width, dtype=torch.float64), x, y)
+    close(mirror_(total, odd=sign < 0), x.mT @ y, 1e-13)
+    diagonal = add_symmetric_product_(torch.ones(heads, width, dtype=torch.float64), x, y)
+    close(diagonal, 1 + (x * y).sum(1), 1e-13)
 
 
 @pytest.mark.parametrize("heads", [1, 3])

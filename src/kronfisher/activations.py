@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_, mirror
 
-__all__ = ["WORKSPACE", "Activations", "Dense", "Masked", "Ones", "add_product_", "applied", "chunks", "turned"]
+__all__ = ["WORKSPACE", "Activations", "Dense", "Masked", "Ones", "applied", "chunks", "turned"]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 
@@ -32,11 +32,6 @@ def turned(rows: Tensor, side: Tensor | None) -> Tensor:
     if side is None:
         return rows
     return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
-
-
-def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """``total += xᵀ y`` for ``[H, R, D]``; of it the diagonal, where `total` is one, ``[H, D]``."""
-    total += x.mT @ y if total.dim() == 3 else (x * y).sum(1)
 
 
 class Activations:

@@ -47,7 +47,7 @@ def promote(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
+def add_symmetric_product_(total: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     """``total += xᵀ x`` where only the upper triangle of `total` has to come out right; `mirror` fills in the rest.
 
     Where `total` has one axis less than a matrix it takes the diagonal alone.
@@ -58,6 +58,7 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
     Args:
         total: ``[D, D]`` or ``[H, D, D]``, or diagonals ``[H, D]``, written to; may be a strided window.
         x: ``[R, D]`` or ``[H, R, D]``, R rows of D columns, of the same dtype.
+        y: likewise, for ``xᵀ y`` where that is symmetric (or antisymmetric); None: x.
 
     Returns:
         `total`.
@@ -68,33 +69,33 @@ def add_symmetric_product_(total: Tensor, x: Tensor) -> Tensor:
                 [14., 20.]])
     """
     if total.dim() < x.dim():
-        total += x.square().sum(-2)
+        total += (x.square() if y is None else x * y).sum(-2)
     elif total.dim() == 3 and len(total) == 1:
-        add_symmetric_product_(total[0], x[0])
+        _add_upper_(total[0], x[0], x[0] if y is None else y[0])
     elif total.dim() == 3:
-        total.baddbmm_(x.mT, x)
+        total.baddbmm_(x.mT, x if y is None else y)
     else:
-        _add_upper_(total, x)
+        _add_upper_(total, x, x if y is None else y)
     return total
 
 
-def _add_upper_(total: Tensor, x: Tensor) -> None:
+def _add_upper_(total: Tensor, x: Tensor, y: Tensor) -> None:
     width = total.shape[-1]
     if width < _NARROW or x.numel() < _SMALL:
-        total.addmm_(x.mT, x)
+        total.addmm_(x.mT, y)
     elif width > _LEAF:
         half = (width // 2 + 23) // 48 * 48
-        _add_upper_(total[:half, :half], x[:, :half])
-        _add_upper_(total[half:, half:], x[:, half:])
-        total[:half, half:].addmm_(x[:, :half].mT, x[:, half:])
+        _add_upper_(total[:half, :half], x[:, :half], y[:, :half])
+        _add_upper_(total[half:, half:], x[:, half:], y[:, half:])
+        total[:half, half:].addmm_(x[:, :half].mT, y[:, half:])
     else:
         panel = _panel(x)
         for low in range(0, width, panel):
             high = min(low + panel, width)
-            if x.stride(-1) == 1:
-                total[low:high, low:].addmm_(x[:, low:high].mT, x[:, low:])
+            if y.stride(-1) == 1:
+                total[low:high, low:].addmm_(x[:, low:high].mT, y[:, low:])
             else:
-                total[:high, low:high].addmm_(x[:, :high].mT, x[:, low:high])
+                total[:high, low:high].addmm_(x[:, :high].mT, y[:, low:high])
 
 
 def _panel(x: Tensor) -> int:
@@ -110,8 +111,8 @@ def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     return mirror_(upper * scale)
 
 
-def mirror_(matrices: Tensor) -> Tensor:
-    """The upper triangles of ``[..., D, D]`` onto the lower ones, in place."""
+def mirror_(matrices: Tensor, odd: bool = False) -> Tensor:
+    """The upper triangles of ``[..., D, D]`` onto the lower ones, in place; with the other sign where `odd`."""
     width = matrices.shape[-1]
     keep = torch.ones(min(_TILE, width), min(_TILE, width), dtype=torch.bool, device=matrices.device).triu()
     # Tile by tile: a large matrix that is read by columns misses the cache at every number.
@@ -119,10 +120,14 @@ def mirror_(matrices: Tensor) -> Tensor:
         for low in range(0, width, _TILE):
             high = min(low + _TILE, width)
             if low:
-                matrix[low:high, :low] = matrix[:low, low:high].t()
+                matrix[low:high, :low] = _turned(matrix[:low, low:high], odd)
             corner = matrix[low:high, low:high]
-            corner.copy_(torch.where(keep[: high - low, : high - low], corner, corner.t()))
+            corner.copy_(torch.where(keep[: high - low, : high - low], corner, _turned(corner, odd)))
     return matrices
+
+
+def _turned(matrix: Tensor, odd: bool) -> Tensor:
+    return -matrix.t() if odd else matrix.t()
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:

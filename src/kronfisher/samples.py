@@ -13,7 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from kronfisher.activations import WORKSPACE, Activations, Dense, add_product_, chunks, turned
+from kronfisher.activations import WORKSPACE, Activations, Dense, chunks, turned
 from kronfisher.errors import UnsupportedError
 from kronfisher.linalg import add_symmetric_product_
 
@@ -114,7 +114,7 @@ class Samples:
         elif self._shorter(outputs, width, total.dim() == 2):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                add_product_(total, (a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
+                add_symmetric_product_(total, (a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
         else:
             for gradients in self.per_sample():
                 add_symmetric_product_(total, gradients.mT.reshape(heads, -1, outputs))
@@ -133,7 +133,7 @@ class Samples:
         elif self._shorter(width, outputs, total.dim() == 2):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                add_product_(total, (g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
+                add_symmetric_product_(total, (g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
         else:
             for gradients in self.per_sample():
                 add_symmetric_product_(total, gradients.reshape(heads, -1, width))
@@ -149,8 +149,11 @@ class Samples:
         size = self.gradients.element_size() * heads * width * (outputs + self.positions)
         room = min(self.workspace, _CACHE) if self.gradients.device.type == "cpu" else self.workspace
         for low, high in chunks(len(self), size, room):
-            a, g = self.activations.dense(low, high), self.gradients[:, low:high]
-            yield g.mT @ a if self.positions > 1 else g.squeeze(2).unsqueeze(-1) * a
+            g = self.gradients[:, low:high]
+            if self.positions > 1:
+                yield self.activations.combined(g, low, high)
+            else:
+                yield g.squeeze(2).unsqueeze(-1) * self.activations.dense(low, high)
 
     def squares(self) -> Tensor:
         """``Σ_k G_k∘²``, shape ``[H, O, I]``: the diagonal of the block."""

@@ -118,7 +118,7 @@ class LevenbergMarquardt(Trust):
 
     initial: float | None = None
     relative: float = 2e-2
-    every: int = 5
+    every: int = 10
     decay: float = 19 / 20
     floor: float = 2e-2
     ceiling: float = 1e6

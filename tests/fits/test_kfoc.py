@@ -246,8 +246,8 @@ def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
     for odd in (False, True):
         A, B = (torch.randn(size, size, generator=generator, dtype=torch.float64) for size in (7, 5))
         A, B = (X - X.T if odd else X + X.T for X in (A, B))
-        torch.testing.assert_close(source.outputs(A[None])[0], (G @ A @ G.mT).sum(0))
-        torch.testing.assert_close(source.inputs(B[None])[0], (G.mT @ B @ G).sum(0))
+        torch.testing.assert_close(source.outputs(A[None], odd)[0], (G @ A @ G.mT).sum(0))
+        torch.testing.assert_close(source.inputs(B[None], odd)[0], (G.mT @ B @ G).sum(0))
 
 
 def network():

@@ -12,9 +12,9 @@ from kronfisher.natural_gradient.region import Region
 
 def test_damping_falls_when_the_model_is_right_and_rises_when_it_is_wrong():
     trust = kf.LevenbergMarquardt(warmup=0)
-    assert trust.adapted(1.0, 0.9, 10) == pytest.approx((19 / 20) ** 5)
+    assert trust.adapted(1.0, 0.9, 10) == pytest.approx((19 / 20) ** 10)
     assert trust.adapted(1.0, 0.5, 10) == 1.0
-    assert trust.adapted(1.0, 0.1, 10) == trust.adapted(1.0, math.nan, 10) == pytest.approx((20 / 19) ** 5)
+    assert trust.adapted(1.0, 0.1, 10) == trust.adapted(1.0, math.nan, 10) == pytest.approx((20 / 19) ** 10)
     assert trust.refused(1.0) > trust.adapted(1.0, -1.0, 10)
 
 

@@ -1,5 +1,7 @@
 """Every route to a convolution's input factor gives the factor of the written-out patches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,3 +79,18 @@ def test_strides_and_three_axes_write_patches_out(monkeypatch):
         patches.add_covariance_(total)
         rows = patches.dense().flatten(1, 2)
         torch.testing.assert_close(mirror(total), rows.mT @ rows)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(convolutions(), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2))
+def test_gradients_of_samples_from_windows_on_lines(problem, high, wide, frames):
+    """Patches that are written out along one axis give what whole patches give, whatever the window."""
+    window, size, groups, bias, seed = problem
+    window = replace(window, stride=(high, wide)[: len(size)])
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(4 * frames, 2 * groups, *size, generator=generator, dtype=torch.float64)
+    patches = Patches(images, window, groups, 4, bias)
+    weights = torch.randn(groups, 4, 3, patches.shape[2], generator=generator, dtype=torch.float64).mT
+    torch.testing.assert_close(patches.combined(weights), Activations.combined(patches, weights))
+    part = weights[:, 1:3]
+    torch.testing.assert_close(patches.combined(part, 1, 3), Activations.combined(patches, part, 1, 3))

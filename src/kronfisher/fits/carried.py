@@ -34,7 +34,7 @@ def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for side, size in zip((A, B), sizes, strict=True):
         weights = over(share.flatten(), size.flatten()).view_as(share)
         mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
-        sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name))
+        sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name, rounded=True))
     return sides[0], sides[1]
 
 

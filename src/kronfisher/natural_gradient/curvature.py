@@ -231,7 +231,7 @@ class Curvature:
             else:
                 for layer in self.layers:
                     layer.merge(self.refresh.average)
-                self.statistics_due = self._rhythm.after(self.step, self.refresh.statistics)
+                self.statistics_due = self._rhythm.after(self.step, self._rhythm.between)
         self.seconds["statistics"] += time.perf_counter() - began
 
     def discard(self) -> None:

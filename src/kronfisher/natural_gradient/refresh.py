@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 __all__ = ["Refresh"]
 
-BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
+STATISTICS = 50  # steps between two batches with statistics
+BASES, MEASURED = 4.0, 10  # the least `early` of fits whose eigenvalues belong to a basis, and these steps
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,11 @@ class Refresh:
     inverses go: with half of the steps they fall behind within the first hundred.
 
     Args:
-        statistics: between batches whose curvature is averaged; each costs one more backward pass.
+        statistics: between batches whose curvature is averaged; each costs one more backward pass. None: 50, and 10 for
+            fits that measure eigenvalues.
         inverse: between factorisations of one layer; the layers take turns.
-        model: between solutions of the exact quadratic model for step size and momentum, kept in between.
+        model: between solutions of the exact quadratic model for step size and momentum, kept in between. It is solved
+            where `LevenbergMarquardt(every=…)` compares, too.
         average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
         early: early periods are the steps so far over this.
 
@@ -25,19 +28,25 @@ class Refresh:
         ValueError: a period or `early` is below 1, or the average is not in [0, 1).
 
     Example:
-        >>> Refresh(statistics=10).after(0, 10), Refresh(statistics=10).after(200, 10)
-        (1, 210)
+        >>> refresh = Refresh()
+        >>> refresh.after(0, refresh.between), refresh.after(20, refresh.between), refresh.after(200, refresh.between)
+        (1, 30, 250)
     """
 
-    statistics: int = 10
+    statistics: int | None = None
     inverse: int = 50
-    model: int = 5
-    average: float = 0.95
+    model: int = 10
+    average: float = 0.9
     early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.statistics, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
+        if min(self.between, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
             raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
+
+    @property
+    def between(self) -> int:
+        """Steps between two batches with statistics."""
+        return STATISTICS if self.statistics is None else self.statistics
 
     def after(self, step: int, period: int) -> int:
         """The step at which what was renewed at `step` is due again."""
@@ -45,7 +54,8 @@ class Refresh:
 
     def careful(self) -> "Refresh":
         """For fits whose bases go stale."""
-        return replace(self, early=max(self.early, BASES))
+        statistics = MEASURED if self.statistics is None else self.statistics
+        return replace(self, statistics=statistics, early=max(self.early, BASES))
 
     def turn(self, step: int, place: int, layers: int) -> int:
         """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from kronfisher.activations import add_product_, chunks, turned
+from kronfisher.activations import chunks, turned
 from kronfisher.indices import Indices
+from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.rows import dense_pieces
 from kronfisher.samples import Samples
@@ -32,19 +33,19 @@ class Diagonals(Rearranged):
     def like(self) -> Tensor:
         return self.samples[0].gradients
 
-    def outputs(self, A: Tensor) -> Tensor:
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[1])
         for several in self.samples:
             if A.dim() == 2 and isinstance(several.activations, Indices):
                 for places, rows in _gathered(several):
-                    add_product_(total, A[:, places][..., None] * rows, rows)
+                    add_symmetric_product_(total, A[:, places][..., None] * rows, rows)
                 continue
             for a, g in dense_pieces(several):
                 W = turned(a, A) @ a.mT
-                add_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
-        return total
+                add_symmetric_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
+        return mirror_(total) if total.dim() == 3 else total
 
-    def inputs(self, B: Tensor) -> Tensor:
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for several in self.samples:
             if total.dim() == 2 and isinstance(several.activations, Indices):
@@ -53,8 +54,8 @@ class Diagonals(Rearranged):
                 continue
             for a, g in dense_pieces(several):
                 W = turned(g, B) @ g.mT
-                add_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
-        return total
+                add_symmetric_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
+        return mirror_(total) if total.dim() == 3 else total
 
 
 def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,10 +28,10 @@ class Terms(Rearranged):
     def like(self) -> Tensor:
         return self.A
 
-    def outputs(self, A: Tensor) -> Tensor:
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         return torch.einsum("rh,rh...->h...", (self.A * A).flatten(2).sum(-1), self.B) * self.sign
 
-    def inputs(self, B: Tensor) -> Tensor:
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         return torch.einsum("rh,rh...->h...", (self.B * B).flatten(2).sum(-1), self.A) * self.sign
 
 
@@ -49,8 +49,8 @@ class Joint(Rearranged):
     def like(self) -> Tensor:
         return self.parts[0].like()
 
-    def outputs(self, A: Tensor) -> Tensor:
-        return torch.stack([part.outputs(A) for part in self.parts]).sum(0)
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        return torch.stack([part.outputs(A, odd) for part in self.parts]).sum(0)
 
-    def inputs(self, B: Tensor) -> Tensor:
-        return torch.stack([part.inputs(B) for part in self.parts]).sum(0)
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        return torch.stack([part.inputs(B, odd) for part in self.parts]).sum(0)

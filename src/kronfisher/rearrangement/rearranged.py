@@ -53,12 +53,12 @@ class Rearranged(ABC):
     shape: tuple[int, int, int]
 
     @abstractmethod
-    def outputs(self, A: Tensor) -> Tensor:
-        """``Σ_k G_k A G_kᵀ [H, O, O]`` for A ``[H, I, I]``, symmetric or antisymmetric as A is."""
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        """``Σ_k G_k A G_kᵀ [H, O, O]`` for A ``[H, I, I]``, symmetric, or antisymmetric where A is: `odd`."""
 
     @abstractmethod
-    def inputs(self, B: Tensor) -> Tensor:
-        """``Σ_k G_kᵀ B G_k [H, I, I]`` for B ``[H, O, O]``, symmetric or antisymmetric as B is."""
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        """``Σ_k G_kᵀ B G_k [H, I, I]`` for B ``[H, O, O]``, symmetric, or antisymmetric where B is: `odd`."""
 
     @abstractmethod
     def like(self) -> Tensor:

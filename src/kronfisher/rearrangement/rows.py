@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from kronfisher.activations import WORKSPACE, applied
+from kronfisher.linalg import add_symmetric_product_, mirror_
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.samples import Samples
 
@@ -31,19 +32,19 @@ class Rows(Rearranged):
     def like(self) -> Tensor:
         return self.samples[0].gradients
 
-    def outputs(self, A: Tensor) -> Tensor:
-        total = self.like().new_zeros(())
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[1])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = applied(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
-            total = total + g.flatten(1, 2).mT @ (W @ g).flatten(1, 2)
-        return total
+            add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
+        return mirror_(total, odd)
 
-    def inputs(self, B: Tensor) -> Tensor:
-        total = self.like().new_zeros(())
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[0])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = applied(g, B) @ g.mT
-            total = total + a.flatten(1, 2).mT @ (W @ a).flatten(1, 2)
-        return total
+            add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
+        return mirror_(total, odd)
 
 
 class Explicit(Rearranged):
@@ -73,14 +74,14 @@ class Explicit(Rearranged):
         """``[H, O, n', I]``, some samples at a time."""
         yield from self._written_out() if self._kept is None else self._kept
 
-    def outputs(self, A: Tensor) -> Tensor:
-        total = self.like().new_zeros(())
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[1])
         for G in self.pieces():
-            total = total + applied(G, A).flatten(2) @ G.flatten(2).mT
-        return total
+            add_symmetric_product_(total, applied(G, A).flatten(2).mT, G.flatten(2).mT)
+        return mirror_(total, odd)
 
-    def inputs(self, B: Tensor) -> Tensor:
-        total = self.like().new_zeros(())
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[0])
         for G in self.pieces():
-            total = total + G.flatten(1, 2).mT @ (B @ G.flatten(2)).view(G.shape).flatten(1, 2)
-        return total
+            add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
+        return mirror_(total, odd)

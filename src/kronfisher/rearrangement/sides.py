@@ -42,9 +42,19 @@ def whole(side: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     return mirror(side, scale) if side.dim() == 3 else side * scale
 
 
-def semidefinite(side: Tensor, name: str) -> Tensor:
-    """The nearest positive semidefinite side: without its negative eigenvalues."""
+def semidefinite(side: Tensor, name: str, rounded: bool = False) -> Tensor:
+    """The nearest positive semidefinite side: without its negative eigenvalues.
+
+    Where `rounded`, those of rounding may stay: they do no harm in a single product, and to see that there are no
+    others is far cheaper than to find them all.
+    """
     if side.dim() == 2:
         return side.clamp_min(0)
+    if rounded:
+        shifted = side.clone()
+        diagonals = shifted.diagonal(dim1=-2, dim2=-1)
+        diagonals += torch.finfo(side.dtype).eps * diagonals.sum(-1, keepdim=True)
+        if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
+            return side
     values, vectors = eigh(side, name)
     return (vectors * values.unsqueeze(1)) @ vectors.mT

@@ -63,10 +63,10 @@ class Span(Rearranged):
     def first(self) -> Tensor:
         return self._first
 
-    def outputs(self, A: Tensor) -> Tensor:
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         return torch.einsum("hij,hj->hi", self.matrix, A)
 
-    def inputs(self, B: Tensor) -> Tensor:
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         return torch.einsum("hij,hi->hj", self.matrix, B)
 
     def spectrum(self, rank: int) -> Triplets:

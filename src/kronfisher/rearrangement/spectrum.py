@@ -70,11 +70,11 @@ class OfKind(Rearranged):
     def like(self) -> Tensor:
         return self.source.like()
 
-    def outputs(self, A: Tensor) -> Tensor:
-        return _of_kind(self.source.outputs(A), self.sign)
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        return _of_kind(self.source.outputs(A, self.sign < 0), self.sign)
 
-    def inputs(self, B: Tensor) -> Tensor:
-        return _of_kind(self.source.inputs(B), self.sign)
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        return _of_kind(self.source.inputs(B, self.sign < 0), self.sign)
 
 
 def lanczos(

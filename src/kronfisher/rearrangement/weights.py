@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.activations import Activations, Dense
-from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.linalg import add_symmetric_product_, mirror, mirror_
 from kronfisher.rearrangement.rearranged import SUBSPACE, Pair, Rearranged, mixture
 from kronfisher.rearrangement.sides import inverted, over
 from kronfisher.samples import Samples
@@ -31,13 +31,22 @@ class Weights(Rearranged):
     def like(self) -> Tensor:
         return self.g
 
-    def outputs(self, A: Tensor) -> Tensor:
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return (self.g * torch.linalg.vecdot(a @ A, a)[..., None]).mT @ self.g
+        return _summed(self.g, torch.linalg.vecdot(a @ A, a))
 
-    def inputs(self, B: Tensor) -> Tensor:
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return (a * torch.linalg.vecdot(self.g @ B, self.g)[..., None]).mT @ a
+        return _summed(a, torch.linalg.vecdot(self.g @ B, self.g))
+
+
+def _summed(rows: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k w_k x_k x_kᵀ [H, D, D]`` for rows ``[H, n, D]`` and weights ``[H, n]`` of any sign."""
+    return _add_summed_(rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1]), rows, weights)
+
+
+def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    return mirror_(add_symmetric_product_(total, rows, rows * weights[..., None]))
 
 
 def _joined(activations: Sequence[Activations]) -> Activations:
@@ -134,8 +143,8 @@ class Gram(Weights):
         (heads, outputs, width), new = self.shape, w.new_empty
         A, B = new(rank, heads, width, width), new(rank, heads, outputs, outputs)
         for r in range(rank):
-            torch.matmul((a * W[..., r, None]).mT, a, out=A[r])
-            torch.matmul((self.g * U[..., r, None]).mT, self.g, out=B[r])
+            _add_summed_(A[r].zero_(), a, W[..., r])
+            _add_summed_(B[r].zero_(), self.g, U[..., r])
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def add_inputs_(self, total: Tensor, w: Tensor) -> None:

@@ -115,6 +115,32 @@ class Patches(Activations):
         found = found.reshape(heads, high - low, positions, rank)
         return found + matrix[:, None, width - 1 :] if self.bias else found
 
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """Patches are written out along one axis only: along the other they are windows on the same lines."""
+        heads, samples, positions, width = self.shape
+        high = samples if high is None else min(high, samples)
+        _, kernel, _, (_, across), (spread, _) = self.window.planar(self.images.shape[2:])
+        if len(self.images) > samples or len(self.window.kernel) > 2 or self.window.stride[0] > 1 or kernel[0] == 1:
+            return super().combined(weights, low, high)
+        pads = [amount for pair in reversed(self.window.padding) for amount in pair]
+        images = F.pad(self.images[low:high], pads)
+        if len(self.window.kernel) == 1:
+            lines = images[:, :, None]
+        else:
+            size, step, apart = kernel[1], self.window.stride[1], self.window.dilation[1]
+            lines = images.unfold(3, (size - 1) * apart + 1, step)[..., ::apart].permute(0, 1, 4, 2, 3).contiguous()
+        lines = lines.flatten(3).unflatten(1, (heads, -1)).flatten(2, 3)  # [n', H, C/H · columns, rows · across]
+        found = weights.new_empty(heads, high - low, weights.shape[-1], width)
+        cells = found[..., : width - self.bias].unflatten(-1, (-1, *kernel))  # [H, n', R, C/H, *kernel]
+        for head in range(heads):
+            for row in range(kernel[0]):
+                first = row * spread * across
+                part = weights[head].mT @ lines[:, head, :, first : first + positions].mT
+                cells[head, ..., row, :] = part.unflatten(-1, (-1, kernel[1]))
+        if self.bias:
+            found[..., -1] = weights.sum(2)
+        return found
+
     def copied(self) -> "Patches":
         return replace(self, images=self.images.clone())
 
