@@ -173,7 +173,7 @@ class Curvature:
         with full_precision(run.device.type):
             run.absorb(capture, outputs, targets, where, retain=retain or self.turns, own=own)
             self._adopt()
-            if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self.refresh.average)]:
+            if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self._rhythm.kept)]:
                 for group in run.groups:
                     group.done = all(group is not layer.group for layer in turning)
                 run.absorb(capture, outputs, targets, where, retain=retain)
@@ -230,7 +230,7 @@ class Curvature:
                 self.discard()
             else:
                 for layer in self.layers:
-                    layer.merge(self.refresh.average)
+                    layer.merge(self._rhythm.kept)
                 self.statistics_due = self._rhythm.after(self.step, self._rhythm.between)
         self.seconds["statistics"] += time.perf_counter() - began
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["Refresh"]
 
-STATISTICS = 50  # steps between two batches with statistics
-BASES, MEASURED = 4.0, 10  # the least `early` of fits whose eigenvalues belong to a basis, and these steps
+BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 
 
 @dataclass(frozen=True)
@@ -13,15 +12,16 @@ class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
     Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter, at least as far as statistics and
-    inverses go: with half of the steps they fall behind within the first hundred.
+    inverses go, and by default more of the statistics: otherwise they fall behind within the first hundred steps.
 
     Args:
         statistics: between batches whose curvature is averaged; each costs one more backward pass. None: 50, and 10 for
-            fits that measure eigenvalues.
+            fits that measure eigenvalues in a basis.
         inverse: between factorisations of one layer; the layers take turns.
         model: between solutions of the exact quadratic model for step size and momentum, kept in between. It is solved
             where `LevenbergMarquardt(every=…)` compares, too.
-        average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
+        average: what is left of the old average when new statistics come; at the start all count nearly alike. None:
+            .9, and .95 for fits that measure eigenvalues in a basis.
         early: early periods are the steps so far over this.
 
     Raises:
@@ -29,33 +29,39 @@ class Refresh:
 
     Example:
         >>> refresh = Refresh()
-        >>> refresh.after(0, refresh.between), refresh.after(20, refresh.between), refresh.after(200, refresh.between)
-        (1, 30, 250)
+        >>> [refresh.after(step, refresh.between) for step in (0, 20, 200)]
+        [1, 30, 250]
     """
 
     statistics: int | None = None
     inverse: int = 50
     model: int = 10
-    average: float = 0.9
+    average: float | None = None
     early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.between, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
+        if min(self.between, self.inverse, self.model, self.early) < 1 or not 0 <= self.kept < 1:
             raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
-
-    @property
-    def between(self) -> int:
-        """Steps between two batches with statistics."""
-        return STATISTICS if self.statistics is None else self.statistics
 
     def after(self, step: int, period: int) -> int:
         """The step at which what was renewed at `step` is due again."""
         return step + min(period, max(1, int(step / self.early)))
 
+    @property
+    def between(self) -> int:
+        """Steps between two batches with statistics."""
+        return 50 if self.statistics is None else self.statistics
+
+    @property
+    def kept(self) -> float:
+        """What is left of the average when the next come."""
+        return 0.9 if self.average is None else self.average
+
     def careful(self) -> "Refresh":
         """For fits whose bases go stale."""
-        statistics = MEASURED if self.statistics is None else self.statistics
-        return replace(self, statistics=statistics, early=max(self.early, BASES))
+        statistics = 10 if self.statistics is None else self.statistics
+        average = 0.95 if self.average is None else self.average
+        return replace(self, statistics=statistics, average=average, early=max(self.early, BASES))
 
     def turn(self, step: int, place: int, layers: int) -> int:
         """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
