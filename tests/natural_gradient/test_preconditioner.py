@@ -53,7 +53,7 @@ def test_training_goes_down_with_any_optimiser(optimizer):
     preconditioner = kf.Preconditioner(model, kf.Categorical(), kl_limit=0.1)
     inner = optimizer(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(30):
+    for _ in range(25):
         inner.zero_grad()
         loss = nn.functional.cross_entropy(preconditioner(x), y)
         loss.backward()

@@ -173,7 +173,7 @@ class Curvature:
         with full_precision(run.device.type):
             run.absorb(capture, outputs, targets, where, retain=retain or self.turns, own=own)
             self._adopt()
-            if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self._rhythm.kept)]:
+            if turning := [layer for layer in self.layers if self._turns(layer) and layer.turn(self.refresh.average)]:
                 for group in run.groups:
                     group.done = all(group is not layer.group for layer in turning)
                 run.absorb(capture, outputs, targets, where, retain=retain)
@@ -230,8 +230,8 @@ class Curvature:
                 self.discard()
             else:
                 for layer in self.layers:
-                    layer.merge(self._rhythm.kept)
-                self.statistics_due = self._rhythm.after(self.step, self._rhythm.between)
+                    layer.merge(self.refresh.average)
+                self.statistics_due = self._rhythm.after(self.step, self.refresh.statistics)
         self.seconds["statistics"] += time.perf_counter() - began
 
     def discard(self) -> None:

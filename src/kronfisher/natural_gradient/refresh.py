@@ -12,56 +12,41 @@ class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
     Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter, at least as far as statistics and
-    inverses go, and by default more of the statistics: otherwise they fall behind within the first hundred steps.
+    inverses go: with half of the steps they fall behind within the first hundred.
 
     Args:
-        statistics: between batches whose curvature is averaged; each costs one more backward pass. None: 50, and 10 for
-            fits that measure eigenvalues in a basis.
+        statistics: between batches whose curvature is averaged; each costs one more backward pass.
         inverse: between factorisations of one layer; the layers take turns.
         model: between solutions of the exact quadratic model for step size and momentum, kept in between. It is solved
             where `LevenbergMarquardt(every=…)` compares, too.
-        average: what is left of the old average when new statistics come; at the start all count nearly alike. None:
-            .9, and .95 for fits that measure eigenvalues in a basis.
+        average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
         early: early periods are the steps so far over this.
 
     Raises:
         ValueError: a period or `early` is below 1, or the average is not in [0, 1).
 
     Example:
-        >>> refresh = Refresh()
-        >>> [refresh.after(step, refresh.between) for step in (0, 20, 200)]
-        [1, 30, 250]
+        >>> Refresh(statistics=10).after(0, 10), Refresh(statistics=10).after(200, 10)
+        (1, 210)
     """
 
-    statistics: int | None = None
+    statistics: int = 10
     inverse: int = 50
     model: int = 10
-    average: float | None = None
+    average: float = 0.95
     early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.between, self.inverse, self.model, self.early) < 1 or not 0 <= self.kept < 1:
+        if min(self.statistics, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
             raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
 
     def after(self, step: int, period: int) -> int:
         """The step at which what was renewed at `step` is due again."""
         return step + min(period, max(1, int(step / self.early)))
 
-    @property
-    def between(self) -> int:
-        """Steps between two batches with statistics."""
-        return 50 if self.statistics is None else self.statistics
-
-    @property
-    def kept(self) -> float:
-        """What is left of the average when the next come."""
-        return 0.9 if self.average is None else self.average
-
     def careful(self) -> "Refresh":
         """For fits whose bases go stale."""
-        statistics = 10 if self.statistics is None else self.statistics
-        average = 0.95 if self.average is None else self.average
-        return replace(self, statistics=statistics, average=average, early=max(self.early, BASES))
+        return replace(self, early=max(self.early, BASES))
 
     def turn(self, step: int, place: int, layers: int) -> int:
         """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
