@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import add_symmetric_product_, mirror
+from kronfisher.linalg import add_symmetric_product_, mirror_
 
 __all__ = ["WORKSPACE", "Activations", "Dense", "Masked", "Ones", "applied", "chunks", "turned"]
 
@@ -92,7 +92,7 @@ class Activations:
     def products(self) -> Tensor:
         """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
         rows = self.dense()[:, :, 0]
-        return mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
@@ -194,7 +194,7 @@ class Dense(Activations):
 
     def products(self) -> Tensor:
         rows = self.values[:, :, 0]
-        found = mirror(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        found = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
         return found.add_(1) if self.bias else found
 
     def summed(self, workspace: int = WORKSPACE) -> Tensor:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 
-__all__ = ["add_symmetric_product_", "cholesky", "eigh", "full_precision", "mirror", "mirror_", "promote"]
+__all__ = [
+    "add_symmetric_product_",
+    "cholesky",
+    "completed_",
+    "eigh",
+    "full_precision",
+    "mirror",
+    "mirror_",
+    "promote",
+]
 
 _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product is too small for splitting it to pay
 _LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
@@ -124,6 +133,11 @@ def mirror_(matrices: Tensor, odd: bool = False) -> Tensor:
             corner = matrix[low:high, low:high]
             corner.copy_(torch.where(keep[: high - low, : high - low], corner, _turned(corner, odd)))
     return matrices
+
+
+def completed_(total: Tensor, odd: bool = False) -> Tensor:
+    """A sum of symmetric products ``[H, D, D]`` with both triangles; narrow ones were computed whole."""
+    return total if total.shape[-1] < _NARROW else mirror_(total, odd)
 
 
 def _turned(matrix: Tensor, odd: bool) -> Tensor:

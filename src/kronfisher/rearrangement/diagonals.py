@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kronfisher.activations import chunks, turned
 from kronfisher.indices import Indices
-from kronfisher.linalg import add_symmetric_product_, mirror_
+from kronfisher.linalg import add_symmetric_product_, completed_
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.rows import dense_pieces
 from kronfisher.samples import Samples
@@ -43,7 +43,7 @@ class Diagonals(Rearranged):
             for a, g in dense_pieces(several):
                 W = turned(a, A) @ a.mT
                 add_symmetric_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
-        return mirror_(total) if total.dim() == 3 else total
+        return completed_(total) if total.dim() == 3 else total
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
@@ -55,7 +55,7 @@ class Diagonals(Rearranged):
             for a, g in dense_pieces(several):
                 W = turned(g, B) @ g.mT
                 add_symmetric_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
-        return mirror_(total) if total.dim() == 3 else total
+        return completed_(total) if total.dim() == 3 else total
 
 
 def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -96,7 +96,7 @@ def rearranged(
 def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
     """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
     rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
-    scale = rows.abs().amax()
+    scale = torch.stack(rows.aminmax()).abs().amax()
     rows *= inverted(scale)
     products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
     squares = products.triu_().square_()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from kronfisher.activations import WORKSPACE, applied
-from kronfisher.linalg import add_symmetric_product_, mirror_
+from kronfisher.linalg import add_symmetric_product_, completed_
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.samples import Samples
 
@@ -37,14 +37,14 @@ class Rows(Rearranged):
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = applied(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
             add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
-        return mirror_(total, odd)
+        return completed_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = applied(g, B) @ g.mT
             add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
-        return mirror_(total, odd)
+        return completed_(total, odd)
 
 
 class Explicit(Rearranged):
@@ -78,10 +78,10 @@ class Explicit(Rearranged):
         total = self.like().new_zeros(self.sides[1])
         for G in self.pieces():
             add_symmetric_product_(total, applied(G, A).flatten(2).mT, G.flatten(2).mT)
-        return mirror_(total, odd)
+        return completed_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for G in self.pieces():
             add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
-        return mirror_(total, odd)
+        return completed_(total, odd)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.activations import Activations, Dense
-from kronfisher.linalg import add_symmetric_product_, mirror, mirror_
+from kronfisher.linalg import add_symmetric_product_, completed_, mirror
 from kronfisher.rearrangement.rearranged import SUBSPACE, Pair, Rearranged, mixture
 from kronfisher.rearrangement.sides import inverted, over
 from kronfisher.samples import Samples
@@ -46,7 +46,7 @@ def _summed(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    return mirror_(add_symmetric_product_(total, rows, rows * weights[..., None]))
+    return completed_(add_symmetric_product_(total, rows, rows * weights[..., None]))
 
 
 def _joined(activations: Sequence[Activations]) -> Activations:
@@ -163,4 +163,4 @@ def _times(gram: Tensor, weights: Tensor) -> Tensor:
 def _squared(products: Tensor) -> tuple[Tensor, Tensor]:
     """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
     largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
-    return over(products, largest).square_(), largest
+    return products.mul_(inverted(largest)[:, None, None]).square_(), largest

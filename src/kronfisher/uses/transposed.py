@@ -29,6 +29,9 @@ class FlippedPatches(Patches):
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         return Activations.times(self, matrix, low, high)  # its kernels lie the other way round
 
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        return Activations.combined(self, weights, low, high)  # likewise
+
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         Activations.add_covariance_(self, total, workspace)
 
