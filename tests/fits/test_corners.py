@@ -87,3 +87,17 @@ def test_damping_below_the_precision_is_said_to_be():
         assert any("below the torch.float32 precision" in text for text in texts)
         assert any("relative residual" in text for text in texts) == (operator.convergence.residual > 1e-2)
         assert operator.convergence.converged == (operator.convergence.residual <= 1e-2)
+
+
+@pytest.mark.parametrize("fit", [kf.EKFAC(), kf.Prototypes()], ids=repr)
+@pytest.mark.parametrize(("dtype", "value", "lost"), [("float32", 1e-4, 1), ("float32", 1e3, 0), ("float64", 1e-4, 0)])
+def test_every_spectrum_tells_of_a_lost_damping_where_it_was_added(fit, dtype, value, lost):
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    model, x = nn.Linear(4, 3, dtype=dtype), 1e4 * torch.randn(30, 4, dtype=dtype)
+    operator = kf.estimate(model, x, kf.Gaussian(), fit=fit)["weight"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _ = operator + value
+    told = [each for each in caught if "precision of the largest eigenvalue" in str(each.message)]
+    assert len(told) == lost and all(each.filename == __file__ for each in told)

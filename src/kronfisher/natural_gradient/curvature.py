@@ -266,7 +266,7 @@ class Curvature:
 
     def renew(self, value: float) -> None:
         """Make the inverses that are due with λ = `value`, and those that λ has left far behind."""
-        began = time.perf_counter()
+        began, rhythm = time.perf_counter(), self._rhythm
         with self._arithmetic():
             for place, layer in enumerate(self.layers):
                 if layer.average is None:
@@ -275,7 +275,7 @@ class Curvature:
                 if layer.due <= self.step or layer.inverse is None:
                     layer.estimate()
                     layer.invert(self.damping, value, self.step)
-                    layer.due = self._rhythm.turn(self.step, place, len(self.layers))
+                    layer.due = rhythm.turn(self.step, place, len(self.layers))
                 elif layer.operator is not None and value != layer.value:  # its spectrum is at hand
                     layer.invert(self.damping, value, layer.made)
                 elif moved:

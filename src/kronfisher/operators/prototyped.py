@@ -1,6 +1,5 @@
 """A few Kronecker-structured directions with curvature of their own, and eigenvalues in a basis for the rest."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kronfisher.activations import WORKSPACE, chunks
-from kronfisher.errors import DataError, NumericalWarning
+from kronfisher.errors import DataError
 from kronfisher.linalg import cholesky, full_precision
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
 from kronfisher.operators.total import require_small
 
 __all__ = ["Prototyped"]
@@ -151,13 +150,7 @@ class Prototyped(Operator, kind="prototyped"):
         if shift == 0:
             return self
         high = max(self.rest.extremes[1], self._heaviest)
-        if shift < torch.finfo(self.dtype).eps * high:
-            warnings.warn(
-                f"{self.name or self.structure}: λ = {shift:.1e} is below the {self.dtype} precision of the largest "
-                f"eigenvalue, about {high:.1e}; small eigenvalues are noise of that size. Use a larger λ or float64.",
-                NumericalWarning,
-                stacklevel=2,
-            )
+        told_if_lost(self, shift, high)
         low = self.rest.extremes[0] + shift
         result = replace(self, rest=self.rest.map(lambda values: values + shift, definite=low > 0))
         vars(result)["_heaviest"] = self._heaviest

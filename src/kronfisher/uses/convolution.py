@@ -40,10 +40,14 @@ class Window:
         before = [low for low, _ in self.padding]
         return pair(size, 1), pair(self.kernel, 1), pair(before, 0), pair(self.steps(size), 1), pair(self.dilation, 1)
 
+    def padded(self, images: Tensor) -> Tensor:
+        """``[R, C, *size]`` with the zeros around them."""
+        pads = [amount for pair in reversed(self.padding) for amount in pair]
+        return F.pad(images, pads) if any(pads) else images
+
     def windows(self, images: Tensor) -> Tensor:
         """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
-        pads = [amount for pair in reversed(self.padding) for amount in pair]
-        images = F.pad(images, pads) if any(pads) else images
+        images = self.padded(images)
         for axis, (size, step, spread) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             images = images.unfold(axis + 2, (size - 1) * spread + 1, step)[..., ::spread]
         return images
@@ -105,8 +109,7 @@ class Patches(Activations):
         heads, samples, positions, width = self.shape
         rank, high = matrix.shape[-1], samples if high is None else min(high, samples)
         frames = len(self.images) // samples
-        pads = [amount for pair in reversed(self.window.padding) for amount in pair]
-        images = F.pad(self.images[low * frames : high * frames], pads)
+        images = self.window.padded(self.images[low * frames : high * frames])
         channels = images.shape[1] // heads
         kernels = matrix[:, : width - self.bias].mT.reshape(heads * rank, channels, *self.window.kernel)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
@@ -116,14 +119,16 @@ class Patches(Activations):
         return found + matrix[:, None, width - 1 :] if self.bias else found
 
     def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
-        """Patches are written out along one axis only: along the other they are windows on the same lines."""
+        """``Σ_t w[k, t] a[k, t]ᵀ [H, n', R, I]`` for weights ``[H, n', T, R]``.
+
+        Patches are written out along one axis only: along the other they are windows on the same lines.
+        """
         heads, samples, positions, width = self.shape
         high = samples if high is None else min(high, samples)
         _, kernel, _, (_, across), (spread, _) = self.window.planar(self.images.shape[2:])
         if len(self.images) > samples or len(self.window.kernel) > 2 or self.window.stride[0] > 1 or kernel[0] == 1:
             return super().combined(weights, low, high)
-        pads = [amount for pair in reversed(self.window.padding) for amount in pair]
-        images = F.pad(self.images[low:high], pads)
+        images = self.window.padded(self.images[low:high])
         if len(self.window.kernel) == 1:
             lines = images[:, :, None]
         else:
