@@ -235,7 +235,6 @@ class KFOC(Fit):
 
     def next_pass(self, state: State) -> State | None:
         if self.aggregation != "exact":
-            state.checked()
             return None
         self._flush(state)
         state.checked()

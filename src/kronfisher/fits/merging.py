@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
-from kronfisher.fits.carried import inner
 from kronfisher.fits.fit import Shapes, State, elements
 from kronfisher.linalg import mirror
 from kronfisher.rearrangement import (
@@ -23,6 +22,7 @@ from kronfisher.rearrangement import (
     cheapest,
     norm,
     over,
+    products,
     rearranged,
     squared_products,
     times,
@@ -73,7 +73,9 @@ class Merging:
             if route == "projected" and positions > 1 and self.warm_start and "route" not in state.facts:
                 narrow(state)  # half steps on running sums come closer than one term of each piece
             running = self.warm_start and self._one(state)
-            source = rearranged(piece, route, self.tolerance, self.iterations, start, running)
+            number = state.facts["number"] = state.facts.get("number", 0) + 1
+            kept = bool(number & (number - 1))  # every piece matters half as much to them as the one before
+            source = rearranged(piece, route, self.tolerance, self.iterations, start, running, kept)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
             before = Terms(*split(state))
@@ -99,9 +101,7 @@ class Merging:
                     half = "forwards" if state.facts.get("half") == "backwards" else "backwards"
                     state.facts["half"] = half  # in turns they are whole steps, from piece to piece
                 pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations, half)
-                if begun:
-                    sums["norm"] += 2 * inner((A, B), (sums["inputs"], sums["outputs"]))
-                self._recompress(state, A, B)
+                self._recompress(state, A, B, orthogonal=isinstance(source, Gram))
             else:
                 start = whole(sums["inputs"][0]) if warm else None
                 pair = source.leading(start, self.tolerance, self.iterations)
@@ -151,15 +151,17 @@ class Merging:
         root = pair.sigma.sqrt()
         self._recompress(state, times(pair.A, root)[None], times(pair.B, root)[None])
 
-    def _recompress(self, state: State, A: Tensor, B: Tensor) -> None:
+    def _recompress(self, state: State, A: Tensor, B: Tensor, orthogonal: bool = False) -> None:
         """The best sum of as many terms as before for what is carried and some more."""
         sums, terms = state.sums, len(state.sums["inputs"])
         if "route" not in state.facts and len(A) <= terms:  # of zeros nothing comes
-            if len(A) > 1:
+            if len(A) > 1 and not orthogonal:
                 B, A, _ = truncated(B, A, len(A))
             sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
             return
-        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms, (B, A))
+        across = products(sums["outputs"], B), products(sums["inputs"], A)
+        sums["norm"] += 2 * (across[0] * across[1]).sum()  # of the pieces, ⟨this, those before⟩
+        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms, (B, A), across)
 
     def _replace(self, state: State, pair: Pair) -> None:
         root = pair.sigma.sqrt()

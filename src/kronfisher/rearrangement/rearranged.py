@@ -122,7 +122,7 @@ class Rearranged(ABC):
 
         Args:
             rank: R.
-            before: terms A and B of other samples of the block, from which one step is made; None: two from noise.
+            before: terms A and B of other samples of the block, from which one step is made; None: from noise.
             tolerance: of the pair, see `leading`.
             iterations: for the pair.
             half: the one step is only half a step: from A to B, or backwards from B to A.
@@ -131,16 +131,29 @@ class Rearranged(ABC):
         A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
-        others = _noise(pair.A, rank - 1) if before is None else before[0][1:rank]
-        more = others if before is None else before[1][1:rank]
-        for _ in range(SUBSPACE if before is None else 1):
-            if half != "backwards":
-                others = _orthonormal(_without(others, pair.A))
-                more = torch.stack([self.outputs(each) for each in others])  # orthogonal to B, as ℛᵀ of that is A
-            if half != "forwards":
-                more = _orthonormal(_without(more, pair.B))
-                others = torch.stack([self.inputs(each) for each in more])
+        if before is None:
+            others, more, half = A, self._others(pair, rank - 1), "backwards"
+        else:
+            others, more = (side[1:rank] for side in before)
+        if half != "backwards":
+            others = _spanned(others, pair.A)
+            more = torch.stack([self.outputs(each) for each in others])  # orthogonal to B, as ℛᵀ of that is A
+        if half != "forwards":
+            more = _spanned(more, pair.B)
+            others = torch.stack([self.inputs(each) for each in more])
         return pair, torch.cat([A, others]), torch.cat([B, more])
+
+    def _others(self, pair: Pair, number: int) -> Tensor:
+        """Some B ``[number, H, O, O]`` beside a leading pair, from noise: on a part, as a step over all follows."""
+        part, B = self.part(), _noise(pair.B, number)
+        for _ in range(SUBSPACE):
+            A = torch.stack([part.inputs(each) for each in _spanned(B, pair.B)])
+            B = torch.stack([part.outputs(each) for each in _spanned(A, pair.A)])
+        return B
+
+    def part(self) -> "Rearranged":
+        """ℛ of a part of the samples that stands for them all where directions are looked for."""
+        return self
 
 
 SUBSPACE = 2  # steps of subspace iteration from noise
@@ -158,6 +171,11 @@ def mixture(gram: Tensor) -> Tensor:
     values, vectors = eigh(over(gram, scale), "products of terms")
     root = torch.where(values > values[:, -1:] * 1e-12, values.clamp_min(1e-300).rsqrt(), 0)
     return over(vectors * root.unsqueeze(1), scale.sqrt())
+
+
+def _spanned(matrices: Tensor, direction: Tensor) -> Tensor:
+    """An orthonormal basis of what ``[R, H, D, D]`` span beside a direction ``[H, D, D]`` of norm one."""
+    return _orthonormal(_without(matrices, direction))
 
 
 def _without(matrices: Tensor, direction: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Half steps for any number of positions: row by row, or with the gradients of samples written out."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
+import torch
 from torch import Tensor
 
 from kronfisher.activations import WORKSPACE, applied
@@ -16,6 +18,19 @@ def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and output gradients, some samples at a time."""
     for piece in samples.pieces():
         yield piece.activations.dense(), piece.gradients
+
+
+_MANY, _THINNED = 128, 4  # of so many samples at least, one of so many is in the part that tells directions
+
+
+def _step(samples: Sequence[Samples]) -> int:
+    return _THINNED if sum(map(len, samples)) >= _MANY else 1
+
+
+def _thinned(samples: Sequence[Samples]) -> list[Samples]:
+    """A part that stands for all of them."""
+    step = _step(samples)
+    return [several.taken(torch.arange(0, len(several), step, device=several.gradients.device)) for several in samples]
 
 
 class Rows(Rearranged):
@@ -46,6 +61,9 @@ class Rows(Rearranged):
             add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
         return completed_(total, odd)
 
+    def part(self) -> Rearranged:
+        return Rows(_thinned(self.samples))
+
 
 class Explicit(Rearranged):
     """Any T, with the gradients of samples written out as ``[H, O, n, I]``, some at a time if they are many.
@@ -56,7 +74,7 @@ class Explicit(Rearranged):
     """
 
     def __init__(self, samples: Sequence[Samples], workspace: int = WORKSPACE) -> None:
-        self.samples = samples
+        self.samples, self.workspace = samples, workspace
         self.shape = samples[0].shape
         heads, outputs, width = self.shape
         size = heads * outputs * width * sum(len(several) for several in samples) * self.like().element_size()
@@ -85,3 +103,10 @@ class Explicit(Rearranged):
         for G in self.pieces():
             add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
         return completed_(total, odd)
+
+    def part(self) -> Rearranged:
+        if self._kept is None:
+            return Explicit(_thinned(self.samples), self.workspace)
+        part = copy(self)
+        part._kept = [G[:, :, :: _step(self.samples)].contiguous() for G in self._kept]
+        return part

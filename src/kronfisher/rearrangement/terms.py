@@ -49,15 +49,20 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
 
 
 def truncated(
-    left: Tensor, right: Tensor, rank: int, more: tuple[Tensor, Tensor] | None = None
+    left: Tensor,
+    right: Tensor,
+    rank: int,
+    more: tuple[Tensor, Tensor] | None = None,
+    across: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
 
     Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace. `more` are
-    further terms, left and right, of the sum: stacked with the others they would be there twice.
+    further terms, left and right, of the sum: stacked with the others they would be there twice. `across` are
+    the `products` of those with these, where they are known.
     """
     sides = [(left,), (right,)] if more is None else [(left, more[0]), (right, more[1])]
-    grams = [_gram(side) for side in sides]
+    grams = [_gram(side, known) for side, known in zip(sides, across or (None, None), strict=True)]
     sizes = [gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams]
     shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its sides must not matter
     root_left, back_left = _root(grams[0], sizes[0], shared)
@@ -74,12 +79,12 @@ def truncated(
     return B, A, sigma.mT
 
 
-def _gram(stacks: tuple[Tensor, ...]) -> Tensor:
-    """``⟨X_r, X_s⟩ [H, s, s]`` over all of one or two stacks."""
+def _gram(stacks: tuple[Tensor, ...], across: Tensor | None) -> Tensor:
+    """``⟨X_r, X_s⟩ [H, s, s]`` over all of one or two stacks, of which those of one with the other may be known."""
     first = products(stacks[0], stacks[0])
     if len(stacks) == 1:
         return first
-    across, last = products(*stacks), products(stacks[1], stacks[1])
+    across, last = products(*stacks) if across is None else across, products(stacks[1], stacks[1])
     return torch.cat([torch.cat([first, across], dim=2), torch.cat([across.mT, last], dim=2)], dim=1)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.activations import Activations, Dense
-from kronfisher.linalg import add_symmetric_product_, completed_, mirror
+from kronfisher.linalg import add_symmetric_product_, completed_, eigh, mirror
 from kronfisher.rearrangement.rearranged import SUBSPACE, Pair, Rearranged, mixture
 from kronfisher.rearrangement.sides import inverted, over
 from kronfisher.samples import Samples
@@ -128,17 +128,16 @@ class Gram(Weights):
         iterations: int = 50,
         half: Literal["forwards", "backwards"] | None = None,
     ) -> tuple[Pair, Tensor, Tensor]:
-        """The same in the span of the samples: n² numbers a step and a term."""
+        """The same in the span of the samples: n² numbers a step and a term; the terms are orthogonal, largest first."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
         Ka, Kg = self.inputs_gram, self.outputs_gram
         noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         W = torch.cat([w[..., None], noise.to(w)], dim=2)
         U = W
         for _ in range(SUBSPACE):
-            W = W @ mixture((W.mT @ (Ka @ W)).double()).to(W)
-            U = Ka @ W
-            U = U @ mixture((U.mT @ (Kg @ U)).double()).to(U)
-            W = Kg @ U  # the scales of both Gram matrices cancel
+            _, U = _spanned(Ka, W)
+            U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
+        W, U = self._apart(W, U)
         a = self.activations.dense()[:, :, 0]
         (heads, outputs, width), new = self.shape, w.new_empty
         A, B = new(rank, heads, width, width), new(rank, heads, outputs, outputs)
@@ -147,6 +146,16 @@ class Gram(Weights):
             _add_summed_(B[r].zero_(), self.g, U[..., r])
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
+    def _apart(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the same sum with orthogonal A as well, both sides of a term as large, where B are orthonormal."""
+        gram = (W.mT @ (self.inputs_gram @ W)).double()
+        values, turn = (found.flip(-1) for found in eigh((gram + gram.mT) / 2, "products of terms"))
+        root = (values.clamp_min(0).sqrt() * over(self._a_scale, self._g_scale).double()[:, None]).sqrt().to(W)
+        W, U = W @ turn.to(W), U @ turn.to(U)
+        traces = (self.inputs_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * W).sum(1)
+        root = torch.where(traces < 0, -root, root)[:, None]
+        return W * torch.where(root != 0, 1 / root, 0), U * root
+
     def add_inputs_(self, total: Tensor, w: Tensor) -> None:
         """``total += Σ_k w_k a_k a_kᵀ``, the upper triangle, for weights of at least zero."""
         self.activations.add_weighted_(total, w)
@@ -154,6 +163,13 @@ class Gram(Weights):
     def add_outputs_(self, total: Tensor, u: Tensor) -> None:
         """``total += Σ_k u_k g_k g_kᵀ``, the upper triangle, for weights of at least zero."""
         add_symmetric_product_(total, self.g * u.sqrt()[..., None])
+
+
+def _spanned(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[H, n, R]`` of matrices that are orthonormal, by their Gram matrix, and this times them."""
+    mapped = gram @ weights
+    mix = mixture((weights.mT @ mapped).double()).to(weights)
+    return weights @ mix, mapped @ mix
 
 
 def _times(gram: Tensor, weights: Tensor) -> Tensor:
