@@ -21,7 +21,7 @@ from torch import Tensor
 from kronfisher.linalg import eigh
 from kronfisher.rearrangement.sides import norm, over, times
 
-__all__ = ["SUBSPACE", "Pair", "Rearranged", "mixture"]
+__all__ = ["Pair", "Rearranged", "mixture"]
 
 
 @dataclass
@@ -145,18 +145,13 @@ class Rearranged(ABC):
 
     def _others(self, pair: Pair, number: int) -> Tensor:
         """Some B ``[number, H, O, O]`` beside a leading pair, from noise: on a part, as a step over all follows."""
-        part, B = self.part(), _noise(pair.B, number)
-        for _ in range(SUBSPACE):
-            A = torch.stack([part.inputs(each) for each in _spanned(B, pair.B)])
-            B = torch.stack([part.outputs(each) for each in _spanned(A, pair.A)])
-        return B
+        part, noise = self.part(), _noise(pair.B, number)
+        A = torch.stack([part.inputs(each) for each in _spanned(noise, pair.B)])
+        return torch.stack([part.outputs(each) for each in _spanned(A, pair.A)])
 
     def part(self) -> "Rearranged":
         """ℛ of a part of the samples that stands for them all where directions are looked for."""
         return self
-
-
-SUBSPACE = 2  # steps of subspace iteration from noise
 
 
 def _noise(like: Tensor, number: int) -> Tensor:

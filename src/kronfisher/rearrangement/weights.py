@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronfisher.activations import Activations, Dense
 from kronfisher.linalg import add_symmetric_product_, completed_, eigh, mirror
-from kronfisher.rearrangement.rearranged import SUBSPACE, Pair, Rearranged, mixture
+from kronfisher.rearrangement.rearranged import Pair, Rearranged, mixture
 from kronfisher.rearrangement.sides import inverted, over
 from kronfisher.samples import Samples
 
@@ -128,15 +128,13 @@ class Gram(Weights):
         iterations: int = 50,
         half: Literal["forwards", "backwards"] | None = None,
     ) -> tuple[Pair, Tensor, Tensor]:
-        """The same in the span of the samples: n² numbers a step and a term; the terms are orthogonal, largest first."""
+        """The same in the span of the samples, n² numbers a step and a term: orthogonal, largest first."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
         Ka, Kg = self.inputs_gram, self.outputs_gram
         noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         W = torch.cat([w[..., None], noise.to(w)], dim=2)
-        U = W
-        for _ in range(SUBSPACE):
-            _, U = _spanned(Ka, W)
-            U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
+        _, U = _spanned(Ka, W)
+        U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
         W, U = self._apart(W, U)
         a = self.activations.dense()[:, :, 0]
         (heads, outputs, width), new = self.shape, w.new_empty
