@@ -250,6 +250,40 @@ def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
         torch.testing.assert_close(source.inputs(B[None], odd)[0], (G.mT @ B @ G).sum(0))
 
 
+@pytest.mark.parametrize(
+    ("route", "n", "T"), [("gram", 90, 1), ("weights", 90, 1), ("rows", 160, 3), ("explicit", 160, 3)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_best(route, n, T, scale):
+    samples = random_samples(n=n, T=T)
+    samples = samples_of(samples.activations.dense(), samples.gradients * scale)
+    _, A, B = rearranged([samples], route).leading_terms(4, tolerance=1e-10)
+    truth = rearrange(gradients_of(samples)[0])
+    found = B.flatten(1).T @ A.flatten(1)
+    torch.testing.assert_close((found * truth).sum(), found.square().sum(), rtol=1e-6, atol=0)
+    sigma = torch.linalg.svdvals(truth)
+    left = (truth - found).square().sum()
+    assert left <= sigma[4:].square().sum() + 0.01 * truth.square().sum()
+    assert left <= 0.7 * sigma[1:].square().sum()
+    if route == "gram":
+        sizes = [side.flatten(1) @ side.flatten(1).T for side in (A, B)]
+        for gram in sizes:
+            torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-7 * float(gram.max()))
+            assert (gram.diagonal().diff() <= 0).all()
+        torch.testing.assert_close(*(gram.diagonal() for gram in sizes), rtol=1e-6, atol=0)
+        assert (A[:, 0].diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
+
+
+def test_other_terms_are_found_from_few_samples_too():
+    for n in (1, 2, 3):
+        samples = random_samples(n=n, T=3)
+        _, A, B = rearranged([samples], "explicit").leading_terms(4, tolerance=1e-10)
+        truth = rearrange(gradients_of(samples)[0])
+        # Symmetric terms only: antisymmetric pairs are in no sum of semidefinite products.
+        rest = truth - B.flatten(1).T @ A.flatten(1)
+        assert rest.norm() < truth.norm() and torch.isfinite(rest).all()
+
+
 def network():
     torch.manual_seed(5)
     return nn.Sequential(

@@ -73,9 +73,7 @@ class Merging:
             if route == "projected" and positions > 1 and self.warm_start and "route" not in state.facts:
                 narrow(state)  # half steps on running sums come closer than one term of each piece
             running = self.warm_start and self._one(state)
-            number = state.facts["number"] = state.facts.get("number", 0) + 1
-            kept = bool(number & (number - 1))  # every piece matters half as much to them as the one before
-            source = rearranged(piece, route, self.tolerance, self.iterations, start, running, kept)
+            source = rearranged(piece, route, self.tolerance, self.iterations, start, running)
         sums, begun = state.sums, "route" in state.facts
         if self.aggregation == "running" and not isinstance(source, Projected) and begun:
             before = Terms(*split(state))

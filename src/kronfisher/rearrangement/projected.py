@@ -40,7 +40,6 @@ class Projected:
         start: directions ``[H, I, ρ]`` of A and ``[H, O, ρ]`` of B for other samples of the block, to go on from.
         running: the sums that `add_` is given hold what these other samples brought: where positions share the weight,
             directions are those of the sums, and half steps over one piece after the other are half steps over all.
-        kept: for T = 1, directions stay those of the start.
 
     Attributes:
         right: directions of A.
@@ -56,16 +55,15 @@ class Projected:
         iterations: int = 50,
         start: tuple[Tensor, Tensor] | None = None,
         running: bool = False,
-        kept: bool = False,
     ) -> None:
         self.samples = samples
         self.shape = samples[0].shape
         self.single = all(several.positions == 1 for several in samples)
         self._weights: list[Tensor] = []  # [H, n] of the samples in A, where a step over all of them left these
-        if start is not None and (kept if self.single else running):
-            found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
-        elif self.single:
+        if self.single:
             found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
+        elif start is not None and running:
+            found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
         else:
             found = self._from_part()
         self.running = running and not self.single

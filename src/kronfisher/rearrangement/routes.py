@@ -74,7 +74,6 @@ def rearranged(
     iterations: int = 50,
     start: tuple[Tensor, Tensor] | None = None,
     running: bool = False,
-    kept: bool = False,
 ) -> Rearranged | Projected:
     """ℛ(F) of some samples; projections are found to a tolerance, or from other samples, see `Projected`.
 
@@ -82,7 +81,7 @@ def rearranged(
         ValueError: the route is not known or not for so many positions.
     """
     if route == "projected":
-        return Projected(samples, tolerance, iterations, start, running, kept)
+        return Projected(samples, tolerance, iterations, start, running)
     if route == "rows":
         return Rows(samples)
     if route == "explicit":
