@@ -1,5 +1,7 @@
 """K-FOC is the leading singular pair of the rearranged block, whatever the use, the route and the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.activations import Dense
 from kronfisher.blocks import Block, View
-from kronfisher.fits import kfoc, merging
+from kronfisher.fits import kfoc
 from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
 from kronfisher.samples import Samples
 from kronfisher.uses import EXAMPLES
@@ -195,14 +197,21 @@ def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_half_steps_for_the_other_terms_of_large_sides_stay_close_to_the_optimum(dtype, monkeypatch):
-    monkeypatch.setattr(kfoc, "_PIECE", 64)
-    monkeypatch.setattr(merging, "_SMALL", 0)
-    samples = random_samples(n=640, T=4, dtype=dtype)
-    batches = [samples.part(low, low + 40) for low in range(0, 640, 40)]
-    operator, state, _ = fitted(kf.KFOC(), *batches)
-    assert state.facts["half"] in ("forwards", "backwards") and float(state.sums["pieces"]) > 3
-    assert excess(operator, samples) <= 0.002
+@pytest.mark.parametrize("tail", [0.0, 1.5])
+@pytest.mark.parametrize("workspace", [2**27, 2**12])
+def test_other_terms_from_the_largest_samples_of_a_piece_stay_close_to_the_optimum(dtype, tail, workspace):
+    samples = random_samples(n=1024, T=4, dtype=dtype)
+    sizes = (tail * torch.randn(1024, 1, 1, generator=torch.Generator().manual_seed(3))).exp().to(dtype)
+    samples = replace(samples, gradients=samples.gradients * sizes, workspace=workspace)
+    batches = [samples.part(low, low + 128) for low in range(0, 1024, 128)]
+    for route in ("explicit", "rows"):
+        fit, block = kf.KFOC(route=route), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
+        state = fit.init((block,), replace(fit.plan((block,), 8), waiting=0), samples.gradients)
+        for batch in batches:
+            state = fit.update(state, (batch,))
+        assert float(state.sums["pieces"]) == 8
+        state.count = 1.0
+        assert excess(fit.finish(state), samples) <= 0.002
 
 
 @pytest.mark.parametrize("scale", [1e-140, 1e160])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
-from kronfisher.fits.fit import Shapes, State, elements
+from kronfisher.fits.fit import Shapes, State
 from kronfisher.linalg import mirror
 from kronfisher.rearrangement import (
     Diagonals,
@@ -36,7 +36,6 @@ __all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split", "widened"
 Aggregation = Literal["memory", "running", "approx", "exact"]
 BY_BATCH = ("running", "approx")  # of these, batches are pieces, whatever their size
 
-_SMALL = 2**12  # numbers in both sides of a term up to which other terms than the first take whole steps
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
 
@@ -93,12 +92,8 @@ class Merging:
         else:
             warm = begun and self.warm_start and not isinstance(source, Gram)
             if (terms := len(sums["inputs"])) > 1:
-                before = (sums["inputs"], sums["outputs"]) if warm else None
-                half = None
-                if before is not None and sum(elements(*side) for side in sides) > _SMALL:
-                    half = "forwards" if state.facts.get("half") == "backwards" else "backwards"
-                    state.facts["half"] = half  # in turns they are whole steps, from piece to piece
-                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations, half)
+                before = sums["inputs"] if warm else None
+                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
                 self._recompress(state, A, B, orthogonal=isinstance(source, Gram))
             else:
                 start = whole(sums["inputs"][0]) if warm else None

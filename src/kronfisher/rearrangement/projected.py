@@ -8,23 +8,20 @@ to half steps of all samples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kronfisher.activations import applied, chunks
 from kronfisher.linalg import add_symmetric_product_, mirror_
+from kronfisher.rearrangement.parts import noise, some
 from kronfisher.rearrangement.sides import norm, over
 from kronfisher.rearrangement.weights import Gram
 from kronfisher.samples import Samples
 
-__all__ = ["DIRECTIONS", "PART", "Projected"]
+__all__ = ["PART", "Projected"]
 
-DIRECTIONS = 16
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
-_LARGE = 4  # so many times fewer are there besides, for their size
 _STEPS = 8  # double steps at most over the part where positions share the weight
 _SETTLED = 0.03  # change of A after which the half steps over everything do the rest
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
@@ -105,12 +102,12 @@ class Projected:
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""
         _, outputs, width = self.shape
-        gram = Gram(_some(self.samples, PART if outputs * width <= WIDER else PART // 2))
+        gram = Gram(some(self.samples, PART if outputs * width <= WIDER else PART // 2))
         w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
         self.gram = gram
         a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]
-        right = _directions(lambda v: a.mT @ (a @ v), _random(a, a.shape[-1]))
-        left = _directions(lambda v: g.mT @ (g @ v), _random(g, g.shape[-1]))
+        right = _directions(lambda v: a.mT @ (a @ v), noise(a, a.shape[-1]))
+        left = _directions(lambda v: g.mT @ (g @ v), noise(g, g.shape[-1]))
         return right, left, steps, change
 
     def _from_all(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,12 +125,15 @@ class Projected:
         """Double steps over all samples, or over a part of many."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = _some(self.samples, PART)
-        right, left = _random(like, width), _random(like, outputs)
+        part = some(self.samples, PART)
+        right, left = noise(like, width), noise(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         for step in range(_STEPS):
-            left = _directions(_half_step(outputs, right, part, transposed=False), _random(like, outputs))
-            old, right = right, _directions(_half_step(width, left, part, transposed=True), _random(like, width))
+            left = _directions(_half_step(outputs, right, part, transposed=False), noise(like, outputs))
+            old, right = (
+                right,
+                _directions(_half_step(width, left, part, transposed=True), noise(like, width)),
+            )
             steps, change = steps + 1, _change(old, right) if step else change
             if like.device.type == "cpu" and bool(change <= _SETTLED):
                 break
@@ -142,7 +142,7 @@ class Projected:
 
 def _renewed(directions: Tensor) -> Tensor:
     """With a little of another one: what a start has none of would never come back."""
-    other = _random(directions, directions.shape[1])[..., :1]
+    other = noise(directions, directions.shape[1])[..., :1]
     return torch.cat([directions[..., :1] + 0.1 * over(other, norm(other)), directions[..., 1:]], dim=-1)
 
 
@@ -178,34 +178,6 @@ def _half_step(
     return lambda v: total @ v
 
 
-def _some(samples: Sequence[Samples], number: int) -> list[Samples]:
-    """The largest of the samples, and about so many of the others, evenly spread over sizes and standing for them all.
-
-    Of heavy-tailed gradients a few decide on the leading pair, and directions that miss these miss it.
-    """
-    step = max(1, sum(map(len, samples)) // number)
-    if step == 1:
-        return list(samples)
-    found = []
-    for several in samples:
-        order = _sizes(several).argsort(descending=True, stable=True)
-        large, rest = order.tensor_split([-(-len(order) // (step * _LARGE))])
-        spread = rest[::step]
-        part = several.taken(torch.cat([large, spread]))
-        weights = part.gradients.new_ones(len(part), 1, 1)
-        weights[len(large) :] = (len(rest) / max(len(spread), 1)) ** 0.5
-        found.append(replace(part, gradients=part.gradients * weights))
-    return found
-
-
-def _sizes(samples: Samples) -> Tensor:
-    """About ``‖g_k‖² ‖a_k‖² [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
-    a, g = samples.activations, samples.gradients
-    rows = a.dense() if samples.positions == 1 else a.times(_random(g, a.shape[-1])[..., :1].contiguous())
-    sizes = [torch.linalg.vector_norm(side, dim=(2, 3)) for side in (rows, g)]
-    return torch.linalg.vector_norm(sizes[0] * sizes[1], dim=0)
-
-
 def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Tensor]:
     """``(G_k L)ᵀ``, or ``(G_kᵀ L)ᵀ`` where transposed: ``[H, n'·ρ, D]``, some samples at a time."""
     heads, _, width = samples.shape
@@ -216,17 +188,6 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
             yield samples.activations.combined(applied(g, L), low, high).flatten(1, 2)
         else:
             yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
-
-
-def _random(like: Tensor, width: int) -> Tensor:
-    """Directions ``[H, D, ρ]``, the same at every call."""
-    return _drawn(len(like), width, like.dtype, like.device)
-
-
-@lru_cache(maxsize=64)
-def _drawn(heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    shape = (heads, width, min(DIRECTIONS, width))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
 
 
 def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

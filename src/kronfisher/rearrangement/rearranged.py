@@ -13,7 +13,6 @@ both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -108,49 +107,34 @@ class Rearranged(ABC):
         return Pair(A, B, sigma, steps, change)
 
     def leading_terms(
-        self,
-        rank: int,
-        before: tuple[Tensor, Tensor] | None = None,
-        tolerance: float = 1e-3,
-        iterations: int = 50,
-        half: Literal["forwards", "backwards"] | None = None,
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
     ) -> tuple[Pair, Tensor, Tensor]:
         """The leading pair, and A ``[R, H, I, I]`` and B ``[R, H, O, O]`` of about the best sum ``Σ_r B_r ⊗ A_r``.
 
-        The other terms are from subspace iteration beside the pair, among symmetric matrices orthogonal to it;
-        whatever it finds, the sum is ℛ(F) behind a projection.
+        The other terms are from half steps beside the pair, among symmetric matrices orthogonal to it. The last one is
+        over all samples: whatever those before it find, on a part, the sum is ℛ(F) behind a projection.
 
         Args:
             rank: R.
-            before: terms A and B of other samples of the block, from which one step is made; None: from noise.
+            before: A of terms of other samples of the block, to go on from; None: from noise.
             tolerance: of the pair, see `leading`.
             iterations: for the pair.
-            half: the one step is only half a step: from A to B, or backwards from B to A.
         """
-        pair = self.leading(None if before is None else before[0][0], tolerance, iterations)
+        pair = self.leading(None if before is None else before[0], tolerance, iterations)
         A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
+        part = self.part()
         if before is None:
-            others, more, half = A, self._others(pair, rank - 1), "backwards"
+            others = torch.stack([part.inputs(each) for each in _spanned(_noise(pair.B, rank - 1), pair.B)])
         else:
-            others, more = (side[1:rank] for side in before)
-        if half != "backwards":
-            others = _spanned(others, pair.A)
-            more = torch.stack([self.outputs(each) for each in others])  # orthogonal to B, as ℛᵀ of that is A
-        if half != "forwards":
-            more = _spanned(more, pair.B)
-            others = torch.stack([self.inputs(each) for each in more])
+            others = before[1:rank]
+        more = _spanned(torch.stack([part.outputs(each) for each in _spanned(others, pair.A)]), pair.B)
+        others = torch.stack([self.inputs(each) for each in more])  # orthogonal to A, as ℛ of that is σ B
         return pair, torch.cat([A, others]), torch.cat([B, more])
 
-    def _others(self, pair: Pair, number: int) -> Tensor:
-        """Some B ``[number, H, O, O]`` beside a leading pair, from noise: on a part, as a step over all follows."""
-        part, noise = self.part(), _noise(pair.B, number)
-        A = torch.stack([part.inputs(each) for each in _spanned(noise, pair.B)])
-        return torch.stack([part.outputs(each) for each in _spanned(A, pair.A)])
-
     def part(self) -> "Rearranged":
-        """ℛ of a part of the samples that stands for them all where directions are looked for."""
+        """ℛ of those samples that it is largest for, which tell directions."""
         return self
 
 

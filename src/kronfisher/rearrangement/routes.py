@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.linalg import add_symmetric_product_
-from kronfisher.rearrangement.projected import DIRECTIONS, PART, Projected
+from kronfisher.rearrangement.parts import DIRECTIONS
+from kronfisher.rearrangement.projected import PART, Projected
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.rearrangement.rows import Explicit, Rows
 from kronfisher.rearrangement.sides import inverted

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronfisher.activations import WORKSPACE, applied
 from kronfisher.linalg import add_symmetric_product_, completed_
+from kronfisher.rearrangement.parts import largest, share
 from kronfisher.rearrangement.rearranged import Rearranged
 from kronfisher.samples import Samples
 
@@ -18,19 +19,6 @@ def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and output gradients, some samples at a time."""
     for piece in samples.pieces():
         yield piece.activations.dense(), piece.gradients
-
-
-_MANY, _THINNED = 128, 4  # of so many samples at least, one of so many is in the part that tells directions
-
-
-def _step(samples: Sequence[Samples]) -> int:
-    return _THINNED if sum(map(len, samples)) >= _MANY else 1
-
-
-def _thinned(samples: Sequence[Samples]) -> list[Samples]:
-    """A part that stands for all of them."""
-    step = _step(samples)
-    return [several.taken(torch.arange(0, len(several), step, device=several.gradients.device)) for several in samples]
 
 
 class Rows(Rearranged):
@@ -62,7 +50,7 @@ class Rows(Rearranged):
         return completed_(total, odd)
 
     def part(self) -> Rearranged:
-        return Rows(_thinned(self.samples))
+        return Rows(largest(self.samples))
 
 
 class Explicit(Rearranged):
@@ -106,7 +94,9 @@ class Explicit(Rearranged):
 
     def part(self) -> Rearranged:
         if self._kept is None:
-            return Explicit(_thinned(self.samples), self.workspace)
-        part = copy(self)
-        part._kept = [G[:, :, :: _step(self.samples)].contiguous() for G in self._kept]
+            return Explicit(largest(self.samples), self.workspace)
+        total, part = sum(map(len, self.samples)), copy(self)
+        sizes = [torch.linalg.vector_norm(G, dim=(0, 1, 3)) for G in self._kept]
+        places = [size.topk(share(len(size), total)).indices for size in sizes]
+        part._kept = [G[:, :, some] for G, some in zip(self._kept, places, strict=True)]
         return part

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +13,8 @@ from kronfisher.rearrangement.sides import inverted, over
 from kronfisher.samples import Samples
 
 __all__ = ["Gram", "Weights"]
+
+_STEPS = 2  # double steps from noise to other terms
 
 
 class Weights(Rearranged):
@@ -121,20 +122,17 @@ class Gram(Weights):
         return Pair(mirror(A), mirror(B), sigma, steps, change)
 
     def leading_terms(
-        self,
-        rank: int,
-        before: tuple[Tensor, Tensor] | None = None,
-        tolerance: float = 1e-3,
-        iterations: int = 50,
-        half: Literal["forwards", "backwards"] | None = None,
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
     ) -> tuple[Pair, Tensor, Tensor]:
         """The same in the span of the samples, n² numbers a step and a term: orthogonal, largest first."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
         Ka, Kg = self.inputs_gram, self.outputs_gram
         noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         W = torch.cat([w[..., None], noise.to(w)], dim=2)
-        _, U = _spanned(Ka, W)
-        U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
+        U = W
+        for _ in range(_STEPS):
+            _, U = _spanned(Ka, W)
+            U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
         W, U = self._apart(W, U)
         a = self.activations.dense()[:, :, 0]
         (heads, outputs, width), new = self.shape, w.new_empty
