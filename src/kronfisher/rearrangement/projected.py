@@ -129,11 +129,9 @@ class Projected:
         right, left = noise(like, width), noise(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         for step in range(_STEPS):
+            old = right
             left = _directions(_half_step(outputs, right, part, transposed=False), noise(like, outputs))
-            old, right = (
-                right,
-                _directions(_half_step(width, left, part, transposed=True), noise(like, width)),
-            )
+            right = _directions(_half_step(width, left, part, transposed=True), noise(like, width))
             steps, change = steps + 1, _change(old, right) if step else change
             if like.device.type == "cpu" and bool(change <= _SETTLED):
                 break
