@@ -124,14 +124,18 @@ class Rearranged(ABC):
         A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
-        part = self.part()
-        if before is None:
-            others = torch.stack([part.inputs(each) for each in _spanned(_noise(pair.B, rank - 1), pair.B)])
-        else:
-            others = before[1:rank]
-        more = _spanned(torch.stack([part.outputs(each) for each in _spanned(others, pair.A)]), pair.B)
+        more = _spanned(self._others(pair, rank - 1, before), pair.B)
         others = torch.stack([self.inputs(each) for each in more])  # orthogonal to A, as ℛ of that is σ B
         return pair, torch.cat([A, others]), torch.cat([B, more])
+
+    def _others(self, pair: Pair, number: int, before: Tensor | None) -> Tensor:
+        """B of other terms ``[number, H, O, O]``, about, from those samples that tell them."""
+        part = self.part()
+        if before is None:
+            others = torch.stack([part.inputs(each) for each in _spanned(_noise(pair.B, number), pair.B)])
+        else:
+            others = before[1 : number + 1]
+        return torch.stack([part.outputs(each) for each in _spanned(others, pair.A)])
 
     def part(self) -> "Rearranged":
         """ℛ of those samples that it is largest for, which tell directions."""

@@ -71,12 +71,14 @@ def truncated(
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
     mix_right = (back_right @ V[:, :rank].mT) * keep.unsqueeze(1)
-    B, A = _mixed(sides[0], mix_left), _mixed(sides[1], mix_right)
-    trace = A.sum(-1) if A.dim() == 3 else A.diagonal(dim1=-2, dim2=-1).sum(-1)
-    sign = torch.where(trace < 0, -1.0, 1.0).to(A)[..., None]
-    A *= sign if A.dim() == 3 else sign[..., None]
-    B *= sign if B.dim() == 3 else sign[..., None]
-    return B, A, sigma.mT
+    sign = torch.where(_traces(sides[1]) @ mix_right < 0, -1.0, 1.0)
+    return _mixed(sides[0], mix_left * sign), _mixed(sides[1], mix_right * sign), sigma.mT
+
+
+def _traces(stacks: tuple[Tensor, ...]) -> Tensor:
+    """Of all matrices of one or two stacks: ``[H, 1, s]``."""
+    diagonals = [stack if stack.dim() == 3 else stack.diagonal(dim1=-2, dim2=-1) for stack in stacks]
+    return torch.cat([each.double().sum(-1) for each in diagonals]).mT.unsqueeze(1)
 
 
 def _gram(stacks: tuple[Tensor, ...], across: Tensor | None) -> Tensor:
@@ -92,10 +94,11 @@ def _mixed(stacks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     """``Σ_s weights[h, s, r] X_s[h]`` over all stacks, ``[R, H, ...]``."""
     total, at = None, 0
     for stack in stacks:
-        part = torch.einsum("hsr,sh...->rh...", weights[:, at : at + len(stack)].to(stack), stack)
-        total, at = part if total is None else total.add_(part), at + len(stack)
+        rows, mix = stack.transpose(0, 1).flatten(2), weights[:, at : at + len(stack)].mT.to(stack)
+        total = mix @ rows if total is None else total.baddbmm_(mix, rows)  # each as large as all that is carried
+        at += len(stack)
     assert total is not None
-    return total
+    return total.transpose(0, 1).contiguous().unflatten(2, stacks[0].shape[2:])
 
 
 def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
