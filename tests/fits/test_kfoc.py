@@ -392,6 +392,7 @@ def test_nearest_kronecker_is_the_truncated_svd(shapes):
         torch.testing.assert_close(B.flatten(1).mT @ A.flatten(1), truth, rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(sigma, S[:6], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(B.flatten(1).norm(dim=1), A.flatten(1).norm(dim=1))
+        assert (A.diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
     with pytest.raises(kf.DataError, match="rank=7"):
         nearest_kronecker(left, right, 7)
     with pytest.raises(kf.DataError, match="same s"):

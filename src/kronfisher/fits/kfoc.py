@@ -58,8 +58,8 @@ class KFOC(Fit):
             the estimate so far and the new batch) and ``"approx"`` (the mean of the batches' factors) are the paper's;
             both depend on the size and order of the batches.
         rank_memory: products carried by ``"memory"``, at most: as many as take a million numbers; where not even four
-            of them do, one is carried, as a mean of the pieces' factors weighted by their singular values: data that
-            are sorted (by class, say) cost that one a few hundredths of ‖F‖, those with several nothing.
+            of them do, one is carried, as a mean of the pieces' factors weighted by their singular values. Only then
+            does the order of the data matter: sorted ones (by class, say) had better be shuffled.
         tolerance: iterations stop when A, scaled to norm one, changes by no more. The error is off by half of its
             square. From 1e-4 up, wide weights, and those that many positions share, are iterated through their leading
             16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖.
