@@ -103,10 +103,10 @@ def kfoc(results: list[dict]) -> list[str]:
             [
                 "theirs",
                 "ours",
-                "in a row",
+                "ours, in a row",
                 "times faster",
                 "in a row",
-                "our error − theirs, at most",
+                "our error − theirs",
                 "compared on",
                 "commit",
             ],

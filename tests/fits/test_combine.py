@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.blocks import Block, View
 from kronfisher.fits import FITS, named
 from kronfisher.isolation import isolated
 from kronfisher.passes import Recipe, accumulate
+from tests.fits.test_kfoc import gradients_of, random_samples
 
 LINEAR = [name for name in FITS if named(name).linear]
 ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
@@ -64,3 +66,31 @@ def test_states_of_other_blocks_or_bases_do_not_combine():
         groups[0].fit.combine(groups[0].state, groups[1].state)
     doubled = groups[0].fit.combine(groups[0].state, groups[0].state)
     torch.testing.assert_close(groups[0].fit.finish(doubled).values, groups[0].fit.finish(groups[0].state).values)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(("wx", "wy"), [(0.5, 1.0), (1.0, 0.5), (0.25, 3.0)])
+def test_errors_of_weighted_states_are_those_of_what_they_weigh(rank, wx, wy):
+    fit, block = kf.KFOC(rank_memory=rank), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
+    samples = random_samples(n=60)
+    halves, states = (samples.part(0, 30), samples.part(30, 60)), []
+    for half in (*halves, None):
+        state = fit.init((block,), fit.plan((block,), 8), samples.gradients)
+        states.append(state if half is None else fit.update(state, (half,)))
+        state.count = 0.0 if half is None else 30.0
+    x, y, empty = states
+    alone = fit.combine(x, empty, wx, wy)
+    G = gradients_of(halves[0])[0].flatten(1) * wx**0.5
+    operator = fit.finish(alone)
+    truth = G.mT @ G
+    error = (truth - operator.to_dense() * alone.count).norm() / truth.norm()
+    torch.testing.assert_close(fit.error(alone, operator), float(error), rtol=1e-3, atol=0)
+    both = fit.combine(x, y, wx, wy)
+    operator = fit.finish(both)
+    G = gradients_of(halves[1])[0].flatten(1) * wy**0.5
+    truth = truth + G.mT @ G
+    error = (truth - operator.to_dense() * both.count).norm() / truth.norm()
+    if rank == 1:
+        assert fit.error(both, operator) is None  # one term a half does not tell
+    else:
+        torch.testing.assert_close(fit.error(both, operator), float(error), rtol=0.02, atol=0)

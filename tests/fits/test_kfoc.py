@@ -262,25 +262,29 @@ def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
 @pytest.mark.parametrize(
     ("route", "n", "T"), [("gram", 90, 1), ("weights", 90, 1), ("rows", 160, 3), ("explicit", 160, 3)]
 )
-@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
-def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_best(route, n, T, scale):
-    samples = random_samples(n=n, T=T)
+@pytest.mark.parametrize(("dtype", "scale"), [("float64", 1.0), ("float64", 1e-9), ("float64", 1e9), ("float32", 1e5)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_best(route, n, T, dtype, scale, heads):
+    samples = random_samples(n=n, T=T, H=heads, dtype=getattr(torch, dtype))
     samples = samples_of(samples.activations.dense(), samples.gradients * scale)
-    _, A, B = rearranged([samples], route).leading_terms(4, tolerance=1e-10)
-    truth = rearrange(gradients_of(samples)[0])
-    found = B.flatten(1).T @ A.flatten(1)
-    torch.testing.assert_close((found * truth).sum(), found.square().sum(), rtol=1e-6, atol=0)
-    sigma = torch.linalg.svdvals(truth)
-    left = (truth - found).square().sum()
-    assert left <= sigma[4:].square().sum() + 0.01 * truth.square().sum()
-    assert left <= 0.7 * sigma[1:].square().sum()
-    if route == "gram":
-        sizes = [side.flatten(1) @ side.flatten(1).T for side in (A, B)]
-        for gram in sizes:
-            torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-7 * float(gram.max()))
-            assert (gram.diagonal().diff() <= 0).all()
-        torch.testing.assert_close(*(gram.diagonal() for gram in sizes), rtol=1e-6, atol=0)
-        assert (A[:, 0].diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
+    close = 1e-6 if dtype == "float64" else 1e-4
+    _, *sides = rearranged([samples], route).leading_terms(4, tolerance=close / 10)
+    A, B = (side.double() for side in sides)
+    for h in range(heads):
+        truth = rearrange(gradients_of(samples)[h].double())
+        found = B[:, h].flatten(1).T @ A[:, h].flatten(1)
+        torch.testing.assert_close((found * truth).sum(), found.square().sum(), rtol=close, atol=0)
+        sigma = torch.linalg.svdvals(truth)
+        left = (truth - found).square().sum()
+        assert left <= sigma[4:].square().sum() + 0.01 * truth.square().sum()
+        assert left <= 0.7 * sigma[1:].square().sum()
+        if route == "gram":
+            sizes = [side[:, h].flatten(1) @ side[:, h].flatten(1).T for side in (A, B)]
+            for gram in sizes:
+                torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=close * float(gram.max()))
+                assert (gram.diagonal().diff() <= 0).all()
+            torch.testing.assert_close(*(gram.diagonal() for gram in sizes), rtol=10 * close, atol=0)
+            assert (A[:, h].diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
 
 
 @pytest.mark.parametrize("route", ["rows", "explicit"])
@@ -296,14 +300,14 @@ def test_a_few_heavy_samples_are_among_those_that_tell_the_other_terms(route, wo
     assert left <= 0.03 * truth.square().sum()  # .008 with the largest, .05 with every fourth
 
 
-def test_other_terms_are_found_from_few_samples_too():
-    for n in (1, 2, 3):
-        samples = random_samples(n=n, T=3)
-        _, A, B = rearranged([samples], "explicit").leading_terms(4, tolerance=1e-10)
-        truth = rearrange(gradients_of(samples)[0])
-        # Symmetric terms only: antisymmetric pairs are in no sum of semidefinite products.
-        rest = truth - B.flatten(1).T @ A.flatten(1)
-        assert rest.norm() < truth.norm() and torch.isfinite(rest).all()
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_other_terms_are_found_from_few_samples_too(n):
+    samples = random_samples(n=n, T=3)
+    _, A, B = rearranged([samples], "explicit").leading_terms(4, tolerance=1e-10)
+    truth = rearrange(gradients_of(samples)[0])
+    even = (truth.view(5, 5, -1) + truth.view(5, 5, -1).transpose(0, 1)).view_as(truth) / 2  # the rest is in no term
+    left, sigma = (even - B.flatten(1).T @ A.flatten(1)).square().sum(), torch.linalg.svdvals(even)
+    assert left <= sigma[4:].square().sum() + 0.02 * truth.square().sum() <= 0.7 * sigma[1:].square().sum()
 
 
 def network():

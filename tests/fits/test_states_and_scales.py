@@ -78,9 +78,10 @@ def test_units_do_not_matter(fit, T, H):
         assert reported == [None] * len(reported)
 
 
-def test_shorter_sums_do_not_depend_on_how_terms_are_split():
+@pytest.mark.parametrize("heads", [1, 3])
+def test_shorter_sums_do_not_depend_on_how_terms_are_split(heads):
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(4, 1, n, n, generator=generator, dtype=torch.float64) for n in (3, 5))
+    left, right = (torch.randn(4, heads, n, n, generator=generator, dtype=torch.float64) for n in (3, 5))
     split = torch.tensor([1e12, 1.0, 1e-12, 0.0], dtype=torch.float64)[:, None, None, None]
     right[3] = 0
     B, A, sigma = truncated(left, right, 2)
@@ -88,6 +89,14 @@ def test_shorter_sums_do_not_depend_on_how_terms_are_split():
     torch.testing.assert_close(other, sigma, rtol=1e-8, atol=1e-12)
     one, two = (torch.einsum("rhij,rhkl->hijkl", *pair) for pair in ((B, A), (other_B, other_A)))
     torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-12)
+    for h in range(heads):  # every group by itself, in one stack or in two
+        truth = torch.linalg.svd(left[:, h].flatten(1).T @ right[:, h].flatten(1))
+        best = (truth.U[:, :2] * truth.S[:2]) @ truth.Vh[:2]
+        for more in (None, (left[1:], right[1:])):
+            kept = slice(None) if more is None else slice(1)
+            B, A, _ = truncated(left[kept], right[kept], 2, more)
+            torch.testing.assert_close(B[:, h].flatten(1).T @ A[:, h].flatten(1), best, rtol=1e-8, atol=1e-10)
+            assert (A[:, h].diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
 
 
 class Overflow(torch.autograd.Function):

@@ -10,10 +10,10 @@ from torch import Tensor
 from kronfisher.errors import NumericalError
 from kronfisher.fits.fit import State
 from kronfisher.operators import Kronecker
-from kronfisher.rearrangement import norm, over, products, semidefinite, times, whole
+from kronfisher.rearrangement import norm, over, products, semidefinite, times, truncated, whole
 from kronfisher.samples import Samples
 
-__all__ = ["balanced", "inner", "leading", "named", "pieces"]
+__all__ = ["added", "balanced", "inner", "leading", "named", "pieces"]
 
 _DOUBLE_STEPS = 1000  # after which a term smaller than the first by a hundredth has no share left
 
@@ -54,6 +54,14 @@ def named(state: State) -> Iterator[None]:
 def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
     """``⟨Σ B_r ⊗ A_r, Σ B'_s ⊗ A'_s⟩`` over all groups, in float64."""
     return (products(x[0], y[0]) * products(x[1], y[1])).sum()
+
+
+def added(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], terms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best sum of so many terms for two sums of A and B together, A and B, and the `inner` product of the two."""
+    (A, B), (more_A, more_B) = x, y
+    across = products(B, more_B), products(A, more_A)
+    B, A, _ = truncated(B, A, terms, (more_B, more_A), across)
+    return A, B, (across[0] * across[1]).sum()
 
 
 def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kronfisher.activations import WORKSPACE
 from kronfisher.blocks import Block
-from kronfisher.fits.carried import balanced, inner, leading, named, pieces
+from kronfisher.fits.carried import added, balanced, leading, named, pieces
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -30,7 +30,6 @@ from kronfisher.rearrangement import (
     norm,
     over,
     rearranged,
-    truncated,
 )
 from kronfisher.samples import Samples
 
@@ -220,18 +219,20 @@ class KFOC(Fit):
             x, y = widened(x, terms), widened(y, terms)
         both = super().combine(x, y, wx, wy)
         both.facts = {**x.facts, **y.facts}
-        if terms > 1 and not x.fixed:
-            x_terms, y_terms = ((state.sums["inputs"], state.sums["outputs"]) for state in (x, y))
-            norms = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"]
-            both.sums["norm"] = norms + 2 * wx * wy * inner(x_terms, y_terms)
         if "route" in x.facts and "route" in y.facts:
             both.facts["joined"] = True
             if terms == 1 or len(x.sums["weight"]) > 1:
                 both.facts["uncertain"] = True
-        if x.fixed or (terms == 1 and self.aggregation != "running"):
+        if x.fixed:
+            return both
+        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"]
+        if terms == 1 and self.aggregation != "running":
             return both  # sums of pieces' factors
-        more = wy * y.sums["outputs"], y.sums["inputs"]
-        both.sums["outputs"], both.sums["inputs"], _ = truncated(wx * x.sums["outputs"], x.sums["inputs"], terms, more)
+        x_terms, y_terms = (
+            (state.sums["inputs"], weight * state.sums["outputs"]) for state, weight in ((x, wx), (y, wy))
+        )
+        both.sums["inputs"], both.sums["outputs"], inner = added(x_terms, y_terms, terms)
+        both.sums["norm"] += 2 * inner
         return both
 
     def next_pass(self, state: State) -> State | None:

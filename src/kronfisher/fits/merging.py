@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
+from kronfisher.fits.carried import added
 from kronfisher.fits.fit import Shapes, State
 from kronfisher.linalg import mirror
 from kronfisher.rearrangement import (
@@ -22,7 +23,6 @@ from kronfisher.rearrangement import (
     cheapest,
     norm,
     over,
-    products,
     rearranged,
     squared_products,
     times,
@@ -152,9 +152,8 @@ class Merging:
                 B, A, _ = truncated(B, A, len(A))
             sums["outputs"][: len(B)], sums["inputs"][: len(A)] = B, A
             return
-        across = products(sums["outputs"], B), products(sums["inputs"], A)
-        sums["norm"] += 2 * (across[0] * across[1]).sum()  # of the pieces, ⟨this, those before⟩
-        sums["outputs"], sums["inputs"], _ = truncated(sums["outputs"], sums["inputs"], terms, (B, A), across)
+        sums["inputs"], sums["outputs"], inner = added((sums["inputs"], sums["outputs"]), (A, B), terms)
+        sums["norm"] += 2 * inner  # of the pieces, this one and those before
 
     def _replace(self, state: State, pair: Pair) -> None:
         root = pair.sigma.sqrt()

@@ -48,11 +48,11 @@ def some(samples: Sequence[Samples], number: int) -> list[Samples]:
 
 
 def sizes(samples: Samples) -> Tensor:
-    """About ``‖g_k‖² ‖a_k‖² [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
+    """About ``‖g_k‖ ‖a_k‖ [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
     a, g = samples.activations, samples.gradients
     rows = a.dense() if samples.positions == 1 else a.times(noise(g, a.shape[-1])[..., :1].contiguous())
-    sizes = [torch.linalg.vector_norm(side, dim=(2, 3)) for side in (rows, g)]
-    return torch.linalg.vector_norm(sizes[0] * sizes[1], dim=0)
+    inputs, outputs = (torch.linalg.vector_norm(side, dim=(2, 3)) for side in (rows, g))
+    return torch.linalg.vector_norm(inputs * outputs, dim=0)
 
 
 def noise(like: Tensor, width: int) -> Tensor:
