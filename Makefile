@@ -16,7 +16,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY)  ## estimate the Fisher of two small networks with every fit: table and figures
-	$(PYTHON) -m kronfisher.cli demo $(ARGS)
+	$(PYTHON) -m kronfisher demo $(ARGS)
 
 test: $(READY)  ## every test and every docstring example, in two processes
 	$(PYTHON) -m pytest -n 2 $(ARGS)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from kronfisher import KFAC
-from kronfisher.activations import Dense
-from kronfisher.blocks import Block, View
-from kronfisher.samples import Samples
-from kronfisher.uses.convolution import Patches, Window
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.convolution import Geometry, Patches
+from kronfisher.layers.samples import Samples
 
 WIDTH, CHANNELS = 256, 64
 COUNTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -29,7 +29,7 @@ def linear(n: int, positions: int) -> Samples:
 
 
 def convolution(side: int) -> Samples:
-    window = Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    window = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     patches = Patches(torch.randn(32, CHANNELS, side, side), window, 1, 32, bias=True)
     return Samples(patches, torch.randn(1, 32, side * side, CHANNELS))
 
@@ -38,7 +38,7 @@ def milliseconds(samples: Samples, repeats: int) -> float:
     """The median time of one update of the factors."""
     _, outputs, inputs = samples.shape
     weight, bias = torch.empty(1, outputs, inputs - 1, device="meta"), torch.empty(1, outputs, device="meta")
-    block = Block("w", "layer", View.of("w", weight), View.of("b", bias))
+    block = Block("w", "layer", Window.of("w", weight), Window.of("b", bias))
     fit = KFAC()
     state = fit.init((block,), fit.plan((block,), 4), torch.empty(0))
     times = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kronfisher import cli
+from kronfisher.experiments import cli
 
 
 def run(capsys, *arguments):

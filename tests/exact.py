@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.fisher.layout import gather
+from kronfisher.fisher.vectors import read
 from kronfisher.fits import FITS
-from kronfisher.operators.layout import gather
-from kronfisher.operators.vectors import read
 
 # `auto` makes six fits of every layer and ends as one of the others. What is its own is tested with it, and in the
 # conformance tests; elsewhere it would take as long as all others together.

@@ -1,9 +1,10 @@
-"""Imports point one way, the core needs torch and numpy only, and the documents' links lead somewhere."""
+"""Rooms are few, imports point one way for every file, the core needs torch and numpy only, and links lead somewhere."""
 
 import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,58 +13,103 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "kronfisher"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# A module may import from its own row and from the rows above it.
-ROWS = [
-    {"errors", "linalg", "models"},
-    {"activations", "samples", "indices", "blocks", "operators", "likelihoods", "rearrangement"},
-    {"uses", "fits", "damping"},
-    {"capture", "proof"},
-    {"estimate", "error", "spectrum", "coverage", "accumulate", "passes"}
-    | {"stream", "chain", "claims", "batches", "isolation", "fallback", "treatment", "owners", "following", "groups"},
-    {"trust", "natural_gradient", "preconditioner", "laplace"},
-    {"experiments"},
+# Floors of rooms, the ground first. A file imports from its own room and from rooms on lower floors.
+FLOORS = [
+    {"errors", "tables"},
+    {"linalg"},
+    {"operators", "likelihoods"},
+    {"fisher"},
+    {"layers"},
+    {"capture", "fits"},
+    {"estimation"},
+    {"optim", "laplace"},
     {"__init__"},
-    {"cli"},
+    {"experiments"},
+    {"__main__"},
 ]
-ROW = {module: k for k, row in enumerate(ROWS) for module in row}
+FLOOR = {room: k for k, floor in enumerate(FLOORS) for room in floor}
+PACKAGES, GROUND_FILES = 14, 4  # at most
 EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer", "transformers", "peft"}
 
 
-def top(path):
+def room(path):
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+def module(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def imports(path, *, lazy=True):
-    """Dotted names that a file imports; type-checking blocks never run, so they do not count."""
+    """Dotted names that a file imports, those for type checking and those inside functions among them."""
 
     def visit(node):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            return
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            return
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not lazy:
             return
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide the direction"
-            yield node.module
-            if node.module == "kronfisher":
-                yield from (f"kronfisher.{alias.name}" for alias in node.names)
+            for alias in node.names:  # a module of a package, or a name in a module
+                inside = f"{node.module}.{alias.name}"
+                yield inside if inside in modules() else node.module
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
     return list(visit(ast.parse(path.read_text())))
 
 
+@cache
+def modules():
+    return {module(path): path for path in FILES}
+
+
+@cache
+def arrows():
+    """File → files that it imports."""
+    found = {}
+    for path in FILES:
+        names = [name for name in imports(path) if name in modules()]
+        found[path] = {modules()[name] for name in names} - {path}
+    return found
+
+
+def test_rooms_are_few():
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    files = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}
+    assert packages | files | {"__init__"} == set(FLOOR), "every room stands on one floor"
+    assert len(packages) <= PACKAGES and len(files) <= GROUND_FILES
+    assert len([floor for floor in FLOORS if not any(name.startswith("__") for name in floor)]) <= 10
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_one_way(path):
-    assert top(path) in ROW, f"{top(path)} has no place in the order of imports: give it a row in {Path(__file__).name}"
-    for name in imports(path):
-        if name == "kronfisher":
-            assert ROW[top(path)] >= ROW["__init__"], f"{path} imports the whole package from inside"
-        elif name.startswith("kronfisher."):
-            module = name.split(".")[1]
-            if module in ROW:  # otherwise a name that the package itself exports
-                assert ROW[module] <= ROW[top(path)], f"{path} imports {name}, which stands above it"
+def test_imports_point_down(path):
+    for other in arrows()[path]:
+        if room(other) != room(path):
+            assert FLOOR[room(other)] < FLOOR[room(path)], (
+                f"{module(path)} imports {module(other)}, which stands no lower"
+            )
+
+
+def test_no_circle_of_files():
+    order, state = [], {}
+
+    def visit(path, way):
+        if state.get(path) == "done":
+            return
+        assert state.get(path) != "open", " → ".join(module(each) for each in [*way[way.index(path) :], path])
+        state[path] = "open"
+        for other in sorted(arrows()[path]):
+            visit(other, [*way, path])
+        state[path] = "done"
+        order.append(path)
+
+    for path in FILES:
+        visit(path, [])
+    assert set(order) == set(FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -73,12 +119,20 @@ def test_only_torch_and_numpy_are_imported_eagerly(path):
         assert package in {"torch", "numpy", "kronfisher"} or package in sys.stdlib_module_names, f"{path}: {name}"
 
 
-def test_importing_the_package_loads_no_extra():
+def test_importing_the_library_loads_no_extra_and_no_experiment():
+    code = "import sys, torch; old = set(sys.modules); import kronfisher; print(*set(sys.modules) - old)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "kronfisher.estimation" in loaded
+    assert not [name for name in loaded if name.startswith("kronfisher.experiments")]
+    assert not EXTRAS & {name.split(".")[0] for name in loaded}
+
+
+def test_importing_the_command_line_loads_no_extra():
     code = (
-        "import sys, torch; old = set(sys.modules); import kronfisher, kronfisher.cli; print(*set(sys.modules) - old)"
+        "import sys, torch; old = set(sys.modules); import kronfisher.experiments.cli; print(*set(sys.modules) - old)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "kronfisher.cli" in loaded
+    assert "kronfisher.experiments.cli" in loaded
     assert not EXTRAS & {name.split(".")[0] for name in loaded}
 
 

@@ -38,26 +38,26 @@ def test_symmetric_product_adds_the_upper_triangle(width, rows, by_columns, dtyp
 
 
 @pytest.mark.parametrize("width", [7, 193, 1009])
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_products_that_are_symmetric_or_antisymmetric_by_what_is_between(width, heads, sign, by_columns):
-    x, middle = torch.randn(heads, 300, width, dtype=torch.float64), torch.randn(300, 300, dtype=torch.float64)
+def test_products_that_are_symmetric_or_antisymmetric_by_what_is_between(width, groups, sign, by_columns):
+    x, middle = torch.randn(groups, 300, width, dtype=torch.float64), torch.randn(300, 300, dtype=torch.float64)
     y = (middle + sign * middle.T) @ x
     x, y = (side.mT.contiguous().mT if by_columns else side for side in (x, y))
-    total = add_symmetric_product_(torch.zeros(heads, width, width, dtype=torch.float64), x, y)
+    total = add_symmetric_product_(torch.zeros(groups, width, width, dtype=torch.float64), x, y)
     close(completed_(total, odd=sign < 0), x.mT @ y, 1e-13)  # narrow ones are whole already
     if width > 96:
         assert torch.equal(total.triu(1), sign * total.mT.triu(1))
-    diagonal = add_symmetric_product_(torch.ones(heads, width, dtype=torch.float64), x, y)
+    diagonal = add_symmetric_product_(torch.ones(groups, width, dtype=torch.float64), x, y)
     close(diagonal, 1 + (x * y).sum(1), 1e-13)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("width", [5, 130])
-def test_symmetric_product_of_groups_into_a_window(heads, width):
-    x = torch.randn(heads, 600, width, dtype=torch.float64)
-    total = torch.full((heads, width + 2, width + 2), 7.0, dtype=torch.float64)
+def test_symmetric_product_of_groups_into_a_window(groups, width):
+    x = torch.randn(groups, 600, width, dtype=torch.float64)
+    total = torch.full((groups, width + 2, width + 2), 7.0, dtype=torch.float64)
     add_symmetric_product_(total[:, :width, :width], x)
     close(total[:, :width, :width].triu(), (7 + x.mT @ x).triu(), 1e-13)
     assert (total[:, :, width:] == 7).all() and (total[:, width:] == 7).all()

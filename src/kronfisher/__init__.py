@@ -3,9 +3,6 @@
 A matrix comes from ``kf.estimate(model, loader, kf.Categorical())`` and is a linear operator over the parameters.
 """
 
-from kronfisher.coverage import Coverage, coverage
-from kronfisher.damping import FactoredTikhonov, Tikhonov
-from kronfisher.error import Distance
 from kronfisher.errors import (
     DataError,
     IndefiniteError,
@@ -15,8 +12,13 @@ from kronfisher.errors import (
     SingularError,
     UnsupportedError,
 )
-from kronfisher.estimate import estimate
-from kronfisher.experiments.compare import Comparison, compare
+from kronfisher.estimation.compare import Comparison, compare
+from kronfisher.estimation.coverage import Coverage, coverage
+from kronfisher.estimation.error import Distance
+from kronfisher.estimation.estimate import estimate
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.damping import FactoredTikhonov, Tikhonov
+from kronfisher.fisher.storage import load
 from kronfisher.fits import (
     EKFAC,
     KFAC,
@@ -33,6 +35,7 @@ from kronfisher.fits import (
     KroneckerSum,
     Prototypes,
 )
+from kronfisher.fits.rearrangement import nearest_kronecker
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,
@@ -43,12 +46,9 @@ from kronfisher.likelihoods import (
     Poisson,
     Weighted,
 )
-from kronfisher.natural_gradient import IterateAverage, NaturalGradient, Refresh, batch_size_at
-from kronfisher.operators import Fisher
-from kronfisher.operators.storage import load
-from kronfisher.preconditioner import Preconditioner
-from kronfisher.rearrangement import nearest_kronecker
-from kronfisher.trust import Constant, LevenbergMarquardt, Schedule
+from kronfisher.optim import IterateAverage, NaturalGradient, Refresh, batch_size_at
+from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Schedule
+from kronfisher.optim.preconditioner import Preconditioner
 
 __version__ = "0.1.0"
 

@@ -14,16 +14,22 @@ from torch import Tensor
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 
 __all__ = [
+    "WORKSPACE",
     "add_symmetric_product_",
+    "applied",
     "cholesky",
+    "chunks",
     "completed_",
     "eigh",
     "full_precision",
     "mirror",
     "mirror_",
+    "plain_arithmetic",
     "promote",
+    "turned",
 ]
 
+WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
 _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product is too small for splitting it to pay
 _LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
 _FEW = 192  # columns of a product for narrower panels
@@ -244,3 +250,29 @@ def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:
         f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
         f"(fisher + λ).solve(v) with λ ≥ {floor:.1e} (its mean eigenvalue is {mean:.3g})."
     )
+
+
+def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[tuple[int, int]]:
+    """Ranges of samples whose temporaries of `bytes_each` bytes a sample fit the workspace."""
+    step = max(1, min(total, workspace // max(bytes_each, 1)))
+    for low in range(0, total, step):
+        yield low, min(low + step, total)
+
+
+def applied(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``[H, m, n, D]`` times ``[H, D, R]`` as one product a group; broadcasting would copy the matrix for every m."""
+    return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
+
+
+def turned(rows: Tensor, side: Tensor | None) -> Tensor:
+    """``[H, n, T, I]`` times a side ``[H, I, I]``, or its diagonal ``[H, I]``; None: one."""
+    if side is None:
+        return rows
+    return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Ordinary tensors without graphs, in full precision, whatever the caller's modes are."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device.type):
+        yield

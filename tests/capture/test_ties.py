@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.capture import Capture
+from kronfisher.capture.capture import Capture
 from kronfisher.fits import FITS, named
 from tests.exact import Written, assert_exact, linears
 

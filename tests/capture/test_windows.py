@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.blocks import View
+from kronfisher.fisher.blocks import Window
 from tests.exact import Written, assert_exact, assert_fallback
 
 SEEDED = torch.Generator().manual_seed(0)
@@ -69,12 +69,12 @@ def test_blocks_of_a_packed_parameter_have_names_of_their_own():
 
 def test_labels_of_windows():
     weight = torch.zeros(6, 2)
-    assert View.of("w", weight).label == View.of("w", weight, weight.t()).label == "w"
-    assert View.of("w", weight, weight[:, 1:]).label == "w[:, 1:2]"
-    assert View.of("w", weight, weight[::2]).label == "w[0:5, :]"
-    assert View.of("w", weight, weight[1::2]).label == "w[1:6, :]"
+    assert Window.of("w", weight).label == Window.of("w", weight, weight.t()).label == "w"
+    assert Window.of("w", weight, weight[:, 1:]).label == "w[:, 1:2]"
+    assert Window.of("w", weight, weight[::2]).label == "w[0:5, :]"
+    assert Window.of("w", weight, weight[1::2]).label == "w[1:6, :]"
     last = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    assert View.of("w", last, last[:, 1]).label == "w[:, 1:2, :, :]"
+    assert Window.of("w", last, last[:, 1]).label == "w[:, 1:2, :, :]"
 
 
 def test_parameters_inside_containers_and_shared_memory():

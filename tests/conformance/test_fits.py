@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import kronfisher as kf
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.layout import gather
 from kronfisher.fits import FITS, named
+from kronfisher.layers import EXAMPLES
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
-from kronfisher.operators.layout import gather
-from kronfisher.operators.sides import dense
-from kronfisher.uses import EXAMPLES
+from kronfisher.operators.factors import dense
 from tests.conformance.truth import DRAWS, SEED, Problem, Tap, positions, problem
 
 LABELS = ("exact", "observed", "sampled")
@@ -228,7 +228,7 @@ def test_error_is_the_dense_distance(example, likelihood, fit, monkeypatch):
         expected[name] = float(far / norm)
         missed, total = missed + far**2, total + norm**2
     for written_out in (10**9, 0):  # the truth as a matrix; or never formed, only inner products of samples
-        monkeypatch.setattr("kronfisher.error._WRITTEN_OUT", written_out)
+        monkeypatch.setattr("kronfisher.estimation.error._WRITTEN_OUT", written_out)
         found = fisher.error(p.batch)
         assert found.count == p.count
         # An error of nearly zero is the root of a difference of squares: half the digits.

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kronfisher.layers import EXAMPLES
 from kronfisher.likelihoods import REGISTRY, Draws, Likelihood
-from kronfisher.uses import EXAMPLES
 
 SEED = 5  # of label draws
 DRAWS = 2
@@ -334,11 +334,11 @@ def _attention(
         found += [tap for tap in vectors(module, f"{prefix}.", places) if tap.name.endswith(("bias_k", "bias_v"))]
     if module.add_zero_attn:
         k, v = (torch.cat([each, torch.zeros_like(each[:1])]) for each in (k, v))
-    heads = []
+    groups = []
     for part in torch.arange(width).chunk(module.num_heads):
         scores = q[:, part] @ k[:, part].T / len(part) ** 0.5
-        heads.append(scores.softmax(dim=1) @ v[:, part])
-    hidden = torch.cat(heads, dim=1)
+        groups.append(scores.softmax(dim=1) @ v[:, part])
+    hidden = torch.cat(groups, dim=1)
     y = hidden @ module.out_proj.weight.T
     index = places[f"{prefix}.out_proj.weight"]
     if module.out_proj.bias is not None:

@@ -8,6 +8,7 @@ import torch
 
 from kronfisher import EKFAC, KFAC, Diagonal, Full, estimate
 from kronfisher.errors import UnsupportedError
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.experiments import data, networks
 from kronfisher.experiments.studies import STUDIES, KFOCStudy, KPSVDStudy
 from kronfisher.experiments.studies import kfoc as module
@@ -17,7 +18,6 @@ from kronfisher.experiments.studies.kfoc import PLAIN, Entrant
 from kronfisher.experiments.studies.kpsvd import QUICK
 from kronfisher.experiments.studies.spectrum import leading_eigenvalues, spectra
 from kronfisher.operators import KroneckerSum
-from kronfisher.passes import Recipe
 
 torch.set_num_threads(1)
 

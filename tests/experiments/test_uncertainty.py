@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.cli import main
 from kronfisher.experiments import data, networks
+from kronfisher.experiments.cli import main
 from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import Picture, UCIStudy, ood, uci

@@ -27,9 +27,9 @@ def rearranged(model, x):
     full, kfac = estimate(model, x, "full"), estimate(model, x, "kfac")
     found = {}
     for name, product in kfac.blocks.items():
-        heads, inputs, outputs = len(product.A), product.A.shape[1], product.B.shape[1]
+        groups, inputs, outputs = len(product.A), product.A.shape[1], product.B.shape[1]
         dense = next(op.to_dense() for key, op in full.blocks.items() if key.split(" + ")[0] == name)
-        F = dense.view(heads, outputs, inputs, heads, outputs, inputs)
-        parts = [F[h, :, :, h].permute(0, 2, 1, 3).reshape(outputs**2, inputs**2) for h in range(heads)]
+        F = dense.view(groups, outputs, inputs, groups, outputs, inputs)
+        parts = [F[h, :, :, h].permute(0, 2, 1, 3).reshape(outputs**2, inputs**2) for h in range(groups)]
         found[name] = torch.stack(parts)
     return found

@@ -141,8 +141,8 @@ def test_large_layers_are_not_tried_densely():
 
 
 def test_states_combine_after_the_same_choice_only():
-    from kronfisher.isolation import isolated
-    from kronfisher.passes import Recipe
+    from kronfisher.capture.isolation import isolated
+    from kronfisher.estimation.recipe import Recipe
 
     model, x = network()
     runs = []

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.blocks import Block, View
+from kronfisher.capture.isolation import isolated
+from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import FITS, named
-from kronfisher.isolation import isolated
-from kronfisher.passes import Recipe, accumulate
 from tests.fits.test_kfoc import gradients_of, random_samples
 
 LINEAR = [name for name in FITS if named(name).linear]
@@ -71,7 +72,7 @@ def test_states_of_other_blocks_or_bases_do_not_combine():
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize(("wx", "wy"), [(0.5, 1.0), (1.0, 0.5), (0.25, 3.0)])
 def test_errors_of_weighted_states_are_those_of_what_they_weigh(rank, wx, wy):
-    fit, block = kf.KFOC(rank_memory=rank), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
+    fit, block = kf.KFOC(rank_memory=rank), Block("w", "linear", Window.of("w", torch.zeros(1, 5, 7)))
     samples = random_samples(n=60)
     halves, states = (samples.part(0, 30), samples.part(30, 60)), []
     for half in (*halves, None):

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.activations import Dense
-from kronfisher.blocks import Block, View
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import kfoc
-from kronfisher.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
-from kronfisher.samples import Samples
-from kronfisher.uses import EXAMPLES
+from kronfisher.fits.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
+from kronfisher.layers import EXAMPLES
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.samples import Samples
 from tests.conformance.truth import SEED, problem
 
 SHARP = {"tolerance": 1e-13, "iterations": 5000}
@@ -59,8 +59,8 @@ def excess(operator, samples):
 
 def fitted(fit, *batches, count=None):
     """The operator that a fit makes of batches of samples, of their sum."""
-    heads, outputs, inputs = batches[0].shape
-    block = Block("w", "linear", View.of("w", torch.zeros(heads, outputs, inputs)))
+    groups, outputs, inputs = batches[0].shape
+    block = Block("w", "linear", Window.of("w", torch.zeros(groups, outputs, inputs)))
     state = fit.init((block,), fit.plan((block,), 8), batches[0].gradients)
     passes = 0
     while state is not None:
@@ -205,7 +205,7 @@ def test_other_terms_from_the_largest_samples_of_a_piece_stay_close_to_the_optim
     samples = replace(samples, gradients=samples.gradients * sizes, workspace=workspace)
     batches = [samples.part(low, low + 128) for low in range(0, 1024, 128)]
     for route in ("explicit", "rows"):
-        fit, block = kf.KFOC(route=route), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
+        fit, block = kf.KFOC(route=route), Block("w", "linear", Window.of("w", torch.zeros(1, 5, 7)))
         state = fit.init((block,), replace(fit.plan((block,), 8), waiting=0), samples.gradients)
         for batch in batches:
             state = fit.update(state, (batch,))
@@ -227,7 +227,7 @@ def test_gradients_whose_squares_leave_float64_are_told(scale):
 
 def test_more_memory_never_means_less():
     def terms(outputs, inputs, rank):
-        block = Block("w", "linear", View.of("w", torch.empty(outputs, inputs)).reshaped(1, outputs, inputs), None)
+        block = Block("w", "linear", Window.of("w", torch.empty(outputs, inputs)).reshaped(1, outputs, inputs), None)
         return kf.KFOC(rank_memory=rank)._terms(block)
 
     assert [terms(300, 300, rank) for rank in (1, 3, 4, 8, 20)] == [1, 3, 4, 5, 5]
@@ -263,14 +263,14 @@ def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
     ("route", "n", "T"), [("gram", 90, 1), ("weights", 90, 1), ("rows", 160, 3), ("explicit", 160, 3)]
 )
 @pytest.mark.parametrize(("dtype", "scale"), [("float64", 1.0), ("float64", 1e-9), ("float64", 1e9), ("float32", 1e5)])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_best(route, n, T, dtype, scale, heads):
-    samples = random_samples(n=n, T=T, H=heads, dtype=getattr(torch, dtype))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_best(route, n, T, dtype, scale, groups):
+    samples = random_samples(n=n, T=T, H=groups, dtype=getattr(torch, dtype))
     samples = samples_of(samples.activations.dense(), samples.gradients * scale)
     close = 1e-6 if dtype == "float64" else 1e-4
     _, *sides = rearranged([samples], route).leading_terms(4, tolerance=close / 10)
     A, B = (side.double() for side in sides)
-    for h in range(heads):
+    for h in range(groups):
         truth = rearrange(gradients_of(samples)[h].double())
         found = B[:, h].flatten(1).T @ A[:, h].flatten(1)
         torch.testing.assert_close((found * truth).sum(), found.square().sum(), rtol=close, atol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.fits.carried import leading
+from kronfisher.fits.running_sum import leading
 from tests.fits.test_kfoc import best, fitted, gradients_of, random_samples, samples_of
 
 AGGREGATIONS = ["memory", "exact", "running", "approx"]

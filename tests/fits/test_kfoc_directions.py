@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.blocks import Block, View
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import merging
-from kronfisher.rearrangement import cheapest
+from kronfisher.fits.rearrangement import cheapest
 from tests.fits.test_kfoc import SHARP, excess, fitted, gradients_of, random_samples, samples_of
 
 
@@ -42,7 +42,7 @@ def test_later_pieces_go_on_from_the_directions_of_earlier_ones(T, n, pieces):
     errors, steps = {}, {}
     for warm in (False, True):
         fit = kf.KFOC(route="projected", rank_memory=1, warm_start=warm)
-        block = Block("w", "linear", View.of("w", torch.zeros(1, 20, 24)))
+        block = Block("w", "linear", Window.of("w", torch.zeros(1, 20, 24)))
         state = fit.init((block,), replace(fit.plan((block,), 8), waiting=0), g)
         for batch in batches:
             state = fit.update(state, (batch,))
@@ -83,7 +83,7 @@ def test_few_long_sequences_and_many_small_batches_come_close_to_the_best_produc
 
 
 def test_states_with_one_term_and_with_several_add_up():
-    fit, block = kf.KFOC(), Block("w", "linear", View.of("w", torch.zeros(1, 5, 7)))
+    fit, block = kf.KFOC(), Block("w", "linear", Window.of("w", torch.zeros(1, 5, 7)))
     several = random_samples(n=40)
     wide, thin = (fit.init((block,), replace(fit.plan((block,), 8), waiting=0), several.gradients) for _ in range(2))
     merging.narrow(thin)

@@ -84,8 +84,8 @@ def test_samples_that_are_nearly_all_zero_are_decomposed_in_their_span():
 
 
 def _tails_by_kind(R, kinds):
-    heads, outputs, inputs = len(R), round(R.shape[1] ** 0.5), round(R.shape[2] ** 0.5)
-    M = R.view(heads, outputs, outputs, inputs, inputs)
+    groups, outputs, inputs = len(R), round(R.shape[1] ** 0.5), round(R.shape[2] ** 0.5)
+    M = R.view(groups, outputs, outputs, inputs, inputs)
     even = (M + M.transpose(1, 2)) / 2
     odd = (R - even.reshape(R.shape)).reshape(R.shape)
     parts = [torch.linalg.svdvals(even.reshape(R.shape)), torch.linalg.svdvals(odd)]
@@ -196,8 +196,8 @@ def test_what_vanishes_or_has_few_terms(method):
 def test_states_combine():
     model, x = network(True)
     whole = estimate(model, x, kf.KroneckerSum(2))
-    from kronfisher.isolation import isolated
-    from kronfisher.passes import Recipe
+    from kronfisher.capture.isolation import isolated
+    from kronfisher.estimation.recipe import Recipe
 
     states = []
     for data in (x[:5], x[5:]):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.blocks import Block, View
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import named
-from kronfisher.rearrangement import truncated
+from kronfisher.fits.rearrangement import truncated
 from tests.fits.test_kfoc import fitted, gradients_of, random_samples, samples_of
 
 SUMS = [
@@ -21,8 +21,8 @@ ITERATED = [*SUMS, kf.KFOC(), kf.KFOC("running"), kf.KFOC("approx")]
 
 
 def begun(fit, samples):
-    heads, outputs, inputs = samples.shape
-    block = Block("w", "linear", View.of("w", torch.zeros(heads, outputs, inputs)))
+    groups, outputs, inputs = samples.shape
+    block = Block("w", "linear", Window.of("w", torch.zeros(groups, outputs, inputs)))
     state = fit.init((block,), fit.plan((block,), 8), samples.gradients)
     state.count = float(len(samples))
     return fit.update(state, (samples,))
@@ -78,10 +78,10 @@ def test_units_do_not_matter(fit, T, H):
         assert reported == [None] * len(reported)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_shorter_sums_do_not_depend_on_how_terms_are_split(heads):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_shorter_sums_do_not_depend_on_how_terms_are_split(groups):
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(4, heads, n, n, generator=generator, dtype=torch.float64) for n in (3, 5))
+    left, right = (torch.randn(4, groups, n, n, generator=generator, dtype=torch.float64) for n in (3, 5))
     split = torch.tensor([1e12, 1.0, 1e-12, 0.0], dtype=torch.float64)[:, None, None, None]
     right[3] = 0
     B, A, sigma = truncated(left, right, 2)
@@ -89,7 +89,7 @@ def test_shorter_sums_do_not_depend_on_how_terms_are_split(heads):
     torch.testing.assert_close(other, sigma, rtol=1e-8, atol=1e-12)
     one, two = (torch.einsum("rhij,rhkl->hijkl", *pair) for pair in ((B, A), (other_B, other_A)))
     torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-12)
-    for h in range(heads):  # every group by itself, in one stack or in two
+    for h in range(groups):  # every group by itself, in one stack or in two
         truth = torch.linalg.svd(left[:, h].flatten(1).T @ right[:, h].flatten(1))
         best = (truth.U[:, :2] * truth.S[:2]) @ truth.Vh[:2]
         for more in (None, (left[1:], right[1:])):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.fisher.layout import gather
 from kronfisher.fits import named
 from kronfisher.operators import Kronecker, Tridiagonal
-from kronfisher.operators.layout import gather
 from tests.conformance.truth import dense, gradients, output_vectors, positions
 from tests.exact import Written, completed
 
@@ -256,7 +256,7 @@ def test_the_error_of_a_chain_needs_no_dense_matrix(monkeypatch):
         fisher = kf.estimate(model, x.double(), kf.Gaussian(), fit="block-tridiagonal", labels="exact")
         expected = fisher.error(x.double()).relative
         with monkeypatch.context() as patch:
-            patch.setattr("kronfisher.error._WRITTEN_OUT", 0)
+            patch.setattr("kronfisher.estimation.error._WRITTEN_OUT", 0)
             patch.setattr(Tridiagonal, "to_dense", None)
             for data in (x.double(), list(x.double().split(3))):
                 assert fisher.error(data).relative == pytest.approx(expected, rel=1e-7)

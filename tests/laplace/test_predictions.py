@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.laplace import links
+from kronfisher.laplace import predictive as links
 from tests.laplace.truth import jacobian, precision, problem
 
 

@@ -92,7 +92,7 @@ def test_gradients_of_single_data_may_come_a_few_at_a_time(monkeypatch):
     fisher = kf.estimate(model, x, kf.Categorical(), fit="kfac", labels="exact")
     posterior = kf.Laplace(model, fisher, 1.5)
     variance, covariance = posterior.functional_variance(x)[1], posterior.functional_covariance(x)[1]
-    monkeypatch.setattr("kronfisher.groups.WORKSPACE", 3000)
+    monkeypatch.setattr("kronfisher.estimation.groups.WORKSPACE", 3000)
     close(posterior.functional_variance(x)[1], variance)
     close(posterior.functional_covariance(x)[1], covariance)
 

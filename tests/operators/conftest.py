@@ -5,15 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kronfisher.blocks import Block, View
+from kronfisher.fisher import BlockInfo, Fisher, Info
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.operators import (
-    BlockInfo,
     Dense,
     DenseBasis,
     Diagonal,
     Eigen,
-    Fisher,
-    Info,
     Kronecker,
     KroneckerBasis,
     KroneckerSum,
@@ -240,9 +238,9 @@ def model():
 
 def blocks_of(model):
     def whole(name, *size):
-        return View.of(name, model.get_parameter(name)).reshaped(*size)
+        return Window.of(name, model.get_parameter(name)).reshaped(*size)
 
-    transposed = View.of("transposed", model.transposed, model.transposed.t()[None])
+    transposed = Window.of("transposed", model.transposed, model.transposed.t()[None])
     return {
         "fc": Block("transposed", "linear", transposed, whole("bias", 1, 2)),
         "conv": Block("conv.weight", "conv2d", whole("conv.weight", 2, 2, 2, 2, 1), whole("conv.bias", 2, 2)),

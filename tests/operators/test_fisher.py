@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kronfisher.blocks import Block, View
 from kronfisher.errors import DataError, MemoryBudgetError, SingularError
-from kronfisher.operators import Diagonal, Fisher, Info, Kronecker, memory
+from kronfisher.fisher import Fisher, Info
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.operators import Diagonal, Kronecker, memory
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
@@ -147,7 +148,9 @@ def test_blocks_by_name(fisher):
 
 def test_a_parameter_shared_by_blocks_is_asked_for_by_block():
     weight = torch.zeros(4, 2)
-    upper, lower = (Block(f"w[{k}]", "linear", View.of("w", weight, weight[None, 2 * k : 2 * k + 2])) for k in range(2))
+    upper, lower = (
+        Block(f"w[{k}]", "linear", Window.of("w", weight, weight[None, 2 * k : 2 * k + 2])) for k in range(2)
+    )
     F = Fisher(((upper, Diagonal(torch.ones(4))), (lower, Diagonal(2 * torch.ones(4)))), {"w": weight.shape}, Info(1))
     assert F["w[1]"].trace() == 8
     assert torch.equal(F @ torch.ones(8), torch.tensor([1.0] * 4 + [2.0] * 4))
@@ -236,7 +239,7 @@ def test_inverses_and_roots_are_no_sums_over_data(fisher, change):
 def test_only_the_same_blocks_add_up(fisher, model):
     F, _ = fisher
     weight = torch.zeros(1, 2, 2)
-    G = Fisher(((Block("w", "linear", View.of("w", weight)), Diagonal(torch.ones(4))),), {"w": (1, 2, 2)}, Info(1))
+    G = Fisher(((Block("w", "linear", Window.of("w", weight)), Diagonal(torch.ones(4))),), {"w": (1, 2, 2)}, Info(1))
     with pytest.raises(DataError, match=r"blocks in one only.*alone.*w"):
         F + G
     shuffled = Fisher(F.entries, dict(reversed(F.shapes.items())), F.info)

@@ -5,8 +5,6 @@ import warnings
 import pytest
 import torch
 
-from kronfisher.blocks import Block, View
-from kronfisher.damping import FactoredTikhonov
 from kronfisher.errors import (
     DataError,
     IndefiniteError,
@@ -15,19 +13,12 @@ from kronfisher.errors import (
     SingularError,
     UnsupportedError,
 )
-from kronfisher.operators import (
-    Dense,
-    Diagonal,
-    Fisher,
-    Info,
-    Kronecker,
-    KroneckerSum,
-    Operator,
-    Pair,
-    conjugate,
-    load,
-    total,
-)
+from kronfisher.fisher import Fisher, Info, load
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.fisher.damping import FactoredTikhonov
+from kronfisher.operators import Dense, Diagonal, Kronecker, KroneckerSum, Operator, Pair
+from kronfisher.operators import cg as conjugate
+from kronfisher.operators import sum as total
 
 
 def close(found, truth, tolerance=1e-10):
@@ -267,7 +258,8 @@ def test_sums_join(sum_of, kronecker_of):
 
 
 def test_copies_with_another_shift_share_the_eigenvectors(sum_of, monkeypatch):
-    from kronfisher.operators import dense, sides
+    from kronfisher.operators import dense
+    from kronfisher.operators import factors as sides
 
     calls = []
     for module in (sides, dense):
@@ -318,7 +310,7 @@ def test_sides_that_do_not_fit_are_refused():
 @pytest.fixture
 def network():
     model = torch.nn.Linear(3, 2, bias=False).double()
-    block = Block("weight", "linear", View.of("weight", model.weight).reshaped(1, 2, 3))
+    block = Block("weight", "linear", Window.of("weight", model.weight).reshaped(1, 2, 3))
     return model, lambda X: Fisher(((block, X),), {"weight": (2, 3)}, Info(count=10.0))
 
 

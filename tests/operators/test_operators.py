@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kronfisher.errors import DataError
-from kronfisher.operators import Eigen, Inverse, Operator, Pair, Prototyped, Total
+from kronfisher.operators import Eigen, Inverse, Operator, Pair, Prototyped, Sum
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
@@ -30,7 +30,7 @@ def identity(matrix):
 def test_every_registered_operator_has_a_case(make):
     def classes(operator):
         yield type(operator)
-        for term in operator.terms if isinstance(operator, Total) else ():
+        for term in operator.terms if isinstance(operator, Sum) else ():
             yield from classes(term)
 
     covered = {cls for maker in make.values() for cls in classes(maker()[0])}

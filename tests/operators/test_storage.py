@@ -8,7 +8,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.errors import DataError
-from kronfisher.operators import load, storage
+from kronfisher.fisher import load, storage
 
 safetensors = pytest.importorskip("safetensors")
 

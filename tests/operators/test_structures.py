@@ -6,19 +6,9 @@ import pytest
 import torch
 
 from kronfisher.errors import DataError, NumericalError, NumericalWarning, SingularError, UnsupportedError
-from kronfisher.operators import (
-    Dense,
-    DenseBasis,
-    Diagonal,
-    Eigen,
-    Kronecker,
-    KroneckerBasis,
-    Operator,
-    Total,
-    dense,
-    sides,
-    total,
-)
+from kronfisher.operators import Dense, DenseBasis, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator, Sum, dense
+from kronfisher.operators import factors as sides
+from kronfisher.operators import sum as total
 
 INVERSE_LIKE = {
     "inverse": lambda X: X.inverse(),
@@ -188,10 +178,10 @@ def test_sums_merge_where_the_result_is_no_larger(make):
     assert isinstance(diagonal + diagonal, Diagonal)
     assert isinstance(matrix + matrix, Dense)
     assert isinstance(diagonal + matrix, Dense) and isinstance(matrix + diagonal, Dense)
-    assert isinstance(X + X, Total) and len((X + X).terms) == 2
+    assert isinstance(X + X, Sum) and len((X + X).terms) == 2
     assert len((X + diagonal + X + diagonal).terms) == 3
     assert isinstance((X + 0.1) + (X + 0.2), Eigen)  # one basis
-    assert isinstance((X + matrix) + (X + matrix), Total) and len(((X + matrix) + (X + matrix)).terms) == 3
+    assert isinstance((X + matrix) + (X + matrix), Sum) and len(((X + matrix) + (X + matrix)).terms) == 3
     mixed = X.to(dtype=torch.float32) + diagonal
     assert mixed.dtype == torch.float64
     with pytest.raises(DataError, match="one dimension"):
@@ -204,7 +194,7 @@ def test_large_sums_stay_lazy_and_say_what_cannot_be_done(make, monkeypatch):
     v = torch.randn(24, 2).double()
     torch.testing.assert_close((X + 0.5) @ v, matrix @ v + 0.5 * v)
     torch.testing.assert_close((X + 0.5).trace(), matrix.trace() + 12)
-    assert isinstance(X + 0.5, Total)
+    assert isinstance(X + 0.5, Sum)
     operations = (*INVERSE_LIKE.values(), *(lambda X, name=n: getattr(X, name)() for n in ("sqrt", "spectral")))
     for operation in (*operations, lambda X: X.frobenius_norm(), lambda X: X.eigenvalues()):
         with pytest.raises(UnsupportedError, match=r"24.*conjugate gradients"):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward
-from kronfisher.coverage import Coverage, coverage
+from kronfisher.capture.batches import Forward
+from kronfisher.estimation.coverage import Coverage, coverage
 from kronfisher.experiments.networks import resnet
 from kronfisher.experiments.networks.attention import gpt, separable, vit
 

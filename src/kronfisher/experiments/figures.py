@@ -5,8 +5,8 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
-from kronfisher.experiments.comparison import Comparison, Row
-from kronfisher.experiments.tables import duration, size
+from kronfisher.estimation.comparison import Comparison, Row
+from kronfisher.tables import duration, size
 
 __all__ = ["draw", "written"]
 

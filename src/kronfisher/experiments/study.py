@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from kronfisher.estimation.compare import measure, parameters
+from kronfisher.estimation.comparison import Comparison
 from kronfisher.experiments import data, networks
-from kronfisher.experiments.compare import measure, parameters
-from kronfisher.experiments.comparison import Comparison
 from kronfisher.experiments.data import Dataset
-from kronfisher.experiments.tables import duration
 from kronfisher.experiments.training import evaluate, train
 from kronfisher.fits import FITS
+from kronfisher.tables import duration
 
 __all__ = ["Study"]
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kronfisher.activations import Dense
-from kronfisher.blocks import Block
 from kronfisher.errors import MemoryBudgetError
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
@@ -19,9 +18,10 @@ from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.quadratic import quadratic, squared_norm
-from kronfisher.indices import Indices
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.onehot import Indices
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
-from kronfisher.samples import Samples
 
 __all__ = ["Auto"]
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Diagonal as DiagonalOperator
-from kronfisher.samples import Samples
 
 __all__ = ["Diagonal"]
 

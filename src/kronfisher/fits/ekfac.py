@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, named, reciprocal, register, sizes
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
-from kronfisher.operators.sides import decompose, sandwich
-from kronfisher.samples import Samples
+from kronfisher.operators.factors import decompose, sandwich
 
 __all__ = ["EKFAC"]
 

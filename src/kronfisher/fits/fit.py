@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kronfisher.activations import WORKSPACE
-from kronfisher.blocks import Block, Key
 from kronfisher.errors import NumericalError
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import WORKSPACE
 from kronfisher.operators import Operator
-from kronfisher.samples import Samples
 
 __all__ = ["FITS", "Fit", "Plan", "State", "named", "register"]
 
@@ -249,11 +249,11 @@ def side_shapes(group: tuple[Block, ...], max_dim: int = MAX_DIM, *, summed: boo
         max_dim: sides beyond it are diagonals, as are those of inputs that are looked up in a table.
         summed: rows of a table are summed before they are multiplied, so that their moments are no diagonal.
     """
-    heads, outputs, inputs = sizes(group)
+    groups, outputs, inputs = sizes(group)
     onehot = group[0].onehot and not summed
 
     def shape(size: int, diagonal: bool) -> tuple[int, ...]:
-        return (heads, size) if diagonal or size > max_dim else (heads, size, size)
+        return (groups, size) if diagonal or size > max_dim else (groups, size, size)
 
     return shape(inputs, onehot), shape(outputs, False)
 

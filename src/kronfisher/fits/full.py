@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block, Key
+from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
+from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.operators import Dense
-from kronfisher.samples import Samples
 
 __all__ = ["Full"]
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -19,9 +19,9 @@ from kronfisher.fits.fit import (
     register,
     side_shapes,
 )
+from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker
-from kronfisher.samples import Samples
 
 __all__ = ["KFAC"]
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Plan, State, reciprocal, register
 from kronfisher.fits.kronecker_sum import KroneckerSum
+from kronfisher.fits.rearrangement import Terms, whole
 from kronfisher.fits.term_search import squares
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
-from kronfisher.rearrangement import Terms, whole
-from kronfisher.samples import Samples
 
 __all__ = ["KFACCorrected"]
 

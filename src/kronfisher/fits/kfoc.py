@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfisher.activations import WORKSPACE
-from kronfisher.blocks import Block
-from kronfisher.fits.carried import added, balanced, leading, named, pieces
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -21,17 +19,11 @@ from kronfisher.fits.fit import (
     side_shapes,
 )
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, look_over, split, widened
+from kronfisher.fits.rearrangement import ROUTES, Diagonals, Projected, cheapest, norm, over, rearranged
+from kronfisher.fits.running_sum import added, balanced, leading, named, pieces
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import WORKSPACE
 from kronfisher.operators import Kronecker, Operator
-from kronfisher.rearrangement import (
-    ROUTES,
-    Diagonals,
-    Projected,
-    cheapest,
-    norm,
-    over,
-    rearranged,
-)
-from kronfisher.samples import Samples
 
 __all__ = ["KFOC", "KPSVD"]
 
@@ -47,8 +39,8 @@ class KFOC(Fit):
     """``F ≈ B ⊗ A`` with the smallest Frobenius error, both sides positive semidefinite (Schnaus, Lee & Triebel 2021).
 
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
-    weights; see `kronfisher.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once, to
-    `tolerance`; over more of them the aggregation decides.
+    weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once,
+    to `tolerance`; over more of them the aggregation decides.
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -66,7 +58,7 @@ class KFOC(Fit):
         warm_start: start from what was found so far, where a start is free.
         max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is
             the best product under that constraint.
-        route: how half steps are taken (`kronfisher.rearrangement.routes`); None: by static cost.
+        route: how half steps are taken (`kronfisher.fits.rearrangement.routes`); None: by static cost.
 
     Raises:
         ValueError: an option makes no sense.

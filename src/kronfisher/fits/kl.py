@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
 from kronfisher.errors import SingularError
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -19,12 +19,12 @@ from kronfisher.fits.fit import (
     side_shapes,
     sizes,
 )
+from kronfisher.fits.rearrangement import norm, over, times, whole
+from kronfisher.layers.samples import Samples
 from kronfisher.linalg import cholesky
 from kronfisher.operators import Kronecker
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.sides import diagonal, factor
-from kronfisher.rearrangement import norm, over, times, whole
-from kronfisher.samples import Samples
+from kronfisher.operators.factors import diagonal, factor
 
 __all__ = ["KL"]
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
-from kronfisher.fits.carried import balanced, inner, named, pieces
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
@@ -19,12 +18,13 @@ from kronfisher.fits.fit import (
     register,
     side_shapes,
 )
+from kronfisher.fits.rearrangement import Terms, semidefinite, times
+from kronfisher.fits.running_sum import balanced, inner, named, pieces
 from kronfisher.fits.term_search import METHODS, Method, TermSearch, has_diagonal, squared_norm, squares
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
-from kronfisher.operators.sides import diagonal
-from kronfisher.rearrangement import Terms, semidefinite, times
-from kronfisher.samples import Samples
+from kronfisher.operators.factors import diagonal
 
 __all__ = ["KroneckerSum"]
 

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
-from kronfisher.fits.carried import added
 from kronfisher.fits.fit import Shapes, State
-from kronfisher.linalg import mirror
-from kronfisher.rearrangement import (
+from kronfisher.fits.rearrangement import (
     Diagonals,
     Explicit,
     Gram,
@@ -29,7 +27,9 @@ from kronfisher.rearrangement import (
     truncated,
     whole,
 )
-from kronfisher.samples import Samples
+from kronfisher.fits.running_sum import added
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import mirror
 
 __all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split", "widened"]
 
@@ -166,12 +166,12 @@ class Merging:
         With one term a piece, too little is left of a piece to tell about the others; and what connects the groups of a
         convolution is in no term. Pieces are no fair sample of each other either: columns and classes come in turn.
         """
-        heads, outputs, inputs = piece[0].shape
-        if "route" in state.facts and (len(state.sums["inputs"]) == 1 or heads > 1):
+        groups, outputs, inputs = piece[0].shape
+        if "route" in state.facts and (len(state.sums["inputs"]) == 1 or groups > 1):
             state.facts["uncertain"] = True
         elif isinstance(source, Gram):
             state.sums["norm"] += sum(source.squared_products())
-        elif not isinstance(source, Projected | Diagonals) and n * heads * outputs * inputs * n <= _PAIRS:
+        elif not isinstance(source, Projected | Diagonals) and n * groups * outputs * inputs * n <= _PAIRS:
             state.sums["norm"] += sum(squared_products(source if isinstance(source, Explicit) else Explicit(piece)))
         else:
             state.facts["uncertain"] = True

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from kronfisher.activations import Dense, chunks
-from kronfisher.blocks import Block
+from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
-from kronfisher.linalg import eigh, mirror
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import chunks, eigh, mirror
 from kronfisher.operators import Eigen, KroneckerBasis, Prototyped
-from kronfisher.samples import Samples
 
 __all__ = ["Prototypes"]
 
@@ -95,16 +95,19 @@ class Prototypes(Fit):
         return max(1, min(wanted, self.samples))
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        heads, outputs, inputs = sizes(group)
+        groups, outputs, inputs = sizes(group)
         own = outputs**2 + inputs**2 + outputs * inputs + self.number(group) * (outputs + inputs + 1)
-        kept = min(_ROOM, element * self.samples * heads * (outputs + inputs)) if self.number(group) else 0
-        return Plan(2 * element * elements(heads, own) + kept, passes=2)
+        kept = min(_ROOM, element * self.samples * groups * (outputs + inputs)) if self.number(group) else 0
+        return Plan(2 * element * elements(groups, own) + kept, passes=2)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Kept:
-        heads, outputs, inputs = sizes(group)
+        groups, outputs, inputs = sizes(group)
         sums = {}
         if not self.number(group):
-            sums = {"inputs": like.new_zeros(heads, inputs, inputs), "outputs": like.new_zeros(heads, outputs, outputs)}
+            sums = {
+                "inputs": like.new_zeros(groups, inputs, inputs),
+                "outputs": like.new_zeros(groups, outputs, outputs),
+            }
         return Kept(group, plan, sums, {"like": like.new_empty(0)})
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
@@ -133,8 +136,8 @@ class Prototypes(Fit):
             part = use if len(chosen) == len(use) else use.taken(chosen.to(use.gradients.device))
             state.waiting.append(replace(part, first=True, mask=None).copied())
         state.longest = max(state.longest, use.positions)
-        heads, outputs, inputs = use.shape
-        each = heads * state.longest * (outputs + inputs) * use.gradients.element_size()
+        groups, outputs, inputs = use.shape
+        each = groups * state.longest * (outputs + inputs) * use.gradients.element_size()
         most = max(1, min(self.samples, _ROOM // each))
         while sum(map(len, state.numbers)) > most:
             state.share /= 2
@@ -160,18 +163,18 @@ class Prototypes(Fit):
         if not isinstance(state, Kept):
             return None
         state.checked()
-        heads, outputs, inputs = sizes(state.blocks)
+        groups, outputs, inputs = sizes(state.blocks)
         like = state.fixed["like"]
         if state.sums:
-            A, B = (like.new_zeros(heads, 0, size) for size in (inputs, outputs))
+            A, B = (like.new_zeros(groups, 0, size) for size in (inputs, outputs))
             moments = [mirror(state.sums[side]) for side in ("inputs", "outputs")]
         elif not state.waiting:  # nothing ever came: all is zero
-            A, B = (like.new_zeros(heads, self.number(state.blocks), size) for size in (inputs, outputs))
-            moments = [torch.eye(size).to(like).expand(heads, -1, -1) for size in (inputs, outputs)]
+            A, B = (like.new_zeros(groups, self.number(state.blocks), size) for size in (inputs, outputs))
+            moments = [torch.eye(size).to(like).expand(groups, -1, -1) for size in (inputs, outputs)]
         else:
             kept = _joined(state)
             A, B = _prototypes(kept, min(self.number(state.blocks), len(kept)), self.iterations)
-            rest, moments = _parted(kept, A, B)[0], [like.new_zeros(heads, size, size) for size in (inputs, outputs)]
+            rest, moments = _parted(kept, A, B)[0], [like.new_zeros(groups, size, size) for size in (inputs, outputs)]
             rest.add_input_products_(moments[0])
             rest.add_output_products_(moments[1])
             moments = [mirror(side) for side in moments]
@@ -229,12 +232,12 @@ def _parted(samples: Samples, A: Tensor, B: Tensor) -> tuple[Samples, Tensor, Te
 def _add_parts_(state: State, use: Samples) -> None:
     """Add the two parts of every sample to the sums of the second pass."""
     A, B, sums = state.fixed["A"], state.fixed["B"], state.sums
-    heads, outputs, inputs = use.shape
+    groups, outputs, inputs = use.shape
     if not A.shape[1]:
         for piece in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
             sums["eigenvalues"] += piece.squares()
         return
-    size = 3 * heads * (use.positions + 1) * (outputs + inputs + A.shape[1]) * use.gradients.element_size()
+    size = 3 * groups * (use.positions + 1) * (outputs + inputs + A.shape[1]) * use.gradients.element_size()
     for low, high in chunks(len(use), size, use.workspace):
         rest, along, nearest = _parted(use.part(low, high), A, B)
         sums["weights"].scatter_add_(1, nearest, along.square().to(sums["weights"]))

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kronfisher.activations import chunks
-from kronfisher.operators import Diagonal, Eigen, Kronecker, KroneckerBasis, KroneckerSum, Operator, sides
-from kronfisher.rearrangement import Gram
-from kronfisher.samples import Samples
+from kronfisher.fits.rearrangement import Gram
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import chunks
+from kronfisher.operators import Diagonal, Eigen, Kronecker, KroneckerBasis, KroneckerSum, Operator
+from kronfisher.operators import factors as sides
 
 __all__ = ["joint_quadratic", "quadratic", "squared_norm"]
 

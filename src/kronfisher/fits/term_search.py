@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
 from kronfisher.fits.fit import Shapes, elements
-from kronfisher.operators.sides import diagonal
-from kronfisher.rearrangement import (
+from kronfisher.fits.rearrangement import (
     Diagonals,
     Explicit,
     Gram,
@@ -31,7 +30,8 @@ from kronfisher.rearrangement import (
     times,
     truncated,
 )
-from kronfisher.samples import Samples
+from kronfisher.layers.samples import Samples
+from kronfisher.operators.factors import diagonal
 
 __all__ = ["METHODS", "Method", "TermSearch", "has_diagonal", "ordered", "squared_norm", "squares"]
 
@@ -119,7 +119,7 @@ class TermSearch:
         self, piece: list[Samples], sides: Shapes, terms: int, positions: int
     ) -> tuple[Tensor, Tensor, float, float]:
         """Positive terms of a piece: a start from weights, then descent among all positive semidefinite sides."""
-        heads, outputs, inputs = piece[0].shape
+        groups, outputs, inputs = piece[0].shape
         if terms == 1:  # the best product is semidefinite by itself
             pair = _source(piece, sides).leading(None, self.tolerance, self.iterations)
             A, B = _rooted(pair.A[None], pair.B[None], pair.sigma[None])
@@ -132,7 +132,7 @@ class TermSearch:
             W, U = W.to(a), U.to(a)
             A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
             B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
-            if terms > self.rank or heads * (inputs**2 + outputs**2) > _WIDE:
+            if terms > self.rank or groups * (inputs**2 + outputs**2) > _WIDE:
                 A, B = ordered(A, B)
                 return A, B, float(steps), 0.0
         else:

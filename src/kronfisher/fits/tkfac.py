@@ -4,22 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kronfisher.blocks import Block
-from kronfisher.fits.fit import (
-    MAX_DIM,
-    Fit,
-    Plan,
-    State,
-    checked_max_dim,
-    elements,
-    reciprocal,
-    register,
-    side_shapes,
-)
+from kronfisher.fisher.blocks import Block
+from kronfisher.fits.fit import MAX_DIM, Fit, Plan, State, checked_max_dim, elements, reciprocal, register, side_shapes
+from kronfisher.fits.rearrangement import over, whole
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
-from kronfisher.operators.sides import diagonal
-from kronfisher.rearrangement import over, whole
-from kronfisher.samples import Samples
+from kronfisher.operators.factors import diagonal
 
 __all__ = ["TKFAC"]
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from kronfisher.blocks import Block, Key
 from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit, Plan, State, named, reciprocal, register
 from kronfisher.fits.kfac import KFAC
+from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
-from kronfisher.samples import Samples
 
 __all__ = ["BlockTridiagonal"]
 
@@ -66,11 +66,11 @@ class BlockTridiagonal(Fit):
         return True
 
     def alone(self, block: Block) -> str:
-        heads, outputs, inputs = block.shape
+        groups, outputs, inputs = block.shape
         if block.weight is None:
             return f"{block.name} is no matrix but a vector"
-        if heads > 1:
-            return f"{block.name} has {heads} groups"
+        if groups > 1:
+            return f"{block.name} has {groups} groups"
         if block.onehot:
             return f"{block.name} is looked up"
         if max(outputs, inputs) > self.basis.max_dim:

@@ -1,7 +1,7 @@
 """Laplace posteriors from any Fisher matrix: evidence, predictions, samples, calibration."""
 
-from kronfisher.laplace.backend import laplace_backend
 from kronfisher.laplace.laplace import Laplace
-from kronfisher.laplace.links import Prediction
+from kronfisher.laplace.laplace_torch import laplace_backend
+from kronfisher.laplace.predictive import Prediction
 
 __all__ = ["Laplace", "Prediction", "laplace_backend"]

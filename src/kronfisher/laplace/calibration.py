@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kronfisher.batches import passes_over, split
+from kronfisher.capture.batches import passes_over, split
 from kronfisher.errors import DataError
-from kronfisher.laplace import links
+from kronfisher.laplace import predictive as links
 from kronfisher.laplace.prediction import predictions
 
 if TYPE_CHECKING:

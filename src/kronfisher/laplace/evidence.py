@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError, SingularError
+from kronfisher.fisher.layout import gather
 from kronfisher.laplace.precision import logdet
-from kronfisher.operators.layout import gather
 
 if TYPE_CHECKING:
     from kronfisher.laplace.posterior import Posterior

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward
-from kronfisher.laplace import links
+from kronfisher.capture.batches import Forward
+from kronfisher.fisher import Fisher
+from kronfisher.laplace import predictive as links
 from kronfisher.laplace.calibration import best_scale
-from kronfisher.laplace.functional import Linearised, covariances, directions, variances
-from kronfisher.laplace.links import Prediction
+from kronfisher.laplace.linearised import Linearised, covariances, directions, variances
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.prediction import predictions
+from kronfisher.laplace.predictive import Prediction
 from kronfisher.laplace.storage import load, save
 from kronfisher.likelihoods import Likelihood
-from kronfisher.operators import Fisher
 
 __all__ = ["Laplace"]
 

@@ -7,18 +7,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward, run
+from kronfisher.capture.batches import Forward, run
+from kronfisher.capture.isolation import isolated
 from kronfisher.errors import DataError, UnsupportedError
-from kronfisher.isolation import isolated
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.layout import scatter
+from kronfisher.fisher.parameters import unwrapped
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals
-from kronfisher.laplace.functional import Group
+from kronfisher.laplace.linearised import Group
 from kronfisher.laplace.precision import Precision
 from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
 from kronfisher.likelihoods import Gaussian, Likelihood
-from kronfisher.models import unwrapped
-from kronfisher.operators import Fisher
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.layout import scatter
 
 __all__ = ["Posterior"]
 

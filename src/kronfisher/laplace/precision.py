@@ -12,7 +12,7 @@ from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
 from kronfisher.linalg import indefinite_message
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.spectral import negligible
-from kronfisher.operators.total import DENSE_LIMIT
+from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Precision"]
 

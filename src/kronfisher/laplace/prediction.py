@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kronfisher.batches import run
-from kronfisher.isolation import isolated
-from kronfisher.laplace import links
-from kronfisher.laplace.functional import Group, covariances, variances
-from kronfisher.laplace.links import Prediction
+from kronfisher.capture.batches import run
+from kronfisher.capture.isolation import isolated
+from kronfisher.laplace import predictive as links
+from kronfisher.laplace.linearised import Group, covariances, variances
 from kronfisher.laplace.precision import Precision
+from kronfisher.laplace.predictive import Prediction
 from kronfisher.likelihoods import Categorical
 
 if TYPE_CHECKING:

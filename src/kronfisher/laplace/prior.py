@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.blocks import Block
 from kronfisher.errors import DataError
-from kronfisher.operators import Fisher
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.layout import gather
+from kronfisher.fisher.vectors import read
 from kronfisher.operators.algebra import as_number
-from kronfisher.operators.layout import gather
-from kronfisher.operators.vectors import read
 
 __all__ = ["PriorPrecision", "entries", "read_prior"]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.batches import Forward
+from kronfisher.capture.batches import Forward
 from kronfisher.errors import DataError
+from kronfisher.fisher import storage
 from kronfisher.likelihoods import Likelihood
-from kronfisher.operators import storage
 
 if TYPE_CHECKING:
     from kronfisher.laplace.laplace import Laplace

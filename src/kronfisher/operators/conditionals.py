@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalWarning, SingularError
 from kronfisher.linalg import eigh
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.spectral import negligible
 
 __all__ = ["Chain", "Conditionals", "Pair", "Root", "by_cholesky", "by_eigenvectors"]

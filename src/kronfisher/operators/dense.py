@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, SingularError
 from kronfisher.linalg import eigh, full_precision
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.eigen import DenseBasis, Eigen

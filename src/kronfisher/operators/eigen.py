@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 

@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.operator import Operator, stable_norm
 from kronfisher.operators.spectral import negligible
-from kronfisher.operators.total import DENSE_LIMIT
+from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Kronecker"]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.conjugate import Convergence, conjugate_gradients
+from kronfisher.operators.cg import Convergence, conjugate_gradients
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.pair import Pair
 from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
-from kronfisher.operators.total import require_small
+from kronfisher.operators.sum import require_small
 
 __all__ = ["KroneckerSum"]
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, IndefiniteError, SingularError
 from kronfisher.linalg import eigh, full_precision, singular_message
-from kronfisher.operators import sides
+from kronfisher.operators import factors as sides
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral, negligible
-from kronfisher.operators.total import DENSE_LIMIT, Total, require_small
+from kronfisher.operators.sum import DENSE_LIMIT, Sum, require_small
 
 __all__ = ["Pair"]
 
@@ -158,7 +158,7 @@ class Pair(Operator, kind="pair"):
         shift = nonnegative(damping, "the damping λ")
         if shift == 0 or self.dim <= DENSE_LIMIT:
             return super().shifted(shift)
-        return Total.from_terms((self, Diagonal(torch.full_like(self.values, shift), self.name, definite=True)))
+        return Sum.from_terms((self, Diagonal(torch.full_like(self.values, shift), self.name, definite=True)))
 
     def clamped(self, floor: float = 0.0) -> "Pair":
         """The values, which are relative to the first term, raised to at least `floor`."""

@@ -8,16 +8,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.activations import WORKSPACE, chunks
 from kronfisher.errors import DataError
-from kronfisher.linalg import cholesky, full_precision
+from kronfisher.linalg import WORKSPACE, cholesky, chunks, full_precision
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
-from kronfisher.operators.total import require_small
+from kronfisher.operators.sum import require_small
 
 __all__ = ["Prototyped"]
 
@@ -192,13 +191,13 @@ class Prototyped(Operator, kind="prototyped"):
 
     def nullity(self) -> int:
         """Of the coordinates where s is zero, those that the prototypes do not reach."""
-        s, heads = self.rest.values.double().reshape(len(self.A), -1), range(len(self.A))
+        s, groups = self.rest.values.double().reshape(len(self.A), -1), range(len(self.A))
         scale = max(self.rest.extremes[1], self._heaviest)
         empty = s <= negligible(self.dtype) * scale
         gram = self._gram(empty.to(self.A)).double() * self.weights.double().sqrt()[:, :, None]
         values = torch.linalg.eigvalsh(gram * self.weights.double().sqrt()[:, None])
         reached = (values > negligible(self.dtype) * scale).sum(1)
-        return int(sum((empty[h].sum() - reached[h]).clamp_min(0) for h in heads))
+        return int(sum((empty[h].sum() - reached[h]).clamp_min(0) for h in groups))
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides change places; for one group."""
@@ -242,10 +241,10 @@ class Prototyped(Operator, kind="prototyped"):
 
     def _gram(self, values: Tensor) -> Tensor:
         """``Zᵀ diag(values) Z``, ``[H, m, m]``, a few outputs at a time."""
-        heads, number, inputs = self.A.shape
-        values = values.reshape(heads, -1, 1, inputs)
-        total = self.A.new_zeros(heads, number, number)
-        size = 3 * heads * number * inputs * self.A.element_size()
+        groups, number, inputs = self.A.shape
+        values = values.reshape(groups, -1, 1, inputs)
+        total = self.A.new_zeros(groups, number, number)
+        size = 3 * groups * number * inputs * self.A.element_size()
         with full_precision(self.device.type):
             for low, high in chunks(self.B.shape[2], size, WORKSPACE):
                 Z = self.B[:, :, low:high, None] * self.A[:, :, None]  # [H, m, o, I]

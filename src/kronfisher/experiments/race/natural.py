@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kronfisher.damping as dampings
+import kronfisher.fisher.damping as dampings
 import kronfisher.fits as fits
 from kronfisher.experiments.race.competitors import COMMON, Competitor, Settings, register
 from kronfisher.experiments.race.problems import Task
@@ -28,8 +28,8 @@ class Natural:
     """
 
     def __init__(self, model: nn.Module, task: Task, settings: Settings, seed: int) -> None:
-        import kronfisher.trust as trusts
-        from kronfisher.natural_gradient import NaturalGradient, Refresh
+        import kronfisher.optim.damping_schedule as trusts
+        from kronfisher.optim import NaturalGradient, Refresh
 
         options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
         if not isinstance(options.get("fit", ""), str):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from warnings import WarningMessage
 
-from kronfisher.experiments.documents import finite
-from kronfisher.experiments.tables import duration
+from kronfisher.estimation.documents import finite
+from kronfisher.tables import duration
 
 __all__ = ["Plan", "Point", "Progress", "Result", "read", "write"]
 

@@ -70,7 +70,7 @@ class Run:
             raise ValueError(f"{plan.competitor}: batch_size is {sizes}, there are {len(self.inputs)} data")
         self.average, self.averages = None, False
         if "average" in plan.settings:
-            from kronfisher.natural_gradient.averaging import IterateAverage
+            from kronfisher.optim.averaging import IterateAverage
 
             self.average = IterateAverage(self.model, plan.settings["average"])
 
@@ -93,7 +93,7 @@ class Run:
         first, last, steps = self.sizes
         if first == last:
             return first
-        from kronfisher.natural_gradient.averaging import batch_size_at
+        from kronfisher.optim.averaging import batch_size_at
 
         return batch_size_at(self.step, first, last, steps)
 

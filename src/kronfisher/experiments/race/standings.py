@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from kronfisher.experiments.race.result import Result, read
-from kronfisher.experiments.tables import Table, duration
+from kronfisher.tables import Table, duration
 
 __all__ = ["Standings", "collect"]
 

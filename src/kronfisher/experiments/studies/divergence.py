@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.estimate import estimate
+from kronfisher.estimation.estimate import estimate
+from kronfisher.fisher import Fisher
 from kronfisher.likelihoods import Likelihood
-from kronfisher.operators import Fisher
 
 __all__ = ["divergence", "divergences", "small_blocks"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from kronfisher.experiments.documents import document
-from kronfisher.experiments.tables import Table
+from kronfisher.estimation.documents import document
+from kronfisher.tables import Table
 
 __all__ = ["Findings", "Record", "deviation"]
 

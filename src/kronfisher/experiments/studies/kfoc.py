@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.estimate import estimate
+from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.studies.divergence import DAMPING, divergences, small_blocks
 from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.studies.problems import Problem
-from kronfisher.experiments.tables import Table, duration, number
 from kronfisher.fits import KFAC, KFOC, KL, TKFAC, Diagonal, Fit, KroneckerSum
+from kronfisher.tables import Table, duration, number
 
 __all__ = ["KFOCFindings", "KFOCStudy"]
 

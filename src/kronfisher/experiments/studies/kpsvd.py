@@ -16,18 +16,18 @@ from typing import Any, Self
 
 from torch import nn
 
-from kronfisher.error import Distance
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.estimate import estimate
+from kronfisher.estimation.error import Distance
+from kronfisher.estimation.estimate import estimate
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record
 from kronfisher.experiments.studies.problems import Problem
 from kronfisher.experiments.studies.spectrum import Spectrum, spectra
-from kronfisher.experiments.tables import Table, duration, number
 from kronfisher.fits import EKFAC, KFAC, KFOC, KPSVD, Fit, KFACCorrected, KroneckerSum
-from kronfisher.passes import Recipe
+from kronfisher.tables import Table, duration, number
 
 __all__ = ["KPSVDFindings", "KPSVDStudy"]
 

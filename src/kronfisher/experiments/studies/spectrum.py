@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
+from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.fits.fit import State
-from kronfisher.fits.watching import Watching
+from kronfisher.fits.visitor import Visitor
+from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker, KroneckerSum, Operator
-from kronfisher.passes import Recipe, accumulate
-from kronfisher.samples import Samples
 
 __all__ = ["Spectrum", "leading_eigenvalues", "spectra"]
 
@@ -24,7 +25,7 @@ WRITTEN_OUT = 600  # up to this dimension of the compressed matrix a dense eigen
 
 
 @dataclass(frozen=True, eq=False)
-class Collect(Watching):
+class Collect(Visitor):
     """A fit that makes no operator: it keeps the inputs and gradients of layers without shared positions."""
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.estimate import estimate
+from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments import data
 from kronfisher.experiments.networks import for_data
 from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
-from kronfisher.experiments.tables import Table, duration
 from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import peer
 from kronfisher.fits import EKFAC, KFAC, KFOC, TKFAC, Diagonal, Fit
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Categorical
+from kronfisher.tables import Table, duration
 
 __all__ = ["CALIBRATED", "FITS", "OODFindings", "OODStudy", "auroc", "calibration_error"]
 

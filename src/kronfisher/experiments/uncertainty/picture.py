@@ -7,15 +7,15 @@ from typing import Any, Self
 
 import torch
 
-from kronfisher.estimate import estimate
+from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments.data.dataset import Dataset, generator
 from kronfisher.experiments.networks.feedforward import mlp
 from kronfisher.experiments.studies.findings import Findings, Record
-from kronfisher.experiments.tables import Table
 from kronfisher.experiments.training import train
 from kronfisher.fits import KFAC, KFOC, Diagonal, Fit, Full
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Gaussian
+from kronfisher.tables import Table
 
 __all__ = ["Picture", "PictureFindings"]
 

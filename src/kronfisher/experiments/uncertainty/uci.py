@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
-from kronfisher.estimate import estimate
+from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments import data
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.uci import NAMES
 from kronfisher.experiments.networks.feedforward import mlp
 from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
-from kronfisher.experiments.tables import Table, duration
 from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import peer
 from kronfisher.fits import EKFAC, KFAC, KFOC, KL, TKFAC, Diagonal, Fit, Full, KroneckerSum, Prototypes
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Gaussian
+from kronfisher.tables import Table, duration
 
 __all__ = ["FITS", "UCIFindings", "UCIStudy"]
 

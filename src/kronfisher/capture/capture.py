@@ -1,0 +1,408 @@
+"""One forward pass under observation, then backward passes that stream output gradients; the model is not changed.
+
+Operators are seen, not modules: a mode of torch's function protocol receives every call with the very parameters. For
+each use the gradient edge of its output is kept and a hook waits there, so that in-place activations and views later on
+do no harm. The backward pass asks only for the outputs of the earliest uses: no parameter gradient is ever computed.
+Coverage is proved on the autograd graph: every edge into a trainable parameter must have been claimed by a use.
+"""
+
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from kronfisher.capture.graph import Call, Proof, Seen, prove
+from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.blocks import Window
+from kronfisher.layers import OPERATORS, REWRITES, Probe, Use, Windows
+from kronfisher.linalg import promote
+
+__all__ = ["Capture", "Receiver"]
+
+Receiver = Callable[[Call, Tensor], None]
+
+# New tensors with the elements of an old one, in the same order: the parameter seen through a change of dtype.
+COPIES = {
+    Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as,
+    Tensor.contiguous, Tensor.clone, torch.clone,
+}  # fmt: skip
+
+
+class Capture(TorchFunctionMode):
+    """Records how a forward pass uses trainable parameters.
+
+    Args:
+        parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
+        constants: buffers and other tensors that are the same whatever the data.
+        lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
+
+    Attributes:
+        seen: what was recorded.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> with Capture(dict(layer.named_parameters())) as capture:
+        ...     outputs = layer(torch.randn(5, 2))
+        >>> [(call.operator, call.shape) for call in capture.calls]
+        [('linear', (5, 3))]
+        >>> capture.prove(outputs).unclaimed
+        {}
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], constants: Iterable[Tensor] = (), *, lenient: bool = False
+    ) -> None:
+        super().__init__()
+        self._lenient = lenient
+        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.seen = Seen(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
+        self._roots = {id(p): (name, p) for name, p in trainable.items()}
+        self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
+        self._receiver: Receiver | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """In the order of the forward pass."""
+        return self.seen.calls
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Name → trainable parameter."""
+        return self.seen.parameters
+
+    def view(self, tensor: Any) -> Window | None:
+        """The window on a trainable parameter that the tensor is, or None."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or _cut(tensor):
+            return None
+        found = self._root(tensor)
+        return Window.of(*found, tensor) if found else None
+
+    def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The trainable parameter, or the copy of it, that the tensor is a view of."""
+        found = self._roots.get(id(tensor))
+        if found is None and (base := tensor._base) is not None:
+            found = self._roots.get(id(base))
+        return found
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in REWRITES and torch.is_grad_enabled():
+            with self:
+                return REWRITES[func](*args, **kwargs)
+        handler = OPERATORS.get(func)
+        if handler is not None and torch.is_grad_enabled():
+            tensors = list(_tensors(args, kwargs))
+            views = {id(tensor): self.view(tensor) for tensor in tensors}
+            lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
+            if all(map(self._is_constant, tensors)):
+                lookups = {}  # they do not meet data here
+            if uses := self._uses(handler, args, kwargs, tensors, Windows(views, lookups)):
+                for tensor in tensors:
+                    if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
+                        views[id(tensor)] = lookups[id(tensor)].weight
+                made = [tensor for tensor in tensors if tensor.grad_fn is not None]
+                bases = (tensor._base for tensor in made)  # from which an operator in place goes on
+                operands: dict[Any, Window | None] = {base.grad_fn: None for base in bases if base is not None}
+                operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
+                return self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor | tuple | list):
+            self._note(func, args, kwargs, result)
+        elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
+            self.seen.constant.pop(id(args[0]), None)
+        return result
+
+    def _uses(
+        self,
+        handler: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        view: Windows,
+    ) -> tuple[Use, ...]:
+        """What an operator does with trainable parameters; nothing unless each that it is given is accounted for."""
+        try:
+            uses = tuple(handler(view, *args, **kwargs))
+        except TypeError:
+            if _accepts(handler, view, *args, **kwargs):
+                raise
+            return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
+        except UnsupportedError:
+            if not self._lenient:
+                raise
+            return ()
+        if not uses:
+            return ()
+        windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
+        given = sum(view(tensor) is not None for tensor in tensors)
+        strided = all(tensor.layout is torch.strided for tensor in tensors)
+        return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
+
+    def _record(
+        self,
+        operator: str,
+        uses: tuple[Use, ...],
+        tensors: list[Tensor],
+        views: Mapping[int, Window | None],
+        operands: Mapping[Node, Window | None],
+        result: Tensor,
+    ) -> Tensor:
+        if is_functorch_wrapped_tensor(result):
+            raise UnsupportedError(
+                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data "
+                "cannot be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
+            )
+        constant = all(map(self._is_constant, tensors))
+        if not result.requires_grad:
+            self._remember((result,), constant)
+            return result
+        anchor, window = result, None
+        if result._is_view():
+            # A view that is changed in place later gets a new history; its base keeps the one this operator gave it.
+            base = result._base
+            if base is not None and base.is_contiguous():
+                offset = int(result.storage_offset() - base.storage_offset())
+                anchor, window = base, (tuple(result.shape), result.stride(), offset)
+            else:
+                anchor = result = result.clone()
+        self._remember((result,), constant)
+        edge = get_gradient_edge(anchor)
+        call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, constant, window)
+        self.calls.append(call)
+        if constant and len(uses) == 1:
+            self._lookups[id(result)] = (result, uses[0])
+        capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
+        anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
+        call.hooks = anchor._backward_hooks or {}
+        for use in uses:
+            use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
+        for node, view in operands.items():
+            if view is not None:
+                self._chain(node, view.parameter)
+        self._claim(call, views, operands)
+        return result
+
+    def _claim(self, call: Call, views: Mapping[int, Window | None], operands: Mapping[Node, Window | None]) -> None:
+        """Note the nodes that one operator made as its own, and their edges into its trainable operands."""
+        stack = [call.edge.node]
+        self.seen.owners[call.edge.node] = call.index
+        while stack:
+            node = stack.pop()
+            for child, _ in node.next_functions:
+                if child is None:
+                    continue
+                leaf = getattr(child, "variable", None)
+                if leaf is not None or child in operands:
+                    if (operands[child] if leaf is None else views.get(id(leaf))) is not None:
+                        self.seen.claims[node, child] = call.index
+                elif self.seen.owners.get(child) != call.index:
+                    self.seen.owners[child] = call.index
+                    stack.append(child)
+
+    def _chain(self, node: Node | None, name: str) -> None:
+        while node is not None and node not in self.seen.chains:
+            self.seen.chains[node] = name
+            node = node.next_functions[0][0] if node.next_functions else None
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.seen.constant or id(tensor) in self._roots
+
+    def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
+        """Keep what is made of constants alone: where a parameter meets no data no row belongs to a datum."""
+        for tensor in results:
+            if constant:
+                self.seen.constant[id(tensor)] = tensor
+            else:
+                self.seen.constant.pop(id(tensor), None)  # overwritten in place
+
+    def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Follow copies of parameters, and remember which operators, not understood, saw which parameter."""
+        results = [result] if isinstance(result, Tensor) else list(_tensors((result,), {}))
+        if not results:
+            return
+        operands, grad = list(_tensors(args, kwargs)), torch.is_grad_enabled()
+        constant = all(map(self._is_constant, operands))
+        self._remember(results, constant)
+        alive = [t for t in results if t.requires_grad and t.grad_fn is not None and not is_functorch_wrapped_tensor(t)]
+        if grad and not alive:
+            return
+        if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
+            self.seen.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
+        for tensor in operands:
+            found = self._root(tensor)
+            if found is None or id(result) in self._roots:
+                continue
+            name, root = found
+            if not grad:
+                if function := _running_function():
+                    self.seen.hidden.setdefault(name, set()).add(function)
+            elif func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
+                self._roots[id(result)] = (name, result)
+            elif any(tensor._base is not root for tensor in results):
+                form = " in a form that is not known" if func in OPERATORS else ""
+                self.seen.touched.setdefault(name, set()).add(_name(func) + form)
+
+    def prove(self, outputs: Tensor) -> Proof:
+        """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
+
+        Raises:
+            UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
+        """
+        return prove(self.seen, outputs)
+
+    def mixing(self, outputs: Tensor, edges: Sequence[GradientEdge]) -> list[int]:
+        """Places among some edges at which the gradient of a single element comes from several data.
+
+        Args:
+            outputs: what the captured forward pass returned.
+            edges: where to look.
+        """
+        probe, passes = Probe(len(outputs), outputs.dtype), [[] for _ in edges]
+        for vector in self._probing(outputs, probe):
+            product = (outputs * vector).sum()
+            found = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
+            for several, gradient in zip(passes, found, strict=True):
+                if gradient is not None:
+                    rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
+                    chosen = torch.Generator("cpu").manual_seed(len(rows))
+                    some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
+                    several.append(probe.projected(rows[some.to(rows.device), None]))
+        return [place for place, found in enumerate(passes) if found and probe.owners(found) is None]
+
+    def _probing(self, outputs: Tensor, probe: Probe) -> Iterator[Tensor]:
+        """The vectors of a probe's passes."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = promote(outputs.detach().new_empty(0)).dtype
+        vector = torch.randn(outputs.shape, generator=generator, dtype=drawn, device="cpu").to(outputs)
+        for factor in probe.factors().to(outputs):
+            yield vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
+
+    def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
+        """Go backward from a number and hand output gradients to `receive` as they arrive.
+
+        Args:
+            product: of the outputs of the captured forward pass with a vector, which is their gradient then. Handing
+                the vector to autograd instead would import half a second's worth of symbolic algebra at the first call.
+            receive: called with a call and the gradient of its output, in reverse order of the forward pass.
+            sources: indices of the earliest calls that are wanted (`Proof.sources`); the pass ends there.
+            retain: whether another backward pass follows.
+        """
+        edges = dict.fromkeys(self.calls[index].edge for index in sources)
+        if not edges:
+            return
+        with self.listening(receive):
+            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+
+    @contextmanager
+    def listening(self, receive: Receiver) -> Iterator[None]:
+        """Hand output gradients of any backward pass through the captured graph to `receive`."""
+        self._receiver = receive
+        try:
+            yield
+        finally:
+            self._receiver = None
+
+    def probe(self, outputs: Tensor, uses: Mapping[tuple[int, Hashable], Use], sources: list[int]) -> dict[Any, Any]:
+        """The sample that owns each row of some uses, −1 where unknown; None in place of all where rows mix samples.
+
+        Args:
+            outputs: what the captured forward pass returned.
+            uses: (index of a call, anything) → a use made by it.
+            sources: as for `backward`.
+        """
+        probe = Probe(len(outputs), outputs.dtype)
+        passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
+        wanted: dict[int, list[Any]] = {}
+        for key in uses:
+            wanted.setdefault(key[0], []).append(key)
+
+        def receive(call: Call, gradient: Tensor) -> None:
+            for key in wanted.get(call.index, ()):
+                passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
+
+        for vector in self._probing(outputs, probe):
+            self.backward((outputs * vector).sum(), receive, sources, retain=True)
+        unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
+        return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
+
+    def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
+        """What `vector`, for the output of one call, becomes as the gradient of the output of a call before it.
+
+        None where no way leads from the one to the other.
+        """
+        arrives = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+        start = vector.to(arrives.device, arrives.dtype)
+        if later.window is not None:
+            size, stride, offset = later.window
+            start = start.new_zeros(tuple(arrives.shape))
+            start.as_strided(size, stride, offset).copy_(vector)
+        found = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)[0]
+        return None if found is None else _windowed(earlier, found)
+
+    def _receive(self, index: int, gradient: Tensor) -> None:
+        if self._receiver is not None and gradient is not None:
+            call = self.calls[index]
+            self._receiver(call, _windowed(call, gradient))
+
+
+def _windowed(call: Call, gradient: Tensor) -> Tensor:
+    """The gradient of a call's output, out of that which arrives at its edge."""
+    if call.window is not None:
+        size, stride, offset = call.window
+        gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
+        gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
+    return gradient.reshape(call.shape)
+
+
+def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
+    if capture is not None:
+        capture._receive(index, gradient)
+
+
+def _cut(tensor: Tensor) -> bool:
+    """Whether the tensor is a view made under ``torch.no_grad()``: it claims to require a gradient, and gets none."""
+    return tensor.grad_fn is None and tensor._base is not None
+
+
+def _accepts(handler: Callable, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature(handler).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _name(func: Callable) -> str:
+    return getattr(func, "__name__", str(func)).strip("_")
+
+
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+def _running_function() -> str:
+    """The innermost autograd function that is being applied; empty if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return frame.f_locals["cls"].__name__
+        frame = frame.f_back
+    return ""
+
+
+_APPLY = Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,147 @@
+"""Which layers follow each other in a row, for fits that treat neighbours together, and where such a chain is cut.
+
+Two blocks are neighbours where all that the first gives goes into the second and nothing else does, as the autograd
+graph tells, and where row r of the one stands before row r of the other. The latter is tried out: a gradient that is
+not zero in a few rows only goes from the one back to the other and has to arrive in these. Shapes alone would not show
+a transposition between the two, which would pair inputs of one position with inputs of another.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronfisher.capture.capture import Capture
+from kronfisher.capture.graph import Call, Proof
+from kronfisher.capture.parts import Part
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.layers import Ownership
+
+__all__ = ["Chains", "chains"]
+
+
+@dataclass
+class Chains:
+    """What follows what.
+
+    Attributes:
+        after: key of a block → key of the one after it.
+        cuts: key of a block → why it does not go on the chain of the blocks before it.
+    """
+
+    after: dict[Key, Key] = field(default_factory=dict)
+    cuts: dict[Key, str] = field(default_factory=dict)
+
+
+def chains(
+    capture: Capture,
+    proof: Proof,
+    parts: Mapping[int, list[Part]],
+    owners: Mapping[tuple[int, int], Ownership],
+    apart: Callable[[Block, Block], str],
+) -> Chains:
+    """The neighbours in a captured forward pass.
+
+    Args:
+        capture: of the forward pass; its graph is still there.
+        proof: what the walk over the graph found.
+        parts: index of a call → its blocks.
+        owners: (index of a call, number of the part) → how rows are sorted.
+        apart: why the fit of two blocks does not take them together; empty if it does.
+    """
+    found = Chains()
+    uses = Counter(part.block.key for several in parts.values() for part in several)
+    windows = Counter(name for key in uses for name in {view.parameter for view in key if view is not None})
+    following = Counter(proof.last)
+    for before in proof.before.values():
+        following.update(before)
+
+    def names(indices: Iterable[int]) -> str:
+        return ", ".join(dict.fromkeys(use.name for index in indices for use in capture.calls[index].uses))
+
+    def lone(index: int) -> str:
+        several = parts.get(index, [])
+        if len(several) != 1:
+            why = "has several parameters that are treated apart" if several else "is left to the fallback"
+            return f"{capture.calls[index].operator} of {names((index,))} {why}"
+        (part,) = several
+        if uses[part.block.key] > 1:
+            return f"{part.block.name} is used {uses[part.block.key]} times"
+        if any(windows[view.parameter] > 1 for view in part.block.views):
+            return f"{part.block.name} is used in several ways or in parts"
+        return ""
+
+    def reason(index: int) -> str:
+        before = proof.before[index]
+        if len(before) > 1:
+            return f"its inputs come from {names(sorted(before))}"
+        (earlier,) = before
+        if following[earlier] > 1:
+            every = names(sorted(k for k, several in proof.before.items() if earlier in several))
+            return f"what {names(before)} gives goes to {every}{' and the outputs' if earlier in proof.last else ''}"
+        if why := lone(earlier) or lone(index):
+            return why
+        first, second = parts[earlier][0], parts[index][0]
+        if why := apart(first.block, second.block):
+            return why
+        return unlike(
+            capture,
+            (capture.calls[earlier], first, owners[earlier, 0]),
+            (capture.calls[index], second, owners[index, 0]),
+        )
+
+    for index, several in sorted(parts.items()):
+        if not several or not proof.before[index]:
+            continue
+        if why := reason(index):
+            found.cuts.update(dict.fromkeys((part.block.key for part in several), why))
+        else:
+            found.after[parts[min(proof.before[index])][0].block.key] = several[0].block.key
+    return found
+
+
+Place = tuple[Call, Part, Ownership]
+
+
+def unlike(capture: Capture, earlier: Place, later: Place) -> str:
+    """Why rows of two uses do not belong together; empty if they do."""
+    first, second = _rows(*earlier), _rows(*later)
+    total = len(first)
+    if total != len(second):
+        return f"{earlier[1].block.name} has {total} rows, {later[1].block.name} {len(second)} (data times positions)"
+    generator = torch.Generator("cpu").manual_seed(total)
+
+    def alive(rows: Tensor) -> Tensor:
+        """Rows of the earlier use at which a random gradient of some rows of the later one arrives."""
+        places = second[rows].flatten()
+        vector = torch.zeros(prod(later[0].shape), device="cpu")
+        vector[places] = torch.randn(len(places), generator=generator, device="cpu")
+        back = capture.between(later[0], earlier[0], vector.reshape(later[0].shape))
+        return torch.zeros(total, dtype=torch.bool) if back is None else (back.flatten().cpu()[first] != 0).any(dim=1)
+
+    order = torch.randperm(total, generator=generator, device="cpu")
+    able, some = alive(order), max(1, total // _SHARE)  # units may be dead in a row
+    hits = chances = 0
+    for rows in order[: _PASSES * some].split(some):
+        found = alive(rows)
+        hits += int(found[rows].sum())
+        chances += min(int(found.sum()), int(able[rows].sum()))
+    if not chances:
+        return f"no gradient passes from {later[1].block.name} to {earlier[1].block.name}"
+    if hits < _SURE * chances:
+        return f"between {earlier[1].block.name} and {later[1].block.name} rows change their order"
+    return ""
+
+
+_SHARE = 64  # one row of so many is looked at in a pass: where positions mix nearby, most others get nothing
+_PASSES = 4
+_SURE = 0.9  # the share of rows that have to arrive in their own places
+
+
+def _rows(call: Call, part: Part, owner: Ownership) -> Tensor:
+    """Places of the elements of ``g [R, O]`` in the call's output, for R = n·T rows and one group."""
+    places = torch.arange(prod(call.shape), dtype=torch.float64, device="cpu").reshape(call.shape)
+    return part.use.gradients(owner, places).round().long().flatten(0, 2)

@@ -1,0 +1,192 @@
+"""What a forward pass left behind, and the proof on its autograd graph that nothing was overlooked.
+
+Every edge of the graph into a trainable parameter must have been claimed by a use of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.layers import Use
+
+__all__ = ["Call", "Proof", "Seen", "prove"]
+
+_NONE: frozenset[int] = frozenset()
+_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
+_DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
+
+
+@dataclass
+class Call:
+    """One call of an operator with trainable parameters.
+
+    Attributes:
+        index: position in the order of the forward pass.
+        operator: the operator's name.
+        uses: what it did with them.
+        shape: the output's shape.
+        edge: where the output's gradient arrives.
+        window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
+        constant: whether no data went in, only parameters, buffers and constants.
+        hooks: of the output tensor, ours among them.
+    """
+
+    index: int
+    operator: str
+    uses: tuple[Use, ...]
+    shape: tuple[int, ...]
+    edge: GradientEdge
+    constant: bool
+    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    hooks: Mapping[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Proof:
+    """What a walk over the graph from the outputs found.
+
+    Attributes:
+        reached: names of trainable parameters that the outputs depend on.
+        unclaimed: name → operators that use it and that no use accounts for.
+        hidden: name → autograd functions that use it inside, where no graph shows what they do with it.
+        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
+        alive: indices of the calls that the outputs depend on.
+        sources: indices of those below which no other call lies.
+        before: index of a call → those that its inputs are made of, with no other call in between.
+        last: indices of the calls that the outputs are made of, with no other call in between.
+        gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
+        graph: a number that stands for the graph's nodes: another one means another computation.
+    """
+
+    reached: set[str] = field(default_factory=set)
+    unclaimed: dict[str, set[str]] = field(default_factory=dict)
+    hidden: dict[str, set[str]] = field(default_factory=dict)
+    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
+    alive: set[int] = field(default_factory=set)
+    sources: list[int] = field(default_factory=list)
+    before: dict[int, frozenset[int]] = field(default_factory=dict)
+    last: frozenset[int] = frozenset()
+    graph: int = 0
+    gathers: bool = False
+
+
+@dataclass
+class Seen:
+    """What `Capture` recorded of one forward pass.
+
+    Attributes:
+        parameters: name → trainable parameter.
+        constant: id → tensor that is the same whatever the data.
+        calls: in their order.
+        claims: (node, child) for the edges into parameters that a call accounts for → its index.
+        owners: node that a call made → its index.
+        chains: node between a parameter and its uses, a view or a cast → the parameter's name.
+        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
+        touched: name → operators, not understood, that saw the parameter.
+        hidden: name → autograd functions that use it inside, where no graph is made.
+    """
+
+    parameters: dict[str, Tensor]
+    constant: dict[int, Tensor]
+    calls: list[Call] = field(default_factory=list)
+    claims: dict[tuple[Node, Node], int] = field(default_factory=dict)
+    owners: dict[Node, int] = field(default_factory=dict)
+    chains: dict[Node, str] = field(default_factory=dict)
+    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
+    touched: dict[str, set[str]] = field(default_factory=dict)
+    hidden: dict[str, set[str]] = field(default_factory=dict)
+
+
+def prove(seen: Seen, outputs: Tensor) -> Proof:
+    """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
+
+    Raises:
+        UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
+    """
+    proof = Proof(hidden={name: set(functions) for name, functions in seen.hidden.items()})
+    if not outputs.requires_grad:
+        return proof
+    leaves = {id(p): name for name, p in seen.parameters.items()}
+    constant = {tensor.grad_fn for tensor in seen.constant.values() if tensor.grad_fn is not None}
+    # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
+    calls = {call.edge.node: call.index for call in seen.calls if call.edge.node not in seen.chains}
+    below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
+    claimed: set[int] = set()
+    nodes: list[tuple] = []
+    end = get_gradient_edge(outputs).node
+    stack: list[tuple[Node, bool]] = [(end, False)]
+    while stack:
+        node, done = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if done:
+            several = {frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children}
+            below[node] = several.pop() if len(several) == 1 else _NONE.union(*several)
+            continue
+        if node in below:
+            continue
+        below[node] = _NONE
+        stack.append((node, True))
+        nodes.append((node.name(), len(children), *(getattr(node, name, None) for name in _DIMS)))
+        if "CheckpointFunction" in nodes[-1][0]:
+            raise UnsupportedError(
+                "The model uses reentrant checkpointing, which hides its layers from the graph. "
+                "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        if isinstance(node, BackwardCFunction):
+            _look_into(seen, node, proof, leaves, constant)
+        for child in children:
+            owner = seen.owners.get(child)
+            known = child in calls or child in seen.chains
+            if owner is not None and not known and owner != seen.owners.get(node):
+                # a second derivative, say, which meets the weight in the midst of the operator's nodes
+                for use in seen.calls[owner].uses:
+                    proof.unclaimed.setdefault(use.name, set()).add(node.name())
+            name = seen.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
+            if name is None or node in seen.chains:
+                stack.append((child, False))
+                continue
+            proof.reached.add(name)
+            index = seen.claims.get((node, child))
+            if index is not None:
+                claimed.add(index)
+            else:
+                proof.unclaimed.setdefault(name, set()).update(seen.touched.get(name) or {node.name()})
+    proof.alive = {index for node, index in calls.items() if node in below}
+    for index in claimed - proof.alive:  # its output was replaced behind our back, its gradient would never arrive
+        for use in seen.calls[index].uses:
+            operator = f"{seen.calls[index].operator}, whose output is a view that was modified in place"
+            proof.unclaimed.setdefault(use.name, set()).add(operator)
+    proof.before = {index: below[node] for node, index in calls.items() if node in below}
+    proof.last = frozenset((calls[end],)) if end in calls else below[end]
+    proof.sources = [index for index, before in proof.before.items() if not before]
+    proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
+    proof.meetings += seen.meetings
+    proof.graph = hash(tuple(nodes))
+    picking = (node.name() for node in below if seen.owners.get(node) not in proof.alive)
+    proof.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
+    return proof
+
+
+def _look_into(seen: Seen, node: Any, proof: Proof, leaves: Mapping[int, str], constant: set[Node]) -> None:
+    """Note which parameters a function written in Python was given: to these it passes gradients of its own."""
+    below, stack, names = set(), [child for child, _ in node.next_functions], set()
+    while stack:
+        child = stack.pop()
+        if child is None or child in below:
+            continue
+        below.add(child)
+        name = leaves.get(id(getattr(child, "variable", None)))
+        if name is not None:
+            names.add(name)
+        elif child in constant or child in seen.chains:
+            stack += [deeper for deeper, _ in child.next_functions]
+    if names and node not in constant:
+        several = len(getattr(node, "_input_metadata", (None,)))
+        proof.meetings += [(node.name(), GradientEdge(node, place)) for place in range(several)]
+    for name in names:
+        proof.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))

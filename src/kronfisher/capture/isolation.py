@@ -1,0 +1,96 @@
+"""Leaving no trace: random state, buffers, hooks and flags are the same after an estimate as before it."""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ["isolated", "replaced", "without_weight_cache"]
+
+
+@contextmanager
+def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run the model without a trace: eagerly, with gradients on, from a random state of our own.
+
+    It meets copies of its buffers, and neither its own backward hooks nor global ones: they would be called with
+    gradients that are not those of the user's loss, and may change them.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_random_state(model, seed))
+        stack.enter_context(without_weight_cache())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(replaced(_backward_hooks(model), {}))
+        copies: dict[int, Tensor] = {}
+        for module in model.modules():
+            buffers = {
+                name: copies.setdefault(id(b), b.detach().clone())
+                for name, b in module._buffers.items()
+                if b is not None
+            }
+            stack.enter_context(replaced([module._buffers], {**module._buffers, **buffers}))
+        yield
+
+
+@contextmanager
+def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
+    """Torch's generators on the model's devices, NumPy's and Python's: seeded, and put back at the end."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    python, arrays = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
+            state = torch.Generator(device).manual_seed(seed).get_state()
+            torch.get_device_module(device).set_rng_state(state, device)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are none of our business
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def without_weight_cache() -> Iterator[None]:
+    """Autocast keeps its copies of weights for the next call; then uses of one weight could not be told apart."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def replaced(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
+    """Other contents for some dictionaries, the old ones at the end."""
+    saved = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+    try:
+        for dictionary, _ in saved:
+            dictionary.clear()
+            dictionary.update(contents)
+        yield
+    finally:
+        for dictionary, old in saved:
+            dictionary.clear()
+            dictionary.update(old)
+
+
+def _backward_hooks(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    yield torch_module._global_backward_hooks
+    yield torch_module._global_backward_pre_hooks
+    for module in model.modules():
+        yield module._backward_hooks
+        yield module._backward_pre_hooks

@@ -1,0 +1,18 @@
+"""What a use of a weight contributes to a block."""
+
+from dataclasses import dataclass
+
+from kronfisher.fisher.blocks import Block
+from kronfisher.layers import Use
+
+__all__ = ["Part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one use contributes to one block: its weight, its bias, or both."""
+
+    use: Use
+    block: Block
+    weight: bool
+    bias: bool

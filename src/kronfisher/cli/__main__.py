@@ -1,5 +1,0 @@
-"""``python -m kronfisher.cli``."""
-
-from kronfisher.cli import main
-
-main()

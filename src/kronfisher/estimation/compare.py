@@ -1,0 +1,138 @@
+"""How well, and at what cost, each fit approximates the Fisher of one network on one set of data."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
+from kronfisher.estimation.comparison import Comparison, Row
+from kronfisher.estimation.estimate import estimate
+from kronfisher.fits import FITS, Fit
+from kronfisher.likelihoods import Likelihood
+
+__all__ = ["compare", "measure", "parameters"]
+
+SHOWN = 400  # the largest dimension of the block whose dense matrix is kept for the pictures
+
+
+def compare(
+    model: nn.Module,
+    data: Iterable | tuple | Tensor,
+    likelihood: Likelihood,
+    *,
+    fits: Sequence[str | Fit] | None = None,
+    labels: str = "sampled",
+    samples: int = 1,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Estimate the Fisher of `model` with every fit and measure each against the exact blocks.
+
+    The errors cost more than the estimates: they take the inner products of all pairs of per-sample gradients, so some
+    hundreds of data are plenty.
+
+    Args:
+        model: as for `kronfisher.estimate`; put it in the mode that you mean (eval, as a rule).
+        data: batches that can be iterated repeatedly and always come in the same order; or one batch.
+        likelihood: what the outputs mean.
+        fits: names or fit objects (default: every registered one).
+        labels: "sampled", "exact" or "observed".
+        samples: label draws a datum, for sampled labels.
+        seed: of the draws, the same for all fits.
+        memory_budget: bytes; a fit that would take more is reported as refused.
+        progress: print a line on standard error as each fit is done.
+
+    Returns:
+        One row per fit. A fit that cannot be computed has its reason instead of numbers.
+
+    Raises:
+        DataError: the data cannot be iterated again, or a batch does not fit.
+        UnsupportedError: the model cannot be treated by any fit.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> result = kf.compare(layer, torch.randn(20, 3), kf.Gaussian(), fits=["kfac", "full"], labels="exact")
+        >>> [f"{row.fit} {row.error:.2f} {row.trace:.2f}" for row in result.rows]
+        ['kfac 0.00 1.00', 'full 0.00 1.00']
+    """
+    options = {"labels": labels, "samples": samples, "seed": seed, "memory_budget": memory_budget}
+    rows = []
+    for row in measure(model, data, likelihood, fits, **options):
+        rows.append(row)
+        if progress:
+            print(row, file=sys.stderr, flush=True)
+    return Comparison(tuple(rows), {**options, "parameters": parameters(model)})
+
+
+def measure(
+    model: nn.Module,
+    data: Iterable | tuple | Tensor,
+    likelihood: Likelihood,
+    fits: Sequence[str | Fit] | None = None,
+    progress: Callable[[str], None] | bool = False,
+    **options: Any,
+) -> Iterator[Row]:
+    """The rows of `compare`, each as soon as it is known; the other arguments are those of `kronfisher.estimate`."""
+    if isinstance(data, Iterator):
+        raise DataError(
+            "compare reads the data once for every fit, and an iterator is empty after the first: give a list"
+        )
+    first = data if isinstance(data, tuple | Tensor) else next(iter(data), None)
+    if first is None:
+        raise DataError("compare was given no batches: the data are empty")
+    options["progress"] = progress
+    # The first estimate in a process pays for loading and allocating; it also shows early what cannot be treated.
+    estimate(model, first, likelihood, fit="diagonal", **options)
+    exact = _timed(model, data, likelihood, "diagonal", options)  # has the exact trace
+    for fit in fits if fits is not None else tuple(FITS):
+        try:
+            fisher, seconds = exact if fit == "diagonal" else _timed(model, data, likelihood, fit, options)
+        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+            yield Row(_label(fit), failure=str(reason))
+            continue
+        ratio = float(fisher.trace() / exact[0].trace())
+        row = Row(_label(fit), int(fisher.count), seconds, fisher.bytes, trace=ratio, shown=_shown(fisher))
+        try:
+            error = fisher.error(data, progress=progress)
+        except (MemoryBudgetError, NumericalError) as reason:
+            yield replace(row, failure=f"its error could not be measured: {reason}")
+            continue
+        yield replace(row, error=float(error.relative), blocks=dict(error.blocks))
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _timed(model: nn.Module, data: Any, likelihood: Likelihood, fit: str | Fit, options: dict[str, Any]) -> Any:
+    """The estimate and its wall time; the shortest of three if it is short, for a busy machine adds to it."""
+    best, began = math.inf, time.perf_counter()
+    for _ in range(3):
+        start = time.perf_counter()
+        fisher = estimate(model, data, likelihood, fit=fit, **options)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - began > 2:
+            break
+    return fisher, best
+
+
+def _label(fit: str | Fit) -> str:
+    return fit if isinstance(fit, str) else repr(fit)
+
+
+def _shown(fisher: Any) -> tuple[str, Tensor] | None:
+    """The largest block that is small enough to look at."""
+    small = {name: block.dim for name, block in fisher.blocks.items() if block.dim <= SHOWN}
+    if not small:
+        return None
+    name = max(small, key=lambda name: small[name])
+    return name, fisher.blocks[name].to_dense().cpu()

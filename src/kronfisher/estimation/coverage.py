@@ -1,0 +1,134 @@
+"""What an estimate would cover, before any work."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kronfisher.capture.batches import Forward, passes_over
+from kronfisher.capture.isolation import isolated
+from kronfisher.capture.per_sample import per_sample_block
+from kronfisher.errors import DataError
+from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fits import Choice
+from kronfisher.likelihoods import Categorical
+
+__all__ = ["Coverage", "CoverageRow", "coverage"]
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One trainable parameter: how the model uses it and how it would be treated.
+
+    Attributes:
+        parameter: its name.
+        shape: its shape.
+        numel: how many numbers it holds.
+        operators: the operators of torch that use it.
+        treatment: the fit, ``"unused"``, or ``"fallback: "`` and what is made of the gradients of single data.
+        reason: why only the fallback can treat it, if so.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    numel: int
+    operators: tuple[str, ...]
+    treatment: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameters an estimate covers; printing it gives a table.
+
+    Attributes:
+        rows: one per trainable parameter, in the model's order.
+        frozen: how many numbers do not require a gradient and are left out.
+        cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
+    """
+
+    rows: tuple[CoverageRow, ...]
+    frozen: int
+    cuts: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Share of the trainable numbers that `estimate` treats by the structure asked for."""
+        total = sum(row.numel for row in self.rows)
+        return sum(row.numel for row in self.rows if not row.reason) / total
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to the fallback; else ``estimate(..., strict=True)`` raises."""
+        return not any(row.reason for row in self.rows)
+
+    def __str__(self) -> str:
+        total = sum(row.numel for row in self.rows)
+        cells = [("parameter", "shape", "share", "used by", "treated by")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            share = f"{100 * row.numel / total:.1f} %"
+            cells.append((row.parameter, shape, share, ", ".join(row.operators) or "-", row.treatment))
+        widths = [max(len(line[k]) for line in cells) for k in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        facts = f"100.0 % of {total:,} trainable numbers covered"
+        if not self.complete:
+            facts += f", {100 * (1 - self.share):.1f} % by the fallback"
+        lines.append(facts + (f"; {self.frozen:,} frozen" if self.frozen else ""))
+        return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason), *self.cuts])
+
+
+def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
+    """What `estimate` would cover and how: parameters that only the fallback can treat are listed with the reason.
+
+    It takes one forward pass, and a few backward where it has to be found out which datum owns a row.
+
+    Args:
+        model: as for `estimate`.
+        batch: one batch (or a loader, whose first batch is taken); targets are not needed.
+        fit: as for `estimate`.
+        forward: as for `estimate`.
+
+    Raises:
+        UnsupportedError: the model cannot be treated at all (data coupled, as by BatchNorm in train mode; scripted
+            parts or reentrant checkpoints, which cannot be seen; no trainable parameter on the way to the outputs).
+        DataError: there is no batch, or it does not fit the model.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> print(kf.coverage(torch.nn.Linear(3, 2), torch.randn(5, 3)))
+        parameter  shape  share   used by  treated by
+        ---------  -----  ------  -------  -------------------
+        weight     2x3    75.0 %  linear   KFAC(mode='expand')
+        bias       2      25.0 %  linear   KFAC(mode='expand')
+        100.0 % of 8 trainable numbers covered
+    """
+    run = Recipe(unwrapped(model), Categorical(), forward=forward).accumulator(fit)  # any: no label is drawn
+    batches, _ = passes_over(batch)
+    with isolated(run.model, 0):
+        first = next(iter(batches), None)
+        if first is None:
+            raise DataError("The data hold no batch, so there is nothing to run the model on.")
+        capture, outputs, _ = run.observe(first, "the batch")
+        proof, parts, _ = run.understand(capture, outputs, False, "the batch")
+        blocks = {part.block.key: part.block for several in parts.values() for part in several}
+    operators: dict[str, set[str]] = {name: set() for name in run.parameters}
+    for block in blocks.values():
+        for name in block.parameters:
+            operators[name].add(block.operator)
+    rows = []
+    for name, parameter in run.parameters.items():
+        treatment = repr(run.treatment.fits[name]) if name in proof.reached else "unused"
+        used = operators[name] | proof.unclaimed.get(name, set())
+        if name in run.treatment.fallback:
+            block = per_sample_block(name, parameter)
+            treatment = f"fallback: {run.treatment.fit_of(block)!r}"
+            used |= {call.operator for call in capture.calls if any(use.name == name for use in call.uses)}
+        shape, reason = tuple(parameter.shape), run.treatment.fallback.get(name, "")
+        rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    return Coverage(tuple(rows), frozen, tuple(run.following.notes(blocks.values())))

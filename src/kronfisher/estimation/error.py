@@ -1,0 +1,262 @@
+"""How far an approximation is from the true blocks, without writing these out.
+
+``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and
+``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs all pairs of samples, so samples are kept; small blocks are
+written out after all, which is cheaper and more precise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import hypot, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.recipe import Recipe
+from kronfisher.estimation.spectrum import Spectrum, leading
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fits.fit import Fit, Plan, State, reciprocal
+from kronfisher.fits.full import Full
+from kronfisher.fits.quadratic import joint_quadratic
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import mirror, plain_arithmetic, promote
+from kronfisher.operators import Operator, Tridiagonal
+from kronfisher.operators.memory import available_memory
+
+__all__ = ["Distance", "Origin", "measure"]
+
+_WRITTEN_OUT = 2048  # blocks up to this dimension are compared as dense matrices
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Frobenius distances from the true blocks; in float32 relative ones below 5e-4 are noise for large blocks.
+
+    Attributes:
+        distances: block name → ``‖F − X‖`` (mean or sum over data, as the matrix measured).
+        norms: block name → ``‖F‖`` of the true block.
+        count: N, data that the true blocks were taken over.
+    """
+
+    distances: Mapping[str, float]
+    norms: Mapping[str, float]
+    count: float
+
+    @property
+    def blocks(self) -> dict[str, float]:
+        """Block name → relative error ``‖F − X‖ / ‖F‖``; zero where both vanish, infinite where only F does."""
+        return {name: _ratio(distance, self.norms[name]) for name, distance in self.distances.items()}
+
+    @property
+    def relative(self) -> float:
+        """The relative error of all blocks together, against the block-diagonal truth."""
+        return _ratio(hypot(*self.distances.values()), hypot(*self.norms.values()))
+
+    def __str__(self) -> str:
+        width = max(3, *(len(name) for name in self.blocks))
+        lines = [f"{name:<{width}}  {error:.4f}" for name, error in self.blocks.items()]
+        return "\n".join([*lines, f"{'all':<{width}}  {self.relative:.4f}"])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a Fisher matrix comes from: its ``error(data)`` and ``spectrum(data)`` ask for the same labels there."""
+
+    recipe: Recipe
+
+    def error(self, fisher: Fisher, data: Any, **options: Any) -> Distance:
+        """See `measure`."""
+        return measure(fisher, data, self.recipe, **options)
+
+    def spectrum(
+        self, fisher: Fisher, data: Any, block: str | None = None, rank: int = 8, **options: Any
+    ) -> dict[str, Spectrum]:
+        """See `kronfisher.estimation.spectrum.leading`."""
+        return leading(fisher, data, self.recipe, block, rank, **options)
+
+
+def measure(
+    fisher: Fisher, data: Any, recipe: Recipe, *, memory_budget: int | None = None, progress: bool = False
+) -> Distance:
+    """The error of a Fisher matrix against the true blocks on `data`, with the recipe's labels and seed.
+
+    Args:
+        fisher: the approximation.
+        data: as for `estimate`; the same loader gives the very samples that were fitted.
+        recipe: model, likelihood and labels of the truth.
+        memory_budget: bytes for the samples that have to be kept; None: what is free.
+        progress: as for `estimate`.
+
+    Raises:
+        MemoryBudgetError: so many samples do not fit; pass fewer data.
+        DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its
+            parameters are not those of the matrix.
+    """
+    if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
+        raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
+    parameters = recipe.parameters(fisher.names)
+    device = next(iter(parameters.values())).device
+    kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
+    groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]
+    fits: dict[str, CrossTerms] = {}
+    for group, (_, operator) in zip(groups, fisher.entries, strict=True):
+        names = {parameter for block in group for parameter in block.parameters}
+        scaled = operator / fisher.count if fisher.reduction == "sum" else operator
+        own = scaled.to(device, promote(parameters[group[0].parameters[0]].detach().new_empty(0)).dtype)
+        joined = CrossTerms({group: own}, kept)
+        for other in {id(fits[name]): fits[name] for name in names if name in fits}.values():
+            joined.operators.update(other.operators)  # blocks that share a parameter come from one fit
+            names |= {name for name, fit in fits.items() if fit is other}
+        fits.update(dict.fromkeys(names, joined))
+    run = replace(recipe, memory_budget=memory_budget).accumulator(fits)
+    accumulate(run, data, progress)
+    count = float(run.count)
+    found = {group.blocks: group.state for group in run.groups}
+    scale = count if fisher.reduction == "sum" else 1.0
+    distances, norms = {}, {}
+    for name, group in zip(fisher.blocks, groups, strict=True):
+        fit = fits[group[0].parameters[0]]
+        with plain_arithmetic(device):
+            norm, distance = fit.norms(group, found.get(group))
+        distances[name], norms[name] = distance * scale, norm * scale
+    return Distance(distances, norms, count)
+
+
+def _ratio(distance: float, norm: float) -> float:
+    return distance / norm if norm else (inf if distance else 0.0)
+
+
+Rows = tuple[tuple[Tensor, ...], ...]  # of every block, see `_rows`
+
+
+@dataclass
+class Kept:
+    """Samples of large blocks, until all their pairs have been multiplied.
+
+    Attributes:
+        budget: bytes that they may take.
+        rows: blocks → samples, some at a time, in the form of `_rows`.
+        bytes: that they take.
+    """
+
+    budget: int
+    rows: dict[tuple[Block, ...], list[Rows]] = field(default_factory=dict)
+    bytes: int = 0
+
+    def add(self, state: State, rows: Rows) -> None:
+        """Keep some more, or refuse."""
+        several = self.rows.setdefault(state.blocks, [])
+        last = {tensor.untyped_storage().data_ptr() for entry in several[-1:] for part in entry for tensor in part}
+        new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in rows for t in part}
+        self.bytes += sum(size for place, size in new.items() if place not in last)  # parts of one batch share storage
+        if self.bytes > self.budget:
+            raise MemoryBudgetError(
+                f"{state.name}: the exact error needs {self.bytes:,} bytes for the samples so far, more than the "
+                f"{self.budget:,} there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
+            )
+        several.append(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class CrossTerms(Fit):
+    """A fit that makes no operator: it sums what the distances from given ones are made of.
+
+    Attributes:
+        operators: blocks → X, of the mean over data; the blocks of all share parameters.
+        kept: samples of all blocks.
+    """
+
+    operators: dict[tuple[Block, ...], Operator]
+    kept: "Kept"
+    exact = True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # or blocks of several would be joined
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        """The operators' own groups."""
+        keys = {block.key for block in blocks}
+        groups = [group for group in self.operators if keys.issuperset(block.key for block in group)]
+        if sum(len(group) for group in groups) != len(keys):
+            names = ", ".join(block.name for block in blocks)
+            raise DataError(
+                f"{names}: the model uses these parameters in another way than when the matrix was estimated, or did "
+                "not use them then."
+            )
+        return groups
+
+    def _written_out(self, group: tuple[Block, ...]) -> bool:
+        operator = self.operators[group]
+        return operator.dim <= _WRITTEN_OUT or (len(group) > 1 and not isinstance(operator, Tridiagonal))
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        """Dense where small, else two scalars and the samples."""
+        return Plan(4 * element * self.operators[group].dim ** 2 if self._written_out(group) else 0)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        """Sums of the route."""
+        if self._written_out(group):
+            return Full().init(group, plan, like)
+        sums = {"norm": like.new_zeros((), dtype=torch.float64), "cross": like.new_zeros((), dtype=torch.float64)}
+        return State(group, plan, sums)
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
+        if self._written_out(state.blocks):
+            return Full().update(state, samples)
+        state.sums["cross"] += joint_quadratic(samples, self.operators[state.blocks])
+        for rows in _rows(samples):
+            state.sums["norm"] += _squared_products(rows, rows)
+            for others in self.kept.rows.get(state.blocks, ()):
+                state.sums["norm"] += 2 * _squared_products(rows, others)
+            self.kept.add(state, rows)
+        return state
+
+    def norms(self, group: tuple[Block, ...], state: State | None) -> tuple[float, float]:
+        """``‖F‖`` and ``‖F − X‖`` of the mean over data; F is zero where there is no state."""
+        operator = self.operators[group]
+        own = float(operator.frobenius_norm().double())
+        if state is None:
+            return 0.0, own
+        state.checked()
+        if self._written_out(group):
+            truth = mirror(state.sums["products"], reciprocal(state.count)).double()
+            return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
+        scale = float(reciprocal(state.count))
+        norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
+        return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
+
+
+def _rows(samples: tuple[Samples, ...]) -> list[Rows]:
+    """Samples of all blocks in the smaller of two forms, 512 at a time.
+
+    Inputs and gradients (T = 1, one group), or the products G_k written out.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for use in samples:
+        if use.positions == 1 and use.shape[0] == 1:
+            parts.append((use.activations.dense()[0, :, 0], use.gradients[0, :, 0]))
+        else:
+            written = [part.transpose(0, 1).flatten(1) for part in use.per_sample()]
+            parts.append((torch.cat(written) if len(written) > 1 else written[0],))
+    lows = range(0, len(samples[0]), 512)
+    return [tuple(tuple(tensor[low : low + 512] for tensor in part) for part in parts) for low in lows]
+
+
+def _squared_products(x: Rows, y: Rows) -> Tensor:
+    """``Σ_{k,l} ⟨G_k, G_l⟩²`` over k in x and l in y, inner products over all blocks."""
+    total = None
+    for mine, theirs in zip(x, y, strict=True):
+        products = mine[0] @ theirs[0].mT
+        for left, right in zip(mine[1:], theirs[1:], strict=True):
+            products = products * (left @ right.mT)
+        total = products if total is None else total + products
+    assert total is not None
+    return total.square().sum(dtype=torch.float64)

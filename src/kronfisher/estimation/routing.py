@@ -1,0 +1,131 @@
+"""From output gradients, as they arrive, to the states of the fits."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from kronfisher.capture.graph import Call
+from kronfisher.capture.parts import Part
+from kronfisher.capture.per_sample import per_sample_gradients, written_out
+from kronfisher.estimation.groups import Group
+from kronfisher.fisher.blocks import Block
+from kronfisher.layers import Ownership
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.samples import Samples, join
+from kronfisher.linalg import full_precision
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """Receives output gradients during one backward pass and passes samples on as soon as a group is complete.
+
+    Args:
+        entries: index of a call → its parts, with the group that each belongs to and its place in it.
+        owners: (index of a call, number of the part) → which sample owns each row.
+        mask: ``[N, P]`` output positions that count, or None.
+        singles: parameter that the fallback treats → the group of its block, and its place in it.
+
+    Attributes:
+        last: whether no other backward pass comes, so that inputs may go when their gradients have come.
+    """
+
+    last = False
+
+    def __init__(
+        self,
+        entries: Mapping[int, list[tuple[Part, Group, int]]],
+        owners: Mapping[tuple[int, int], Ownership],
+        mask: Tensor | None,
+        singles: Mapping[str, tuple[Group, int]] | None = None,
+    ) -> None:
+        self._singles = dict(singles or {})
+        self._entries, self._owners, self._mask = entries, owners, mask
+        places = [(id(group), position) for several in entries.values() for _, group, position in several]
+        self._expected = Counter([*places, *((id(group), position) for group, position in self._singles.values())])
+        self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
+        self._groups |= {id(group): group for group, _ in self._singles.values()}
+        self._arrived: dict[tuple[int, int], list[Samples]] = {}
+        self._ready: dict[int, dict[int, Samples]] = {}
+        self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
+
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Turn the gradient of a call's output into samples."""
+        with full_precision(gradient.device.type):
+            for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
+                began = time.perf_counter()
+                owner, own = self._owners[call.index, number], gradient.to(part.use.dtype)
+                samples = Samples(
+                    part.use.activations(owner, own, part.weight, part.bias),
+                    part.use.gradients(owner, own),
+                    (call.index, number) not in self._counted,
+                    workspace=group.state.plan.workspace,
+                )
+                self._counted.add((call.index, number))
+                if self._mask is not None:
+                    samples = samples.masked(self._mask)
+                if group.state.plan.owned or len(group.blocks) > 1:
+                    self._arrive(group, position, samples)
+                else:  # sums over rows: uses of one weight need not wait for each other
+                    group.state = group.fit.update(group.state, (samples,))
+                group.seconds += time.perf_counter() - began
+        if self.last:
+            for part, _, _ in self._entries.get(call.index, ()):
+                part.use.forget()
+
+    def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        """Back-propagate one datum after the other, for parameters that no samples of a use tell about."""
+        leaves = {name: parameters[name] for name in self._singles}
+        groups = [group for group, _ in self._singles.values()]
+        # A group of several blocks needs all its data at once; the sums of others take as many as there is room for.
+        whole = any(len(group.blocks) > 1 for group in groups)
+        workspace = min(group.state.plan.workspace for group in groups)
+        began = time.perf_counter()
+        for rows in per_sample_gradients(outputs, vector, leaves, None if whole else workspace):
+            with full_precision(outputs.device.type):
+                for name, (group, position) in self._singles.items():
+                    samples = replace(written_out(rows[name]), workspace=group.state.plan.workspace)
+                    if whole:
+                        self._arrive(group, position, samples)
+                    else:
+                        group.state = group.fit.update(group.state, (samples,))
+        for group in {id(group): group for group in groups}.values():
+            group.seconds += (time.perf_counter() - began) / len(groups)
+
+    def flush(self) -> None:
+        """Pass on what waits for uses whose gradient was zero everywhere and never came."""
+        for key, position in list(self._arrived):
+            self._complete(self._groups[key], position)
+        for key in list(self._ready):
+            group, ready = self._groups[key], self._ready[key]
+            some = next(iter(ready.values()))
+            for position, block in enumerate(group.blocks):
+                if position not in ready:
+                    ready[position] = _nothing(block, some)
+            self._update(group)
+
+    def _arrive(self, group: Group, position: int, samples: Samples) -> None:
+        uses = self._arrived.setdefault((id(group), position), [])
+        uses.append(samples)
+        if len(uses) == self._expected[id(group), position]:
+            self._complete(group, position)
+
+    def _complete(self, group: Group, position: int) -> None:
+        ready = self._ready.setdefault(id(group), {})
+        ready[position] = join(self._arrived.pop((id(group), position)))
+        if len(ready) == len(group.blocks):
+            self._update(group)
+
+    def _update(self, group: Group) -> None:
+        ready = self._ready.pop(id(group))
+        samples = tuple(ready[position] for position in range(len(group.blocks)))
+        group.state = group.fit.update(group.state, samples)
+
+
+def _nothing(block: Block, like: Samples) -> Samples:
+    groups, outputs, inputs = block.shape
+    zeros = like.gradients.new_zeros
+    return Samples(Dense(zeros(groups, len(like), 1, inputs)), zeros(groups, len(like), 1, outputs), first=False)

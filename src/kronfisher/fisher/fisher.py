@@ -1,0 +1,421 @@
+"""The Fisher matrix over the parameters of a model: a block-diagonal of operators behind a change of basis."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.info import Info
+from kronfisher.fisher.layout import Blocks, block_name, gather, require_cover, scatter
+from kronfisher.fisher.report import Report, report
+from kronfisher.fisher.vectors import Shapes, Vector, read
+from kronfisher.operators.algebra import Algebra, nonnegative
+from kronfisher.operators.memory import require_memory
+from kronfisher.operators.operator import Operator, stable_norm
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+__all__ = ["Fisher"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fisher(Algebra["Fisher"]):
+    """A symmetric matrix ``[P, P]`` over the parameters of a model; only a sum of products may make it indefinite.
+
+    A vector is a dict by parameter name, ``{name: [*shape]}`` or ``{name: [K, *shape]}`` for K of them, or one flat
+    tensor ``[P]`` or ``[P, K]`` in the order of the names; answers come back in the same form. Every operation gives a
+    new Fisher and leaves this one as it was; copies with another λ share their eigenvectors.
+
+    Attributes:
+        entries: pairs of a block, or of several blocks that one operator treats together, and its operator.
+        shapes: name to shape of every covered parameter, in the order of the model.
+        info: how the matrix was made.
+        context: what `error` and `spectrum` ask, by ``context.error(fisher, data, **options)``; `estimate` sets it, a
+            file has none.
+
+    Raises:
+        DataError: blocks, operators and shapes do not fit each other.
+
+    Example:
+        >>> from kronfisher.fisher.blocks import Window
+        >>> from kronfisher.operators import Diagonal
+        >>> block = Block("w", "linear", Window.of("w", torch.zeros(1, 2, 2)))
+        >>> fisher = Fisher([(block, Diagonal(torch.tensor([1.0, 2.0, 3.0, 4.0])))], {"w": (1, 2, 2)}, Info(count=10))
+        >>> fisher @ torch.ones(4)
+        tensor([1., 2., 3., 4.])
+        >>> (fisher + 1.0).solve({"w": torch.ones(1, 2, 2)})["w"]
+        tensor([[[0.5000, 0.3333],
+                 [0.2500, 0.2000]]])
+    """
+
+    entries: tuple[tuple[Block | Blocks, Operator], ...]
+    shapes: Shapes
+    info: Info
+    context: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        shapes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
+        object.__setattr__(self, "entries", tuple(tuple(entry) for entry in self.entries))
+        object.__setattr__(self, "shapes", shapes)
+        require_cover(self._items(), shapes)
+        if len(self.blocks) != len(self.entries) or not self.entries:
+            raise DataError("a Fisher needs at least one block, and blocks need different names")
+
+    # Facts ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The covered parameters, in the order of a flat vector."""
+        return tuple(self.shapes)
+
+    @property
+    def dim(self) -> int:
+        """P, the number of covered parameters (numbers)."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Operator]:
+        """Block name to operator; several blocks under one operator join their names."""
+        return {block_name(blocks): operator for blocks, operator in self._items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of the operators."""
+        return reduce(torch.promote_types, (operator.dtype for _, operator in self.entries))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operators are."""
+        return self.entries[0][1].device
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all operators."""
+        return sum(operator.bytes for _, operator in self.entries)
+
+    @property
+    def count(self) -> float:
+        """N, the number of data."""
+        return self.info.count
+
+    @property
+    def rows(self) -> Mapping[str, float]:
+        """Block name to unmasked positions over all data."""
+        return {name: block.rows for name, block in self.info.blocks.items()}
+
+    @property
+    def reduction(self) -> str:
+        """``"mean"`` or ``"sum"`` over data."""
+        return self.info.reduction
+
+    @property
+    def labels(self) -> str:
+        """``"exact"``, ``"sampled"`` or ``"observed"``."""
+        return self.info.labels
+
+    def __getitem__(self, name: str) -> Operator:
+        """The operator of a block, or the one that covers a parameter.
+
+        Raises:
+            KeyError: no block or parameter is called so, or several blocks share the parameter.
+        """
+        if name in self.blocks:
+            return self.blocks[name]
+        found = {block_name(bs): op for bs, op in self._items() if any(name in block.parameters for block in bs)}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            raise KeyError(f"{name} is shared by several blocks; name one of them: {', '.join(found)}")
+        raise KeyError(f"{name} is not covered; covered are {', '.join(self.names)}")
+
+    # Operations that give a vector or a number -----------------------------------------------------------------------
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __matmul__(self, v: Vector) -> Any:
+        return self._through(v, lambda operator, rows: operator.matvecs(rows))
+
+    @overload
+    def solve(self, v: Tensor) -> Tensor: ...
+    @overload
+    def solve(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def solve(self, v: Vector) -> Any:
+        """``F⁻¹ v``, in the form of `v`.
+
+        Raises:
+            SingularError: a block has numerically zero eigenvalues; the message names it. Add damping first.
+            IndefiniteError: a block has negative eigenvalues, as a sum of Kronecker products may.
+            DataError: `v` does not fit.
+        """
+        return self._through(v, lambda operator, rows: operator.solves(rows))
+
+    def sample(self, n: int, *, seed: int = 0, inverse: bool = True) -> dict[str, Tensor]:
+        """Draw n parameter vectors from ``N(0, F⁻¹)``: F is read as a precision.
+
+        Args:
+            n: how many.
+            seed: of a generator of its own; torch's global state is not touched.
+            inverse: ``False`` draws from ``N(0, F)`` instead.
+
+        Returns:
+            ``{name: [n, *shape]}``.
+
+        Raises:
+            SingularError: as in `solve`, for ``inverse=True``.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def draw(operator: Operator) -> Tensor:
+            size = operator.noise_dim(inverse=inverse)
+            noise = torch.randn(n, size, generator=generator, dtype=operator.dtype, device=operator.device)
+            return operator.colour(noise, inverse=inverse)
+
+        return self._scatter(n, self.dtype, draw)
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The diagonal, ``{name: [*shape]}``."""
+        rows = self._scatter(1, self.dtype, lambda operator: operator.diagonal()[None])
+        return {name: tensor[0] for name, tensor in rows.items()}
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a 0-dim tensor."""
+        return torch.stack([operator.trace().to(self.dtype) for _, operator in self.entries]).sum()
+
+    def logdet(self) -> Tensor:
+        """``log |F|``, a 0-dim tensor; SingularError as in `solve`."""
+        return torch.stack([operator.logdet().to(self.dtype) for _, operator in self.entries]).sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """``√(Σ F_ij²)``, a 0-dim tensor."""
+        norms = [operator.frobenius_norm().to(self.dtype) for _, operator in self.entries]
+        return stable_norm(torch.stack(norms))
+
+    def eigenvalues(self) -> Tensor:
+        """All P eigenvalues ``[P]``, descending."""
+        values = [operator.eigenvalues().to(self.dtype) for _, operator in self.entries]
+        return torch.cat(values).sort(descending=True).values
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, ``[P, P]`` in the order of flat vectors.
+
+        Raises:
+            MemoryBudgetError: it does not fit the memory that is available.
+        """
+        size = torch.finfo(self.dtype).bits // 8
+        largest = max(operator.dim for _, operator in self.entries)
+        require_memory(
+            (self.dim**2 + 2 * largest**2) * size,
+            self.device,
+            f"the dense {self.dim} x {self.dim} matrix",
+            "Use products (@), solve, diagonal or trace, or one block: fisher[name].to_dense().",
+        )
+        dense = torch.zeros(self.dim, self.dim, dtype=self.dtype, device=self.device)
+        positions, _ = read(torch.arange(self.dim, device=self.device), self.shapes)
+        for blocks, operator in self._items():
+            index = gather(blocks, positions)[0]
+            dense[index[:, None], index] = operator.to_dense().to(self.dtype)
+        return dense
+
+    # Operations that give a Fisher ------------------------------------------------------------------------------------
+
+    def mapped(self, function: Callable[[Operator], Operator], change: str) -> "Fisher":
+        """A Fisher of changed blocks; `change` says in a word what was done to them."""
+        entries = tuple((blocks, function(operator)) for blocks, operator in self.entries)
+        return replace(self, entries=entries, info=self.info.changed(change) if change else self.info)
+
+    def inverse(self) -> "Fisher":
+        """``F⁻¹``; make it once and apply it often. SingularError as in `solve`."""
+        return self.mapped(lambda operator: operator.inverse(), "inverse")
+
+    def sqrt(self) -> "Fisher":
+        """The symmetric positive semidefinite square root."""
+        return self.mapped(lambda operator: operator.sqrt(), "sqrt")
+
+    def inverse_sqrt(self) -> "Fisher":
+        """The symmetric ``F^{-1/2}``; SingularError as in `solve`."""
+        return self.mapped(lambda operator: operator.inverse_sqrt(), "inverse sqrt")
+
+    def shifted(self, damping: float) -> "Fisher":
+        """``F + λ·1``, exact Tikhonov damping; λ in the units of F's own eigenvalues (mind the reduction).
+
+        Raises:
+            ValueError: λ is negative or not finite.
+        """
+        shift = nonnegative(damping, "the damping λ")
+        return self.mapped(lambda operator: operator.shifted(shift), f"+ {shift:g}") if shift else self
+
+    def scaled(self, factor: float) -> "Fisher":
+        """``α·F`` for α of at least 0 (ValueError otherwise)."""
+        factor = nonnegative(factor, "the factor")
+        return self.mapped(lambda operator: operator.scaled(factor), f"* {factor:g}")
+
+    def clamped(self, floor: float = 0.0) -> "Fisher":
+        """Blocks that may be indefinite with eigenvalues below `floor` raised to it; see `Operator.clamped`.
+
+        It changes nothing in a positive semidefinite block when `floor` is zero. A clamped direction has no curvature
+        left: in a posterior its variance is the prior's alone.
+
+        Raises:
+            ValueError: `floor` is negative or not finite.
+        """
+        floor = nonnegative(floor, "the floor")
+        return self.mapped(lambda operator: operator.clamped(floor), f"clamped at {floor:g}")
+
+    def absolute(self) -> "Fisher":
+        """Blocks with the absolute values of their eigenvalues; see `Operator.absolute`."""
+        return self.mapped(lambda operator: operator.absolute(), "absolute values")
+
+    def reduced(self, reduction: Literal["mean", "sum"]) -> "Fisher":
+        """The same data as a mean or as a sum over them: times or divided by `count` where that changes.
+
+        Raises:
+            DataError: the matrix is an inverse or a root, which is neither; reduce first, then invert.
+            ValueError: another reduction.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
+        if reduction == self.reduction:
+            return self
+        if odd := {"inverse", "sqrt", "inverse sqrt"} & set(self.info.changes):
+            raise DataError(
+                f"this is an {' and '.join(sorted(odd))} of a Fisher, neither a mean nor a sum over data; take "
+                f"fisher.reduced({reduction!r}) first and its inverse or root then."
+            )
+        factor = self.count if reduction == "sum" else 1 / self.count
+        changed = self.mapped(lambda operator: operator.scaled(factor), "")
+        return replace(changed, info=replace(self.info, reduction=reduction))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Fisher":
+        """On another device or in another precision (float32 or float64)."""
+        return self.mapped(lambda operator: operator.to(device, dtype), "")
+
+    def _plus(self, other: object) -> "Fisher | None":
+        """``F + other`` for another over the same parameters in the same blocks (DataError otherwise)."""
+        if not isinstance(other, Fisher):
+            return None
+        mine, theirs = dict(self._items()), dict(other._items())
+        if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
+            odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
+            differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
+            raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
+        entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
+        context = self.context if self.context == other.context else None  # else no one truth belongs to the sum
+        return replace(self, entries=entries, info=self.info.joined(other.info), context=context)
+
+    # Reports, files, other libraries ----------------------------------------------------------------------------------
+
+    def error(self, data: Any, **options: Any) -> Any:
+        """Relative Frobenius error against the true blocks on `data`, per block and in all; `report` shows it then.
+
+        Returns:
+            What the context's ``error(fisher, data, **options)`` returns: an object with `blocks`, block name to error,
+            and `relative`, that of all.
+
+        Raises:
+            DataError: the matrix was loaded from a file or made by hand, and knows no model.
+        """
+        found = self._origin().error(self, data, **options)
+        vars(self)["_measured"] = found  # a cache on this very matrix: another one has another error
+        return found
+
+    def spectrum(self, data: Any, block: str | None = None, rank: int = 8, **options: Any) -> Any:
+        """How much of the true blocks on `data` the best sums of 1, …, `rank` Kronecker products hold.
+
+        What approximates the blocks in this matrix does not matter. Samples are kept while it is computed.
+
+        Args:
+            data: as for `kronfisher.estimate`.
+            block: name of one block; None: all.
+            rank: how many singular values of the rearranged block.
+            **options: ``tolerance``, ``iterations``, ``memory_budget`` and ``progress``, see
+                `kronfisher.estimation.spectrum.leading`.
+
+        Returns:
+            Block name to `kronfisher.estimation.spectrum.Spectrum`: `values` ``σ_r / ‖F‖``, which of them belong to
+            antisymmetric pairs, and the `errors` of the best sums.
+
+        Raises:
+            DataError: the matrix was loaded from a file or made by hand, and knows no model; or there is no such block.
+            MemoryBudgetError: so many samples do not fit; pass fewer data.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> model, data = torch.nn.Linear(3, 2), torch.randn(50, 3)
+            >>> fisher = kf.estimate(model, data, kf.Gaussian(), labels="exact")
+            >>> found = fisher.spectrum(data, "weight", rank=2)["weight"]
+            >>> [round(value, 3) for value in found.values.tolist()]  # B is the identity: one product is everything
+            [1.0, 0.0]
+        """
+        return self._origin().spectrum(self, data, block, rank, **options)
+
+    def report(self) -> Report:
+        """What the matrix consists of and what it cost; print it."""
+        return report(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix to a safetensors file, all or nothing; read it back with `kronfisher.load(path, model)`.
+
+        Raises:
+            ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+        """
+        from kronfisher.fisher.storage import save
+
+        save(self, path)
+
+    def to_scipy(self) -> "LinearOperator":
+        """The matrix as a ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors.
+
+        Raises:
+            ImportError: SciPy is missing; ``pip install "kronfisher[scipy]"``.
+        """
+        from kronfisher.fisher.interop import to_scipy
+
+        return to_scipy(self)
+
+    def __repr__(self) -> str:
+        blocks = f"{len(self.entries)} block{'s' if len(self.entries) > 1 else ''}"
+        return f"<Fisher of {self.dim} parameters in {blocks}, {self.dtype}, {self.reduction} over {self.count:g} data>"
+
+    # Within -----------------------------------------------------------------------------------------------------------
+
+    def _origin(self) -> Any:
+        if self.context is None:
+            raise DataError(
+                "this Fisher was loaded or made by hand and knows no model; measure the error of the one that "
+                "kronfisher.estimate returns"
+            )
+        return self.context
+
+    def _items(self) -> Iterator[tuple[Blocks, Operator]]:
+        for blocks, operator in self.entries:
+            yield (blocks,) if isinstance(blocks, Block) else blocks, operator
+
+    def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
+        rows, form = read(v, self.shapes)
+        for name, tensor in rows.items():
+            if tensor.device != self.device:
+                raise DataError(f"the Fisher is on {self.device}, the vector at {name} on {tensor.device}; move either")
+            if not tensor.is_floating_point():
+                raise DataError(f"the vector at {name} is {tensor.dtype}; it must be floating point")
+        dtype = reduce(torch.promote_types, (t.dtype for t in rows.values()), self.dtype)
+        rows = {name: tensor.to(dtype) for name, tensor in rows.items()}
+        out = {name: tensor.new_empty(tensor.shape) for name, tensor in rows.items()}
+        for blocks, operator in self._items():
+            scatter(blocks, apply(operator.to(dtype=dtype), gather(blocks, rows)), out)
+        return form.write(out)
+
+    def _scatter(self, count: int, dtype: torch.dtype, make: Callable[[Operator], Tensor]) -> dict[str, Tensor]:
+        out = {n: torch.empty(count, *shape, dtype=dtype, device=self.device) for n, shape in self.shapes.items()}
+        for blocks, operator in self._items():
+            scatter(blocks, make(operator).to(dtype), out)
+        return out

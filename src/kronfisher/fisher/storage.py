@@ -1,0 +1,180 @@
+"""A Fisher matrix in a file: safetensors, with everything but the numbers as JSON in its header."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.fisher.fisher import Fisher
+from kronfisher.fisher.info import Info
+from kronfisher.fisher.parameters import unwrapped
+from kronfisher.operators.operator import Operator
+
+__all__ = ["FORMAT", "block_of", "load", "read", "save"]
+
+FORMAT = 1
+_KEY = "kronfisher"
+_CONVENTIONS = {
+    "vec": "row-major of W [H, O, I]; I ends with the bias column where there is a bias",
+    "kronecker": "B [H, O, O] (x) A [H, I, I]",
+    "scale": "sum over data of outer products of per-datum negative log-likelihood gradients; a mean divides by count",
+}
+
+
+def save(
+    fisher: Fisher, path: str | Path, more: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write `fisher` to `path`, all or nothing: an interrupted run leaves what was there before.
+
+    Args:
+        fisher: the matrix.
+        path: the file.
+        more: further tensors, for those who keep a Fisher among other things.
+        notes: further entries of the header.
+
+    Raises:
+        ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    tensors, entries = {}, []
+    for k, (blocks, operator) in enumerate(fisher.entries):
+        tensors |= {f"{k}.{key}": tensor for key, tensor in operator.tensors().items()}
+        blocks = (blocks,) if isinstance(blocks, Block) else blocks
+        described = {"kind": operator.kind, **operator.settings()}
+        entries.append({"blocks": [asdict(block) for block in blocks], "operator": described})
+    header = {
+        "format": FORMAT,
+        "conventions": _CONVENTIONS,
+        "dtype": str(fisher.dtype),
+        "shapes": {name: list(shape) for name, shape in fisher.shapes.items()},
+        "info": asdict(fisher.info),
+        "entries": entries,
+        **(notes or {}),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.torch.save_file(_owned({**tensors, **(more or {})}), temporary, metadata={_KEY: json.dumps(header)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path, model: torch.nn.Module) -> Fisher:
+    """Read a Fisher matrix that `save` wrote, onto the device of `model`.
+
+    Args:
+        path: the file.
+        model: the model the matrix belongs to; its parameters must have the names and shapes of the file.
+
+    Returns:
+        The Fisher, with the dtype it was saved in. It knows no data, so that its error cannot be measured.
+
+    Raises:
+        DataError: the file is damaged or of another format, or the model does not match; the message says where.
+        FileNotFoundError: there is no such file.
+        ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+    """
+    return read(path, model)[0]
+
+
+def read(path: str | Path, model: torch.nn.Module) -> tuple[Fisher, dict[str, Tensor], dict[str, Any]]:
+    """The matrix as `load` reads it, all tensors of the file, and its header."""
+    safetensors = _safetensors()
+    path, model = Path(path), unwrapped(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            _require_format(path, header)
+            device = _require_match(path, header["shapes"], model)
+            tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return _build(header, tensors), tensors, header
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged, or not a kronfisher file ({error}); estimate and save it again") from error
+
+
+def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fisher:
+    entries = []
+    for k, entry in enumerate(header["entries"]):
+        own = {key.removeprefix(f"{k}."): t for key, t in tensors.items() if key.startswith(f"{k}.")}
+        blocks = tuple(block_of(block) for block in entry["blocks"])
+        entries.append((blocks[0] if len(blocks) == 1 else blocks, Operator.restored(own, entry["operator"])))
+    shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
+    return Fisher(tuple(entries), shapes, Info.from_json(header["info"]))
+
+
+def block_of(values: Mapping[str, Any]) -> Block:
+    """The block of which ``dataclasses.asdict`` made `values`."""
+    return Block(
+        values["name"], values["operator"], _view(values["weight"]), _view(values["bias"]), values.get("onehot", False)
+    )
+
+
+def _view(values: Mapping[str, Any] | None) -> Window | None:
+    if values is None:
+        return None
+    shape, layout, size, stride = (tuple(values[key]) for key in ("shape", "layout", "size", "stride"))
+    return Window(values["parameter"], shape, layout, size, stride, values["offset"])
+
+
+def _require_format(path: Path, header: Any) -> None:
+    if not isinstance(header, dict) or "format" not in header:
+        raise DataError(f"{path}: a safetensors file, but not one of kronfisher")
+    if header["format"] != FORMAT:
+        raise DataError(
+            f"{path}: format {header['format']}, but this version reads format {FORMAT}; use the version that wrote it"
+        )
+
+
+def _require_match(path: Path, shapes: Mapping[str, list[int]], model: torch.nn.Module) -> torch.device:
+    parameters = dict(model.named_parameters())
+    missing = [name for name in shapes if name not in parameters]
+    extra = [name for name, p in parameters.items() if p.requires_grad and name not in shapes]
+    differ = [
+        f"{name} (file {list(shape)}, model {list(parameters[name].shape)})"
+        for name, shape in shapes.items()
+        if name in parameters and list(parameters[name].shape) != list(shape)
+    ]
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (
+            ("not in the model", missing),
+            ("of another shape", differ),
+            ("trainable in the model but not in the file (freeze them if they were frozen then)", extra),
+        )
+        if names
+    ]
+    if problems:
+        raise DataError(f"{path}: the model is not the one it was saved for; {'; '.join(problems)}")
+    return next(parameters[name].device for name in shapes)
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors wants every tensor contiguous and alone in its memory; copy only those that are not.
+    result, seen = {}, set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        result[key] = tensor
+    return result
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('safetensors is missing; pip install "kronfisher[io]"') from error
+    return safetensors

@@ -1,0 +1,49 @@
+"""The rearranged Fisher matrix ℛ(F), whose singular pairs are the best Kronecker products."""
+
+from kronfisher.fits.rearrangement.clusters import clusters
+from kronfisher.fits.rearrangement.diagonals import Diagonals
+from kronfisher.fits.rearrangement.joint import Joint, Terms
+from kronfisher.fits.rearrangement.nonnegative import nonnegative_weights, positive_terms
+from kronfisher.fits.rearrangement.projected import Projected
+from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged
+from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
+from kronfisher.fits.rearrangement.rows import Explicit, Rows
+from kronfisher.fits.rearrangement.sides import norm, over, semidefinite, times, whole
+from kronfisher.fits.rearrangement.span import Span, spans
+from kronfisher.fits.rearrangement.spectrum import Triplets, deflated, lanczos
+from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncated
+from kronfisher.fits.rearrangement.weights import Gram, Weights
+
+__all__ = [
+    "ROUTES",
+    "Diagonals",
+    "Explicit",
+    "Gram",
+    "Joint",
+    "Pair",
+    "Projected",
+    "Rearranged",
+    "Rows",
+    "Span",
+    "Terms",
+    "Triplets",
+    "Weights",
+    "cheapest",
+    "clusters",
+    "costs",
+    "deflated",
+    "lanczos",
+    "nearest_kronecker",
+    "nonnegative_weights",
+    "norm",
+    "over",
+    "positive_terms",
+    "products",
+    "rearranged",
+    "semidefinite",
+    "spans",
+    "squared_products",
+    "times",
+    "truncated",
+    "whole",
+]

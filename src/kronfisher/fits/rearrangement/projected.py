@@ -1,0 +1,211 @@
+"""Half steps through a few directions, for many samples of wide weights.
+
+With ``A ≈ L Lᵀ``, L ``[I, ρ]``, a half step is ``Σ_k (G_k L)(G_k L)ᵀ``: ρ rows a sample instead of T, and for T = 1 the
+weights ``‖Lᵀ a_k‖²``. The step is an exact one from a nearby matrix, and the distance of that matrix from the leading
+one shrinks by σ₂/σ₁ in it. So a part of the samples tells the directions, and one half step on each side takes in all.
+Where positions share the weight, later samples go on from the directions of the sums so far: their half steps add up
+to half steps of all samples.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kronfisher.fits.rearrangement.parts import noise, some
+from kronfisher.fits.rearrangement.sides import norm, over
+from kronfisher.fits.rearrangement.weights import Gram
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import add_symmetric_product_, applied, chunks, mirror_
+
+__all__ = ["PART", "Projected"]
+
+PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
+_STEPS = 8  # double steps at most over the part where positions share the weight
+_SETTLED = 0.03  # change of A after which the half steps over everything do the rest
+_ITERATIONS = 10  # double steps at most to find them from a Gram matrix
+
+
+class Projected:
+    """The leading pair of ℛ(F) through the leading `DIRECTIONS` of A and B.
+
+    Args:
+        samples: some; their positions may differ.
+        tolerance: of the pair of a part of them, where T = 1.
+        iterations: double steps at most, for that pair.
+        start: directions ``[H, I, ρ]`` of A and ``[H, O, ρ]`` of B for other samples of the block, to go on from.
+        running: the sums that `add_` is given hold what these other samples brought: where positions share the weight,
+            directions are those of the sums, and half steps over one piece after the other are half steps over all.
+
+    Attributes:
+        right: directions of A.
+        left: directions of B.
+        change: of A in the last step over the part of the samples.
+        steps: double steps over that part.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Samples],
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+        start: tuple[Tensor, Tensor] | None = None,
+        running: bool = False,
+    ) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+        self.single = all(several.positions == 1 for several in samples)
+        self._weights: list[Tensor] = []  # [H, n] of the samples in A, where a step over all of them left these
+        if self.single:
+            found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
+        elif start is not None and running:
+            found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
+        else:
+            found = self._from_part()
+        self.running = running and not self.single
+        self.right, self.left, self.steps, self.change = found
+
+    def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Add a half step on each side to sums ``[H, I, I]`` and ``[H, O, O]``, upper triangles.
+
+        Returns:
+            The weight ``⟨B, ℛ(F) A⟩ [H]`` of what was added: the pair is ``B ⊗ A`` divided by it.
+        """
+        weight = self.right.new_zeros(len(self.right))
+        for place, several in enumerate(self.samples):
+            if self.single:
+                right = several.activations.times(self.right)[:, :, 0].square().sum(-1)
+                if self._weights:
+                    left = self._weights[place]
+                else:
+                    left = (several.gradients[:, :, 0] @ self.left).square().sum(-1)
+                several.activations.add_weighted_(inputs, left)
+                add_symmetric_product_(outputs, several.gradients[:, :, 0] * right.sqrt()[..., None])
+                weight += torch.linalg.vecdot(left, right)
+                continue
+            for rows in _rows(several, self.right):
+                add_symmetric_product_(outputs, rows)
+        if self.single:
+            return weight
+        if self.running:
+            self.left = _of_sum(outputs, self.left)
+        for several in self.samples:
+            for rows in _rows(several, self.left, transposed=True):
+                add_symmetric_product_(inputs, rows)
+                weight += (rows @ self.right).square().sum((1, 2))
+        if self.running:
+            old, self.right = self.right, _of_sum(inputs, self.right)
+            self.steps, self.change = self.steps + 1, _change(old, self.right)
+        return weight
+
+    def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pair of a part of the samples, exactly, then its directions."""
+        _, outputs, width = self.shape
+        gram = Gram(some(self.samples, PART if outputs * width <= WIDER else PART // 2))
+        w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
+        self.gram = gram
+        a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]
+        right = _directions(lambda v: a.mT @ (a @ v), noise(a, a.shape[-1]))
+        left = _directions(lambda v: g.mT @ (g @ v), noise(g, g.shape[-1]))
+        return right, left, steps, change
+
+    def _from_all(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One double step over all samples, each side through its directions."""
+        pairs = [(several.activations.dense()[:, :, 0], several.gradients[:, :, 0]) for several in self.samples]
+        right, left = map(_renewed, start)
+        rows = [(g, (a @ right).square().sum(-1, keepdim=True)) for a, g in pairs]
+        left = _nystrom(lambda v: _weighted(rows, v), left)
+        columns = [(a, (g @ left).square().sum(-1, keepdim=True)) for a, g in pairs]
+        self._weights = [w.squeeze(-1) for _, w in columns]
+        right = _nystrom(lambda v: _weighted(columns, v), right)
+        return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
+
+    def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Double steps over all samples, or over a part of many."""
+        _, outputs, width = self.shape
+        like = self.samples[0].gradients
+        part = some(self.samples, PART)
+        right, left = noise(like, width), noise(like, outputs)
+        steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        for step in range(_STEPS):
+            old = right
+            left = _directions(_half_step(outputs, right, part, transposed=False), noise(like, outputs))
+            right = _directions(_half_step(width, left, part, transposed=True), noise(like, width))
+            steps, change = steps + 1, _change(old, right) if step else change
+            if like.device.type == "cpu" and bool(change <= _SETTLED):
+                break
+        return right, left, steps, change
+
+
+def _renewed(directions: Tensor) -> Tensor:
+    """With a little of another one: what a start has none of would never come back."""
+    other = noise(directions, directions.shape[1])[..., :1]
+    return torch.cat([directions[..., :1] + 0.1 * over(other, norm(other)), directions[..., 1:]], dim=-1)
+
+
+def _of_sum(upper: Tensor, start: Tensor) -> Tensor:
+    """Directions of a sum ``[H, D, D]`` of which the upper triangle is known."""
+    above = upper.triu(1)
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
+    return _nystrom(lambda v: above @ v + above.mT @ v + diagonal * v, _renewed(start))
+
+
+def _change(old: Tensor, new: Tensor) -> Tensor:
+    """Of A, by its directions: they tell nearly all of it, and another A would take as much room as the factors."""
+    return (2 - 2 * norm(old.mT @ new).square()).clamp_min(0).sqrt().max()
+
+
+def _weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
+    """``Σ_k w_k x_k x_kᵀ v`` for rows ``[H, n, D]`` and weights ``[H, n, 1]``."""
+    return torch.stack([x.mT @ ((x @ v) * w) for x, w in rows]).sum(0)
+
+
+def _half_step(
+    width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool
+) -> Callable[[Tensor], Tensor]:
+    """What multiplies by the matrix that a half step over some samples gives: it is not formed where rows are few."""
+    found = (rows for several in samples for rows in _rows(several, directions, transposed))
+    if sum(map(len, samples)) * directions.shape[-1] <= width:
+        kept = list(found)
+        return lambda v: torch.stack([rows.mT @ (rows @ v) for rows in kept]).sum(0)
+    total = directions.new_zeros(len(directions), width, width)
+    for rows in found:
+        add_symmetric_product_(total, rows)
+    total = mirror_(total)
+    return lambda v: total @ v
+
+
+def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Tensor]:
+    """``(G_k L)ᵀ``, or ``(G_kᵀ L)ᵀ`` where transposed: ``[H, n'·ρ, D]``, some samples at a time."""
+    groups, _, width = samples.shape
+    size = samples.gradients.element_size() * groups * samples.positions * (width + L.shape[-1]) * 2
+    for low, high in chunks(len(samples), size, samples.workspace // 8):
+        g = samples.gradients[:, low:high]
+        if transposed:
+            yield samples.activations.combined(applied(g, L), low, high).flatten(1, 2)
+        else:
+            yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
+
+
+def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """L ``[H, D, ρ]`` with ``L Lᵀ`` of norm one and close to the leading part of a positive semidefinite matrix.
+
+    From Y that M was applied to once (Halko et al. 2011).
+    """
+    return _nystrom(times, times(start))
+
+
+def _nystrom(times: Callable[[Tensor], Tensor], Y: Tensor) -> Tensor:
+    """The same from Y near the leading part: Nyström's approximation ``X (YᵀX)⁺ Xᵀ``, X = M Y."""
+    Y = over(Y, norm(Y))
+    # Column by column: from piece to piece the weaker ones would fade to numbers that processors are slow with.
+    Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
+    X = times(Y)
+    X = over(X, norm(X))
+    core = Y.mT @ X
+    core = over(core + core.mT, core.diagonal(dim1=-2, dim2=-1).amax(-1))
+    # In place of the inverse: what is no more than rounding in the core is that in X too, and stays so.
+    core.diagonal(dim1=-2, dim2=-1).add_(core.shape[-1] * torch.finfo(core.dtype).eps * 20)
+    root = torch.linalg.cholesky_ex(core).L
+    L = torch.linalg.solve_triangular(root.mT, X, upper=True, left=False)
+    return over(L, norm(L.mT @ L).sqrt())

@@ -1,0 +1,105 @@
+"""Which way the leading pair of a rearranged Fisher matrix is found, by static cost."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kronfisher.fits.rearrangement.parts import DIRECTIONS
+from kronfisher.fits.rearrangement.projected import PART, Projected
+from kronfisher.fits.rearrangement.rearranged import Rearranged
+from kronfisher.fits.rearrangement.rows import Explicit, Rows
+from kronfisher.fits.rearrangement.sides import inverted
+from kronfisher.fits.rearrangement.weights import Gram, Weights
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import add_symmetric_product_
+
+__all__ = ["ROUTES", "cheapest", "costs", "rearranged", "squared_products"]
+
+ROUTES = ("gram", "weights", "rows", "explicit", "projected")
+WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
+_STEPS = 10  # half steps that a cold start takes
+_FASTER = 4  # how many times cheaper the projected route has to be to be taken
+_LOOSE = 1e-4  # tolerances below this are not for the projected route
+
+
+def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STEPS) -> dict[str, float]:
+    """Multiplications that `steps` half steps take by each route that there is for so many positions.
+
+    Args:
+        shape: H, O, I.
+        n: samples.
+        positions: T.
+        steps: half steps.
+
+    Example:
+        >>> ways = costs((1, 1000, 784), n=256, positions=1)
+        >>> min(ways, key=ways.get)
+        'gram'
+    """
+    groups, O, I = shape
+    n, T = groups * n, positions
+    squares, left, right = I**2 + O**2, min(DIRECTIONS, O), min(DIRECTIONS, I)
+    found: dict[str, float] = {
+        "rows": steps * n * (T * squares + T**2 * (I + O)),
+        "explicit": n * O * I * (T + steps * (I + O)),
+    }
+    if T == 1:
+        part = min(n, groups * PART)
+        found["gram"] = n * n / groups * ((I + O) / 2 + steps) + n * squares / 2
+        found["weights"] = steps * n * squares
+        found["projected"] = (
+            part * part / groups * ((I + O) / 2 + steps) + n * (left + right) * (I + O) + n * squares / 2
+        )
+    else:
+        found["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
+    return found
+
+
+def cheapest(
+    shape: tuple[int, int, int], n: int, positions: int, *, steps: int = _STEPS, tolerance: float | None = None
+) -> str:
+    """The name of the route to take; projections only for a leading pair to a tolerance that they can reach."""
+    found = costs(shape, n, positions, steps)
+    projected = found.pop("projected")
+    best = min(found, key=lambda name: found[name])
+    loose = tolerance is not None and tolerance >= _LOOSE
+    wide = shape[1] * shape[2] > WIDE if positions == 1 else projected * _FASTER < found[best]
+    return "projected" if loose and wide and projected < found[best] else best
+
+
+def rearranged(
+    samples: Sequence[Samples],
+    route: str,
+    tolerance: float = 1e-3,
+    iterations: int = 50,
+    start: tuple[Tensor, Tensor] | None = None,
+    running: bool = False,
+) -> Rearranged | Projected:
+    """ℛ(F) of some samples; projections are found to a tolerance, or from other samples, see `Projected`.
+
+    Raises:
+        ValueError: the route is not known or not for so many positions.
+    """
+    if route == "projected":
+        return Projected(samples, tolerance, iterations, start, running)
+    if route == "rows":
+        return Rows(samples)
+    if route == "explicit":
+        return Explicit(samples, samples[0].workspace)
+    if route not in ROUTES:
+        raise ValueError(f"route={route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
+    if any(several.positions > 1 for several in samples):
+        raise ValueError(f"route={route!r} is for one position per sample; use 'rows' or 'explicit'.")
+    return Gram(samples) if route == "gram" else Weights(samples)
+
+
+def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
+    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
+    rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
+    scale = torch.stack(rows.aminmax()).abs().amax()
+    rows *= inverted(scale)
+    products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
+    squares = products.triu_().square_()
+    same, fourth = squares.diagonal().sum(dtype=torch.float64), scale.double() ** 4
+    return same * fourth, 2 * (squares.sum(dtype=torch.float64) - same) * fourth

@@ -1,0 +1,101 @@
+"""Half steps for any number of positions: row by row, or with the gradients of samples written out."""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from kronfisher.fits.rearrangement.parts import largest, share
+from kronfisher.fits.rearrangement.rearranged import Rearranged
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, applied, completed_
+
+__all__ = ["Explicit", "Rows", "dense_pieces"]
+
+
+def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and output gradients, some samples at a time."""
+    for piece in samples.pieces():
+        yield piece.activations.dense(), piece.gradients
+
+
+class Rows(Rearranged):
+    """Any T, through ``W_k [T, T]``; the gradients of samples are never written out.
+
+    Args:
+        samples: some; their positions may differ.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        self.samples = samples
+        self.shape = samples[0].shape
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[1])
+        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+            W = applied(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
+            add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
+        return completed_(total, odd)
+
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[0])
+        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+            W = applied(g, B) @ g.mT
+            add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
+        return completed_(total, odd)
+
+    def part(self) -> Rearranged:
+        return Rows(largest(self.samples))
+
+
+class Explicit(Rearranged):
+    """Any T, with the gradients of samples written out as ``[H, O, n, I]``, some at a time if they are many.
+
+    Args:
+        samples: some; their positions may differ.
+        workspace: bytes that may be kept from one half step to the next.
+    """
+
+    def __init__(self, samples: Sequence[Samples], workspace: int = WORKSPACE) -> None:
+        self.samples, self.workspace = samples, workspace
+        self.shape = samples[0].shape
+        groups, outputs, width = self.shape
+        size = groups * outputs * width * sum(len(several) for several in samples) * self.like().element_size()
+        self._kept = list(self._written_out()) if size <= workspace else None
+
+    def like(self) -> Tensor:
+        return self.samples[0].gradients
+
+    def _written_out(self) -> Iterator[Tensor]:
+        for several in self.samples:
+            for gradients in several.per_sample():
+                yield gradients.transpose(1, 2).contiguous()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """``[H, O, n', I]``, some samples at a time."""
+        yield from self._written_out() if self._kept is None else self._kept
+
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[1])
+        for G in self.pieces():
+            add_symmetric_product_(total, applied(G, A).flatten(2).mT, G.flatten(2).mT)
+        return completed_(total, odd)
+
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        total = self.like().new_zeros(self.sides[0])
+        for G in self.pieces():
+            add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
+        return completed_(total, odd)
+
+    def part(self) -> Rearranged:
+        if self._kept is None:
+            return Explicit(largest(self.samples), self.workspace)
+        total, part = sum(map(len, self.samples)), copy(self)
+        sizes = [torch.linalg.vector_norm(G, dim=(0, 1, 3)) for G in self._kept]
+        places = [size.topk(share(len(size), total)).indices for size in sizes]
+        part._kept = [G[:, :, some] for G, some in zip(self._kept, places, strict=True)]
+        return part

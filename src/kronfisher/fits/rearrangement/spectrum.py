@@ -1,0 +1,187 @@
+"""Several singular triplets of the rearranged Fisher matrix at once: the best sums of Kronecker products.
+
+ℛ(F) maps symmetric matrices to symmetric and antisymmetric ones to antisymmetric ones, so that each kind has a spectrum
+of its own and no iteration passes from one to the other: they are looked for apart, from a start of the kind. For T = 1
+the antisymmetric half is zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.fits.rearrangement.joint import Joint, Terms
+from kronfisher.fits.rearrangement.rearranged import Rearranged
+from kronfisher.fits.rearrangement.sides import norm, over, times
+
+__all__ = ["Triplets", "deflated", "lanczos"]
+
+
+@dataclass
+class Triplets:
+    """The leading singular triplets ``σ_r B_r ⊗ A_r``, all A and B of norm one (zero where σ is), of one kind.
+
+    Attributes:
+        A: ``[R, H, I, I]``, or diagonals ``[R, H, I]`` where those of ℛ(F) are.
+        B: ``[R, H, O, O]``, likewise.
+        sigma: ``[R, H]``, descending.
+        steps: double steps taken.
+        change: how far they are from converged: a residual ``‖ℛᵀB_r − σ_r A_r‖ / σ₁``, or the last change of an A.
+    """
+
+    A: Tensor
+    B: Tensor
+    sigma: Tensor
+    steps: Tensor
+    change: Tensor
+
+
+def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
+    """A ``[H, I, I]`` of norm one of the kind, in general position; the same at every call."""
+    noise = torch.randn(source.sides[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = _of_kind(noise, -1 if antisymmetric else 1).to(source.like())
+    return over(noise, norm(noise))
+
+
+def _of_kind(side: Tensor, sign: int) -> Tensor:
+    """The symmetric or the antisymmetric part; a diagonal is symmetric."""
+    if side.dim() == 2:
+        return side if sign == 1 else torch.zeros_like(side)
+    return (side + sign * side.mT) / 2
+
+
+def _dimension(shape: tuple[int, ...], sign: int) -> int:
+    """Of the space of all sides ``[H, D, D]`` or ``[H, D]`` of a kind."""
+    size = shape[-1]
+    return size * (size + sign) // 2 if len(shape) == 3 else size * (sign == 1)
+
+
+class OfKind(Rearranged):
+    """ℛ(F) on one kind alone: rounding errors of the other kind would grow wherever its singular values are larger."""
+
+    def __init__(self, source: Rearranged, antisymmetric: bool) -> None:
+        self.source, self.sign = source, -1 if antisymmetric else 1
+        self.shape = source.shape
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.source.sides
+
+    def like(self) -> Tensor:
+        return self.source.like()
+
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        return _of_kind(self.source.outputs(A, self.sign < 0), self.sign)
+
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        return _of_kind(self.source.inputs(B, self.sign < 0), self.sign)
+
+
+def lanczos(
+    source: Rearranged, rank: int, antisymmetric: bool = False, tolerance: float = 1e-3, iterations: int = 50
+) -> Triplets:
+    """By Golub-Kahan bidiagonalisation with full re-orthogonalisation, as two steps alone do not converge.
+
+    It keeps every direction it has met: ``iterations · (I² + O²)`` numbers a group at most. Of a singular value that
+    occurs several times it finds one.
+
+    Args:
+        source: ℛ(F).
+        rank: R; fewer where the space of the kind is smaller, padded by zeros.
+        antisymmetric: which of the two kinds.
+        tolerance: stop when the residuals of all R triplets are below this share of the first singular value.
+        iterations: double steps at most; at least R + 1 are taken.
+    """
+    source, sign = OfKind(source, antisymmetric), -1 if antisymmetric else 1
+    groups, dimensions = source.shape[0], [_dimension(shape, sign) for shape in source.sides]
+    room = min(dimensions)
+    limit = min(max(iterations, rank + 1), room)
+    like = source.like()
+    if limit < 1:
+        A, B = (like.new_zeros(rank, *shape) for shape in source.sides)
+        zero = like.new_zeros(())
+        return Triplets(A, B, like.new_zeros(rank, groups), zero, zero)
+    v = start_of(source, antisymmetric)
+    V, U = [v], []
+    alphas, betas = [], []
+    previous, change = None, like.new_full((), torch.inf)
+    for step in range(limit):
+        u = _orthogonal(source.outputs(V[-1]), U)
+        alpha = norm(u)
+        alphas.append(alpha)
+        U.append(over(u, alpha))
+        v = _orthogonal(source.inputs(U[-1]), V)
+        beta = norm(v)
+        P, sigma, _ = torch.linalg.svd(_bidiagonal(alphas, betas).double())
+        largest = sigma[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+        change = ((beta.double()[:, None] * P[:, -1].abs())[:, : min(rank, step + 1)] / largest).amax().to(like)
+        previous = step + 1
+        V.append(over(v, beta))
+        betas.append(beta)
+        if step + 1 == limit or (step + 1 >= rank and like.device.type == "cpu" and bool(change <= tolerance)):
+            break
+    if len(U) == dimensions[1]:
+        change = torch.zeros_like(change)  # all there is
+    # With the last direction as well: what the outputs span is exact then, and it is everything where they are few.
+    P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas).double(), full_matrices=False)
+    keep = min(rank, len(U))
+    B = torch.einsum("kh...,hkr->rh...", torch.stack(U), P[:, :, :keep].to(like))
+    A = torch.einsum("kh...,hrk->rh...", torch.stack(V), Q[:, :keep].to(like))
+    sizes = sigma[:, :keep].mT.to(like)
+    if keep < rank:
+        A, B, sizes = (torch.cat([t, t.new_zeros(rank - keep, *t.shape[1:])]) for t in (A, B, sizes))
+    return Triplets(A, B, sizes, like.new_full((), previous or 0), change)
+
+
+def _orthogonal(matrix: Tensor, basis: list[Tensor]) -> Tensor:
+    """Without its components along the basis; twice, which is enough."""
+    if not basis:
+        return matrix
+    stack = torch.stack(basis)
+    before = norm(matrix)
+    for _ in range(2):
+        matrix = matrix - torch.einsum("kh...,kh->h...", stack, torch.einsum("kh...,h...->kh", stack, matrix))
+    # What is left of a direction that lay in the span is rounding noise, not a new direction.
+    noise = norm(matrix) <= 100 * torch.finfo(matrix.dtype).eps * before
+    return torch.where(noise.view(-1, *[1] * (matrix.dim() - 1)), 0, matrix)
+
+
+def _bidiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """``[H, k, k]`` with the alphas on the diagonal and the betas above it; one more column if there are k betas."""
+    matrix = torch.diag_embed(torch.stack(alphas, dim=1))
+    if not betas:
+        return matrix
+    above = torch.diag_embed(torch.stack(betas, dim=1), offset=1)
+    wide = torch.cat([matrix, matrix.new_zeros(*matrix.shape[:2], above.shape[-1] - matrix.shape[-1])], dim=2)
+    return wide + above[:, : wide.shape[1]]
+
+
+def deflated(
+    source: Rearranged, rank: int, antisymmetric: bool = False, tolerance: float = 1e-3, iterations: int = 50
+) -> Triplets:
+    """One after the other by power iteration on what the triplets before leave: ``B ← ℛ A − Σ_j ⟨A_j, A⟩ B_j``.
+
+    Args:
+        source: ℛ(F).
+        rank: R.
+        antisymmetric: which of the two kinds.
+        tolerance: a triplet is done when its A, of norm one, changes by no more.
+        iterations: double steps at most, for each.
+    """
+    source = OfKind(source, antisymmetric)
+    like = source.like()
+    As, Bs, sigmas = [], [], []
+    steps, change = like.new_zeros(()), like.new_zeros(())
+    for number in range(rank):
+        first = number == 0 and not antisymmetric
+        rest = source
+        if As:
+            scaled = torch.stack([times(B, sigma) for sigma, B in zip(sigmas, Bs, strict=True)])
+            rest = Joint(source, Terms(torch.stack(As), scaled, sign=-1.0))
+        pair = rest.leading(None if first else start_of(source, antisymmetric), tolerance, iterations)
+        As.append(pair.A)
+        Bs.append(pair.B)
+        sigmas.append(pair.sigma)
+        noise = (pair.sigma <= 100 * torch.finfo(like.dtype).eps * sigmas[0]).all()  # nothing was left to converge
+        steps, change = steps + pair.steps, torch.maximum(change, torch.where(noise, 0, pair.change))
+    return Triplets(torch.stack(As), torch.stack(Bs), torch.stack(sigmas), steps, change)

@@ -1,0 +1,178 @@
+"""Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged, mixture
+from kronfisher.fits.rearrangement.sides import inverted, over
+from kronfisher.layers.activations import Activations, Dense
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import add_symmetric_product_, completed_, eigh, mirror
+
+__all__ = ["Gram", "Weights"]
+
+_STEPS = 2  # double steps from noise to other terms
+
+
+class Weights(Rearranged):
+    """T = 1, by the weights ``a_kᵀ A a_k`` and ``g_kᵀ B g_k`` of the samples.
+
+    Args:
+        samples: with one position each.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        self.activations = _joined([several.activations for several in samples])
+        self.g = torch.cat([several.gradients[:, :, 0] for several in samples], dim=1)
+        self.shape = samples[0].shape
+
+    def like(self) -> Tensor:
+        return self.g
+
+    def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
+        a = self.activations.dense()[:, :, 0]
+        return _summed(self.g, torch.linalg.vecdot(a @ A, a))
+
+    def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
+        a = self.activations.dense()[:, :, 0]
+        return _summed(a, torch.linalg.vecdot(self.g @ B, self.g))
+
+
+def _summed(rows: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k w_k x_k x_kᵀ [H, D, D]`` for rows ``[H, n, D]`` and weights ``[H, n]`` of any sign."""
+    return _add_summed_(rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1]), rows, weights)
+
+
+def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    return completed_(add_symmetric_product_(total, rows, rows * weights[..., None]))
+
+
+def _joined(activations: Sequence[Activations]) -> Activations:
+    if len(activations) == 1:
+        return activations[0]
+    dense = [several for several in activations if isinstance(several, Dense)]
+    if len(dense) == len(activations):
+        return replace(dense[0], values=torch.cat([several.values for several in dense], dim=1))
+    return Dense(torch.cat([several.dense() for several in activations], dim=1))
+
+
+class Gram(Weights):
+    """T = 1, with n no larger than a few times the layer: the pair is found in the span of the samples.
+
+    ``A = aᵀ diag(w) a`` and ``B = gᵀ diag(u) g`` with ``u = K_a w``, ``w = K_g u``, where ``K_a = (a aᵀ)∘²`` and
+    ``K_g = (g gᵀ)∘²``: n² a half step, and one product for each side at the end.
+
+    Attributes:
+        inputs_gram: K_a ``[H, n, n]``, the largest entry one.
+        outputs_gram: K_g ``[H, n, n]``, the largest entry one.
+    """
+
+    def __init__(self, samples: Sequence[Samples]) -> None:
+        super().__init__(samples)
+        self.inputs_gram, self._a_scale = _squared(self.activations.products())
+        self.outputs_gram, self._g_scale = _squared(Dense(self.g.unsqueeze(2)).products())
+
+    def weights(self, tolerance: float = 1e-3, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The pair as weights of the samples: w and u ``[H, n]`` with A and B of norm one, σ, steps and change."""
+        Ka, Kg = self.inputs_gram, self.outputs_gram
+        w = old = mapped = torch.zeros_like(Ka[:, 0])
+        v = Ka.diagonal(dim1=-2, dim2=-1).sqrt()  # ‖a_k‖²: A is the identity
+        u, sigma = w, w.new_zeros(len(w))
+        steps, change = w.new_zeros((), dtype=torch.int64), w.new_full((), torch.inf)
+        for _ in range(max(iterations, 1)):
+            u, v = v, _times(Kg, v)
+            size = torch.linalg.vecdot(u, v).sqrt()
+            inverse = inverted(size)[:, None]
+            u, w = u * inverse, v * inverse
+            v = _times(Ka, w)
+            sigma = torch.linalg.vecdot(w, v).sqrt()
+            inverse = inverted(sigma)[:, None]
+            w, v = w * inverse, v * inverse
+            step = torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
+            steps, change = steps + (change > tolerance), step
+            old, mapped = w, v
+            if w.device.type == "cpu" and bool(change <= tolerance):
+                break
+        scale = self._a_scale * self._g_scale
+        return over(w, self._a_scale), over(u, self._g_scale), sigma * scale, steps, change
+
+    def squared_products(self) -> tuple[Tensor, Tensor]:
+        """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together), in float64."""
+        if len(self.g) == 1:  # ⟨G_k, G_l⟩² of one group
+            products = self.inputs_gram[0] * self.outputs_gram[0]
+            scale = (self._a_scale.double() * self._g_scale.double()).square()[0]
+        else:
+            sides = self.activations.products(), self.g @ self.g.mT
+            largest = [side.abs().amax() for side in sides]
+            inverse = [torch.where(size > 0, 1 / size, 0) for size in largest]
+            products = ((sides[0] * inverse[0]) * (sides[1] * inverse[1])).sum(0).square()
+            scale = (largest[0].double() * largest[1].double()).square()
+        same = products.diagonal().sum(dtype=torch.float64)
+        return same * scale, (products.sum(dtype=torch.float64) - same) * scale
+
+    def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
+        w, u, sigma, steps, change = self.weights(tolerance, iterations)
+        groups, outputs, width = self.shape
+        A, B = self.g.new_zeros(groups, width, width), self.g.new_zeros(groups, outputs, outputs)
+        self.add_inputs_(A, w)
+        self.add_outputs_(B, u)
+        return Pair(mirror(A), mirror(B), sigma, steps, change)
+
+    def leading_terms(
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+    ) -> tuple[Pair, Tensor, Tensor]:
+        """The same in the span of the samples, n² numbers a step and a term: orthogonal, largest first."""
+        w, _, sigma, steps, change = self.weights(tolerance, iterations)
+        Ka, Kg = self.inputs_gram, self.outputs_gram
+        noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        W = torch.cat([w[..., None], noise.to(w)], dim=2)
+        U = W
+        for _ in range(_STEPS):
+            _, U = _spanned(Ka, W)
+            U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
+        W, U = self._apart(W, U)
+        a = self.activations.dense()[:, :, 0]
+        (groups, outputs, width), new = self.shape, w.new_empty
+        A, B = new(rank, groups, width, width), new(rank, groups, outputs, outputs)
+        for r in range(rank):
+            _add_summed_(A[r].zero_(), a, W[..., r])
+            _add_summed_(B[r].zero_(), self.g, U[..., r])
+        return Pair(A[0], B[0], sigma, steps, change), A, B
+
+    def _apart(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the same sum with orthogonal A as well, both sides of a term as large, where B are orthonormal."""
+        gram = (W.mT @ (self.inputs_gram @ W)).double()
+        values, turn = (found.flip(-1) for found in eigh((gram + gram.mT) / 2, "products of terms"))
+        root = (values.clamp_min(0).sqrt() * over(self._a_scale, self._g_scale).double()[:, None]).sqrt().to(W)
+        W, U = W @ turn.to(W), U @ turn.to(U)
+        traces = (self.inputs_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * W).sum(1)
+        root = torch.where(traces < 0, -root, root)[:, None]
+        return W * torch.where(root != 0, 1 / root, 0), U * root
+
+    def add_inputs_(self, total: Tensor, w: Tensor) -> None:
+        """``total += Σ_k w_k a_k a_kᵀ``, the upper triangle, for weights of at least zero."""
+        self.activations.add_weighted_(total, w)
+
+    def add_outputs_(self, total: Tensor, u: Tensor) -> None:
+        """``total += Σ_k u_k g_k g_kᵀ``, the upper triangle, for weights of at least zero."""
+        add_symmetric_product_(total, self.g * u.sqrt()[..., None])
+
+
+def _spanned(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[H, n, R]`` of matrices that are orthonormal, by their Gram matrix, and this times them."""
+    mapped = gram @ weights
+    mix = mixture((weights.mT @ mapped).double()).to(weights)
+    return weights @ mix, mapped @ mix
+
+
+def _times(gram: Tensor, weights: Tensor) -> Tensor:
+    return (gram @ weights.unsqueeze(-1)).squeeze(-1)
+
+
+def _squared(products: Tensor) -> tuple[Tensor, Tensor]:
+    """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
+    largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
+    return products.mul_(inverted(largest)[:, None, None]).square_(), largest

@@ -1,0 +1,29 @@
+"""Fits that make no operator: they are shown the samples of every block and do with them what they like."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Block
+from kronfisher.fits.fit import Fit, Plan, State
+
+__all__ = ["Visitor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Visitor(Fit):
+    """Base of these; each is equal to itself alone, so that blocks of two of them are never joined."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        """No bytes: what is kept, and how much, is known only to the subclass."""
+        return Plan(0)
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+        """No sums."""
+        return State(group, plan, {})

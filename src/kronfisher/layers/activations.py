@@ -1,0 +1,241 @@
+"""Inputs of layers ``a [H, n, T, I]`` as samples have them, written out or not, and products of rows with matrices."""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, applied, chunks, mirror_
+
+__all__ = ["Activations", "Dense", "Masked", "Ones"]
+
+
+class Activations:
+    """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
+
+    Attributes:
+        shape: H, n, T, I; I counts the homogeneous coordinate of a bias.
+    """
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def stored(self) -> int:
+        """How many numbers are held."""
+        return prod(self.shape)
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        """The inputs of samples low to high, written out: ``[H, high − low, T, I]``."""
+        raise NotImplementedError
+
+    def part(self, low: int, high: int) -> "Activations":
+        """The inputs of samples low to high, in as compact a form."""
+        return Dense(self.dense(low, high))
+
+    def taken(self, index: Tensor) -> "Activations":
+        """The inputs of some samples ``[m]``, in as compact a form."""
+        return Dense(self.dense()[:, index])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
+        return applied(self.dense(low, high), matrix)
+
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``Σ_t w[k, t] a[k, t]`` of samples low to high for weights ``[H, n', T, R]``: ``[H, n', R, I]``."""
+        return weights.mT @ self.dense(low, high)
+
+    def copied(self) -> "Activations":
+        """The same in memory of its own, for samples that have to outlive their batch."""
+        return Dense(self.dense().clone())
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a aᵀ``, upper triangle of ``[H, I, I]`` only."""
+        groups, n, positions, width = self.shape
+        for low, high in chunks(n, groups * positions * width * total.element_size(), workspace):
+            rows = self.dense(low, high).to(total.dtype)
+            add_symmetric_product_(total, rows.reshape(groups, -1, width))
+
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """``total += Σ_{k,t} a∘²``, ``[H, I]``: the diagonal of the covariance."""
+        groups, n, positions, width = self.shape
+        for low, high in chunks(n, groups * positions * width * total.element_size(), workspace):
+            total += self.dense(low, high).to(total.dtype).square().sum(dim=(1, 2))
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
+        add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
+
+    def products(self) -> Tensor:
+        """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
+        rows = self.dense()[:, :, 0]
+        return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+        """``Σ_t a``: ``[H, n, 1, I]``."""
+        groups, n, positions, width = self.shape
+        ranges = chunks(n, groups * positions * width * 8, workspace)
+        return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
+
+    def reduced(self, workspace: int = WORKSPACE) -> "Activations":
+        """The same as inputs of T = 1."""
+        return Dense(self.summed(workspace))
+
+    def masked(self, mask: Tensor) -> "Activations":
+        """Zero at positions where ``mask [n, T]`` is."""
+        return Masked(self, mask)
+
+    def scaled(self, side: Tensor) -> "Activations":
+        """``a`` times a vector ``[H, I]``, elementwise."""
+        return Dense(self.dense() * side[:, None, None])
+
+    def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
+        """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
+        return None
+
+    def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where the G_k have few columns that are not zero: their places ``[R]`` in I and they ``[1, R, O]``."""
+        return None
+
+    @staticmethod
+    def joined(several: "list[Activations]") -> "Activations":
+        """Positions of all, side by side along T."""
+        kinds = {type(each) for each in several}
+        together = kinds.pop().side_by_side(several) if len(kinds) == 1 else None
+        return together or Dense(torch.cat([each.dense() for each in several], dim=2))
+
+    @classmethod
+    def side_by_side(cls, several: "list[Any]") -> "Activations | None":
+        """As `joined`, where all are of this kind and need not be written out."""
+        return None
+
+
+@dataclass(frozen=True)
+class Dense(Activations):
+    """Inputs that are there as a tensor.
+
+    Attributes:
+        values: ``[H, n, T, I]`` without the bias coordinate.
+        bias: whether a last coordinate of one belongs to them.
+    """
+
+    values: Tensor
+    bias: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        groups, n, positions, width = self.values.shape
+        return groups, n, positions, width + self.bias
+
+    @property
+    def stored(self) -> int:
+        return self.values.numel()
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        values = self.values[:, low:high]
+        return torch.cat([values, values.new_ones(()).expand(*values.shape[:3], 1)], dim=-1) if self.bias else values
+
+    def part(self, low: int, high: int) -> "Dense":
+        return replace(self, values=self.values[:, low:high])
+
+    def taken(self, index: Tensor) -> "Dense":
+        return replace(self, values=self.values[:, index])
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        width = self.values.shape[-1]
+        product = applied(self.values[:, low:high], matrix[:, :width])
+        return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
+
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        product = weights.mT @ self.values[:, low:high]
+        return torch.cat([product, weights.sum(2).unsqueeze(-1)], dim=-1) if self.bias else product
+
+    def copied(self) -> "Dense":
+        return replace(self, values=self.values.clone())
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        rows = self.values.to(total.dtype).flatten(1, 2)
+        width = rows.shape[-1]
+        add_symmetric_product_(total[:, :width, :width], rows)
+        if self.bias:  # the last column, without a copy of the rest
+            total[:, :width, width] += rows.sum(dim=1)
+            total[:, width, width] += rows.shape[1]
+
+    def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
+        root, width = weights.sqrt()[..., None], self.values.shape[-1]
+        rows = self.values[:, :, 0] * root
+        add_symmetric_product_(total[:, :width, :width], rows)
+        if self.bias:
+            total[:, :width, width:] += rows.mT @ root
+            total[:, width, width] += weights.sum(1)
+
+    def products(self) -> Tensor:
+        rows = self.values[:, :, 0]
+        found = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return found.add_(1) if self.bias else found
+
+    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+        values = self.values.sum(dim=2, keepdim=True)
+        positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
+        return torch.cat([values, positions], dim=-1) if self.bias else values
+
+
+@dataclass(frozen=True)
+class Ones(Activations):
+    """The constant input of a bias or of an elementwise scale: I = 1.
+
+    Attributes:
+        like: a tensor that gives dtype and device.
+        sizes: H, n, T.
+    """
+
+    like: Tensor
+    sizes: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (*self.sizes, 1)
+
+    @property
+    def stored(self) -> int:
+        return 0
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        groups, n, positions = self.sizes
+        return self.like.new_ones(()).expand(groups, len(range(n)[low:high]), positions, 1)
+
+    def part(self, low: int, high: int) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], high - low, self.sizes[2]))
+
+    def taken(self, index: Tensor) -> "Ones":
+        return replace(self, sizes=(self.sizes[0], len(index), self.sizes[2]))
+
+    def copied(self) -> "Ones":
+        return replace(self, like=self.like.new_empty(0))
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        total += self.sizes[1] * self.sizes[2]
+
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        total += self.sizes[1] * self.sizes[2]
+
+
+@dataclass(frozen=True)
+class Masked(Activations):
+    """Inputs of which some positions do not count: zero there, the bias coordinate too.
+
+    Attributes:
+        inner: all of them.
+        mask: ``[n, T]``, one where the position counts.
+    """
+
+    inner: Activations
+    mask: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.inner.shape
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        return self.inner.dense(low, high) * self.mask[low:high, :, None]

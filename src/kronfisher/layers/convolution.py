@@ -1,0 +1,264 @@
+"""Convolutions in one, two and three dimensions: patches are the inputs, one block per group."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronfisher.layers import shifts
+from kronfisher.layers.activations import Activations, Ones
+from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.linalg import WORKSPACE, promote
+
+__all__ = ["ConvolutionUse", "Geometry", "Patches", "each"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves: sizes per spatial axis; padding before and after."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    def steps(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Positions along each axis of images of that size."""
+        axes = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + sum(pad) - (k - 1) * spread - 1) // step + 1 for n, k, step, pad, spread in axes)
+
+    def planar(self, size: Sequence[int]) -> shifts.Shape:
+        """What `shifts` has to know, by rows and columns; a single axis gets a second one of size one."""
+
+        def pair(values: Sequence[int], fill: int) -> tuple[int, int]:
+            return values[0], values[1] if len(values) > 1 else fill
+
+        before = [low for low, _ in self.padding]
+        return pair(size, 1), pair(self.kernel, 1), pair(before, 0), pair(self.steps(size), 1), pair(self.dilation, 1)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """``[R, C, *size]`` with the zeros around them."""
+        pads = [amount for pair in reversed(self.padding) for amount in pair]
+        return F.pad(images, pads) if any(pads) else images
+
+    def windows(self, images: Tensor) -> Tensor:
+        """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
+        images = self.padded(images)
+        for axis, (size, step, spread) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            images = images.unfold(axis + 2, (size - 1) * spread + 1, step)[..., ::spread]
+        return images
+
+
+@dataclass(frozen=True)
+class Patches(Activations):
+    """Patches of images, unfolded when asked for.
+
+    Attributes:
+        images: ``[n·F, C, *size]``, the images of a sample together.
+        window: how the kernel moves over them.
+        groups: H; channels are split evenly.
+        samples: n.
+        bias: whether a last coordinate of one belongs to them.
+    """
+
+    images: Tensor
+    window: Geometry
+    groups: int
+    samples: int
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        positions = prod(self.window.steps(self.images.shape[2:]))
+        width = self.images.shape[1] // self.groups * prod(self.window.kernel)
+        return self.groups, self.samples, len(self.images) // self.samples * positions, width + self.bias
+
+    @property
+    def stored(self) -> int:
+        return self.images.numel()
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        groups, samples, positions, width = self.shape
+        high = samples if high is None else min(high, samples)
+        frames = len(self.images) // samples
+        windows = self.window.windows(self.images[low * frames : high * frames])
+        axes = len(self.window.kernel)
+        windows = windows.unflatten(1, (groups, -1))  # [R, H, C/H, *positions, *kernel]
+        order = (1, 2, *range(3 + axes, 3 + 2 * axes), 0, *range(3, 3 + axes))
+        windows = windows.permute(order)  # features first, so that whole lines of the image are copied
+        rows = self.images.new_empty(groups, width, (high - low) * positions)
+        rows[:, : width - self.bias].view(windows.shape).copy_(windows)
+        if self.bias:
+            rows[:, -1] = 1
+        return rows.unflatten(2, (high - low, positions)).permute(0, 2, 3, 1)
+
+    def part(self, low: int, high: int) -> "Patches":
+        images = self.images.unflatten(0, (self.samples, -1))[low:high]
+        return replace(self, images=images.flatten(0, 1), samples=len(images))
+
+    def taken(self, index: Tensor) -> "Patches":
+        images = self.images.unflatten(0, (self.samples, -1))[index]
+        return replace(self, images=images.flatten(0, 1), samples=len(images))
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """A convolution with R kernels; patches are not written out."""
+        groups, samples, positions, width = self.shape
+        rank, high = matrix.shape[-1], samples if high is None else min(high, samples)
+        frames = len(self.images) // samples
+        images = self.window.padded(self.images[low * frames : high * frames])
+        channels = images.shape[1] // groups
+        kernels = matrix[:, : width - self.bias].mT.reshape(groups * rank, channels, *self.window.kernel)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
+        found = convolve(images, kernels, None, self.window.stride, 0, self.window.dilation, groups)
+        found = found.view(high - low, frames, groups, rank, -1).permute(2, 0, 1, 4, 3)  # [H, n', F, T/F, R]
+        found = found.reshape(groups, high - low, positions, rank)
+        return found + matrix[:, None, width - 1 :] if self.bias else found
+
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """``Σ_t w[k, t] a[k, t]ᵀ [H, n', R, I]`` for weights ``[H, n', T, R]``.
+
+        Patches are written out along one axis only: along the other they are windows on the same lines.
+        """
+        groups, samples, positions, width = self.shape
+        high = samples if high is None else min(high, samples)
+        _, kernel, _, (_, across), (spread, _) = self.window.planar(self.images.shape[2:])
+        if len(self.images) > samples or len(self.window.kernel) > 2 or self.window.stride[0] > 1 or kernel[0] == 1:
+            return super().combined(weights, low, high)
+        images = self.window.padded(self.images[low:high])
+        if len(self.window.kernel) == 1:
+            lines = images[:, :, None]
+        else:
+            size, step, apart = kernel[1], self.window.stride[1], self.window.dilation[1]
+            lines = images.unfold(3, (size - 1) * apart + 1, step)[..., ::apart].permute(0, 1, 4, 2, 3).contiguous()
+        lines = lines.flatten(3).unflatten(1, (groups, -1)).flatten(2, 3)  # [n', H, C/H · columns, rows · across]
+        found = weights.new_empty(groups, high - low, weights.shape[-1], width)
+        cells = found[..., : width - self.bias].unflatten(-1, (-1, *kernel))  # [H, n', R, C/H, *kernel]
+        for group in range(groups):
+            for row in range(kernel[0]):
+                first = row * spread * across
+                part = weights[group].mT @ lines[:, group, :, first : first + positions].mT
+                cells[group, ..., row, :] = part.unflatten(-1, (-1, kernel[1]))
+        if self.bias:
+            found[..., -1] = weights.sum(2)
+        return found
+
+    def copied(self) -> "Patches":
+        return replace(self, images=self.images.clone())
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        """Without writing patches out where that is faster (`shifts`)."""
+        size, window, axes = self.images.shape[2:], self.window, len(self.window.kernel)
+        channels, route = self.images.shape[1] // self.groups, "patches"
+        shape = window.planar(size)
+        if axes <= 2 and set(window.stride) == {1} and self.images.device.type == "cpu":
+            route = shifts.cheapest(shape, len(self.images), channels)
+        if route == "patches":
+            super().add_covariance_(total, workspace)
+            return
+        width = self.shape[-1] - self.bias
+        images = self.images.to(total.dtype)
+        for part, factor in zip(images.chunk(self.groups, dim=1), total[:, :width, :width], strict=True):
+            part = part.reshape(len(images), channels, *(*size, 1)[:2])
+            if route == "rows":
+                shifts.add_row_covariance_(factor, part, shape, window.padding[1] if axes == 2 else (0, 0))
+            else:
+                shifts.add_shifted_covariance_(factor, part, shape)
+        if self.bias:
+            sums = window.windows(images.sum(dim=0, keepdim=True)).sum(dim=tuple(range(2, 2 + axes)))
+            total[:, :width, width] += sums.reshape(self.groups, -1)
+            total[:, width, width] += prod(self.shape[1:3])
+
+
+@dataclass
+class ConvolutionUse(Use):
+    """``y = conv(x, W) + b`` with H groups."""
+
+    window: Geometry
+    groups: int
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() == len(self.window.kernel) + 2 else tensor.unsqueeze(0)
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        return output[:1] if len(output) == len(self.window.kernel) + 2 else (1,)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return self._batched(gradient).flatten(1)
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        images = self._batched(promote(gradient)).flatten(2).unflatten(1, (self.groups, -1))  # [R, H, O, T]
+        grouped = owner.group(images, 1).permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
+        return grouped.flatten(3).permute(0, 2, 3, 1)
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        if not weight:
+            groups, samples, positions, _ = self.gradients(owner, gradient).shape
+            return Ones(promote(gradient), (groups, samples, positions))
+        images = owner.group(self._batched(promote(self.checked_inputs())), 1)
+        return Patches(images.flatten(0, 1), self.window, self.groups, owner.samples, bias)
+
+
+@handles(F.conv1d, F.conv2d, F.conv3d)
+def convolution(
+    view: Windows,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Iterator[Use]:
+    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; other padding modes pad beforehand."""
+    kernel, shift = view(weight), view(bias)
+    if not (kernel or shift):
+        return
+    axes = weight.dim() - 2
+    stride, dilation = each(stride, axes), each(dilation, axes)
+    size = tuple(weight.shape[2:])
+    window = Geometry(size, stride, _padding(padding, size, dilation), dilation)
+    yield ConvolutionUse(
+        kernel.reshaped(groups, weight.shape[0] // groups, *weight.shape[1:]) if kernel else None,
+        shift.reshaped(groups, -1) if shift else None,
+        input if kernel else None,
+        window,
+        groups,
+    )
+
+
+def each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """A setting for each of some spatial axes."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _padding(
+    padding: int | str | Sequence[int], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    if padding == "same":  # torch puts the odd one behind
+        totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if isinstance(padding, str):
+        return ((0, 0),) * len(kernel)
+    return tuple((amount, amount) for amount in each(padding, len(kernel)))
+
+
+EXAMPLES["conv1d, stride and dilation"] = lambda: (nn.Conv1d(2, 3, 2, stride=2, padding=1, dilation=2), (4, 2, 7))
+EXAMPLES["conv2d"] = lambda: (nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0)), (4, 2, 5, 4))
+EXAMPLES["conv2d without bias, same"] = lambda: (
+    nn.Conv2d(1, 2, 3, padding="same", dilation=2, bias=False),
+    (4, 1, 5, 4),
+)
+EXAMPLES["conv2d, circular"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), (3, 1, 4, 4))
+EXAMPLES["conv2d, reflect"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), (3, 1, 4, 4))
+EXAMPLES["conv2d, groups"] = lambda: (nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 3))
+EXAMPLES["conv2d, depthwise"] = lambda: (nn.Conv2d(3, 3, 2, groups=3), (4, 3, 3, 3))
+EXAMPLES["conv3d"] = lambda: (nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), (3, 1, 3, 4, 3))
+EXAMPLES["conv2d, channels last"] = lambda: (
+    nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+    (3, 2, 4, 4),
+)

@@ -1,0 +1,194 @@
+"""Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a lone bias.
+
+Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight
+is ``W [O, 1]`` with an input of one, and every position is summed out first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.fisher.blocks import Window
+from kronfisher.layers.activations import Activations, Ones
+from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+
+__all__ = ["ElementwiseUse"]
+
+
+@dataclass
+class ElementwiseUse(Use):
+    """``y = p ∘ x`` or ``y = x ± p`` with p broadcast; rows are the axes of y that p does not have.
+
+    Attributes:
+        aligned: p's shape with its axes at those of y (counted from the last), one where it is broadcast.
+        factor: what the output gradient is multiplied by, computed when needed from the checked inputs; None: one.
+        sign: of p in the output.
+        part: the window on p that was used, where the rest of p is not; the canonical weight is all of p.
+        slab: (axis, start, length) of the only part of the output that p enters.
+    """
+
+    aligned: tuple[int, ...]
+    factor: Callable[[Tensor], Tensor] | None = None
+    sign: float = 1.0
+    part: Window | None = None
+    slab: tuple[int, int, int] | None = None
+    summing = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias is not None and self.bias.numel < prod(self.bias.shape):
+            # Tables are cut to the length of a batch; the next one may be longer.
+            self.part, self.bias = self.bias, self.bias.all
+
+    def _axes(self, dimensions: int) -> tuple[list[int], list[int]]:
+        """The axes of an output of so many dimensions that p does not have, and those that it has."""
+        aligned = [1] * (dimensions - len(self.aligned)) + list(self.aligned)
+        return [k for k, size in enumerate(aligned) if size == 1], [k for k, size in enumerate(aligned) if size != 1]
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = list(output)
+        if self.slab is not None:
+            sizes[self.slab[0]] = self.slab[2]
+        return tuple(sizes[axis] for axis in self._axes(len(output))[0])
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        lead, features = self._axes(gradient.dim())
+        if self.slab is not None:
+            gradient = gradient.narrow(*self.slab)
+        return gradient.permute(*lead, *features).unsqueeze(-1).flatten(len(lead))
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        gradient = gradient if self.sign == 1 else gradient * self.sign
+        if self.factor is not None:
+            gradient = gradient * self.factor(self.checked_inputs())
+        rows = self.rows(gradient)
+        summed = owner.group(rows, rows.dim() - 1).sum(dim=1)
+        if self.part is not None:
+            values, summed = summed, summed.new_zeros(len(summed), *self.part.shape)
+            self.part.scatter(values, summed)
+            summed = summed.flatten(1)
+        return summed[None, :, None]
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return Ones(gradient, (1, owner.samples, 1))
+
+
+def broadcast(view: Window) -> Window:
+    """The window with one instead of repeated elements (``expand`` has stride 0), and a leading axis for H."""
+    size = (1, *(1 if step == 0 else n for n, step in zip(view.size, view.stride, strict=True)))
+    stride, following = [], 1
+    for n, step in zip(reversed(size), (*reversed(view.stride), 0), strict=True):
+        # The stride along a single element means nothing, and differs between a batch of one datum and one of several.
+        stride.append(following if n == 1 else step)
+        following = stride[-1] * n
+    return replace(view, size=size, stride=tuple(reversed(stride)))
+
+
+def _uses(view: Windows, x: object, p: object, multiply: bool, sign: float = 1.0) -> Iterator[Use]:
+    left, right = view(x), view(p)
+    if not multiply and isinstance(x, Tensor) and isinstance(p, Tensor) and not (left or right):
+        for value, onto, signed in ((x, p, 1.0), (p, x, sign)):
+            if lookup := view.lookup(value):
+                yield from lookup.added(value.shape, signed, torch.broadcast_shapes(value.shape, onto.shape))
+    if bool(left) == bool(right):
+        return
+    other, window = (x, right) if right else (p, left)
+    assert window is not None
+    shared = broadcast(window)
+    if not multiply:
+        yield ElementwiseUse(None, shared, None, shared.size[1:], sign=sign if right else 1.0)
+    elif isinstance(other, Tensor):
+        yield ElementwiseUse(None, shared, other, shared.size[1:], factor=lambda inputs: inputs)
+    # a parameter times a number meets no data here
+
+
+@handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
+def multiply(view: Windows, input: Tensor, other: Tensor) -> Iterator[Use]:
+    """``p * x`` and ``x * p``."""
+    return _uses(view, input, other, multiply=True)
+
+
+@handles(Tensor.mul_, Tensor.__imul__)
+def multiply_(view: Windows, input: Tensor, other: Tensor) -> Iterator[Use]:
+    """``x *= p``: x is about to be overwritten, so keep a copy."""
+    return _uses(view, input.detach().clone() if view(other) else input, other, multiply=True)
+
+
+@handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+def add(view: Windows, input: Tensor, other: Tensor, *, alpha: float = 1) -> Iterator[Use]:
+    """``p + x`` and ``x + p``."""
+    return _uses(view, input, other, multiply=False) if alpha == 1 else iter(())
+
+
+@handles(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__)
+def subtract(view: Windows, input: Tensor, other: Tensor, *, alpha: float = 1) -> Iterator[Use]:
+    """``x − p`` and ``p − x``."""
+    return _uses(view, input, other, multiply=False, sign=-1.0) if alpha == 1 else iter(())
+
+
+class _Affine(nn.Module):
+    # Scales and shifts of several shapes, in place and expanded.
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 1))
+        self.table, self.gain = nn.Parameter(torch.randn(1, 2, 3)), nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh() * self.scale
+        x -= self.shift
+        x = x + self.table.expand(len(x), -1, -1)
+        return self.gain * x.sin()
+
+
+@handles(torch.prelu)
+def prelu(view: Windows, input: Tensor, weight: Tensor) -> Iterator[Use]:
+    """``x`` where it is positive, else ``p x``; p is one number or one for each channel."""
+    slope = view(weight)
+    if slope:
+        aligned = (-1,) if input.dim() < 2 or weight.numel() == 1 else (-1, *[1] * (input.dim() - 2))
+        slope = slope.reshaped(1, *(weight.numel() if n == -1 else n for n in aligned))
+        yield ElementwiseUse(None, slope, input, slope.size[1:], factor=lambda x: x.clamp_max(0))
+
+
+@handles(torch.cat, torch.concat, torch.concatenate)
+def cat(view: Windows, tensors: Sequence[Tensor], dim: int = 0) -> Iterator[Use]:
+    """A class token in front of a sequence, say: a parameter, perhaps expanded, fills a slab of the output."""
+    start = 0
+    for tensor in tensors:
+        axis = dim % max(tensor.dim(), 1)
+        if window := view(tensor):
+            shared = broadcast(window)
+            yield ElementwiseUse(None, shared, None, shared.size[1:], slab=(axis, start, tensor.shape[axis]))
+        start += tensor.shape[axis] if tensor.dim() else 1
+
+
+@handles(Tensor.repeat)
+def repeat(view: Windows, input: Tensor, *sizes: int | Sequence[int]) -> Iterator[Use]:
+    """A parameter repeated along axes that it does not have, once for each datum."""
+    repeats = [n for size in sizes for n in ([size] if isinstance(size, int) else size)]
+    window = view(input)
+    if window and all(n == 1 or k == 1 for n, k in zip(window.size[::-1], repeats[::-1], strict=False)):
+        shared = broadcast(window)
+        yield ElementwiseUse(None, shared, None, shared.size[1:])
+
+
+class _Tokens(nn.Module):
+    # A class token and a register in front, a table of positions longer than the sequence.
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.register = nn.Parameter(torch.randn(1, 1, 3)), nn.Parameter(torch.randn(2, 3))
+        self.positions = nn.Parameter(torch.randn(1, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, register = self.token.expand(len(x), -1, -1), self.register.repeat(len(x), 1, 1)
+        x = torch.cat([token, x, register], dim=1)
+        return x + self.positions[:, : x.shape[1]]
+
+
+EXAMPLES["class token and positions"] = lambda: (_Tokens(), (4, 2, 3))
+EXAMPLES["prelu"] = lambda: (nn.PReLU(3), (4, 3, 2))
+EXAMPLES["scales and shifts"] = lambda: (_Affine(), (5, 2, 3))

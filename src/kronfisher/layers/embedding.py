@@ -1,0 +1,188 @@
+"""Lookups in a table of weights: inputs are indices, never rows of zeros with a one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.blocks import Window
+from kronfisher.layers.activations import Activations
+from kronfisher.layers.elementwise import ElementwiseUse
+from kronfisher.layers.onehot import Indices
+from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+
+__all__ = ["AddedLookupUse", "LookupUse"]
+
+
+@dataclass
+class LookupUse(Use):
+    """``y[...] = Σ_j w_j table[i_j]``; indices ``[*lead, J]`` are the inputs, the canonical weight is tableᵀ.
+
+    Attributes:
+        factors: w, shaped like the indices; None: ones.
+        ignored: an index that counts for nothing and whose row gets no gradient.
+    """
+
+    factors: Tensor | None = None
+    ignored: int | None = None
+
+    @property
+    def onehot(self) -> bool:
+        return self.inputs is not None and self.inputs.shape[-1] == 1 and self.factors is None
+
+    @property
+    def width(self) -> int:
+        assert self.weight is not None
+        return self.weight.size[-1]
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Indices and weights, ``[*lead, J]``."""
+        indices = self.unchanged_inputs().long()
+        weights = torch.ones_like(indices, dtype=self.dtype) if self.factors is None else self.factors.to(self.dtype)
+        if self.ignored is not None:
+            weights = weights * (indices != self.ignored)
+        return indices, weights
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(output[:-1]) or (1,)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() > 1 else tensor[None]
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return self._rows(gradient)
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        rows = self._rows(gradient)
+        return owner.group(rows, rows.dim() - 1)[None]
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        values, weights = (owner.group(each, each.dim() - 1) for each in map(self._rows, self.entries()))
+        return Indices(values, weights, self.width)
+
+    def added(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
+        """The use of its output, which is the same for all data, by adding it onto tensors where that broadcasts it."""
+        aligned = [1] * (len(onto) - len(shape)) + list(shape)
+        if self.onehot and prod(onto) > prod(shape) and all(n in (1, m) for n, m in zip(aligned, onto, strict=True)):
+            yield AddedLookupUse(self.weight, None, None, tuple(shape), sign=sign, table=self)
+
+
+@dataclass
+class AddedLookupUse(ElementwiseUse):
+    """``y = x + lookup`` where the lookup is the same for all data, such as positions: what broadcasts is summed out.
+
+    Attributes:
+        table: the use that looked it up, with output shape `aligned`.
+    """
+
+    table: LookupUse | None = None
+    onehot = True
+
+    @property
+    def lookup(self) -> LookupUse:
+        assert self.table is not None
+        return self.table
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        summed = super().gradients(owner, gradient)  # [1, n, 1, T·O]
+        return summed.reshape(1, owner.samples, -1, self.aligned[-1])
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        values, weights = (each.reshape(1, -1, 1).expand(owner.samples, -1, -1) for each in self.lookup.entries())
+        return Indices(values, weights, self.lookup.width)
+
+
+def _table(view: Windows, weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool) -> Window | None:
+    table = view(weight)
+    if table is None or len(table.size) != 2:
+        return None
+    if max_norm is not None or scale_grad_by_freq:
+        option = "max_norm, which changes the weights" if max_norm is not None else "scale_grad_by_freq"
+        raise UnsupportedError(
+            f"{table.parameter}: this embedding uses {option} by what else is in the batch, so no gradient belongs to "
+            "a single datum. Build it without that option, or freeze it with requires_grad_(False)."
+        )
+    return table.permuted(1, 0).reshaped(1, *table.size[::-1])
+
+
+@handles(F.embedding)
+def embedding(
+    view: Windows,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Iterator[Use]:
+    """Rows of a table; the row `padding_idx` gets no gradient."""
+    table = _table(view, weight, max_norm, scale_grad_by_freq)
+    if table:
+        ignored = None if padding_idx is None else padding_idx % len(weight)
+        yield LookupUse(table, None, input.unsqueeze(-1), ignored=ignored)
+
+
+@handles(F.embedding_bag)
+def embedding_bag(
+    view: Windows,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Iterator[Use]:
+    """Sums or means of rows, bags of one length ``[n, J]`` or of any, told apart by where each begins."""
+    table = _table(view, weight, max_norm, scale_grad_by_freq)
+    if not table or mode not in ("sum", "mean"):
+        return
+    ignored = None if padding_idx is None else padding_idx % len(weight)
+    if input.dim() == 2:
+        indices, counted = input, torch.ones_like(input, dtype=torch.bool)
+    else:
+        assert offsets is not None
+        starts = offsets[:-1] if include_last_offset else offsets
+        ends = torch.cat([starts[1:], starts.new_tensor([len(input)])]) if not include_last_offset else offsets[1:]
+        lengths = ends - starts
+        steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=input.device)
+        counted = steps < lengths[:, None]
+        indices = torch.where(counted, input[(starts[:, None] + steps).clamp_max(max(len(input) - 1, 0))], 0)
+    if ignored is not None:
+        counted = counted & (indices != ignored)
+    factors = counted.to(weight.dtype)
+    if per_sample_weights is not None:
+        given = per_sample_weights.detach()
+        spread = given if input.dim() == 2 else given[(starts[:, None] + steps).clamp_max(max(len(input) - 1, 0))]
+        factors = factors * spread
+    if mode == "mean":
+        factors = factors / factors.sum(dim=1, keepdim=True).clamp_min(1)
+    yield LookupUse(table, None, indices, factors=factors)
+
+
+class _Read(nn.Module):
+    # Indices made of real inputs, so that tests can give it what they give all others.
+    def __init__(self, module: nn.Module, positions: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table, self.positions = module, positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.table((x * 7).long().abs() % 5)
+        return y if self.positions is None else y + self.positions(torch.arange(x.shape[1], device=x.device))
+
+
+EXAMPLES["embedding"] = lambda: (_Read(nn.Embedding(5, 3)), (4, 6))
+EXAMPLES["embedding, padding"] = lambda: (_Read(nn.Embedding(5, 3, padding_idx=1)), (4, 6))
+EXAMPLES["embedding bag, mean"] = lambda: (_Read(nn.EmbeddingBag(5, 3, mode="mean")), (4, 6))
+EXAMPLES["embedding bag, sum"] = lambda: (_Read(nn.EmbeddingBag(5, 2, mode="sum", padding_idx=0)), (4, 3))
+EXAMPLES["embeddings of tokens and positions"] = lambda: (_Read(nn.Embedding(5, 3), nn.Embedding(8, 3)), (4, 6))

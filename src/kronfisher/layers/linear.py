@@ -1,0 +1,113 @@
+"""Affine maps of the last axis: ``linear``, products with a matrix from either side, ``addmm``."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronfisher.fisher.blocks import Window
+from kronfisher.layers.activations import Activations, Dense, Ones
+from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+
+__all__ = ["RowUse"]
+
+
+class RowUse(Use):
+    """``y[..., :] = W x[..., :] + b``; `transposed` where the rows of y are its last axis (``W @ x``)."""
+
+    transposed = False
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.mT if self.transposed else tensor
+        return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        lead = (*output[:-2], output[-1]) if self.transposed else output[:-1]
+        return tuple(lead) or (1,)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return self._rows(gradient)
+
+    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+        rows = self._rows(gradient)
+        return owner.group(rows, rows.dim() - 1).unsqueeze(0)
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        if not weight:
+            groups, samples, positions, _ = self.gradients(owner, gradient).shape
+            return Ones(gradient, (groups, samples, positions))
+        rows = self._rows(self.checked_inputs())
+        return Dense(owner.group(rows, rows.dim() - 1).unsqueeze(0), bias)
+
+
+@handles(F.linear)
+def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Use]:
+    """``F.linear(x [..., I], W [O, I], b [O])``, whatever leads; a weight ``[I]`` has one output."""
+    matrix, vector = view(weight), view(bias)
+    if weight.dim() != 2 or not (matrix or vector) or (vector and vector.size != weight.shape[:1]):
+        return
+    yield RowUse(
+        matrix.reshaped(1, *matrix.size) if matrix else None,
+        vector.reshaped(1, *vector.size) if vector else None,
+        input if matrix else None,
+    )
+
+
+@handles(torch.mm, Tensor.mm)
+def mm(view: Windows, input: Tensor, mat2: Tensor) -> Iterator[Use]:
+    """As `matmul`, which calls its second argument otherwise."""
+    yield from matmul(view, input, mat2)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(view: Windows, input: Tensor, other: Tensor) -> Iterator[Use]:
+    """``x [..., I] @ M [I, O]`` and ``M [O, I] @ x [..., I, n]``, where M is a window on a parameter."""
+    left, right = view(input), view(other)
+    if bool(left) == bool(right):
+        return
+    matrix, x = (right, input) if right else (left, other)
+    assert matrix is not None
+    if len(matrix.size) != 2 or (left and x.dim() < 2):
+        return
+    use = RowUse(
+        (matrix.permuted(1, 0) if right else matrix).reshaped(1, *(matrix.size[::-1] if right else matrix.size)),
+        None,
+        x,
+    )
+    use.transposed = left is not None
+    yield use
+
+
+@handles(torch.addmm, Tensor.addmm)
+def addmm(
+    view: Windows, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Iterator[Use]:
+    """``b [O] + x [n, I] @ M [I, O]``."""
+    matrix, vector = view(mat2), view(input)
+    if beta != 1 or alpha != 1 or not (matrix or vector) or (vector and vector.size != mat2.shape[1:]):
+        return
+    yield RowUse(_columns(matrix), vector.reshaped(1, -1) if vector else None, mat1 if matrix else None)
+
+
+def _columns(matrix: Window | None) -> Window | None:
+    return matrix.permuted(1, 0).reshaped(1, *matrix.size[::-1]) if matrix else None
+
+
+class _Functional(nn.Module):
+    # Weights used through views, from both sides and without a module of their own.
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3, 5))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.addmm(self.bias, x @ self.right, self.left.t()).tanh()
+        return hidden @ self.left.new_ones(4, 2)
+
+
+EXAMPLES["linear"] = lambda: (nn.Linear(3, 4), (5, 3))
+EXAMPLES["linear without bias, three axes"] = lambda: (nn.Linear(3, 4, bias=False), (5, 2, 3))
+EXAMPLES["linear, four axes"] = lambda: (nn.Linear(3, 2), (4, 2, 3, 3))
+EXAMPLES["matrix products with views"] = lambda: (_Functional(), (5, 3))

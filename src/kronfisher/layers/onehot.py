@@ -1,0 +1,111 @@
+"""Inputs that are rows of the identity, or sums of a few: what a lookup in a table sees, never written out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kronfisher.layers.activations import Activations
+from kronfisher.linalg import WORKSPACE, chunks
+
+__all__ = ["Indices"]
+
+
+@dataclass(frozen=True)
+class Indices(Activations):
+    """``a[k, t] = Σ_j w[k, t, j] e_{i[k, t, j]}`` with unit vectors e: J = 1 for an embedding, more for a bag of them.
+
+    Attributes:
+        values: the indices i, ``[n, T, J]``.
+        weights: w, ``[n, T, J]``; zero for what does not count.
+        width: I, the rows of the table.
+
+    Example:
+        >>> inputs = Indices(torch.tensor([[[2], [0]]]), torch.ones(1, 2, 1), 3)
+        >>> inputs.dense()[0, 0].tolist()
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+
+    values: Tensor
+    weights: Tensor
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        samples, positions, _ = self.values.shape
+        return 1, samples, positions, self.width
+
+    @property
+    def stored(self) -> int:
+        return self.values.numel() + self.weights.numel()
+
+    def part(self, low: int, high: int) -> "Indices":
+        return replace(self, values=self.values[low:high], weights=self.weights[low:high])
+
+    def taken(self, index: Tensor) -> "Indices":
+        return replace(self, values=self.values[index], weights=self.weights[index])
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        values, weights = self.values[low:high], self.weights[low:high]
+        return weights.new_zeros(*values.shape[:2], self.width).scatter_add_(2, values, weights)[None]
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        values, weights = self.values[low:high], self.weights[low:high].to(matrix.dtype)
+        return (matrix[0][values] * weights[..., None]).sum(dim=2)[None]
+
+    def copied(self) -> "Indices":
+        return replace(self, values=self.values.clone(), weights=self.weights.clone())
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        if self.values.shape[2] == 1:
+            self.add_squares_(total.diagonal(dim1=1, dim2=2), workspace)
+        else:
+            super().add_covariance_(total, workspace)
+
+    def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        positions = torch.arange(self.values[..., 0].numel(), device=self.values.device).view(*self.values.shape[:2], 1)
+        ones = self.weights.new_ones(()).expand(*self.values.shape, 1)
+        self._add_squares(total[0, :, None], positions.expand_as(self.values), ones, slice(None))
+
+    def reduced(self, workspace: int = WORKSPACE) -> "Indices":
+        return Indices(self.values.flatten(1)[:, None], self.weights.flatten(1)[:, None], self.width)
+
+    def masked(self, mask: Tensor) -> "Indices":
+        return replace(self, weights=self.weights * mask.to(self.weights.dtype)[..., None])
+
+    def scaled(self, side: Tensor) -> "Indices":
+        return replace(self, weights=self.weights * side[0].to(self.weights.dtype)[self.values])
+
+    def squares(self, gradients: Tensor, workspace: int) -> Tensor:
+        total = gradients.new_zeros(self.width, gradients.shape[-1])
+        samples, _, several = self.values.shape
+        for low, high in chunks(samples, 3 * several * gradients[0, 0].numel() * gradients.element_size(), workspace):
+            some = slice(low, high)
+            owners = torch.arange(high - low, device=self.values.device).view(-1, 1, 1).expand_as(self.values[some])
+            rows = gradients[0, some, :, None].expand(-1, -1, several, -1)
+            self._add_squares(total, owners, rows, some)
+        return total.mT[None]
+
+    def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, several = self.values.shape
+        owners = torch.arange(n, device=self.values.device).view(-1, 1, 1).expand_as(self.values)
+        places, inverse = (owners * self.width + self.values).flatten().unique(return_inverse=True)
+        rows = gradients[0, :, :, None].expand(-1, -1, several, -1) * self.weights[..., None].to(gradients.dtype)
+        sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
+        return places % self.width, sums[None]
+
+    def _add_squares(self, total: Tensor, owners: Tensor, rows: Tensor, some: slice) -> None:
+        """``total[i] += Σ_owner (Σ w · row over the owner's entries with index i)∘²``, ``[I, O]``."""
+        values, weights = self.values[some], self.weights[some].to(total.dtype)
+        places, inverse = (owners * self.width + values).flatten().unique(return_inverse=True)
+        sums = total.new_zeros(len(places), total.shape[1])
+        sums.index_add_(0, inverse, (rows.to(total.dtype) * weights[..., None]).flatten(0, 2))
+        total.index_add_(0, places % self.width, sums.square())
+
+    @classmethod
+    def side_by_side(cls, several: Sequence["Indices"]) -> "Indices | None":
+        if len({each.values.shape[2] for each in several}) > 1:
+            return None
+        values = torch.cat([each.values for each in several], dim=1)
+        return Indices(values, torch.cat([each.weights for each in several], dim=1), several[0].width)

@@ -1,0 +1,263 @@
+"""The canonical form of every use of a weight, and its few contractions.
+
+A layer is ``y[k, t] = W a[k, t]`` for samples k and positions t. With inputs ``a [H, n, T, I]`` and output gradients
+``g [H, n, T, O]`` the gradient of sample k is ``G_k = Σ_t g[k, t] a[k, t]ᵀ``, shape ``[O, I]``. Nothing below this file
+knows what a convolution is, nothing above it what a Kronecker product is. H counts groups of a convolution and is 1
+otherwise. A sample is one datum under one label draw or one column of the output Hessian's root.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.layers.activations import Activations, Dense
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, turned
+
+__all__ = ["Samples", "join"]
+
+_CACHE = 2**22  # bytes of gradients that a processor writes out at once; more is no faster and takes more memory
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All that a fit sees of a block in one backward pass.
+
+    Attributes:
+        activations: ``a [H, n, T, I]``.
+        gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood.
+        first: False for the second and further columns or draws of the same data: their activations were counted
+            already.
+        mask: ``[n, T]``, one where the position counts; None: all of them. Products of a and g are not masked: where a
+            position that does not count still acts on others (through a convolution, say) its g is not zero and
+            belongs to the gradient.
+        workspace: bytes that temporaries may take.
+
+    Example:
+        >>> a, g = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5)
+        >>> samples = Samples(Dense(a), g)
+        >>> [G.shape for G in samples.per_sample()]
+        [torch.Size([1, 2, 5, 4])]
+        >>> samples.squares()[0, 0, 0]
+        tensor(18.)
+    """
+
+    activations: Activations
+    gradients: Tensor
+    first: bool = True
+    mask: Tensor | None = None
+    workspace: int = WORKSPACE
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, O, I."""
+        return self.gradients.shape[0], self.gradients.shape[-1], self.activations.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        return self.gradients.shape[2]
+
+    def __len__(self) -> int:
+        return self.gradients.shape[1]
+
+    @property
+    def rows(self) -> int | Tensor:
+        """Positions that count, over all samples."""
+        return len(self) * self.positions if self.mask is None else self.mask.sum()
+
+    @property
+    def counted(self) -> Activations:
+        """The inputs, zero at positions that do not count."""
+        return self.activations if self.mask is None else self.activations.masked(self.mask)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the samples take while they are kept."""
+        return (self.activations.stored + self.gradients.numel()) * self.gradients.element_size()
+
+    def add_input_covariance_(self, total: Tensor) -> None:
+        """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
+        add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
+        add(total, self.workspace)
+
+    def add_output_covariance_(self, total: Tensor) -> None:
+        """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
+        add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
+
+    def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""
+        pair = (self.counted, len(self)), (later.counted, len(later))
+        parts = gcd(len(self), len(later))  # positions may count as samples in one of them
+        size = len(self) * self.positions // max(parts, 1) * sum(total.shape) * total.element_size()
+        for low, high in chunks(parts, size, self.workspace):
+            left, right = (a.dense(low * n // parts, high * n // parts)[0].to(total.dtype) for a, n in pair)
+            total.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+
+    def add_output_products_with_(self, later: "Samples", total: Tensor) -> None:
+        """``total += Σ_{k,t} g g'ᵀ`` ``[O, O']`` with the output gradients of another layer, row by row."""
+        left, right = (use.gradients[0].to(total.dtype).flatten(0, 1) for use in (self, later))
+        total.addmm_(left.mT, right)
+
+    def add_output_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]`` or diagonal ``[H, O]``; rows sorted by sample."""
+        groups, outputs, width = self.shape
+        columns = self.activations.columns(self.gradients)
+        if columns is not None:
+            add_symmetric_product_(total, columns[1].to(total.dtype))
+        elif self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.activations.dense(), dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.gradients * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(outputs, width, total.dim() == 2):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                add_symmetric_product_(total, (a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.mT.reshape(groups, -1, outputs))
+
+    def add_input_products_(self, total: Tensor) -> None:
+        """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]`` or diagonal ``[H, I]``; rows sorted by sample."""
+        groups, outputs, width = self.shape
+        columns = self.activations.columns(self.gradients) if total.dim() == 2 else None
+        if columns is not None:
+            places, rows = columns
+            total.index_add_(1, places, rows.to(total.dtype).square().sum(-1))
+        elif self.positions == 1:
+            for piece in self.pieces():
+                lengths = torch.linalg.vector_norm(piece.gradients, dim=-1, keepdim=True)
+                add_symmetric_product_(total, (piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(width, outputs, total.dim() == 2):
+            for piece in self.pieces():
+                a, g = piece.activations.dense(), piece.gradients
+                add_symmetric_product_(total, (g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
+        else:
+            for gradients in self.per_sample():
+                add_symmetric_product_(total, gradients.reshape(groups, -1, width))
+
+    def _shorter(self, kept: int, summed: int, diagonal: bool) -> bool:
+        """Whether ``[T, T]`` products are cheaper than the gradients written out, by multiplications."""
+        positions, last = self.positions, 1 if diagonal else kept
+        return positions * (summed + kept) + last * kept < kept * summed * (1 + last / (2 * positions))
+
+    def per_sample(self) -> Iterator[Tensor]:
+        """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
+        groups, outputs, width = self.shape
+        size = self.gradients.element_size() * groups * width * (outputs + self.positions)
+        room = min(self.workspace, _CACHE) if self.gradients.device.type == "cpu" else self.workspace
+        for low, high in chunks(len(self), size, room):
+            g = self.gradients[:, low:high]
+            if self.positions > 1:
+                yield self.activations.combined(g, low, high)
+            else:
+                yield g.squeeze(2).unsqueeze(-1) * self.activations.dense(low, high)
+
+    def squares(self) -> Tensor:
+        """``Σ_k G_k∘²``, shape ``[H, O, I]``: the diagonal of the block."""
+        shorter = self.activations.squares(self.gradients, self.workspace)
+        if shorter is not None:
+            return shorter
+        if self.positions == 1:  # (g_o a_i)² needs no outer product per sample
+            return self.gradients.squeeze(2).square().mT @ self.activations.dense().squeeze(2).square()
+        groups, outputs, width = self.shape
+        total = self.gradients.new_zeros(groups, outputs, width)
+        for gradients in self.per_sample():
+            total += gradients.square().sum(dim=1)
+        return total
+
+    def part(self, low: int, high: int) -> "Samples":
+        """Samples low to high."""
+        mask, gradients = None if self.mask is None else self.mask[low:high], self.gradients[:, low:high]
+        return replace(self, activations=self.activations.part(low, high), gradients=gradients, mask=mask)
+
+    def taken(self, index: Tensor) -> "Samples":
+        """Some samples ``[m]``."""
+        mask, gradients = None if self.mask is None else self.mask[index], self.gradients[:, index]
+        return replace(self, activations=self.activations.taken(index), gradients=gradients, mask=mask)
+
+    def copied(self) -> "Samples":
+        """The same in memory of its own: the batch may be gone, or refilled, when it is used."""
+        mask = None if self.mask is None else self.mask.clone()
+        return replace(self, activations=self.activations.copied(), gradients=self.gradients.clone(), mask=mask)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        groups, outputs, width = self.shape
+        size = self.gradients.element_size() * groups * self.positions * 2 * (width + outputs)
+        return chunks(len(self), size, self.workspace)
+
+    def pieces(self) -> Iterator["Samples"]:
+        """A few samples at a time, their inputs written out."""
+        for low, high in self._ranges():
+            activations = Dense(self.activations.dense(low, high))
+            yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
+
+    def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
+        """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
+
+        Args:
+            inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
+            outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
+        """
+        if inputs is None or inputs.dim() == 2:  # they need not be written out
+            activations = self.activations if inputs is None else self.activations.scaled(inputs)
+            yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
+            return
+        narrow = inputs.shape[-1] < inputs.shape[-2]  # then there may be a shorter way than to write them out
+        for low, high in self._ranges():
+            rows = self.activations.times(inputs, low, high) if narrow else None
+            activations = Dense(turned(self.activations.dense(low, high), inputs) if rows is None else rows)
+            yield replace(
+                self, activations=activations, gradients=turned(self.gradients[:, low:high], outputs), mask=None
+            )
+
+    def inner(self, other: "Samples") -> Tensor:
+        """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
+        if self.positions == 1:
+            inputs = (self.activations.dense() * other.activations.dense()).sum(-1)
+            return (inputs * (self.gradients * other.gradients).sum(-1)).sum(dtype=torch.float64)
+        total = self.gradients.new_zeros((), dtype=torch.float64)
+        for mine, theirs in zip(self.per_sample(), other.per_sample(), strict=True):
+            total += (mine * theirs).sum(dtype=torch.float64)
+        return total
+
+    def reduced(self) -> "Samples":
+        """Positions summed out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
+        gradients = self.gradients.sum(dim=2, keepdim=True)
+        if self.mask is None:
+            mask, gradients = None, gradients / self.positions
+        else:
+            lengths = self.mask.sum(dim=1, keepdim=True)
+            mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
+        return replace(self, activations=self.counted.reduced(self.workspace), gradients=gradients, mask=mask)
+
+    def masked(self, positions: Tensor) -> "Samples":
+        """Samples that know which positions count.
+
+        Args:
+            positions: bool ``[n, P]``. Where P is this use's T it holds position by position; else a sample counts with
+                all its positions if any of the P does.
+        """
+        if positions.shape[1] != self.positions:
+            positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
+        return replace(self, mask=positions.to(self.gradients.dtype))
+
+
+def join(uses: list[Samples]) -> Samples:
+    """Uses of one weight by the same samples as one: positions side by side along T."""
+    if len(uses) == 1:
+        return uses[0]
+    if len({use.first for use in uses}) > 1:
+        raise UnsupportedError(
+            "A layer that is applied several times got its first gradients in different label draws or columns, so its "
+            "inputs cannot be counted once each. Use labels='sampled' with samples=1."
+        )
+    mask = None
+    if any(use.mask is not None for use in uses):
+        every = uses[0].gradients.new_ones(()).expand
+        mask = torch.cat([every(len(use), use.positions) if use.mask is None else use.mask for use in uses], dim=1)
+    activations = Activations.joined([use.activations for use in uses])
+    gradients = torch.cat([use.gradients for use in uses], dim=2)
+    return replace(uses[0], activations=activations, gradients=gradients, mask=mask)

@@ -1,0 +1,102 @@
+"""Transposed convolutions in one, two and three dimensions: convolutions of images with zeros between their pixels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kronfisher.layers.activations import Activations
+from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, each
+from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.linalg import WORKSPACE, promote
+
+__all__ = ["TransposedUse"]
+
+
+class FlippedPatches(Patches):
+    """Patches whose kernel axes run backwards, as the kernel of a transposed convolution does."""
+
+    def dense(self, low: int = 0, high: int | None = None) -> Tensor:
+        rows = super().dense(low, high)
+        width = rows.shape[-1] - self.bias
+        kernel = self.window.kernel
+        flipped = rows[..., :width].unflatten(-1, (-1, *kernel)).flip(tuple(range(-len(kernel), 0)))
+        rows[..., :width] = flipped.flatten(-1 - len(kernel))
+        return rows
+
+    def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        return Activations.times(self, matrix, low, high)  # its kernels lie the other way round
+
+    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        return Activations.combined(self, weights, low, high)  # likewise
+
+    def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
+        Activations.add_covariance_(self, total, workspace)
+
+
+@dataclass
+class TransposedUse(ConvolutionUse):
+    """``y = conv_transpose(x, W) + b`` with H groups; the window moves by one over the spread image.
+
+    Attributes:
+        steps: zeros between two pixels, plus one, along each axis (the stride).
+    """
+
+    steps: tuple[int, ...]
+
+    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        if not weight:
+            return super().activations(owner, gradient, weight, bias)
+        images = owner.group(self._batched(promote(self.checked_inputs())), 1).flatten(0, 1)
+        size = [(n - 1) * step + 1 for n, step in zip(images.shape[2:], self.steps, strict=True)]
+        spread = images.new_zeros(*images.shape[:2], *size)
+        spread[(..., *(slice(None, None, step) for step in self.steps))] = images
+        return FlippedPatches(spread, self.window, self.groups, owner.samples, bias)
+
+
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def transposed_convolution(
+    view: Windows,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Iterator[Use]:
+    """Any stride, padding, output padding, groups and dilation; the weight is ``[C_in, C_out / groups, *kernel]``."""
+    kernel, shift = view(weight), view(bias)
+    if not (kernel or shift):
+        return
+    size = tuple(weight.shape[2:])
+    axes = len(size)
+    options = (each(option, axes) for option in (stride, padding, output_padding, dilation))
+    steps, cut, extra, spread = options
+    margins = [d * (k - 1) - p for d, k, p in zip(spread, size, cut, strict=True)]
+    pads = tuple((margin, margin + more) for margin, more in zip(margins, extra, strict=True))
+    if kernel:
+        outputs, inputs = weight.shape[1], weight.shape[0] // groups
+        kernel = kernel.reshaped(groups, inputs, outputs, *size).permuted(0, 2, 1, *range(3, 3 + axes))
+    yield TransposedUse(
+        kernel,
+        shift.reshaped(groups, -1) if shift else None,
+        input if kernel else None,
+        Geometry(size, (1,) * axes, pads, spread),
+        groups,
+        steps,
+    )
+
+
+EXAMPLES["conv_transpose1d"] = lambda: (nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (4, 2, 4))
+EXAMPLES["conv_transpose2d, groups and dilation"] = lambda: (
+    nn.ConvTranspose2d(4, 2, (2, 3), stride=(1, 2), padding=(0, 3), dilation=(2, 1), groups=2),
+    (3, 4, 2, 3),
+)
+EXAMPLES["conv_transpose3d, no bias"] = lambda: (
+    nn.ConvTranspose3d(2, 1, (2, 1, 2), stride=(1, 2, 1), bias=False),
+    (3, 2, 2, 1, 2),
+)

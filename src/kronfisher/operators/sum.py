@@ -1,0 +1,177 @@
+"""A sum of operators that is never formed unless it is small."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.dense import Dense
+from kronfisher.operators.diagonal import Diagonal
+from kronfisher.operators.operator import Operator
+from kronfisher.operators.spectral import Spectral
+
+__all__ = ["DENSE_LIMIT", "Sum"]
+
+DENSE_LIMIT = 4096  # rows up to which a sum is formed for its spectrum: 64 MiB in float32, seconds to decompose
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Operator, kind="total"):
+    """``Σ_i X_i``: products, trace and diagonal are sums; the rest forms the matrix, up to `DENSE_LIMIT` rows.
+
+    ``+`` makes one where the terms have no common structure.
+
+    Attributes:
+        terms: operators of one dimension, dtype and device.
+        name: what the matrix belongs to, for messages.
+
+    Example:
+        >>> X = Diagonal(torch.tensor([1.0, 2.0])) + Dense(torch.ones(2, 2)) + Diagonal(torch.tensor([1.0, 1.0]))
+        >>> X.structure, X.trace()
+        ('dense 2x2', tensor(7.))
+    """
+
+    terms: tuple[Operator, ...]
+    name: str = ""
+
+    @classmethod
+    def from_terms(cls, terms: Iterable[Operator]) -> Operator:
+        """The sum, with terms merged where that costs nothing; one operator if all of them merge.
+
+        Raises:
+            DataError: the terms differ in dimension or device.
+        """
+        flat = [part for term in terms for part in (term.terms if isinstance(term, Sum) else (term,))]
+        if len({(t.dim, t.device) for t in flat}) > 1:
+            listed = ", ".join(f"{t!r} on {t.device}" for t in flat)
+            raise DataError(f"a sum needs one dimension and one device: {listed}")
+        dtype = reduce(torch.promote_types, (t.dtype for t in flat))
+        kept: list[Operator] = []
+        for term in flat:
+            term = term.to(dtype=dtype)
+            for k, other in enumerate(kept):
+                if (merged := other.merged(term) or term.merged(other)) is not None:
+                    kept[k] = merged
+                    break
+            else:
+                kept.append(term)
+        return kept[0] if len(kept) == 1 else cls(tuple(kept), kept[0].name)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.terms[0].dim
+
+    @property
+    def semidefinite(self) -> bool:
+        """Whether all terms are."""
+        return all(term.semidefinite for term in self.terms)
+
+    @property
+    def structure(self) -> str:
+        """Its terms."""
+        return " + ".join(term.structure for term in self.terms)
+
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """The sum of the products, for K rows ``[K, D]``."""
+        return sum((term.matvecs(rows) for term in self.terms[1:]), start=self.terms[0].matvecs(rows))
+
+    def spectral(self) -> Spectral:
+        """Of the matrix itself.
+
+        Raises:
+            UnsupportedError: it has more than `DENSE_LIMIT` rows.
+        """
+        return self._dense("its spectrum").spectral()
+
+    def solves(self, rows: Tensor) -> Tensor:
+        """By the Cholesky factor of the matrix itself; UnsupportedError as in `spectral`."""
+        return self._dense("its inverse").solves(rows)
+
+    def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
+        """As the matrix itself does; UnsupportedError as in `spectral`."""
+        return self._dense("its root").colour(noise, inverse=inverse)
+
+    def inverse(self) -> Operator:
+        """Of the matrix itself; UnsupportedError as in `spectral`."""
+        return self._dense("its inverse").inverse()
+
+    def logdet(self) -> Tensor:
+        """Of the matrix itself; UnsupportedError as in `spectral`."""
+        return self._dense("its determinant").logdet()
+
+    def frobenius_norm(self) -> Tensor:
+        """Of the matrix itself; UnsupportedError as in `spectral`."""
+        return self._dense("its norm").frobenius_norm()
+
+    def shifted(self, damping: float) -> Operator:
+        """``Σ X_i + λ·1``: through the spectrum where there is one, else with the identity as one more term."""
+        shift = nonnegative(damping, "the damping λ")
+        if shift == 0 or self.dim <= DENSE_LIMIT:
+            return super().shifted(shift)
+        identity = torch.full((self.dim,), shift, dtype=self.dtype, device=self.device)
+        return Sum.from_terms((*self.terms, Diagonal(identity, self.name, definite=True)))
+
+    def scaled(self, factor: float) -> "Sum":
+        """Term by term."""
+        return replace(self, terms=tuple(term.scaled(factor) for term in self.terms))
+
+    def transposed(self, outputs: int, inputs: int) -> Operator:
+        """Term by term."""
+        return Sum.from_terms(term.transposed(outputs, inputs) for term in self.terms)
+
+    def trace(self) -> Tensor:
+        """The sum of the traces."""
+        return torch.stack([term.trace() for term in self.terms]).sum()
+
+    def diagonal(self) -> Tensor:
+        """The sum of the diagonals, ``[D]``."""
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+    def to_dense(self) -> Tensor:
+        """``[D, D]``."""
+        return sum((term.to_dense() for term in self.terms[1:]), start=self.terms[0].to_dense())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the terms, numbered."""
+        return {f"{k}.{key}": t for k, term in enumerate(self.terms) for key, t in term.tensors().items()}
+
+    def settings(self) -> dict[str, Any]:
+        """The name, and kind and settings of every term."""
+        return {"name": self.name, "terms": [{"kind": term.kind, **term.settings()} for term in self.terms]}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
+        """Term by term."""
+        terms = []
+        for k, term in enumerate(settings["terms"]):
+            own = {key.removeprefix(f"{k}."): t for key, t in tensors.items() if key.startswith(f"{k}.")}
+            terms.append(Operator.restored(own, term))
+        return cls(tuple(terms), settings["name"])
+
+    @cached_property
+    def _matrix(self) -> Dense:
+        return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite)
+
+    def _dense(self, wanted: str) -> Dense:
+        require_small(self, wanted, "choose a fit of one term.")
+        return self._matrix
+
+
+def require_small(operator: Operator, wanted: str, remedy: str) -> None:
+    """Refuse to form a large matrix for what its structure does not give.
+
+    Raises:
+        UnsupportedError: it has more than `DENSE_LIMIT` rows.
+    """
+    if operator.dim > DENSE_LIMIT:
+        raise UnsupportedError(
+            f"{operator!r}: a sum of operators has no structure that gives {wanted}, and it is not formed above "
+            f"{DENSE_LIMIT} rows (it has {operator.dim}). Products, trace and diagonal work: solve by conjugate "
+            f"gradients on them (fisher.to_scipy() suits SciPy's solvers), or {remedy}"
+        )

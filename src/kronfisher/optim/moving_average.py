@@ -1,0 +1,102 @@
+"""A fit as training uses it: its passes over the data run side by side, each as a moving average."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fits import Fit, Plan, State
+from kronfisher.layers.samples import Samples
+from kronfisher.operators import Operator
+
+__all__ = ["Phased", "Phases"]
+
+
+@dataclass
+class Phases(State):
+    """States of the passes of one fit: the first pass, and with EKFAC the eigenvalues in the basis that it gave."""
+
+    states: list[State] = field(default_factory=list)
+
+    def checked(self) -> "Phases":
+        """Itself, if every sum of every pass is finite; NumericalError otherwise."""
+        for state in self.states:
+            state.checked()
+        return self
+
+
+@dataclass(frozen=True)
+class Phased(Fit):
+    """Passes that follow each other over a data set follow each other over batches here.
+
+    A fit of one pass is itself. With two passes (EKFAC: the basis, then eigenvalues in it) every batch goes to both,
+    and `turned` starts the second one again from the average of the first.
+    """
+
+    fit: Fit
+
+    @property
+    def chained(self) -> bool:
+        return self.fit.chained
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        return self.fit.groups(blocks, after)
+
+    def alone(self, block: Block) -> str:
+        return self.fit.alone(block)
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        plan = self.fit.plan(group, element)
+        if not self.fit.trains:
+            raise UnsupportedError(
+                f"{group[0].name}: {self.fit} keeps samples before it sums any, and training keeps moving averages of "
+                "sums. Choose a fit of one pass, such as 'kfac', or EKFAC of one."
+            )
+        if plan.passes > 2:
+            raise UnsupportedError(
+                f"{group[0].name}: {self.fit} reads the data {plan.passes} times, and in training each batch is seen "
+                "once. Choose a fit of one pass, or EKFAC of one."
+            )
+        return replace(plan, bytes=3 * plan.bytes)  # the average, the batch's own, the inverse
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Phases:
+        return Phases(group, plan, {}, states=[self.fit.init(group, plan, like)])
+
+    def fresh(self, average: Phases) -> Phases:
+        """Empty states in the bases of the average."""
+        first, *rest = average.states
+        like = next(iter(first.sums.values()))
+        states = [self.fit.init(average.blocks, average.plan, like.new_empty(0)), *(_emptied(state) for state in rest)]
+        return Phases(average.blocks, average.plan, {}, states=states)
+
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> Phases:
+        state.states = [self.fit.update(one, samples) for one in state.states]
+        return state
+
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> Phases:
+        states = [self.fit.combine(old, new, wx, wy) for old, new in zip(x.states, y.states, strict=True)]
+        return replace(x, states=states, count=wx * x.count + wy * y.count)
+
+    def turned(self, average: Phases) -> Phases | None:
+        """The average with its second pass begun anew from the first; None for a fit of one pass."""
+        again = self.fit.next_pass(replace(average.states[0]))
+        if again is not None and len(average.states) > 1:
+            again = self.fit.carried(average.states[1], again)
+        return None if again is None else replace(average, states=[average.states[0], again])
+
+    def finish(self, state: Any) -> Operator:
+        return self.fit.finish(state.states[-1])
+
+
+def scaled(state: State, factor: float) -> State:
+    """A state of plain sums times a number."""
+    sums = {name: factor * value for name, value in state.sums.items()}
+    return replace(state, sums=sums, count=factor * state.count, rows=factor * state.rows)
+
+
+def _emptied(state: State) -> State:
+    sums = {name: value.new_zeros(value.shape) for name, value in state.sums.items()}
+    return replace(state, sums=sums, count=0.0, rows=0.0)

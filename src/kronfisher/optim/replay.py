@@ -1,0 +1,114 @@
+"""The same forward pass once more: dropout masks are replayed, buffers and modules' attributes are left alone."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kronfisher.capture.isolation import replaced, without_weight_cache
+
+__all__ = ["Pass", "Snapshot"]
+
+
+class Snapshot:
+    """Random state, buffers, modules' attributes and autocast as they are before a forward pass.
+
+    Args:
+        model: whose buffers and devices count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module._buffers, {name: b if b is None else b.detach().clone() for name, b in module._buffers.items()})
+            for module in model.modules()
+            if module._buffers
+        ]
+        self._attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+        self._random = _random_state(devices)
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in {"cpu", *(device.type for device in devices)}
+            if torch.is_autocast_enabled(kind)
+        ]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Meet that state again; the present one is put back at the end."""
+        present = _random_state(set(self._random[3]))
+        with ExitStack() as stack:
+            stack.enter_context(without_weight_cache())  # it may hold the weights as they were before a step
+            for attributes, values in self._attributes:
+                stack.enter_context(replaced([attributes], values))
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype))
+            if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for buffers, values in self._buffers:
+                copies = {name: value if value is None else value.clone() for name, value in values.items()}
+                stack.enter_context(replaced([buffers], copies))
+            _set_random_state(self._random)
+            try:
+                yield
+            finally:
+                _set_random_state(present)
+
+
+@dataclass
+class Pass:
+    """One forward pass of a training step.
+
+    Attributes:
+        forward: what was called.
+        snapshot: the state before it, if it may be needed again.
+        capture: what was seen of it, if statistics are due.
+        outputs: what it returned, until the backward pass.
+        seen: the same without the graph, if it may be needed again.
+        targets: as the likelihood takes them.
+        loss: the mean negative log-likelihood, in float64.
+        count: data that counted.
+    """
+
+    forward: Callable[[], Tensor]
+    snapshot: Snapshot | None = None
+    capture: Any = None
+    outputs: Tensor | None = None
+    seen: Tensor | None = None
+    targets: Any = None
+    loss: Tensor | None = None
+    count: float | Tensor = field(default=0.0)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether autocast was on, so that outputs have few digits."""
+        return self.snapshot is not None and bool(self.snapshot.autocast)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Where `forward` gives the same outputs once more."""
+        assert self.snapshot is not None
+        with self.snapshot.replayed():
+            yield
+
+
+RandomState = tuple[Any, Any, Tensor, dict[torch.device, Tensor]]
+
+
+def _random_state(devices: set[torch.device]) -> RandomState:
+    states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state(), states
+
+
+def _set_random_state(state: RandomState) -> None:
+    python, arrays, cpu, devices = state
+    random.setstate(python)
+    np.random.set_state(arrays)
+    torch.default_generator.set_state(cpu)
+    for device, own in devices.items():
+        torch.get_device_module(device).set_rng_state(own, device)

@@ -1,0 +1,145 @@
+"""Inverses applied to the rows that a gradient is made of: cheaper than to the gradient where a batch has few of them.
+
+``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (data times positions). Each side is applied where it costs
+less; the products of a and g replace those that they are compared with.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kronfisher.capture.capture import Capture
+from kronfisher.capture.graph import Call
+from kronfisher.layers import Ownership
+from kronfisher.layers.linear import RowUse
+from kronfisher.operators import Kronecker
+from kronfisher.optim.layer_state import Layer
+
+__all__ = ["Rows", "apply", "route"]
+
+Route = Literal["matrix", "left", "right", "both"]
+
+
+def route(rows: int, outputs: int, inputs: int) -> Route:
+    """Which sides are applied to rows, by multiplications.
+
+    Example:
+        >>> route(128, 1000, 785), route(4096, 1000, 785), route(128, 1000, 51)
+        ('both', 'matrix', 'matrix')
+    """
+    product = rows * outputs * inputs
+    left, right = (rows * outputs**2, inputs * outputs**2), (rows * inputs**2, outputs * inputs**2)
+    costs: dict[Route, int] = {
+        "matrix": left[1] + right[1],
+        "left": product + left[0] + right[1],
+        "right": product + left[1] + right[0],
+        "both": product + left[0] + right[0],
+    }
+    return min(costs, key=lambda key: costs[key])
+
+
+@dataclass
+class Rows:
+    """Inputs and output gradients of linear layers, kept from the loss's own backward pass.
+
+    Attributes:
+        layers: those for which rows may pay.
+        found: layer's name → inputs ``[R, I]`` with the bias coordinate, and output gradients ``[R, O]``.
+        slopes: layer's name → ``⟨V, B⁻¹ V A⁻¹⟩`` for layers whose V was never formed, filled by `apply`.
+        edges: where the gradients of the outputs of those layers arrive.
+    """
+
+    layers: dict[tuple, Layer]
+    found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
+    edges: list[GradientEdge] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, layers: Iterable[Layer], rates: Mapping[str, float]) -> "Rows":
+        """For the layers whose inverse is separable, and whose parameters have one learning rate."""
+        chosen = (layer for layer in layers if layer.separable)
+        one = (layer for layer in chosen if len({rates.get(name) for name in layer.blocks[0].parameters}) == 1)
+        return cls({layer.blocks[0].key: layer for layer in one})
+
+    def watch(self, capture: Capture) -> None:
+        """Drop layers that are used more than once, whose gradient is a sum, and those with hooks of the user's."""
+        counts: dict[tuple, int] = {}
+        hooked: set[tuple] = set()
+        for call in capture.calls:
+            for use in call.uses:
+                keys = {(use.weight, use.bias), (use.weight, None), (None, use.bias)}
+                hooked |= keys if len(call.hooks) > 1 else set()  # one is ours
+                for key in keys:
+                    counts[key] = counts.get(key, 0) + 1
+        self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1 and key not in hooked}
+
+    def spare(self, capture: Capture) -> set[str]:
+        """Parameters whose gradient need not be formed, because both sides go to rows; remembers their calls."""
+        spared: set[str] = set()
+        for call in capture.calls:
+            for use in call.uses:
+                layer = self.layers.get((use.weight, use.bias))
+                rows = prod(use.lead(call.shape)) if isinstance(use, RowUse) else 0
+                if layer is not None and rows and route(rows, *layer.blocks[0].shape[1:]) == "both":
+                    spared.update(layer.blocks[0].parameters)
+                    self.edges.append(call.edge)
+        return spared
+
+    def receive(self, call: Call, gradient: Tensor) -> None:
+        """Keep one call's rows if that pays."""
+        for use in call.uses:
+            layer = self.layers.get((use.weight, use.bias))
+            if layer is None or not isinstance(use, RowUse):
+                continue
+            owner = Ownership(prod(use.lead(call.shape)))
+            outputs = use.gradients(owner, gradient.to(use.dtype)).flatten(0, 2)
+            if route(len(outputs), *layer.blocks[0].shape[1:]) != "matrix":
+                activations = use.activations(owner, gradient, use.weight is not None, use.bias is not None)
+                self.found[layer.name] = activations.dense().flatten(0, 2), outputs
+
+    def form_missing(self, gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Add gradients that were spared, for layers whose inverse has another form by now."""
+        for layer in self.layers.values():
+            (block,) = layer.blocks
+            if layer.name in self.found and not layer.separable and block.parameters[0] not in gradients:
+                inputs, outputs = self.found[layer.name]
+                out = {name: torch.empty_like(parameters[name]).unsqueeze(0) for name in block.parameters}
+                block.scatter((outputs.mT @ inputs).reshape(1, -1), out)
+                gradients.update({name: gradient[0] for name, gradient in out.items()})
+
+
+def apply(layer: Layer, rows: Rows, out: dict[str, Tensor]) -> None:
+    """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``.
+
+    Args:
+        layer: whose inverse is applied.
+        rows: which hold a and g; they receive the slope too, if both sides go to rows.
+        out: parameter name → answer.
+    """
+    inverse, (block,) = layer.inverse, layer.blocks
+    inputs, outputs = rows.found[layer.name]
+    assert isinstance(inverse, Kronecker)
+    left, right = inverse.B[0], inverse.A[0]
+    chosen = route(len(inputs), len(left), len(right))
+    if chosen in ("left", "both"):
+        left = left @ outputs.mT
+    right = inputs @ right if chosen in ("right", "both") else right
+    if chosen == "both":  # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
+        rows.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
+    middle = {"left": (left, inputs, right), "right": (left, outputs.mT, right)}.get(chosen)
+    first, last = (left, right) if middle is None else _joined(*middle, into_left=chosen == "left")
+    if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
+        weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
+        torch.mm(first, last[:, :-1], out=weight.view(len(first), -1))
+        torch.mv(first, last[:, -1], out=bias.view(-1))
+    else:
+        block.scatter((first @ last).reshape(1, -1), out)
+
+
+def _joined(left: Tensor, middle: Tensor, right: Tensor, *, into_left: bool) -> tuple[Tensor, Tensor]:
+    return (left @ middle, right) if into_left else (left, middle @ right)

@@ -1,0 +1,223 @@
+"""Averages and inverses during training agree with estimates on the same data."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.fisher.damping import Damping
+from kronfisher.fits import Plan, State
+from kronfisher.operators import KroneckerBasis
+from kronfisher.operators.factors import outer
+from kronfisher.optim import Curvature
+
+FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
+
+
+def network(dtype=torch.float64):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3))
+    return model.to(dtype)
+
+
+def batch(n=7, dtype=torch.float64):
+    return torch.randn(n, 2, 4, 4, dtype=dtype), torch.randint(3, (n,))
+
+
+def curvature(model, fit="kfac", damping: Damping | None = None, **options):
+    settings = {"refresh": kf.Refresh(), "labels": "exact", "samples": 1, "seed": 0} | options
+    return Curvature(
+        model,
+        dict(model.named_parameters()),
+        kf.Categorical(),
+        fit=fit,
+        damping=damping or kf.FactoredTikhonov(),
+        **settings,
+    )
+
+
+def observe(found, x, y=None):
+    found.prepare()
+    with found.captured() as capture:
+        outputs = found.model(x)
+    found.absorb(capture, outputs, y, retain=False)
+
+
+def vector(model):
+    return {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("damping", [kf.FactoredTikhonov, kf.Tikhonov])
+@pytest.mark.parametrize("fit", FITS, ids=str)
+def test_the_first_statistics_are_an_estimate(fit, damping):
+    model, (x, _) = network(), batch()
+    found = curvature(model, fit, damping())
+    observe(found, x)
+    found.merge()
+    found.renew(0.3)
+    v = vector(model)
+    # the second pass of EKFAC sees the batch as an estimate does
+    expected = (kf.estimate(model, x, kf.Categorical(), fit=fit, labels="exact") + damping(0.3)).solve(v)
+    answer = found.precondition(v, 0.3)
+    for name in v:
+        torch.testing.assert_close(answer[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_are_averaged_with_decreasing_weights(dtype):
+    model = network(dtype)
+    found = curvature(model, refresh=kf.Refresh(average=0.5))
+    sums, batches = None, [batch(n, dtype)[0] for n in (5, 8, 3)]
+    for x in batches:
+        observe(found, x)
+        found.merge()
+        found.step += 1
+        own = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac")["0.weight"].B * len(x)
+        sums = own if sums is None else 0.5 * sums + own
+    layer = next(layer for layer in found.layers if layer.name == "0.weight")
+    torch.testing.assert_close(layer.fit.finish(layer.average).B, sums / (0.25 * 5 + 0.5 * 8 + 3))
+
+
+def test_parts_of_a_batch_add_up():
+    model, (x, _) = network(), batch(10)
+    whole, parts = curvature(model), curvature(model)
+    observe(whole, x)
+    for part in x.split([4, 6]):
+        observe(parts, part)
+    for found in (whole, parts):
+        found.merge()
+        found.renew(0.1)
+    v = vector(model)
+    for one, other in zip(whole.precondition(v, 0.1).values(), parts.precondition(v, 0.1).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_statistics_that_are_not_finite_are_dropped():
+    model, (x, _) = network(), batch()
+    found = curvature(model)
+    observe(found, x)
+    found.merge()
+    found.renew(0.1)
+    before = found.precondition(v := vector(model), 0.1)
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = 1e200  # outputs stay finite behind the tanh; second moments of inputs do not
+    found.step = found.statistics_due
+    observe(found, x * 1e200)
+    found.merge()
+    assert found.dropped == 1
+    found.layers[0].due = 0
+    found.renew(0.1)
+    for name, answer in found.precondition(v, 0.1).items():
+        assert torch.isfinite(answer).all(), name
+        torch.testing.assert_close(answer, before[name])
+
+
+def test_parameters_that_no_block_covers_are_found_and_scaled_by_the_mean():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.power = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.layer(x) * self.power.exp()
+
+    model = Odd()
+    found = curvature(model)
+    observe(found, x := torch.randn(6, 3))
+    found.merge()
+    found.renew(0.1)
+    assert list(found.uncovered) == ["power"] and "exp" in found.uncovered["power"]
+    answer = found.precondition({name: torch.ones_like(p) for name, p in model.named_parameters()}, 0.1)
+    model.power.requires_grad_(False)
+    mean = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac").trace() / 12
+    torch.testing.assert_close(answer["power"], torch.full((3,), float(1 / (mean + 0.1))))
+
+
+def test_data_coupled_by_the_batch_are_treated_as_if_they_were_not_and_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    found = curvature(model)
+    observe(found, torch.randn(6, 3))
+    assert found.coupled == ["0.weight"]
+    assert set(found.uncovered) == {"1.weight", "1.bias"}
+
+
+def test_inverses_take_turns():
+    refresh = kf.Refresh(inverse=8)
+    due = [[0] * 4 for _ in range(200)]
+    at = [0, 0, 0, 0]
+    for step in range(200):
+        for place in range(4):
+            if at[place] <= step:
+                due[step][place], at[place] = 1, refresh.turn(step, place, 4)
+    late = due[100:]
+    assert max(map(sum, late)) == 1 and sum(map(sum, late)) == pytest.approx(100 / 8 * 4, abs=4)
+
+
+@pytest.mark.parametrize("basis", [kf.KFAC(), kf.KFOC()])
+def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
+    model = network()
+    found = curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
+    before = {}
+    for x, _ in (batch(9), batch(6), batch(8)):
+        observe(found, x)
+        found.merge()
+        found.renew(0.3)
+        found.step += 1
+        for layer in found.layers:
+            assert layer.average is not None
+            state = layer.average.states[-1]
+            U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT
+            batches = [block.name for block in layer.blocks]
+            truth = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="full")[batches[0]].to_dense() * len(x)
+            values = diagonal(U, truth)
+            if layer.name in before:
+                V, old = before[layer.name]
+                product = outer(state.fixed["outputs.values"], state.fixed["inputs.values"])
+                leaked = diagonal(U, whole(V, diagonal(V, whole(U, product)))) / product
+                values = values + 0.5 * diagonal(U, whole(V, old)) / leaked
+            torch.testing.assert_close(state.sums["eigenvalues"].flatten(), values, rtol=1e-6, atol=1e-10)
+            before[layer.name] = U, values
+
+
+def diagonal(U, matrix):
+    return (U.mT @ matrix @ U).diagonal()
+
+
+def whole(U, values):
+    return (U * values) @ U.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_that_belong_to_the_new_product_arrive_as_its_own(dtype):
+    """By a turn of 0.01 a large eigenvalue would leak a hundred times what the smallest is."""
+    a, b = torch.tensor([1.0, 1e-3, 1e-6], dtype=dtype), torch.tensor([2.0, 1e-4], dtype=dtype)
+    skew = torch.tensor([[0.0, 1.0, -2.0], [-1.0, 0.0, 1.0], [2.0, -1.0, 0.0]], dtype=dtype)
+    turn = torch.linalg.matrix_exp(0.01 * skew)
+    new = {"inputs": torch.eye(3, dtype=dtype)[None], "outputs": torch.eye(2, dtype=dtype)[None]}
+    old = {"inputs": turn[None], "outputs": new["outputs"]}
+    values = torch.outer(b, diagonal(turn, torch.diag(a)))  # of the product, in the old eigenvectors
+    plan = Plan(0)
+    before = State((), plan, {"eigenvalues": values[None]}, old, count=4.0, rows=4.0)
+    after = State((), plan, {}, {**new, "inputs.values": a[None], "outputs.values": b[None]})
+    carried = kf.EKFAC().carried(before, after)
+    torch.testing.assert_close(carried.sums["eigenvalues"][0], torch.outer(b, a), rtol=1e-4, atol=0)
+    assert carried.count == 4.0
+
+
+def test_bases_are_renewed_more_often_in_the_first_steps():
+    data, dues = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(12)], {}
+    for fit in ("kfac", "ekfac"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
+        dues[fit] = []
+        for x, y in data:
+            optimizer.step(lambda model=model, x=x: model(x), y)
+            dues[fit].append(optimizer.curvature.statistics_due)
+    assert dues["kfac"] == [1, 2, 3, 4, 6, 6, 9, 9, 9, 13, 13, 13]
+    assert dues["ekfac"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12]
+
+
+def test_early_periods_are_at_most_the_steps_so_far():
+    assert kf.Refresh(early=4).after(20, 10) == 25 and kf.Refresh().after(20, 10) == 30
+    assert kf.Refresh().careful() == kf.Refresh(early=4) and kf.Refresh(early=9).careful() == kf.Refresh(early=9)
+    with pytest.raises(ValueError, match="early"):
+        kf.Refresh(early=0.5)

@@ -1,0 +1,132 @@
+"""Inverses applied to rows give the steps that inverses applied to gradients give."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.operators import Kronecker
+from kronfisher.optim.row_inverse import Rows, apply, route
+
+
+def wide(dtype=torch.float64, bias=True):
+    torch.manual_seed(5)
+    layers = [nn.Linear(30, 40, bias=bias), nn.Tanh(), nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 20), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(20, 3)).to(dtype)
+
+
+def batches(count, n=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(n, 30, generator=generator, dtype=dtype), torch.randint(3, (n,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def spd(n):
+    root = torch.randn(n, n, dtype=torch.float64)
+    return root @ root.mT + torch.eye(n)
+
+
+@pytest.mark.parametrize("rows", [2, 10, 14, 40, 200])
+@pytest.mark.parametrize("sizes", [(12, 30), (30, 12), (1, 40), (20, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_route_gives_the_product(rows, sizes, bias):
+    model = nn.Linear(sizes[1], sizes[0], bias=bias).double()
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
+    x = torch.randn(rows, sizes[1], dtype=torch.float64)
+    optimizer.step(lambda: model(x), torch.randn(rows, sizes[0], dtype=torch.float64))
+    (layer,) = optimizer.curvature.layers
+    groups, outputs, inputs = layer.blocks[0].shape
+    assert groups == 1
+    if route(rows, outputs, inputs) == "matrix":
+        pytest.skip("rows do not pay")
+    B, A = spd(outputs), spd(inputs)
+    layer.inverse = Kronecker(A[None], B[None])
+    a, g = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
+    out = {name: torch.empty_like(p).unsqueeze(0) for name, p in model.named_parameters()}
+    kept = Rows({layer.blocks[0].key: layer}, {layer.name: (a, g)})
+    apply(layer, kept, out)
+    expected = B @ g.mT @ a @ A
+    torch.testing.assert_close(layer.blocks[0].gather(out).reshape(outputs, inputs), expected)
+    if route(rows, outputs, inputs) == "both":
+        torch.testing.assert_close(kept.slopes[layer.name], (expected * (g.mT @ a)).sum())
+    else:
+        assert not kept.slopes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 0.9, "kl_limit": 0.1, "trust": 0.1}, {"refresh": kf.Refresh(model=5), "trust": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_from_rows_are_steps_from_gradients(options, bias):
+    models = [wide(bias=bias), wide(bias=bias)]
+    groups = [[{"params": m[:3].parameters(), "lr": 0.5}, {"params": m[3:].parameters()}] for m in models]
+    whole, parts = (
+        kf.NaturalGradient(model, kf.Categorical(), params=params, **options)
+        for model, params in zip(models, groups, strict=True)
+    )
+    spared = 0
+    for x, y in batches(30):
+        whole.step(lambda x=x: models[0](x), y)
+        spared += models[0][0].weight.grad is None
+        parts.zero_grad()
+        parts.backward(parts.forward(x), y)
+        parts.step()
+        for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+    assert spared > 5
+
+
+def test_rows_are_left_alone_where_somebody_touches_the_gradient():
+    for touch in ("hook", "decay", "tied"):
+        model = wide()
+        if touch == "hook":
+            model[0].weight.register_hook(lambda g: 2 * g)
+        if touch == "tied":
+            model[3] = nn.Sequential(nn.Tanh(), model[2], nn.Linear(12, 40).double(), model[2])
+            model[2] = nn.Linear(40, 40).double()
+        optimizer = kf.NaturalGradient(
+            model, kf.Categorical(), momentum=0.9, trust=0.1, weight_decay=0.1 if touch == "decay" else 0.0
+        )
+        data = batches(30)
+        if touch == "tied":
+            model = nn.Sequential(model[0], model[1], model[2], nn.Tanh(), model[3][1], nn.Linear(12, 40).double())
+            twice = model[4]
+            optimizer = kf.NaturalGradient(
+                (tied := Tied(model, twice)), kf.Categorical(class_dim=1), momentum=0.9, trust=0.1
+            )
+            model = tied
+        for x, y in data:
+            optimizer.step(lambda x=x, model=model: model(x), y)
+            weight = twice.weight if touch == "tied" else model[0].weight
+            assert weight.grad is not None, touch
+
+
+class Tied(nn.Module):
+    def __init__(self, body, twice):
+        super().__init__()
+        self.body, self.twice = body, twice
+
+    def forward(self, x):
+        return self.twice(self.body(x).tanh())
+
+
+def test_a_spared_gradient_is_formed_when_the_inverse_has_another_form():
+    model = wide()
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), momentum=0.0, trust=0.1)
+    for x, y in batches(2):
+        optimizer.step(lambda x=x: model(x), y)
+    layer = optimizer.curvature.layers[0]
+    (block,) = layer.blocks
+    _, outputs, inputs = block.shape
+    a, g = torch.randn(3, inputs, dtype=torch.float64), torch.randn(3, outputs, dtype=torch.float64)
+    rows = Rows({block.key: layer}, {layer.name: (a, g)})
+    layer.solves = True
+    gradients = {}
+    rows.form_missing(gradients, dict(model.named_parameters()))
+    assert set(gradients) == set(block.parameters)
+    formed = block.gather({name: gradient[None] for name, gradient in gradients.items()})
+    torch.testing.assert_close(formed.reshape(outputs, inputs), g.mT @ a)
