@@ -1,4 +1,4 @@
-"""Rooms are few, imports point one way for every file, the core needs torch and numpy only, and links lead somewhere."""
+"""Rooms are few, imports point one way for every file, the core needs torch and numpy only, links lead somewhere."""
 
 import ast
 import re

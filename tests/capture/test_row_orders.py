@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.layers import Ownership, Probe
+from kronfisher.layers import Probe, RowOrder
 from tests.exact import Written, assert_exact, assert_fallback, exact_fisher
 
 N = 5
@@ -290,25 +290,25 @@ def test_which_passes_are_run():
 def test_the_rule_that_owners_show(data):
     samples = data.draw(st.integers(1, 6))
     lead = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, samples, 2 * samples]), min_size=1, max_size=3)))
-    rules = Ownership.candidates(lead, samples)
+    rules = RowOrder.candidates(lead, samples)
     if not rules:
         return
     rule = data.draw(st.sampled_from(rules))
-    owners = rule.owners(lead)
-    assert sorted(owners.flatten().tolist()) == sorted([k for k in range(samples)] * (owners.numel() // samples))
-    found, sure = Ownership.by_owners(owners, samples)
-    assert torch.equal(found.owners(lead), owners)
-    hidden = owners.masked_fill(torch.rand(lead) < 0.5, -1)
-    found, sure = Ownership.by_owners(hidden, samples)
+    examples = rule.examples(lead)
+    assert sorted(examples.flatten().tolist()) == sorted([k for k in range(samples)] * (examples.numel() // samples))
+    found, sure = RowOrder.by_examples(examples, samples)
+    assert torch.equal(found.examples(lead), examples)
+    hidden = examples.masked_fill(torch.rand(lead) < 0.5, -1)
+    found, sure = RowOrder.by_examples(hidden, samples)
     known = hidden >= 0
-    assert torch.equal(found.owners(lead)[known], owners[known])
-    if sure and not torch.equal(found.owners(lead), owners):
+    assert torch.equal(found.examples(lead)[known], examples[known])
+    if sure and not torch.equal(found.examples(lead), examples):
         raise AssertionError("sure, and wrong")
-    rows = torch.arange(owners.numel() * 2).reshape(*lead, 2)
+    rows = torch.arange(examples.numel() * 2).reshape(*lead, 2)
     grouped = rule.group(rows, len(lead))
-    assert grouped.shape == (samples, owners.numel() // samples, 2)
+    assert grouped.shape == (samples, examples.numel() // samples, 2)
     for k in range(samples):
-        assert set(grouped[k].flatten().tolist()) == set(rows[owners == k].flatten().tolist())
+        assert set(grouped[k].flatten().tolist()) == set(rows[examples == k].flatten().tolist())
 
 
 @given(st.integers(1, 5000), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
@@ -319,21 +319,21 @@ def test_the_probe_reads_every_number(samples, dtype):
     assert torch.isfinite(factors).all() and (factors > 0).all()
     plain = torch.randn(samples, 3, dtype=dtype)
     passes = [probe.projected((plain * factor[:, None]).float()) for factor in factors]
-    assert probe.owners(passes).tolist() == list(range(samples))
+    assert probe.examples(passes).tolist() == list(range(samples))
 
 
 def test_the_probe_sees_mixtures_and_silence():
     probe = Probe(4, torch.float32)
     factors, plain = probe.factors(), torch.randn(4, 7)
     passes = [probe.projected(plain * factor[:, None]) for factor in factors]
-    assert probe.owners(passes).tolist() == [0, 1, 2, 3]
+    assert probe.examples(passes).tolist() == [0, 1, 2, 3]
     quiet = [rows * torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None] for rows in passes]
-    assert probe.owners(quiet).tolist() == [0, -1, 2, 3]
-    assert probe.owners([rows * 0 for rows in passes]).tolist() == [-1] * 4
+    assert probe.examples(quiet).tolist() == [0, -1, 2, 3]
+    assert probe.examples([rows * 0 for rows in passes]).tolist() == [-1] * 4
     mixed = plain + 0.02 * plain.roll(1, 0)
     scaled = [plain * f[:, None] + 0.02 * (plain * f[:, None]).roll(1, 0) for f in factors]
     assert torch.allclose(scaled[0], mixed)
-    assert probe.owners([probe.projected(rows) for rows in scaled]) is None
+    assert probe.examples([probe.projected(rows) for rows in scaled]) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

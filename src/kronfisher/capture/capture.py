@@ -278,7 +278,7 @@ class Capture(TorchFunctionMode):
                     chosen = torch.Generator("cpu").manual_seed(len(rows))
                     some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
                     several.append(probe.projected(rows[some.to(rows.device), None]))
-        return [place for place, found in enumerate(passes) if found and probe.owners(found) is None]
+        return [place for place, found in enumerate(passes) if found and probe.examples(found) is None]
 
     def _probing(self, outputs: Tensor, probe: Probe) -> Iterator[Tensor]:
         """The vectors of a probe's passes."""
@@ -334,7 +334,7 @@ class Capture(TorchFunctionMode):
         for vector in self._probing(outputs, probe):
             self.backward((outputs * vector).sum(), receive, sources, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
-        return {key: probe.owners(found) if found else unknown[key] for key, found in passes.items()}
+        return {key: probe.examples(found) if found else unknown[key] for key, found in passes.items()}
 
     def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
         """What `vector`, for the output of one call, becomes as the gradient of the output of a call before it.

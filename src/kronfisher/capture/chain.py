@@ -18,7 +18,7 @@ from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import Call, Proof
 from kronfisher.capture.parts import Part
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.layers import Ownership
+from kronfisher.layers import RowOrder
 
 __all__ = ["Chains", "chains"]
 
@@ -40,7 +40,7 @@ def chains(
     capture: Capture,
     proof: Proof,
     parts: Mapping[int, list[Part]],
-    owners: Mapping[tuple[int, int], Ownership],
+    owners: Mapping[tuple[int, int], RowOrder],
     apart: Callable[[Block, Block], str],
 ) -> Chains:
     """The neighbours in a captured forward pass.
@@ -103,7 +103,7 @@ def chains(
     return found
 
 
-Place = tuple[Call, Part, Ownership]
+Place = tuple[Call, Part, RowOrder]
 
 
 def unlike(capture: Capture, earlier: Place, later: Place) -> str:
@@ -141,7 +141,7 @@ _PASSES = 4
 _SURE = 0.9  # the share of rows that have to arrive in their own places
 
 
-def _rows(call: Call, part: Part, owner: Ownership) -> Tensor:
+def _rows(call: Call, part: Part, owner: RowOrder) -> Tensor:
     """Places of the elements of ``g [R, O]`` in the call's output, for R = n·T rows and one group."""
     places = torch.arange(prod(call.shape), dtype=torch.float64, device="cpu").reshape(call.shape)
     return part.use.gradients(owner, places).round().long().flatten(0, 2)

@@ -11,17 +11,17 @@ from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import Call, Proof
 from kronfisher.capture.parts import Part
 from kronfisher.fisher.blocks import Key
-from kronfisher.layers import Ownership, Use
+from kronfisher.layers import RowOrder, Use
 from kronfisher.layers.row_order import coupled, scattered
 
-__all__ = ["Owned", "Owners"]
+__all__ = ["FoundOrders", "RowOrders"]
 
 # Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
-_RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, Ownership]]] = WeakKeyDictionary()
+_RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, RowOrder]]] = WeakKeyDictionary()
 
 
 @dataclass
-class Owned:
+class FoundOrders:
     """What is known of the rows of one forward pass.
 
     Attributes:
@@ -30,12 +30,12 @@ class Owned:
         problems: parameter → why the gradients of single data exist, but not row by row.
     """
 
-    owners: dict[tuple[int, int], Ownership] = field(default_factory=dict)
+    owners: dict[tuple[int, int], RowOrder] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
 
-class Owners:
+class RowOrders:
     """Finds out which sample owns each row, and remembers it.
 
     A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates too.
@@ -53,7 +53,7 @@ class Owners:
     def __init__(self, model: nn.Module, training: bool) -> None:
         self.model, self.training = model, training
         self.mixed: set[str] = set()
-        self._guesses: dict[int, dict[tuple, Ownership]] = {}
+        self._guesses: dict[int, dict[tuple, RowOrder]] = {}
 
     def find(
         self,
@@ -63,7 +63,7 @@ class Owners:
         parts: Mapping[int, list[Part]],
         owned: Container[Key],
         masked: bool,
-    ) -> Owned:
+    ) -> FoundOrders:
         """The owners of all rows.
 
         Args:
@@ -74,7 +74,7 @@ class Owners:
             owned: keys of blocks whose fits need rows sorted by sample.
             masked: whether positions are going to be masked.
         """
-        samples, found = len(outputs), Owned()
+        samples, found = len(outputs), FoundOrders()
         rules = _RULES.setdefault(self.model, {}).setdefault(proof.graph, {})
         guesses = self._guesses.setdefault(proof.graph, {})
         doubtful: dict[tuple[int, Hashable], Use] = {}
@@ -101,7 +101,7 @@ class Owners:
                 if rule := self._coupled(call, part, sort, found):
                     found.owners[index, number] = guesses[key] = rule
                 continue
-            rule, sure = Ownership.by_owners(rows, samples) if sort else (Ownership(rows.numel()), True)
+            rule, sure = RowOrder.by_examples(rows, samples) if sort else (RowOrder(rows.numel()), True)
             if rule is None:
                 reason = scattered(_what(call, part), tuple(rows.shape), samples)
                 found.problems |= dict.fromkeys(part.block.parameters, reason)
@@ -111,7 +111,7 @@ class Owners:
                 (rules if bool((rows >= 0).any()) else guesses)[key] = rule
         return found
 
-    def _coupled(self, call: Call, part: Part, sort: bool, found: Owned) -> Ownership | None:
+    def _coupled(self, call: Call, part: Part, sort: bool, found: FoundOrders) -> RowOrder | None:
         """What becomes of rows that belong to several samples: a rule that takes them as they are, or a reason."""
         block, reason = part.block, coupled(_what(call, part))
         if call.constant:
@@ -123,7 +123,7 @@ class Owners:
             found.problems |= dict.fromkeys(block.parameters, reason)
         else:
             self.mixed.add(block.name)
-            return Ownership(prod(part.use.lead(call.shape)))
+            return RowOrder(prod(part.use.lead(call.shape)))
         return None
 
 
@@ -131,10 +131,10 @@ def _what(call: Call, part: Part) -> str:
     return f"{part.block.name} (used by {call.operator})"
 
 
-def _known(rule: Ownership | None, lead: tuple[int, ...], samples: int, sort: bool) -> Ownership | None:
+def _known(rule: RowOrder | None, lead: tuple[int, ...], samples: int, sort: bool) -> RowOrder | None:
     """What is known without a probe."""
     if samples == 1:
-        return Ownership(1)
+        return RowOrder(1)
     if rule is None:
         return None
-    return rule.fitted(lead, samples) if sort else Ownership(prod(lead))
+    return rule.fitted(lead, samples) if sort else RowOrder(prod(lead))

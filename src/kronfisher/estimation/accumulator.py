@@ -15,7 +15,7 @@ from kronfisher.capture.graph import Proof
 from kronfisher.capture.parts import Part
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import detached, hidden, refuse, unclaimed, unknown
-from kronfisher.capture.row_orders import Owners
+from kronfisher.capture.row_orders import RowOrders
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.estimation.assignment import Treatment
 from kronfisher.estimation.groups import Groups, rows_each
@@ -23,7 +23,7 @@ from kronfisher.estimation.neighbours import Following
 from kronfisher.estimation.routing import Stream
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits import Choice
-from kronfisher.layers import Ownership
+from kronfisher.layers import RowOrder
 from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
 
 __all__ = ["Accumulator", "Labels"]
@@ -96,7 +96,7 @@ class Accumulator:
             )
         self.device = next(iter(self.parameters.values())).device
         self.treatment = Treatment(self.model, self.parameters, self.fit, self.training)
-        self.owners = Owners(self.model, self.training)
+        self.owners = RowOrders(self.model, self.training)
         self.following = Following(self.treatment)
         self.groups = Groups(self.treatment, self.following, self.memory_budget)
         self.start_pass()
@@ -214,7 +214,7 @@ class Accumulator:
 
     def understand(
         self, capture: Capture, outputs: Tensor, masked: bool, where: str
-    ) -> tuple[Proof, dict[int, list[Part]], dict[tuple[int, int], Ownership]]:
+    ) -> tuple[Proof, dict[int, list[Part]], dict[tuple[int, int], RowOrder]]:
         """What a batch's uses are, which sample owns their rows, and for which parameters only the fallback is left.
 
         Raises:

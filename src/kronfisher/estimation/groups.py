@@ -111,7 +111,7 @@ class Groups:
     def owned(self, planned: Iterable[Planned]) -> set[Key]:
         """Keys of blocks whose rows have to be sorted by sample, those that are going to be treated among them."""
         plans = [*((group.blocks, group.state.plan) for group in self._groups), *((p.blocks, p.plan) for p in planned)]
-        return {block.key for blocks, plan in plans if plan.owned for block in blocks}
+        return {block.key for blocks, plan in plans if plan.by_example for block in blocks}
 
     def add(
         self, blocks: Iterable[Block], where: str, rows: Mapping[Key, int] | None = None, count: float | Tensor = 0.0

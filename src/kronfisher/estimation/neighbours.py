@@ -9,7 +9,7 @@ from kronfisher.capture.parts import Part
 from kronfisher.capture.refusals import refuse
 from kronfisher.estimation.assignment import Treatment
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.layers import Ownership
+from kronfisher.layers import RowOrder
 
 __all__ = ["Following"]
 
@@ -36,7 +36,7 @@ class Following:
         capture: Capture,
         proof: Proof,
         parts: Mapping[int, list[Part]],
-        owners: Mapping[tuple[int, int], Ownership],
+        owners: Mapping[tuple[int, int], RowOrder],
         begun: Container[Key],
         where: str,
     ) -> None:

@@ -12,7 +12,7 @@ from kronfisher.capture.parts import Part
 from kronfisher.capture.per_sample import per_sample_gradients, written_out
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
-from kronfisher.layers import Ownership
+from kronfisher.layers import RowOrder
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples, join
 from kronfisher.linalg import full_precision
@@ -38,7 +38,7 @@ class Stream:
     def __init__(
         self,
         entries: Mapping[int, list[tuple[Part, Group, int]]],
-        owners: Mapping[tuple[int, int], Ownership],
+        owners: Mapping[tuple[int, int], RowOrder],
         mask: Tensor | None,
         singles: Mapping[str, tuple[Group, int]] | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class Stream:
                 self._counted.add((call.index, number))
                 if self._mask is not None:
                     samples = samples.masked(self._mask)
-                if group.state.plan.owned or len(group.blocks) > 1:
+                if group.state.plan.by_example or len(group.blocks) > 1:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: uses of one weight need not wait for each other
                     group.state = group.fit.update(group.state, (samples,))

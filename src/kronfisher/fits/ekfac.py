@@ -50,7 +50,7 @@ class EKFAC(Fit):
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         first = self.basis.plan(group, element)
         extra = first.bytes // 2 + element * elements(*sizes(group))  # the eigenvectors are as large as the factors
-        return replace(first, bytes=first.bytes + extra, passes=first.passes + 1, owned=True)
+        return replace(first, bytes=first.bytes + extra, passes=first.passes + 1, by_example=True)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         return self.basis.init(group, plan, like)

@@ -34,13 +34,13 @@ class Plan:
         waiting: bytes that they may take, at most.
         sample: bytes of the inputs and gradients of one datum, about; known once there are data.
         passes: times the data are read, at most.
-        owned: whether rows must be sorted by sample.
+        by_example: whether rows must be sorted by sample.
         workspace: bytes that temporaries may take.
     """
 
     bytes: int
     passes: int = 1
-    owned: bool = True
+    by_example: bool = True
     workspace: int = WORKSPACE
     temporary: int = 0
     waits: int = 0

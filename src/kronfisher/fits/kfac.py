@@ -70,7 +70,7 @@ class KFAC(Fit):
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         inputs, outputs = self.sides(group)
-        return Plan(2 * element * (elements(*inputs) + elements(*outputs)), owned=self.mode == "reduce")
+        return Plan(2 * element * (elements(*inputs) + elements(*outputs)), by_example=self.mode == "reduce")
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         inputs, outputs = self.sides(group)

@@ -92,7 +92,7 @@ class BlockTridiagonal(Fit):
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         plans = [self.basis.plan((block,), element) for block in group]
         crosses = sum(x.shape[k] * y.shape[k] for x, y in pairwise(group) for k in (1, 2))
-        return Plan(sum(plan.bytes for plan in plans) + 2 * element * crosses, owned=plans[0].owned)
+        return Plan(sum(plan.bytes for plan in plans) + 2 * element * crosses, by_example=plans[0].by_example)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         if len(group) == 1:

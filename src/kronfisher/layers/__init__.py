@@ -1,15 +1,15 @@
 """How operators of torch use trainable weights, one file per kind; importing registers them all."""
 
 from kronfisher.layers import attention, convolution, elementwise, embedding, linear, norm, transposed
-from kronfisher.layers.row_order import Ownership, Probe
+from kronfisher.layers.row_order import Probe, RowOrder
 from kronfisher.layers.use import EXAMPLES, OPERATORS, REWRITES, Use, Windows
 
 __all__ = [
     "EXAMPLES",
     "OPERATORS",
     "REWRITES",
-    "Ownership",
     "Probe",
+    "RowOrder",
     "Use",
     "Windows",
     "attention",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kronfisher.layers import shifts
 from kronfisher.layers.activations import Activations, Ones
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
@@ -189,17 +189,17 @@ class ConvolutionUse(Use):
     def rows(self, gradient: Tensor) -> Tensor:
         return self._batched(gradient).flatten(1)
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         images = self._batched(promote(gradient)).flatten(2).unflatten(1, (self.groups, -1))  # [R, H, O, T]
-        grouped = owner.group(images, 1).permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
+        grouped = order.group(images, 1).permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
         return grouped.flatten(3).permute(0, 2, 3, 1)
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
-            groups, samples, positions, _ = self.gradients(owner, gradient).shape
+            groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(promote(gradient), (groups, samples, positions))
-        images = owner.group(self._batched(promote(self.checked_inputs())), 1)
-        return Patches(images.flatten(0, 1), self.window, self.groups, owner.samples, bias)
+        images = order.group(self._batched(promote(self.checked_inputs())), 1)
+        return Patches(images.flatten(0, 1), self.window, self.groups, order.samples, bias)
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Ones
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
 
 __all__ = ["ElementwiseUse"]
@@ -61,20 +61,20 @@ class ElementwiseUse(Use):
             gradient = gradient.narrow(*self.slab)
         return gradient.permute(*lead, *features).unsqueeze(-1).flatten(len(lead))
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         gradient = gradient if self.sign == 1 else gradient * self.sign
         if self.factor is not None:
             gradient = gradient * self.factor(self.checked_inputs())
         rows = self.rows(gradient)
-        summed = owner.group(rows, rows.dim() - 1).sum(dim=1)
+        summed = order.group(rows, rows.dim() - 1).sum(dim=1)
         if self.part is not None:
             values, summed = summed, summed.new_zeros(len(summed), *self.part.shape)
             self.part.scatter(values, summed)
             summed = summed.flatten(1)
         return summed[None, :, None]
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        return Ones(gradient, (1, owner.samples, 1))
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return Ones(gradient, (1, order.samples, 1))
 
 
 def broadcast(view: Window) -> Window:

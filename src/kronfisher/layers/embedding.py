@@ -13,7 +13,7 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.onehot import Indices
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
 
 __all__ = ["AddedLookupUse", "LookupUse"]
@@ -57,12 +57,12 @@ class LookupUse(Use):
     def rows(self, gradient: Tensor) -> Tensor:
         return self._rows(gradient)
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         rows = self._rows(gradient)
-        return owner.group(rows, rows.dim() - 1)[None]
+        return order.group(rows, rows.dim() - 1)[None]
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        values, weights = (owner.group(each, each.dim() - 1) for each in map(self._rows, self.entries()))
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        values, weights = (order.group(each, each.dim() - 1) for each in map(self._rows, self.entries()))
         return Indices(values, weights, self.width)
 
     def added(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
@@ -88,12 +88,12 @@ class AddedLookupUse(ElementwiseUse):
         assert self.table is not None
         return self.table
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
-        summed = super().gradients(owner, gradient)  # [1, n, 1, T·O]
-        return summed.reshape(1, owner.samples, -1, self.aligned[-1])
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        summed = super().gradients(order, gradient)  # [1, n, 1, T·O]
+        return summed.reshape(1, order.samples, -1, self.aligned[-1])
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        values, weights = (each.reshape(1, -1, 1).expand(owner.samples, -1, -1) for each in self.lookup.entries())
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        values, weights = (each.reshape(1, -1, 1).expand(order.samples, -1, -1) for each in self.lookup.entries())
         return Indices(values, weights, self.lookup.width)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Dense, Ones
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
 
 __all__ = ["RowUse"]
@@ -30,16 +30,16 @@ class RowUse(Use):
     def rows(self, gradient: Tensor) -> Tensor:
         return self._rows(gradient)
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         rows = self._rows(gradient)
-        return owner.group(rows, rows.dim() - 1).unsqueeze(0)
+        return order.group(rows, rows.dim() - 1).unsqueeze(0)
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
-            groups, samples, positions, _ = self.gradients(owner, gradient).shape
+            groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(gradient, (groups, samples, positions))
         rows = self._rows(self.checked_inputs())
-        return Dense(owner.group(rows, rows.dim() - 1).unsqueeze(0), bias)
+        return Dense(order.group(rows, rows.dim() - 1).unsqueeze(0), bias)
 
 
 @handles(F.linear)

@@ -82,23 +82,23 @@ class Indices(Activations):
         samples, _, several = self.values.shape
         for low, high in chunks(samples, 3 * several * gradients[0, 0].numel() * gradients.element_size(), workspace):
             some = slice(low, high)
-            owners = torch.arange(high - low, device=self.values.device).view(-1, 1, 1).expand_as(self.values[some])
+            examples = torch.arange(high - low, device=self.values.device).view(-1, 1, 1).expand_as(self.values[some])
             rows = gradients[0, some, :, None].expand(-1, -1, several, -1)
-            self._add_squares(total, owners, rows, some)
+            self._add_squares(total, examples, rows, some)
         return total.mT[None]
 
     def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         n, _, several = self.values.shape
-        owners = torch.arange(n, device=self.values.device).view(-1, 1, 1).expand_as(self.values)
-        places, inverse = (owners * self.width + self.values).flatten().unique(return_inverse=True)
+        examples = torch.arange(n, device=self.values.device).view(-1, 1, 1).expand_as(self.values)
+        places, inverse = (examples * self.width + self.values).flatten().unique(return_inverse=True)
         rows = gradients[0, :, :, None].expand(-1, -1, several, -1) * self.weights[..., None].to(gradients.dtype)
         sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
         return places % self.width, sums[None]
 
-    def _add_squares(self, total: Tensor, owners: Tensor, rows: Tensor, some: slice) -> None:
-        """``total[i] += Σ_owner (Σ w · row over the owner's entries with index i)∘²``, ``[I, O]``."""
+    def _add_squares(self, total: Tensor, examples: Tensor, rows: Tensor, some: slice) -> None:
+        """``total[i] += Σ_example (Σ w · row over the example's entries with index i)∘²``, ``[I, O]``."""
         values, weights = self.values[some], self.weights[some].to(total.dtype)
-        places, inverse = (owners * self.width + values).flatten().unique(return_inverse=True)
+        places, inverse = (examples * self.width + values).flatten().unique(return_inverse=True)
         sums = total.new_zeros(len(places), total.shape[1])
         sums.index_add_(0, inverse, (rows.to(total.dtype) * weights[..., None]).flatten(0, 2))
         total.index_add_(0, places % self.width, sums.square())

@@ -11,11 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Ownership", "Probe"]
+__all__ = ["Probe", "RowOrder"]
 
 
 @dataclass(frozen=True)
-class Ownership:
+class RowOrder:
     """A rule that sorts rows by the sample that owns them.
 
     Attributes:
@@ -23,11 +23,11 @@ class Ownership:
         axis: the leading axis along which samples lie.
         folded: whether that axis holds several rows of each sample.
         major: then: they stand together (else samples alternate).
-        order: ``[R]`` places along the axis sorted by sample, where they lie in no regular order.
+        places: ``[R]`` places along the axis sorted by sample, where they lie in no regular order.
 
     Example:
         >>> rows = torch.arange(6).reshape(3, 2)  # three positions of two samples, sequence first
-        >>> Ownership(2, axis=1).group(rows, 2).tolist()
+        >>> RowOrder(2, axis=1).group(rows, 2).tolist()
         [[0, 2, 4], [1, 3, 5]]
     """
 
@@ -35,13 +35,13 @@ class Ownership:
     axis: int = 0
     folded: bool = False
     major: bool = True
-    order: Tensor | None = None
+    places: Tensor | None = None
 
     def split(self, rows: Tensor) -> Tensor:
         """``[*lead, *rest] → [n, R/n along the axis, other lead axes in their order, *rest]``."""
         rows = rows.movedim(self.axis, 0)
-        if self.order is not None:
-            rows = rows[self.order]
+        if self.places is not None:
+            rows = rows[self.places]
         if self.major:
             return rows.unflatten(0, (self.samples, -1))
         return rows.unflatten(0, (-1, self.samples)).transpose(0, 1)
@@ -49,51 +49,51 @@ class Ownership:
     def group(self, rows: Tensor, lead: int) -> Tensor:
         """``[*lead, *rest] → [n, T, *rest]``; `lead` is the number of leading axes."""
         rest = rows.shape[lead:]
-        if self.axis == 0 and self.major and self.order is None:
+        if self.axis == 0 and self.major and self.places is None:
             return rows.reshape(self.samples, -1, *rest)
         return self.split(rows).reshape(self.samples, -1, *rest)
 
-    def owners(self, lead: tuple[int, ...]) -> Tensor:
+    def examples(self, lead: tuple[int, ...]) -> Tensor:
         """The sample of every row, shaped as the leading axes."""
         rows = self.group(torch.arange(prod(lead), device="cpu").reshape(lead), len(lead))
-        owners = torch.empty(prod(lead), dtype=torch.long, device="cpu")
-        owners[rows.flatten()] = torch.arange(self.samples, device="cpu").repeat_interleave(rows.shape[1])
-        return owners.reshape(lead)
+        examples = torch.empty(prod(lead), dtype=torch.long, device="cpu")
+        examples[rows.flatten()] = torch.arange(self.samples, device="cpu").repeat_interleave(rows.shape[1])
+        return examples.reshape(lead)
 
-    def fitted(self, lead: tuple[int, ...], samples: int) -> "Ownership | None":
+    def fitted(self, lead: tuple[int, ...], samples: int) -> "RowOrder | None":
         """The same rule for a batch of another size, or None where it does not say how that lies."""
-        if self.order is not None or self.axis >= len(lead) or lead[self.axis] % samples:
+        if self.places is not None or self.axis >= len(lead) or lead[self.axis] % samples:
             return None
         if lead[self.axis] > samples and not self.folded:  # one row of each sample does not show how several lie
             return None
         return replace(self, samples=samples)
 
     @staticmethod
-    def candidates(lead: tuple[int, ...], samples: int) -> "list[Ownership]":
+    def candidates(lead: tuple[int, ...], samples: int) -> "list[RowOrder]":
         """The rules that shapes allow, the likeliest first."""
-        exact = [Ownership(samples, axis) for axis, size in enumerate(lead) if size == samples]
+        exact = [RowOrder(samples, axis) for axis, size in enumerate(lead) if size == samples]
         folded = [axis for axis, size in enumerate(lead) if size > samples and size % samples == 0]
-        return exact + [Ownership(samples, axis, True, major) for axis in folded for major in (True, False)]
+        return exact + [RowOrder(samples, axis, True, major) for axis in folded for major in (True, False)]
 
     @staticmethod
-    def by_owners(owners: Tensor, samples: int) -> "tuple[Ownership | None, bool]":
-        """The rule that explains the owners of rows, and whether nothing else could.
+    def by_examples(examples: Tensor, samples: int) -> "tuple[RowOrder | None, bool]":
+        """The rule that explains the examples of rows, and whether nothing else could.
 
         Args:
-            owners: the sample of every row, shaped as the leading axes; −1 where nobody knows.
+            examples: the sample of every row, shaped as the leading axes; −1 where nobody knows.
             samples: n.
         """
-        lead, known = tuple(owners.shape), owners >= 0
-        rules = Ownership.candidates(lead, samples)
-        fitting = [rule for rule in rules if torch.equal(rule.owners(lead)[known], owners[known])]
+        lead, known = tuple(examples.shape), examples >= 0
+        rules = RowOrder.candidates(lead, samples)
+        fitting = [rule for rule in rules if torch.equal(rule.examples(lead)[known], examples[known])]
         if fitting:
             return fitting[0], len(fitting) == 1
         for axis in range(len(lead)):  # data in another order, such as sorted by length
-            lines = owners.movedim(axis, 0).reshape(lead[axis], -1)
+            lines = examples.movedim(axis, 0).reshape(lead[axis], -1)
             line = lines.amax(dim=1)
             counts = torch.bincount(line.clamp_min(0), minlength=samples)
             if bool(((lines == line[:, None]) | (lines < 0)).all() & (line >= 0).all() & (counts == counts[0]).all()):
-                return Ownership(samples, axis, order=torch.argsort(line, stable=True)), True
+                return RowOrder(samples, axis, places=torch.argsort(line, stable=True)), True
         return None, True
 
 
@@ -130,7 +130,7 @@ class Probe:
         generator = torch.Generator("cpu").manual_seed(features)
         return (rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)).double()
 
-    def owners(self, passes: list[Tensor]) -> Tensor | None:
+    def examples(self, passes: list[Tensor]) -> Tensor | None:
         """The sample of every row, −1 where its gradient is zero; None if a row belongs to several samples.
 
         Args:

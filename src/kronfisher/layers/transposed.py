@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, each
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
@@ -46,14 +46,14 @@ class TransposedUse(ConvolutionUse):
 
     steps: tuple[int, ...]
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
-            return super().activations(owner, gradient, weight, bias)
-        images = owner.group(self._batched(promote(self.checked_inputs())), 1).flatten(0, 1)
+            return super().activations(order, gradient, weight, bias)
+        images = order.group(self._batched(promote(self.checked_inputs())), 1).flatten(0, 1)
         size = [(n - 1) * step + 1 for n, step in zip(images.shape[2:], self.steps, strict=True)]
         spread = images.new_zeros(*images.shape[:2], *size)
         spread[(..., *(slice(None, None, step) for step in self.steps))] = images
-        return FlippedPatches(spread, self.window, self.groups, owner.samples, bias)
+        return FlippedPatches(spread, self.window, self.groups, order.samples, bias)
 
 
 @handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

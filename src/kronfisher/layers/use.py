@@ -15,7 +15,7 @@ from torch import Tensor
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations
-from kronfisher.layers.row_order import Ownership
+from kronfisher.layers.row_order import RowOrder
 
 __all__ = ["EXAMPLES", "OPERATORS", "REWRITES", "Use", "Windows", "handles", "rewrites"]
 
@@ -112,11 +112,11 @@ class Use:
         """The output gradient as ``[*lead, F]``, for the probe."""
         raise NotImplementedError
 
-    def activations(self, owner: Ownership, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         """The inputs of the weight, of the bias, or of both, grouped by sample; `gradient` tells dtype and shape."""
         raise NotImplementedError
 
-    def gradients(self, owner: Ownership, gradient: Tensor) -> Tensor:
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         """The output gradients ``[H, n, T, O]``."""
         raise NotImplementedError
 

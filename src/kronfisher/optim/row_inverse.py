@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import Call
-from kronfisher.layers import Ownership
+from kronfisher.layers import RowOrder
 from kronfisher.layers.linear import RowUse
 from kronfisher.operators import Kronecker
 from kronfisher.optim.layer_state import Layer
@@ -96,10 +96,10 @@ class Rows:
             layer = self.layers.get((use.weight, use.bias))
             if layer is None or not isinstance(use, RowUse):
                 continue
-            owner = Ownership(prod(use.lead(call.shape)))
-            outputs = use.gradients(owner, gradient.to(use.dtype)).flatten(0, 2)
+            order = RowOrder(prod(use.lead(call.shape)))
+            outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
             if route(len(outputs), *layer.blocks[0].shape[1:]) != "matrix":
-                activations = use.activations(owner, gradient, use.weight is not None, use.bias is not None)
+                activations = use.activations(order, gradient, use.weight is not None, use.bias is not None)
                 self.found[layer.name] = activations.dense().flatten(0, 2), outputs
 
     def form_missing(self, gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
