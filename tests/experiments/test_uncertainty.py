@@ -12,7 +12,7 @@ from kronfisher.experiments import data, networks
 from kronfisher.experiments.cli import main
 from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.training import train
-from kronfisher.experiments.uncertainty import Picture, UCIStudy, ood, uci
+from kronfisher.experiments.uncertainty import Picture, UCIStudy, classification, ood, uci
 
 torch.set_num_threads(1)
 
@@ -87,14 +87,16 @@ def test_measures_of_classification():
     p = torch.rand(4000, 5).pow(3)
     p /= p.sum(1, keepdim=True)
     targets = torch.distributions.Categorical(p).sample()
-    assert ood.calibration_error(p, targets) < 0.03  # drawn from the very probabilities
+    assert classification.calibration_error(p, targets) < 0.03  # drawn from the very probabilities
     sharper = p.square() / p.square().sum(1, keepdim=True)
-    assert ood.calibration_error(sharper, targets) > 0.08
+    assert classification.calibration_error(sharper, targets) > 0.08
     low, high = torch.randn(50), torch.randn(70) + 0.5
     pairs = (low[:, None] < high).double().mean()
-    assert ood.auroc(low, high) == pytest.approx(float(pairs))
-    assert ood.auroc(torch.ones(3), torch.ones(4)) == 0.5
-    found = ood.judged(lambda x: p[x.long().flatten()], torch.arange(100.0), torch.arange(100.0, 300.0), targets[:100])
+    assert classification.auroc(low, high) == pytest.approx(float(pairs))
+    assert classification.auroc(torch.ones(3), torch.ones(4)) == 0.5
+    found = classification.judge(
+        lambda x: p[x.long().flatten()], torch.arange(100.0), torch.arange(100.0, 300.0), targets[:100]
+    )
     assert found["nll"] == pytest.approx(-float(p[:100].gather(1, targets[:100, None]).log().mean()), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((p[:100].argmax(1) == targets[:100]).double().mean()))
 

@@ -1,15 +1,12 @@
 """Pictures of the studies of uncertainty."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kronfisher.experiments.figures import written
 from kronfisher.experiments.studies.figures import LOOKS
 from kronfisher.experiments.studies.findings import Findings, deviation
-
-if TYPE_CHECKING:
-    from kronfisher.experiments.uncertainty.uci import UCIFindings
 
 __all__ = ["differences", "measures", "regression"]
 
@@ -18,37 +15,42 @@ def _colour(fit: str) -> str:
     return LOOKS.get(fit, ("#444444", "-"))[0]
 
 
-def differences(found: "UCIFindings", folder: str | Path) -> list[Path]:
-    """For every set the test log likelihoods less that of the exact blocks, split by split, with standard errors."""
-    problems = found.distinct("problem")
-    fits = [fit for fit in found.settings["fits"] if fit != "exact blocks"]
+def differences(
+    truth: Mapping[str, Sequence[float]], others: Mapping[str, Mapping[str, Sequence[float]]], folder: str | Path
+) -> list[Path]:
+    """For every set the test log likelihoods less those of the exact blocks, split by split, with standard errors.
+
+    Args:
+        truth: set → log likelihoods of the exact blocks, one for each split.
+        others: fit → the same; a fit with other splits than the truth is left out.
+        folder: is made if need be.
+    """
 
     def figures() -> Iterator[tuple[str, Any]]:
         from matplotlib.figure import Figure
 
-        columns = min(5, len(problems))
-        rows = -(-len(problems) // columns)
-        figure = Figure(figsize=(3.0 * columns + 1.6, 0.28 * len(fits) * rows + 1.2 * rows), layout="constrained")
+        columns = min(5, len(truth))
+        rows = -(-len(truth) // columns)
+        figure = Figure(figsize=(3.0 * columns + 1.6, 0.28 * len(others) * rows + 1.2 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-        for axes, problem in zip(grid, problems, strict=False):
-            truth = found.values(problem, "exact blocks", "marginal")
-            for place, fit in enumerate(fits):
-                own = found.values(problem, fit, "marginal")
-                if not own or len(own) != len(truth):
+        for axes, (problem, exact) in zip(grid, truth.items(), strict=False):
+            for place, (fit, values) in enumerate(others.items()):
+                own = values[problem]
+                if not own or len(own) != len(exact):
                     continue
-                average, spread = deviation(a - b for a, b in zip(own, truth, strict=True))
+                average, spread = deviation(a - b for a, b in zip(own, exact, strict=True))
                 error = spread / len(own) ** 0.5
                 axes.errorbar(average, place, xerr=error, fmt="o", color=_colour(fit), markersize=5, capsize=2)
             axes.axvline(0.0, color="#444444", lw=1)
             axes.set_title(problem, fontsize=10)
-            axes.set_yticks(range(len(fits)), fits)
-            axes.set_ylim(len(fits) - 0.5, -0.5)
-        for axes in grid[len(problems) :]:
+            axes.set_yticks(range(len(others)), list(others))
+            axes.set_ylim(len(others) - 0.5, -0.5)
+        for axes in grid[len(truth) :]:
             axes.set_visible(False)
-        figure.supxlabel("test log likelihood less that of the exact blocks, nats a datum", fontsize=10)
+        figure.supxlabel("test log likelihood less that of the exact blocks, nats an example", fontsize=10)
         yield "uncertainty-uci", figure
 
-    return written(folder, figures) if problems else []
+    return written(folder, figures) if truth else []
 
 
 def measures(found: Findings, folder: str | Path, names: Mapping[str, str], same: str) -> list[Path]:

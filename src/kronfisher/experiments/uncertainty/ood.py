@@ -18,12 +18,13 @@ from kronfisher.experiments.studies.experiment import Experiment, Say, Step
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.training import train
 from kronfisher.experiments.uncertainty import peer
+from kronfisher.experiments.uncertainty.classification import judge
 from kronfisher.fits import EKFAC, KFAC, KFOC, TKFAC, Diagonal, Fit
 from kronfisher.laplace import Laplace
 from kronfisher.likelihoods import Categorical
 from kronfisher.tables import Table, duration
 
-__all__ = ["CALIBRATED", "FITS", "OODFindings", "OODStudy", "auroc", "calibration_error"]
+__all__ = ["CALIBRATED", "FITS", "OODFindings", "OODStudy"]
 
 FITS: Mapping[str, Fit] = {
     "diagonal": Diagonal(),
@@ -116,14 +117,14 @@ class OODStudy(Experiment):
                 with torch.no_grad():
                     return model(x).softmax(-1)
 
-            rows.append(self._row("MAP", seed, judged(plain, *tests)))
+            rows.append(self._row("MAP", seed, judge(plain, *tests)))
             for label, fit in self.fits.items():
                 step(f"seed {seed}: {label}", seed, self.seeds)
                 try:
                     posterior, found = self._ours(model, batches, fit, seed)
-                    rows.append(self._row(label, seed, found | judged(mean_of(posterior), *tests)))
+                    rows.append(self._row(label, seed, found | judge(mean_of(posterior), *tests)))
                     found = self._calibrated(posterior, validation)
-                    rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judged(mean_of(posterior), *tests)))
+                    rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judge(mean_of(posterior), *tests)))
                 except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
                     rows.append(self._row(label, seed, {"failure": str(reason)}))
             for structure in self.peers if peer.available() else ():
@@ -133,7 +134,7 @@ class OODStudy(Experiment):
                 def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
                     return posterior(x, pred_type="glm", link_approx="probit").detach()
 
-                found = {"estimate": estimating, "tune": tuning, **judged(theirs, *tests, at_once=peer.AT_ONCE)}
+                found = {"estimate": estimating, "tune": tuning, **judge(theirs, *tests, at_once=peer.AT_ONCE)}
                 rows.append(self._row(f"laplace-torch {structure}", seed, found))
             say(f"seed {seed}: {duration(time.perf_counter() - start)}")
 
@@ -169,7 +170,7 @@ class OODStudy(Experiment):
 
 
 def mean_of(posterior: Laplace) -> Callable[[Tensor], Tensor]:
-    """What it predicts."""
+    """The function from inputs to predicted means."""
 
     def predict(x: Tensor) -> Tensor:
         with warnings.catch_warnings():
@@ -182,48 +183,6 @@ def mean_of(posterior: Laplace) -> Callable[[Tensor], Tensor]:
 def _prior(posterior: Laplace) -> dict[str, float]:
     precision = float(next(iter(posterior.prior_precision.values())))
     return {"prior_precision": precision, "evidence": float(posterior.log_marginal_likelihood())}
-
-
-def judged(
-    predict: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, targets: Tensor, at_once: int = 250
-) -> dict[str, float]:
-    """Accuracy, negative log likelihood, calibration error, AUROC by the entropy, and the seconds of predicting."""
-    start = time.process_time()
-    near, far = (torch.cat([predict(part) for part in x.split(at_once)]).double() for x in (inside, outside))
-    seconds = time.process_time() - start
-    entropies = [-(p * p.clamp_min(1e-300).log()).sum(1) for p in (near, far)]
-    return {
-        "accuracy": float((near.argmax(1) == targets).double().mean()),
-        "nll": -float(near.gather(1, targets[:, None]).clamp_min(1e-300).log().mean()),
-        "ece": calibration_error(near, targets),
-        "auroc": auroc(*entropies),
-        "predict": seconds,
-    }
-
-
-def calibration_error(p: Tensor, targets: Tensor, bins: int = 15) -> float:
-    """The expected calibration error: mean difference of confidence and accuracy over bins of equal width.
-
-    Example:
-        >>> calibration_error(torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1]))
-        0.3000...
-    """
-    confidence, chosen = p.double().max(1)
-    place = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, (chosen == targets).double() - confidence)
-    return float(gaps.abs().sum() / len(p))
-
-
-def auroc(low: Tensor, high: Tensor) -> float:
-    """The share of pairs in which `high` has the higher score; ties count half.
-
-    Example:
-        >>> auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
-        0.875
-    """
-    ordered = low.sort().values
-    below = torch.searchsorted(ordered, high) + torch.searchsorted(ordered, high, right=True)
-    return float(below.double().mean() / (2 * len(low)))
 
 
 @dataclass(frozen=True, eq=False)
