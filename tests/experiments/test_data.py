@@ -1,15 +1,15 @@
 """Data sets: shapes, statistics, splits, seeds, and what is said when a file is missing or damaged."""
 
 import gzip
-from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 
 from kronfisher.errors import DataError
-from kronfisher.experiments import data
+from kronfisher.experiments import data, networks
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian
+from tests.commands import run
 
 
 def write_idx(path, array):
@@ -127,11 +127,13 @@ def test_data_dir_comes_from_the_environment(idx_dir, monkeypatch):
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "faces", "yacht"])
 def test_missing_files_are_named_with_their_origin(name, tmp_path, monkeypatch):
     origin = {"mnist": "LeCun", "fashion-mnist": "Zalando", "faces": "Olivetti", "yacht": "Gal and Ghahramani"}[name]
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}.*{origin}") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=rf"{tmp_path}.*{origin}.*https://.*--data-dir.*KRONFISHER_DATA"
+    ) as caught:
         data.load(name, data_dir=tmp_path)
     assert "idx3" in str(caught.value) or ".mat" in str(caught.value) or "n_splits" in str(caught.value)
     monkeypatch.delenv("KRONFISHER_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=rf"data_dir.*KRONFISHER_DATA.*{origin}"):
+    with pytest.raises(FileNotFoundError, match=rf"--data-dir.*KRONFISHER_DATA.*{origin}.*https://"):
         data.load(name)
 
 
@@ -194,7 +196,7 @@ def test_faces(faces_dir):
 
 
 def test_faces_are_turned_and_enlarged_as_published(faces_dir):
-    module = import_module("kronfisher.experiments.data.faces")  # the package exports the function of this name
+    from kronfisher.experiments.data import faces as module
 
     originals = module._originals(faces_dir / "faces" / "olivettifaces.mat")
     assert torch.allclose(originals[20] * 255, 2.0 + 2 * torch.arange(64.0).expand(64, 64))  # rows are rows
@@ -209,7 +211,7 @@ def test_faces_are_turned_and_enlarged_as_published(faces_dir):
 
 
 def test_faces_of_test_people_are_others(faces_dir, monkeypatch):
-    module = import_module("kronfisher.experiments.data.faces")  # the package exports the function of this name
+    from kronfisher.experiments.data import faces as module
 
     seen = []
     original, module._transform = (
@@ -282,3 +284,46 @@ def test_text_that_is_damaged(text_dir, content, message):
 def test_text_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"shakespeare/input\.txt.*char-rnn"):
         data.load("shakespeare", data_dir=tmp_path)
+
+
+@pytest.fixture
+def parity(monkeypatch):
+    """A data set of somebody else's, and a network for it."""
+    monkeypatch.setattr(data.registry, "LOADERS", dict(data.registry.LOADERS))
+    monkeypatch.setattr(networks.registry, "NETWORKS", dict(networks.registry.NETWORKS))
+
+    @data.register("parity", "majority")
+    def bits(name, seed=0, train_size=80):
+        inputs = torch.randint(2, (train_size + 40, 8), generator=torch.Generator().manual_seed(seed))
+        targets = inputs.sum(1) % 2 if name == "parity" else (inputs.sum(1) > 4).long()
+        parts = inputs.float().split((train_size, 40)), targets.split((train_size, 40))
+        return data.Dataset(name, parts[0][0], parts[1][0], parts[0][1], parts[1][1], "classes", 2)
+
+    @networks.register("perceptron")
+    def perceptron(dataset, seed):
+        return networks.mlp(8, (), dataset.outputs, seed=seed)
+
+
+def test_a_registered_data_set_is_loaded_by_its_name(parity):
+    loaded = data.load("majority", train_size=50, test_size=30, seed=3, split=1)
+    assert loaded.name == "majority" and len(loaded.train_inputs) == 50 and len(loaded.test_inputs) == 30
+    assert data.names()[-2:] == ("parity", "majority")
+    with pytest.raises(ValueError, match="already a data set 'parity'"):
+        data.register("parity")(lambda: loaded)
+    with pytest.raises(ValueError, match=r"train_size.*'new' asks for path"):
+        data.register("new")(lambda path: loaded)
+    with pytest.raises(ValueError, match="already a network 'mlp'"):
+        networks.register("mlp")(networks.mlp)
+
+
+def test_a_registered_data_set_and_network_are_options_of_the_command_line(parity, capsys):
+    options = ("--data", "parity", "--network", "perceptron", "--fits", "kfac", "--limit", "40", "--epochs", "1")
+    code, out, err = run(capsys, "compare", *options)
+    assert code == 0 and "parity: 80 data to train on, 40 to test" in err and "perceptron on parity" in out
+    code, out, _ = run(capsys, "compare", "--help")
+    assert "parity" in out and "perceptron" in out
+
+
+def test_every_data_set_and_network_of_the_package_is_registered():
+    assert {"digits", "curves", "mnist", "fashion-mnist", "faces", "shakespeare", "yacht"} <= set(data.names())
+    assert {"mlp", "autoencoder", "convnet", "lenet5", "alexnet", "resnet", "vit", "gpt"} == set(networks.names())

@@ -24,8 +24,8 @@ class Study:
     """The settings of a comparison; every one has a default that gives an answer in seconds.
 
     Attributes:
-        data: name of the data set, see `kronfisher.experiments.data.NAMES`.
-        network: name of the network, see `kronfisher.experiments.networks.NAMES`; an "autoencoder" learns the inputs.
+        data: name of the data set, see `kronfisher.experiments.data.names`.
+        network: name of the network, see `kronfisher.experiments.networks.names`; an "autoencoder" learns the inputs.
         fits: names of the fits, see `kronfisher.fits.FITS`.
         labels: "sampled", "exact" or "observed".
         samples: label draws a datum, for sampled labels.
@@ -66,8 +66,8 @@ class Study:
     def __post_init__(self) -> None:
         """Refuse what cannot be run before anything is loaded."""
         for kind, given, known in (
-            ("data set", (self.data,), data.NAMES),
-            ("network", (self.network,), networks.NAMES),
+            ("data set", (self.data,), data.names()),
+            ("network", (self.network,), networks.names()),
             ("fit", self.fits, sorted(FITS)),
             ("kind of labels", (self.labels,), ("sampled", "exact", "observed")),
         ):
@@ -93,8 +93,7 @@ class Study:
         """
         size = None if self.train_size is None else max(self.train_size, self.limit)
         dataset = data.load(self.data, data_dir=self.data_dir, train_size=size, seed=self.seed, split=self.split)
-        if self.network == "autoencoder":
-            dataset = dataset.reconstruction()
+        dataset = networks.task_for(self.network, dataset)
         return dataset, networks.for_data(self.network, dataset, seed=self.seed)
 
     def run(

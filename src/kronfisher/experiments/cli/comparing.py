@@ -40,7 +40,7 @@ def add(app: Any) -> None:
     from kronfisher.fits import FITS
 
     default = Study()
-    data_help, network_help = f"one of {', '.join(data.NAMES)}", f"one of {', '.join(networks.NAMES)}"
+    data_help, network_help = f"one of {', '.join(data.names())}", f"one of {', '.join(networks.names())}"
 
     @app.command()
     def demo(output: Annotated[Path, option("folder for figures and JSON")] = Path("results/demo")) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.experiments.data.dataset import Dataset, generator
+from kronfisher.experiments.data.registry import register
 
 SIDE = 28
 MARGIN = 4.0  # pixels; the parabola overshoots the range of its points by at most an eighth (below 2.4 pixels)
@@ -12,6 +13,7 @@ INK = 1.5
 POINTS = 40  # pen positions on one curve: at most about a pixel apart
 
 
+@register("curves")
 def curves(seed: int = 0, train_size: int = 20_000, test_size: int = 10_000) -> Dataset:
     """Flattened images ``[N, 784]`` in [0, 1] that are their own targets (probabilities of ones).
 

@@ -1,4 +1,4 @@
-"""What every experiment runs on: tensors to train and to test on, and which likelihood fits the targets."""
+"""A data set in memory: tensors to train and to test on, and the likelihood that fits the targets."""
 
 from dataclasses import dataclass, replace
 from math import prod

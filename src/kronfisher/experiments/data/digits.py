@@ -3,9 +3,13 @@
 import torch
 
 from kronfisher.experiments.data.dataset import Dataset, generator
+from kronfisher.experiments.data.registry import register
+
+TRAIN_SIZE = 1500
 
 
-def digits(seed: int = 0, train_size: int = 1500) -> Dataset:
+@register("digits")
+def digits(seed: int = 0) -> Dataset:
     """Ten classes of ``[1, 8, 8]`` images in [0, 1], shuffled by `seed`: 1,500 to train on, 297 to test.
 
     Example:
@@ -20,5 +24,5 @@ def digits(seed: int = 0, train_size: int = 1500) -> Dataset:
     order = torch.randperm(len(images), generator=generator(seed))
     inputs = torch.from_numpy(images).float().div_(16).reshape(-1, 1, 8, 8)[order]
     targets = torch.from_numpy(labels).long()[order]
-    head, tail = slice(train_size), slice(train_size, None)
+    head, tail = slice(TRAIN_SIZE), slice(TRAIN_SIZE, None)
     return Dataset("digits", inputs[head], targets[head], inputs[tail], targets[tail], "classes", 10)

@@ -9,12 +9,17 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.experiments.data.dataset import Dataset, generator
 from kronfisher.experiments.data.files import locate
+from kronfisher.experiments.data.registry import register
 
 SOURCE, SIDE = 64, 25
 TRAIN_PEOPLE, TEST_PEOPLE, PER_PERSON = 25, 10, 10
-ORIGIN = "the Olivetti faces of AT&T Laboratories Cambridge as Sam Roweis published them (one MATLAB file)"
+ORIGIN = (
+    "olivettifaces.mat, the Olivetti faces of AT&T Laboratories Cambridge as Sam Roweis published them "
+    "(https://cs.nyu.edu/~roweis/data.html)"
+)
 
 
+@register("faces")
 def faces(
     data_dir: str | Path | None = None, seed: int = 0, train_size: int = 103_500, test_size: int = 41_400
 ) -> Dataset:

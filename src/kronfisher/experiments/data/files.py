@@ -15,7 +15,7 @@ def locate(data_dir: str | Path | None, name: str, origin: str) -> Path:
     Args:
         data_dir: the folder of all data sets; where None, the environment variable KRONFISHER_DATA names it.
         name: the file, relative to that folder, without ``.gz``.
-        origin: where the file can be had, in words, for the error message.
+        origin: what the file is and where to get it, for the error message.
 
     Raises:
         FileNotFoundError: no folder was given, or the file is not in it.
@@ -24,13 +24,16 @@ def locate(data_dir: str | Path | None, name: str, origin: str) -> Path:
     if not root:
         raise FileNotFoundError(
             f"{name}[.gz] is needed and no data folder is known: pass data_dir (--data-dir on the command line) or set "
-            f"{VARIABLE} to the folder that holds it. It is {origin}."
+            f"{VARIABLE} to the folder that holds it. Where to get it: it is {origin}."
         )
     path = Path(root).expanduser() / name
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{path}[.gz] does not exist. It is {origin}; put it there, or point {VARIABLE} elsewhere.")
+    raise FileNotFoundError(
+        f"{path}[.gz] does not exist. Where to get it: it is {origin}. Put it there, or point data_dir "
+        f"(--data-dir on the command line) or {VARIABLE} to the folder that holds {name}."
+    )
 
 
 def read(path: Path) -> bytes:

@@ -10,13 +10,16 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.data.files import locate, read
+from kronfisher.experiments.data.registry import register
 
 ORIGINS = {
-    "mnist": "one of the four idx files of MNIST as published by LeCun, Cortes and Burges",
-    "fashion-mnist": "one of the four idx files of Fashion-MNIST as published by Zalando Research",
+    "mnist": "one of the four idx files of MNIST by LeCun, Cortes and Burges (https://yann.lecun.com/exdb/mnist)",
+    "fashion-mnist": "one of the four idx files of Fashion-MNIST by Zalando Research "
+    "(https://github.com/zalandoresearch/fashion-mnist)",
 }
 
 
+@register(*ORIGINS)
 def mnist(name: str = "mnist", data_dir: str | Path | None = None) -> Dataset:
     """Ten classes of ``[1, 28, 28]`` images in [0, 1]: 60,000 to train on and 10,000 to test, in the published order.
 

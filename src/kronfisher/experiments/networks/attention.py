@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronfisher.experiments.networks.building import seeded
+from kronfisher.experiments.data.dataset import Dataset
+from kronfisher.experiments.networks.building import with_seed
+from kronfisher.experiments.networks.registry import register, register_for_images
 
 __all__ = ["GPT", "ViT", "gpt", "separable", "vit"]
 
@@ -32,7 +34,7 @@ class ViT(nn.Module):
         return self.head(self.norm(x[:, 0]))
 
 
-@seeded
+@with_seed
 def vit(
     channels: int, side: int, outputs: int, *, patch: int = 4, width: int = 16, heads: int = 2, depth: int = 2
 ) -> ViT:
@@ -93,7 +95,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-@seeded
+@with_seed
 def gpt(vocabulary: int, context: int, *, width: int = 16, heads: int = 2, depth: int = 2) -> GPT:
     """A small GPT.
 
@@ -120,7 +122,7 @@ class Separable(nn.Module):
         return x + self.scale * self.body(x)
 
 
-@seeded
+@with_seed
 def separable(channels: int, side: int, outputs: int, *, width: int = 8, depth: int = 2) -> nn.Sequential:
     """A ResNet of depthwise convolutions; put it in eval mode before its Fisher is estimated.
 
@@ -133,3 +135,12 @@ def separable(channels: int, side: int, outputs: int, *, width: int = 8, depth: 
         *(Separable(width) for _ in range(depth)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs)),
     )
+
+
+register_for_images("vit", vit, least=4, multiple=4)
+
+
+@register("gpt", text=True)
+def gpt_for(dataset: Dataset, seed: int) -> GPT:
+    """The GPT for a vocabulary and a length of text."""
+    return gpt(dataset.outputs, dataset.input_shape[0], width=32, seed=seed)

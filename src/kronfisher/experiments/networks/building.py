@@ -1,4 +1,4 @@
-"""How the networks are put together: layers with names, and initial weights by a seed of their own."""
+"""Building blocks of the networks: layers with names, and initial weights by a seed of their own."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def seeded(build: Callable[..., Model]) -> Callable[..., Model]:
+def with_seed(build: Callable[..., Model]) -> Callable[..., Model]:
     """Give the builder of a network the keyword argument `seed` (default 0), which alone decides the initial weights.
 
     Example:
-        >>> build = seeded(lambda: nn.Linear(1, 1))
+        >>> build = with_seed(lambda: nn.Linear(1, 1))
         >>> build(seed=3).weight.item() == build(seed=3).weight.item() != build(seed=4).weight.item()
         True
     """
@@ -46,3 +46,17 @@ def stack(**layers: list[nn.Module]) -> nn.Sequential:
         named[name] = first
         named |= {f"{type(module).__name__.lower()}{k}": module for module in rest}
     return nn.Sequential(named)
+
+
+def prepend(reshape: nn.Module, model: nn.Module) -> nn.Sequential:
+    """The model behind `reshape`; the names of a sequence's layers stay as they are.
+
+    Example:
+        >>> prepend(nn.Flatten(), stack(first=[nn.Linear(2, 3)]))
+        Sequential(
+          (reshape): Flatten(start_dim=1, end_dim=-1)
+          (first): Linear(in_features=2, out_features=3, bias=True)
+        )
+    """
+    layers = model.named_children() if isinstance(model, nn.Sequential) else [("model", model)]
+    return nn.Sequential(OrderedDict([("reshape", reshape), *layers]))

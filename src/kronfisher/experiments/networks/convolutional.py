@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
-from kronfisher.experiments.networks.building import seeded, stack
+from kronfisher.experiments.networks.building import stack, with_seed
+from kronfisher.experiments.networks.registry import register_for_images
 
 
-@seeded
+@with_seed
 def convnet(channels: int, side: int, outputs: int) -> nn.Sequential:
     """Two convolutions and a linear layer, small enough that every block's dense matrix is cheap.
 
@@ -20,7 +21,7 @@ def convnet(channels: int, side: int, outputs: int) -> nn.Sequential:
     )
 
 
-@seeded
+@with_seed
 def lenet5(channels: int, side: int, outputs: int) -> nn.Sequential:
     """LeNet-5 with rectified units and max pooling: convolutions →6 and →16 of 5×5, then 120, 84 and `outputs` units.
 
@@ -41,7 +42,7 @@ def lenet5(channels: int, side: int, outputs: int) -> nn.Sequential:
     )
 
 
-@seeded
+@with_seed
 def alexnet(channels: int, side: int, outputs: int) -> nn.Sequential:
     """AlexNet for small images: five convolutions (64, 192, 384, 256, 256 channels) and three linear layers.
 
@@ -82,7 +83,7 @@ class Residual(nn.Module):
         return (self.body(x) + self.shortcut(x)).relu_()
 
 
-@seeded
+@with_seed
 def resnet(channels: int, side: int, outputs: int) -> nn.Sequential:
     """A ResNet of three residual blocks (16, 32, 64 channels) with batch normalisation; `side` may be 4 or more.
 
@@ -100,3 +101,9 @@ def resnet(channels: int, side: int, outputs: int) -> nn.Sequential:
         stage3=[Residual(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
         linear=[nn.Linear(64, outputs)],
     )
+
+
+register_for_images("convnet", convnet, least=4)
+register_for_images("lenet5", lenet5, least=4)
+register_for_images("alexnet", alexnet, least=8)
+register_for_images("resnet", resnet, least=4)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import nn
 
-from kronfisher.experiments.data.dataset import generator
-from kronfisher.experiments.networks.building import seeded, stack
+from kronfisher.experiments.data.dataset import Dataset, generator
+from kronfisher.experiments.networks.building import prepend, stack, with_seed
+from kronfisher.experiments.networks.registry import register
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -20,7 +22,7 @@ WIDTHS = {
 }
 
 
-@seeded
+@with_seed
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "relu") -> nn.Sequential:
     """A multilayer perceptron on flattened inputs ``[N, inputs]``; torch's own initialisation.
 
@@ -41,7 +43,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
     return stack(**layers)
 
 
-@seeded
+@with_seed
 def autoencoder(widths: Sequence[int], activation: str = "sigmoid") -> nn.Sequential:
     """The auto-encoder with encoder `widths` (input first, code last) and the mirrored decoder; no last activation.
 
@@ -92,3 +94,26 @@ def sparse_(model: nn.Module, incoming: int = 15, scale: float = 1.0, seed: int 
             layer.weight.zero_().scatter_(1, chosen.to(layer.weight.device), values.to(layer.weight))
             if layer.bias is not None:
                 layer.bias.zero_()
+
+
+@register("mlp")
+def mlp_for(dataset: Dataset, seed: int, activation: str = "relu") -> nn.Sequential:
+    """One hidden layer of 50 units for a table, two of 32 for images."""
+    shape, inputs = dataset.input_shape, prod(dataset.input_shape)
+    hidden = (50,) if len(shape) == 1 and dataset.outputs != inputs else (32, 32)
+    model = mlp(inputs, hidden, dataset.outputs, seed=seed, activation=activation)
+    return prepend(nn.Flatten(), model) if len(shape) > 1 else model
+
+
+@register("autoencoder", reconstruction=True)
+def autoencoder_for(dataset: Dataset, seed: int, activation: str = "sigmoid") -> nn.Sequential:
+    """The auto-encoder with the published widths for images of that size."""
+    inputs = prod(dataset.input_shape)
+    widths = WIDTHS.get(inputs, {})
+    if not widths or dataset.outputs != inputs:
+        raise ValueError(
+            f"there is an auto-encoder for the reconstruction of images of {', '.join(map(str, WIDTHS))} pixels; "
+            f"{dataset.name} has {inputs} inputs and {dataset.outputs} outputs"
+        )
+    model = autoencoder(widths.get(dataset.name, list(widths.values())[-1]), seed=seed, activation=activation)
+    return prepend(nn.Flatten(), model) if len(dataset.input_shape) > 1 else model

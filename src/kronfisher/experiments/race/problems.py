@@ -50,9 +50,7 @@ class Problem:
         Raises:
             FileNotFoundError: a file of the data set is missing.
         """
-        dataset = data.load(self.data, data_dir=data_dir).head(self.train_size)
-        if self.network == "autoencoder":
-            dataset = dataset.reconstruction()
+        dataset = networks.task_for(self.network, data.load(self.data, data_dir=data_dir).head(self.train_size))
         parts = ("train_inputs", "train_targets", "test_inputs", "test_targets")
         return Task(self, replace(dataset, **{part: getattr(dataset, part).to(device) for part in parts}))
 

@@ -66,7 +66,7 @@ class Problem:
     def _data(self, seed: int, data_dir: Path | None, train_size: int | None, test_size: int | None) -> Dataset:
         sizes = {"train_size": train_size, "test_size": test_size}
         dataset = data.load(self.data, data_dir=data_dir, seed=seed, split=seed, **sizes)
-        return dataset.reconstruction() if self.network == "autoencoder" else dataset
+        return networks.task_for(self.network, dataset)
 
     def train(
         self,

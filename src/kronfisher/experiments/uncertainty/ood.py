@@ -56,7 +56,7 @@ class OODStudy(Experiment):
     Attributes:
         inside: data to train and to test on.
         outside: whose test data come from elsewhere.
-        network: see `kronfisher.experiments.networks.NAMES`.
+        network: see `kronfisher.experiments.networks.names`.
         seeds: networks trained.
         train_size: data to train and to estimate the Fisher matrix on.
         validation_size: further data to calibrate on.
