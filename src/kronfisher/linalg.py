@@ -16,17 +16,18 @@ from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 __all__ = [
     "WORKSPACE",
     "add_symmetric_product_",
-    "applied",
     "cholesky",
     "chunks",
-    "completed_",
+    "complete_",
     "eigh",
     "full_precision",
     "mirror",
     "mirror_",
+    "multiply_rows",
+    "negligible",
     "plain_arithmetic",
     "promote",
-    "turned",
+    "stable_norm",
 ]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
@@ -62,16 +63,30 @@ def promote(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """The share of the largest eigenvalue at and below which an eigenvalue cannot be told from zero."""
+    return 10 * torch.finfo(dtype).eps
+
+
+def stable_norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm over the last axis, summed in float64: entries of 1e-30, as late in training, are not lost.
+
+    In float32 the sum over a million entries would be wrong in the fifth digit, which is all that separates good fits.
+    """
+    if tensor.dtype != torch.float64:
+        return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float64).to(tensor.dtype)
+    scale = tensor.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+    return scale[..., 0] * torch.linalg.vector_norm(tensor / scale, dim=-1)
+
+
 def add_symmetric_product_(total: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     """``total += xᵀ x`` where only the upper triangle of `total` has to come out right; `mirror` fills in the rest.
-
-    Where `total` has one axis less than a matrix it takes the diagonal alone.
 
     Torch has no symmetric rank-k update. Panels of few rows (or columns, as the numbers lie in memory) that end at the
     diagonal, straight into the sum, take .56 to .65 of the plain product's time.
 
     Args:
-        total: ``[D, D]`` or ``[H, D, D]``, or diagonals ``[H, D]``, written to; may be a strided window.
+        total: ``[D, D]`` or ``[H, D, D]``, written to; may be a strided window.
         x: ``[R, D]`` or ``[H, R, D]``, R rows of D columns, of the same dtype.
         y: likewise, for ``xᵀ y`` where that is symmetric (or antisymmetric); None: x.
 
@@ -83,9 +98,7 @@ def add_symmetric_product_(total: Tensor, x: Tensor, y: Tensor | None = None) ->
         tensor([[10., 14.],
                 [14., 20.]])
     """
-    if total.dim() < x.dim():
-        total += (x.square() if y is None else x * y).sum(-2)
-    elif total.dim() == 3 and len(total) == 1:
+    if total.dim() == 3 and len(total) == 1:
         _add_upper_(total[0], x[0], x[0] if y is None else y[0])
     elif total.dim() == 3:
         total.baddbmm_(x.mT, x if y is None else y)
@@ -141,7 +154,7 @@ def mirror_(matrices: Tensor, odd: bool = False) -> Tensor:
     return matrices
 
 
-def completed_(total: Tensor, odd: bool = False) -> Tensor:
+def complete_(total: Tensor, odd: bool = False) -> Tensor:
     """A sum of symmetric products ``[H, D, D]`` with both triangles; narrow ones were computed whole."""
     return total if total.shape[-1] < _NARROW else mirror_(total, odd)
 
@@ -218,7 +231,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     Raises:
         NumericalError: the matrix is not finite.
         SingularError: a pivot is not positive to working precision. Rounding hides about half of all matrices that lack
-            one rank only; where that matters, look at the condition of the factor (as `operators.sides.factor` does).
+            one rank only; where that matters, look at the condition of the factor (as `operators.factors` does).
 
     Example:
         >>> cholesky(torch.tensor([[4.0]]))
@@ -259,16 +272,9 @@ def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[
         yield low, min(low + step, total)
 
 
-def applied(rows: Tensor, matrix: Tensor) -> Tensor:
+def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     """``[H, m, n, D]`` times ``[H, D, R]`` as one product a group; broadcasting would copy the matrix for every m."""
     return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
-
-
-def turned(rows: Tensor, side: Tensor | None) -> Tensor:
-    """``[H, n, T, I]`` times a side ``[H, I, I]``, or its diagonal ``[H, I]``; None: one."""
-    if side is None:
-        return rows
-    return applied(rows, side) if side.dim() == 3 else rows * side[:, None, None]
 
 
 @contextmanager

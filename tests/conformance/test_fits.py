@@ -16,7 +16,7 @@ from kronfisher.fits import FITS, named
 from kronfisher.layers import EXAMPLES
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
-from kronfisher.operators.factors import dense
+from kronfisher.operators.factors import Factor
 from tests.conformance.truth import DRAWS, SEED, Problem, Tap, positions, problem
 
 LABELS = ("exact", "observed", "sampled")
@@ -127,7 +127,7 @@ def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
         operator = fisher[tap.name]
         assert isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis)
         check_eigenvectors(p, tap, a, g, operator.basis)
-        B, A = (dense(side).contiguous() for side in (operator.basis.B, operator.basis.A))
+        B, A = (Factor.of(side).dense().contiguous() for side in (operator.basis.B, operator.basis.A))
         U = torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
         index = tap.index.flatten()
         block = truth[index[:, None], index]
@@ -137,7 +137,7 @@ def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
 
 def check_eigenvectors(p: Problem, tap: Tap, a: Tensor, g: Tensor, basis: KroneckerBasis) -> None:
     for side, vectors in zip(factors(p, a, g, reduce=False), (basis.A, basis.B), strict=True):
-        vectors = dense(vectors)
+        vectors = Factor.of(vectors).dense()
         identity = torch.eye(side.shape[-1], dtype=side.dtype).expand_as(side)
         torch.testing.assert_close(vectors.mT @ vectors, identity, rtol=0, atol=1e-12)
         turned = vectors.mT @ side @ vectors

@@ -12,7 +12,7 @@ from kronfisher.fisher import Fisher, Info
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.damping import Damping, FactoredTikhonov, Tikhonov
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Sum
-from kronfisher.operators.factors import decompose
+from kronfisher.operators.factors import Factor
 
 
 def spd(*shape, seed, rank=None):
@@ -70,7 +70,7 @@ def test_factored_damping_does_not_depend_on_the_split_of_scale(groups, diagonal
 
 
 def test_factored_damping_inverts_by_cholesky(monkeypatch):
-    from kronfisher.operators import factors as sides
+    from kronfisher.operators.factors import dense as sides
 
     monkeypatch.setattr(sides, "eigh", lambda *a, **k: pytest.fail("decomposed"))
     A, B = spd(1, 4, seed=0, rank=2), spd(1, 3, seed=1, rank=1)  # singular before damping
@@ -95,20 +95,20 @@ def test_a_zero_product_becomes_the_identity_times_lambda(dtype):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_corrected_eigenvalues_are_damped_as_the_product_of_their_margins(groups):
     A, B = factors(groups)
-    (a, U), (b, V) = decompose(A, "A"), decompose(B, "B")
+    (a, U), (b, V) = Factor.of(A).eigh("A"), Factor.of(B).eigh("B")
     S = b[:, :, None] * a[:, None, :]
-    same = Eigen(KroneckerBasis(U, V), S.flatten()) + FactoredTikhonov(0.7)
+    same = Eigen(KroneckerBasis(U.tensor, V.tensor), S.flatten()) + FactoredTikhonov(0.7)
     torch.testing.assert_close(same.to_dense(), (Kronecker(A, B) + FactoredTikhonov(0.7)).to_dense())
     S = S * torch.rand(S.shape, dtype=S.dtype) ** 3
     S[:, 0] = 0  # a row that no sample of the batch has touched
-    damped = Eigen(KroneckerBasis(U, V), S.flatten()) + FactoredTikhonov(0.7)
+    damped = Eigen(KroneckerBasis(U.tensor, V.tensor), S.flatten()) + FactoredTikhonov(0.7)
     rows, columns, total = S.sum(2, keepdim=True), S.sum(1, keepdim=True), S.sum((1, 2), keepdim=True)
     ratio = (rows.mean(1, keepdim=True) / columns.mean(2, keepdim=True)).sqrt()  # of rows and columns, balanced below
     left, right = rows / ratio / total.sqrt(), columns * ratio / total.sqrt()
     pi = (right.mean(2, keepdim=True) / left.mean(1, keepdim=True)).sqrt()
     expected = S + pi * 0.7**0.5 * left + 0.7**0.5 / pi * right + 0.7
     torch.testing.assert_close(damped.values.reshape(S.shape), expected)
-    nothing = Eigen(KroneckerBasis(U, V), torch.zeros(S.numel()).double()) + FactoredTikhonov(0.7)
+    nothing = Eigen(KroneckerBasis(U.tensor, V.tensor), torch.zeros(S.numel()).double()) + FactoredTikhonov(0.7)
     torch.testing.assert_close(nothing.to_dense(), 0.7 * eye(S.numel()))
 
 

@@ -21,7 +21,7 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
-from kronfisher.operators.factors import dense
+from kronfisher.operators.factors import Factor
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -441,5 +441,5 @@ def test_samples_are_the_gradients_of_every_datum(network):
         for side, rows in ((kronecker.A, use.activations.dense()), (kronecker.B, use.gradients)):
             rows = rows.flatten(1, 2)
             expected = rows.mT @ rows / (rows.shape[1] if side is kronecker.A else len(x))
-            side = dense(side)
+            side = Factor.of(side).dense()
             assert (side - expected).abs().max() <= 1e-10 * (1 + expected.abs().max()), block.name

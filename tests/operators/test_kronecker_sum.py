@@ -259,10 +259,10 @@ def test_sums_join(sum_of, kronecker_of):
 
 def test_copies_with_another_shift_share_the_eigenvectors(sum_of, monkeypatch):
     from kronfisher.operators import dense
-    from kronfisher.operators import factors as sides
+    from kronfisher.operators.factors import dense as dense_factor
 
     calls = []
-    for module in (sides, dense):
+    for module in (dense_factor, dense):
         original = module.eigh
         monkeypatch.setattr(module, "eigh", lambda *a, original=original, **k: calls.append(a) or original(*a, **k))
     X, matrix = sum_of(1, 3, "indefinite")

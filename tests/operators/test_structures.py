@@ -7,8 +7,8 @@ import torch
 
 from kronfisher.errors import DataError, NumericalError, NumericalWarning, SingularError, UnsupportedError
 from kronfisher.operators import Dense, DenseBasis, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator, Sum, dense
-from kronfisher.operators import factors as sides
 from kronfisher.operators import sum as total
+from kronfisher.operators.factors import dense as dense_factor
 
 INVERSE_LIKE = {
     "inverse": lambda X: X.inverse(),
@@ -23,7 +23,7 @@ INVERSE_LIKE = {
 def decompositions(monkeypatch):
     """Counts eigendecompositions."""
     calls = []
-    for module in (sides, dense):
+    for module in (dense_factor, dense):
         original = module.eigh
         monkeypatch.setattr(module, "eigh", lambda *a, original=original, **k: calls.append(a) or original(*a, **k))
     return calls

@@ -16,9 +16,10 @@ from kronfisher.fisher.info import Info
 from kronfisher.fisher.layout import Blocks, block_name, gather, require_cover, scatter
 from kronfisher.fisher.report import Report, report
 from kronfisher.fisher.vectors import Shapes, Vector, read
+from kronfisher.linalg import stable_norm
 from kronfisher.operators.algebra import Algebra, nonnegative
 from kronfisher.operators.memory import require_memory
-from kronfisher.operators.operator import Operator, stable_norm
+from kronfisher.operators.operator import Operator
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

@@ -11,7 +11,7 @@ from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
-from kronfisher.operators.factors import decompose, sandwich
+from kronfisher.operators.factors import Factor, sandwich
 
 __all__ = ["EKFAC"]
 
@@ -79,9 +79,9 @@ class EKFAC(Fit):
         if not isinstance(product, Kronecker):
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
         fixed = {}
-        for side, matrix in (("inputs", product.A), ("outputs", product.B)):
-            values, fixed[side] = decompose(matrix, f"{state.name} ({side[:-1]} side)")
-            fixed[f"{side}.values"] = values
+        for side, factor in (("inputs", product.input_factor), ("outputs", product.output_factor)):
+            values, vectors = factor.eigh(f"{state.name} ({side[:-1]} side)")
+            fixed |= {side: vectors.tensor, f"{side}.values": values}
         sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
         return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
 
@@ -94,10 +94,10 @@ class EKFAC(Fit):
         """
         sides = {}
         for side in ("inputs", "outputs"):
-            new, values = after.fixed[side], after.fixed[f"{side}.values"]
-            turn = new.square() if new.dim() == 2 else (new.mT @ before.fixed[side]).square()
+            new, values = Factor.of(after.fixed[side]), after.fixed[f"{side}.values"]
+            turn = (new.mT @ Factor.of(before.fixed[side])).square()
             column = values.clamp_min(values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps)[..., None]
-            back = column if turn.dim() == 2 else turn @ (turn.mT @ column)
+            back = turn.left(turn.mT.left(column))
             sides[side] = turn, torch.where(back > 0, column / back, 1.0)
         values = before.sums["eigenvalues"]
         rows = sandwich(sides["outputs"][0], values.reshape(1, -1), sides["inputs"][0]).reshape(values.shape)

@@ -16,7 +16,7 @@ from kronfisher.errors import NumericalError
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE
-from kronfisher.operators import Operator
+from kronfisher.operators import Factor, Operator
 
 __all__ = ["FITS", "Fit", "Plan", "State", "named", "register"]
 
@@ -256,6 +256,11 @@ def side_shapes(group: tuple[Block, ...], max_dim: int = MAX_DIM, *, summed: boo
         return (groups, size) if diagonal or size > max_dim else (groups, size, size)
 
     return shape(inputs, onehot), shape(outputs, False)
+
+
+def has_diagonal(shapes: Shapes) -> bool:
+    """Whether a factor is kept as its diagonal."""
+    return any(Factor.type_of(shape).is_diagonal for shape in shapes)
 
 
 def elements(*shape: int) -> int:

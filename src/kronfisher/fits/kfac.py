@@ -9,7 +9,6 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import (
     MAX_DIM,
     Fit,
-    Number,
     Plan,
     Shapes,
     State,
@@ -20,8 +19,7 @@ from kronfisher.fits.fit import (
     side_shapes,
 )
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import mirror
-from kronfisher.operators import Kronecker
+from kronfisher.operators import Factor, Kronecker
 
 __all__ = ["KFAC"]
 
@@ -88,13 +86,9 @@ class KFAC(Fit):
 
     def finish(self, state: State) -> Kronecker:
         state.checked()
-        inputs = _scaled(state.sums["inputs"], reciprocal(state.rows))
-        outputs = _scaled(state.sums["outputs"], reciprocal(state.count))
-        return Kronecker(inputs, outputs, name=state.name)
-
-
-def _scaled(side: Tensor, factor: Number) -> Tensor:
-    return mirror(side, factor) if side.dim() == 3 else side * factor
+        inputs = Factor.of(state.sums["inputs"]).mirror(reciprocal(state.rows))
+        outputs = Factor.of(state.sums["outputs"]).mirror(reciprocal(state.count))
+        return Kronecker(inputs.tensor, outputs.tensor, name=state.name)
 
 
 register("kfac", KFAC)

@@ -8,10 +8,10 @@ from torch import Tensor
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Plan, State, reciprocal, register
 from kronfisher.fits.kronecker_sum import KroneckerSum
-from kronfisher.fits.rearrangement import Terms, whole
+from kronfisher.fits.rearrangement import Terms
 from kronfisher.fits.term_search import squares
 from kronfisher.layers.samples import Samples
-from kronfisher.operators import Operator
+from kronfisher.operators import Factor, Operator
 
 __all__ = ["KFACCorrected"]
 
@@ -50,7 +50,7 @@ class KFACCorrected(KroneckerSum):
 
     def _product(self, state: State) -> tuple[Tensor, Tensor]:
         """K-FAC's factors ``[1, H, ...]``, in the scale of the sum over samples."""
-        A, B = whole(state.sums["kfac.inputs"]), whole(state.sums["kfac.outputs"])
+        A, B = (Factor.of(state.sums[f"kfac.{side}"]).mirror().tensor for side in ("inputs", "outputs"))
         return A[None], B[None] * reciprocal(state.rows)
 
     def _merge_alone(self, state: State, piece: list[Samples]) -> None:

@@ -14,6 +14,7 @@ from kronfisher.fits.fit import (
     State,
     checked_max_dim,
     elements,
+    has_diagonal,
     reciprocal,
     register,
     side_shapes,
@@ -102,7 +103,7 @@ class KFOC(Fit):
         """Products that are carried."""
         sides = self.sides(block)
         room = _WIDE // sum(elements(*side) for side in sides)
-        several = self.aggregation in ("memory", "exact") and all(len(side) == 3 for side in sides)
+        several = self.aggregation in ("memory", "exact") and not has_diagonal(sides)
         return min(self.rank_memory, room) if several and room >= min(self.rank_memory, _SOME) else 1
 
     def sides(self, block: Block) -> Shapes:
@@ -189,7 +190,7 @@ class KFOC(Fit):
             self.route if self.route in ("weights", "rows", "explicit") else None,
             self.sides(state.blocks[0]),
         )
-        if any(len(side) == 2 for side in sides):
+        if has_diagonal(sides):
             source = Diagonals([use], sides)
         else:
             if route is None:

@@ -19,12 +19,11 @@ from kronfisher.fits.fit import (
     side_shapes,
     sizes,
 )
-from kronfisher.fits.rearrangement import norm, over, times, whole
+from kronfisher.fits.rearrangement import norm, over, times
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import cholesky
 from kronfisher.operators import Kronecker
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.factors import diagonal, factor
+from kronfisher.operators.factors import Factor
 
 __all__ = ["KL"]
 
@@ -83,9 +82,7 @@ class KL(Fit):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         inputs, outputs = side_shapes(group, self.max_dim)
-        identity = like.new_ones(inputs)
-        if len(inputs) == 3:
-            identity = torch.eye(inputs[1], dtype=like.dtype, device=like.device).expand(inputs)
+        identity = Factor.type_of(inputs).identity(inputs, like)
         sums = {"outputs": like.new_zeros(outputs)}
         going = torch.ones(inputs[0], dtype=torch.bool, device=like.device)
         return State(group, plan, sums, {"A": identity, "root": identity, "going": going})
@@ -119,7 +116,9 @@ class KL(Fit):
 
     def finish(self, state: State) -> Kronecker:
         A, B = self._sides(state)
-        even = (diagonal(B).mean(1) / diagonal(A).mean(1)).sqrt()  # so that damping both sides alike makes sense
+        even = (
+            Factor.of(B).diagonal().mean(1) / Factor.of(A).diagonal().mean(1)
+        ).sqrt()  # so that damping both sides alike makes sense
         return Kronecker(times(A, even), times(B, 1 / even), name=state.name, definite=self.damping > 0)
 
     def notes(self, state: State) -> str:
@@ -139,30 +138,20 @@ class KL(Fit):
         shift = self.damping * root.square().flatten(1).sum(1)  # λ tr of the other side's inverse
         going = state.fixed["going"]
         if "outputs" in state.sums:
-            B = _shifted(whole(state.sums["outputs"], scale), shift) / inputs
+            B = Factor.of(state.sums["outputs"]).mirror(scale).shifted(shift).tensor / inputs
             return state.fixed["A"], _chosen(going, B, state.fixed.get("B", B))
-        A = _shifted(whole(state.sums["inputs"], scale), shift) / outputs
+        A = Factor.of(state.sums["inputs"]).mirror(scale).shifted(shift).tensor / outputs
         return _chosen(going, A, state.fixed["A"]), state.fixed["B"]
 
     def _root(self, side: Tensor, name: str) -> Tensor:
         """R ``[H, n, n]`` with ``R Rᵀ = side⁻¹``, or its diagonal."""
         try:
-            lower = cholesky(side, name) if side.dim() == 3 else factor(side, name)
+            return Factor.of(side).inverse_root(name).tensor
         except SingularError as error:
             raise SingularError(
                 f"{name}: KL(damping={self.damping:g}) has no minimum to {side.dtype} precision, because a side of the "
                 "product is singular (dead inputs, softmax outputs or too few data). Use a larger damping, or float64."
             ) from error
-        if lower.dim() == 2:
-            return lower.reciprocal()
-        identity = torch.eye(side.shape[-1], dtype=side.dtype, device=side.device).expand_as(side)
-        return torch.linalg.solve_triangular(lower, identity, upper=False).mT.contiguous()
-
-
-def _shifted(side: Tensor, shift: Tensor) -> Tensor:
-    if side.dim() == 2:
-        return side + shift[:, None]
-    return side + torch.diag_embed(shift[:, None].expand(-1, side.shape[-1]))
 
 
 def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -14,17 +14,18 @@ from kronfisher.fits.fit import (
     State,
     checked_max_dim,
     elements,
+    has_diagonal,
     reciprocal,
     register,
     side_shapes,
 )
-from kronfisher.fits.rearrangement import Terms, semidefinite, times
+from kronfisher.fits.rearrangement import Terms, times
 from kronfisher.fits.running_sum import balanced, inner, named, pieces
-from kronfisher.fits.term_search import METHODS, Method, TermSearch, has_diagonal, squared_norm, squares
+from kronfisher.fits.term_search import METHODS, Method, TermSearch, squared_norm, squares
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
-from kronfisher.operators.factors import diagonal
+from kronfisher.operators.factors import Factor
 
 __all__ = ["KroneckerSum"]
 
@@ -150,7 +151,8 @@ class KroneckerSum(Fit):
         A, B, odd = self._terms(state)
         scale = reciprocal(state.count)
         A, B = A.clone(), B.clone()
-        A[0], B[0] = semidefinite(A[0], state.name), semidefinite(B[0], state.name)
+        A[0] = Factor.of(A[0]).nearest_semidefinite(state.name).tensor
+        B[0] = Factor.of(B[0]).nearest_semidefinite(state.name).tensor
         if len(A) == 1:
             return balanced(A[0], B[0], scale, state.name)
         ratio = _evened(A[0], B[0])
@@ -273,7 +275,7 @@ def _numbers(state: State) -> State:
 
 def _evened(A: Tensor, B: Tensor) -> Tensor:
     """``√((tr B / O) / (tr A / I))`` of every group, one where either is zero."""
-    right, left = (diagonal(side).mean(-1).clamp_min(0) for side in (A, B))
+    right, left = (Factor.of(side).diagonal().mean(-1).clamp_min(0) for side in (A, B))
     some = (left > 0) & (right > 0)
     return (torch.where(some, left, 1) / torch.where(some, right, 1)).sqrt()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
-from kronfisher.fits.fit import Shapes, State
+from kronfisher.fits.fit import Shapes, State, has_diagonal
 from kronfisher.fits.rearrangement import (
     Diagonals,
     Explicit,
@@ -25,11 +25,11 @@ from kronfisher.fits.rearrangement import (
     squared_products,
     times,
     truncated,
-    whole,
 )
 from kronfisher.fits.running_sum import added
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
+from kronfisher.operators.factors import Factor
 
 __all__ = ["BY_BATCH", "Aggregation", "Merging", "look_over", "split", "widened"]
 
@@ -64,7 +64,7 @@ class Merging:
         shape, n = piece[0].shape, sum(map(len, piece))
         positions = max(several.positions for several in piece)
         sides = self.sides
-        if any(len(side) == 2 for side in sides):
+        if has_diagonal(sides):
             route, source = "rows", Diagonals(piece, sides)
         else:
             route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
@@ -96,7 +96,7 @@ class Merging:
                 pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
                 self._recompress(state, A, B, orthogonal=isinstance(source, Gram))
             else:
-                start = whole(sums["inputs"][0]) if warm else None
+                start = Factor.of(sums["inputs"][0]).mirror().tensor if warm else None
                 pair = source.leading(start, self.tolerance, self.iterations)
                 self._add(state, pair, n)
         self._certify(state, source, piece, n)
@@ -218,4 +218,4 @@ def split(state: State) -> tuple[Tensor, Tensor]:
     A, B, weight = state.sums["inputs"], state.sums["outputs"], state.sums["weight"]
     if len(A) > 1 or not bool((weight > 0).any()):
         return A, B
-    return whole(A[0])[None], whole(over(B[0], weight))[None]
+    return Factor.of(A[0]).mirror().tensor[None], Factor.of(over(B[0], weight)).mirror().tensor[None]

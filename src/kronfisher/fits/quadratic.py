@@ -9,7 +9,6 @@ from kronfisher.fits.rearrangement import Gram
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
 from kronfisher.operators import Diagonal, Eigen, Kronecker, KroneckerBasis, KroneckerSum, Operator
-from kronfisher.operators import factors as sides
 
 __all__ = ["joint_quadratic", "quadratic", "squared_norm"]
 
@@ -18,8 +17,8 @@ def quadratic(samples: Samples, operator: Operator) -> Tensor:
     """``Σ_k vec(G_k)ᵀ X vec(G_k)``, through the structure of X where it has one."""
     if isinstance(operator, Kronecker):
         total = samples.gradients.new_zeros((), dtype=torch.float64)
-        A, B = sides.transpose(operator.A), sides.transpose(operator.B)
-        if A.dim() == 2:
+        A, B = operator.input_factor.mT.tensor, operator.output_factor.mT.tensor
+        if operator.input_factor.is_diagonal:
             (turned,) = samples.rotated(A, B)
             return samples.inner(turned)
         for plain, turned in zip(samples.pieces(), samples.rotated(A, B), strict=True):

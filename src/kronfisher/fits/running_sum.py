@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalError
 from kronfisher.fits.fit import State
-from kronfisher.fits.rearrangement import norm, over, products, semidefinite, times, truncated, whole
+from kronfisher.fits.rearrangement import norm, over, products, times, truncated
 from kronfisher.layers.samples import Samples
-from kronfisher.operators import Kronecker
+from kronfisher.operators import Factor, Kronecker
 
 __all__ = ["added", "balanced", "inner", "leading", "named", "pieces"]
 
@@ -34,7 +34,8 @@ def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for side, size in zip((A, B), sizes, strict=True):
         weights = over(share.flatten(), size.flatten()).view_as(share)
         mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
-        sides.append(semidefinite(times(over(mixed, norm(mixed)), root.to(side)), name, rounded=True))
+        factor = Factor.of(times(over(mixed, norm(mixed)), root.to(side)))
+        sides.append(factor.nearest_semidefinite(name, rounded=True).tensor)
     return sides[0], sides[1]
 
 
@@ -83,11 +84,10 @@ def balanced(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecke
     """``scale · B ⊗ A`` with ``tr A / I = tr B / O``, as every damping rule wants it; reads upper triangles."""
 
     def mean(side: Tensor) -> Tensor:
-        return (side.diagonal(dim1=-2, dim2=-1) if side.dim() == 3 else side).mean(-1).clamp_min(0)
+        return Factor.of(side).diagonal().mean(-1).clamp_min(0)
 
     left, right = mean(B) * scale, mean(A)
     some = (left > 0) & (right > 0)
     ratio = torch.where(some, left, 1).sqrt() / torch.where(some, right, 1).sqrt()
     inverse = scale / ratio
-    A = whole(A, ratio.view(-1, *[1] * (A.dim() - 1)))
-    return Kronecker(A, whole(B, inverse.view(-1, *[1] * (B.dim() - 1))), name=name)
+    return Kronecker(Factor.of(A).mirror(ratio).tensor, Factor.of(B).mirror(inverse).tensor, name=name)

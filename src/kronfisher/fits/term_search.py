@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits.fit import Shapes, elements
+from kronfisher.fits.fit import Shapes, elements, has_diagonal
 from kronfisher.fits.rearrangement import (
     Diagonals,
     Explicit,
@@ -31,7 +31,7 @@ from kronfisher.fits.rearrangement import (
     truncated,
 )
 from kronfisher.layers.samples import Samples
-from kronfisher.operators.factors import diagonal
+from kronfisher.operators.factors import Factor
 
 __all__ = ["METHODS", "Method", "TermSearch", "has_diagonal", "ordered", "squared_norm", "squares"]
 
@@ -175,11 +175,6 @@ def _route(piece: list[Samples]) -> str:
     return "weights" if found == "gram" else found
 
 
-def has_diagonal(sides: Shapes) -> bool:
-    """Whether a side is kept as its diagonal."""
-    return any(len(side) == 2 for side in sides)
-
-
 def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
     if has_diagonal(sides):
         return Diagonals(piece, sides)
@@ -196,7 +191,7 @@ def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 def _signed_roots(A: Tensor, sigma: Tensor) -> Tensor:
     """``[R, H]``."""
-    trace = torch.stack([diagonal(a).sum(-1) for a in A])
+    trace = torch.stack([Factor.of(a).diagonal().sum(-1) for a in A])
     return sigma.clamp_min(0).sqrt() * torch.where(trace < 0, -1.0, 1.0).to(A)
 
 

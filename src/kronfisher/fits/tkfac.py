@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import MAX_DIM, Fit, Plan, State, checked_max_dim, elements, reciprocal, register, side_shapes
-from kronfisher.fits.rearrangement import over, whole
+from kronfisher.fits.rearrangement import over
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
-from kronfisher.operators.factors import diagonal
+from kronfisher.operators.factors import Factor
 
 __all__ = ["TKFAC"]
 
@@ -60,8 +60,9 @@ class TKFAC(Fit):
 
     def finish(self, state: State) -> Kronecker:
         state.checked()
-        inputs, outputs = whole(state.sums["inputs"]), whole(state.sums["outputs"], reciprocal(state.count))
-        return Kronecker(over(inputs, diagonal(inputs).sum(1)), outputs, name=state.name)
+        inputs = Factor.of(state.sums["inputs"]).mirror()
+        outputs = Factor.of(state.sums["outputs"]).mirror(reciprocal(state.count))
+        return Kronecker(over(inputs.tensor, inputs.diagonal().sum(1)), outputs.tensor, name=state.name)
 
 
 register("tkfac", TKFAC)

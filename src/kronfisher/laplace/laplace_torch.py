@@ -146,7 +146,7 @@ def _factors(fisher: Fisher, name: str) -> list[Tensor]:
     operator, shape = fisher[name], fisher.shapes[name]
     if len(shape) == 1:
         return [operator.to_dense()]
-    if not isinstance(operator, Kronecker) or len(operator.A) > 1 or operator.A.dim() != 3 or operator.B.dim() != 3:
+    if not isinstance(operator, Kronecker) or len(operator.A) > 1 or operator.has_diagonal:
         raise UnsupportedError(
             f"{name} ({operator.structure}): laplace-torch knows one Kronecker product for a weight and nothing else; "
             "use a fit such as kfac, or kronfisher.Laplace, which takes any structure."

@@ -25,7 +25,7 @@ from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Draws, Likelihood
-from kronfisher.linalg import chunks, plain_arithmetic, turned
+from kronfisher.linalg import chunks, plain_arithmetic
 from kronfisher.operators import KroneckerBasis
 
 __all__ = ["Group", "Linearised", "covariances", "directions", "variances"]
@@ -250,8 +250,8 @@ def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) 
     found = _factored(precision, blocks, first)
     if found is not None and (first.positions == 1 or _lookup(first)):
         basis, weights = found
-        gradients = [turned(use.gradients, basis.B) for (use,) in kept]
-        if _lookup(first) and basis.A.dim() == 2:
+        gradients = [basis.output_factor.rotate(use.gradients) for (use,) in kept]
+        if _lookup(first) and basis.input_factor.is_diagonal:
             scaled = replace(first, activations=first.activations.scaled(basis.A))
             return _lookup_pairs(gradients, scaled, weights)
         if first.positions == 1:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
-from kronfisher.linalg import indefinite_message
+from kronfisher.linalg import indefinite_message, negligible
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
-from kronfisher.operators.spectral import negligible
 from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Precision"]
@@ -96,7 +95,7 @@ class Precision:
             assert parts is not None  # or it would not have been whitened into a Kronecker product
             outputs, inputs = parts
             return KroneckerBasis(
-                _scaled_rows(basis.A, 1 / inputs), _scaled_rows(basis.B, 1 / outputs)
+                basis.input_factor.scaled_rows(1 / inputs).tensor, basis.output_factor.scaled_rows(1 / outputs).tensor
             ), values.reshape(shape)
         return None
 
@@ -222,7 +221,8 @@ def _whitened(operator: Operator, prior: Tensor, name: str) -> Operator:
         parts = _separated(root.reshape(shape))
         if parts is not None:
             outputs, inputs = parts
-            return Kronecker(_both_sides(operator.A, inputs), _both_sides(operator.B, outputs), operator.name)
+            A, B = operator.input_factor.divided_by(inputs), operator.output_factor.divided_by(outputs)
+            return Kronecker(A.tensor, B.tensor, operator.name)
     if operator.dim <= DENSE_LIMIT:
         return Dense(operator.to_dense() / root / root[:, None], operator.name)
     raise UnsupportedError(
@@ -240,11 +240,3 @@ def _separated(root: Tensor) -> tuple[Tensor, Tensor] | None:
         outputs[:, :, None] * inputs[:, None, :], root, rtol=100 * torch.finfo(root.dtype).eps, atol=0.0
     )
     return (outputs, inputs) if same else None
-
-
-def _both_sides(side: Tensor, root: Tensor) -> Tensor:
-    return side / root.square() if side.dim() == 2 else side / root[:, :, None] / root[:, None, :]
-
-
-def _scaled_rows(side: Tensor, factors: Tensor) -> Tensor:
-    return side * factors if side.dim() == 2 else side * factors[:, :, None]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import WORKSPACE, add_symmetric_product_, applied, chunks, mirror_
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, mirror_, multiply_rows
 
 __all__ = ["Activations", "Dense", "Masked", "Ones"]
 
@@ -40,7 +40,7 @@ class Activations:
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
-        return applied(self.dense(low, high), matrix)
+        return multiply_rows(self.dense(low, high), matrix)
 
     def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``Σ_t w[k, t] a[k, t]`` of samples low to high for weights ``[H, n', T, R]``: ``[H, n', R, I]``."""
@@ -144,7 +144,7 @@ class Dense(Activations):
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         width = self.values.shape[-1]
-        product = applied(self.values[:, low:high], matrix[:, :width])
+        product = multiply_rows(self.values[:, low:high], matrix[:, :width])
         return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
 
     def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers.activations import Activations, Dense
-from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, turned
+from kronfisher.linalg import WORKSPACE, chunks
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Samples", "join"]
 
@@ -80,12 +81,12 @@ class Samples:
 
     def add_input_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
-        add = self.counted.add_covariance_ if total.dim() == 3 else self.counted.add_squares_
+        add = self.counted.add_squares_ if Factor.of(total).is_diagonal else self.counted.add_covariance_
         add(total, self.workspace)
 
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
-        add_symmetric_product_(total, self.gradients.to(total.dtype).flatten(1, 2))
+        Factor.of(total).add_product_(self.gradients.to(total.dtype).flatten(1, 2))
 
     def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
         """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""
@@ -103,40 +104,40 @@ class Samples:
 
     def add_output_products_(self, total: Tensor) -> None:
         """``total += Σ_k G_k G_kᵀ``, upper triangle of ``[H, O, O]`` or diagonal ``[H, O]``; rows sorted by sample."""
-        groups, outputs, width = self.shape
+        (groups, outputs, width), factor = self.shape, Factor.of(total)
         columns = self.activations.columns(self.gradients)
         if columns is not None:
-            add_symmetric_product_(total, columns[1].to(total.dtype))
+            factor.add_product_(columns[1].to(total.dtype))
         elif self.positions == 1:
             for piece in self.pieces():
                 lengths = torch.linalg.vector_norm(piece.activations.dense(), dim=-1, keepdim=True)
-                add_symmetric_product_(total, (piece.gradients * lengths).to(total.dtype).flatten(1, 2))
-        elif self._shorter(outputs, width, total.dim() == 2):
+                factor.add_product_((piece.gradients * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(outputs, width, factor.is_diagonal):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                add_symmetric_product_(total, (a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
+                factor.add_product_((a @ a.mT @ g).flatten(1, 2), g.flatten(1, 2))
         else:
             for gradients in self.per_sample():
-                add_symmetric_product_(total, gradients.mT.reshape(groups, -1, outputs))
+                factor.add_product_(gradients.mT.reshape(groups, -1, outputs))
 
     def add_input_products_(self, total: Tensor) -> None:
         """``total += Σ_k G_kᵀ G_k``, upper triangle of ``[H, I, I]`` or diagonal ``[H, I]``; rows sorted by sample."""
-        groups, outputs, width = self.shape
-        columns = self.activations.columns(self.gradients) if total.dim() == 2 else None
+        (groups, outputs, width), factor = self.shape, Factor.of(total)
+        columns = self.activations.columns(self.gradients) if factor.is_diagonal else None
         if columns is not None:
             places, rows = columns
             total.index_add_(1, places, rows.to(total.dtype).square().sum(-1))
         elif self.positions == 1:
             for piece in self.pieces():
                 lengths = torch.linalg.vector_norm(piece.gradients, dim=-1, keepdim=True)
-                add_symmetric_product_(total, (piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
-        elif self._shorter(width, outputs, total.dim() == 2):
+                factor.add_product_((piece.activations.dense() * lengths).to(total.dtype).flatten(1, 2))
+        elif self._shorter(width, outputs, factor.is_diagonal):
             for piece in self.pieces():
                 a, g = piece.activations.dense(), piece.gradients
-                add_symmetric_product_(total, (g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
+                factor.add_product_((g @ g.mT @ a).flatten(1, 2), a.flatten(1, 2))
         else:
             for gradients in self.per_sample():
-                add_symmetric_product_(total, gradients.reshape(groups, -1, width))
+                factor.add_product_(gradients.reshape(groups, -1, width))
 
     def _shorter(self, kept: int, summed: int, diagonal: bool) -> bool:
         """Whether ``[T, T]`` products are cheaper than the gradients written out, by multiplications."""
@@ -201,17 +202,16 @@ class Samples:
             inputs: ``U_A [H, I, I]``, or ``[H, I]`` where it is a diagonal; None: one.
             outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
-        if inputs is None or inputs.dim() == 2:  # they need not be written out
-            activations = self.activations if inputs is None else self.activations.scaled(inputs)
-            yield replace(self, activations=activations, gradients=turned(self.gradients, outputs), mask=None)
+        A, B = (None if given is None else Factor.of(given) for given in (inputs, outputs))
+        if A is None or A.is_diagonal:  # they need not be written out
+            activations = self.activations if A is None else self.activations.scaled(A.tensor)
+            yield replace(self, activations=activations, gradients=_rotated(self.gradients, B), mask=None)
             return
-        narrow = inputs.shape[-1] < inputs.shape[-2]  # then there may be a shorter way than to write them out
+        narrow = A.tensor.shape[-1] < A.tensor.shape[-2]  # then there may be a shorter way than to write them out
         for low, high in self._ranges():
-            rows = self.activations.times(inputs, low, high) if narrow else None
-            activations = Dense(turned(self.activations.dense(low, high), inputs) if rows is None else rows)
-            yield replace(
-                self, activations=activations, gradients=turned(self.gradients[:, low:high], outputs), mask=None
-            )
+            rows = self.activations.times(A.tensor, low, high) if narrow else None
+            activations = Dense(A.rotate(self.activations.dense(low, high)) if rows is None else rows)
+            yield replace(self, activations=activations, gradients=_rotated(self.gradients[:, low:high], B), mask=None)
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
@@ -243,6 +243,10 @@ class Samples:
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
         return replace(self, mask=positions.to(self.gradients.dtype))
+
+
+def _rotated(rows: Tensor, factor: Factor | None) -> Tensor:
+    return rows if factor is None else factor.rotate(rows)
 
 
 def join(uses: list[Samples]) -> Samples:

@@ -4,6 +4,7 @@ from kronfisher.operators.block_tridiagonal import Tridiagonal
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.eigen import DenseBasis, Eigen, KroneckerBasis
+from kronfisher.operators.factors import DenseFactor, DiagonalFactor, Factor
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.kronecker_sum import KroneckerSum
@@ -15,8 +16,11 @@ from kronfisher.operators.sum import Sum
 __all__ = [
     "Dense",
     "DenseBasis",
+    "DenseFactor",
     "Diagonal",
+    "DiagonalFactor",
     "Eigen",
+    "Factor",
     "Inverse",
     "Kronecker",
     "KroneckerBasis",

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
-from kronfisher.linalg import full_precision
+from kronfisher.linalg import full_precision, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.conditionals import Chain, Conditionals, Root, by_cholesky, by_eigenvectors
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
-from kronfisher.operators.operator import Operator, stable_norm
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 from kronfisher.operators.sum import DENSE_LIMIT
 
@@ -72,7 +72,7 @@ class Tridiagonal(Operator, kind="tridiagonal"):
                 f"{label}: {len(self.layers)} layers with {len(self.A)} and {len(self.B)} links; n take n - 1"
             )
         for layer in self.layers:
-            if layer.A.dim() != 3 or layer.B.dim() != 3 or len(layer.A) > 1:
+            if layer.has_diagonal or len(layer.A) > 1:
                 raise DataError(f"{label}: {layer!r} must have one group and dense sides")
         for k, (x, y) in enumerate(pairwise(self.layers)):
             for key, cross, left, right in (("A", self.A[k], x.A, y.A), ("B", self.B[k], x.B, y.B)):
@@ -251,8 +251,8 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         with full_precision(self.device.type):
             roots = [
                 (
-                    root(layer.B, f"{label} (output side)", layer.definite),
-                    root(layer.A, f"{label} (input side)", layer.definite),
+                    root(layer.output_factor, f"{label} (output side)", layer.definite),
+                    root(layer.input_factor, f"{label} (input side)", layer.definite),
                 )
                 for layer, label in zip(self.layers, labels, strict=True)
             ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
-from kronfisher.operators.operator import stable_norm
+from kronfisher.linalg import stable_norm
 
 __all__ = ["Convergence", "conjugate_gradients"]
 

@@ -10,27 +10,26 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning, SingularError
-from kronfisher.linalg import eigh
-from kronfisher.operators import factors as sides
-from kronfisher.operators.spectral import negligible
+from kronfisher.linalg import eigh, negligible
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Chain", "Conditionals", "Pair", "Root", "by_cholesky", "by_eigenvectors"]
 
 Pair = tuple[Tensor, Tensor]  # of the output side, then of the input side
-Root = Callable[[Tensor, str, bool], Pair]
+Root = Callable[[Factor, str, bool], Pair]
 
 
-def by_cholesky(side: Tensor, label: str, definite: bool) -> Pair:
-    """``L`` and ``L⁻¹`` of a side ``[1, n, n]``; SingularError where it is singular, unless damped (`definite`)."""
-    lower = sides.factor(side, label, definite=definite)[0]
+def by_cholesky(factor: Factor, label: str, definite: bool) -> Pair:
+    """``L`` and ``L⁻¹`` of a factor ``[1, n, n]``; SingularError where it is singular, unless damped (`definite`)."""
+    lower = factor.cholesky(label, definite=definite).tensor[0]
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
 
 
-def by_eigenvectors(side: Tensor, label: str, definite: bool) -> Pair:
-    """``Q √s`` and its pseudo-inverse, of a side ``[1, n, n]``: directions of numerically zero s are left out."""
-    values, vectors = eigh(side[0], label)
-    kept = values > negligible(side.dtype) * values.amax()
+def by_eigenvectors(factor: Factor, label: str, definite: bool) -> Pair:
+    """``Q √s`` and its pseudo-inverse, of a factor ``[1, n, n]``: directions of numerically zero s are left out."""
+    values, vectors = eigh(factor.tensor[0], label)
+    kept = values > negligible(values.dtype) * values.amax()
     roots = values.sqrt() * kept
     return vectors * roots, (vectors * torch.where(kept, 1 / roots, 0)).mT
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, SingularError
-from kronfisher.linalg import eigh, full_precision
-from kronfisher.operators import factors as sides
+from kronfisher.linalg import eigh, full_precision, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.eigen import DenseBasis, Eigen
-from kronfisher.operators.operator import Operator, stable_norm
+from kronfisher.operators.factors import DenseFactor
+from kronfisher.operators.operator import Operator
 
 __all__ = ["Dense"]
 
@@ -67,21 +67,21 @@ class Dense(Operator, kind="dense"):
 
     def solves(self, rows: Tensor) -> Tensor:
         """By the Cholesky factor."""
-        return torch.cholesky_solve(rows.mT, self._factor).mT
+        return torch.cholesky_solve(rows.mT, self._lower).mT
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
         """``N(0, X⁻¹)`` by the Cholesky factor, ``N(0, X)`` by the symmetric root, which exists when X is singular."""
         if not inverse:
             return super().colour(noise, inverse=False)
-        return torch.linalg.solve_triangular(self._factor.mT, noise.mT, upper=True).mT
+        return torch.linalg.solve_triangular(self._lower.mT, noise.mT, upper=True).mT
 
     def inverse(self) -> "Dense":
         """Dense again."""
-        return Dense(torch.cholesky_inverse(self._factor), self.name)
+        return Dense(torch.cholesky_inverse(self._lower), self.name)
 
     def logdet(self) -> Tensor:
         """From the Cholesky factor."""
-        return sides.logdet(self._factor[None])[0]
+        return DenseFactor(self._lower[None]).cholesky_logdet()[0]
 
     def spectral(self) -> Eigen:
         """Eigenvectors in a `DenseBasis`."""
@@ -133,9 +133,9 @@ class Dense(Operator, kind="dense"):
         return cls(tensors["matrix"], **settings)
 
     @cached_property
-    def _factor(self) -> Tensor:
+    def _lower(self) -> Tensor:
         try:
-            return sides.factor(self.matrix[None], self.name or self.structure)[0]
+            return DenseFactor(self.matrix[None]).cholesky(self.name or self.structure).tensor[0]
         except SingularError:
             if self.indefinite:
                 self.spectral().checked()  # says so if negative eigenvalues are the reason

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision
-from kronfisher.operators import factors as sides
+from kronfisher.operators.factors import Factor, check_factors, sandwich, size_text
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 
@@ -58,7 +59,17 @@ class KroneckerBasis:
     B: Tensor
 
     def __post_init__(self) -> None:
-        sides.check(self.tensors(), "KroneckerBasis")
+        check_factors(self.tensors(), "KroneckerBasis")
+
+    @cached_property
+    def input_factor(self) -> Factor:
+        """U_A."""
+        return Factor.of(self.A)
+
+    @cached_property
+    def output_factor(self) -> Factor:
+        """U_B."""
+        return Factor.of(self.B)
 
     @property
     def dim(self) -> int:
@@ -68,19 +79,19 @@ class KroneckerBasis:
     @property
     def size(self) -> str:
         """I x O, after the number of groups if there are several."""
-        return sides.size(self.A, self.B)
+        return size_text(self.input_factor, self.output_factor)
 
     def rotate(self, rows: Tensor) -> Tensor:
         """``U_Bᵀ W U_A`` for K rows W ``[K, D]``."""
-        return sides.sandwich(sides.transpose(self.B), rows, sides.transpose(self.A))
+        return sandwich(self.output_factor.mT, rows, self.input_factor.mT)
 
     def back(self, rows: Tensor) -> Tensor:
         """``U_B W U_Aᵀ`` for K rows W ``[K, D]``."""
-        return sides.sandwich(self.B, rows, self.A)
+        return sandwich(self.output_factor, rows, self.input_factor)
 
     def spread(self, rows: Tensor) -> Tensor:
         """``U_B∘² W (U_A∘²)ᵀ`` for K rows W ``[K, D]``."""
-        return sides.sandwich(self.B.square(), rows, self.A.square())
+        return sandwich(self.output_factor.square(), rows, self.input_factor.square())
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B."""

@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.operators import factors as sides
+from kronfisher.linalg import negligible, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
-from kronfisher.operators.operator import Operator, stable_norm
-from kronfisher.operators.spectral import negligible
+from kronfisher.operators.factors import Factor, check_factors, cholesky_solve, outer, sandwich, size_text, stack
+from kronfisher.operators.operator import Operator
 from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Kronecker"]
@@ -50,7 +50,22 @@ class Kronecker(Operator, kind="kronecker"):
     definite: bool = False
 
     def __post_init__(self) -> None:
-        sides.check(self.tensors(), self.name or "Kronecker")
+        check_factors(self.tensors(), self.name or "Kronecker")
+
+    @cached_property
+    def input_factor(self) -> Factor:
+        """A."""
+        return Factor.of(self.A)
+
+    @cached_property
+    def output_factor(self) -> Factor:
+        """B."""
+        return Factor.of(self.B)
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether a factor is kept as its diagonal."""
+        return self.input_factor.is_diagonal or self.output_factor.is_diagonal
 
     @property
     def dim(self) -> int:
@@ -60,28 +75,28 @@ class Kronecker(Operator, kind="kronecker"):
     @property
     def structure(self) -> str:
         """The sizes of A and B."""
-        return f"kronecker {sides.size(self.A, self.B)}"
+        return f"kronecker {size_text(self.input_factor, self.output_factor)}"
 
     def matvecs(self, rows: Tensor) -> Tensor:
         """``B W Aᵀ`` for K rows W ``[K, D]``."""
-        return sides.sandwich(self.B, rows, self.A)
+        return sandwich(self.output_factor, rows, self.input_factor)
 
     def solves(self, rows: Tensor) -> Tensor:
         """``B⁻¹ W A⁻¹`` for K rows W ``[K, D]``."""
-        lower_a, lower_b = self._factors
-        return sides.solve(lower_b, rows, lower_a)
+        lower_a, lower_b = self._lower
+        return cholesky_solve(lower_b, rows, lower_a)
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
         """``N(0, X⁻¹)`` by the Cholesky factors, ``N(0, X)`` by the symmetric root, which exists when X is singular."""
         if not inverse:
             return super().colour(noise, inverse=False)
-        lower_a, lower_b = self._factors
-        return sides.solve(lower_b, noise, lower_a, whiten=True)
+        lower_a, lower_b = self._lower
+        return cholesky_solve(lower_b, noise, lower_a, whiten=True)
 
     def inverse(self) -> "Kronecker":
         """``B⁻¹ ⊗ A⁻¹``."""
-        lower_a, lower_b = self._factors
-        return Kronecker(sides.inverse(lower_a), sides.inverse(lower_b), self.name, definite=True)
+        lower_a, lower_b = self._lower
+        return Kronecker(lower_a.cholesky_inverse().tensor, lower_b.cholesky_inverse().tensor, self.name, definite=True)
 
     def spectral(self) -> Eigen:
         """Eigenvectors of both sides; the eigenvalues are all products of theirs."""
@@ -97,7 +112,8 @@ class Kronecker(Operator, kind="kronecker"):
             return None
         if (len(self.A), self.A.shape[1], self.B.shape[1]) != (len(other.A), other.A.shape[1], other.B.shape[1]):
             return None
-        A, B = sides.stacked(self.A, other.A), sides.stacked(self.B, other.B)
+        A = stack(self.input_factor, other.input_factor)
+        B = stack(self.output_factor, other.output_factor)
         settings = {"name": self.name, "nonnegative": True, "antisymmetric": (False, False)}
         return Operator.kinds["kronecker-sum"].from_tensors({"A": A, "B": B}, **settings)
 
@@ -108,25 +124,25 @@ class Kronecker(Operator, kind="kronecker"):
 
     def trace(self) -> Tensor:
         """``Σ_h tr A_h tr B_h``."""
-        return (sides.diagonal(self.A).sum(1) * sides.diagonal(self.B).sum(1)).sum()
+        return (self.input_factor.diagonal().sum(1) * self.output_factor.diagonal().sum(1)).sum()
 
     def diagonal(self) -> Tensor:
         """``diag B_h ⊗ diag A_h``, ``[D]``."""
-        return sides.outer(sides.diagonal(self.B), sides.diagonal(self.A))
+        return outer(self.output_factor.diagonal(), self.input_factor.diagonal())
 
     def frobenius_norm(self) -> Tensor:
         """``√(Σ_h ‖A_h‖² ‖B_h‖²)``."""
-        return stable_norm(sides.norms(self.A) * sides.norms(self.B))
+        return stable_norm(self.input_factor.norms() * self.output_factor.norms())
 
     def logdet(self) -> Tensor:
         """``Σ_h O log|A_h| + I log|B_h|``."""
-        lower_a, lower_b = self._factors
+        lower_a, lower_b = self._lower
         inputs, outputs = self.A.shape[1], self.B.shape[1]
-        return (outputs * sides.logdet(lower_a) + inputs * sides.logdet(lower_b)).sum()
+        return (outputs * lower_a.cholesky_logdet() + inputs * lower_b.cholesky_logdet()).sum()
 
     def to_dense(self) -> Tensor:
         """The Kronecker products on the diagonal of ``[D, D]``."""
-        left, right = sides.dense(self.B), sides.dense(self.A)
+        left, right = self.output_factor.dense(), self.input_factor.dense()
         products = left[:, :, None, :, None] * right[:, None, :, None, :]
         size = self.A.shape[1] * self.B.shape[1]
         return torch.block_diag(*products.reshape(len(left), size, size))
@@ -145,19 +161,19 @@ class Kronecker(Operator, kind="kronecker"):
         return cls(tensors["A"], tensors["B"], **settings)
 
     @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def _lower(self) -> tuple[Factor, Factor]:
         label = self.name or self.structure
-        lower_a = sides.factor(self.A, f"{label} (input side)", definite=self.definite)
-        return lower_a, sides.factor(self.B, f"{label} (output side)", definite=self.definite)
+        lower_a = self.input_factor.cholesky(f"{label} (input side)", definite=self.definite)
+        return lower_a, self.output_factor.cholesky(f"{label} (output side)", definite=self.definite)
 
     @cached_property
     def _spectral(self) -> Eigen:
         label = self.name or self.structure
-        values_a, vectors_a = sides.decompose(self.A, f"{label} (input side)")
-        values_b, vectors_b = sides.decompose(self.B, f"{label} (output side)")
+        values_a, vectors_a = self.input_factor.eigh(f"{label} (input side)")
+        values_b, vectors_b = self.output_factor.eigh(f"{label} (output side)")
         # Products of eigenvalues are as precise as the eigenvalues: each side is judged by its own largest.
         definite = self.definite or all(
             bool((values.amin(1) > negligible(self.dtype) * values.amax(1)).all()) for values in (values_a, values_b)
         )
-        basis = KroneckerBasis(vectors_a, vectors_b)
-        return Eigen(basis, sides.outer(values_b, values_a), self.name, definite=definite, form=self.structure)
+        basis = KroneckerBasis(vectors_a.tensor, vectors_b.tensor)
+        return Eigen(basis, outer(values_b, values_a), self.name, definite=definite, form=self.structure)

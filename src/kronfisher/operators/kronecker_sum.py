@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError
-from kronfisher.operators import factors as sides
+from kronfisher.linalg import negligible
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.cg import Convergence, conjugate_gradients
 from kronfisher.operators.dense import Dense
+from kronfisher.operators.factors import Factor, check_factors, size_text
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.pair import Pair
-from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
+from kronfisher.operators.spectral import Spectral, warn_if_lost
 from kronfisher.operators.sum import require_small
 
 __all__ = ["KroneckerSum"]
@@ -79,11 +80,11 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
                 f"{label}: A must be [R, H, I, I] and B [R, H, O, O] (without the last axis for diagonals) of the same "
                 f"R >= 1 terms, not {list(self.A.shape)} and {list(self.B.shape)}"
             )
-        sides.check({"A": self.A[0], "B": self.B[0]}, label)
+        check_factors({"A": self.A[0], "B": self.B[0]}, label)
         if self.antisymmetric is None:
             object.__setattr__(self, "antisymmetric", _antisymmetric(self.A, self.B, label))
         kinds = self._kinds
-        if len(kinds) != len(self.A) or (any(kinds) and (self.A.dim() < 4 or self.B.dim() < 4)):
+        if len(kinds) != len(self.A) or (any(kinds) and _has_diagonal(self.A, self.B)):
             raise DataError(f"{label}: antisymmetric={kinds} does not fit {len(self.A)} terms with these sides")
         if kinds[0] or (self.nonnegative and any(kinds)):
             raise DataError(f"{label}: an antisymmetric term neither leads nor is positive semidefinite")
@@ -96,7 +97,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
     @property
     def structure(self) -> str:
         """The number of terms and the sizes of A and B."""
-        return f"sum of {len(self.A)} kronecker {sides.size(self.A[0], self.B[0])}"
+        return f"sum of {len(self.A)} kronecker {size_text(Factor.of(self.A[0]), Factor.of(self.B[0]))}"
 
     @property
     def semidefinite(self) -> bool:
@@ -135,7 +136,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         high = leading.extremes[1]
         noise = negligible(self.dtype) * high
         if self.shift:
-            told_if_lost(self, self.shift, float(high))
+            warn_if_lost(self, self.shift, float(high))
         near = leading.shifted(max(self.shift, noise)).inverse()
         floor = noise if not self.shift and not self.definite else 0.0
         label = self.name or self.structure
@@ -319,9 +320,13 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         return self._matrix
 
 
+def _has_diagonal(*stacks: Tensor) -> bool:
+    return any(Factor.type_of(stack.shape[1:]).is_diagonal for stack in stacks)
+
+
 def _antisymmetric(A: Tensor, B: Tensor, label: str) -> tuple[bool, ...]:
     """For every term whether its sides are antisymmetric; DataError if neither holds for both."""
-    if A.dim() == 3 or B.dim() == 3:
+    if _has_diagonal(A, B):
         return (False,) * len(A)
     found = []
     for r, pair in enumerate(zip(A, B, strict=True)):

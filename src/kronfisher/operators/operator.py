@@ -14,23 +14,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.linalg import stable_norm
 from kronfisher.operators.algebra import Algebra, nonnegative
 
 if TYPE_CHECKING:
     from kronfisher.operators.spectral import Spectral
 
-__all__ = ["Operator", "stable_norm"]
-
-
-def stable_norm(tensor: Tensor) -> Tensor:
-    """The Euclidean norm over the last axis, summed in float64: entries of 1e-30, as late in training, are not lost.
-
-    In float32 the sum over a million entries would be wrong in the fifth digit, which is all that separates good fits.
-    """
-    if tensor.dtype != torch.float64:
-        return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float64).to(tensor.dtype)
-    scale = tensor.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
-    return scale[..., 0] * torch.linalg.vector_norm(tensor / scale, dim=-1)
+__all__ = ["Operator"]
 
 
 class Operator(Algebra["Operator"]):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, IndefiniteError, SingularError
-from kronfisher.linalg import eigh, full_precision, singular_message
-from kronfisher.operators import factors as sides
+from kronfisher.linalg import eigh, full_precision, negligible, singular_message
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
+from kronfisher.operators.factors import DenseFactor, Factor, outer, sandwich
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral, negligible
+from kronfisher.operators.spectral import Spectral
 from kronfisher.operators.sum import DENSE_LIMIT, Sum, require_small
 
 __all__ = ["Pair"]
@@ -85,11 +85,19 @@ class Pair(Operator, kind="pair"):
             SingularError: a side of the first product is numerically singular.
         """
         (A, UA, low_a), (B, UB, low_b) = (
-            _diagonalised(one, two, antisymmetric, f"{name or form} ({side} side of the first term)", definite)
+            _diagonalise(
+                Factor.of(one),
+                Factor.of(two),
+                antisymmetric,
+                f"{name or form} ({side} side of the first term)",
+                definite,
+            )
             for one, two, side in zip(first, second, ("input", "output"), strict=True)
         )
-        product = sides.outer(low_b, low_a)
-        return cls(A, B, UA, UB, 1 - product if antisymmetric else 1 + product, name, form=form)
+        product = outer(low_b, low_a)
+        return cls(
+            A.tensor, B.tensor, UA.tensor, UB.tensor, 1 - product if antisymmetric else 1 + product, name, form=form
+        )
 
     @property
     def dim(self) -> int:
@@ -119,7 +127,7 @@ class Pair(Operator, kind="pair"):
         if inverse:
             return self._inverse.colour(noise, inverse=False)
         roots = self._rooted().values.sqrt()
-        turned = sides.sandwich(_adjoint(self.UB), noise.to(self.UB.dtype), _adjoint(self.UA))
+        turned = sandwich(Factor.of(self.UB).mH, noise.to(self.UB.dtype), Factor.of(self.UA).mH)
         return self._back(turned * roots)
 
     def inverse(self) -> "Pair":
@@ -130,7 +138,10 @@ class Pair(Operator, kind="pair"):
         """``Σ log values + 2 Σ_h (O log|L_A| + I log|L_B|)``."""
         self.checked()
         inputs, outputs = self.A.shape[1], self.B.shape[1]
-        return self.values.log().sum() + 2 * (outputs * _logdet(self.A) + inputs * _logdet(self.B)).sum()
+        return (
+            self.values.log().sum()
+            + 2 * (outputs * Factor.of(self.A).logabsdet() + inputs * Factor.of(self.B).logabsdet()).sum()
+        )
 
     def checked(self) -> Self:
         """Itself, if it is positive definite.
@@ -182,18 +193,18 @@ class Pair(Operator, kind="pair"):
 
     def diagonal(self) -> Tensor:
         """``|K|∘² values``, ``[D]``."""
-        left, right = (side.abs().square() for side in self._basis)
-        return sides.sandwich(left, self.values[None], right)[0]
+        left, right = (side.square() for side in self._basis)
+        return sandwich(left, self.values[None], right)[0]
 
     def frobenius_norm(self) -> Tensor:
         """``valuesᵀ |KᴴK|∘² values``, at unit scale so that nothing overflows."""
-        scale = torch.stack([side.abs().amax() for side in self._basis]).prod() * self.values.abs().amax().sqrt()
+        scale = torch.stack([side.tensor.abs().amax() for side in self._basis]).prod() * self.values.abs().amax().sqrt()
         if not bool(scale > 0):
             return scale
-        left, right = (side / side.abs().amax() for side in self._basis)
+        left, right = (Factor.of(side.tensor / side.tensor.abs().amax()) for side in self._basis)
         values = self.values / self.values.abs().amax()
-        grams = [(_product(_adjoint(side), side)).abs().square() for side in (left, right)]
-        inner = (values * sides.sandwich(grams[0], values[None], grams[1])[0]).sum()
+        grams = [(side.mH @ side).square() for side in (left, right)]
+        inner = (values * sandwich(grams[0], values[None], grams[1])[0]).sum()
         return inner.clamp_min(0).sqrt() * scale * scale
 
     def tensors(self) -> dict[str, Tensor]:
@@ -220,11 +231,11 @@ class Pair(Operator, kind="pair"):
 
     def _turned(self, rows: Tensor) -> Tensor:
         left, right = self._basis
-        return sides.sandwich(_adjoint(left), rows.to(left.dtype), _adjoint(right))
+        return sandwich(left.mH, rows.to(left.tensor.dtype), right.mH)
 
     def _back(self, rows: Tensor) -> Tensor:
         left, right = self._basis
-        result = sides.sandwich(left, rows, right)
+        result = sandwich(left, rows, right)
         return result.real.contiguous() if result.is_complex() else result
 
     def _rooted(self) -> "Pair":
@@ -250,13 +261,13 @@ class Pair(Operator, kind="pair"):
         return low, high
 
     @cached_property
-    def _basis(self) -> tuple[Tensor, Tensor]:
-        return _product(self.B, self.UB), _product(self.A, self.UA)
+    def _basis(self) -> tuple[Factor, Factor]:
+        return Factor.of(self.B) @ Factor.of(self.UB), Factor.of(self.A) @ Factor.of(self.UA)
 
     @cached_property
     def _inverse(self) -> "Pair":
         self.checked()
-        A, B = (side.reciprocal() if side.dim() == 2 else torch.linalg.inv(side).mT for side in (self.A, self.B))
+        A, B = (Factor.of(side).inverse_transpose().tensor for side in (self.A, self.B))
         return replace(self, A=A, B=B, values=self.values.reciprocal(), definite=True)
 
     @cached_property
@@ -265,40 +276,21 @@ class Pair(Operator, kind="pair"):
         return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite).spectral()
 
 
-def _diagonalised(
-    first: Tensor, second: Tensor, antisymmetric: bool, name: str, definite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _diagonalise(
+    first: Factor, second: Factor, antisymmetric: bool, name: str, definite: bool
+) -> tuple[Factor, Factor, Tensor]:
     # L with first = L Lᵀ; U and s with L⁻¹ second L⁻ᵀ = U s Uᴴ, or -i U s Uᴴ if it is antisymmetric
-    if first.dim() == 2 and second.dim() == 3:
-        first = sides.dense(first)
-    lower = sides.factor(first, name, definite=definite)
-    if lower.dim() == 2:
+    if first.is_diagonal and not second.is_diagonal:
+        first = DenseFactor(first.dense())
+    lower = first.cholesky(name, definite=definite)
+    if first.is_diagonal:
         if antisymmetric:
             raise DataError(f"{name}: a diagonal side is not antisymmetric")
-        return lower, torch.ones_like(second), second / first
-    with full_precision(first.device.type):
-        half = torch.linalg.solve_triangular(lower, sides.dense(second), upper=False)
-        white = torch.linalg.solve_triangular(lower, half.mT.contiguous(), upper=False).mT
+        return lower, Factor.of(torch.ones_like(second.tensor)), second.tensor / first.tensor
+    with full_precision(lower.tensor.device.type):
+        half = torch.linalg.solve_triangular(lower.tensor, second.dense(), upper=False)
+        white = torch.linalg.solve_triangular(lower.tensor, half.mT.contiguous(), upper=False).mT
     if antisymmetric:
         white = torch.complex(torch.zeros_like(white), (white - white.mT) / 2)
     values, vectors = eigh(white, name, semidefinite=False)
-    return lower, vectors, values
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.dim() == 2:
-        return left * right if right.dim() == 2 else left[..., None] * right
-    if right.dim() == 2:
-        return left * right[:, None, :]
-    with full_precision(left.device.type):
-        return left.to(right.dtype) @ right if right.is_complex() else left @ right
-
-
-def _adjoint(side: Tensor) -> Tensor:
-    return side.mH if side.dim() == 3 else side
-
-
-def _logdet(side: Tensor) -> Tensor:
-    if side.dim() == 2:
-        return side.abs().log().sum(1)
-    return torch.linalg.slogdet(side).logabsdet
+    return lower, DenseFactor(vectors), values

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError
-from kronfisher.linalg import WORKSPACE, cholesky, chunks, full_precision
+from kronfisher.linalg import WORKSPACE, cholesky, chunks, full_precision, negligible
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.dense import Dense
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral, negligible, told_if_lost
+from kronfisher.operators.spectral import Spectral, warn_if_lost
 from kronfisher.operators.sum import require_small
 
 __all__ = ["Prototyped"]
@@ -149,7 +149,7 @@ class Prototyped(Operator, kind="prototyped"):
         if shift == 0:
             return self
         high = max(self.rest.extremes[1], self._heaviest)
-        told_if_lost(self, shift, high)
+        warn_if_lost(self, shift, high)
         low = self.rest.extremes[0] + shift
         result = replace(self, rest=self.rest.map(lambda values: values + shift, definite=low > 0))
         vars(result)["_heaviest"] = self._heaviest
@@ -168,8 +168,8 @@ class Prototyped(Operator, kind="prototyped"):
         """``(U∘²) s + Σ_c w_c (U z_c)∘²``, ``[D]``."""
         basis = self.rest.basis
         assert isinstance(basis, KroneckerBasis)
-        a, b = (_turned_back(side, own).square() for side, own in ((self.A, basis.A), (self.B, basis.B)))
         with full_precision(self.device.type):
+            a, b = basis.input_factor.right(self.A).square(), basis.output_factor.right(self.B).square()
             return self.rest.diagonal() + ((b * self.weights[..., None]).mT @ a).flatten()
 
     def frobenius_norm(self) -> Tensor:
@@ -274,11 +274,3 @@ class Prototyped(Operator, kind="prototyped"):
             yield rows
         for low, high in chunks(len(rows), size, WORKSPACE):
             yield rows[low:high]
-
-
-def _turned_back(rows: Tensor, side: Tensor) -> Tensor:
-    """``[H, m, n]`` in the coordinates of a side to its own."""
-    if side.dim() == 2:
-        return rows * side[:, None]
-    with full_precision(rows.device.type):
-        return rows @ side.mT

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import indefinite_message, singular_message
+from kronfisher.linalg import indefinite_message, negligible, singular_message
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.operator import Operator
 
-__all__ = ["Spectral", "negligible", "told_if_lost"]
+__all__ = ["Spectral", "warn_if_lost"]
 
 
-def negligible(dtype: torch.dtype) -> float:
-    """The share of the largest eigenvalue at and below which an eigenvalue cannot be told from zero."""
-    return 10 * torch.finfo(dtype).eps
-
-
-def told_if_lost(operator: Operator, shift: float, high: float) -> None:
+def warn_if_lost(operator: Operator, shift: float, high: float) -> None:
     """NumericalWarning if a damping drowns in the rounding errors of the largest eigenvalue."""
     if shift < torch.finfo(operator.dtype).eps * high:
         warnings.warn(
@@ -108,7 +103,7 @@ class Spectral(Operator):
         if shift == 0:
             return self
         low, high = self.extremes
-        told_if_lost(self, shift, high)
+        warn_if_lost(self, shift, high)
         result = self.map(lambda values: values + shift, definite=low + shift > 0)
         vars(result)["extremes"] = (low + shift, high + shift)  # known, so a new λ needs no answer from the device
         return result

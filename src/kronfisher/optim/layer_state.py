@@ -78,7 +78,7 @@ class Layer:
         inverse = self.inverse
         if not isinstance(inverse, Kronecker) or self.solves or len(self.blocks) > 1 or len(inverse.A) > 1:
             return False
-        return inverse.A.dim() == inverse.B.dim() == 3
+        return not inverse.has_diagonal
 
     def merge(self, keep: float) -> None:
         """Take the batch's statistics into the average, of which the share `keep` stays."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
 from kronfisher.fisher.damping.damping import Damping
-from kronfisher.operators import factors as sides
 from kronfisher.operators.block_tridiagonal import Tridiagonal
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.kronecker import Kronecker
@@ -65,14 +64,14 @@ class FactoredTikhonov(Damping, kind="factored"):
         return replace(operator.shifted(value), values=(values + value + root * (rows + columns)).flatten())
 
     def _product(self, operator: Kronecker, value: float) -> Kronecker:
-        left, right = operator.B, operator.A
-        root_a, root_b = (sides.diagonal(side).mean(1).clamp_min(0).sqrt() for side in (right, left))
-        nonzero = (root_a > 0) & (root_b > 0)  # a side of zero trace is zero, and so is the product
+        left, right = operator.output_factor, operator.input_factor
+        root_a, root_b = (factor.diagonal().mean(1).clamp_min(0).sqrt() for factor in (right, left))
+        nonzero = (root_a > 0) & (root_b > 0)  # a factor of zero trace is zero, and so is the product
         ratio = torch.where(nonzero, root_a, 1) / torch.where(nonzero, root_b, 1)
         root = self._root(value, root_a * root_b, operator)
         return Kronecker(
-            _add(right, nonzero, ratio * root),
-            _add(left, nonzero, root / ratio),
+            right.scaled(nonzero).shifted(ratio * root).tensor,  # the shift alone where the product is zero
+            left.scaled(nonzero).shifted(root / ratio).tensor,
             operator.name,
             definite=True,
         )
@@ -91,10 +90,3 @@ class FactoredTikhonov(Damping, kind="factored"):
                 stacklevel=5,
             )
         return torch.maximum(root, floor)
-
-
-def _add(side: Tensor, nonzero: Tensor, shift: Tensor) -> Tensor:
-    # side + shift·1 where the product is not zero, shift·1 where it is
-    kept = side * nonzero.view(-1, *[1] * (side.dim() - 1))
-    diagonal = shift[:, None].expand(-1, side.shape[1])
-    return kept + (torch.diag_embed(diagonal) if side.dim() == 3 else diagonal)

@@ -8,7 +8,7 @@ from kronfisher.fits.rearrangement.projected import Projected
 from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged
 from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
 from kronfisher.fits.rearrangement.rows import Explicit, Rows
-from kronfisher.fits.rearrangement.sides import norm, over, semidefinite, times, whole
+from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.span import Span, spans
 from kronfisher.fits.rearrangement.spectrum import Triplets, deflated, lanczos
 from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncated
@@ -40,10 +40,8 @@ __all__ = [
     "positive_terms",
     "products",
     "rearranged",
-    "semidefinite",
     "spans",
     "squared_products",
     "times",
     "truncated",
-    "whole",
 ]

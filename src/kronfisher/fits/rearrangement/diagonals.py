@@ -8,7 +8,8 @@ from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.fits.rearrangement.rows import dense_pieces
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, chunks, completed_, turned
+from kronfisher.linalg import chunks
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Diagonals"]
 
@@ -33,28 +34,28 @@ class Diagonals(Rearranged):
         return self.samples[0].gradients
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[1])
+        total, right = Factor.of(self.like().new_zeros(self.sides[1])), Factor.of(A)
         for several in self.samples:
-            if A.dim() == 2 and isinstance(several.activations, Indices):
+            if right.is_diagonal and isinstance(several.activations, Indices):
                 for places, rows in _gathered(several):
-                    add_symmetric_product_(total, A[:, places][..., None] * rows, rows)
+                    total.add_product_(A[:, places][..., None] * rows, rows)
                 continue
             for a, g in dense_pieces(several):
-                W = turned(a, A) @ a.mT
-                add_symmetric_product_(total, (W @ g).flatten(1, 2), g.flatten(1, 2))
-        return completed_(total) if total.dim() == 3 else total
+                W = right.rotate(a) @ a.mT
+                total.add_product_((W @ g).flatten(1, 2), g.flatten(1, 2))
+        return total.complete_().tensor
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[0])
+        total, left = Factor.of(self.like().new_zeros(self.sides[0])), Factor.of(B)
         for several in self.samples:
-            if total.dim() == 2 and isinstance(several.activations, Indices):
+            if total.is_diagonal and isinstance(several.activations, Indices):
                 for places, rows in _gathered(several):
-                    total.index_add_(1, places, (turned(rows[:, None], B)[:, 0] * rows).sum(-1))
+                    total.tensor.index_add_(1, places, (left.rotate(rows[:, None])[:, 0] * rows).sum(-1))
                 continue
             for a, g in dense_pieces(several):
-                W = turned(g, B) @ g.mT
-                add_symmetric_product_(total, (W @ a).flatten(1, 2), a.flatten(1, 2))
-        return completed_(total) if total.dim() == 3 else total
+                W = left.rotate(g) @ g.mT
+                total.add_product_((W @ a).flatten(1, 2), a.flatten(1, 2))
+        return total.complete_().tensor
 
 
 def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.rearranged import Rearranged
-from kronfisher.fits.rearrangement.sides import norm, over, semidefinite, times
+from kronfisher.fits.rearrangement.scales import norm, over, times
+from kronfisher.operators.factors import Factor
 
 __all__ = ["nonnegative_weights", "positive_terms"]
 
@@ -116,7 +117,7 @@ def positive_terms(
             for j in range(len(sides)):
                 inner = torch.einsum("rh...,h...->rh", others, others[j])  # at most one: others[j] has norm one or zero
                 rest = back(others[j]) - torch.einsum("rh,rh...->h...", inner, sides) + times(sides[j], inner[j])
-                sides[j] = semidefinite(over(rest, inner[j]), "a term of a sum")
+                sides[j] = Factor.of(over(rest, inner[j])).nearest_semidefinite("a term of a sum").tensor
         new = _size(A, B)
         change = float(((new - old).abs() / new.clamp_min(torch.finfo(new.dtype).tiny)).max())
         old = new

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.parts import noise, some
-from kronfisher.fits.rearrangement.sides import norm, over
+from kronfisher.fits.rearrangement.scales import norm, over
 from kronfisher.fits.rearrangement.weights import Gram
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, applied, chunks, mirror_
+from kronfisher.linalg import add_symmetric_product_, chunks, mirror_, multiply_rows
 
 __all__ = ["PART", "Projected"]
 
@@ -182,7 +182,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     for low, high in chunks(len(samples), size, samples.workspace // 8):
         g = samples.gradients[:, low:high]
         if transposed:
-            yield samples.activations.combined(applied(g, L), low, high).flatten(1, 2)
+            yield samples.activations.combined(multiply_rows(g, L), low, high).flatten(1, 2)
         else:
             yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
 
@@ -190,7 +190,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
 def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """L ``[H, D, ρ]`` with ``L Lᵀ`` of norm one and close to the leading part of a positive semidefinite matrix.
 
-    From Y that M was applied to once (Halko et al. 2011).
+    From Y that M was multiply_rows to once (Halko et al. 2011).
     """
     return _nystrom(times, times(start))
 

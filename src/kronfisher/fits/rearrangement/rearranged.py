@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.fits.rearrangement.sides import norm, over, times
+from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.linalg import eigh
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Pair", "Rearranged", "mixture"]
 
@@ -71,10 +72,8 @@ class Rearranged(ABC):
 
     def first(self) -> Tensor:
         """The identity in place of A."""
-        like, shape = self.like(), self.sides[0]
-        if len(shape) == 2:
-            return like.new_ones(shape)
-        return torch.eye(shape[1], dtype=like.dtype, device=like.device).expand(shape)
+        shape = self.sides[0]
+        return Factor.type_of(shape).identity(shape, self.like())
 
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
         """The first singular pair by alternating half steps; every iterate is positive semidefinite.

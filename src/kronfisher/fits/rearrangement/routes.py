@@ -9,7 +9,7 @@ from kronfisher.fits.rearrangement.parts import DIRECTIONS
 from kronfisher.fits.rearrangement.projected import PART, Projected
 from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.fits.rearrangement.rows import Explicit, Rows
-from kronfisher.fits.rearrangement.sides import inverted
+from kronfisher.fits.rearrangement.scales import reciprocal
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_
@@ -98,7 +98,7 @@ def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
     """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
     rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
     scale = torch.stack(rows.aminmax()).abs().amax()
-    rows *= inverted(scale)
+    rows *= reciprocal(scale)
     products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
     squares = products.triu_().square_()
     same, fourth = squares.diagonal().sum(dtype=torch.float64), scale.double() ** 4

@@ -9,7 +9,7 @@ from torch import Tensor
 from kronfisher.fits.rearrangement.parts import largest, share
 from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import WORKSPACE, add_symmetric_product_, applied, completed_
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, complete_, multiply_rows
 
 __all__ = ["Explicit", "Rows", "dense_pieces"]
 
@@ -37,16 +37,16 @@ class Rows(Rearranged):
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[1])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
-            W = applied(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
+            W = multiply_rows(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
             add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
-        return completed_(total, odd)
+        return complete_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
-            W = applied(g, B) @ g.mT
+            W = multiply_rows(g, B) @ g.mT
             add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
-        return completed_(total, odd)
+        return complete_(total, odd)
 
     def part(self) -> Rearranged:
         return Rows(largest(self.samples))
@@ -82,14 +82,14 @@ class Explicit(Rearranged):
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[1])
         for G in self.pieces():
-            add_symmetric_product_(total, applied(G, A).flatten(2).mT, G.flatten(2).mT)
-        return completed_(total, odd)
+            add_symmetric_product_(total, multiply_rows(G, A).flatten(2).mT, G.flatten(2).mT)
+        return complete_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.sides[0])
         for G in self.pieces():
             add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
-        return completed_(total, odd)
+        return complete_(total, odd)
 
     def part(self) -> Rearranged:
         if self._kept is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement.joint import Terms
 from kronfisher.fits.rearrangement.rearranged import Rearranged
-from kronfisher.fits.rearrangement.sides import norm, over
+from kronfisher.fits.rearrangement.scales import norm, over
 from kronfisher.fits.rearrangement.spectrum import Triplets
 from kronfisher.fits.rearrangement.weights import Weights
 from kronfisher.layers.samples import Samples

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement.joint import Joint, Terms
 from kronfisher.fits.rearrangement.rearranged import Rearranged
-from kronfisher.fits.rearrangement.sides import norm, over, times
+from kronfisher.fits.rearrangement.scales import norm, over, times
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Triplets", "deflated", "lanczos"]
 
@@ -45,15 +46,12 @@ def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
 
 def _of_kind(side: Tensor, sign: int) -> Tensor:
     """The symmetric or the antisymmetric part; a diagonal is symmetric."""
-    if side.dim() == 2:
-        return side if sign == 1 else torch.zeros_like(side)
-    return (side + sign * side.mT) / 2
+    return Factor.of(side).part(sign).tensor
 
 
 def _dimension(shape: tuple[int, ...], sign: int) -> int:
     """Of the space of all sides ``[H, D, D]`` or ``[H, D]`` of a kind."""
-    size = shape[-1]
-    return size * (size + sign) // 2 if len(shape) == 3 else size * (sign == 1)
+    return Factor.type_of(shape).dimension(shape[-1], sign)
 
 
 class OfKind(Rearranged):

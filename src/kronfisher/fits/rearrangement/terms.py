@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.linalg import eigh
+from kronfisher.operators.factors import Factor
 
 __all__ = ["nearest_kronecker", "products", "truncated"]
 
@@ -77,7 +78,7 @@ def truncated(
 
 def _traces(stacks: tuple[Tensor, ...]) -> Tensor:
     """Of all matrices of one or two stacks: ``[H, 1, s]``."""
-    diagonals = [stack if stack.dim() == 3 else stack.diagonal(dim1=-2, dim2=-1) for stack in stacks]
+    diagonals = [Factor.of(stack.flatten(0, 1)).diagonal().unflatten(0, stack.shape[:2]) for stack in stacks]
     return torch.cat([each.double().sum(-1) for each in diagonals]).mT.unsqueeze(1)
 
 

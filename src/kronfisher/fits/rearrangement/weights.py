@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged, mixture
-from kronfisher.fits.rearrangement.sides import inverted, over
+from kronfisher.fits.rearrangement.scales import over, reciprocal
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, completed_, eigh, mirror
+from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
 
 __all__ = ["Gram", "Weights"]
 
@@ -47,7 +47,7 @@ def _summed(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    return completed_(add_symmetric_product_(total, rows, rows * weights[..., None]))
+    return complete_(add_symmetric_product_(total, rows, rows * weights[..., None]))
 
 
 def _joined(activations: Sequence[Activations]) -> Activations:
@@ -85,11 +85,11 @@ class Gram(Weights):
         for _ in range(max(iterations, 1)):
             u, v = v, _times(Kg, v)
             size = torch.linalg.vecdot(u, v).sqrt()
-            inverse = inverted(size)[:, None]
+            inverse = reciprocal(size)[:, None]
             u, w = u * inverse, v * inverse
             v = _times(Ka, w)
             sigma = torch.linalg.vecdot(w, v).sqrt()
-            inverse = inverted(sigma)[:, None]
+            inverse = reciprocal(sigma)[:, None]
             w, v = w * inverse, v * inverse
             step = torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
             steps, change = steps + (change > tolerance), step
@@ -175,4 +175,4 @@ def _times(gram: Tensor, weights: Tensor) -> Tensor:
 def _squared(products: Tensor) -> tuple[Tensor, Tensor]:
     """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
     largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
-    return products.mul_(inverted(largest)[:, None, None]).square_(), largest
+    return products.mul_(reciprocal(largest)[:, None, None]).square_(), largest

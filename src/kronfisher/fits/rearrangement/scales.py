@@ -1,11 +1,9 @@
-"""Sides of Kronecker products as ``[H, ...]``: norms and scales of every group, and what a finished side has to be."""
+"""Norms and scales of every group, for tensors ``[H, ...]``."""
 
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import eigh, mirror
-
-__all__ = ["inverted", "norm", "over", "semidefinite", "times", "whole"]
+__all__ = ["norm", "over", "reciprocal", "times"]
 
 _PIECE = 2**20  # numbers of a matrix that are scaled at once
 _SHORT = 2**15  # and of one that is rather squared in float64
@@ -24,10 +22,10 @@ def norm(matrices: Tensor) -> Tensor:
 
 def over(matrices: Tensor, scale: Tensor) -> Tensor:
     """``[H, ...]`` divided by ``[H]``, zero where the divisor is (or has no finite inverse)."""
-    return matrices * inverted(scale).view(-1, *[1] * (matrices.dim() - 1))
+    return matrices * reciprocal(scale).view(-1, *[1] * (matrices.dim() - 1))
 
 
-def inverted(scale: Tensor) -> Tensor:
+def reciprocal(scale: Tensor) -> Tensor:
     """One over each scale, zero where that has no finite inverse."""
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale.reciprocal(), 0)
 
@@ -35,26 +33,3 @@ def inverted(scale: Tensor) -> Tensor:
 def times(matrices: Tensor, scale: Tensor) -> Tensor:
     """``[H, ...]`` times ``[H]``."""
     return matrices * scale.view(-1, *[1] * (matrices.dim() - 1))
-
-
-def whole(side: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """A side times a scale, from its upper triangle where it is a matrix."""
-    return mirror(side, scale) if side.dim() == 3 else side * scale
-
-
-def semidefinite(side: Tensor, name: str, rounded: bool = False) -> Tensor:
-    """The nearest positive semidefinite side: without its negative eigenvalues.
-
-    Where `rounded`, those of rounding may stay: they do no harm in a single product, and to see that there are no
-    others is far cheaper than to find them all.
-    """
-    if side.dim() == 2:
-        return side.clamp_min(0)
-    if rounded:
-        shifted = side.clone()
-        diagonals = shifted.diagonal(dim1=-2, dim2=-1)
-        diagonals += torch.finfo(side.dtype).eps * diagonals.sum(-1, keepdim=True)
-        if not bool(torch.linalg.cholesky_ex(shifted).info.any()):
-            return side
-    values, vectors = eigh(side, name)
-    return (vectors * values.unsqueeze(1)) @ vectors.mT
