@@ -51,7 +51,7 @@ def measure(name: str, kind: str, size: int, rounds: int, period: int) -> dict[s
     batches = [(inputs[k * size : (k + 1) * size], targets[k * size : (k + 1) * size]) for k in range(2)]
     first = adamw(copy.deepcopy(workload.model), workload.likelihood)
     second, optimizer = ours(workload.model, workload.likelihood, kind)
-    optimizer.curvature.step = 4 * period  # past the early steps, in which everything is renewed more often
+    optimizer.steps = 4 * period  # past the early steps, in which everything is renewed more often
     for step in (first, second):
         for batch in batches * 2:
             step(batch)

@@ -70,7 +70,7 @@ def test_the_limit_holds():
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     preconditioner.step()
     scaled = sum(float((p.grad * gradients[name]).sum()) for name, p in model.named_parameters())
-    natural = preconditioner.curvature.precondition(gradients, 0.1)
+    natural = preconditioner.direction.precondition(gradients, 0.1)
     slope = sum(float((natural[name] * g).sum()) for name, g in gradients.items())
     assert scaled == pytest.approx(slope * (1e-4 / slope) ** 0.5)
 
@@ -121,5 +121,5 @@ def test_outputs_that_are_not_finite_leave_no_statistics():
         model.zero_grad()
         nn.functional.cross_entropy(preconditioner(x * torch.nan if bad else x), y).backward()
         preconditioner.step()
-    assert preconditioner.curvature.dropped == 1
+    assert preconditioner.statistics.dropped == 1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.optim import exact_fisher as exact
-from kronfisher.optim.replay import Pass, Snapshot
+from kronfisher.optim.replay import ForwardPass, Snapshot
 from tests.exact import exact_fisher
 
 LIKELIHOODS = {
@@ -39,7 +39,9 @@ def passed(model, function, y, likelihood):
     outputs = function()
     loss = -likelihood.log_prob(outputs, y).sum(dtype=torch.float64) / len(outputs)
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    done = Pass(function, snapshot, seen=outputs.detach(), targets=y, loss=loss.detach(), count=float(len(outputs)))
+    done = ForwardPass(
+        function, snapshot, values=outputs.detach(), targets=y, loss=loss.detach(), count=float(len(outputs))
+    )
 
     def slopes(given):
         named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
@@ -60,7 +62,7 @@ def test_products_are_those_of_the_exact_fisher_matrix(name, way, monkeypatch):
     given = directions(parameters, 3)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    products = exact.Products()
+    products = exact.FisherProducts()
     found = products.gram(model, parameters, done, given, likelihood)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert products.way == way
@@ -150,7 +152,7 @@ def test_the_quickest_way_that_is_right_is_taken(name):
     given[1].popitem()
     buffers, state = {k: b.clone() for k, b in model.named_buffers()}, torch.get_rng_state()
     attributes = [dict(module.__dict__) for module in model.modules()]
-    products = exact.Products()
+    products = exact.FisherProducts()
     found = products.gram(model, parameters, done, given, likelihood, slopes(given))
     assert way is None or products.way == way  # other masks may be drawn for channels last
     assert torch.equal(state, torch.get_rng_state())
@@ -160,7 +162,7 @@ def test_the_quickest_way_that_is_right_is_taken(name):
         old.keys() == new.keys() and all(old[k] is new[k] for k in old)
         for old, new in zip(attributes, after, strict=True)
     )
-    truth = exact.Products("backward").gram(model, parameters, done, given, likelihood)
+    truth = exact.FisherProducts("backward").gram(model, parameters, done, given, likelihood)
     torch.testing.assert_close(found, truth)
 
 
@@ -169,7 +171,7 @@ def test_directions_may_leave_parameters_out():
     (whole,) = directions(parameters, 1)
     part = {name: v for name, v in whole.items() if name.startswith("3.")}
     zeroed = {name: v if name in part else torch.zeros_like(v) for name, v in whole.items()}
-    one, other = (exact.Products().gram(model, parameters, done, [d], likelihood) for d in (part, zeroed))
+    one, other = (exact.FisherProducts().gram(model, parameters, done, [d], likelihood) for d in (part, zeroed))
     torch.testing.assert_close(one, other)
     assert all(isinstance(p, nn.Parameter) for module in model.modules() for p in module._parameters.values())
 
@@ -184,7 +186,7 @@ def test_a_tied_weight_moves_in_both_places():
     given = directions(parameters, 1)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    torch.testing.assert_close(exact.Products().gram(model, parameters, done, given, likelihood), expected)
+    torch.testing.assert_close(exact.FisherProducts().gram(model, parameters, done, given, likelihood), expected)
 
 
 def test_attention_has_a_forward_mode():
@@ -202,7 +204,7 @@ def test_attention_has_a_forward_mode():
     done, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     given = directions(parameters, 1)
-    found = exact.Products().gram(model, parameters, done, given, likelihood)
+    found = exact.FisherProducts().gram(model, parameters, done, given, likelihood)
     v = flat(given).double()
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         expected = v @ exact_fisher(model, x, likelihood) @ v.T
@@ -213,4 +215,4 @@ def test_another_loss_on_the_same_batch_is_refused():
     model, parameters, _, likelihood, done = problem("gaussian")
     done.forward = lambda: model(torch.randn(6, 4, dtype=torch.float64))
     with pytest.raises(kf.DataError, match="another loss when it was run again"):
-        exact.Products().gram(model, parameters, done, directions(parameters, 1), likelihood)
+        exact.FisherProducts().gram(model, parameters, done, directions(parameters, 1), likelihood)

@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Kronecker
-from kronfisher.optim.row_inverse import Rows, apply, route
+from kronfisher.optim.row_inverse import RowInverse, route
 
 
 def wide(dtype=torch.float64, bias=True):
@@ -36,7 +36,7 @@ def test_every_route_gives_the_product(rows, sizes, bias):
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
     x = torch.randn(rows, sizes[1], dtype=torch.float64)
     optimizer.step(lambda: model(x), torch.randn(rows, sizes[0], dtype=torch.float64))
-    (layer,) = optimizer.curvature.layers
+    (layer,) = optimizer.direction.inverses
     groups, outputs, inputs = layer.blocks[0].shape
     assert groups == 1
     if route(rows, outputs, inputs) == "matrix":
@@ -45,8 +45,8 @@ def test_every_route_gives_the_product(rows, sizes, bias):
     layer.inverse = Kronecker(A[None], B[None])
     a, g = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
     out = {name: torch.empty_like(p).unsqueeze(0) for name, p in model.named_parameters()}
-    kept = Rows({layer.blocks[0].key: layer}, {layer.name: (a, g)})
-    apply(layer, kept, out)
+    kept = RowInverse({layer.blocks[0].key: layer}, {layer.name: (a, g)})
+    kept.apply(layer, out)
     expected = B @ g.mT @ a @ A
     torch.testing.assert_close(layer.blocks[0].gather(out).reshape(outputs, inputs), expected)
     if route(rows, outputs, inputs) == "both":
@@ -119,11 +119,11 @@ def test_a_spared_gradient_is_formed_when_the_inverse_has_another_form():
     optimizer = kf.NaturalGradient(model, kf.Categorical(), momentum=0.0, trust=0.1)
     for x, y in batches(2):
         optimizer.step(lambda x=x: model(x), y)
-    layer = optimizer.curvature.layers[0]
+    layer = optimizer.direction.inverses[0]
     (block,) = layer.blocks
     _, outputs, inputs = block.shape
     a, g = torch.randn(3, inputs, dtype=torch.float64), torch.randn(3, outputs, dtype=torch.float64)
-    rows = Rows({block.key: layer}, {layer.name: (a, g)})
+    rows = RowInverse({block.key: layer}, {layer.name: (a, g)})
     layer.solves = True
     gradients = {}
     rows.form_missing(gradients, dict(model.named_parameters()))

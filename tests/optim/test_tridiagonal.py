@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Tridiagonal
-from kronfisher.optim import Curvature
+from tests.optim.training import Curvature
 
 CHAIN = kf.BlockTridiagonal(kf.KFAC())
 
@@ -22,27 +22,15 @@ def batch(seed, n=12):
     return x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long()
 
 
-def curvature(model, **options):
-    settings = {"refresh": kf.Refresh(average=0.6), "labels": "exact", "samples": 1, "seed": 0} | options
-    parameters = dict(model.named_parameters())
-    return Curvature(model, parameters, kf.Categorical(), fit=CHAIN, damping=kf.FactoredTikhonov(), **settings)
-
-
-def observe(found, x):
-    found.prepare()
-    with found.captured() as capture:
-        outputs = found.model(x)
-    found.absorb(capture, outputs, None, retain=False)
-    found.merge()
-
-
 def test_averages_are_weighted_sums_over_batches_of_any_size():
     model = network()
-    found, batches = curvature(model), [batch(k, n)[0] for k, n in enumerate((12, 5, 30))]
+    found = Curvature(model, CHAIN, refresh=kf.Refresh(average=0.6))
+    batches = [batch(k, n)[0] for k, n in enumerate((12, 5, 30))]
     for x in batches:
-        observe(found, x)
+        found.observe(x)
+        found.merge()
     found.renew(1e-4)
-    (layer,) = found.layers
+    (layer,) = found.statistics.layers
     weights = [0.6**2, 0.6, 1.0]
     sums = [
         kf.estimate(model, x, kf.Categorical(), fit=CHAIN, labels="exact", reduction="sum")["0.weight"] for x in batches
@@ -134,7 +122,7 @@ def test_cuts_are_in_the_report_before_and_after_resuming():
     for _ in range(12):
         other.step(lambda: model(x), y)
     assert other.report().cuts == cuts
-    names = [[block.name for block in layer.blocks] for layer in other.curvature.layers]
+    names = [[block.name for block in layer.blocks] for layer in other.statistics.layers]
     assert ["2.weight", "4.weight"] in names and ["0.weight"] in names
 
 
@@ -148,5 +136,5 @@ def test_rows_that_mix_data_are_taken_as_they_are():
     losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(12)]
     report = optimizer.report()
     assert losses[-1] < losses[0] and not report.uncovered and "0.weight" in report.coupled
-    names = [[block.name for block in layer.blocks] for layer in optimizer.curvature.layers]
+    names = [[block.name for block in layer.blocks] for layer in optimizer.statistics.layers]
     assert names == [["0.weight", "3.weight", "5.weight"]]

@@ -1,18 +1,35 @@
-"""Who chooses the damping λ while a model is trained."""
+"""The damping λ while a model is trained: the rules that choose it, and its value."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
-__all__ = ["Constant", "LevenbergMarquardt", "Schedule", "Trust"]
+import torch
+
+__all__ = ["Constant", "DampingSchedule", "LevenbergMarquardt", "Schedule", "ScheduledDamping"]
 
 
 @dataclass(frozen=True)
-class Trust(ABC):
-    """A rule for λ; frozen settings, the optimiser keeps the value.
+class DampingSchedule(ABC):
+    """A rule for λ. It holds settings only; `ScheduledDamping` holds the value.
 
-    λ is in the units of the Fisher matrix of one datum (a mean over data), as everywhere in the library.
+    λ is in the units of the Fisher matrix of one example (a mean over examples), as everywhere in the library. Only
+    `start` has to be defined. All other methods are called for every schedule; their defaults keep λ and every step.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Halved(DampingSchedule):
+        ...     def start(self, mean: float) -> float:
+        ...         return 0.1 * mean
+        ...     def compares(self, step: int) -> bool:
+        ...         return step % 5 == 0
+        ...     def adapted(self, value: float, ratio: float, step: int) -> float:
+        ...         return value / 2 if ratio > 0.5 else 2 * value
+        >>> Halved().adapted(1.0, ratio=0.9, step=5), Halved().compares_losses
+        (0.5, True)
     """
 
     @abstractmethod
@@ -24,20 +41,45 @@ class Trust(ABC):
         return value
 
     def compares(self, step: int) -> bool:
-        """Whether the loss is evaluated again after this step, to be compared with what the model promised."""
+        """Whether the loss is evaluated again after this step, to be compared with the quadratic model's prediction."""
         return False
 
+    @property
+    def compares_losses(self) -> bool:
+        """Whether `compares` may be true at some step, so that every loss must be one that can be evaluated again."""
+        return type(self).compares is not DampingSchedule.compares
+
     def adapted(self, value: float, ratio: float, step: int) -> float:
-        """λ after a comparison: `ratio` is the change of the loss over the change that the model promised."""
+        """λ after a comparison: `ratio` is the change of the loss over the predicted change."""
+        return value
+
+    def rejects(self, change: float, predicted: float) -> bool:
+        """Whether to undo a step that changed the loss by `change`; one that is not finite is always undone."""
+        return False
+
+    def refused(self, value: float) -> float:
+        """λ after a step that was undone."""
+        return value
+
+    def after_solving(self, value: float, step_size: float) -> float:
+        """λ after the exact quadratic model has chosen the step size α."""
+        return value
+
+    def bounded(self, value: float, mean: float) -> float:
+        """λ within its bounds, for the mean eigenvalue at the start; called after comparisons and changes."""
         return value
 
     def longest(self, step: int) -> float:
         """The largest part of any weight matrix that ``αΔ`` may change at this step, by norms."""
         return inf
 
+    def warnings(self, value: float, mean: float) -> Iterable[str]:
+        """Messages to the user about λ = `value`, for the mean eigenvalue at the start."""
+        return ()
+
 
 @dataclass(frozen=True)
-class Constant(Trust):
+class Constant(DampingSchedule):
     """The same λ at every step.
 
     Args:
@@ -63,7 +105,7 @@ class Constant(Trust):
 
 
 @dataclass(frozen=True)
-class Schedule(Trust):
+class Schedule(DampingSchedule):
     """λ as a function of the step, from 0.
 
     Example:
@@ -81,20 +123,19 @@ class Schedule(Trust):
 
 
 @dataclass(frozen=True)
-class LevenbergMarquardt(Trust):
-    """λ falls while the loss does what the quadratic model promised, and rises when it does not.
+class LevenbergMarquardt(DampingSchedule):
+    """λ falls while the loss changes as the quadratic model predicts, and rises when it does not.
 
-    Every `every` steps the loss of the same batch is evaluated again after the step. Its change over the model's is the
-    ratio ρ: λ falls by ``decay**every`` for ρ > ¾ and rises by as much for ρ < ¼ (Martens & Grosse 2015, section 6.5).
-    A loss that rises by more than the model promised it to fall, or that is not finite, has the step undone.
+    Every `every` steps the loss of the same batch is evaluated again after the step. Its change over the predicted
+    change is the ratio ρ: λ falls by ``decay**every`` for ρ > ¾ and rises by as much for ρ < ¼ (Martens & Grosse 2015,
+    section 6.5). A step is undone if the loss rises by more than the predicted decrease, or is not finite.
 
-    The first λ needs no tuning: it is a share of the mean eigenvalue of the Fisher matrix, and in the first steps the
-    loss is compared at every one of them and λ moves `quick` times as fast (in its logarithm), until ρ leaves the side
-    that it began on.
+    The first λ needs no tuning: it is a share of the mean eigenvalue of the Fisher matrix. In the first `warmup` steps
+    the loss is compared at every step, and λ moves `quick` times as fast (in its logarithm).
 
-    In these first steps no weight matrix changes by more than a share `stride` of its norm. What is known of the Fisher
-    matrix then comes from few data, and a step that is too long saturates units whose gradient is gone for good, while
-    the loss falls as promised: ρ does not tell.
+    In these first steps no weight matrix changes by more than a share `stride` of its norm. The Fisher matrix is then
+    estimated from few examples, and a step that is too long saturates units whose gradient never comes back, although
+    the loss falls as predicted: ρ does not show it.
 
     Args:
         initial: the first λ; None takes `relative` times the mean eigenvalue.
@@ -106,11 +147,10 @@ class LevenbergMarquardt(Trust):
         warmup: steps at the start that are all compared, and bounded by `stride`.
         quick: how much faster λ moves in them.
         stride: the largest ``‖αΔ‖ / ‖W‖`` of a weight matrix W during `warmup`; ``math.inf`` for no bound.
-        reject: undo steps after which the loss rises by more than `reject` times what the model promised it to fall;
-            ``math.inf`` undoes only those after which it is not finite.
-        least: the exact step size α below which λ rises tenfold: the direction is that many times too long because it
-            is mostly noise where the matrix is nearly zero, as in networks whose mean eigenvalue tells little of the
-            large ones; ρ would not tell.
+        reject: undo steps after which the loss rises by more than `reject` times the predicted decrease; ``math.inf``
+            undoes only those after which it is not finite.
+        least: the exact step size α below which λ rises tenfold. A direction so much too long is mostly noise where the
+            matrix is nearly zero, as in networks whose mean eigenvalue is far from the large ones; ρ does not show it.
 
     Raises:
         ValueError: a setting is out of range.
@@ -155,13 +195,89 @@ class LevenbergMarquardt(Trust):
             return value / self.decay**steps
         return value * self.decay**steps if ratio > 0.75 else value
 
+    def rejects(self, change: float, predicted: float) -> bool:
+        return change > self.reject * max(-predicted, 0.0)
+
     def refused(self, value: float) -> float:
-        """λ after a step that was undone."""
         return 4 * value
 
+    def after_solving(self, value: float, step_size: float) -> float:
+        return 10 * value if 0 < step_size < self.least else value
+
     def bounded(self, value: float, mean: float) -> float:
-        """λ between floor and ceiling, for the mean eigenvalue at the start."""
         return min(max(value, self.floor * mean), self.ceiling * mean)
+
+    def warnings(self, value: float, mean: float) -> Iterable[str]:
+        if value <= self.floor * mean * 1.0001:
+            yield "λ reached its lower bound; a lower `floor` may train faster"
+        if value >= self.ceiling * mean / 1.0001:
+            yield "λ reached its upper bound: steps are those of plain gradient descent; check the loss and the data"
+
+
+@dataclass
+class ScheduledDamping:
+    """λ while a model is trained.
+
+    Attributes:
+        schedule: the rule.
+        value: λ; None before the first statistics.
+        first_mean: the mean eigenvalue of the Fisher matrix at the start.
+        ratio: the change of the loss over the predicted change, at the last comparison.
+    """
+
+    schedule: DampingSchedule
+    value: float | None = None
+    first_mean: float = 0.0
+    ratio: float | None = None
+
+    def at(self, step: int, measure: Callable[[], float]) -> float:
+        """λ of a step; `measure` gives the mean eigenvalue at the first."""
+        if self.value is None:
+            self.first_mean = max(measure(), torch.finfo(torch.float32).tiny)
+            self.value = self.schedule.start(self.first_mean)
+        self.value = self.schedule.at(step, self.value)
+        return self.value
+
+    def compare(self, change: float, predicted: float, step: int) -> bool:
+        """Adapt λ to a comparison; whether the step is to be undone."""
+        assert self.value is not None
+        self.ratio = change / predicted if predicted < 0 else float("nan")
+        undone = not isfinite(change) or self.schedule.rejects(change, predicted)
+        schedule, old = self.schedule, self.value
+        value = schedule.refused(old) if undone else schedule.adapted(old, self.ratio, step)
+        self.value = schedule.bounded(value, self.first_mean)
+        return undone
+
+    def check_step_size(self, step_size: float) -> None:
+        """Adapt λ to the step size α that the exact quadratic model has chosen."""
+        if self.value is not None:
+            value = self.schedule.after_solving(self.value, step_size)
+            if value != self.value:
+                self.value = self.schedule.bounded(value, self.first_mean)
+
+    def refuse(self) -> None:
+        """Adapt λ because a step was undone."""
+        if self.value is not None:
+            self.value = self.schedule.bounded(self.schedule.refused(self.value), self.first_mean)
+
+    def raise_for_fixed_rate(self) -> None:
+        """Raise λ to at least the default of a fixed rate, because there is no exact quadratic model."""
+        self.value = max(self.value or 0.0, Constant().start(self.first_mean))
+
+    def warnings(self) -> Iterable[str]:
+        """Messages to the user."""
+        if self.value is not None:
+            yield from self.schedule.warnings(self.value, self.first_mean)
+        if self.ratio is not None and not self.ratio > 0:
+            yield "the model ratio is negative: the loss rose against the prediction; the batch may be too small"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs."""
+        return {"value": self.value, "first_mean": self.first_mean, "ratio": self.ratio}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.value, self.first_mean, self.ratio = state["value"], state["first_mean"], state["ratio"]
 
 
 def _positive(value: float, what: str) -> float:

@@ -1,25 +1,25 @@
-"""Whether training has gone wrong, as the losses of successive batches show."""
+"""Detects that training diverges, from the losses of successive batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from kronfisher.optim.replay import Pass
+from kronfisher.optim.replay import ForwardPass
 
-__all__ = ["Watch"]
+__all__ = ["Divergence"]
 
-JUMP = 20.0  # a loss that rises by so many times its usual change from batch to batch has exploded
+JUMP = 20.0  # a loss that rises by this many times its mean change between batches has exploded
 
 
 @dataclass
-class Watch:
-    """The usual course of the loss.
+class Divergence:
+    """The losses of training so far, summarised.
 
     Attributes:
         loss: the last one.
         spread: the mean change from batch to batch.
-        seen: how many there were.
+        seen: the number of losses.
         failures: batches in a row whose loss is not finite or exploded.
     """
 
@@ -28,12 +28,12 @@ class Watch:
     seen: int = 0
     failures: int = 0
 
-    def exploded(self, passes: Sequence[Pass]) -> bool:
-        """Whether the last step made the loss explode, as this batch shows."""
+    def exploded(self, passes: Sequence[ForwardPass]) -> bool:
+        """Whether the loss of this batch shows that the last step made it explode."""
         if not passes or any(one.loss is None or one.loss.device.type != "cpu" for one in passes):
-            return False  # elsewhere it would take a synchronisation
+            return False  # elsewhere reading the loss would wait for the device
         loss = sum(float(one.loss) for one in passes if one.loss is not None)
-        if not isfinite(loss):  # perhaps only the batch: the weights are to blame if it happens again
+        if not isfinite(loss):  # the batch may be the cause; a second one in a row is blamed on the weights
             self.failures += 1
             return self.failures > 1
         jump = loss - self.loss
@@ -47,9 +47,9 @@ class Watch:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs."""
+        """Everything that a resumed training needs."""
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         vars(self).update(state)

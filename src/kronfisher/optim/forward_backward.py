@@ -1,97 +1,110 @@
-"""The forward and backward passes of one step, and what is collected on the way."""
+"""The first part of a step: forward and backward passes, recorded, with their losses and gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kronfisher.capture.capture import Receiver
+from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.likelihoods import Likelihood
-from kronfisher.optim.curvature import Curvature, require_outputs
-from kronfisher.optim.replay import Pass, Snapshot
-from kronfisher.optim.row_inverse import Rows
+from kronfisher.optim.replay import ForwardPass, Snapshot
+from kronfisher.optim.row_inverse import RowInverse
+from kronfisher.optim.statistics import Statistics
 
-__all__ = ["Evaluation"]
+__all__ = ["ForwardBackward", "StepPasses", "require_outputs"]
 
 
-class Evaluation:
-    """Runs a model forward and backward, under capture where something is to be collected.
+@dataclass(frozen=True)
+class StepPasses:
+    """The passes of one step.
+
+    Attributes:
+        passes: those that a backward pass followed.
+        opaque: whether a loss was given that cannot be evaluated again.
+        rows: of the backward pass, if inverses are to be applied to them.
+    """
+
+    passes: list[ForwardPass]
+    opaque: bool
+    rows: RowInverse | None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether all of the loss can be evaluated again."""
+        return bool(self.passes) and not self.opaque and all(one.snapshot is not None for one in self.passes)
+
+
+class ForwardBackward:
+    """Runs a model forward and backward, under capture where statistics are due.
 
     Args:
         model: unwrapped.
         likelihood: whose loss is differentiated.
-        curvature: which gets the statistics.
-        parameters: gives name → parameter, all that are trained.
-        rates: gives name → learning rate.
 
     Attributes:
-        passes: of the step in hand.
-        opaque: whether a loss that cannot be evaluated again was given.
-        whole: whether a step does everything, so that nobody else touches the gradient.
-        rows: what gradients are made of, if inverses are to be applied to that.
-        rows_pay: whether they were cheaper at the last step with statistics.
         loss: the last one, detached.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood,
-        curvature: Curvature,
-        parameters: Callable[[], Mapping[str, nn.Parameter]],
-        rates: Callable[[], Mapping[str, float]],
-    ) -> None:
-        self.model, self.likelihood, self.curvature = model, likelihood, curvature
-        self._parameters, self._rates = parameters, rates
-        self.passes: list[Pass] = []
-        self.opaque = self.whole = False
-        self.rows: Rows | None = None
+    def __init__(self, model: nn.Module, likelihood: Likelihood) -> None:
+        self.model, self.likelihood = model, likelihood
         self.loss: Tensor | None = None
-        self.rows_pay = False
+        self._rows_pay = False  # whether rows were cheaper than gradients at the last captured pass
+        self.forget()
 
     def forget(self) -> None:
         """Drop forward passes that no step followed."""
-        self.passes, self.opaque, self.rows = [], False, None
+        self._passes: list[ForwardPass] = []
+        self._opaque = False
+        self._rows: RowInverse | None = None
 
-    def taken(self) -> tuple[list[Pass], bool, Rows | None]:
-        """The complete passes, whether a loss was opaque, and rows; they are forgotten here."""
-        found = [one for one in self.passes if one.loss is not None], self.opaque, self.rows
+    def take(self) -> StepPasses:
+        """The passes of this step; they are forgotten here."""
+        taken = StepPasses([one for one in self._passes if one.loss is not None], self._opaque, self._rows)
         self.forget()
-        return found
+        return taken
 
     def mean_loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, float | Tensor]:
-        """The loss in float64, and the number of data that count."""
+        """The loss in float64, and the number of examples that count."""
         mask = self.likelihood.positions(outputs.detach(), targets)
         count = float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
         return -self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64) / count, count
 
-    def change(self, passes: list[Pass]) -> float:
+    def change(self, passes: Sequence[ForwardPass]) -> float:
         """By how much the loss has changed since these passes."""
         change = 0.0
         for one in passes:
             assert one.loss is not None
-            with one.again():
+            with one.repeated():
                 loss, _ = self.mean_loss(one.forward(), one.targets)
             change += float(loss) - float(one.loss)
         return change
 
-    def forward(self, function: Callable[[], Any], *, again: bool) -> Tensor:
-        """The outputs that `function` returns; `again`: it will be called again."""
-        curvature = self.curvature
-        curvature.prepare()
+    # Passes -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, function: Callable[[], Any], statistics: Statistics, step: int, *, whole: bool, again: bool
+    ) -> Tensor:
+        """The outputs that `function` returns.
+
+        Args:
+            function: runs the model.
+            statistics: captures the pass where statistics are due.
+            step: number of the step.
+            whole: whether no code of the user's runs between this pass and the step.
+            again: whether the pass is going to be repeated.
+        """
+        statistics.prepare(step)
         snapshot = Snapshot(self.model) if again else None
-        with torch.enable_grad():
-            if curvature.due or (self.whole and self.rows_pay):
-                with curvature.captured() as capture:
-                    outputs = function()
-            else:
-                capture, outputs = None, function()
+        captured = statistics.is_due(step) or (whole and self._rows_pay)
+        with torch.enable_grad(), statistics.captured() if captured else nullcontext() as capture:
+            outputs = function()
         require_outputs(outputs)
-        self.passes.append(Pass(function, snapshot, capture, outputs, outputs.detach() if again else None))
+        self._passes.append(ForwardPass(function, snapshot, capture, outputs, outputs.detach() if again else None))
         return outputs
 
     def backward(
@@ -100,73 +113,99 @@ class Evaluation:
         targets: Any,
         loss: Tensor | None,
         scale: Callable[[Tensor], Tensor] | None,
+        statistics: Statistics,
+        step: int,
         *,
+        rows: Callable[[Capture], RowInverse | None],
         again: bool,
-        decayed: bool,
     ) -> Tensor:
-        """Fill ``.grad``, collect statistics where they are due; the loss, detached."""
-        done = next((one for one in self.passes if one.outputs is outputs), None)
-        if done is None:
+        """Fill ``.grad``, and collect statistics where they are due.
+
+        Args:
+            outputs: as `forward` returned them.
+            targets: as the likelihood takes them.
+            loss: differentiated in place of the likelihood's, if given.
+            scale: applied to the loss before it is differentiated, if given.
+            statistics: receive the captured pass.
+            step: number of the step.
+            rows: gives the inverses that take rows of the backward pass, if any do.
+            again: whether the pass is going to be repeated.
+
+        Returns:
+            The loss, detached.
+        """
+        record = next((one for one in self._passes if one.outputs is outputs), None)
+        if record is None:
             raise DataError("backward needs the outputs exactly as forward returned them, once.")
-        if self.curvature.due:  # reads values, so that it waits for a device
-            with suppress(NumericalError):  # then the loss tells
-                self.likelihood.check(outputs.detach(), targets, f"step {self.curvature.step}", self.curvature.labels)
-        own, done.count = self.mean_loss(outputs, targets)
-        done.targets, done.loss = targets, own.detach()
-        self.opaque |= loss is not None
+        due = statistics.is_due(step)
+        if due:  # reads values, so that it waits for a device
+            with suppress(NumericalError):  # the loss shows that, too
+                self.likelihood.check(outputs.detach(), targets, f"step {step}", statistics.labels)
+        own, record.count = self.mean_loss(outputs, targets)
+        record.targets, record.loss = targets, own.detach()
+        self._opaque |= loss is not None
         total = own if loss is None else loss
         scaled = total if scale is None else scale(total)
-        self.loss = done.loss if loss is None else loss.detach()
-        capture, done.capture, done.outputs = done.capture, None, None
+        self.loss = record.loss if loss is None else loss.detach()
+        capture, record.capture, record.outputs = record.capture, None, None
         if capture is None:
             scaled.backward()
-        elif self.curvature.labels == "observed" and loss is None and scale is None:
-            self._collect(capture, outputs, targets, own=lambda *given: self._listen(capture, scaled, *given))
+        elif statistics.labels == "observed" and loss is None and scale is None:
+            self._backward_observed(capture, outputs, targets, scaled, statistics, step)
         else:
-            due = self.curvature.due
-            self.rows = self._watched(capture, decayed)
-            with nullcontext() if self.rows is None else capture.listening(self.rows.receive):
-                if self.rows is None or due or again:
+            self._rows = rows(capture)
+            with nullcontext() if self._rows is None else capture.listening(self._rows.receive):
+                if self._rows is None or due or again:
                     scaled.backward(retain_graph=due)
                 else:
-                    self._backward_sparing(scaled, self.rows, capture)
-            self.rows_pay = self.rows is not None and bool(self.rows.found)
+                    self._backward_sparing(scaled, self._rows, capture)
+            self._rows_pay = self._rows is not None and bool(self._rows.rows)
             if due:
-                self._collect(capture, outputs, targets)
+                with suppress(NumericalError):  # outputs that are not finite: this batch is left out
+                    statistics.absorb(capture, outputs, targets, step, retain=False)
         return self.loss.to(outputs.dtype)
 
-    def _backward_sparing(self, loss: Tensor, rows: Rows, capture: Any) -> None:
-        """Fill ``.grad`` of the parameters that need it, another optimiser's too; others' steps are made from rows."""
+    def _backward_observed(
+        self, capture: Capture, outputs: Tensor, targets: Any, loss: Tensor, statistics: Statistics, step: int
+    ) -> None:
+        """Fill ``.grad`` and collect statistics in one backward pass; neither if the outputs are not finite."""
+
+        def listen(receive: Receiver, count: float | Tensor) -> None:
+            with capture.listening(lambda call, gradient: receive(call, gradient * count)):
+                loss.backward(retain_graph=statistics.needs_second_backward(step))
+
+        try:
+            statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
+        except NumericalError:
+            self.forget()
+            for parameter in statistics.parameters.values():
+                parameter.grad = None
+
+    def _backward_sparing(self, loss: Tensor, rows: RowInverse, capture: Capture) -> None:
+        """Fill ``.grad`` except of parameters whose step is made from rows; another optimiser's are filled, too."""
         spared = rows.spare(capture)
         wanted = [p for name, p in self.model.named_parameters() if name not in spared and p.requires_grad]
         sources: list[Tensor | GradientEdge] = [*rows.edges, *wanted]
-        found = torch.autograd.grad(loss, sources, allow_unused=True)[len(rows.edges) :]  # pyright: ignore
-        for parameter, gradient in zip(wanted, found, strict=True):
+        gradients = torch.autograd.grad(loss, sources, allow_unused=True)[len(rows.edges) :]  # pyright: ignore
+        for parameter, gradient in zip(wanted, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def _watched(self, capture: Any, decayed: bool) -> Rows | None:
-        """What keeps rows of the loss's own backward pass, where nobody else has a hand in the gradient."""
-        if not self.whole or decayed:
-            return None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None
-        for parameter in self._parameters().values():
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return None
-        rows = Rows.of(self.curvature.layers, self._rates())
-        rows.watch(capture)
-        return rows
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs."""
+        return {"rows_pay": self._rows_pay}
 
-    def _listen(self, capture: Any, loss: Tensor, receive: Receiver, count: float | Tensor) -> None:
-        with capture.listening(lambda call, gradient: receive(call, gradient * count)):
-            loss.backward(retain_graph=self.curvature.turns)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._rows_pay = state["rows_pay"]
 
-    def _collect(self, capture: Any, outputs: Tensor, targets: Any, own: Any = None) -> None:
-        try:
-            self.curvature.absorb(capture, outputs, targets, retain=False, own=own)
-        except NumericalError:  # outputs that are not finite
-            if own is not None:
-                self.forget()
-                for parameter in self._parameters().values():
-                    parameter.grad = None
+
+def require_outputs(outputs: Any) -> None:
+    """DataError unless these are the outputs of a model."""
+    if not isinstance(outputs, Tensor):
+        raise DataError(
+            f"the model returned {type(outputs).__name__}, not a tensor; pass a function that returns the outputs, "
+            "such as step(lambda: model(x).logits, y)"
+        )
+    if outputs.dim() == 0:
+        raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")

@@ -1,4 +1,4 @@
-"""When statistics, inverses and the quadratic model are renewed."""
+"""How often statistics, inverses and the quadratic model are renewed."""
 
 from dataclasses import dataclass, replace
 
@@ -11,15 +11,15 @@ BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
-    Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter, at least as far as statistics and
-    inverses go: with half of the steps they fall behind within the first hundred.
+    Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter for statistics and inverses: with
+    half of the steps they fall behind within the first hundred.
 
     Args:
         statistics: between batches whose curvature is averaged; each costs one more backward pass.
-        inverse: between factorisations of one layer; the layers take turns.
+        inverse: between factorisations of one layer; the layers are renewed round-robin.
         model: between solutions of the exact quadratic model for step size and momentum, kept in between. It is solved
             where `LevenbergMarquardt(every=…)` compares, too.
-        average: what is left of the old average when new statistics come; smaller at the start, where all count alike.
+        average: the factor of the old sums when new statistics are added.
         early: early periods are the steps so far over this.
 
     Raises:
@@ -41,7 +41,7 @@ class Refresh:
             raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
 
     def after(self, step: int, period: int) -> int:
-        """The step at which what was renewed at `step` is due again."""
+        """The step at which anything renewed at `step` is due again."""
         return step + min(period, max(1, int(step / self.early)))
 
     def careful(self) -> "Refresh":
@@ -49,7 +49,7 @@ class Refresh:
         return replace(self, early=max(self.early, BASES))
 
     def turn(self, step: int, place: int, layers: int) -> int:
-        """The step at which the inverse of layer `place` is due again; layers take turns once the period is reached."""
+        """The step at which the inverse of layer `place` is due again; round-robin once the period is reached."""
         due = self.after(step, self.inverse)
         if due - step < self.inverse:
             return due

@@ -1,4 +1,4 @@
-"""A fit as training uses it: its passes over the data run side by side, each as a moving average."""
+"""Moving averages of a fit's states: its passes over the data run side by side, each as a moving average."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,16 +12,16 @@ from kronfisher.fits import Fit, Plan, State
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
 
-__all__ = ["Phased", "Phases"]
+__all__ = ["AverageState", "MovingAverage", "scaled"]
 
 
 @dataclass
-class Phases(State):
-    """States of the passes of one fit: the first pass, and with EKFAC the eigenvalues in the basis that it gave."""
+class AverageState(State):
+    """States of all passes of one fit: of the first pass, and with EKFAC of the eigenvalues in the basis it gave."""
 
     states: list[State] = field(default_factory=list)
 
-    def checked(self) -> "Phases":
+    def checked(self) -> "AverageState":
         """Itself, if every sum of every pass is finite; NumericalError otherwise."""
         for state in self.states:
             state.checked()
@@ -29,11 +29,11 @@ class Phases(State):
 
 
 @dataclass(frozen=True)
-class Phased(Fit):
-    """Passes that follow each other over a data set follow each other over batches here.
+class MovingAverage(Fit):
+    """A fit as training uses it: every batch goes to all of its passes, and each pass keeps a moving average.
 
-    A fit of one pass is itself. With two passes (EKFAC: the basis, then eigenvalues in it) every batch goes to both,
-    and `turned` starts the second one again from the average of the first.
+    A fit of one pass is unchanged. With two passes (EKFAC: the basis, then eigenvalues in it) `renew_basis` starts the
+    second one again from the average of the first.
     """
 
     fit: Fit
@@ -57,30 +57,30 @@ class Phased(Fit):
             )
         if plan.passes > 2:
             raise UnsupportedError(
-                f"{group[0].name}: {self.fit} reads the data {plan.passes} times, and in training each batch is seen "
-                "once. Choose a fit of one pass, or EKFAC of one."
+                f"{group[0].name}: {self.fit} reads the data {plan.passes} times, and training reads each batch once. "
+                "Choose a fit of one pass, or EKFAC of one."
             )
         return replace(plan, bytes=3 * plan.bytes)  # the average, the batch's own, the inverse
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Phases:
-        return Phases(group, plan, {}, states=[self.fit.init(group, plan, like)])
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> AverageState:
+        return AverageState(group, plan, {}, states=[self.fit.init(group, plan, like)])
 
-    def fresh(self, average: Phases) -> Phases:
+    def fresh(self, average: AverageState) -> AverageState:
         """Empty states in the bases of the average."""
         first, *rest = average.states
         like = next(iter(first.sums.values()))
         states = [self.fit.init(average.blocks, average.plan, like.new_empty(0)), *(_emptied(state) for state in rest)]
-        return Phases(average.blocks, average.plan, {}, states=states)
+        return AverageState(average.blocks, average.plan, {}, states=states)
 
-    def update(self, state: Any, samples: tuple[Samples, ...]) -> Phases:
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
         state.states = [self.fit.update(one, samples) for one in state.states]
         return state
 
-    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> Phases:
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> AverageState:
         states = [self.fit.combine(old, new, wx, wy) for old, new in zip(x.states, y.states, strict=True)]
         return replace(x, states=states, count=wx * x.count + wy * y.count)
 
-    def turned(self, average: Phases) -> Phases | None:
+    def renew_basis(self, average: AverageState) -> AverageState | None:
         """The average with its second pass begun anew from the first; None for a fit of one pass."""
         again = self.fit.next_pass(replace(average.states[0]))
         if again is not None and len(average.states) > 1:

@@ -2,67 +2,75 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from kronfisher.capture.capture import Capture
 from kronfisher.errors import DataError, NumericalWarning, UnsupportedError
 from kronfisher.estimation.accumulator import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
-from kronfisher.optim.curvature import Curvature
-from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Trust
-from kronfisher.optim.divergence import Watch
-from kronfisher.optim.forward_backward import Evaluation
+from kronfisher.optim import update
+from kronfisher.optim.damping_schedule import Constant, DampingSchedule, LevenbergMarquardt
+from kronfisher.optim.direction import Direction
+from kronfisher.optim.forward_backward import ForwardBackward, StepPasses
 from kronfisher.optim.intervals import Refresh
-from kronfisher.optim.region import Region
-from kronfisher.optim.replay import Pass
+from kronfisher.optim.judge import Judge
 from kronfisher.optim.report import TrainingReport
-from kronfisher.optim.row_inverse import Rows
-from kronfisher.optim.step_size import Problem, Search, inner
+from kronfisher.optim.row_inverse import RowInverse
+from kronfisher.optim.statistics import Statistics
+from kronfisher.optim.step_size import StepInputs, StepLength, StepSize
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
 _MISSING: Any = object()
+_PARTS = ("forward_backward", "statistics", "direction", "step_size", "judge")
 
 
 class NaturalGradient(torch.optim.Optimizer):
     """Natural gradient descent with any fit of the Fisher matrix (Martens & Grosse 2015).
 
     A step is ``δ = α Δ + μ δ₀`` with the natural gradient ``Δ = −(F̆ + λ)⁻¹ ∇h``, the last step δ₀, and the loss h: the
-    negative log-likelihood of a datum, summed over its positions and averaged over the batch. F̆ is a moving average in
-    the structure of `fit`. α and μ minimise the quadratic model of h whose curvature is the *exact* Fisher matrix of
+    negative log-likelihood of an example, summed over its positions and averaged over the batch. F̆ is a moving average
+    in the structure of `fit`. α and μ minimise the quadratic model of h whose curvature is the *exact* Fisher matrix of
     the batch, plus λ; λ is chosen by `trust`.
 
-    Either ``step(lambda: model(x), y)`` does everything, or ``forward``, ``backward`` and ``step`` make room for what
-    else a loop does between them: accumulating and clipping gradients, scaling losses, more loss terms.
+    Either ``step(lambda: model(x), y)`` does everything, or a loop calls ``forward``, ``backward`` and ``step``, and
+    can accumulate and clip gradients, scale losses and add loss terms between them.
 
     Args:
         model: any module. DDP and ``torch.compile`` wrappers may stay around it.
-        likelihood: what the outputs mean, such as ``kf.Categorical()``; it makes the loss.
+        likelihood: the distribution that the outputs parametrise, such as ``kf.Categorical()``; it defines the loss.
         fit: the structure of the curvature, as in `estimate`.
         damping: how λ enters the curvature. One with a λ of its own sets where `trust` starts.
-        trust: who chooses λ; a number keeps it constant.
-        momentum: ``"exact"`` (models that have no exact model get a fixed rate, with a warning), or a number: then the
-            step is ``−lr·s·(F̆ + λ)⁻¹∇h + momentum·δ₀`` with ``s ≤ 1`` as `kl_limit` wants it.
-        lr: multiplies the step; schedulers may change it. With exact momentum 1.0 is the model's own step.
+        trust: the damping schedule, which chooses λ; a number keeps it constant.
+        momentum: ``"exact"`` (networks without an exact quadratic model get a fixed rate, with a warning), or a number:
+            then the step is ``−lr·s·(F̆ + λ)⁻¹∇h + momentum·δ₀`` with ``s ≤ 1`` so that `kl_limit` holds.
+        lr: multiplies the step; schedulers may change it. With exact momentum 1.0 is the quadratic model's own step.
         weight_decay: η; ``½ η ‖θ‖²`` is added to the loss, and η to the curvature of the quadratic model.
         refresh: how often statistics, inverses and the quadratic model are renewed.
-        params: what to train, as in any optimiser, with options per group; None: all that require a gradient.
+        params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
         labels: ``"sampled"``: one more backward pass where statistics are due; ``"observed"``: none (the empirical
             Fisher, which is another matrix); ``"exact"``: one for each column.
-        samples: label draws per datum.
+        samples: label draws per example.
         kl_limit: largest ``lr² ∇hᵀ(F̆ + λ)⁻¹∇h`` of a step of fixed rate, about twice its KL divergence in nats.
         seed: of the label draws.
 
+    Attributes:
+        steps: the number of steps made, undone and skipped ones included.
+        forward_backward, statistics, direction, step_size, judge: the parts of a step, in their order. Each owns its
+            state, and can be replaced by another object with the same methods.
+
     Raises:
-        ValueError: an option makes no sense.
+        ValueError: an option is out of range.
         UnsupportedError: at the first step, no parameter is in a layer that blocks can cover.
 
     Example:
@@ -82,7 +90,7 @@ class NaturalGradient(torch.optim.Optimizer):
         *,
         fit: Choice = DEFAULT_FIT,
         damping: Damping = FactoredTikhonov(),  # noqa: B008 (frozen)
-        trust: Trust | float | None = None,
+        trust: DampingSchedule | float | None = None,
         momentum: float | Literal["exact"] = "exact",
         lr: float = 1.0,
         weight_decay: float = 0.0,
@@ -107,24 +115,22 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
         )
-        self.curvature = Curvature(
+        self.steps = 0
+        parameters = self._parameters()
+        self.forward_backward = ForwardBackward(self._model, likelihood)
+        self.statistics = Statistics(
             self._model,
-            self._parameters(),
+            parameters,
             likelihood,
             fit=fit,
-            damping=damping,
             refresh=refresh,
             labels=labels,
             samples=samples,
             seed=seed,
         )
-        self._fit: Choice = fit
-        self.evaluation = Evaluation(
-            self._model, likelihood, self.curvature, self._parameters, lambda: self._options("lr")
-        )
-        self.search = Search(momentum, kl_limit, refresh)
-        self.region, self.watch = Region(self.trust), Watch()
-        self._counts = {"rejected": 0, "skipped": 0}
+        self.direction = Direction(parameters, damping, refresh)
+        self.step_size = StepSize(momentum, kl_limit, refresh)
+        self.judge = Judge(self.trust)
         self._seconds = {"forward and backward": 0.0, "model": 0.0, "update": 0.0}
 
     # The two interfaces -----------------------------------------------------------------------------------------------
@@ -145,27 +151,25 @@ class NaturalGradient(torch.optim.Optimizer):
             NumericalError: a layer's curvature cannot be factorised at all.
             DataError: the outputs or targets do not fit the likelihood.
         """
-        loss = None
-        if closure is not None and targets is _MISSING:
+        loss, whole = None, closure is not None and targets is not _MISSING
+        if closure is not None and whole:
+            self.zero_grad()
+            outputs = self._forward(closure, whole=True)
+            loss = self._backward(outputs, targets, whole=True)
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        elif closure is not None:
-            self.zero_grad()
-            self.evaluation.whole = True
-            try:
-                loss = self.backward(self._forward(closure), targets)
-            finally:
-                self.evaluation.whole = False
-        self._update(whole=closure is not None and targets is not _MISSING)
+        self._make_step(whole=whole)
+        self.steps += 1
         return loss
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The model's outputs, watched where statistics are due."""
-        return self._forward(lambda: self._wrapped(*inputs, **options))
+        """The model's outputs, captured where statistics are due."""
+        return self._forward(lambda: self._wrapped(*inputs, **options), whole=False)
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """The mean negative log-likelihood of a datum, differentiable."""
-        return self.evaluation.mean_loss(outputs, targets)[0].to(outputs.dtype)
+        """The mean negative log-likelihood of an example, differentiable."""
+        return self.forward_backward.mean_loss(outputs, targets)[0].to(outputs.dtype)
 
     def backward(
         self,
@@ -188,199 +192,151 @@ class NaturalGradient(torch.optim.Optimizer):
             The loss, detached.
 
         Raises:
-            DataError: `outputs` are not what `forward` returned.
-            UnsupportedError: a loss that cannot be evaluated again meets a trust that has to.
+            DataError: `outputs` are not the ones that `forward` returned.
+            UnsupportedError: a loss that cannot be evaluated again, with a damping schedule that compares losses.
         """
-        began = time.perf_counter()
-        if loss is not None and isinstance(self.trust, LevenbergMarquardt):
-            raise UnsupportedError(
-                "LevenbergMarquardt compares the loss before and after a step, and a loss that was computed outside "
-                "cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
-            )
-        decayed = any(group["weight_decay"] for group in self.param_groups)
-        found = self.evaluation.backward(outputs, targets, loss, scale, again=self._again(), decayed=decayed)
-        self._seconds["forward and backward"] += time.perf_counter() - began
-        return found
+        return self._backward(outputs, targets, loss, scale, whole=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimiser; forward passes that no step followed are forgotten."""
-        self.evaluation.forget()
+        self.forward_backward.forget()
         super().zero_grad(set_to_none)
 
     def report(self) -> TrainingReport:
-        """How training goes."""
-        curvature = self.curvature
-        seconds = {**self._seconds, **curvature.seconds}
-        seconds["forward and backward"] -= curvature.absorbing
+        """The state of training."""
+        statistics, judge, loss = self.statistics, self.judge, self.forward_backward.loss
+        seconds = {**self._seconds, "statistics": statistics.seconds, "inverses": self.direction.seconds}
+        seconds["forward and backward"] -= statistics.seconds_in_backward
+        refusal = self.step_size.refusal
         return TrainingReport(
-            step=curvature.step,
-            loss=None if self.evaluation.loss is None else float(self.evaluation.loss),
-            damping=self.region.damping,
-            step_size=self.search.step_size,
-            momentum=self.search.used,
-            ratio=self.region.ratio,
+            step=self.steps,
+            loss=None if loss is None else float(loss),
+            damping=judge.damping.value,
+            step_size=self.step_size.step_size,
+            momentum=self.step_size.used,
+            ratio=judge.damping.ratio,
+            rejected=judge.rejected,
+            skipped=judge.skipped,
+            dropped=statistics.dropped,
             seconds=seconds,
-            dropped=curvature.dropped,
-            stale={c.name: curvature.step - c.due for c in curvature.layers if c.due < curvature.step},
-            troubles={c.name: c.trouble for c in curvature.layers if c.trouble},
-            uncovered=curvature.uncovered,
-            coupled=tuple(curvature.coupled),
-            cuts=tuple(curvature.cuts),
-            warnings=(*([self.search.refusal] if self.search.refusal else []), *self.region.warnings()),
-            **self._counts,
+            stale=self.direction.overdue(self.steps),
+            troubles=self.direction.troubles,
+            uncovered=statistics.uncovered,
+            coupled=tuple(statistics.coupled),
+            cuts=tuple(statistics.cuts),
+            warnings=(*([refusal] if refusal else []), *judge.warnings()),
         )
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _forward(self, function: Callable[[], Any]) -> Tensor:
-        began = time.perf_counter()
-        outputs = self.evaluation.forward(function, again=self._again())
-        self._seconds["forward and backward"] += time.perf_counter() - began
-        return outputs
+    def _forward(self, function: Callable[[], Any], *, whole: bool) -> Tensor:
+        with self._timed("forward and backward"):
+            return self.forward_backward.forward(
+                function, self.statistics, self.steps, whole=whole, again=self._repeats()
+            )
 
-    def _again(self) -> bool:
-        """Whether this step runs the forward pass again, for the model or to compare."""
-        step = self.curvature.step
-        return not self.search.refusal and (self.trust.compares(step) or self.search.solves(step))
+    def _backward(
+        self,
+        outputs: Tensor,
+        targets: Any,
+        loss: Tensor | None = None,
+        scale: Callable[[Tensor], Tensor] | None = None,
+        *,
+        whole: bool,
+    ) -> Tensor:
+        if loss is not None and self.judge.compares_losses:
+            raise UnsupportedError(
+                f"{type(self.trust).__name__} compares the loss before and after a step, and a loss that was computed "
+                "outside cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
+            )
+        decayed = any(group["weight_decay"] for group in self.param_groups)
+
+        def rows(capture: Capture) -> RowInverse | None:  # only where no other code touches the gradient
+            return self.direction.row_inverse(capture, self._options("lr")) if whole and not decayed else None
+
+        with self._timed("forward and backward"):
+            return self.forward_backward.backward(
+                outputs, targets, loss, scale, self.statistics, self.steps, rows=rows, again=self._repeats()
+            )
+
+    def _repeats(self) -> bool:
+        """Whether this step runs the forward pass again, for the quadratic model or to compare losses."""
+        return not self.step_size.refusal and (self.judge.compares(self.steps) or self.step_size.solves(self.steps))
 
     @torch.no_grad()
-    def _update(self, *, whole: bool) -> None:
-        curvature, parameters = self.curvature, self._parameters()
-        passes, opaque, rows = self.evaluation.taken()
+    def _make_step(self, *, whole: bool) -> None:
+        """Compose the parts: statistics, direction, length, update, comparison."""
+        step, parameters = self.steps, self._parameters()
+        taken = self.forward_backward.take()
         gradients = {name: _dense(p.grad) for name, p in parameters.items() if p.grad is not None}
-        curvature.merge()
-        if not (gradients or (rows and rows.found)) or not curvature.ready:
-            if gradients and curvature.run is None:
-                raise UnsupportedError(
-                    "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
-                    "optimizer.backward(outputs, y) before optimizer.step()."
-                )
-            self._skip()
+        self.statistics.merge(step)
+        self.direction.follow(self.statistics.layers, step)
+        if not self._can_step(gradients, taken):
+            self.judge.skip()
             return
-        if self.watch.exploded(passes):
-            self._undo_last()
-            self._skip()
+        if self.judge.exploded(taken.passes):
+            update.take_back(self.state, (p for group in self.param_groups for p in group["params"]))
+            self.step_size.solve_next(step + 1)
+            self.judge.skip()
             return
-        value = self.region.at(curvature.step, curvature.measure)
-        curvature.renew(value)
-        began = time.perf_counter()
-        decays = self._options("weight_decay")
-        gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
-        if rows:
-            rows.form_missing(gradients, parameters)
-        natural = curvature.precondition(gradients, value, rows)
-        slope = self._slope(natural, gradients, rows)
-        rate = self._scale_rates(natural)
-        solves = self._again() and bool(passes) and not opaque and all(one.snapshot is not None for one in passes)
-        if (solves or slope.device.type == "cpu") and not isfinite(float(slope)):
-            self._skip()
-            return
-        last = {n: self.state[parameters[n]]["update"] for n in natural if "update" in self.state[parameters[n]]}
-        self._seconds["update"] += time.perf_counter() - began
-        promised = None
-        if solves:
-            began = time.perf_counter()
-            decay = {name: decays[name] for name in natural}
-            problem = Problem(
-                self._model, self.likelihood, passes, natural, last, gradients, slope, value, decay, whole
+        damping = self.judge.damping_at(step, self.direction.measure)
+        self.direction.renew(damping, step)
+        self.statistics.schedule_bases(self.direction.due)
+        with self._timed("update"):
+            decays = self._options("weight_decay")
+            gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
+            descent = self.direction.descend(gradients, damping, self._options("lr"), taken.rows)
+            solve = self._repeats() and taken.repeatable
+            if (solve or descent.slope.device.type == "cpu") and not isfinite(float(descent.slope)):
+                self.judge.skip()
+                return
+            last = update.last_steps(self.state, parameters, descent.natural)
+        own = {name: decays[name] for name in descent.natural}
+        inputs = StepInputs(self._model, self.likelihood, taken.passes, descent, last, damping, own, whole)
+        length = self._choose_length(inputs, solve)
+        compares = length.predicted is not None and self.judge.compares(step)
+        with self._timed("update"):
+            copies = {name: parameters[name].clone() for name in descent.natural} if compares else {}
+            update.apply(self.state, parameters, descent, last, length)
+        if length.predicted is not None and compares:
+            with self._timed("model"):
+                change = update.add_penalty(self.forward_backward.change(taken.passes), parameters, copies, decays)
+                if self.judge.rejects(change, length.predicted, step):
+                    update.restore(self.state, parameters, copies)
+                    self.step_size.solve_next(step + 1)
+
+    def _can_step(self, gradients: Mapping[str, Tensor], taken: StepPasses) -> bool:
+        """Whether there are gradients and curvature.
+
+        Raises:
+            UnsupportedError: there is no curvature because no forward pass of ours was run.
+        """
+        if gradients and not self.statistics.started:
+            raise UnsupportedError(
+                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
+                "optimizer.backward(outputs, y) before optimizer.step()."
             )
-            try:
-                along, again, promised = self._solve(problem, rate)
-            except UnsupportedError as error:
-                self._give_up(str(error))
-                along, again = self.search.reuse(slope, rate)
-            self._seconds["model"] += time.perf_counter() - began
-        else:
-            along, again = self.search.reuse(slope, rate)
+        return bool(gradients or (taken.rows is not None and taken.rows.rows)) and self.statistics.ready
+
+    def _choose_length(self, inputs: StepInputs, solve: bool) -> StepLength:
+        """The length of the step; λ answers to it."""
+        exact = self.step_size.exact
+        with self._timed("model" if solve else "update"):
+            length = self.step_size.choose(inputs, self.steps, solve=solve, longest=self.judge.longest(self.steps))
+        if length.predicted is not None and self.step_size.exact:
+            self.judge.check_step_size(self.step_size.step_size)
+        if exact and not self.step_size.exact:  # there is no exact model: take the λ that a fixed rate starts from
+            self.judge.raise_for_fixed_rate()
+            warnings.warn(
+                f"{self.step_size.refusal} Training continues at a fixed rate.", NumericalWarning, stacklevel=6
+            )
+        return length
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
-        compares = promised is not None and self.trust.compares(curvature.step)
-        saved = {name: parameters[name].clone() for name in natural} if compares else {}
-        for name, direction in natural.items():
-            if isinstance(along, Tensor):
-                direction.mul_(along)
-            step = last[name].mul_(again) if name in last else torch.zeros_like(direction)
-            step.add_(direction, alpha=-1.0 if isinstance(along, Tensor) else -along)
-            if slope.device.type != "cpu":  # without a synchronisation: nothing moves where something is not finite
-                step = torch.where(torch.isfinite(slope), step, torch.zeros_like(step))
-            parameters[name].add_(step)
-            self.state[parameters[name]]["update"] = step
-        torch.clear_autocast_cache()  # it may hold the weights as they were
-        self._seconds["update"] += time.perf_counter() - began
-        if promised is not None and compares:
-            self._compare(passes, parameters, saved, promised)
-        curvature.step += 1
-
-    def _solve(self, problem: Problem, rate: float) -> tuple[float | Tensor, float, float]:
-        step = self.curvature.step
-        found = self.search.solve(problem, step, rate, self.trust.longest(step))
-        if self.search.exact:
-            self.region.solved(self.search.step_size)
-        return found
-
-    def _give_up(self, reason: str) -> None:
-        """Go on at a fixed rate where the exact model cannot be had, with the λ that such a rate starts from."""
-        if not self.search.exact:
-            raise UnsupportedError(reason)
-        self.search.refusal = reason
-        self.region.damping = max(self.region.damping or 0.0, Constant().start(self.region.first_mean))
-        warnings.warn(f"{reason} Training goes on so.", NumericalWarning, stacklevel=4)
-
-    def _skip(self) -> None:
-        """Leave out a step whose loss or gradient is not finite, or whose loss exploded."""
-        self._counts["skipped"] += 1
-        self.curvature.step += 1
-
-    def _slope(self, natural: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rows: Rows | None) -> Tensor:
-        """``naturalᵀ ∇h``, whether a layer's part of ∇h was formed or not."""
-        rates = self._options("lr")
-        top = max(rates[name] for name in natural) or 1.0
-        slope = inner(natural, gradients, {name: rates[name] / top for name in natural}) if gradients else None
-        slopes = {} if rows is None else rows.slopes
-        for layer in self.curvature.layers:
-            name = layer.blocks[0].parameters[0]
-            if layer.name in slopes and name not in gradients:
-                part = slopes[layer.name] * (rates[name] / top)
-                slope = part if slope is None else slope + part
-        assert slope is not None
-        return slope
-
-    def _scale_rates(self, natural: Mapping[str, Tensor]) -> float:
-        """Scale every group's direction by its share of the largest rate, which is returned."""
-        rates = self._options("lr")
-        top = max(rates[name] for name in natural)
-        for name, direction in natural.items():
-            if top and rates[name] != top:
-                direction.mul_(rates[name] / top)
-        return top
-
-    def _undo_last(self) -> None:
-        """Take the last step back and trust the model less."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if (update := self.state[parameter].pop("update", None)) is not None:
-                    parameter.sub_(update)
-        self._counts["rejected"] += 1
-        self.search.due = self.curvature.step + 1
-        self.region.refuse()
-
-    def _compare(
-        self, passes: list[Pass], parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], promised: float
-    ) -> None:
-        """Evaluate the loss again, adapt λ, and undo the step if the loss rose beyond the model."""
-        began = time.perf_counter()
-        decays = self._options("weight_decay")
-        change = self.evaluation.change(passes)
-        for name, old in saved.items():
-            if decays[name]:
-                squares = parameters[name].square().sum(dtype=torch.float64) - old.square().sum(dtype=torch.float64)
-                change += decays[name] / 2 * float(squares)
-        if self.region.compared(change, promised, self.curvature.step):
-            self._counts["rejected"] += 1
-            for name, old in saved.items():
-                parameters[name].copy_(old)
-                self.state[parameters[name]].pop("update", None)
-            self.search.due = self.curvature.step + 1
-        self._seconds["model"] += time.perf_counter() - began
+        yield
+        self._seconds[phase] += time.perf_counter() - began
 
     # Parameters, options, state ---------------------------------------------------------------------------------------
 
@@ -404,38 +360,40 @@ class NaturalGradient(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimiser; the new parameters get curvature from the next statistics on."""
         super().add_param_group(param_group)
-        if hasattr(self, "curvature"):
-            self.curvature.extend(self._parameters(), self._fit)
+        if hasattr(self, "statistics"):
+            self.statistics.extend(self._parameters())
+            self.direction.extend(self._parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the optimiser and its curvature; resumed with the same number of threads, training gives the same bits."""
-        own = {
-            "region": self.region.state_dict(),
-            "search": self.search.state_dict(),
-            "watch": self.watch.state_dict(),
-            "counts": dict(self._counts),
-            "rows pay": self.evaluation.rows_pay,
-        }
-        return {**super().state_dict(), "natural_gradient": own, "curvature": self.curvature.state_dict()}
+        """All state of training but the model's; resumed with the same number of threads, it gives the same bits."""
+        own = {"steps": self.steps, **{part: getattr(self, part).state_dict() for part in _PARTS}}
+        return {**super().state_dict(), "natural_gradient": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
 
         Raises:
-            DataError: it was saved for other parameters or other fits.
+            DataError: it was saved for other parameters or other fits, or by a version that kept its state otherwise.
         """
-        rest = {key: value for key, value in state_dict.items() if key not in ("natural_gradient", "curvature")}
-        if len(rest) + 2 != len(state_dict):
+        rest = dict(state_dict)
+        own = rest.pop("natural_gradient", {})
+        if own and "curvature" in rest:
+            raise DataError(
+                "the state was saved by an earlier version of kronfisher, which kept it in another form. Load the "
+                "model's weights, and continue with a new optimiser."
+            )
+        if own.keys() != {"steps", *_PARTS}:
             raise DataError("this is not the state of a NaturalGradient; it lacks the curvature")
-        self.curvature.load_state_dict(state_dict["curvature"])
+        self.statistics.load_state_dict(own["statistics"])
         super().load_state_dict(rest)
-        own = state_dict["natural_gradient"]
-        for part, name in ((self.region, "region"), (self.search, "search"), (self.watch, "watch")):
-            part.load_state_dict(own[name])
-        self._counts, self.evaluation.rows_pay = dict(own["counts"]), own["rows pay"]
+        self.direction.load_state_dict(own["direction"], self.statistics.layers)
+        self.forward_backward.load_state_dict(own["forward_backward"])
+        self.step_size.load_state_dict(own["step_size"])
+        self.judge.load_state_dict(own["judge"])
+        self.steps = own["steps"]
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The natural gradient before any optimiser of torch."""
+"""The natural gradient for any optimiser of torch."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,11 +14,13 @@ from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
-from kronfisher.optim.curvature import Curvature, require_outputs
-from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Trust
+from kronfisher.optim.damping_schedule import Constant, DampingSchedule, ScheduledDamping
+from kronfisher.optim.direction import Direction
+from kronfisher.optim.forward_backward import require_outputs
+from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.natural_gradient import DEFAULT_FIT
-from kronfisher.optim.step_size import inner
+from kronfisher.optim.statistics import Statistics
 
 __all__ = ["Preconditioner"]
 
@@ -26,21 +28,21 @@ __all__ = ["Preconditioner"]
 class Preconditioner:
     """Replaces ``.grad`` by ``(F̆ + λ)⁻¹ .grad``; any optimiser then takes the step.
 
-    Call it in place of the model; where statistics are due it draws labels and goes backward once more, which touches
-    no ``.grad``. F̆ is a mean over data, whatever the loss is divided by.
+    Call it in place of the model; where statistics are due it draws labels and runs one more backward pass, which
+    leaves every ``.grad`` alone. F̆ is a mean over examples, whatever the loss is divided by.
 
     Args:
         model: any module.
-        likelihood: what the outputs mean, such as ``kf.Categorical()``.
+        likelihood: the distribution that the outputs parametrise, such as ``kf.Categorical()``.
         fit: the structure of the curvature, as in `estimate`.
         damping: how λ enters; one with a λ of its own is used as it is, if `trust` is None.
-        trust: who chooses λ, `Constant` or `Schedule`; a number keeps it constant. None: a tenth of the mean eigenvalue
-            of the first statistics.
+        trust: the damping schedule, `Constant` or `Schedule`; a number keeps λ constant. None: a tenth of the mean
+            eigenvalue of the first statistics.
         refresh: how often statistics and inverses are renewed.
         params: parameters to treat; None: all that require a gradient.
         labels: as in `NaturalGradient`; ``"observed"`` needs the targets: ``preconditioner(x, targets=y)``.
-        samples: label draws per datum.
-        kl_limit: scale the answer so that ``.gradᵀ (F̆ + λ)⁻¹ .grad`` is at most this; None: no limit.
+        samples: label draws per example.
+        kl_limit: scale the result so that ``.gradᵀ (F̆ + λ)⁻¹ .grad`` is at most this; None: no limit.
         seed: of the label draws.
 
     Raises:
@@ -71,7 +73,7 @@ class Preconditioner:
         *,
         fit: Choice = DEFAULT_FIT,
         damping: Damping = FactoredTikhonov(),  # noqa: B008 (frozen)
-        trust: Trust | float | None = None,
+        trust: DampingSchedule | float | None = None,
         refresh: Refresh = Refresh(),  # noqa: B008 (frozen)
         params: Iterable[nn.Parameter] | None = None,
         labels: Labels = "sampled",
@@ -82,10 +84,10 @@ class Preconditioner:
         self._wrapped, self._model = model, unwrapped(model)
         trust = Constant(damping.value) if trust is None else trust
         self.trust = Constant(trust) if isinstance(trust, int | float) else trust
-        if isinstance(self.trust, LevenbergMarquardt):
+        if self.trust.compares_losses:
             raise UnsupportedError(
-                "LevenbergMarquardt compares the loss before and after a step, and a Preconditioner sees neither. Use "
-                "trust=kf.Constant(λ) or kf.Schedule(...), or kf.NaturalGradient."
+                f"{type(self.trust).__name__} compares the loss before and after a step, and a Preconditioner sees "
+                "neither. Use trust=kf.Constant(λ) or kf.Schedule(...), or kf.NaturalGradient."
             )
         named = trainable(self._model)
         if params is not None:
@@ -94,18 +96,19 @@ class Preconditioner:
             if len(named) != len(wanted):
                 raise ValueError("`params` holds parameters that are not the model's, or that are frozen.")
         self.kl_limit = kl_limit
-        self.curvature = Curvature(
+        self.steps = 0
+        self.statistics = Statistics(
             self._model,
             named,
             likelihood,
             fit=fit,
-            damping=damping,
             refresh=refresh,
             labels=labels,
             samples=samples,
             seed=seed,
         )
-        self._damping: float | None = None
+        self.direction = Direction(named, damping, refresh)
+        self.damping = ScheduledDamping(self.trust)
 
     def __call__(self, *inputs: Any, targets: Any = None, **options: Any) -> Tensor:
         """The model's outputs.
@@ -115,19 +118,15 @@ class Preconditioner:
             targets: the observed labels, where the likelihood's masks or weights, or ``labels="observed"``, need them.
             options: for the model.
         """
-        curvature = self.curvature
-
-        def forward() -> Tensor:
+        statistics, step = self.statistics, self.steps
+        statistics.prepare(step)
+        if not (statistics.is_due(step) and torch.is_grad_enabled()):
             return self._wrapped(*inputs, **options)
-
-        curvature.prepare()
-        if not (curvature.due and torch.is_grad_enabled()):
-            return forward()
-        with curvature.captured() as capture:
-            outputs = forward()
+        with statistics.captured() as capture:
+            outputs = self._wrapped(*inputs, **options)
         require_outputs(outputs)
-        with suppress(NumericalError):  # outputs that are not finite; the loss will say so
-            curvature.absorb(capture, outputs, targets, retain=True)
+        with suppress(NumericalError):  # outputs that are not finite; the loss shows that, too
+            statistics.absorb(capture, outputs, targets, step, retain=True)
         return outputs
 
     @torch.no_grad()
@@ -137,50 +136,60 @@ class Preconditioner:
         Raises:
             UnsupportedError: there are no statistics yet.
         """
-        curvature = self.curvature
-        curvature.merge()
-        gradients = {name: p.grad for name, p in curvature.parameters.items() if p.grad is not None}
+        self.statistics.merge(self.steps)
+        self.direction.follow(self.statistics.layers, self.steps)
+        named = self.statistics.parameters
+        gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         if sparse := [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]:
             raise UnsupportedError(
                 f"{', '.join(sparse)}: a sparse gradient has no room for a natural one. Use sparse=False in the layer, "
                 "or leave the parameter out of `params`."
             )
-        if not gradients:
-            curvature.step += 1
-            return
-        if not curvature.ready:
-            if curvature.run is not None:  # no batch so far had anything that counts
-                curvature.step += 1
-                return
+        if gradients and not self.statistics.started:
             raise UnsupportedError("There is no curvature yet: call outputs = preconditioner(x) in place of the model.")
-        if self._damping is None:
-            self._damping = self.trust.start(max(curvature.measure(), torch.finfo(torch.float32).tiny))
-        self._damping = self.trust.at(curvature.step, self._damping)
-        curvature.renew(self._damping)
-        natural = curvature.precondition(gradients, self._damping)
+        if gradients and self.statistics.ready:  # otherwise no batch so far had anything that counts
+            self._precondition(gradients)
+        self.steps += 1
+
+    def _precondition(self, gradients: Mapping[str, Tensor]) -> None:
+        damping = self.damping.at(self.steps, self.direction.measure)
+        self.direction.renew(damping, self.steps)
+        self.statistics.schedule_bases(self.direction.due)
+        natural = self.direction.precondition(gradients, damping)
         scale = None
         if self.kl_limit is not None:
             slope = inner(natural, gradients)
             scale = (self.kl_limit / slope.abs().clamp_min(1e-300)).sqrt().clamp(max=1.0)
         for name, gradient in gradients.items():
-            found = natural[name] if scale is None else natural[name] * scale
+            answer = natural[name] if scale is None else natural[name] * scale
             if gradient.device.type != "cpu":
-                gradient.copy_(torch.where(torch.isfinite(found), found, gradient))
-            elif isfinite(float(found.sum())):
-                gradient.copy_(found)
-        curvature.step += 1
+                gradient.copy_(torch.where(torch.isfinite(answer), answer, gradient))
+            elif isfinite(float(answer.sum())):
+                gradient.copy_(answer)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses; resumed with the same number of threads, training gives the same bits."""
-        return {"damping": self._damping, "curvature": self.curvature.state_dict()}
+        return {
+            "steps": self.steps,
+            "damping": self.damping.state_dict(),
+            "statistics": self.statistics.state_dict(),
+            "direction": self.direction.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
 
         Raises:
-            DataError: it was saved for other parameters or other fits, or is something else.
+            DataError: it was saved for other parameters or other fits, by an earlier version, or is something else.
         """
-        if state.keys() != {"damping", "curvature"}:
+        if state.keys() == {"damping", "curvature"}:
+            raise DataError(
+                "the state was saved by an earlier version of kronfisher, which kept it in another form. Load the "
+                "weights and the optimiser's state, and continue with a new Preconditioner."
+            )
+        if state.keys() != {"steps", "damping", "statistics", "direction"}:
             raise DataError(f"this is not the state of a Preconditioner: it has {sorted(state)}")
-        self.curvature.load_state_dict(state["curvature"])
-        self._damping = state["damping"]
+        self.statistics.load_state_dict(state["statistics"])
+        self.direction.load_state_dict(state["direction"], self.statistics.layers)
+        self.damping.load_state_dict(state["damping"])
+        self.steps = state["steps"]

@@ -1,4 +1,4 @@
-"""The same forward pass once more: dropout masks are replayed, buffers and modules' attributes are left alone."""
+"""Repeats a forward pass: dropout masks are replayed, buffers and modules' attributes are left alone."""
 
 import random
 import sys
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kronfisher.capture.capture import Capture
 from kronfisher.capture.isolation import replaced, without_weight_cache
 
-__all__ = ["Pass", "Snapshot"]
+__all__ = ["ForwardPass", "Snapshot"]
 
 
 class Snapshot:
@@ -40,7 +41,7 @@ class Snapshot:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Meet that state again; the present one is put back at the end."""
+        """Restore that state; the present one is put back at the end."""
         present = _random_state(set(self._random[3]))
         with ExitStack() as stack:
             stack.enter_context(without_weight_cache())  # it may hold the weights as they were before a step
@@ -61,37 +62,37 @@ class Snapshot:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass of a training step.
 
     Attributes:
-        forward: what was called.
-        snapshot: the state before it, if it may be needed again.
-        capture: what was seen of it, if statistics are due.
-        outputs: what it returned, until the backward pass.
-        seen: the same without the graph, if it may be needed again.
+        forward: the function that was called.
+        snapshot: the state before it, if it is going to be repeated.
+        capture: of the layers' calls, if statistics are due.
+        outputs: as returned, until the backward pass.
+        values: the outputs without their graph, if the pass is going to be repeated.
         targets: as the likelihood takes them.
         loss: the mean negative log-likelihood, in float64.
-        count: data that counted.
+        count: the number of examples that count.
     """
 
     forward: Callable[[], Tensor]
     snapshot: Snapshot | None = None
-    capture: Any = None
+    capture: Capture | None = None
     outputs: Tensor | None = None
-    seen: Tensor | None = None
+    values: Tensor | None = None
     targets: Any = None
     loss: Tensor | None = None
     count: float | Tensor = field(default=0.0)
 
     @property
-    def narrow(self) -> bool:
+    def low_precision(self) -> bool:
         """Whether autocast was on, so that outputs have few digits."""
         return self.snapshot is not None and bool(self.snapshot.autocast)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Where `forward` gives the same outputs once more."""
+    def repeated(self) -> Iterator[None]:
+        """A context in which `forward` gives the same outputs once more."""
         assert self.snapshot is not None
         with self.snapshot.replayed():
             yield

@@ -1,4 +1,4 @@
-"""What the optimiser knows of itself."""
+"""The state of training, as the optimiser reports it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,25 +8,25 @@ __all__ = ["TrainingReport"]
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """How training goes; printing it gives a few lines.
+    """The state of training; printing it gives a few lines.
 
     Attributes:
-        step: steps made, undone ones included.
+        step: steps made, undone and skipped ones included.
         loss: of the last batch.
         damping: λ.
-        step_size: α, what multiplied the natural gradient in the last step.
-        momentum: μ, what multiplied the step before.
-        ratio: change of the loss over the change that the model promised, at the last comparison; None before.
-        rejected: steps that were undone because the loss rose beyond the model.
+        step_size: α, the factor of the natural gradient in the last step.
+        momentum: μ, the factor of the step before.
+        ratio: change of the loss over the predicted change, at the last comparison; None before.
+        rejected: steps that were undone because the loss rose against the prediction.
         skipped: steps that were left out because the loss or the gradient was not finite.
         dropped: batches whose statistics were not finite.
         seconds: by phase.
-        stale: layer → steps since its inverse was made, for layers that are overdue.
+        stale: layer → steps by which its inverse is overdue.
         troubles: layer → what went wrong with its last inverse.
-        uncovered: parameter → why it makes plain momentum steps.
-        coupled: layers whose rows mix data (normalisation over the batch).
+        uncovered: parameter → why no block covers it, so that it makes plain momentum steps.
+        coupled: layers whose rows mix examples (normalisation over the batch).
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
-        warnings: what a user should know, in words.
+        warnings: messages to the user.
     """
 
     step: int
@@ -57,9 +57,9 @@ class TrainingReport:
         ]
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
-        lines += [f"{name}: inverse overdue since {steps} steps" for name, steps in self.stale.items()]
+        lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]
         lines += [f"{name}: {trouble}" for name, trouble in self.troubles.items()]
         lines += [f"plain momentum: {reason}" for reason in self.uncovered.values()]
         if self.coupled:
-            lines.append(f"data are coupled by the batch in {', '.join(self.coupled)}; treated as if they were not")
+            lines.append(f"examples are coupled by the batch in {', '.join(self.coupled)}; treated as independent")
         return "\n".join([*lines, *self.cuts, *self.warnings])

@@ -1,7 +1,7 @@
 """Inverses applied to the rows that a gradient is made of: cheaper than to the gradient where a batch has few of them.
 
-``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (data times positions). Each side is applied where it costs
-less; the products of a and g replace those that they are compared with.
+``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (examples times positions). Each factor is applied where
+that takes fewer multiplications.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,15 +18,15 @@ from kronfisher.capture.graph import Call
 from kronfisher.layers import RowOrder
 from kronfisher.layers.linear import RowUse
 from kronfisher.operators import Kronecker
-from kronfisher.optim.layer_state import Layer
+from kronfisher.optim.layer_inverse import LayerInverse
 
-__all__ = ["Rows", "apply", "route"]
+__all__ = ["RowInverse", "route"]
 
 Route = Literal["matrix", "left", "right", "both"]
 
 
 def route(rows: int, outputs: int, inputs: int) -> Route:
-    """Which sides are applied to rows, by multiplications.
+    """Which of the factors B (left) and A (right) are applied to rows, by the number of multiplications.
 
     Example:
         >>> route(128, 1000, 785), route(4096, 1000, 785), route(128, 1000, 51)
@@ -44,30 +44,27 @@ def route(rows: int, outputs: int, inputs: int) -> Route:
 
 
 @dataclass
-class Rows:
-    """Inputs and output gradients of linear layers, kept from the loss's own backward pass.
+class RowInverse:
+    """Rows of inputs and output gradients of linear layers, from the loss's own backward pass, and inverses of them.
 
     Attributes:
-        layers: those for which rows may pay.
-        found: layer's name → inputs ``[R, I]`` with the bias coordinate, and output gradients ``[R, O]``.
+        layers: block's key → inverse, for layers where rows may pay.
+        rows: layer's name → inputs ``[R, I]`` with the bias coordinate, and output gradients ``[R, O]``.
         slopes: layer's name → ``⟨V, B⁻¹ V A⁻¹⟩`` for layers whose V was never formed, filled by `apply`.
         edges: where the gradients of the outputs of those layers arrive.
     """
 
-    layers: dict[tuple, Layer]
-    found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[tuple, LayerInverse]
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     edges: list[GradientEdge] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layers: Iterable[Layer], rates: Mapping[str, float]) -> "Rows":
-        """For the layers whose inverse is separable, and whose parameters have one learning rate."""
-        chosen = (layer for layer in layers if layer.separable)
-        one = (layer for layer in chosen if len({rates.get(name) for name in layer.blocks[0].parameters}) == 1)
-        return cls({layer.blocks[0].key: layer for layer in one})
-
-    def watch(self, capture: Capture) -> None:
-        """Drop layers that are used more than once, whose gradient is a sum, and those with hooks of the user's."""
+    def of(cls, inverses: Iterable[LayerInverse], rates: Mapping[str, float], capture: Capture) -> "RowInverse":
+        """For layers with a separable inverse, one learning rate and a single use, without hooks of the user's."""
+        chosen = (one for one in inverses if one.separable)
+        alike = (one for one in chosen if len({rates.get(name) for name in one.blocks[0].parameters}) == 1)
+        layers = {one.blocks[0].key: one for one in alike}
         counts: dict[tuple, int] = {}
         hooked: set[tuple] = set()
         for call in capture.calls:
@@ -76,10 +73,14 @@ class Rows:
                 hooked |= keys if len(call.hooks) > 1 else set()  # one is ours
                 for key in keys:
                     counts[key] = counts.get(key, 0) + 1
-        self.layers = {key: layer for key, layer in self.layers.items() if counts.get(key) == 1 and key not in hooked}
+        return cls({key: one for key, one in layers.items() if counts.get(key) == 1 and key not in hooked})
+
+    def holds(self, one: LayerInverse) -> bool:
+        """Whether rows of this layer are here and its inverse can be applied to them."""
+        return one.name in self.rows and one.separable
 
     def spare(self, capture: Capture) -> set[str]:
-        """Parameters whose gradient need not be formed, because both sides go to rows; remembers their calls."""
+        """Parameters whose gradient need not be formed, because both factors go to rows; their calls are kept."""
         spared: set[str] = set()
         for call in capture.calls:
             for use in call.uses:
@@ -100,45 +101,38 @@ class Rows:
             outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
             if route(len(outputs), *layer.blocks[0].shape[1:]) != "matrix":
                 activations = use.activations(order, gradient, use.weight is not None, use.bias is not None)
-                self.found[layer.name] = activations.dense().flatten(0, 2), outputs
+                self.rows[layer.name] = activations.dense().flatten(0, 2), outputs
 
     def form_missing(self, gradients: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-        """Add gradients that were spared, for layers whose inverse has another form by now."""
+        """Add gradients that were not formed, for layers whose inverse has another form by now."""
         for layer in self.layers.values():
             (block,) = layer.blocks
-            if layer.name in self.found and not layer.separable and block.parameters[0] not in gradients:
-                inputs, outputs = self.found[layer.name]
+            if layer.name in self.rows and not layer.separable and block.parameters[0] not in gradients:
+                inputs, outputs = self.rows[layer.name]
                 out = {name: torch.empty_like(parameters[name]).unsqueeze(0) for name in block.parameters}
                 block.scatter((outputs.mT @ inputs).reshape(1, -1), out)
                 gradients.update({name: gradient[0] for name, gradient in out.items()})
 
-
-def apply(layer: Layer, rows: Rows, out: dict[str, Tensor]) -> None:
-    """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``.
-
-    Args:
-        layer: whose inverse is applied.
-        rows: which hold a and g; they receive the slope too, if both sides go to rows.
-        out: parameter name → answer.
-    """
-    inverse, (block,) = layer.inverse, layer.blocks
-    inputs, outputs = rows.found[layer.name]
-    assert isinstance(inverse, Kronecker)
-    left, right = inverse.B[0], inverse.A[0]
-    chosen = route(len(inputs), len(left), len(right))
-    if chosen in ("left", "both"):
-        left = left @ outputs.mT
-    right = inputs @ right if chosen in ("right", "both") else right
-    if chosen == "both":  # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
-        rows.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
-    middle = {"left": (left, inputs, right), "right": (left, outputs.mT, right)}.get(chosen)
-    first, last = (left, right) if middle is None else _joined(*middle, into_left=chosen == "left")
-    if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
-        weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
-        torch.mm(first, last[:, :-1], out=weight.view(len(first), -1))
-        torch.mv(first, last[:, -1], out=bias.view(-1))
-    else:
-        block.scatter((first @ last).reshape(1, -1), out)
+    def apply(self, layer: LayerInverse, out: dict[str, Tensor]) -> None:
+        """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; its slope is kept if both factors go to rows."""
+        inverse, (block,) = layer.inverse, layer.blocks
+        inputs, outputs = self.rows[layer.name]
+        assert isinstance(inverse, Kronecker)
+        left, right = inverse.B[0], inverse.A[0]
+        chosen = route(len(inputs), len(left), len(right))
+        if chosen in ("left", "both"):
+            left = left @ outputs.mT
+        right = inputs @ right if chosen in ("right", "both") else right
+        if chosen == "both":  # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
+            self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
+        middle = {"left": (left, inputs, right), "right": (left, outputs.mT, right)}.get(chosen)
+        first, last = (left, right) if middle is None else _joined(*middle, into_left=chosen == "left")
+        if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
+            weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
+            torch.mm(first, last[:, :-1], out=weight.view(len(first), -1))
+            torch.mv(first, last[:, -1], out=bias.view(-1))
+        else:
+            block.scatter((first @ last).reshape(1, -1), out)
 
 
 def _joined(left: Tensor, middle: Tensor, right: Tensor, *, into_left: bool) -> tuple[Tensor, Tensor]:

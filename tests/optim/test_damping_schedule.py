@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.optim.region import Region
+from kronfisher.optim.damping_schedule import ScheduledDamping
 
 
 def test_damping_falls_when_the_model_is_right_and_rises_when_it_is_wrong():
@@ -29,13 +29,14 @@ def test_the_start_follows_the_scale_of_the_matrix():
 
 
 def test_damping_rises_tenfold_where_the_exact_model_takes_next_to_nothing_of_the_direction():
-    region = Region(kf.LevenbergMarquardt(least=1e-3, ceiling=50.0), damping=1.0, first_mean=1.0)
+    damping = ScheduledDamping(kf.LevenbergMarquardt(least=1e-3, ceiling=50.0), value=1.0, first_mean=1.0)
     for step_size, expected in ((0.5, 1.0), (1e-3, 1.0), (1e-4, 10.0), (1e-6, 50.0)):
-        region.solved(step_size)
-        assert region.damping == expected
-    for still in (Region(kf.Constant(1.0), damping=1.0), Region(kf.LevenbergMarquardt(least=0.0), damping=1.0)):
-        still.solved(1e-9)
-        assert still.damping == 1.0
+        damping.check_step_size(step_size)
+        assert damping.value == expected
+    for schedule in (kf.Constant(1.0), kf.LevenbergMarquardt(least=0.0)):
+        still = ScheduledDamping(schedule, value=1.0)
+        still.check_step_size(1e-9)
+        assert still.value == 1.0
 
 
 def test_noise_where_the_matrix_is_nearly_zero_is_damped_away():

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.fisher.damping import Damping
 from kronfisher.fits import Plan, State
 from kronfisher.operators import KroneckerBasis
 from kronfisher.operators.factors import outer
-from kronfisher.optim import Curvature
+from tests.optim.training import Curvature
 
 FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
@@ -23,25 +22,6 @@ def batch(n=7, dtype=torch.float64):
     return torch.randn(n, 2, 4, 4, dtype=dtype), torch.randint(3, (n,))
 
 
-def curvature(model, fit="kfac", damping: Damping | None = None, **options):
-    settings = {"refresh": kf.Refresh(), "labels": "exact", "samples": 1, "seed": 0} | options
-    return Curvature(
-        model,
-        dict(model.named_parameters()),
-        kf.Categorical(),
-        fit=fit,
-        damping=damping or kf.FactoredTikhonov(),
-        **settings,
-    )
-
-
-def observe(found, x, y=None):
-    found.prepare()
-    with found.captured() as capture:
-        outputs = found.model(x)
-    found.absorb(capture, outputs, y, retain=False)
-
-
 def vector(model):
     return {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
@@ -50,8 +30,8 @@ def vector(model):
 @pytest.mark.parametrize("fit", FITS, ids=str)
 def test_the_first_statistics_are_an_estimate(fit, damping):
     model, (x, _) = network(), batch()
-    found = curvature(model, fit, damping())
-    observe(found, x)
+    found = Curvature(model, fit, damping())
+    found.observe(x)
     found.merge()
     found.renew(0.3)
     v = vector(model)
@@ -65,24 +45,24 @@ def test_the_first_statistics_are_an_estimate(fit, damping):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_statistics_are_averaged_with_decreasing_weights(dtype):
     model = network(dtype)
-    found = curvature(model, refresh=kf.Refresh(average=0.5))
+    found = Curvature(model, refresh=kf.Refresh(average=0.5))
     sums, batches = None, [batch(n, dtype)[0] for n in (5, 8, 3)]
     for x in batches:
-        observe(found, x)
+        found.observe(x)
         found.merge()
         found.step += 1
         own = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac")["0.weight"].B * len(x)
         sums = own if sums is None else 0.5 * sums + own
-    layer = next(layer for layer in found.layers if layer.name == "0.weight")
+    layer = next(layer for layer in found.statistics.layers if layer.name == "0.weight")
     torch.testing.assert_close(layer.fit.finish(layer.average).B, sums / (0.25 * 5 + 0.5 * 8 + 3))
 
 
 def test_parts_of_a_batch_add_up():
     model, (x, _) = network(), batch(10)
-    whole, parts = curvature(model), curvature(model)
-    observe(whole, x)
+    whole, parts = Curvature(model), Curvature(model)
+    whole.observe(x)
     for part in x.split([4, 6]):
-        observe(parts, part)
+        parts.observe(part)
     for found in (whole, parts):
         found.merge()
         found.renew(0.1)
@@ -93,18 +73,18 @@ def test_parts_of_a_batch_add_up():
 
 def test_statistics_that_are_not_finite_are_dropped():
     model, (x, _) = network(), batch()
-    found = curvature(model)
-    observe(found, x)
+    found = Curvature(model)
+    found.observe(x)
     found.merge()
     found.renew(0.1)
     before = found.precondition(v := vector(model), 0.1)
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = 1e200  # outputs stay finite behind the tanh; second moments of inputs do not
-    found.step = found.statistics_due
-    observe(found, x * 1e200)
+    found.step = found.statistics.next_due
+    found.observe(x * 1e200)
     found.merge()
-    assert found.dropped == 1
-    found.layers[0].due = 0
+    assert found.statistics.dropped == 1
+    found.direction.inverses[0].due = 0
     found.renew(0.1)
     for name, answer in found.precondition(v, 0.1).items():
         assert torch.isfinite(answer).all(), name
@@ -121,26 +101,26 @@ def test_parameters_that_no_block_covers_are_found_and_scaled_by_the_mean():
             return self.layer(x) * self.power.exp()
 
     model = Odd()
-    found = curvature(model)
-    observe(found, x := torch.randn(6, 3))
+    found = Curvature(model)
+    found.observe(x := torch.randn(6, 3))
     found.merge()
     found.renew(0.1)
-    assert list(found.uncovered) == ["power"] and "exp" in found.uncovered["power"]
+    assert list(found.statistics.uncovered) == ["power"] and "exp" in found.statistics.uncovered["power"]
     answer = found.precondition({name: torch.ones_like(p) for name, p in model.named_parameters()}, 0.1)
     model.power.requires_grad_(False)
     mean = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac").trace() / 12
     torch.testing.assert_close(answer["power"], torch.full((3,), float(1 / (mean + 0.1))))
 
 
-def test_data_coupled_by_the_batch_are_treated_as_if_they_were_not_and_named():
+def test_examples_coupled_by_the_batch_are_treated_as_independent_and_named():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    found = curvature(model)
-    observe(found, torch.randn(6, 3))
-    assert found.coupled == ["0.weight"]
-    assert set(found.uncovered) == {"1.weight", "1.bias"}
+    found = Curvature(model)
+    found.observe(torch.randn(6, 3))
+    assert found.statistics.coupled == ["0.weight"]
+    assert set(found.statistics.uncovered) == {"1.weight", "1.bias"}
 
 
-def test_inverses_take_turns():
+def test_inverses_are_renewed_round_robin():
     refresh = kf.Refresh(inverse=8)
     due = [[0] * 4 for _ in range(200)]
     at = [0, 0, 0, 0]
@@ -155,14 +135,14 @@ def test_inverses_take_turns():
 @pytest.mark.parametrize("basis", [kf.KFAC(), kf.KFOC()])
 def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
     model = network()
-    found = curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
+    found = Curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
     before = {}
     for x, _ in (batch(9), batch(6), batch(8)):
-        observe(found, x)
+        found.observe(x)
         found.merge()
         found.renew(0.3)
         found.step += 1
-        for layer in found.layers:
+        for layer in found.statistics.layers:
             assert layer.average is not None
             state = layer.average.states[-1]
             U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT
@@ -211,7 +191,7 @@ def test_bases_are_renewed_more_often_in_the_first_steps():
         dues[fit] = []
         for x, y in data:
             optimizer.step(lambda model=model, x=x: model(x), y)
-            dues[fit].append(optimizer.curvature.statistics_due)
+            dues[fit].append(optimizer.statistics.next_due)
     assert dues["kfac"] == [1, 2, 3, 4, 6, 6, 9, 9, 9, 13, 13, 13]
     assert dues["ekfac"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12]
 

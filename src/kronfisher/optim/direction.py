@@ -1,0 +1,207 @@
+"""The third part of a step: from the gradient to the natural gradient, by damped inverses of the curvature."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.capture.capture import Capture
+from kronfisher.fisher.damping import Damping
+from kronfisher.linalg import plain_arithmetic
+from kronfisher.optim.inner_product import inner
+from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.layer_inverse import LayerInverse
+from kronfisher.optim.layer_statistics import LayerStatistics, periods
+from kronfisher.optim.row_inverse import RowInverse
+
+__all__ = ["Descent", "Direction"]
+
+DRIFT = 2.0  # the factor by which λ may leave the one in an inverse before that is made anew out of turn
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The direction of a step.
+
+    Attributes:
+        natural: ``(F̆ + λ)⁻¹ ∇h`` by parameter name, times each group's share of the largest learning rate.
+        gradients: ``∇h``, those that were formed from rows among them.
+        slope: ``naturalᵀ ∇h``, a 0-dim tensor.
+        rate: the largest learning rate.
+    """
+
+    natural: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    slope: Tensor
+    rate: float
+
+
+class Direction:
+    """Damped inverses of all layers.
+
+    Args:
+        parameters: name → parameter, all that may be trained.
+        damping: how λ enters.
+        refresh: periods.
+
+    Attributes:
+        inverses: one for each layer, in the order of the layers.
+        seconds: spent on making inverses.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], damping: Damping, refresh: Refresh) -> None:
+        self.damping, self.refresh = damping, refresh
+        self.inverses: list[LayerInverse] = []
+        self.seconds = 0.0
+        self.extend(parameters)
+
+    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Treat these parameters from now on."""
+        self._parameters = parameters
+
+    def follow(self, layers: Sequence[LayerStatistics], step: int) -> None:
+        """Keep one inverse for each layer; those of new layers are due at once."""
+        if len(layers) != len(self.inverses) or any(
+            x is not one.layer for x, one in zip(layers, self.inverses, strict=True)
+        ):
+            known = {one.layer: one for one in self.inverses}
+            self.inverses = [known.get(layer) or LayerInverse(layer, due=step) for layer in layers]
+
+    # Inverses ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> dict[LayerStatistics, int]:
+        """Layer → the step at which its inverse is to be made again."""
+        return {one.layer: one.due for one in self.inverses}
+
+    def measure(self) -> float:
+        """The mean eigenvalue of the statistics as they are now."""
+        with self._arithmetic():
+            for one in self.inverses:
+                if one.layer.average is not None:
+                    one.measure()
+        return _mean(self.inverses)
+
+    def renew(self, value: float, step: int) -> None:
+        """Make the inverses that are due with λ = `value`, and those whose λ is far from it."""
+        began, rhythm = time.perf_counter(), periods(self.refresh, (one.layer for one in self.inverses))
+        with self._arithmetic():
+            for place, one in enumerate(self.inverses):
+                if one.layer.average is None:
+                    continue
+                moved = one.value > 0 and not 1 / DRIFT <= value / one.value <= DRIFT
+                if one.due <= step or one.inverse is None:
+                    one.measure()
+                    one.make(self.damping, value, step)
+                    one.due = rhythm.turn(step, place, len(self.inverses))
+                elif one.operator is not None and value != one.value:  # its spectrum is at hand
+                    one.make(self.damping, value, one.made)
+                elif moved:
+                    one.measure()
+                    one.make(self.damping, value, step)
+        self.seconds += time.perf_counter() - began
+
+    # Directions -------------------------------------------------------------------------------------------------------
+
+    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
+        """To be given rows of a step's backward pass; None where others may read or change gradients."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        for parameter in self._parameters.values():
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                return None
+        return RowInverse.of(self.inverses, rates, capture)
+
+    def descend(
+        self, gradients: Mapping[str, Tensor], value: float, rates: Mapping[str, float], rows: RowInverse | None = None
+    ) -> Descent:
+        """The natural gradient of the loss for λ = `value`.
+
+        Args:
+            gradients: ``∇h`` by parameter name.
+            value: λ.
+            rates: parameter name → learning rate.
+            rows: of layers whose gradient was not formed, or need not be.
+        """
+        gradients = dict(gradients)
+        if rows is not None:
+            rows.form_missing(gradients, self._parameters)
+        natural = self.precondition(gradients, value, rows)
+        top = max(rates[name] for name in natural)
+        shares = {name: rates[name] / (top or 1.0) for name in natural}
+        slope = inner(natural, gradients, shares) if gradients else None
+        slopes = {} if rows is None else rows.slopes
+        for one in self.inverses:
+            name = one.blocks[0].parameters[0]
+            if one.name in slopes and name not in gradients:
+                part = slopes[one.name] * shares[name]
+                slope = part if slope is None else slope + part
+        assert slope is not None
+        for name, direction in natural.items():
+            if top and rates[name] != top:
+                direction.mul_(shares[name])
+        return Descent(natural, gradients, slope, top)
+
+    def precondition(
+        self, gradients: Mapping[str, Tensor], value: float, rows: RowInverse | None = None
+    ) -> dict[str, Tensor]:
+        """``(F̆ + λ)⁻¹`` times a vector ``{name: [*shape]}``; uncovered parameters are divided by a number.
+
+        The number is the mean eigenvalue of what is covered plus λ, so that they move neither faster nor slower than
+        the others do on average. Layers with `rows` take them in place of the gradient.
+        """
+        rows = rows or RowInverse({})
+        with self._arithmetic():
+            vectors = {name: tensor[None] for name, tensor in gradients.items()}
+            out: dict[str, Tensor] = {}
+            for one in self.inverses:
+                if one.inverse is None:
+                    continue
+                by_rows = rows.holds(one)
+                for name in (name for block in one.blocks for name in block.parameters):
+                    if name not in out and (by_rows or name in vectors):
+                        like = self._parameters[name].unsqueeze(0)
+                        out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+                if by_rows:
+                    rows.apply(one, out)
+                else:
+                    one.apply(vectors, out)
+            # The mean eigenvalue as the last factorisations saw it.
+            mean = _mean([one for one in self.inverses if one.mean or one.made >= 0])
+            rest = 1 / (mean + value)
+            left = {name: tensor * rest for name, tensor in gradients.items() if name not in out}
+            return {name: tensor[0] for name, tensor in out.items()} | left
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return plain_arithmetic(next(iter(self._parameters.values())).device)
+
+    # Reports and state ------------------------------------------------------------------------------------------------
+
+    def overdue(self, step: int) -> dict[str, int]:
+        """Layer's name → steps by which its inverse is overdue."""
+        return {one.name: step - one.due for one in self.inverses if one.due < step}
+
+    @property
+    def troubles(self) -> dict[str, str]:
+        """Layer's name → what went wrong with its last inverse."""
+        return {one.name: one.trouble for one in self.inverses if one.trouble}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs, as tensors, numbers and strings."""
+        return {"layers": [one.state_dict() for one in self.inverses]}
+
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
+        """Take over what `state_dict` gave, for these layers."""
+        device = next(iter(self._parameters.values())).device
+        self.inverses = [LayerInverse(layer) for layer in layers]
+        for one, saved in zip(self.inverses, state["layers"], strict=True):
+            one.load_state_dict(saved, device)
+
+
+def _mean(inverses: Sequence[LayerInverse]) -> float:
+    """Their mean eigenvalue, weighted by dimensions."""
+    return sum(one.mean * one.dim for one in inverses) / max(sum(one.dim for one in inverses), 1)

@@ -1,0 +1,150 @@
+"""The damped inverse of the curvature of one layer."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
+from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.damping import Damping
+from kronfisher.fisher.layout import gather, scatter
+from kronfisher.operators import Kronecker, Operator
+from kronfisher.operators.spectral import Spectral
+from kronfisher.optim.layer_statistics import LayerStatistics
+
+__all__ = ["LayerInverse"]
+
+RAISES = 6  # times that λ is raised tenfold for a layer that cannot be factorised, before its last inverse is kept
+
+
+@dataclass
+class LayerInverse:
+    """An inverse made from the statistics of one layer.
+
+    Attributes:
+        layer: its statistics.
+        due: the step at which the inverse is to be made again.
+        operator: the curvature that the inverse was made of, kept where another λ costs next to nothing.
+        inverse: the damped inverse; None before the first statistics.
+        solves: whether `inverse` is the damped matrix itself, which has no inverse that could be kept.
+        value: λ in it.
+        mean: the mean eigenvalue of the undamped curvature.
+        made: the step at which it was made.
+        trouble: what went wrong with the last inverse, empty if nothing.
+    """
+
+    layer: LayerStatistics
+    due: int = 0
+    operator: Operator | None = None
+    inverse: Operator | None = None
+    solves: bool = False
+    value: float = 0.0
+    mean: float = 0.0
+    made: int = -1
+    trouble: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.layer.blocks
+
+    @property
+    def dim(self) -> int:
+        return self.layer.dim
+
+    @property
+    def separable(self) -> bool:
+        """Whether the inverse is one Kronecker product of dense factors."""
+        inverse = self.inverse
+        if not isinstance(inverse, Kronecker) or self.solves or len(self.blocks) > 1 or len(inverse.A) > 1:
+            return False
+        return not inverse.has_diagonal
+
+    def measure(self) -> None:
+        """Read the operator and its mean eigenvalue from the statistics.
+
+        Raises:
+            NumericalError: the average is not finite.
+        """
+        self.operator = self.layer.operator()
+        self.mean = float(self.operator.trace()) / self.operator.dim
+
+    def make(self, damping: Damping, value: float, step: int) -> None:
+        """Make the inverse of the operator with λ = `value`; λ is raised where that is too small for this layer."""
+        assert self.operator is not None
+        tried = value
+        for _ in range(RAISES):
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", NumericalWarning)
+                    damped = damping.at(tried)(self.operator)
+                    try:
+                        self.inverse, self.solves = damped.inverse(), False
+                    except UnsupportedError:
+                        self.inverse, self.solves = damped, True
+                self.trouble = str(caught[0].message) if caught else ""
+                if tried != value:
+                    self.trouble = f"singular with λ = {value:.1e}; raised to {tried:.1e}"
+                self.value, self.made = value, step
+                break
+            except NumericalError as error:
+                tried, self.trouble = 10 * tried, str(error)
+        else:
+            if self.inverse is None:
+                raise NumericalError(
+                    f"{self.name}: no inverse even with λ = {tried:.1e}. Check this layer's inputs and gradients, or "
+                    "give it a diagonal fit."
+                )
+        if not isinstance(self.operator, Spectral):
+            self.operator = None
+
+    def apply(self, rows: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Write the inverse times a vector ``{name: [1, *shape]}`` into `out`."""
+        assert self.inverse is not None
+        given = {name: rows.get(name) for block in self.blocks for name in block.parameters}
+        if all(tensor is None for tensor in given.values()):
+            return
+        vectors = {name: _zeros(self.blocks, name, rows) if t is None else t for name, t in given.items()}
+        vector = gather(self.blocks, vectors).to(self.inverse.dtype)
+        answer = self.inverse.solves(vector) if self.solves else self.inverse.matvecs(vector)
+        scatter(self.blocks, answer, {name: out.get(name, vectors[name]) for name in given})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as tensors, numbers and strings."""
+        return {
+            "operator": _written(self.operator),
+            "inverse": _written(self.inverse),
+            **{key: getattr(self, key) for key in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
+        """Take over what `state_dict` gave."""
+        self.operator, self.inverse = (_read(state[key], device) for key in ("operator", "inverse"))
+        for key in _NUMBERS:
+            setattr(self, key, state[key])
+
+
+_NUMBERS = ("due", "solves", "value", "mean", "made", "trouble")
+
+
+def _written(operator: Operator | None) -> dict[str, Any] | None:
+    if operator is None:
+        return None
+    return {"tensors": operator.tensors(), "settings": {"kind": operator.kind, **operator.settings()}}
+
+
+def _read(written: Mapping[str, Any] | None, device: Any) -> Operator | None:
+    if written is None:
+        return None
+    return Operator.restored({key: t.to(device) for key, t in written["tensors"].items()}, written["settings"])
+
+
+def _zeros(blocks: tuple[Block, ...], name: str, rows: Mapping[str, Tensor]) -> Tensor:
+    view = next(view for block in blocks for view in block.views if view.parameter == name)
+    return next(iter(rows.values())).new_zeros(1, *view.shape)

@@ -1,0 +1,161 @@
+"""The moving average of the curvature of one layer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kronfisher.errors import NumericalError
+from kronfisher.estimation.groups import Group
+from kronfisher.fisher.blocks import Block
+from kronfisher.operators import Operator
+from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.moving_average import AverageState, MovingAverage, scaled
+
+__all__ = ["LayerStatistics", "periods"]
+
+
+@dataclass(eq=False)
+class LayerStatistics:
+    """Statistics of one group of blocks that a fit treats together.
+
+    Attributes:
+        group: its fit, blocks, and the statistics of the batch in hand.
+        average: the moving average of the statistics.
+        basis_due: the step at which a fit of two passes renews its basis.
+        basis_renewed: the step at which it last did.
+    """
+
+    group: Group
+    average: AverageState | None = None
+    basis_due: int = 0
+    basis_renewed: int = -1
+
+    @property
+    def fit(self) -> MovingAverage:
+        fit = self.group.fit
+        assert isinstance(fit, MovingAverage)
+        return fit
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.group.blocks
+
+    @property
+    def name(self) -> str:
+        return ", ".join(block.name for block in self.blocks)
+
+    @property
+    def dim(self) -> int:
+        return sum(block.dim for block in self.blocks)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the data the fit makes in an estimate."""
+        return self.group.state.plan.passes
+
+    def renews_basis(self, step: int) -> bool:
+        """Whether the second pass of the fit begins anew with this step's batch."""
+        return self.passes > 1 and self.basis_due <= step and self.basis_renewed != step
+
+    def merge(self, keep: float) -> None:
+        """Take the batch's statistics into the average, of which the share `keep` stays."""
+        state = self.group.state
+        assert isinstance(state, AverageState)
+        if not bool(state.count > 0):
+            return
+        _count(state)
+        self.average = state if self.average is None else self.fit.combine(self.average, state, keep, 1.0)
+        self.empty()
+
+    def renew_basis(self, keep: float) -> bool:
+        """Begin the second pass of the fit anew, from the average of the first; False if the batch is not finite."""
+        try:
+            self.group.state.checked()
+        except NumericalError:
+            return False
+        before = self.average.states[1:] if self.average is not None else []
+        self.merge(keep)
+        assert self.average is not None
+        # The eigenvalues are to see this batch in their new basis: continue from the average without it.
+        self.average.states[1:] = [scaled(state, keep) for state in before]
+        self.average = self.fit.renew_basis(self.average)
+        assert self.average is not None
+        self.empty()
+        return True
+
+    def merge_second_pass(self, step: int) -> None:
+        """Take the batch's statistics into the renewed second pass alone: the first already includes them."""
+        state, average = self.group.state, self.average
+        assert isinstance(state, AverageState) and average is not None
+        _count(state)
+        *before, last = average.states
+        average.states = [*before, self.fit.fit.combine(last, state.states[-1])]
+        self.empty()
+        self.basis_renewed = step
+
+    def empty(self) -> None:
+        """Forget the batch's statistics."""
+        state = self.average or self.group.state
+        assert isinstance(state, AverageState)
+        self.group.state = self.fit.fresh(state)
+
+    def discard(self) -> None:
+        """Forget the batch's statistics, those of a renewed second pass among them."""
+        state = self.group.state
+        assert isinstance(state, AverageState)
+        self.group.state, self.group.done = self.fit.fresh(state), False
+
+    def operator(self) -> Operator:
+        """The curvature as the average has it.
+
+        Raises:
+            NumericalError: the average is not finite.
+        """
+        assert self.average is not None
+        return self.fit.finish(self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as tensors, numbers and strings."""
+        states = self.average.states if self.average is not None else []
+        return {
+            "blocks": [asdict(block) for block in self.blocks],
+            "average": [
+                {key: getattr(state, key) for key in ("sums", "fixed", "count", "rows", "phase", "facts")}
+                for state in states
+            ],
+            "basis_due": self.basis_due,
+            "basis_renewed": self.basis_renewed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
+        """Take over what `state_dict` gave."""
+        average = self.group.state
+        assert isinstance(average, AverageState)
+        if saved := state["average"]:
+            first = average.states[0]
+            states = [
+                type(first)(
+                    self.blocks,
+                    first.plan,
+                    {key: t.to(device) for key, t in one["sums"].items()},
+                    {key: t.to(device) for key, t in one["fixed"].items()},
+                    one["count"],
+                    one["rows"],
+                    one["phase"],
+                    facts=dict(one["facts"]),
+                )
+                for one in saved
+            ]
+            self.average = AverageState(self.blocks, average.plan, {}, states=states)
+        self.empty()
+        self.basis_due, self.basis_renewed = state["basis_due"], state["basis_renewed"]
+
+
+def periods(refresh: Refresh, layers: Iterable[LayerStatistics]) -> Refresh:
+    """Periods for the fits in use: shorter at the start if any has a basis that goes stale."""
+    return refresh.careful() if any(layer.passes > 1 for layer in layers) else refresh
+
+
+def _count(state: AverageState) -> None:
+    for one in state.states:
+        one.count = one.count + state.count

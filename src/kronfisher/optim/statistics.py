@@ -1,0 +1,292 @@
+"""The second part of a step: statistics from some batches, as moving averages of the states of the fits."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.capture.capture import Capture, Receiver
+from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.estimation.accumulator import Accumulator, Labels
+from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.storage import block_of
+from kronfisher.fits import Choice, choose
+from kronfisher.likelihoods import Likelihood
+from kronfisher.linalg import full_precision, plain_arithmetic
+from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.layer_statistics import LayerStatistics, periods
+from kronfisher.optim.moving_average import MovingAverage
+
+__all__ = ["Statistics"]
+
+
+class Statistics:
+    """Moving averages of the curvature of all layers.
+
+    Args:
+        model: unwrapped.
+        parameters: name → parameter, all that may be trained.
+        likelihood: what the outputs mean.
+        fit: structure, as in `estimate`.
+        refresh: periods.
+        labels: as in `estimate`.
+        samples: label draws per example.
+        seed: of the draws; those of a step depend on the seed and the step alone.
+
+    Attributes:
+        layers: one for each group of blocks, in the order of the first batch.
+        next_due: the step at which a batch is to bring statistics again.
+        dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
+        seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        likelihood: Likelihood,
+        *,
+        fit: Choice,
+        refresh: Refresh,
+        labels: Labels,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self.model, self.likelihood, self.refresh = model, likelihood, refresh
+        self.labels: Labels = labels
+        self.layers: list[LayerStatistics] = []
+        self.next_due = self.dropped = 0
+        self.seconds = self.seconds_in_backward = 0.0
+        self._fit, self._samples, self._seed = fit, samples, seed
+        self._run: Accumulator | None = None
+        self._open = False  # whether this step's batch has brought statistics that are not merged yet
+        self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
+        self.extend(parameters)
+        self._accumulator()  # refuses bad settings now, not at the first batch
+
+    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Treat these parameters from now on; statistics of the others are kept."""
+        self.parameters = parameters
+        self._fits = {name: MovingAverage(fit) for name, fit in choose(self._fit, parameters).items()}
+        self._trained = None
+
+    def _accumulator(self) -> Accumulator:
+        return Accumulator(
+            self.model,
+            self.parameters,
+            self.likelihood,
+            self._fits,
+            self.labels,
+            self._samples,
+            self._seed,
+            training=True,
+        )
+
+    # What is known ----------------------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether any forward pass was prepared for, or a state loaded."""
+        return self._run is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are statistics at all."""
+        return any(layer.average is not None for layer in self.layers)
+
+    @property
+    def backward_passes(self) -> int:
+        """How many backward passes were run for statistics."""
+        return 0 if self._run is None else self._run.backward_passes
+
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Parameter → why no block covers it."""
+        return {} if self._run is None else self._run.treatment.fallback
+
+    @property
+    def coupled(self) -> list[str]:
+        """Names of blocks whose rows mix examples."""
+        return [] if self._run is None else sorted(self._run.owners.mixed)
+
+    @property
+    def cuts(self) -> list[str]:
+        """Where chains of layers are cut and why, for fits that treat neighbours together."""
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        return [] if self._run is None else self._run.following.notes(blocks)
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step's batch is to bring statistics."""
+        return step >= self.next_due
+
+    def prepare(self, step: int) -> None:
+        """Begin with empty states, at first and whenever other parameters are trained than before."""
+        trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
+        if trained != self._trained:
+            self._run, self._trained, self.next_due = self._accumulator(), trained, step
+
+    @contextmanager
+    def captured(self) -> Iterator[Capture]:
+        """Capture a forward pass of the caller's."""
+        assert self._run is not None
+        constants = (*self.model.parameters(), *self.model.buffers())
+        with _eager(), Capture(self._run.parameters, constants, lenient=True) as capture:
+            yield capture
+
+    # Statistics of a batch --------------------------------------------------------------------------------------------
+
+    def needs_second_backward(self, step: int) -> bool:
+        """Whether statistics of this step may need the graph once more, because a basis is renewed."""
+        return not self.layers or any(layer.renews_basis(step) for layer in self.layers)
+
+    def absorb(
+        self,
+        capture: Capture,
+        outputs: Tensor,
+        targets: Any,
+        step: int,
+        *,
+        retain: bool,
+        own: Callable[[Receiver, float | Tensor], None] | None = None,
+    ) -> None:
+        """Add the statistics of one batch, or of one part of it; see `Accumulator.absorb`.
+
+        This step's statistics are left out if anything goes wrong.
+        """
+        run = self._run
+        assert run is not None
+        began = time.perf_counter()
+        if not self._open:
+            self._open = True
+            run.seed = (self._seed << 32) + step
+            run.start_pass()
+        try:
+            with full_precision(run.device.type):
+                self._absorb(run, capture, outputs, targets, step, retain, own)
+        except BaseException:  # out of memory, an interruption, values that are not finite: half a batch is none
+            self.discard()
+            raise
+        spent = time.perf_counter() - began
+        self.seconds += spent
+        self.seconds_in_backward += spent
+
+    def _absorb(
+        self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, step: int, retain: bool, own: Any
+    ) -> None:
+        where = f"step {step}"
+        run.absorb(capture, outputs, targets, where, retain=retain or self.needs_second_backward(step), own=own)
+        self._find_layers(run, step)
+        keep = self.refresh.average
+        renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
+        if renewed:
+            for group in run.groups:
+                group.done = all(group is not layer.group for layer in renewed)
+            run.absorb(capture, outputs, targets, where, retain=retain)
+            for group in run.groups:
+                group.done = False
+            for layer in renewed:
+                layer.merge_second_pass(step)
+
+    def _find_layers(self, run: Accumulator, step: int) -> None:
+        """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""
+        same = len(self.layers) == len(run.groups)
+        if same and self.layers and all(x.group is y for x, y in zip(self.layers, run.groups, strict=True)):
+            return
+        before = {layer.blocks: layer for layer in self.layers}
+        self.layers = []
+        for group in run.groups:
+            layer = before.get(group.blocks)
+            if layer is None or (layer.group is not group and group.state.plan.passes > 1):
+                layer = LayerStatistics(group, basis_due=step)
+            layer.group = group
+            self.layers.append(layer)
+        if not self.layers:
+            reasons = "\n  ".join(self.uncovered.values())
+            raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
+
+    def merge(self, step: int) -> None:
+        """Take this step's statistics into the averages; if any is not finite, all are left out."""
+        if not self._open:
+            return
+        assert self._run is not None
+        self._open = False
+        began = time.perf_counter()
+        with plain_arithmetic(self._run.device):
+            try:
+                for layer in self.layers:
+                    layer.group.state.checked()
+            except NumericalError:
+                self.discard()
+            else:
+                for layer in self.layers:
+                    layer.merge(self.refresh.average)
+                self.next_due = periods(self.refresh, self.layers).after(step, self.refresh.statistics)
+        self.seconds += time.perf_counter() - began
+
+    def discard(self) -> None:
+        """Leave this step's statistics out."""
+        self._open = False
+        self.dropped += 1
+        for group in self._run.groups if self._run else ():
+            LayerStatistics(group).discard()
+
+    def schedule_bases(self, due: Mapping[LayerStatistics, int]) -> None:
+        """Renew the basis of each layer at the given step: with its next inverse."""
+        for layer, step in due.items():
+            layer.basis_due = step
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs, as tensors, numbers and strings."""
+        return {
+            "next_due": self.next_due,
+            "dropped": self.dropped,
+            "uncovered": dict(self.uncovered),
+            "coupled": list(self.coupled),
+            "apart": sorted(self._run.treatment.apart) if self._run else [],
+            "trained": sorted(self._trained or ()),
+            "fits": self._described(),
+            "layers": [layer.state_dict() for layer in self.layers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            DataError: it belongs to another model or to other fits.
+        """
+        own, saved = self._described(), state["fits"]
+        if differ := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):
+            raise DataError(
+                f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
+            )
+        self.next_due, self.dropped = state["next_due"], state["dropped"]
+        run = self._accumulator()
+        written: dict[tuple[Block, ...], Any] = {
+            tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
+        }
+        run.resume(state["uncovered"], set(state["apart"]), set(state["coupled"]), list(written))
+        self._run, self._trained = run, frozenset(state["trained"])
+        self.layers = [LayerStatistics(group) for group in run.groups]
+        for layer, entry in zip(self.layers, written.values(), strict=True):
+            layer.load_state_dict(entry, run.device)
+
+    def _described(self) -> dict[str, str]:
+        return {name: repr(average.fit) for name, average in self._fits.items()}
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Without compiling: a compiled model shows none of its layers."""
+    if "torch._dynamo" not in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
+        yield
+    else:
+        with torch.compiler.set_stance("force_eager"):
+            yield

@@ -1,0 +1,66 @@
+"""Misuse is refused with a reason, and networks without an exact quadratic model get a fixed rate."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.optim.training import batches, network
+
+
+def test_misuse_is_refused_with_a_reason():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(kf.UnsupportedError, match="no curvature yet"):
+        optimizer.step()
+    with pytest.raises(kf.DataError, match="exactly as forward returned them"):
+        optimizer.backward(model(x), y)
+    outputs = optimizer.forward(x)
+    with pytest.raises(kf.UnsupportedError, match="cannot be evaluated again"):
+        optimizer.backward(outputs, y, optimizer.loss(outputs, y) + 1)
+    with pytest.raises(ValueError, match="momentum"):
+        kf.NaturalGradient(model, kf.Categorical(), momentum=1.5)
+    with pytest.raises(ValueError, match="not the model's"):
+        kf.NaturalGradient(model, kf.Categorical(), params=[nn.Parameter(torch.zeros(2))])
+    with pytest.raises(kf.DataError, match="single number"):
+        kf.NaturalGradient(model, kf.Categorical()).step(lambda: nn.functional.cross_entropy(model(x), y), y)
+
+
+def test_first_errors_say_what_is_wrong():
+    x, y = batches(1)[0]
+    lstm = nn.LSTM(4, 3, batch_first=True)
+    optimizer = kf.NaturalGradient(lstm, kf.Categorical())
+    with pytest.raises(kf.UnsupportedError, match="No block covers any of the parameters"):
+        optimizer.step(lambda: lstm(x[:, None])[0][:, 0], y)
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    with pytest.raises(kf.DataError, match="label 7 is out of range"):
+        optimizer.step(lambda: model(x), torch.full_like(y, 7))
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def test_models_without_an_exact_model_go_on_at_a_fixed_rate():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.last = nn.EmbeddingBag(10, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(self.bag(x))
+
+    torch.manual_seed(0)
+    model, x = Bag(), torch.randint(10, (64, 5))
+    y = x[:, 0] % 3
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    with pytest.warns(kf.NumericalWarning, match="fixed rate"):
+        losses = [optimizer.step(lambda: model(x), y).item() for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert any("fixed rate" in text for text in optimizer.report().warnings)
+    with pytest.raises(kf.UnsupportedError, match="fixed rate"):
+        explicit = kf.NaturalGradient(model, kf.Categorical(), momentum=0.9, trust=kf.LevenbergMarquardt())
+        for _ in range(3):
+            explicit.step(lambda: model(x), y)

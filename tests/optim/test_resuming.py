@@ -1,0 +1,70 @@
+"""A training that is resumed from its saved state gives the same bits; a state that does not belong is refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.optim.training import FITS, FIXED, batches, network, train, weights, wide
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *({"fit": fit} for fit in FITS),
+        {"fit": kf.KFOC("running")},
+        {"fit": "full"},
+        {"fit": "diagonal", "damping": kf.Tikhonov()},
+        FIXED,
+    ],
+    ids=str,
+)
+def test_a_resumed_training_gives_the_same_bits(options):
+    data = batches(14)
+    options = {"refresh": kf.Refresh(statistics=3, inverse=4, model=2), **options}
+    model = network(nn.Dropout(0.2))
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), **options)
+    torch.manual_seed(0)
+    train(optimizer, model, data[:7])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, file)
+    train(optimizer, model, data[7:])
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = network(nn.Dropout(0.2))
+    again.load_state_dict(saved["model"])
+    resumed = kf.NaturalGradient(again, kf.Categorical(), **options)
+    resumed.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"])
+    train(resumed, again, data[7:])
+    assert torch.equal(weights(model), weights(again))
+    assert resumed.report().damping == optimizer.report().damping
+
+
+def test_a_resumed_training_from_rows_gives_the_same_bits():
+    data, model = batches(40, n=6), wide()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, data[:22])
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(optimizer, model, data[22:])
+    other = wide()
+    resumed = kf.NaturalGradient(other, kf.Categorical())
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(resumed, other, data[22:])
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_a_state_of_other_fits_is_refused():
+    model, data = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, data)
+    other = kf.NaturalGradient(model, kf.Categorical(), fit={"0.*": "diagonal", "*": "kfac"})
+    with pytest.raises(kf.DataError, match=r"differ at 0\.bias, 0\.weight"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(kf.DataError, match="lacks the curvature"):
+        other.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())

@@ -1,0 +1,152 @@
+"""Batches without a gradient or with NaN, exploding losses, singular factors and errors leave the weights sound."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.optim.training import FITS, FIXED, batches, network, train, weights
+
+EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
+
+
+def test_batches_without_a_gradient_are_no_obstacle():
+    model, data = network(), batches(6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    ignored = torch.full((16,), -100)
+    before = weights(model)
+    optimizer.step(lambda: model(data[0][0]), ignored)  # the first batch: nothing is known yet
+    assert torch.equal(weights(model), before) and optimizer.report().skipped == 1
+    train(optimizer, model, data)
+    optimizer.step(lambda: model(data[0][0]), ignored)
+    assert torch.isfinite(weights(model)).all()
+
+
+@EVERY_FIT
+def test_a_batch_with_nan_moves_nothing(fit):
+    model, data = network(), batches(6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    train(optimizer, model, data[:3])
+    before = weights(model)
+    x, y = data[3]
+    for poisoned in (x.clone().fill_(torch.nan), x.clone().index_fill_(0, torch.tensor([2]), torch.inf)):
+        optimizer.step(lambda x=poisoned: model(x), y)
+        optimizer.judge.divergence.failures = 0  # two in a row would be blamed on the weights
+        assert torch.equal(weights(model), before)
+    assert optimizer.report().skipped == 2
+    losses = train(optimizer, model, data[3:])
+    assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(weights(model)).all()
+
+
+@EVERY_FIT
+def test_a_first_batch_with_nan_moves_nothing(fit):
+    model, data = network(), batches(2)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
+    before = weights(model)
+    optimizer.step(lambda: model(data[0][0] * torch.nan), data[0][1])
+    assert torch.equal(weights(model), before)
+    train(optimizer, model, data)
+    assert torch.isfinite(weights(model)).all() and not torch.equal(weights(model), before)
+
+
+def test_a_step_that_makes_the_loss_rise_is_undone_bit_for_bit():
+    model, data = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=500.0)
+    before = weights(model)
+    damping = None
+    for _ in range(2):
+        train(optimizer, model, data)
+        report = optimizer.report()
+        assert torch.equal(weights(model), before)
+        assert damping is None or report.damping > damping
+        damping = report.damping
+    assert optimizer.report().rejected == 2
+
+
+@EVERY_FIT
+def test_an_exploded_loss_takes_the_last_step_back(fit):
+    model = network()
+    data = batches(20)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, **FIXED)
+    train(optimizer, model, data[:12])
+    before = weights(model)
+    optimizer.param_groups[0]["lr"], optimizer.step_size.kl_limit = 1e5, 1e12
+    train(optimizer, model, data[12:13])
+    assert float((weights(model) - before).norm()) > 100
+    optimizer.param_groups[0]["lr"], optimizer.step_size.kl_limit = 1.0, 1.0
+    train(optimizer, model, data[13:14])
+    torch.testing.assert_close(weights(model), before, rtol=1e-2, atol=1e-2)
+    assert optimizer.report().rejected == 1
+
+
+@pytest.mark.parametrize("fit", [*FITS, "diagonal"], ids=str)
+def test_dead_units_and_unused_layers_are_no_obstacle(fit):
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.use = True
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.last(self.second(x).relu() if self.use else x)
+
+    model = Sometimes()
+    with torch.no_grad():
+        model.first.bias.fill_(-100.0)[:3] = 0  # half of the units are dead
+        model.second.weight.zero_()
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    for k, (x, y) in enumerate(batches(12)):
+        model.use = not 4 <= k < 8
+        assert torch.isfinite(optimizer.step(lambda x=x: model(x), y))
+    assert torch.isfinite(weights(model)).all()
+
+
+@EVERY_FIT
+def test_a_singular_factor_is_no_obstacle(fit):
+    model, generator = network(), torch.Generator().manual_seed(0)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    row = torch.randn(1, 4, generator=generator)  # one datum again and again: inputs and gradients of rank one
+    losses = [optimizer.step(lambda: model(row.expand(16, -1)), torch.ones(16, dtype=torch.long)) for _ in range(12)]
+    assert losses[-1] < losses[0] and torch.isfinite(weights(model)).all()
+
+
+@pytest.mark.parametrize("training", ["optimizer", "preconditioner"])
+def test_an_error_amid_statistics_leaves_that_batch_out(training, monkeypatch):
+    def run(interrupted):
+        model, data = network(), batches(4)
+        if training == "optimizer":
+            optimizer = kf.NaturalGradient(model, kf.Categorical())
+            statistics, step = optimizer.statistics, lambda x, y: optimizer.step(lambda: model(x), y)
+        else:
+            preconditioner = kf.Preconditioner(model, kf.Categorical())
+            statistics = preconditioner.statistics
+
+            def step(x, y):
+                model.zero_grad()
+                nn.functional.cross_entropy(preconditioner(x), y).backward()
+                preconditioner.step()
+
+        step(*data[0])
+        if interrupted:
+            fit = type(statistics.layers[0].fit)
+            update, count = fit.update, [0]
+
+            def failing(self, state, samples):
+                count[0] += 1
+                if count[0] > 1:
+                    raise MemoryError("simulated")
+                return update(self, state, samples)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(fit, "update", failing)
+                with pytest.raises(MemoryError):
+                    step(100 * data[1][0], data[1][1])
+            if training == "optimizer":
+                optimizer.zero_grad()
+        step(*data[2])
+        return [layer.average.states[0].sums["inputs"].clone() for layer in statistics.layers]
+
+    found, expected = run(True), run(False)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other)
