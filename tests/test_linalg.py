@@ -4,6 +4,7 @@ import torch
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
 from kronfisher.linalg import add_symmetric_product_, cholesky, complete_, eigh, full_precision, mirror, promote
 from kronfisher.operators import Factor
+from tests.helpers.close import close
 
 # Below, at and above the sizes where products are split and triangles are copied tile by tile.
 WIDTHS = (1, 7, 95, 96, 129, 193, 300, 512, 1009, 1100)
@@ -16,10 +17,6 @@ def spd(*shape, dtype=torch.float64):
     """Symmetric positive definite, far from the identity."""
     root = torch.randn(*shape, shape[-1], dtype=dtype)
     return root @ root.mT + 0.1 * torch.eye(shape[-1], dtype=dtype)
-
-
-def close(found, truth, tolerance):
-    assert (found - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 # Symmetric products ------------------------------------------------------------------------------------------------

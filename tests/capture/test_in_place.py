@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.exact import Written, assert_exact, assert_fallback, linears
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written, linears
 
 
 def relu(y):

@@ -13,7 +13,7 @@ import kronfisher as kf
 from kronfisher.capture.batches import tensors_in
 from kronfisher.capture.isolation import isolated
 from kronfisher.fisher.parameters import trainable, unwrapped
-from tests.exact import Written
+from tests.helpers.networks import Written
 
 
 class Rich(nn.Module):

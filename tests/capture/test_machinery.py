@@ -10,7 +10,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
-from tests.exact import Written, assert_fallback, linears
+from tests.helpers.checks import assert_fallback
+from tests.helpers.networks import Written, linears
 
 
 @pytest.mark.parametrize("how", ["success", "failure"])

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kronfisher as kf
-from tests.exact import Written, assert_exact, assert_fallback, linears
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written, linears
 
 
 def test_a_parameter_as_the_input_of_a_layer():

@@ -8,7 +8,9 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.capture.per_sample import per_sample_block, per_sample_gradients, written_out
 from kronfisher.fits import named
-from tests.exact import SETTLED, Written, assert_fallback, exact_fisher
+from tests.helpers.checks import SETTLED, assert_fallback
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 N = 6
 

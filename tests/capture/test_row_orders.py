@@ -9,7 +9,9 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.layers import Probe, RowOrder
-from tests.exact import Written, assert_exact, assert_fallback, exact_fisher
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 N = 5
 ORDER = torch.tensor([3, 1, 4, 0, 2])

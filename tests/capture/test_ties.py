@@ -8,7 +8,8 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
 from kronfisher.fits import FITS, named
-from tests.exact import Written, assert_exact, linears
+from tests.helpers.checks import assert_exact
+from tests.helpers.networks import Written, linears
 
 
 def test_tied_weights():

@@ -7,7 +7,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Window
-from tests.exact import Written, assert_exact, assert_fallback
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written
 
 SEEDED = torch.Generator().manual_seed(0)
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.likelihoods import Draws
-from tests.exact import Written, exact_fisher
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 TOKENS = torch.randint(3, 16, (3, 6), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

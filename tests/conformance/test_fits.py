@@ -13,11 +13,14 @@ import kronfisher as kf
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.layout import gather
 from kronfisher.fits import FITS, named
-from kronfisher.layers import EXAMPLES
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.operators.factors import Factor
-from tests.conformance.truth import DRAWS, SEED, Problem, Tap, positions, problem
+from tests.conformance.examples import EXAMPLES
+from tests.conformance.problems import DRAWS, SEED, Problem, problem
+from tests.conformance.taps import Tap
+from tests.helpers.close import close
+from tests.helpers.truth import positions
 
 LABELS = ("exact", "observed", "sampled")
 EXAMPLES_IN_ORDER = list(EXAMPLES)
@@ -50,12 +53,6 @@ free_of_batches = pytest.mark.parametrize(
 def estimate(p: Problem, fit, labels: str = "exact", data=None, **options) -> kf.Fisher:
     options = {"samples": DRAWS, "seed": SEED, **options}
     return kf.estimate(p.model, p.batch if data is None else data, p.likelihood, fit=fit, labels=labels, **options)
-
-
-def close(found: Tensor, truth: Tensor, what: str, tolerance: float = 1e-10) -> None:
-    assert truth.norm() > 1e-12, f"{what}: nothing to compare"
-    distance = float((found - truth).norm() / truth.norm())
-    assert distance <= tolerance, f"{what}: relative distance {distance:.1e}"
 
 
 @examples
@@ -92,7 +89,7 @@ def kronecker(p: Problem, labels: str, reduce: bool) -> Tensor:
     for tap, a, g in p.rows(labels):
         A, B = factors(p, a, g, reduce)
         for h, index in enumerate(tap.index.flatten(1)):
-            dense[index[:, None], index] = torch.kron(B[h], A[h])
+            dense[index[:, None], index] = torch.kron(B[h].contiguous(), A[h].contiguous())
     return dense
 
 

@@ -12,7 +12,9 @@ from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fisher.windows import Claims, left_over, settle
 from kronfisher.fits import FITS, choose
-from tests.exact import Written, assert_exact, assert_fallback, exact_fisher, kept
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher, kept
 
 # Which fit treats what -----------------------------------------------------------------------------------------------
 

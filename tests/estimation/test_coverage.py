@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from tests.exact import Written
+from tests.helpers.networks import Written
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 

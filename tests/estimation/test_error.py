@@ -13,7 +13,8 @@ from kronfisher.fits.quadratic import quadratic
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum
-from tests.exact import Written, exact_fisher
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 FITS_TO_TRY = [
     *sorted(FITS),

@@ -10,15 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
 from kronfisher.fits import named
-from tests.exact import SETTLED, Written, assert_exact, exact_fisher
+from tests.helpers.checks import SETTLED, assert_exact
+from tests.helpers.close import close
+from tests.helpers.networks import Written, perceptron
+from tests.helpers.truth import exact_fisher
 
 FIT_NAMES = sorted(SETTLED)
 SEEDED = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 3, generator=SEEDED), torch.randint(3, (12,), generator=SEEDED)
 
 
-def network(dtype=torch.float64, dropout=0.0):
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.LayerNorm(4), nn.Linear(4, 3)).to(dtype)
+def normalised(dtype=torch.float64, dropout=0.0):
+    return perceptron(3, 4, 3, after=[nn.Dropout(dropout), nn.LayerNorm(4)], dtype=dtype)
 
 
 def convolutional(size=12, channels=6):
@@ -28,48 +31,43 @@ def convolutional(size=12, channels=6):
     )  # fmt: skip
 
 
-def close(x, y, tolerance=1e-12):
-    x, y = (m.to_dense() if isinstance(m, kf.Fisher) else m for m in (x, y))
-    assert (x - y).norm() <= tolerance * y.norm(), float((x - y).norm() / y.norm())
-
-
 # Scale and batching ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fit", [name for name in FIT_NAMES if not named(name).by_batch])
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_batching_changes_nothing(fit, labels):
-    model, x = network(), X.double()
+    model, x = normalised(), X.double()
     options = {"fit": fit, "labels": labels, "samples": 3, "seed": 5}
     whole = kf.estimate(model, (x, Y), kf.Categorical(), **options)
     assert whole.count == 12 and whole.labels == labels
     for size in (1, 5, 7):
         parts = list(zip(x.split(size), Y.split(size), strict=True))
-        close(kf.estimate(model, parts, kf.Categorical(), **options), whole)
+        close(kf.estimate(model, parts, kf.Categorical(), **options), whole, 1e-12)
 
 
 @pytest.mark.parametrize("fit", FIT_NAMES)
 def test_sum_is_count_times_mean(fit):
-    mean = kf.estimate(network(), X.double(), kf.Gaussian(), fit=fit)
-    total = kf.estimate(network(), X.double(), kf.Gaussian(), fit=fit, reduction="sum")
+    mean = kf.estimate(normalised(), X.double(), kf.Gaussian(), fit=fit)
+    total = kf.estimate(normalised(), X.double(), kf.Gaussian(), fit=fit, reduction="sum")
     assert (mean.reduction, total.reduction) == ("mean", "sum")
     torch.manual_seed(0)
-    model = network()
+    model = normalised()
     mean = kf.estimate(model, X.double(), kf.Gaussian(), fit=fit)
-    close(kf.estimate(model, X.double(), kf.Gaussian(), fit=fit, reduction="sum"), 12 * mean.to_dense())
+    close(kf.estimate(model, X.double(), kf.Gaussian(), fit=fit, reduction="sum"), 12 * mean.to_dense(), 1e-12)
 
 
 def test_scale_does_not_follow_a_mean_loss():
     """F is the mean over data of one datum's own gradients: doubling the data doubles nothing."""
     model = nn.Linear(3, 2).double()
     once = kf.estimate(model, X.double(), kf.Gaussian(variance=0.5), labels="exact", fit="kfac")
-    close(kf.estimate(model, [X.double()] * 3, kf.Gaussian(variance=0.5), labels="exact", fit="kfac"), once)
+    close(kf.estimate(model, [X.double()] * 3, kf.Gaussian(variance=0.5), labels="exact", fit="kfac"), once, 1e-12)
     assert torch.allclose(once["weight"].B[0], 2 * torch.eye(2).double())
     assert torch.allclose(once["weight"].A[0, :3, :3], X.double().T @ X.double() / 12)
 
 
 def test_same_seed_same_bits():
-    model = network(dropout=0.5)
+    model = normalised(dropout=0.5)
     x = X.double()
     first = kf.estimate(model, [x, x + 1], kf.Gaussian(), fit="ekfac", seed=3)
     torch.rand(5)
@@ -80,7 +78,7 @@ def test_same_seed_same_bits():
 
 def test_samples_average():
     """M draws estimate the same matrix as one; the more, the closer to the exact one."""
-    model, x = network(), X.double()
+    model, x = normalised(), X.double()
     exact = kf.estimate(model, x, kf.Categorical(), fit="full", labels="exact").to_dense()
     distances = []
     for samples in (1, 16, 256):
@@ -92,7 +90,7 @@ def test_samples_average():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtypes(dtype):
-    fisher = assert_exact(network(dtype), X.to(dtype), tolerance=1e-5 if dtype == torch.float32 else 1e-12)
+    fisher = assert_exact(normalised(dtype), X.to(dtype), tolerance=1e-5 if dtype == torch.float32 else 1e-12)
     assert fisher.dtype == dtype
 
 
@@ -145,7 +143,7 @@ def test_channels_last_changes_nothing():
 @pytest.mark.parametrize("samples", [1, 3])
 def test_dropout_draws_the_same_masks_in_every_pass(samples):
     """EKFAC of one datum at a time is exact in its basis only if both passes see the same network."""
-    model, x = network(dropout=0.5), torch.randn(1, 3).double()
+    model, x = normalised(dropout=0.5), torch.randn(1, 3).double()
     fisher = kf.estimate(model, x, kf.Gaussian(), fit="ekfac", samples=samples)
     full = kf.estimate(model, x, kf.Gaussian(), fit="full", samples=samples)
     if samples == 1:  # a single gradient: every fit is exact
@@ -159,7 +157,7 @@ def test_dropout_draws_the_same_masks_in_every_pass(samples):
 
 
 def test_the_trace_of_ekfac_is_exact_over_batches():
-    model, x = network(), [X[:5].double(), X[5:].double()]
+    model, x = normalised(), [X[:5].double(), X[5:].double()]
     ekfac = kf.estimate(model, x, kf.Categorical(), fit="ekfac", samples=2)
     diagonal = kf.estimate(model, x, kf.Categorical(), fit="diagonal", samples=2)
     for name in ekfac.blocks:
@@ -206,7 +204,7 @@ def test_a_matrix_across_layers_needs_all_of_them_at_once():
         kf.estimate(model, signed(-1, 1), kf.Gaussian(), fit=fit)
     data = signed(1, -1, 1)
     fisher = kf.estimate(model, data, kf.Gaussian(), fit=fit, labels="exact")
-    close(fisher, exact_fisher(model, data))
+    close(fisher, exact_fisher(model, data), 1e-12)
 
 
 def test_unused_parameters_are_zero_and_said_to_be_unused():
@@ -281,10 +279,10 @@ def test_a_tiny_budget_gives_the_same_in_little_room(fit, monkeypatch):
 def test_budgets_that_do_not_suffice_are_refused_before_any_matrix_is_made(monkeypatch):
     monkeypatch.setattr(kf.KFAC, "init", lambda *a: pytest.fail("a state was made"))
     with pytest.raises(kf.MemoryBudgetError, match="memory_budget of 10 bytes"):
-        kf.estimate(network(), X.double(), kf.Gaussian(), memory_budget=10)
+        kf.estimate(normalised(), X.double(), kf.Gaussian(), memory_budget=10)
     monkeypatch.setattr("kronfisher.estimation.groups.available_memory", lambda device: 20)
     with pytest.raises(kf.MemoryBudgetError, match="more than the free memory of 20 bytes"):
-        kf.estimate(network(), X.double(), kf.Gaussian())
+        kf.estimate(normalised(), X.double(), kf.Gaussian())
 
 
 def test_samples_are_dropped_as_they_are_used(monkeypatch):
@@ -309,7 +307,7 @@ def test_samples_are_dropped_as_they_are_used(monkeypatch):
 
 
 def test_exact_labels_announce_themselves_and_have_a_limit(caplog):
-    model = network()
+    model = normalised()
     with caplog.at_level(logging.INFO, logger="kronfisher"):
         kf.estimate(model, X.double(), kf.Categorical(), labels="exact")
     assert "batch 0: exact labels take 2 backward passes" in caplog.text
@@ -345,20 +343,20 @@ def test_exact_labels_announce_themselves_and_have_a_limit(caplog):
 def test_options_that_make_no_sense(options, error, message):
     options = {"likelihood": kf.Gaussian(), **options}
     with pytest.raises(error, match=message):
-        kf.estimate(network(), X.double(), options.pop("likelihood"), **options)
+        kf.estimate(normalised(), X.double(), options.pop("likelihood"), **options)
 
 
 def test_progress(capsys):
     said = []
-    kf.estimate(network(), [X.double()] * 2, kf.Gaussian(), fit="ekfac", progress=said.append)
+    kf.estimate(normalised(), [X.double()] * 2, kf.Gaussian(), fit="ekfac", progress=said.append)
     assert said[0] == "pass 1/2, 1 batches, 1 backward passes" and said[-2] == "pass 2/2, 2 batches, 4 backward passes"
     assert said[-1] == ""
     assert capsys.readouterr().err == ""
-    kf.estimate(network(), [X.double()] * 2, kf.Gaussian(), progress=True)
+    kf.estimate(normalised(), [X.double()] * 2, kf.Gaussian(), progress=True)
     shown = capsys.readouterr()
     assert "pass 1/1, 2 batches" in shown.err and shown.err.endswith("\n") and shown.out == ""
     with pytest.raises(kf.NumericalError):
-        kf.estimate(network(), X.double() * float("nan"), kf.Gaussian(), progress=True)
+        kf.estimate(normalised(), X.double() * float("nan"), kf.Gaussian(), progress=True)
     assert capsys.readouterr().err.endswith("\n")
 
 
@@ -369,13 +367,13 @@ def test_interruptions_say_what_was_lost():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        kf.estimate(network(), batches(), kf.Gaussian())
+        kf.estimate(normalised(), batches(), kf.Gaussian())
     (note,) = caught.value.__notes__
     assert "stopped after 2 batches of pass 1; no estimate was made" in note and "random state are as before" in note
 
 
 def test_information():
-    model = network()
+    model = normalised()
     fisher = kf.estimate(model, (X.double(), Y), kf.Categorical(), samples=2, seed=9, fit={"4.*": "full", "*": "kfac"})
     info = fisher.info
     assert (info.count, info.labels, info.samples, info.seed, info.reduction) == (12, "sampled", 2, 9, "mean")

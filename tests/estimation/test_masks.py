@@ -7,7 +7,9 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.likelihoods import REGISTRY
-from tests.exact import SETTLED, Written, exact_fisher, kept
+from tests.helpers.checks import SETTLED
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher, kept
 
 SEEDED = torch.Generator().manual_seed(0)
 
@@ -61,7 +63,7 @@ MODELS = {
 X = torch.randn(4, 4, 3, generator=SEEDED, dtype=torch.float64)
 
 
-def network(name):
+def masked_network(name):
     torch.manual_seed(1)
     return MODELS[name]().double()
 
@@ -73,7 +75,7 @@ def likelihoods(name):
 @pytest.mark.parametrize("fit", SETTLED)
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_a_batch_changes_nothing(name, fit):
-    model = network(name)
+    model = masked_network(name)
     for likelihood in likelihoods(name):
         plain = kf.estimate(model, padded(X, 0), likelihood, mask="attention_mask", fit=fit, labels="exact")
         for by in (1, 3):
@@ -88,7 +90,7 @@ def test_padding_a_batch_changes_nothing(name, fit):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_is_the_mean_of_its_sequences(name):
     """Each sequence by itself, without any padding: the matrix is their mean."""
-    model = network(name)
+    model = masked_network(name)
     batch = padded(X, 2)
     for likelihood in likelihoods(name):
         found = kf.estimate(model, batch, likelihood, mask="attention_mask", fit="full", labels="exact")
@@ -101,7 +103,7 @@ def test_a_batch_is_the_mean_of_its_sequences(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sequences_without_any_position_do_not_count(name):
-    model = network(name)
+    model = masked_network(name)
     for likelihood in likelihoods(name):
         batch = padded(X, 1)
         batch["attention_mask"][2] = 0
@@ -113,7 +115,7 @@ def test_sequences_without_any_position_do_not_count(name):
 
 
 def test_rows_of_the_input_factor():
-    model, batch = network("tokens"), padded(X, 2)
+    model, batch = masked_network("tokens"), padded(X, 2)
     fisher = kf.estimate(model, batch, kf.Gaussian(), mask="attention_mask", fit="kfac")
     real = batch["x"][batch["attention_mask"] == 1]
     real = torch.cat([real, torch.ones(len(real), 1)], 1)
@@ -123,7 +125,7 @@ def test_rows_of_the_input_factor():
 
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_key_function_and_ignored_targets_agree(labels):
-    model, batch = network("tokens"), padded(X, 2)
+    model, batch = masked_network("tokens"), padded(X, 2)
     likelihood = kf.Categorical(class_dim=-1)
     y = torch.randint(2, (4, 6), generator=torch.Generator().manual_seed(1))
     options = {"labels": labels, "fit": "ekfac", "seed": 3}
@@ -183,7 +185,7 @@ def test_masked_data_count_for_nothing_under_any_likelihood(name):
 )
 def test_messages(mask, message):
     with pytest.raises(kf.DataError, match="^batch 0: " + message):
-        kf.estimate(network("tokens"), [padded(X, 2)], kf.Gaussian(), mask=mask)
+        kf.estimate(masked_network("tokens"), [padded(X, 2)], kf.Gaussian(), mask=mask)
 
 
 def test_keys_need_mappings():

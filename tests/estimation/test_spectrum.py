@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.fits.networks import estimate, network, rearranged
+from tests.fits.rearranged import estimate, rearranged
+from tests.helpers.networks import with_inputs
 
 TIGHT = {"tolerance": 1e-12, "iterations": 400}
 
@@ -21,7 +22,7 @@ def kinds(R):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("fit", ["kfac", "diagonal", kf.KroneckerSum(2)])
 def test_values_are_the_dense_ones_of_each_kind(shared, fit):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     fisher = estimate(model, x, fit)
     truth = estimate(model, x, "full")
     found = fisher.spectrum([(part, None) for part in x.split(7)], rank=6, **TIGHT)
@@ -43,7 +44,7 @@ def test_values_are_the_dense_ones_of_each_kind(shared, fit):
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_errors_are_those_of_the_best_sums(rank):
-    model, x = network(False)
+    model, x = with_inputs(False)
     fisher = estimate(model, x, kf.KroneckerSum(rank, tolerance=1e-9, iterations=300))
     measured = fisher.error(x).blocks
     for name, spectrum in fisher.spectrum(x, rank=4, **TIGHT).items():
@@ -52,7 +53,7 @@ def test_errors_are_those_of_the_best_sums(rank):
 
 
 def test_labels_are_those_of_the_estimate():
-    model, x = network(False)
+    model, x = with_inputs(False)
     fisher = kf.estimate(model, x, kf.Gaussian(), fit="full", seed=4)
     (best,) = (kf.estimate(model, x, kf.Gaussian(), fit=kf.KFOC(tolerance=1e-9), seed=4),)
     for name, spectrum in fisher.spectrum(x, rank=1, **TIGHT).items():
@@ -60,7 +61,7 @@ def test_labels_are_those_of_the_estimate():
 
 
 def test_one_block_or_parted_ones():
-    model, x = network(False)
+    model, x = with_inputs(False)
     fisher = estimate(model, x, {"*.bias": "diagonal", "*": "kfac"})
     assert fisher.spectrum(x, "2.weight").keys() == {"2.weight"}
     everything = fisher.spectrum(x, rank=2)
@@ -69,7 +70,7 @@ def test_one_block_or_parted_ones():
 
 
 def test_what_cannot_be_told_is_refused():
-    model, x = network(False)
+    model, x = with_inputs(False)
     fisher = estimate(model, x, "kfac")
     with pytest.raises(kf.DataError, match=r"'3\.weight': there is no such block; there are 0\.weight, 2\.weight"):
         fisher.spectrum(x, "3.weight")

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from kronfisher.experiments import cli, study
-from tests.commands import run
+from tests.helpers.command_line import run
 
 QUICK = ("--network", "mlp", "--limit", "40", "--epochs", "1", "--train-size", "100", "--fits", "kfac,diagonal")
 

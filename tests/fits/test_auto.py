@@ -8,8 +8,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import auto
-from tests.fits.networks import estimate
-from tests.fits.networks import network as small_network
+from tests.fits.rearranged import estimate
+from tests.helpers.networks import with_inputs
 
 CANDIDATES = {
     "Diagonal()": kf.Diagonal(),
@@ -22,8 +22,8 @@ CANDIDATES = {
 }
 
 
-def network(shared=False):
-    return small_network(shared, (4, 8, 5), (8, 2, 2))
+def small(shared=False):
+    return with_inputs(shared, (4, 8, 5), (8, 2, 2))
 
 
 def told(fisher, name):
@@ -49,7 +49,7 @@ def truths(model, x):
 @pytest.mark.parametrize("shared", [False, True])
 def test_errors_and_bytes_are_those_of_each_candidate_by_itself(shared, monkeypatch):
     monkeypatch.setattr(auto, "_PIECE", 2**20)  # all samples are kept
-    model, x = network(shared)
+    model, x = small(shared)
     fisher = estimate(model, x, kf.Auto())
     for name, expected in truths(model, x).items():
         found = told(fisher, name)
@@ -62,7 +62,7 @@ def test_errors_and_bytes_are_those_of_each_candidate_by_itself(shared, monkeypa
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_choice_is_the_smallest_that_is_close_enough(shared, monkeypatch):
     monkeypatch.setattr(auto, "_PIECE", 2**20)
-    model, x = network(shared)
+    model, x = small(shared)
     expected, chosen = truths(model, x), set()
     for goal in (0.02, 0.1, 0.2, 0.35, 0.6, 0.95):
         fisher = estimate(model, x, kf.Auto(error=goal))
@@ -79,7 +79,7 @@ def test_the_choice_is_the_smallest_that_is_close_enough(shared, monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 def test_with_a_budget_the_choice_is_the_closest(shared, monkeypatch):
     monkeypatch.setattr(auto, "_PIECE", 2**20)
-    model, x = network(shared)
+    model, x = small(shared)
     expected = truths(model, x)
     for memory in (1000, 2000, 4000, 10**6):
         fisher = estimate(model, x, kf.Auto(memory=memory))
@@ -94,7 +94,7 @@ def test_with_a_budget_the_choice_is_the_closest(shared, monkeypatch):
 
 
 def test_the_answer_is_that_of_the_fit_chosen():
-    model, x = network()
+    model, x = small()
     batches = [(part, None) for part in x.split(7)]
     fisher = estimate(model, batches, kf.Auto(error=0.3), labels="sampled", seed=2)
     for name, operator in fisher.blocks.items():
@@ -123,7 +123,7 @@ def test_samples_of_many_are_spread_over_all_of_them(batch):
 
 
 def test_what_vanishes_takes_the_smallest():
-    model, x = network()
+    model, x = small()
     fisher = estimate(model, 0 * x, kf.Auto(candidates=[kf.KFAC(), kf.Diagonal()]))
     assert fisher["0.weight"].structure.startswith("diagonal") or float(fisher["0.weight"].frobenius_norm()) > 0
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_states_combine_after_the_same_choice_only():
     from kronfisher.capture.isolation import isolated
     from kronfisher.estimation.recipe import Recipe
 
-    model, x = network()
+    model, x = small()
     runs = []
     for data in (x[:12], x[12:]):
         run = Recipe(model, kf.Gaussian(), labels="exact").accumulator(kf.Auto(candidates=[kf.KFAC()]))
@@ -173,7 +173,7 @@ def test_nonsense_is_refused():
     ):
         with pytest.raises(ValueError, match="Auto"):
             kf.Auto(**wrong)
-    model, x = network()
+    model, x = small()
     with pytest.raises(kf.DataError, match="more than once"):
         estimate(model, ((part, None) for part in x.split(7)), "auto")
     preconditioner = kf.Preconditioner(model, kf.Gaussian(), fit="auto")

@@ -8,8 +8,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Tridiagonal
-from tests.exact import Written
-from tests.fits.test_tridiagonal import perceptron
+from tests.helpers.networks import Written, perceptron
 
 
 def layout(model, x, fit=None, **options):
@@ -137,7 +136,7 @@ def test_lookups_other_fits_and_the_fallback_cut_a_chain_and_frozen_layers_do_no
     table = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     found, cuts = layout(table.double(), torch.randint(5, (7,)))
     assert found == [["0.weight"], ["1.weight", "3.weight"]] and "0.weight is looked up" in cuts
-    model, x = perceptron(), torch.randn(9, 4).double()
+    model, x = perceptron(4, 5, 4, 3), torch.randn(9, 4).double()
     found, cuts = layout(model, x, {"2.*": "kfac", "*": kf.BlockTridiagonal()})
     assert found == [["0.weight"], ["2.weight"], ["4.weight"]] and "2.weight has another fit" in cuts
     weird = Written(lambda m, x: m.l1(m.l0(x) * torch.linalg.inv(m.w).sum()), w=torch.eye(2), **linear((3, 4), (4, 2)))
@@ -151,7 +150,7 @@ def test_lookups_other_fits_and_the_fallback_cut_a_chain_and_frozen_layers_do_no
 
 def test_dead_units_do_not_cut_a_chain():
     torch.manual_seed(0)
-    model, x = perceptron(widths=(4, 3, 3, 2)), torch.randn(12, 4).double()
+    model, x = perceptron(4, 3, 3, 2), torch.randn(12, 4).double()
     for k in (1, 3):
         model[k] = nn.ReLU()
     found, _ = layout(model, x)

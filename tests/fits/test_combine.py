@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.isolation import isolated
@@ -10,15 +9,11 @@ from kronfisher.estimation.passes import accumulate
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import FITS, named
-from tests.fits.test_kfoc import gradients_of, random_samples
+from tests.fits.pieces import gradients_of, random_samples
+from tests.helpers.networks import sequences
 
 LINEAR = [name for name in FITS if named(name).linear]
 ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
-
-
-def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Conv1d(2, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
 
 
 def states(model, data, fit):
@@ -30,7 +25,7 @@ def states(model, data, fit):
 
 @pytest.mark.parametrize("fit", LINEAR)
 def test_partitions_add_up_and_averages_are_weighted(fit):
-    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    model, x, y = sequences(seed=3), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
     for one, other, both in zip(*(states(model, data, fit) for data in (x, y, torch.cat([x, y]))), strict=True):
         before = {name: value.clone() for name, value in one.state.sums.items()}
         joined = one.fit.combine(one.state, other.state)
@@ -46,7 +41,7 @@ def test_partitions_add_up_and_averages_are_weighted(fit):
 
 @pytest.mark.parametrize("fit", ONE_PASS)
 def test_a_combined_state_finishes_as_the_mean_over_both(fit):
-    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    model, x, y = sequences(seed=3), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
     whole = kf.estimate(model, torch.cat([x, y]), kf.Categorical(), fit=fit, labels="exact")
     for one, other in zip(states(model, x, fit), states(model, y, fit), strict=True):
         operator = one.fit.finish(one.fit.combine(one.state, other.state))
@@ -54,7 +49,7 @@ def test_a_combined_state_finishes_as_the_mean_over_both(fit):
 
 
 def test_states_of_other_blocks_or_bases_do_not_combine():
-    model, x, y = network(), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
+    model, x, y = sequences(seed=3), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
     first, second = states(model, x, "kfac")
     with pytest.raises(ValueError, match=r"0\.weight: states can be combined only"):
         first.fit.combine(first.state, second.state)

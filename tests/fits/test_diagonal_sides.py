@@ -6,7 +6,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Kronecker, KroneckerSum
-from tests.exact import Written, exact_fisher
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 V, D = 7, 3
 

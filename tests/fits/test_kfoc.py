@@ -10,66 +10,10 @@ import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import kfoc
 from kronfisher.fits.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
-from kronfisher.layers import EXAMPLES
-from kronfisher.layers.activations import Dense
-from kronfisher.layers.samples import Samples
-from tests.conformance.truth import SEED, problem
-
-SHARP = {"tolerance": 1e-13, "iterations": 5000}
-
-
-def rearrange(G):
-    """``ℛ(F) [O², I²]`` of ``[n, O, I]``."""
-    return torch.einsum("koi,kpj->opij", G, G).flatten(2).flatten(0, 1)
-
-
-def best(G, diagonal=False):
-    """The best product ``[O·I, O·I]`` for gradients ``[n, O, I]``, and the singular values; perhaps with diagonal A."""
-    outputs, inputs = G.shape[1:]
-    matrix = rearrange(G)
-    if diagonal:
-        matrix = matrix.view(-1, inputs, inputs) * torch.eye(inputs, dtype=G.dtype)
-    U, S, V = torch.linalg.svd(matrix.view(outputs**2, inputs**2))
-    B, A = U[:, 0].view(outputs, outputs), V[0].view(inputs, inputs)
-    return S[0] * torch.kron(B, A), S
-
-
-def samples_of(a, g):
-    return Samples(Dense(a), g)
-
-
-def random_samples(n=40, T=1, I=7, O=5, H=1, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.rand(H, n, T, I, generator=generator, dtype=torch.float64) ** 2
-    g = torch.randn(H, n, T, O, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 1, O)
-    return samples_of(a.to(dtype), g.to(dtype))
-
-
-def gradients_of(samples):
-    return samples.gradients.mT @ samples.activations.dense()
-
-
-def excess(operator, samples):
-    """By how much the relative error exceeds that of the best product."""
-    G = gradients_of(samples)[0]
-    rows, sigma = G.flatten(1), torch.linalg.svdvals(rearrange(G))
-    block = rows.mT @ rows
-    return float(((block - operator.to_dense()).norm() - (block.norm() ** 2 - sigma[0] ** 2).sqrt()) / block.norm())
-
-
-def fitted(fit, *batches, count=None):
-    """The operator that a fit makes of batches of samples, of their sum."""
-    groups, outputs, inputs = batches[0].shape
-    block = Block("w", "linear", Window.of("w", torch.zeros(groups, outputs, inputs)))
-    state = fit.init((block,), fit.plan((block,), 8), batches[0].gradients)
-    passes = 0
-    while state is not None:
-        for batch in batches:
-            state.count += len(batch)
-            state = fit.update(state, (batch,))
-        last, state, passes = state, fit.next_pass(state), passes + 1
-    operator = fit.finish(last)
-    return operator * last.count, last, passes
+from tests.conformance.examples import EXAMPLES
+from tests.conformance.problems import SEED, problem
+from tests.fits.pieces import SHARP, best, excess, fitted, gradients_of, random_samples, rearrange, samples_of
+from tests.helpers.networks import grouped_images
 
 
 @pytest.mark.parametrize("route", [None, *ROUTES[:-1]])
@@ -310,17 +254,13 @@ def test_other_terms_are_found_from_few_samples_too(n):
     assert left <= sigma[4:].square().sum() + 0.02 * truth.square().sum() <= 0.7 * sigma[1:].square().sum()
 
 
-def network():
-    torch.manual_seed(5)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 3)
-    )
-
-
 @pytest.mark.parametrize("aggregation", ["memory", "exact", "running", "approx"])
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_every_damping_logdet_and_sample_works(aggregation, labels):
-    model, loader = network(), [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)]
+    model, loader = (
+        grouped_images(seed=5, dtype=torch.float32),
+        [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)],
+    )
     fisher = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC(aggregation), labels=labels)
     for damped in (fisher + 1e-2, fisher + kf.Tikhonov(1e-2), fisher + kf.FactoredTikhonov(1e-2)):
         v = torch.randn(fisher.dim)
@@ -340,7 +280,10 @@ def test_every_damping_logdet_and_sample_works(aggregation, labels):
 
 
 def test_ekfac_in_its_basis_is_no_worse():
-    model, loader = network(), [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)]
+    model, loader = (
+        grouped_images(seed=5, dtype=torch.float32),
+        [(torch.randn(8, 2, 6, 6), torch.randint(3, (8,))) for _ in range(3)],
+    )
     for aggregation in ("memory", "exact"):
         product = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC(aggregation)).error(loader)
         eigen = kf.estimate(model, loader, kf.Categorical(), fit=kf.EKFAC(kf.KFOC(aggregation))).error(loader)
@@ -348,7 +291,10 @@ def test_ekfac_in_its_basis_is_no_worse():
 
 
 def test_draws_do_not_share_a_batch_with_the_next_one():
-    model, loader = network(), [(torch.randn(5, 2, 6, 6), torch.randint(3, (5,))) for _ in range(2)]
+    model, loader = (
+        grouped_images(seed=5, dtype=torch.float32),
+        [(torch.randn(5, 2, 6, 6), torch.randint(3, (5,))) for _ in range(2)],
+    )
     fisher = kf.estimate(model, loader, kf.Categorical(), fit=kf.KFOC("approx"), labels="exact")
     assert all("2 pieces" in row.notes for row in fisher.report().rows)
 

@@ -5,7 +5,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.fits.running_sum import leading
-from tests.fits.test_kfoc import best, fitted, gradients_of, random_samples, samples_of
+from tests.fits.pieces import best, fitted, gradients_of, random_samples, samples_of
 
 AGGREGATIONS = ["memory", "exact", "running", "approx"]
 each = pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -10,7 +10,7 @@ import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import merging
 from kronfisher.fits.rearrangement import cheapest
-from tests.fits.test_kfoc import SHARP, excess, fitted, gradients_of, random_samples, samples_of
+from tests.fits.pieces import SHARP, excess, fitted, gradients_of, random_samples, samples_of
 
 
 @pytest.mark.parametrize(("T", "n"), [(1, 900), (9, 64)])

@@ -4,20 +4,16 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import kronfisher as kf
 from kronfisher.errors import NumericalWarning, SingularError
-from tests.conformance.truth import shake
+from tests.helpers.networks import grouped_sequences, perceptron
 
 EXACT = {"iterations": 300, "tolerance": 1e-12}
 
 
-def network(groups=1):
-    torch.manual_seed(4)
-    if groups > 1:
-        return shake(nn.Sequential(nn.Conv1d(2 * groups, 3 * groups, 2, groups=groups), nn.Tanh())).double()
-    return shake(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).double()
+def small(groups=1):
+    return grouped_sequences(groups, seed=4) if groups > 1 else perceptron(3, 4, 2, seed=4, shaken=True)
 
 
 def divergence(F, X):
@@ -32,7 +28,7 @@ def fit(model, x, damping, **options):
 @pytest.mark.parametrize("damping", [1e-3, 0.1])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_it_is_the_minimum(damping, groups):
-    model = network(groups)
+    model = small(groups)
     x = torch.randn(12, *((3,) if groups == 1 else (4, 3))).double()
     fisher = fit(model, x, damping)
     truth = kf.estimate(model, x, kf.Gaussian(), fit="full", labels="exact")
@@ -63,7 +59,7 @@ def test_it_is_the_minimum(damping, groups):
 
 
 def test_every_step_goes_down_and_the_number_of_passes_is_what_it_says():
-    model, x, seen = network(), torch.randn(12, 3).double(), []
+    model, x, seen = small(), torch.randn(12, 3).double(), []
 
     class Counted(list):
         def __iter__(self):
@@ -87,7 +83,7 @@ def test_every_step_goes_down_and_the_number_of_passes_is_what_it_says():
 
 
 def test_lambda_is_of_the_mean_over_data():
-    model, x = network(), torch.randn(12, 3).double()
+    model, x = small(), torch.randn(12, 3).double()
     mean = fit(model, x, 0.01)
     twice = fit(model, torch.cat([x, x]), 0.01)
     torch.testing.assert_close(mean.to_dense(), twice.to_dense())
@@ -98,7 +94,7 @@ def test_lambda_is_of_the_mean_over_data():
 
 
 def test_without_damping_it_exists_with_enough_data_only():
-    model = network()
+    model = small()
     with pytest.raises(SingularError, match=r"0\.weight: KL\(damping=0\) has no minimum"):
         fit(model, torch.randn(1, 3).double(), 0.0)
     dead = torch.randn(40, 3).double()
@@ -112,7 +108,7 @@ def test_without_damping_it_exists_with_enough_data_only():
 
 
 def test_single_precision_and_nonsense():
-    model, x = network(), torch.randn(30, 3).double()
+    model, x = small(), torch.randn(30, 3).double()
     double = kf.estimate(model, x, kf.Gaussian(), fit=kf.KL(1e-2, 50, 1e-5), labels="exact")
     with warnings.catch_warnings():
         warnings.simplefilter("error", NumericalWarning)
@@ -125,7 +121,7 @@ def test_single_precision_and_nonsense():
 
 
 def test_its_eigenbasis_serves_ekfac():
-    model, x = network(), torch.randn(12, 3).double()
+    model, x = small(), torch.randn(12, 3).double()
     product = fit(model, x, 1e-2)["0.weight"]
     fisher = kf.estimate(model, x, kf.Gaussian(), fit=kf.EKFAC(kf.KL(1e-2, **EXACT)), labels="exact")
     turned = fisher["0.weight"].basis.A.mT @ product.A @ fisher["0.weight"].basis.A

@@ -8,7 +8,8 @@ import kronfisher as kf
 from kronfisher.fits import kronecker_sum
 from kronfisher.operators import Kronecker
 from kronfisher.operators import KroneckerSum as Operator
-from tests.fits.networks import estimate, network, rearranged
+from tests.fits.rearranged import estimate, rearranged
+from tests.helpers.networks import with_inputs
 
 TIGHT = {"tolerance": 1e-9, "iterations": 300}
 METHODS = ["lanczos", "deflation", "gram"]
@@ -30,7 +31,7 @@ def tails(R, rank):
     ("method", "shared"), [(m, s) for m in METHODS for s in (False, True) if (m, s) != ("gram", True)]
 )
 def test_the_error_is_the_tail_of_the_spectrum(rank, method, shared):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     fisher = estimate(model, x, kf.KroneckerSum(rank, method, **TIGHT))
     for name, R in rearranged(model, x).items():
         operator = fisher[name]
@@ -55,7 +56,7 @@ def test_the_error_is_the_tail_of_the_spectrum(rank, method, shared):
 @pytest.mark.parametrize("labels", ["exact", "sampled"])
 @pytest.mark.parametrize("fit", [lambda **options: kf.KroneckerSum(3, **options), kf.KFACCorrected])
 def test_in_the_span_of_the_samples_terms_are_those_of_whole_matrices(fit, labels, method, dtype, monkeypatch):
-    model, x = network(shared=False)
+    model, x = with_inputs(shared=False)
     model, x = model.to(dtype), x.to(dtype)
     found = []
     for within in (True, False):
@@ -97,7 +98,7 @@ def _tails_by_kind(R, kinds):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("method", ["lanczos", "nonnegative"])
 def test_pieces_come_close_to_the_optimum_in_one_pass(shared, method, monkeypatch):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     options = TIGHT if method == "lanczos" else {}
     whole = estimate(model, x, kf.KroneckerSum(2, method, **options))
     monkeypatch.setattr(kronecker_sum, "PIECE", 16)
@@ -132,7 +133,7 @@ def test_a_single_row_or_column_is_one_positive_product_over_any_pieces(inputs, 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_every_term_of_a_nonnegative_sum_is_positive(shared, rank):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     fisher = estimate(model, x, kf.KroneckerSum(rank, "nonnegative", tolerance=1e-6))
     for name, R in rearranged(model, x).items():
         operator = fisher[name]
@@ -154,7 +155,7 @@ def test_every_term_of_a_nonnegative_sum_is_positive(shared, rank):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_correction_is_the_best_product_for_what_kfac_misses(shared):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     kfac, corrected = (estimate(model, x, fit) for fit in ("kfac", kf.KFACCorrected(**TIGHT)))
     for name, R in rearranged(model, x).items():
         rest = R - written_out(kfac[name])
@@ -167,7 +168,7 @@ def test_the_correction_is_the_best_product_for_what_kfac_misses(shared):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_kpsvd_is_the_leading_pair(shared):
-    model, x = network(shared)
+    model, x = with_inputs(shared)
     fisher = estimate(model, x, kf.KPSVD("exact", **TIGHT))  # several pieces where columns are many
     for name, R in rearranged(model, x).items():
         missed = (R - written_out(fisher[name])).norm(dim=(1, 2))
@@ -177,7 +178,7 @@ def test_kpsvd_is_the_leading_pair(shared):
 
 @pytest.mark.parametrize("method", ["lanczos", "deflation", "nonnegative"])
 def test_what_vanishes_or_has_few_terms(method):
-    model, x = network(False)
+    model, x = with_inputs(False)
     fit = kf.KroneckerSum(4, method)
     zero = estimate(model, 0 * x, fit)
     for row in zero.blocks.values():
@@ -194,7 +195,7 @@ def test_what_vanishes_or_has_few_terms(method):
 
 
 def test_states_combine():
-    model, x = network(True)
+    model, x = with_inputs(True)
     whole = estimate(model, x, kf.KroneckerSum(2))
     from kronfisher.capture.isolation import isolated
     from kronfisher.estimation.recipe import Recipe
@@ -213,7 +214,7 @@ def test_states_combine():
 
 @pytest.mark.parametrize("method", ["lanczos", "deflation", "gram", "nonnegative"])
 def test_single_precision(method):
-    model, x = network(False)
+    model, x = with_inputs(False)
     double = estimate(model, x, kf.KroneckerSum(2, method))
     single = estimate(model.float(), x.float(), kf.KroneckerSum(2, method))
     assert single.dtype == torch.float32
@@ -228,14 +229,14 @@ def test_nonsense_is_refused():
             kf.KroneckerSum(**wrong)
     with pytest.raises(ValueError, match="two terms"):
         kf.KFACCorrected(rank=3)
-    model, x = network(True)
+    model, x = with_inputs(True)
     with pytest.raises(kf.UnsupportedError, match="one position"):
         estimate(model, x, kf.KroneckerSum(2, "gram"))
 
 
 @pytest.mark.parametrize("method", ["lanczos", "deflation"])
 def test_what_does_not_converge_says_so(method):
-    model, x = network(True)
+    model, x = with_inputs(True)
     for iterations, told in ((2, True), (500, False)):
         fisher = estimate(model, x, kf.KroneckerSum(2, method, tolerance=1e-8, iterations=iterations))
         notes = [block.notes for block in fisher.info.blocks.values()]

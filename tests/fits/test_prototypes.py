@@ -6,11 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Eigen, Prototyped
-
-
-def network(inputs=5, hidden=6, outputs=3):
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs)).double()
+from tests.helpers.networks import perceptron
 
 
 def estimate(model, data, fit, likelihood=None, **options):
@@ -33,7 +29,7 @@ def gradients(model, x, name):
 
 
 def test_is_the_sum_that_its_docstring_says():
-    model, x = network(), data(30)
+    model, x = perceptron(5, 6, 3, seed=2), data(30)
     fisher = estimate(model, x, kf.Prototypes(ratio=1.0))
     for name in ("0", "2"):
         X = fisher[f"{name}.weight"]
@@ -55,7 +51,7 @@ def test_is_the_sum_that_its_docstring_says():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_trace_and_is_semidefinite(dtype, reduction):
-    model, x = network().to(dtype), data(40).to(dtype)
+    model, x = perceptron(5, 6, 3, seed=2).to(dtype), data(40).to(dtype)
     fisher, truth = (estimate(model, x, fit, reduction=reduction) for fit in ("prototypes", "full"))
     assert fisher.dtype == dtype
     torch.testing.assert_close(fisher.trace(), truth.trace(), rtol=10 * torch.finfo(dtype).eps, atol=0)
@@ -63,7 +59,7 @@ def test_keeps_the_trace_and_is_semidefinite(dtype, reduction):
 
 
 def test_exact_where_there_are_no_more_samples_than_prototypes():
-    model, x = network(), data(4)
+    model, x = perceptron(5, 6, 3, seed=2), data(4)
     fisher = estimate(model, x.repeat(3, 1), kf.Prototypes(ratio=10))  # copies of data bring no new gradient
     for name in ("0.weight", "2.weight"):
         torch.testing.assert_close(
@@ -83,7 +79,7 @@ def test_exact_where_a_side_is_one_whatever_is_kept():
 
 
 def test_what_is_kept_does_not_depend_on_batches():
-    model, x = network(), data(101)
+    model, x = perceptron(5, 6, 3, seed=2), data(101)
     whole = estimate(model, x, kf.Prototypes(samples=40), kf.Categorical())
     notes = whole.info.blocks["0.weight"].notes
     assert int(notes.split(" samples")[0].split()[-1]) <= 40 < 202
@@ -94,7 +90,7 @@ def test_what_is_kept_does_not_depend_on_batches():
 
 
 def test_the_determinant_is_nearer_to_the_truth_than_that_of_ekfac_at_any_size(monkeypatch):
-    model, x = network(8, 12), data(25, 8)
+    model, x = perceptron(8, 12, 3, seed=2), data(25, 8)
     truth = estimate(model, x, "full").reduced("sum")["0.weight"]
     found = {fit: estimate(model, x, fit).reduced("sum")["0.weight"] for fit in ("kfac", "ekfac", "prototypes")}
     over = {fit: float((X + 0.1).logdet() - (truth + 0.1).logdet()) for fit, X in found.items()}
@@ -110,7 +106,7 @@ def test_the_determinant_is_nearer_to_the_truth_than_that_of_ekfac_at_any_size(m
 
 
 def test_directions_without_curvature_are_counted(monkeypatch):
-    model, x = network(), data(4)
+    model, x = perceptron(5, 6, 3, seed=2), data(4)
     X = estimate(model, x, kf.Prototypes(ratio=10))["0.weight"]
     assert X.nullity() == 36 - 12
     rich = estimate(model, data(200), "prototypes")["0.weight"]
@@ -118,7 +114,7 @@ def test_directions_without_curvature_are_counted(monkeypatch):
 
 
 def test_evidence_and_its_derivatives_without_a_dense_block(monkeypatch):
-    model, x = network(), data(30)
+    model, x = perceptron(5, 6, 3, seed=2), data(30)
     y = model(x).detach() + 0.3 * torch.randn(30, 3).double()
     fisher = estimate(model, [(x, y)], "prototypes")
     posterior = kf.Laplace(model, fisher, 2.0)
@@ -147,7 +143,7 @@ def test_evidence_and_its_derivatives_without_a_dense_block(monkeypatch):
 
 def test_saved_and_loaded(tmp_path):
     pytest.importorskip("safetensors")
-    model, x = network(), data(30)
+    model, x = perceptron(5, 6, 3, seed=2), data(30)
     fisher = estimate(model, x, "prototypes")
     fisher.save(tmp_path / "f.safetensors")
     again = kf.load(tmp_path / "f.safetensors", model)
@@ -172,7 +168,7 @@ def test_settings_that_make_no_sense(options):
 
 
 def test_samples_without_gradients_give_zero():
-    model = network()
+    model = perceptron(5, 6, 3, seed=2)
     for p in model[2].parameters():
         p.data.zero_()
     fisher = estimate(model, data(30), "prototypes")

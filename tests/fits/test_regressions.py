@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 import kronfisher as kf
 from kronfisher.operators import Kronecker
-from tests.conformance.truth import dense_fisher, patches, positions, shake
-from tests.exact import SETTLED
+from tests.conformance.taps import patches
+from tests.helpers.checks import SETTLED
+from tests.helpers.networks import perceptron, shake
+from tests.helpers.truth import dense_fisher, positions
 
 fits = pytest.mark.parametrize("fit", SETTLED)
 DAMPING = 0.3
@@ -20,10 +22,6 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 def eye(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64)
-
-
-def network() -> nn.Module:
-    return shake(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))).double()
 
 
 def exact(model: nn.Module, data, likelihood=None, fit="kfac", **options) -> kf.Fisher:
@@ -43,7 +41,7 @@ def accuracy(fit):
 @pytest.mark.parametrize("samples", [1, 4, 16])
 def test_trace_does_not_depend_on_the_number_of_label_draws(fit, samples):
     """Seen: the Monte-Carlo matrix divided by the number of draws twice, 16 times too small for 16 draws."""
-    model, x, repeats = network(), torch.randn(20, 3).double(), 24 // samples + 1
+    model, x, repeats = perceptron(3, 4, 3, shaken=True), torch.randn(20, 3).double(), 24 // samples + 1
     truth = exact(model, x, fit=fit).trace()
     traces = [kf.estimate(model, x, kf.Gaussian(), fit=fit, samples=samples, seed=s).trace() for s in range(repeats)]
     # A trace is a mean over 20 data and all draws of terms whose deviation is below √2 times their mean.
@@ -56,7 +54,7 @@ def test_trace_does_not_depend_on_the_number_of_label_draws(fit, samples):
 @pytest.mark.parametrize("labels", ["exact", "observed"])
 def test_scale_does_not_depend_on_the_batch_size(fit, labels):
     """Seen: the output factor shrinking as one over the squared batch size."""
-    model, x, y = network(), torch.randn(3, 3).double(), torch.randn(3, 3).double()
+    model, x, y = perceptron(3, 4, 3, shaken=True), torch.randn(3, 3).double(), torch.randn(3, 3).double()
     small, large = (
         kf.estimate(model, (x.repeat(k, 1), y.repeat(k, 1)), kf.Gaussian(), fit=fit, labels=labels) for k in (1, 64)
     )
@@ -211,7 +209,7 @@ def test_gradients_that_arrive_as_views(combine):
 
 def test_class_weights_and_ignored_labels_reach_the_matrix():
     """Seen: class weights and ignore_index left out (the trace of one datum .977 instead of 4.886, or of 0)."""
-    model = network()
+    model = perceptron(3, 4, 3, shaken=True)
     x, weight = torch.randn(1, 3).double(), torch.tensor([5.0, 0.5, 2.0]).double()
     for label in range(3):
         y = torch.tensor([label])
@@ -231,7 +229,7 @@ def test_class_weights_and_ignored_labels_reach_the_matrix():
 @fits
 def test_damping_is_added_once(fit):
     """Seen: λ added again at every product."""
-    fisher = exact(network(), torch.randn(10, 3).double(), fit=fit)
+    fisher = exact(perceptron(3, 4, 3, shaken=True), torch.randn(10, 3).double(), fit=fit)
     before, damped = fisher.to_dense(), fisher + DAMPING
     v = torch.randn(fisher.dim, 3).double()
     for _ in range(3):
@@ -245,7 +243,7 @@ def test_damping_is_added_once(fit):
 @fits
 def test_products_are_those_of_the_dense_matrix(fit):
     """Seen: products of the eigenvalue-corrected matrix off by more than its norm; a path that did not precondition."""
-    fisher = exact(network(), torch.randn(10, 3).double(), fit=fit)
+    fisher = exact(perceptron(3, 4, 3, shaken=True), torch.randn(10, 3).double(), fit=fit)
     dense, v = fisher.to_dense(), torch.randn(fisher.dim).double()
     assert distance(fisher @ v, dense @ v) < 1e-12
     damped = fisher + DAMPING
@@ -259,7 +257,7 @@ def test_products_are_those_of_the_dense_matrix(fit):
 @fits
 def test_roots_are_roots(fit):
     """Seen: an inverse square root in place of a fourth root, which no test on identities notices."""
-    fisher = exact(network(), torch.randn(10, 3).double(), fit=fit) + DAMPING
+    fisher = exact(perceptron(3, 4, 3, shaken=True), torch.randn(10, 3).double(), fit=fit) + DAMPING
     dense = fisher.to_dense()
     root, inverse_root = fisher.sqrt().to_dense(), fisher.inverse_sqrt().to_dense()
     assert distance(root @ root, dense) < 1e-10
@@ -270,7 +268,7 @@ def test_roots_are_roots(fit):
 @pytest.mark.parametrize("damping", [DAMPING, kf.FactoredTikhonov(DAMPING)], ids=["exact", "factored"])
 def test_zero_curvature_meets_a_prior(fit, damping):
     """Seen: a crash, or a prior that is lost, where a layer has no curvature at all."""
-    model = network()
+    model = perceptron(3, 4, 3, shaken=True)
     with torch.no_grad():
         model[2].weight.zero_()  # nothing flows back into the first layer
     fisher = exact(model, torch.randn(10, 3).double(), fit=fit)
@@ -286,7 +284,7 @@ def test_zero_curvature_meets_a_prior(fit, damping):
 @fits
 def test_equal_damping_of_a_scaled_matrix(fit):
     """Seen: factored damping that depends on how a scale is split between the factors."""
-    fisher = exact(network(), torch.randn(10, 3).double(), fit=fit)
+    fisher = exact(perceptron(3, 4, 3, shaken=True), torch.randn(10, 3).double(), fit=fit)
     one = (100 * fisher + kf.FactoredTikhonov(100 * DAMPING)).to_dense()
     two = (fisher + kf.FactoredTikhonov(DAMPING)).to_dense()
     assert distance(one, 100 * two) < 1e-10
@@ -303,7 +301,7 @@ def test_equal_damping_of_a_scaled_matrix(fit):
 @pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight", "2.bias"])
 def test_frozen_parameters_stay_frozen_and_out(fit, frozen):
     """Seen: layers unfrozen by the tool."""
-    model, x = network(), torch.randn(10, 3).double()
+    model, x = perceptron(3, 4, 3, shaken=True), torch.randn(10, 3).double()
     everything = dense_fisher(model, x, torch.zeros(10, 3).double(), kf.Gaussian())
     places = positions(model)
     model.get_parameter(frozen).requires_grad_(False)

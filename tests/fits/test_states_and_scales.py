@@ -8,7 +8,7 @@ import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import named
 from kronfisher.fits.rearrangement import truncated
-from tests.fits.test_kfoc import fitted, gradients_of, random_samples, samples_of
+from tests.fits.pieces import fitted, gradients_of, random_samples, samples_of
 
 SUMS = [
     kf.KroneckerSum(2),

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import kronfisher as kf
 from kronfisher.fits import FITS, named
 from kronfisher.likelihoods import Draws
-from tests.conformance.truth import dense_fisher, positions, shake
+from tests.helpers.networks import perceptron, shake
+from tests.helpers.truth import dense_fisher, positions
 
 RANK_ONE = ("kfac", "kfac-reduce", "ekfac", "tkfac", "kfoc", "kpsvd", "full")
 ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "relu": nn.ReLU}
@@ -42,8 +43,8 @@ def by_layer(model: nn.Module, matrix: Tensor) -> Tensor:
     return kept
 
 
-def network(activation: str) -> nn.Module:
-    return shake(nn.Sequential(nn.Linear(3, 4), ACTIVATIONS[activation](), nn.Linear(4, 3), nn.Tanh())).double()
+def with_activation(activation: str) -> nn.Module:
+    return perceptron(3, 4, 3, activation=ACTIVATIONS[activation], last=[nn.Tanh()], shaken=True)
 
 
 def labelled(likelihood: str, data: int) -> Tensor:
@@ -61,7 +62,7 @@ def labelled(likelihood: str, data: int) -> Tensor:
 @pytest.mark.parametrize("fit", RANK_ONE)
 @pytest.mark.parametrize("copies", [1, 3])
 def test_one_datum_is_exact(activation, likelihood, reduction, fit, copies):
-    model, chosen = network(activation), LIKELIHOODS[likelihood]()
+    model, chosen = with_activation(activation), LIKELIHOODS[likelihood]()
     x = torch.randn(1, 3).double().expand(copies, -1)
     y = labelled(likelihood, copies)
     for labels in ("exact", "sampled", "observed"):  # of the sampled and the observed labels' own matrix
@@ -73,7 +74,7 @@ def test_one_datum_is_exact(activation, likelihood, reduction, fit, copies):
 
 def test_two_data_are_not_exact():
     """The theorem above would otherwise say nothing."""
-    model = network("tanh")
+    model = with_activation("tanh")
     x = torch.randn(2, 3).double()
     truth = by_layer(model, dense_fisher(model, x, labelled("gaussian", 2), kf.Gaussian()))
     for fit in RANK_ONE[:-1]:
@@ -83,7 +84,7 @@ def test_two_data_are_not_exact():
 @likelihoods
 @pytest.mark.parametrize("fit", ["kfac", "full"])
 def test_monte_carlo_converges_at_its_rate(likelihood, fit):
-    model, chosen = network("tanh"), LIKELIHOODS[likelihood]()
+    model, chosen = with_activation("tanh"), LIKELIHOODS[likelihood]()
     x, y, repeats = torch.randn(1, 3).double(), labelled(likelihood, 1), 16
     truth = by_layer(model, dense_fisher(model, x, y, chosen))
 
@@ -188,7 +189,7 @@ def test_expand_is_exact_for_a_linear_convolution_of_one_pixel():
 @likelihoods
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_expand_is_reduce_without_positions(activation, likelihood, labels):
-    model, chosen = network(activation), LIKELIHOODS[likelihood]()
+    model, chosen = with_activation(activation), LIKELIHOODS[likelihood]()
     batch = torch.randn(6, 3).double(), labelled(likelihood, 6)
     expand, reduce = (kf.estimate(model, batch, chosen, fit=f, labels=labels) for f in ("kfac", "kfac-reduce"))
     assert distance(expand.to_dense(), reduce.to_dense()) < 1e-12

@@ -1,7 +1,5 @@
 """Block-tridiagonal K-FAC against the dense Markov completion of moments taken by hand."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
@@ -10,27 +8,15 @@ import kronfisher as kf
 from kronfisher.fisher.layout import gather
 from kronfisher.fits import named
 from kronfisher.operators import Kronecker, Tridiagonal
-from tests.conformance.truth import dense, gradients, output_vectors, positions
-from tests.exact import Written, completed
+from tests.helpers.close import close
+from tests.helpers.networks import Written, perceptron
+from tests.helpers.truth import completed, dense, gradients, output_vectors, positions
 
 LABELS = ("exact", "sampled", "observed")
 CASES = {
     "categorical": (kf.Categorical(), lambda n: torch.randint(3, (n,))),
     "gaussian": (kf.Gaussian(0.7), lambda n: torch.randn(n, 3, dtype=torch.float64)),
 }
-
-
-def close(found, truth, tolerance=1e-8):
-    assert truth.norm() > 1e-6, "nothing to compare"
-    distance = float((found.double() - truth.double()).norm() / truth.double().norm())
-    assert distance <= tolerance, f"relative distance {distance:.1e}"
-
-
-def perceptron(bias=True, widths=(4, 5, 4, 3)):
-    layers = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs, bias=bias), nn.Tanh()]
-    return nn.Sequential(*layers[:-1]).double()
 
 
 class Recorder:
@@ -95,7 +81,7 @@ def in_chain(fisher, model):
 def test_it_is_the_completion_of_moments_taken_by_hand(case, labels, bias):
     torch.manual_seed(1)
     likelihood, draw = CASES[case]
-    model, x, y = perceptron(bias), torch.randn(40, 4).double(), draw(40)
+    model, x, y = perceptron(4, 5, 4, 3, bias=bias), torch.randn(40, 4).double(), draw(40)
     vectors = output_vectors(likelihood, model(x), y, labels, 2, 3)
     truth = completion(model, x, vectors)
     options = {"fit": kf.BlockTridiagonal(), "labels": labels, "samples": 2, "seed": 3}
@@ -116,7 +102,7 @@ def test_it_is_the_completion_of_moments_taken_by_hand(case, labels, bias):
 
 def test_the_neighbouring_blocks_are_better_than_none():
     torch.manual_seed(0)
-    model, x = perceptron(), torch.randn(60, 4).double()
+    model, x = perceptron(4, 5, 4, 3), torch.randn(60, 4).double()
     truth = dense(gradients(model, x, output_vectors(kf.Gaussian(), model(x), x[:, :3], "exact")), len(x))
     chain, apart = (
         kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact") for fit in ("block-tridiagonal", "kfac")
@@ -130,7 +116,7 @@ def test_one_datum_is_exact():
     """With one datum rows of the Jacobian are products, and all gradients are linear in those of the next layer."""
     torch.manual_seed(0)
     for case, (likelihood, draw) in CASES.items():
-        model, x, y = perceptron(), torch.randn(1, 4).double(), draw(1)
+        model, x, y = perceptron(4, 5, 4, 3), torch.randn(1, 4).double(), draw(1)
         truth = dense(gradients(model, x, output_vectors(likelihood, model(x), y, "exact")), 1)
         fisher = kf.estimate(model, (x, y), likelihood, fit=kf.BlockTridiagonal(), labels="exact")
         close(fisher.to_dense(), truth, 1e-6 if case == "categorical" else 1e-8)
@@ -147,7 +133,7 @@ def test_deep_linear_networks_are_exact():
 def test_the_solution_is_the_papers_three_steps():
     """Section 4.3, written out with inverses: Psi, the conditional covariances, and back."""
     torch.manual_seed(2)
-    model, x = perceptron(), torch.randn(30, 4).double()
+    model, x = perceptron(4, 5, 4, 3), torch.randn(30, 4).double()
     fisher = kf.estimate(model, x, kf.Categorical(), fit=kf.BlockTridiagonal(), labels="exact")
     damped = fisher + kf.FactoredTikhonov(1e-2)
     operator = damped["0.weight"]
@@ -237,7 +223,7 @@ def test_settings():
 
 
 def test_files(tmp_path):
-    model, x = perceptron(), torch.randn(30, 4).double()
+    model, x = perceptron(4, 5, 4, 3), torch.randn(30, 4).double()
     fisher = kf.estimate(model, x, kf.Gaussian(), fit="block-tridiagonal") + kf.FactoredTikhonov(1e-3)
     fisher.save(tmp_path / "chain.safetensors")
     back = kf.load(tmp_path / "chain.safetensors", model)
@@ -252,7 +238,7 @@ def test_files(tmp_path):
 def test_the_error_of_a_chain_needs_no_dense_matrix(monkeypatch):
     torch.manual_seed(0)
     tokens = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Flatten())
-    for model, x in ((perceptron(), torch.randn(20, 4)), (tokens.double(), torch.randn(7, 5, 3))):
+    for model, x in ((perceptron(4, 5, 4, 3), torch.randn(20, 4)), (tokens.double(), torch.randn(7, 5, 3))):
         fisher = kf.estimate(model, x.double(), kf.Gaussian(), fit="block-tridiagonal", labels="exact")
         expected = fisher.error(x.double()).relative
         with monkeypatch.context() as patch:

@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronfisher as kf
+from tests.helpers.close import close
+from tests.helpers.networks import perceptron
 
 laplace = pytest.importorskip("laplace", reason='laplace-torch is missing: pip install "kronfisher[laplace]"')
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SEPARATE = {"*.bias": "kfac-reduce", "*": "kfac"}  # laplace-torch keeps biases apart; T = 1 here
 
 
-def network(kind, convolution=False):
+def problem(kind, convolution=False):
     torch.manual_seed(0)
     if convolution:
         model = nn.Sequential(
@@ -21,7 +23,7 @@ def network(kind, convolution=False):
         )
         x = torch.randn(60, 2, 6, 6)
     else:
-        model, x = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3)), torch.randn(60, 4)
+        model, x = perceptron(4, 10, 3, dtype=torch.float32), torch.randn(60, 4)
     y = torch.randint(3, (60,)) if kind == "classification" else torch.randn(60, 3)
     return model, x, y
 
@@ -37,7 +39,7 @@ def likelihood(kind):
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_numbers_of_laplace_torch(kind, structure):
-    model, x, y = network(kind)
+    model, x, y = problem(kind)
     new = torch.randn(9, 4)
     theirs = laplace.Laplace(
         model, kind, subset_of_weights="all", hessian_structure=structure, prior_precision=0.7, sigma_noise=1.0
@@ -64,16 +66,11 @@ def test_numbers_of_laplace_torch(kind, structure):
         close(ours.log_marginal_likelihood(prior, sigma**2).float(), value)
 
 
-def close(x, y, tolerance=1e-4):
-    assert x.shape == y.shape or x.numel() == y.numel() == 1, (x.shape, y.shape)
-    assert (x - y).norm() <= tolerance * y.norm(), float((x - y).norm() / y.norm())
-
-
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 @pytest.mark.parametrize("convolution", [False, True])
 def test_the_backend_gives_laplace_torch_what_its_own_does(kind, structure, convolution):
-    model, x, y = network(kind, convolution)
+    model, x, y = problem(kind, convolution)
     posteriors = []
     for backend in (None, kf.laplace_backend(fit="kfac")):
         posterior = laplace.Laplace(
@@ -88,7 +85,7 @@ def test_the_backend_gives_laplace_torch_what_its_own_does(kind, structure, conv
 
 
 def test_the_backend_for_the_last_layer_and_its_optimised_prior():
-    model, x, y = network("classification")
+    model, x, y = problem("classification")
     found = []
     for backend in (None, kf.laplace_backend()):
         posterior = laplace.Laplace(model, "classification", hessian_structure="kron", backend=backend)
@@ -100,7 +97,7 @@ def test_the_backend_for_the_last_layer_and_its_optimised_prior():
 
 @pytest.mark.parametrize("fit", sorted(kf.fits.FITS))
 def test_any_fit_of_one_product_serves(fit):
-    model, x, y = network("classification", convolution=True)
+    model, x, y = problem("classification", convolution=True)
     posterior = laplace.Laplace(
         model, "classification", subset_of_weights="all", hessian_structure="kron", backend=kf.laplace_backend(fit)
     )

@@ -7,15 +7,14 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.laplace.truth import FITS, convnet, jacobian, precision, problem
+from tests.helpers.close import close
+from tests.helpers.networks import convnet
+from tests.helpers.truth import jacobian, precision
+from tests.laplace.problems import FITS, problem
 
 
 def flat(named):
     return torch.cat([tensor.flatten() for tensor in named.values()])
-
-
-def close(x, y, tolerance=1e-8):
-    assert (x - y).norm() <= tolerance * y.norm(), f"{float((x - y).norm() / y.norm()):.1e}"
 
 
 @pytest.mark.parametrize("network", ["mlp", "convnet", "tied"])

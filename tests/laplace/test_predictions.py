@@ -8,7 +8,9 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.laplace import predictive as links
-from tests.laplace.truth import jacobian, precision, problem
+from tests.helpers.memory import Sizes
+from tests.helpers.truth import jacobian, precision
+from tests.laplace.problems import problem
 
 
 def logits_posterior(model, x, fisher, prior):
@@ -243,20 +245,7 @@ def test_no_jacobian_of_all_parameters_is_built(monkeypatch):
     posterior = kf.Laplace(model, fisher)
     posterior.predict(x)
     largest = []
-    with _Largest(largest):
+    with Sizes(largest):
         posterior.predict(x)
         posterior.predict(x, predictor="bridge")
     assert max(largest) <= 64 * 10 * 400  # output gradients; [64, 10, 124410] would be 80 million numbers
-
-
-class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
-                self.found.append(tensor.numel())
-        return result

@@ -6,8 +6,10 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fits import FITS
-from tests.laplace.test_posterior import close
-from tests.laplace.truth import jacobian, precision, problem
+from tests.helpers.close import close
+from tests.helpers.memory import Sizes
+from tests.helpers.truth import jacobian, precision
+from tests.laplace.problems import problem
 
 
 @pytest.mark.filterwarnings("ignore::kronfisher.errors.NumericalWarning")  # of fits that iterate
@@ -74,11 +76,9 @@ def test_a_table_is_never_written_out():
     for fit in ("kfac", "diagonal"):
         fisher = kf.estimate(model, (x, torch.randint(2, (64,))), kf.Categorical(), fit=fit)
         posterior = kf.Laplace(model, fisher)
-        from tests.laplace.test_predictions import _Largest
-
         largest = []
         posterior.predict(x)
-        with _Largest(largest):
+        with Sizes(largest):
             variance = posterior.functional_variance(x)[1]
             covariance = posterior.functional_covariance(x)[1]
         assert max(largest) <= 20_000 * 4  # one datum written out would be five times the table

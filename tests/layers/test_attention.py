@@ -6,7 +6,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
-from tests.exact import Written, assert_exact, assert_fallback
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written
 
 N, T, S, E = 4, 3, 5, 6  # data, queries, keys, width
 

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
 from kronfisher.operators import Diagonal, Kronecker
-from tests.exact import Written, assert_exact, assert_fallback, exact_fisher
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 V, D = 7, 3
 ACROSS = kf.Full(across_layers=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from tests.exact import kept
+from tests.helpers.truth import kept
 
 
 class Written(nn.Module):

@@ -9,6 +9,7 @@ from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples, join
 from kronfisher.linalg import WORKSPACE, mirror
+from tests.helpers.close import close
 
 N, T, O, I = 5, 4, 3, 6
 
@@ -27,11 +28,6 @@ several = pytest.mark.parametrize("several", [1, 3])
 workspaces = pytest.mark.parametrize("workspace", [WORKSPACE, 1], ids=["whole", "one by one"])
 
 
-def close(found, truth):
-    assert found.shape == truth.shape
-    assert truth.norm() > 0 and (found - truth).norm() <= 1e-12 * truth.norm()
-
-
 @several
 def test_written_out_by_a_loop(several):
     inputs = lookups(several)
@@ -40,17 +36,17 @@ def test_written_out_by_a_loop(several):
         for t in range(T):
             for j in range(several):
                 truth[0, k, t, inputs.values[k, t, j]] += inputs.weights[k, t, j]
-    close(inputs.dense(), truth)
-    close(inputs.dense(1, 3), truth[:, 1:3])
+    close(inputs.dense(), truth, 1e-12)
+    close(inputs.dense(1, 3), truth[:, 1:3], 1e-12)
     assert inputs.shape == truth.shape
     matrix = randn(1, I, 2)
-    close(inputs.times(matrix), truth @ matrix[:, None])
-    close(inputs.times(matrix, 2, 4), truth[:, 2:4] @ matrix[:, None])
-    close(inputs.part(1, 5).dense(), truth[:, 1:5])
-    close(inputs.taken(torch.tensor([4, 1])).dense(), truth[:, [4, 1]])
+    close(inputs.times(matrix), truth @ matrix[:, None], 1e-12)
+    close(inputs.times(matrix, 2, 4), truth[:, 2:4] @ matrix[:, None], 1e-12)
+    close(inputs.part(1, 5).dense(), truth[:, 1:5], 1e-12)
+    close(inputs.taken(torch.tensor([4, 1])).dense(), truth[:, [4, 1]], 1e-12)
     copy = inputs.copied()
     assert copy.values.data_ptr() != inputs.values.data_ptr() and copy.stored == inputs.stored == 2 * N * T * several
-    close(copy.dense(), truth)
+    close(copy.dense(), truth, 1e-12)
 
 
 @several
@@ -63,10 +59,10 @@ def test_second_moments(several, workspace):
     inputs.add_covariance_(total, workspace)
     inputs.add_squares_(diagonal, workspace)
     flat = a.flatten(1, 2)
-    close(mirror(total - start), flat.mT @ flat)
-    close(diagonal - first, flat.square().sum(1))
-    close(inputs.reduced().dense(), a.sum(2, keepdim=True))
-    close(inputs.summed(workspace), a.sum(2, keepdim=True))
+    close(mirror(total - start), flat.mT @ flat, 1e-12)
+    close(diagonal - first, flat.square().sum(1), 1e-12)
+    close(inputs.reduced().dense(), a.sum(2, keepdim=True), 1e-12)
+    close(inputs.summed(workspace), a.sum(2, keepdim=True), 1e-12)
 
 
 @several
@@ -76,18 +72,18 @@ def test_samples(several, workspace):
     mask = torch.rand(N, T, generator=torch.Generator().manual_seed(3)) < 0.6
     looked_up = Samples(inputs, g, workspace=workspace)
     dense = replace(looked_up, activations=Dense(inputs.dense()))
-    close(looked_up.squares(), dense.squares())
-    close(torch.cat(list(looked_up.per_sample()), 1), torch.cat(list(dense.per_sample()), 1))
-    close(looked_up.inner(dense), dense.inner(looked_up))
+    close(looked_up.squares(), dense.squares(), 1e-12)
+    close(torch.cat(list(looked_up.per_sample()), 1), torch.cat(list(dense.per_sample()), 1), 1e-12)
+    close(looked_up.inner(dense), dense.inner(looked_up), 1e-12)
     for one, other in ((looked_up, dense), (looked_up.masked(mask), dense.masked(mask))):
-        close(one.counted.dense(), other.counted.dense())
-        close(one.reduced().activations.dense(), other.reduced().activations.dense())
-        close(one.reduced().squares(), other.reduced().squares())
+        close(one.counted.dense(), other.counted.dense(), 1e-12)
+        close(one.reduced().activations.dense(), other.reduced().activations.dense(), 1e-12)
+        close(one.reduced().squares(), other.reduced().squares(), 1e-12)
         for shape in ((1, I, I), (1, I)):
             sums = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
             one.add_input_covariance_(sums[0])
             other.add_input_covariance_(sums[1])
-            close(*(mirror(each) if len(shape) == 3 else each for each in sums))
+            close(*(mirror(each) if len(shape) == 3 else each for each in sums), tolerance=1e-12)
 
 
 @workspaces
@@ -103,7 +99,7 @@ def test_rotations(inputs, outputs, workspace):
         samples = Samples(activations, randn(1, N, T, O), workspace=workspace)
         G = torch.cat(list(samples.per_sample()), 1)
         found = torch.cat([G for part in samples.rotated(**given) for G in part.per_sample()], 1)
-        close(found, full["outputs"].mT[:, None] @ G @ full["inputs"][:, None])
+        close(found, full["outputs"].mT[:, None] @ G @ full["inputs"][:, None], 1e-12)
 
 
 def test_joined():
@@ -111,7 +107,7 @@ def test_joined():
     one, two = Samples(lookups(1), g), Samples(lookups(1, seed=1), 2 * g)
     joined = join([one, two])
     assert isinstance(joined.activations, Indices) and joined.positions == 2 * T
-    close(joined.activations.dense(), torch.cat([one.activations.dense(), two.activations.dense()], 2))
+    close(joined.activations.dense(), torch.cat([one.activations.dense(), two.activations.dense()], 2), 1e-12)
     mixed = join([one, Samples(lookups(3), g), Samples(Dense(randn(1, N, T, I)), g)])
     assert isinstance(mixed.activations, Dense) and mixed.positions == 3 * T
     assert isinstance(join([one, Samples(lookups(3), g)]).activations, Dense)

@@ -8,27 +8,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.likelihoods import REGISTRY, Categorical, Draws, Likelihood, Registered, register
-from kronfisher.likelihoods.checks import sum_per_datum
-
-
-class Exponential(Likelihood):
-    """Only the required methods and `root`; everything else is the base class's."""
-
-    def log_prob(self, outputs, targets):
-        return sum_per_datum(outputs - targets * outputs.exp())
-
-    def sample(self, outputs, draws):
-        uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=outputs.dtype)
-        return -uniform.log() / outputs.detach().exp()
-
-    def root(self, outputs, targets=None):
-        return torch.ones_like(outputs)
-
-
-def exponential_example(generator, dtype):
-    outputs = torch.randn(4, 2, generator=generator, dtype=torch.float64)
-    return outputs.to(dtype), torch.rand(4, 2, generator=generator, dtype=torch.float64).to(dtype)
-
+from tests.likelihoods.exponential import Exponential, exponential_example
 
 CASES = {
     **REGISTRY,

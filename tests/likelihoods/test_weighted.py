@@ -5,8 +5,9 @@ import torch
 
 import kronfisher as kf
 from kronfisher.likelihoods import REGISTRY, Draws, Likelihood, Weighted
-from tests.conformance.truth import Headed, gradients
-from tests.likelihoods.test_conformance import Exponential, exponential_example
+from tests.conformance.problems import Headed
+from tests.helpers.truth import gradients
+from tests.likelihoods.exponential import Exponential, exponential_example
 
 
 def weights(*shape):

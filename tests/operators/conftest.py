@@ -18,7 +18,7 @@ from kronfisher.operators import (
     Prototyped,
     Tridiagonal,
 )
-from tests.exact import completed
+from tests.helpers.truth import completed
 
 GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
 

@@ -12,14 +12,9 @@ from kronfisher.errors import DataError, MemoryBudgetError, SingularError
 from kronfisher.fisher import Fisher, Info
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.operators import Diagonal, Kronecker, memory
+from tests.helpers.close import close
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
-
-
-def close(result, truth, tolerance=1e-10):
-    torch.testing.assert_close(
-        result.double(), truth.double(), rtol=tolerance, atol=tolerance * truth.abs().max().item()
-    )
 
 
 def named(flat, shapes):

@@ -11,11 +11,7 @@ import torch
 import kronfisher as kf
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
 from kronfisher.operators.block_tridiagonal import DENSE_LIMIT
-
-
-def close(found, truth, tolerance=1e-9):
-    assert truth.norm() > 1e-6
-    assert (found - truth).norm() <= tolerance * truth.norm()
+from tests.helpers.close import close
 
 
 def ranges(X):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from tests.helpers.networks import perceptron
 
 
-def network():
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+def dropping():
+    return perceptron(4, 6, 3, after=[nn.Dropout(0.3)], seed=2)
 
 
 def batch(n=12):
@@ -20,7 +20,7 @@ def batch(n=12):
 
 @pytest.mark.parametrize("fit", ["kfac", "ekfac", "full"])
 def test_gradients_are_multiplied_by_the_damped_inverse(fit):
-    model, (x, y) = network().eval(), batch()
+    model, (x, y) = dropping().eval(), batch()
     preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=fit, damping=kf.Tikhonov(0.2), labels="exact")
     nn.functional.cross_entropy(preconditioner(x), y).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -32,7 +32,7 @@ def test_gradients_are_multiplied_by_the_damped_inverse(fit):
 
 
 def test_the_extra_backward_pass_leaves_the_users_graph_and_gradients_alone():
-    model, (x, y) = network(), batch()
+    model, (x, y) = dropping(), batch()
     twin = copy.deepcopy(model)
     preconditioner = kf.Preconditioner(model, kf.Categorical())
     torch.manual_seed(4)
@@ -49,7 +49,7 @@ def test_the_extra_backward_pass_leaves_the_users_graph_and_gradients_alone():
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_training_goes_down_with_any_optimiser(optimizer):
-    model, (x, y) = network().eval(), batch(40)
+    model, (x, y) = dropping().eval(), batch(40)
     preconditioner = kf.Preconditioner(model, kf.Categorical(), kl_limit=0.1)
     inner = optimizer(model.parameters(), lr=0.1)
     losses = []
@@ -64,7 +64,7 @@ def test_training_goes_down_with_any_optimiser(optimizer):
 
 
 def test_the_limit_holds():
-    model, (x, y) = network().eval(), batch()
+    model, (x, y) = dropping().eval(), batch()
     preconditioner = kf.Preconditioner(model, kf.Categorical(), trust=0.1, kl_limit=1e-4)
     nn.functional.cross_entropy(preconditioner(x), y).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -77,7 +77,7 @@ def test_the_limit_holds():
 
 def test_a_state_is_resumed_bit_for_bit():
     x, y = batch()
-    first, second = network(), network()
+    first, second = dropping(), dropping()
     one, other = (kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(3, 4)) for model in (first, second))
 
     def step(model, preconditioner):
@@ -101,7 +101,7 @@ def test_a_state_is_resumed_bit_for_bit():
 
 
 def test_misuse_is_refused_with_a_reason():
-    model, (x, y) = network(), batch()
+    model, (x, y) = dropping(), batch()
     with pytest.raises(kf.UnsupportedError, match="sees neither"):
         kf.Preconditioner(model, kf.Categorical(), trust=kf.LevenbergMarquardt())
     with pytest.raises(ValueError, match="not the model's"):
@@ -115,7 +115,7 @@ def test_misuse_is_refused_with_a_reason():
 
 
 def test_outputs_that_are_not_finite_leave_no_statistics():
-    model, (x, y) = network().eval(), batch()
+    model, (x, y) = dropping().eval(), batch()
     preconditioner = kf.Preconditioner(model, kf.Categorical())
     for bad in (True, False):
         model.zero_grad()

@@ -7,7 +7,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.optim import exact_fisher as exact
 from kronfisher.optim.replay import ForwardPass, Snapshot
-from tests.exact import exact_fisher
+from tests.helpers.truth import exact_fisher
 
 LIKELIHOODS = {
     "gaussian": (kf.Gaussian(0.5), lambda n: torch.randn(n, 3, dtype=torch.float64)),

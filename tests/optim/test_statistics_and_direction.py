@@ -8,14 +8,10 @@ import kronfisher as kf
 from kronfisher.fits import Plan, State
 from kronfisher.operators import KroneckerBasis
 from kronfisher.operators.factors import outer
+from tests.helpers.networks import images
 from tests.optim.training import Curvature
 
 FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
-
-
-def network(dtype=torch.float64):
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3))
-    return model.to(dtype)
 
 
 def batch(n=7, dtype=torch.float64):
@@ -29,7 +25,7 @@ def vector(model):
 @pytest.mark.parametrize("damping", [kf.FactoredTikhonov, kf.Tikhonov])
 @pytest.mark.parametrize("fit", FITS, ids=str)
 def test_the_first_statistics_are_an_estimate(fit, damping):
-    model, (x, _) = network(), batch()
+    model, (x, _) = images(), batch()
     found = Curvature(model, fit, damping())
     found.observe(x)
     found.merge()
@@ -44,7 +40,7 @@ def test_the_first_statistics_are_an_estimate(fit, damping):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_statistics_are_averaged_with_decreasing_weights(dtype):
-    model = network(dtype)
+    model = images(dtype)
     found = Curvature(model, refresh=kf.Refresh(average=0.5))
     sums, batches = None, [batch(n, dtype)[0] for n in (5, 8, 3)]
     for x in batches:
@@ -58,7 +54,7 @@ def test_statistics_are_averaged_with_decreasing_weights(dtype):
 
 
 def test_parts_of_a_batch_add_up():
-    model, (x, _) = network(), batch(10)
+    model, (x, _) = images(), batch(10)
     whole, parts = Curvature(model), Curvature(model)
     whole.observe(x)
     for part in x.split([4, 6]):
@@ -72,7 +68,7 @@ def test_parts_of_a_batch_add_up():
 
 
 def test_statistics_that_are_not_finite_are_dropped():
-    model, (x, _) = network(), batch()
+    model, (x, _) = images(), batch()
     found = Curvature(model)
     found.observe(x)
     found.merge()
@@ -134,7 +130,7 @@ def test_inverses_are_renewed_round_robin():
 
 @pytest.mark.parametrize("basis", [kf.KFAC(), kf.KFOC()])
 def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
-    model = network()
+    model = images()
     found = Curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
     before = {}
     for x, _ in (batch(9), batch(6), batch(8)):

@@ -8,7 +8,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.experiments.race.problems import PROBLEMS
-from tests.exact import exact_fisher
+from tests.helpers.truth import exact_fisher
 from tests.optim.training import FITS, FIXED, batches, network, train, weights
 
 EXACT = {"labels": "exact", "trust": 0.1}

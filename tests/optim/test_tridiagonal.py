@@ -6,14 +6,10 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Tridiagonal
+from tests.helpers.networks import perceptron
 from tests.optim.training import Curvature
 
 CHAIN = kf.BlockTridiagonal(kf.KFAC())
-
-
-def network(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
 def batch(seed, n=12):
@@ -23,7 +19,7 @@ def batch(seed, n=12):
 
 
 def test_averages_are_weighted_sums_over_batches_of_any_size():
-    model = network()
+    model = perceptron(4, 6, 5, 3, seed=0)
     found = Curvature(model, CHAIN, refresh=kf.Refresh(average=0.6))
     batches = [batch(k, n)[0] for k, n in enumerate((12, 5, 30))]
     for x in batches:
@@ -62,7 +58,7 @@ def test_averages_are_weighted_sums_over_batches_of_any_size():
 
 def test_neighbours_matter():
     """The natural gradient differs from K-FAC's, or all of the above would show nothing."""
-    model, (x, y) = network(), batch(0, 40)
+    model, (x, y) = perceptron(4, 6, 5, 3, seed=0), batch(0, 40)
     nn.functional.cross_entropy(model(x), y).backward()
     v, answers = {name: p.grad for name, p in model.named_parameters()}, []
     for fit in (CHAIN, "kfac"):
@@ -74,7 +70,7 @@ def test_neighbours_matter():
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_the_optimiser_descends_and_goes_on_from_its_state(labels):
     def run(steps, state=None, model=None):
-        model = model or network()
+        model = model or perceptron(4, 6, 5, 3, seed=0)
         optimizer = kf.NaturalGradient(
             model, kf.Categorical(), fit=CHAIN, labels=labels, refresh=kf.Refresh(statistics=2, inverse=3)
         )
@@ -99,7 +95,7 @@ def test_the_optimiser_descends_and_goes_on_from_its_state(labels):
 
 
 def test_a_preconditioner_solves_with_the_chain():
-    model, (x, y) = network(), batch(0, 30)
+    model, (x, y) = perceptron(4, 6, 5, 3, seed=0), batch(0, 30)
     preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=CHAIN, labels="exact", trust=0.1)
     nn.functional.cross_entropy(preconditioner(x), y).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -6,14 +6,14 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.statistics import Statistics
+from tests.helpers.networks import perceptron
 
 FITS = ["kfac", "kfoc", "ekfac", "ekfac-kfoc", kf.KroneckerSum(2)]
 FIXED = {"momentum": 0.9, "trust": 0.1, "kl_limit": 1.0}
 
 
 def network(*extra, dtype=torch.float32):
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *extra, nn.Linear(6, 3)).to(dtype)
+    return perceptron(4, 6, 3, after=extra, seed=3, dtype=dtype)
 
 
 def wide():

@@ -2,10 +2,9 @@
 
 from kronfisher.layers import attention, convolution, elementwise, embedding, linear, norm, transposed
 from kronfisher.layers.row_order import Probe, RowOrder
-from kronfisher.layers.use import EXAMPLES, OPERATORS, REWRITES, Use, Windows
+from kronfisher.layers.use import OPERATORS, REWRITES, Use, Windows
 
 __all__ = [
-    "EXAMPLES",
     "OPERATORS",
     "REWRITES",
     "Probe",

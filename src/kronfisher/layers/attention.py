@@ -5,9 +5,9 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kronfisher.layers.use import EXAMPLES, rewrites
+from kronfisher.layers.use import rewrites
 
 __all__: list[str] = []
 
@@ -28,32 +28,4 @@ def _seen_inside(function: Any, **replaced: Any) -> Callable:
 
 rewrites(F.multi_head_attention_forward)(
     _seen_inside(F.multi_head_attention_forward, _in_projection_packed=_projections)
-)
-
-
-class _Attention(nn.Module):
-    # Self-attention, or attention from x to a part of it, without the weights that it answers with.
-    def __init__(self, cross: bool = False, **options: Any) -> None:
-        super().__init__()
-        self.cross, self.attention = cross, nn.MultiheadAttention(4, 2, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.cross:
-            return self.attention(x, x, x)[0]
-        other = x[:, 1:, :3].sin()
-        return self.attention(x, other, other.cos()[..., :2])[0]
-
-
-EXAMPLES["attention"] = lambda: (_Attention(batch_first=True), (4, 3, 4))
-EXAMPLES["attention, cross"] = lambda: (
-    _Attention(cross=True, batch_first=True, kdim=3, vdim=2, bias=False),
-    (3, 3, 4),
-)
-EXAMPLES["attention, more keys"] = lambda: (
-    _Attention(batch_first=True, add_bias_kv=True, add_zero_attn=True),
-    (3, 2, 4),
-)
-EXAMPLES["transformer layer"] = lambda: (
-    nn.TransformerEncoderLayer(4, 2, 5, dropout=0, batch_first=True, norm_first=True),
-    (3, 2, 4),
 )

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.layers import shifts
 from kronfisher.layers.activations import Activations, Ones
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
 __all__ = ["ConvolutionUse", "Geometry", "Patches", "each"]
@@ -245,20 +244,3 @@ def _padding(
     if isinstance(padding, str):
         return ((0, 0),) * len(kernel)
     return tuple((amount, amount) for amount in each(padding, len(kernel)))
-
-
-EXAMPLES["conv1d, stride and dilation"] = lambda: (nn.Conv1d(2, 3, 2, stride=2, padding=1, dilation=2), (4, 2, 7))
-EXAMPLES["conv2d"] = lambda: (nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0)), (4, 2, 5, 4))
-EXAMPLES["conv2d without bias, same"] = lambda: (
-    nn.Conv2d(1, 2, 3, padding="same", dilation=2, bias=False),
-    (4, 1, 5, 4),
-)
-EXAMPLES["conv2d, circular"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), (3, 1, 4, 4))
-EXAMPLES["conv2d, reflect"] = lambda: (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), (3, 1, 4, 4))
-EXAMPLES["conv2d, groups"] = lambda: (nn.Conv2d(4, 6, 2, groups=2), (3, 4, 4, 3))
-EXAMPLES["conv2d, depthwise"] = lambda: (nn.Conv2d(3, 3, 2, groups=3), (4, 3, 3, 3))
-EXAMPLES["conv3d"] = lambda: (nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), (3, 1, 3, 4, 3))
-EXAMPLES["conv2d, channels last"] = lambda: (
-    nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
-    (3, 2, 4, 4),
-)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Ones
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 
 __all__ = ["ElementwiseUse"]
 
@@ -130,20 +130,6 @@ def subtract(view: Windows, input: Tensor, other: Tensor, *, alpha: float = 1) -
     return _uses(view, input, other, multiply=False, sign=-1.0) if alpha == 1 else iter(())
 
 
-class _Affine(nn.Module):
-    # Scales and shifts of several shapes, in place and expanded.
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 1))
-        self.table, self.gain = nn.Parameter(torch.randn(1, 2, 3)), nn.Parameter(torch.randn(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.tanh() * self.scale
-        x -= self.shift
-        x = x + self.table.expand(len(x), -1, -1)
-        return self.gain * x.sin()
-
-
 @handles(torch.prelu)
 def prelu(view: Windows, input: Tensor, weight: Tensor) -> Iterator[Use]:
     """``x`` where it is positive, else ``p x``; p is one number or one for each channel."""
@@ -174,21 +160,3 @@ def repeat(view: Windows, input: Tensor, *sizes: int | Sequence[int]) -> Iterato
     if window and all(n == 1 or k == 1 for n, k in zip(window.size[::-1], repeats[::-1], strict=False)):
         shared = broadcast(window)
         yield ElementwiseUse(None, shared, None, shared.size[1:])
-
-
-class _Tokens(nn.Module):
-    # A class token and a register in front, a table of positions longer than the sequence.
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.register = nn.Parameter(torch.randn(1, 1, 3)), nn.Parameter(torch.randn(2, 3))
-        self.positions = nn.Parameter(torch.randn(1, 6, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        token, register = self.token.expand(len(x), -1, -1), self.register.repeat(len(x), 1, 1)
-        x = torch.cat([token, x, register], dim=1)
-        return x + self.positions[:, : x.shape[1]]
-
-
-EXAMPLES["class token and positions"] = lambda: (_Tokens(), (4, 2, 3))
-EXAMPLES["prelu"] = lambda: (nn.PReLU(3), (4, 3, 2))
-EXAMPLES["scales and shifts"] = lambda: (_Affine(), (5, 2, 3))

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
@@ -14,7 +14,7 @@ from kronfisher.layers.activations import Activations
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 
 __all__ = ["AddedLookupUse", "LookupUse"]
 
@@ -168,21 +168,3 @@ def embedding_bag(
     if mode == "mean":
         factors = factors / factors.sum(dim=1, keepdim=True).clamp_min(1)
     yield LookupUse(table, None, indices, factors=factors)
-
-
-class _Read(nn.Module):
-    # Indices made of real inputs, so that tests can give it what they give all others.
-    def __init__(self, module: nn.Module, positions: nn.Module | None = None) -> None:
-        super().__init__()
-        self.table, self.positions = module, positions
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.table((x * 7).long().abs() % 5)
-        return y if self.positions is None else y + self.positions(torch.arange(x.shape[1], device=x.device))
-
-
-EXAMPLES["embedding"] = lambda: (_Read(nn.Embedding(5, 3)), (4, 6))
-EXAMPLES["embedding, padding"] = lambda: (_Read(nn.Embedding(5, 3, padding_idx=1)), (4, 6))
-EXAMPLES["embedding bag, mean"] = lambda: (_Read(nn.EmbeddingBag(5, 3, mode="mean")), (4, 6))
-EXAMPLES["embedding bag, sum"] = lambda: (_Read(nn.EmbeddingBag(5, 2, mode="sum", padding_idx=0)), (4, 3))
-EXAMPLES["embeddings of tokens and positions"] = lambda: (_Read(nn.Embedding(5, 3), nn.Embedding(8, 3)), (4, 6))

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 
 __all__ = ["RowUse"]
 
@@ -93,21 +93,3 @@ def addmm(
 
 def _columns(matrix: Window | None) -> Window | None:
     return matrix.permuted(1, 0).reshaped(1, *matrix.size[::-1]) if matrix else None
-
-
-class _Functional(nn.Module):
-    # Weights used through views, from both sides and without a module of their own.
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3, 5))
-        self.bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.addmm(self.bias, x @ self.right, self.left.t()).tanh()
-        return hidden @ self.left.new_ones(4, 2)
-
-
-EXAMPLES["linear"] = lambda: (nn.Linear(3, 4), (5, 3))
-EXAMPLES["linear without bias, three axes"] = lambda: (nn.Linear(3, 4, bias=False), (5, 2, 3))
-EXAMPLES["linear, four axes"] = lambda: (nn.Linear(3, 2), (4, 2, 3, 3))
-EXAMPLES["matrix products with views"] = lambda: (_Functional(), (5, 3))

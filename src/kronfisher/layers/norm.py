@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers.elementwise import ElementwiseUse
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 
 __all__: list[str] = []
 
@@ -116,10 +116,3 @@ def batch_norm(
         return F.batch_norm(x, mean, variance, eps=eps)
 
     return _uses(view, input, weight, bias, _channels(input), normalise)
-
-
-EXAMPLES["layer norm"] = lambda: (nn.LayerNorm([2, 3]), (4, 2, 3))
-EXAMPLES["rms norm"] = lambda: (nn.RMSNorm(3), (4, 2, 3))
-EXAMPLES["group norm"] = lambda: (nn.GroupNorm(2, 4), (5, 4, 3))
-EXAMPLES["instance norm"] = lambda: (nn.InstanceNorm1d(3, affine=True), (4, 3, 5))
-EXAMPLES["batch norm, eval"] = lambda: (nn.BatchNorm2d(3).eval(), (4, 3, 2, 2))

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, each
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import EXAMPLES, Use, Windows, handles
+from kronfisher.layers.use import Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
 __all__ = ["TransposedUse"]
@@ -89,14 +89,3 @@ def transposed_convolution(
         groups,
         steps,
     )
-
-
-EXAMPLES["conv_transpose1d"] = lambda: (nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (4, 2, 4))
-EXAMPLES["conv_transpose2d, groups and dilation"] = lambda: (
-    nn.ConvTranspose2d(4, 2, (2, 3), stride=(1, 2), padding=(0, 3), dilation=(2, 1), groups=2),
-    (3, 4, 2, 3),
-)
-EXAMPLES["conv_transpose3d, no bias"] = lambda: (
-    nn.ConvTranspose3d(2, 1, (2, 1, 2), stride=(1, 2, 1), bias=False),
-    (3, 2, 2, 1, 2),
-)

@@ -17,7 +17,7 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.row_order import RowOrder
 
-__all__ = ["EXAMPLES", "OPERATORS", "REWRITES", "Use", "Windows", "handles", "rewrites"]
+__all__ = ["OPERATORS", "REWRITES", "Use", "Windows", "handles", "rewrites"]
 
 
 class Windows:
@@ -43,9 +43,6 @@ Handler = Callable[..., "Iterable[Use]"]
 
 OPERATORS: dict[Callable, Handler] = {}
 """Operator of torch → handler."""
-
-EXAMPLES: dict[str, Callable[[], tuple[Any, tuple[int, ...]]]] = {}
-"""Name → builder of a small module and the shape of its input; the conformance tests run every one."""
 
 
 REWRITES: dict[Callable, Callable] = {}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import kronfisher as kf
 from kronfisher.capture.batches import checksum
 from tests.capture.batches.data import X, Y, dense
-from tests.exact import Written
+from tests.helpers.networks import Written
 
 
 class Custom(Mapping):

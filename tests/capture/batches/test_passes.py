@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kronfisher as kf
 from kronfisher.capture.batches import checksum, ordinary, passes_over
 from tests.capture.batches.data import X, Y, dense
-from tests.exact import Written
+from tests.helpers.networks import Written
 
 
 class Reading:

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 import kronfisher as kf
 from tests.capture.batches.data import X, Y
-from tests.exact import Written
+from tests.helpers.networks import Written
 
 
 @pytest.mark.parametrize("data", [[], iter([]), DataLoader([], 3), ()], ids=["list", "iterator", "loader", "tuple"])

@@ -8,8 +8,8 @@ from kronfisher.experiments.race import COMPETITORS, Competitor, Race
 from kronfisher.experiments.race import run as running
 from kronfisher.experiments.race.competitors import named
 from kronfisher.experiments.race.entry import enter
-from tests.commands import run
 from tests.experiments.race.racing import TINY
+from tests.helpers.command_line import run
 
 
 def test_competitors_by_name_with_changed_settings():

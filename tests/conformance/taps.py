@@ -1,42 +1,19 @@
-"""Dense truth by automatic differentiation, datum by datum; K-FAC's rows by naive loops. Nothing here uses the capture.
+"""Where canonical weights meet one example, found without the capture: patches are sliced in Python loops.
 
-A `Problem` is a tiny model with data and a likelihood. Its gradients are taken by ``torch.autograd.grad`` of one datum
-at a time, the output Hessian by differentiating ``-log_prob`` twice. `taps` says, for a module, at which tensors the
-output gradients of K-FAC arrive and which inputs belong to them, by slicing patches in Python loops; `Problem.rows`
-proves them right: assembled, they must give autograd's own gradients.
+`taps` says, for a module, at which tensors the output gradients of K-FAC arrive and which inputs belong to them;
+`Problem.rows` proves them right: assembled, they must give autograd's own gradients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kronfisher.layers import EXAMPLES
-from kronfisher.likelihoods import REGISTRY, Draws, Likelihood
-
-SEED = 5  # of label draws
-DRAWS = 2
-
-
-class Headed(nn.Module):
-    """A module, tanh, flatten, and a fixed random head that mixes everything."""
-
-    def __init__(self, module: nn.Module, features: int, shape: tuple[int, ...]):
-        super().__init__()
-        self.module, self.shape = module, shape
-        self.register_buffer("head", torch.randn(features, prod(shape)) / features**0.5)
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return (hidden.tanh().flatten(1) @ self.head).unflatten(1, self.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.module(x))
+from tests.helpers.truth import trainable
 
 
 @dataclass
@@ -56,182 +33,6 @@ class Tap:
     a: Tensor
     rows: Callable[[Tensor], Tensor]
     index: Tensor
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def positions(model: nn.Module) -> dict[str, Tensor]:
-    """Name → places in the flat vector of the trainable parameters, shaped like the parameter."""
-    found, start = {}, 0
-    for name, p in trainable(model).items():
-        found[name] = torch.arange(start, start + p.numel()).reshape(p.shape)
-        start += p.numel()
-    return found
-
-
-def shake(module: nn.Module) -> nn.Module:
-    """Nothing may be an identity: no zero shift, unit scale or unit variance."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(torch.rand_like(buffer) + 0.5)
-    return module
-
-
-def output_vectors(
-    likelihood: Likelihood,
-    outputs: Tensor,
-    targets: Tensor,
-    labels: str,
-    samples: int = 1,
-    seed: int = 0,
-    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
-) -> Tensor:
-    """What to back-propagate, ``[V, N, *shape]``: a root of autograd's Hessian, drawn labels, or the gradient.
-
-    Where the Hessian depends on the label, `averaged` gives the labels over which to take its mean.
-    """
-    outputs = outputs.detach()
-    if labels == "sampled":
-        draws = [likelihood.sampled(outputs, targets, Draws(seed, stream)) for stream in range(samples)]
-        return torch.stack(draws) / samples**0.5
-
-    def loss(datum: Tensor, target: Tensor) -> Tensor:
-        return -likelihood.log_prob(datum[None], target[None])[0]
-
-    if labels == "observed":
-        pairs = zip(outputs, targets, strict=True)
-        return torch.stack([torch.func.grad(loss)(x, y) for x, y in pairs])[None]
-    size = outputs[0].numel()
-    roots = []
-    several = averaged(outputs, targets) if averaged else [targets]
-    for x, *ys in zip(outputs, *several, strict=True):
-        hessian = torch.stack([torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size) for y in ys]).mean(
-            0
-        )
-        values, vectors = torch.linalg.eigh(hessian)
-        roots.append((vectors * values.clamp_min(0).sqrt()).T.reshape(size, *x.shape))
-    return torch.stack(roots, dim=1)
-
-
-def gradients(model: nn.Module, x: Tensor, vectors: Tensor) -> Tensor:
-    """``vec(G_k)`` of every datum and vector, ``[V, N, P]``, by one backward pass each."""
-    parameters = list(trainable(model).values())
-    found = []
-    for k in range(len(x)):
-        outputs = model(x[k : k + 1])
-        for v in vectors[:, k]:
-            parts = torch.autograd.grad(outputs, parameters, v[None], retain_graph=True, materialize_grads=True)
-            found.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(found).unflatten(0, (len(x), -1)).transpose(0, 1)
-
-
-def dense(rows: Tensor, count: float) -> Tensor:
-    """``Σ_k vec(G_k) vec(G_k)ᵀ / N`` of ``[V, N, P]``."""
-    rows = rows.flatten(0, 1)
-    return rows.T @ rows / count
-
-
-def dense_fisher(
-    model: nn.Module,
-    x: Tensor,
-    targets: Tensor,
-    likelihood: Likelihood,
-    labels: str = "exact",
-    samples: int = 1,
-    seed: int = 0,
-) -> Tensor:
-    """The whole Fisher matrix of the mean over data, every datum counted."""
-    vectors = output_vectors(likelihood, model(x), targets, labels, samples, seed)
-    return dense(gradients(model, x, vectors), len(x))
-
-
-@dataclass
-class Problem:
-    """A model, data, a likelihood and the truth about them."""
-
-    model: Headed
-    likelihood: Likelihood
-    x: Tensor
-    targets: Tensor
-    averaged: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None
-
-    @property
-    def batch(self) -> tuple[Tensor, Tensor]:
-        return self.x, self.targets
-
-    @cached_property
-    def counted(self) -> Tensor:
-        """Which positions count, bool ``[N, P]``."""
-        with torch.no_grad():
-            mask = self.likelihood.positions(self.model(self.x), self.targets)
-        return torch.ones(len(self.x), 1, dtype=torch.bool) if mask is None else mask
-
-    @property
-    def count(self) -> int:
-        """N: data with a position that counts."""
-        return int(self.counted.any(1).sum())
-
-    def vectors(self, labels: str) -> Tensor:
-        """What is back-propagated, ``[V, N, *shape]``."""
-        return self._once("vectors", labels, lambda: self._vectors(labels))
-
-    def _vectors(self, labels: str) -> Tensor:
-        return output_vectors(self.likelihood, self.model(self.x), self.targets, labels, DRAWS, SEED, self.averaged)
-
-    def gradients(self, labels: str) -> Tensor:
-        """``[V, N, P]``."""
-        return self._once("gradients", labels, lambda: gradients(self.model, self.x, self.vectors(labels)))
-
-    def truth(self, labels: str) -> Tensor:
-        """The Fisher matrix of the mean over data, ``[P, P]``."""
-        return self._once("truth", labels, lambda: dense(self.gradients(labels), self.count))
-
-    def _once(self, what: str, labels: str, make: Callable[[], Any]) -> Any:
-        if (what, labels) not in self._made:
-            self._made[what, labels] = make()
-        return self._made[what, labels]
-
-    @cached_property
-    def _made(self) -> dict[tuple[str, str], Any]:
-        return {}
-
-    def part(self, names: tuple[str, ...]) -> Tensor:
-        """Places of some parameters in the flat vector."""
-        places = positions(self.model)
-        return torch.cat([places[name].flatten() for name in names])
-
-    def rows(self, labels: str) -> "list[tuple[Tap, Tensor, Tensor]]":
-        """For every block its tap, ``a [H, N, T, I]`` and ``g [V, H, N, T, O]``, proved to give the gradients."""
-        return self._once("rows", labels, lambda: self._rows(labels))
-
-    def _rows(self, labels: str) -> "list[tuple[Tap, Tensor, Tensor]]":
-        vectors, truth = self.vectors(labels), self.gradients(labels)
-        inputs, outputs, seen = [], [], []
-        for k in range(len(self.x)):
-            hidden, found = taps(self.model.module, self.x[k : k + 1], positions(self.model))
-            f = self.model.finish(hidden)
-            tensors = [tap.tensor for tap in found]
-            each = [
-                torch.autograd.grad(f, tensors, v[None], retain_graph=True, materialize_grads=True)
-                for v in vectors[:, k]
-            ]
-            inputs.append([tap.a.detach() for tap in found])
-            outputs.append([torch.stack([tap.rows(g[i]) for g in each]) for i, tap in enumerate(found)])
-            seen = found
-        answer = []
-        assembled = torch.zeros_like(truth)
-        for i, tap in enumerate(seen):
-            a = torch.stack([datum[i] for datum in inputs], dim=1)
-            g = torch.stack([datum[i] for datum in outputs], dim=2)
-            assembled[..., tap.index.flatten()] = torch.einsum("vhnto,hnti->vnhoi", g, a).flatten(2)
-            answer.append((tap, a, g))
-        torch.testing.assert_close(assembled, truth, rtol=0, atol=1e-12)
-        return answer
 
 
 def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
@@ -423,27 +224,3 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
             window = (slice(low, low + span, spread) for low, span, spread in zip(corner, spans, dilation, strict=True))
             found.append(image[(slice(None), *window)].flatten())
     return torch.stack(found).unflatten(0, (module.groups, -1))
-
-
-_PROBLEMS: dict[tuple[str, str], Problem] = {}
-
-
-def problem(example: str, likelihood: str, dtype: torch.dtype = torch.float64) -> Problem:
-    """A registered use under a registered likelihood, the same whoever asks; float64 ones are kept."""
-    if dtype == torch.float64 and (example, likelihood) in _PROBLEMS:
-        return _PROBLEMS[example, likelihood]
-    with torch.random.fork_rng():
-        torch.manual_seed(len(example) + 7 * len(likelihood))
-        module, shape = EXAMPLES[example]()
-        module = shake(module).double()
-        x = torch.randn(shape, dtype=torch.float64)
-        entry = REGISTRY[likelihood]
-        generator = torch.Generator().manual_seed(3)
-        drawn = [entry.example(generator, torch.float64) for _ in x]  # at least one datum each
-        outputs, targets = (torch.cat(parts)[: len(x)] for parts in zip(*drawn, strict=True))
-        model = Headed(module, module(x)[0].numel(), tuple(outputs.shape[1:])).double()
-    targets = targets.to(dtype) if targets.is_floating_point() else targets
-    found = Problem(model.to(dtype), entry.factory(), x.to(dtype), targets, entry.hessian_labels)
-    if dtype == torch.float64:
-        _PROBLEMS[example, likelihood] = found
-    return found

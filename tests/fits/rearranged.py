@@ -1,21 +1,8 @@
-"""Small networks in float64, and their dense rearranged blocks."""
+"""Dense rearranged blocks of small networks."""
 
 import torch
-from torch import nn
 
 import kronfisher as kf
-from tests.conformance.truth import shake
-
-
-def network(shared, widths=(4, 5, 3), images=(12, 2, 4)):
-    """A network and data: two linear layers, or convolutions with several positions, the second one of two groups."""
-    torch.manual_seed(5)
-    if shared:
-        layers = (nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Conv1d(4, 6, 2, groups=2), nn.Tanh())
-        return shake(nn.Sequential(*layers)).double(), torch.randn(images).double()
-    a, b, c = widths
-    model = shake(nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c), nn.Sigmoid())).double()
-    return model, torch.randn(25, a).double() * torch.tensor([0.3, 0.6, 1.0, 2.0])
 
 
 def estimate(model, x, fit, labels="exact", **options):
