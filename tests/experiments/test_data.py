@@ -9,7 +9,7 @@ import torch
 from kronfisher.errors import DataError
 from kronfisher.experiments import data, networks
 from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian
-from tests.commands import run
+from tests.helpers.command_line import run
 
 
 def write_idx(path, array):
