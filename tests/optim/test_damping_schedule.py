@@ -1,4 +1,4 @@
-"""Rules for λ."""
+"""Damping schedules: rules for λ, ours and a user's own."""
 
 import copy
 import math
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.optim.damping_schedule import ScheduledDamping
+from kronfisher.optim.damping_schedule import DampingSchedule, ScheduledDamping
+from tests.optim.training import batches, network
 
 
 def test_damping_falls_when_the_model_is_right_and_rises_when_it_is_wrong():
@@ -28,7 +29,7 @@ def test_the_start_follows_the_scale_of_the_matrix():
     assert kf.LevenbergMarquardt(initial=7.0).start(300.0) == 7.0
 
 
-def test_damping_rises_tenfold_where_the_exact_model_takes_next_to_nothing_of_the_direction():
+def test_damping_rises_tenfold_where_the_exact_model_chooses_a_tiny_step_size():
     damping = ScheduledDamping(kf.LevenbergMarquardt(least=1e-3, ceiling=50.0), value=1.0, first_mean=1.0)
     for step_size, expected in ((0.5, 1.0), (1e-3, 1.0), (1e-4, 10.0), (1e-6, 50.0)):
         damping.check_step_size(step_size)
@@ -42,12 +43,12 @@ def test_damping_rises_tenfold_where_the_exact_model_takes_next_to_nothing_of_th
 def test_noise_where_the_matrix_is_nearly_zero_is_damped_away():
     """Seen: an AlexNet whose first λ, a share of its mean eigenvalue, was far too small, and so was every step."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(1000, 50), torch.nn.Tanh(), torch.nn.Linear(50, 3))
+    initial = torch.nn.Sequential(torch.nn.Linear(1000, 50), torch.nn.Tanh(), torch.nn.Linear(50, 3))
     x = torch.randn(64, 1000) * torch.logspace(0, -6, 1000)  # few inputs matter, the others are noise
     y = (x[:, :1] > 0).long().squeeze(1)
     sizes = {}
     for least in (0.0, 1e-3):
-        model = copy.deepcopy(network)
+        model = copy.deepcopy(initial)
         trust = kf.LevenbergMarquardt(1e-12, floor=1e-12, least=least)
         optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=trust)
         for _ in range(12):
@@ -56,6 +57,73 @@ def test_noise_where_the_matrix_is_nearly_zero_is_damped_away():
         sizes[least] = report.step_size, report.damping
         assert min(report.seconds.values()) >= 0
     assert sizes[1e-3][0] > 2 * sizes[0.0][0] and sizes[1e-3][1] > 1000 * sizes[0.0][1]
+
+
+class Own(DampingSchedule):
+    """A user's own rule, which notes when it is called."""
+
+    def __init__(self):
+        self.called = set()
+
+    def start(self, mean):
+        return 1.0
+
+    def compares(self, step):
+        return step % 2 == 0
+
+    def adapted(self, value, ratio, step):
+        self.called.add("raised" if ratio < 1.1 else "lowered")
+        return 3 * value if ratio < 1.1 else value / 2
+
+    def rejects(self, change, predicted):
+        self.called.add("rejects")
+        return change > 0
+
+    def refused(self, value):
+        self.called.add("refused")
+        return 7 * value
+
+    def after_solving(self, value, step_size):
+        self.called.add("after_solving")
+        return value
+
+    def bounded(self, value, mean):
+        return min(max(value, 0.2), 5.0)
+
+    def longest(self, step):
+        return 0.3
+
+    def warnings(self, value, mean):
+        return [f"λ is {value} of at most 5"]
+
+
+def test_a_schedule_of_ones_own_is_asked_for_every_decision():
+    torch.manual_seed(0)
+    model, schedule, expected = network(), Own(), 1.0
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=schedule)
+    for step, (x, y) in enumerate(batches(24)):
+        rejected = optimizer.report().rejected
+        optimizer.param_groups[0]["lr"] = 1000.0 if step == 20 else 1.0
+        optimizer.step(lambda x=x: model(x), y)
+        report = optimizer.report()
+        if report.rejected > rejected:
+            expected *= 7
+        elif step % 2 == 0:
+            expected = expected * 3 if report.ratio < 1.1 else expected / 2
+        expected = min(max(expected, 0.2), 5.0)
+        assert report.damping == expected
+        assert f"λ is {expected} of at most 5" in report.warnings
+    assert schedule.called == {"raised", "lowered", "rejects", "refused", "after_solving"}
+
+
+def test_a_schedule_that_compares_is_refused_where_losses_cannot_be_evaluated_again():
+    model, ((x, y), *_) = network(), batches(1)
+    with pytest.raises(kf.UnsupportedError, match="Own compares the loss"):
+        kf.Preconditioner(model, kf.Categorical(), trust=Own())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=Own())
+    outputs = optimizer.forward(x)
+    with pytest.raises(kf.UnsupportedError, match="Own compares the loss"):
+        optimizer.backward(outputs, y, optimizer.loss(outputs, y) + 1)
 
 
 @pytest.mark.parametrize("make", [

@@ -29,7 +29,7 @@ def test_misuse_is_refused_with_a_reason():
         kf.NaturalGradient(model, kf.Categorical()).step(lambda: nn.functional.cross_entropy(model(x), y), y)
 
 
-def test_first_errors_say_what_is_wrong():
+def test_errors_of_the_first_step_name_their_cause():
     x, y = batches(1)[0]
     lstm = nn.LSTM(4, 3, batch_first=True)
     optimizer = kf.NaturalGradient(lstm, kf.Categorical())
@@ -43,7 +43,7 @@ def test_first_errors_say_what_is_wrong():
         copy.deepcopy(optimizer)
 
 
-def test_models_without_an_exact_model_go_on_at_a_fixed_rate():
+def test_networks_without_an_exact_quadratic_model_continue_at_a_fixed_rate():
     class Bag(nn.Module):
         def __init__(self):
             super().__init__()

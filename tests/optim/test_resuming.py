@@ -68,3 +68,14 @@ def test_a_state_of_other_fits_is_refused():
         other.load_state_dict(optimizer.state_dict())
     with pytest.raises(kf.DataError, match="lacks the curvature"):
         other.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+def test_a_state_of_an_earlier_layout_is_refused():
+    model, data = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, data)
+    state = optimizer.state_dict()
+    with pytest.raises(kf.DataError, match="earlier version"):
+        optimizer.load_state_dict({**state, "natural_gradient": {"region": {}}, "curvature": {}})
+    with pytest.raises(kf.DataError, match="earlier version"):
+        kf.Preconditioner(model, kf.Categorical()).load_state_dict({"damping": 0.1, "curvature": {}})

@@ -26,14 +26,14 @@ def vector(model):
 @pytest.mark.parametrize("fit", FITS, ids=str)
 def test_the_first_statistics_are_an_estimate(fit, damping):
     model, (x, _) = images(), batch()
-    found = Curvature(model, fit, damping())
-    found.observe(x)
-    found.merge()
-    found.renew(0.3)
+    curvature = Curvature(model, fit, damping())
+    curvature.observe(x)
+    curvature.merge()
+    curvature.renew(0.3)
     v = vector(model)
     # the second pass of EKFAC sees the batch as an estimate does
     expected = (kf.estimate(model, x, kf.Categorical(), fit=fit, labels="exact") + damping(0.3)).solve(v)
-    answer = found.precondition(v, 0.3)
+    answer = curvature.precondition(v, 0.3)
     for name in v:
         torch.testing.assert_close(answer[name], expected[name], rtol=1e-9, atol=1e-12)
 
@@ -41,15 +41,15 @@ def test_the_first_statistics_are_an_estimate(fit, damping):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_statistics_are_averaged_with_decreasing_weights(dtype):
     model = images(dtype)
-    found = Curvature(model, refresh=kf.Refresh(average=0.5))
+    curvature = Curvature(model, refresh=kf.Refresh(average=0.5))
     sums, batches = None, [batch(n, dtype)[0] for n in (5, 8, 3)]
     for x in batches:
-        found.observe(x)
-        found.merge()
-        found.step += 1
+        curvature.observe(x)
+        curvature.merge()
+        curvature.step += 1
         own = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac")["0.weight"].B * len(x)
         sums = own if sums is None else 0.5 * sums + own
-    layer = next(layer for layer in found.statistics.layers if layer.name == "0.weight")
+    layer = next(layer for layer in curvature.statistics.layers if layer.name == "0.weight")
     torch.testing.assert_close(layer.fit.finish(layer.average).B, sums / (0.25 * 5 + 0.5 * 8 + 3))
 
 
@@ -59,9 +59,9 @@ def test_parts_of_a_batch_add_up():
     whole.observe(x)
     for part in x.split([4, 6]):
         parts.observe(part)
-    for found in (whole, parts):
-        found.merge()
-        found.renew(0.1)
+    for curvature in (whole, parts):
+        curvature.merge()
+        curvature.renew(0.1)
     v = vector(model)
     for one, other in zip(whole.precondition(v, 0.1).values(), parts.precondition(v, 0.1).values(), strict=True):
         torch.testing.assert_close(one, other)
@@ -69,20 +69,20 @@ def test_parts_of_a_batch_add_up():
 
 def test_statistics_that_are_not_finite_are_dropped():
     model, (x, _) = images(), batch()
-    found = Curvature(model)
-    found.observe(x)
-    found.merge()
-    found.renew(0.1)
-    before = found.precondition(v := vector(model), 0.1)
+    curvature = Curvature(model)
+    curvature.observe(x)
+    curvature.merge()
+    curvature.renew(0.1)
+    before = curvature.precondition(v := vector(model), 0.1)
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = 1e200  # outputs stay finite behind the tanh; second moments of inputs do not
-    found.step = found.statistics.next_due
-    found.observe(x * 1e200)
-    found.merge()
-    assert found.statistics.dropped == 1
-    found.direction.inverses[0].due = 0
-    found.renew(0.1)
-    for name, answer in found.precondition(v, 0.1).items():
+    curvature.step = curvature.statistics.next_due
+    curvature.observe(x * 1e200)
+    curvature.merge()
+    assert curvature.statistics.dropped == 1
+    curvature.direction.inverses[0].due = 0
+    curvature.renew(0.1)
+    for name, answer in curvature.precondition(v, 0.1).items():
         assert torch.isfinite(answer).all(), name
         torch.testing.assert_close(answer, before[name])
 
@@ -97,12 +97,12 @@ def test_parameters_that_no_block_covers_are_found_and_scaled_by_the_mean():
             return self.layer(x) * self.power.exp()
 
     model = Odd()
-    found = Curvature(model)
-    found.observe(x := torch.randn(6, 3))
-    found.merge()
-    found.renew(0.1)
-    assert list(found.statistics.uncovered) == ["power"] and "exp" in found.statistics.uncovered["power"]
-    answer = found.precondition({name: torch.ones_like(p) for name, p in model.named_parameters()}, 0.1)
+    curvature = Curvature(model)
+    curvature.observe(x := torch.randn(6, 3))
+    curvature.merge()
+    curvature.renew(0.1)
+    assert list(curvature.statistics.uncovered) == ["power"] and "exp" in curvature.statistics.uncovered["power"]
+    answer = curvature.precondition({name: torch.ones_like(p) for name, p in model.named_parameters()}, 0.1)
     model.power.requires_grad_(False)
     mean = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="kfac").trace() / 12
     torch.testing.assert_close(answer["power"], torch.full((3,), float(1 / (mean + 0.1))))
@@ -110,10 +110,10 @@ def test_parameters_that_no_block_covers_are_found_and_scaled_by_the_mean():
 
 def test_examples_coupled_by_the_batch_are_treated_as_independent_and_named():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    found = Curvature(model)
-    found.observe(torch.randn(6, 3))
-    assert found.statistics.coupled == ["0.weight"]
-    assert set(found.statistics.uncovered) == {"1.weight", "1.bias"}
+    curvature = Curvature(model)
+    curvature.observe(torch.randn(6, 3))
+    assert curvature.statistics.coupled == ["0.weight"]
+    assert set(curvature.statistics.uncovered) == {"1.weight", "1.bias"}
 
 
 def test_inverses_are_renewed_round_robin():
@@ -131,14 +131,14 @@ def test_inverses_are_renewed_round_robin():
 @pytest.mark.parametrize("basis", [kf.KFAC(), kf.KFOC()])
 def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
     model = images()
-    found = Curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
+    curvature = Curvature(model, kf.EKFAC(basis), refresh=kf.Refresh(1, 1, 1, average=0.5))
     before = {}
     for x, _ in (batch(9), batch(6), batch(8)):
-        found.observe(x)
-        found.merge()
-        found.renew(0.3)
-        found.step += 1
-        for layer in found.statistics.layers:
+        curvature.observe(x)
+        curvature.merge()
+        curvature.renew(0.3)
+        curvature.step += 1
+        for layer in curvature.statistics.layers:
             assert layer.average is not None
             state = layer.average.states[-1]
             U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT

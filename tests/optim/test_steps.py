@@ -42,8 +42,8 @@ def test_steps_are_those_of_dense_algebra(weight_decay):
             C, b = D.T @ (F + (0.1 + weight_decay) * eye) @ D, D.T @ g
             c = torch.stack([-(b[0] + C[0, 1] * bounded) / C[0, 0], bounded])
         last = D @ c
-        found = optimizer.step(lambda x=x: model(x), y)
-        torch.testing.assert_close(found, loss.detach())
+        own = optimizer.step(lambda x=x: model(x), y)
+        torch.testing.assert_close(own, loss.detach())
         torch.testing.assert_close(weights(model) - start, last, rtol=1e-7, atol=1e-10)
 
 

@@ -20,13 +20,13 @@ def batch(seed, n=12):
 
 def test_averages_are_weighted_sums_over_batches_of_any_size():
     model = perceptron(4, 6, 5, 3, seed=0)
-    found = Curvature(model, CHAIN, refresh=kf.Refresh(average=0.6))
+    curvature = Curvature(model, CHAIN, refresh=kf.Refresh(average=0.6))
     batches = [batch(k, n)[0] for k, n in enumerate((12, 5, 30))]
     for x in batches:
-        found.observe(x)
-        found.merge()
-    found.renew(1e-4)
-    (layer,) = found.statistics.layers
+        curvature.observe(x)
+        curvature.merge()
+    curvature.renew(1e-4)
+    (layer,) = curvature.statistics.layers
     weights = [0.6**2, 0.6, 1.0]
     sums = [
         kf.estimate(model, x, kf.Categorical(), fit=CHAIN, labels="exact", reduction="sum")["0.weight"] for x in batches
@@ -35,7 +35,7 @@ def test_averages_are_weighted_sums_over_batches_of_any_size():
     average = layer.fit.finish(layer.average)
     assert isinstance(average, Tridiagonal)
     for k in range(3):
-        # a sum over data has all of the scale in B, so that A is a mean over its own batch
+        # a sum over examples has all of the scale in B, so that A is a mean over its own batch
         A = sum(w * len(x) * s.layers[k].A for w, x, s in zip(weights, batches, sums, strict=True)) / total
         B = sum(w * s.layers[k].B for w, s in zip(weights, sums, strict=True)) / total
         torch.testing.assert_close(average.layers[k].A, A)
@@ -49,7 +49,7 @@ def test_averages_are_weighted_sums_over_batches_of_any_size():
     dense = (average + kf.FactoredTikhonov(1e-4)).to_dense()
     rows = torch.cat([torch.cat([v[f"{k}.weight"], v[f"{k}.bias"][:, None]], dim=1).flatten() for k in (0, 2, 4)])
     expected = torch.linalg.solve(dense, rows).split([block.dim for block in layer.blocks])
-    answer = found.precondition(v, 1e-4)
+    answer = curvature.precondition(v, 1e-4)
     for k, solution in zip((0, 2, 4), expected, strict=True):
         matrix = solution.reshape(len(v[f"{k}.bias"]), -1)
         torch.testing.assert_close(answer[f"{k}.weight"], matrix[:, :-1], rtol=1e-7, atol=1e-9)
@@ -57,7 +57,7 @@ def test_averages_are_weighted_sums_over_batches_of_any_size():
 
 
 def test_neighbours_matter():
-    """The natural gradient differs from K-FAC's, or all of the above would show nothing."""
+    """The natural gradient differs from K-FAC's; otherwise the tests above would prove nothing."""
     model, (x, y) = perceptron(4, 6, 5, 3, seed=0), batch(0, 40)
     nn.functional.cross_entropy(model(x), y).backward()
     v, answers = {name: p.grad for name, p in model.named_parameters()}, []
@@ -68,7 +68,7 @@ def test_neighbours_matter():
 
 
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
-def test_the_optimiser_descends_and_goes_on_from_its_state(labels):
+def test_the_optimiser_descends_and_continues_from_its_state(labels):
     def run(steps, state=None, model=None):
         model = model or perceptron(4, 6, 5, 3, seed=0)
         optimizer = kf.NaturalGradient(
@@ -122,8 +122,8 @@ def test_cuts_are_in_the_report_before_and_after_resuming():
     assert ["2.weight", "4.weight"] in names and ["0.weight"] in names
 
 
-def test_rows_that_mix_data_are_taken_as_they_are():
-    """Below a normalisation over the batch rows of neighbours stand in one order all the same."""
+def test_rows_that_mix_examples_are_treated_as_independent():
+    """Below a normalisation over the batch rows of neighbouring layers are still in one order."""
     model = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
     ).double()

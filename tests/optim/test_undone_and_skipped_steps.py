@@ -10,12 +10,12 @@ from tests.optim.training import FITS, FIXED, batches, network, train, weights
 EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
 
 
-def test_batches_without_a_gradient_are_no_obstacle():
+def test_batches_without_a_gradient_are_skipped():
     model, data = network(), batches(6)
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     ignored = torch.full((16,), -100)
     before = weights(model)
-    optimizer.step(lambda: model(data[0][0]), ignored)  # the first batch: nothing is known yet
+    optimizer.step(lambda: model(data[0][0]), ignored)  # the first batch: there are no statistics yet
     assert torch.equal(weights(model), before) and optimizer.report().skipped == 1
     train(optimizer, model, data)
     optimizer.step(lambda: model(data[0][0]), ignored)
@@ -80,7 +80,7 @@ def test_an_exploded_loss_takes_the_last_step_back(fit):
 
 
 @pytest.mark.parametrize("fit", [*FITS, "diagonal"], ids=str)
-def test_dead_units_and_unused_layers_are_no_obstacle(fit):
+def test_weights_stay_finite_with_dead_units_and_unused_layers(fit):
     class Sometimes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,16 +103,16 @@ def test_dead_units_and_unused_layers_are_no_obstacle(fit):
 
 
 @EVERY_FIT
-def test_a_singular_factor_is_no_obstacle(fit):
+def test_the_loss_falls_with_a_singular_factor(fit):
     model, generator = network(), torch.Generator().manual_seed(0)
     optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
-    row = torch.randn(1, 4, generator=generator)  # one datum again and again: inputs and gradients of rank one
+    row = torch.randn(1, 4, generator=generator)  # one example again and again: inputs and gradients of rank one
     losses = [optimizer.step(lambda: model(row.expand(16, -1)), torch.ones(16, dtype=torch.long)) for _ in range(12)]
     assert losses[-1] < losses[0] and torch.isfinite(weights(model)).all()
 
 
 @pytest.mark.parametrize("training", ["optimizer", "preconditioner"])
-def test_an_error_amid_statistics_leaves_that_batch_out(training, monkeypatch):
+def test_an_error_during_statistics_leaves_that_batch_out(training, monkeypatch):
     def run(interrupted):
         model, data = network(), batches(4)
         if training == "optimizer":
@@ -147,6 +147,6 @@ def test_an_error_amid_statistics_leaves_that_batch_out(training, monkeypatch):
         step(*data[2])
         return [layer.average.states[0].sums["inputs"].clone() for layer in statistics.layers]
 
-    found, expected = run(True), run(False)
-    for mine, other in zip(found, expected, strict=True):
+    interrupted, expected = run(True), run(False)
+    for mine, other in zip(interrupted, expected, strict=True):
         torch.testing.assert_close(mine, other)

@@ -1,4 +1,4 @@
-"""What helps at the end of training with noisy gradients: averages of the iterates, and batches that grow."""
+"""Averages of the iterates and growing batches, for the end of training with noisy gradients."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class IterateAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are into the average."""
+        """Add the present parameters to the average."""
         self.steps += 1
         share = 1 - min(1 - 1 / self.steps, self.decay)
         for name, average in self._averages.items():
@@ -54,7 +54,7 @@ class IterateAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with averaged parameters; its own come back at the end.
+        """The model with averaged parameters; its own are restored at the end.
 
         Raises:
             DataError: nothing was averaged yet.
@@ -74,7 +74,7 @@ class IterateAverage:
             self._parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and how many iterates they are of."""
+        """The averages and the number of iterates in them."""
         return {"steps": self.steps, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,8 +93,8 @@ class IterateAverage:
 def batch_size_at(step: int, first: int, last: int, steps: int) -> int:
     """A batch size that grows exponentially from `first` at step 0 to `last` at step `steps`, and stays there.
 
-    Early on the gradient is large beside its noise and a small batch says as much; near the optimum it is not
-    (Martens & Grosse 2015, section 13).
+    Early on the gradient is large beside its noise, so that a small batch suffices; near the optimum it is not (Martens
+    & Grosse 2015, section 13).
 
     Raises:
         ValueError: a size or the number of steps is not positive, or the batch would shrink.

@@ -151,7 +151,7 @@ class Direction:
     ) -> dict[str, Tensor]:
         """``(F̆ + λ)⁻¹`` times a vector ``{name: [*shape]}``; uncovered parameters are divided by a number.
 
-        The number is the mean eigenvalue of what is covered plus λ, so that they move neither faster nor slower than
+        The number is the mean eigenvalue of the covered part plus λ, so that they move neither faster nor slower than
         the others do on average. Layers with `rows` take them in place of the gradient.
         """
         rows = rows or RowInverse({})

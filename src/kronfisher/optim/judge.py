@@ -11,7 +11,7 @@ __all__ = ["Judge"]
 
 
 class Judge:
-    """Decides how far the quadratic model of the loss is trusted. It decides only: the optimiser undoes steps.
+    """Chooses λ, and decides which steps are compared, undone or left out; the optimiser carries that out.
 
     Args:
         schedule: the rule for λ.

@@ -20,9 +20,9 @@ def problem(name):
     likelihood, targets = LIKELIHOODS[name]
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), targets(6)
-    done, _ = passed(model, lambda: model(x), y, likelihood)
+    record, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
-    return model, parameters, x, likelihood, done
+    return model, parameters, x, likelihood, record
 
 
 def directions(parameters, count=2):
@@ -39,7 +39,7 @@ def passed(model, function, y, likelihood):
     outputs = function()
     loss = -likelihood.log_prob(outputs, y).sum(dtype=torch.float64) / len(outputs)
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    done = ForwardPass(
+    record = ForwardPass(
         function, snapshot, values=outputs.detach(), targets=y, loss=loss.detach(), count=float(len(outputs))
     )
 
@@ -47,7 +47,7 @@ def passed(model, function, y, likelihood):
         named = dict(zip(dict(model.named_parameters()), gradients, strict=True))
         return [float(sum((v * named[k]).sum() for k, v in d.items() if named[k] is not None)) for d in given]
 
-    return done, slopes
+    return record, slopes
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -58,13 +58,13 @@ def test_products_are_those_of_the_exact_fisher_matrix(name, way, monkeypatch):
 
     for before in exact.WAYS[: exact.WAYS.index(way)]:
         monkeypatch.setitem(exact._FUNCTIONS, before, fails)
-    model, parameters, x, likelihood, done = problem(name)
+    model, parameters, x, likelihood, record = problem(name)
     given = directions(parameters, 3)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
     products = exact.FisherProducts()
-    found = products.gram(model, parameters, done, given, likelihood)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    gram = products.gram(model, parameters, record, given, likelihood)
+    torch.testing.assert_close(gram, expected, rtol=1e-9, atol=1e-10)
     assert products.way == way
 
 
@@ -147,13 +147,13 @@ def test_the_quickest_way_that_is_right_is_taken(name):
     x = torch.randn(*shape).double()
     if name == "channels last":
         x = x.contiguous(memory_format=torch.channels_last)
-    done, slopes = passed(model, lambda: model(x), y, likelihood)
+    record, slopes = passed(model, lambda: model(x), y, likelihood)
     parameters, given = dict(model.named_parameters()), directions(dict(model.named_parameters()))
     given[1].popitem()
     buffers, state = {k: b.clone() for k, b in model.named_buffers()}, torch.get_rng_state()
     attributes = [dict(module.__dict__) for module in model.modules()]
     products = exact.FisherProducts()
-    found = products.gram(model, parameters, done, given, likelihood, slopes(given))
+    gram = products.gram(model, parameters, record, given, likelihood, slopes(given))
     assert way is None or products.way == way  # other masks may be drawn for channels last
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(buffers[k], b) for k, b in model.named_buffers())
@@ -162,16 +162,16 @@ def test_the_quickest_way_that_is_right_is_taken(name):
         old.keys() == new.keys() and all(old[k] is new[k] for k in old)
         for old, new in zip(attributes, after, strict=True)
     )
-    truth = exact.FisherProducts("backward").gram(model, parameters, done, given, likelihood)
-    torch.testing.assert_close(found, truth)
+    truth = exact.FisherProducts("backward").gram(model, parameters, record, given, likelihood)
+    torch.testing.assert_close(gram, truth)
 
 
 def test_directions_may_leave_parameters_out():
-    model, parameters, _, likelihood, done = problem("categorical")
+    model, parameters, _, likelihood, record = problem("categorical")
     (whole,) = directions(parameters, 1)
     part = {name: v for name, v in whole.items() if name.startswith("3.")}
     zeroed = {name: v if name in part else torch.zeros_like(v) for name, v in whole.items()}
-    one, other = (exact.FisherProducts().gram(model, parameters, done, [d], likelihood) for d in (part, zeroed))
+    one, other = (exact.FisherProducts().gram(model, parameters, record, [d], likelihood) for d in (part, zeroed))
     torch.testing.assert_close(one, other)
     assert all(isinstance(p, nn.Parameter) for module in model.modules() for p in module._parameters.values())
 
@@ -181,12 +181,12 @@ def test_a_tied_weight_moves_in_both_places():
     model[2].weight = model[0].weight
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,))
     likelihood = kf.Categorical()
-    done, _ = passed(model, lambda: model(x), y, likelihood)
+    record, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     given = directions(parameters, 1)
     v = flat(given)
     expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    torch.testing.assert_close(exact.FisherProducts().gram(model, parameters, done, given, likelihood), expected)
+    torch.testing.assert_close(exact.FisherProducts().gram(model, parameters, record, given, likelihood), expected)
 
 
 def test_attention_has_a_forward_mode():
@@ -201,18 +201,18 @@ def test_attention_has_a_forward_mode():
 
     model, x, y = Attention(), torch.randn(3, 5, 4), torch.randn(3, 4)
     likelihood = kf.Gaussian()
-    done, _ = passed(model, lambda: model(x), y, likelihood)
+    record, _ = passed(model, lambda: model(x), y, likelihood)
     parameters = dict(model.named_parameters())
     given = directions(parameters, 1)
-    found = exact.FisherProducts().gram(model, parameters, done, given, likelihood)
+    gram = exact.FisherProducts().gram(model, parameters, record, given, likelihood)
     v = flat(given).double()
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         expected = v @ exact_fisher(model, x, likelihood) @ v.T
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_another_loss_on_the_same_batch_is_refused():
-    model, parameters, _, likelihood, done = problem("gaussian")
-    done.forward = lambda: model(torch.randn(6, 4, dtype=torch.float64))
+    model, parameters, _, likelihood, record = problem("gaussian")
+    record.forward = lambda: model(torch.randn(6, 4, dtype=torch.float64))
     with pytest.raises(kf.DataError, match="another loss when it was run again"):
-        exact.FisherProducts().gram(model, parameters, done, directions(parameters, 1), likelihood)
+        exact.FisherProducts().gram(model, parameters, record, directions(parameters, 1), likelihood)

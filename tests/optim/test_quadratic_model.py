@@ -9,13 +9,13 @@ from kronfisher.optim import quadratic_model as quadratic
 def test_the_minimum_is_where_the_model_is_least():
     root = torch.randn(2, 2, dtype=torch.float64)
     matrix, slopes = root @ root.T + torch.eye(2), torch.tensor([-1.0, -0.3], dtype=torch.float64)
-    found = quadratic.minimum(matrix, slopes, most=1e9)
+    best = quadratic.minimum(matrix, slopes, most=1e9)
     free = -torch.linalg.solve(matrix, slopes)
     expected = free if free[1] >= 0 else torch.stack([-slopes[0] / matrix[0, 0], torch.zeros(())])
-    torch.testing.assert_close(found, expected.double())
-    value = quadratic.model_change(matrix, slopes, found)
+    torch.testing.assert_close(best, expected.double())
+    value = quadratic.model_change(matrix, slopes, best)
     for _ in range(20):
-        other = (found + 0.1 * torch.randn(2)).double()
+        other = (best + 0.1 * torch.randn(2)).double()
         other[1].clamp_(min=0)
         assert quadratic.model_change(matrix, slopes, other) >= value
 
@@ -38,5 +38,5 @@ def test_a_bounded_momentum_has_its_own_best_step():
 
 def test_parallel_directions_count_once():
     matrix = torch.ones(2, 2, dtype=torch.float64)
-    found = quadratic.minimum(matrix, torch.tensor([-1.0, -1.0], dtype=torch.float64))
-    assert found.tolist() == [1.0, 0.0]
+    best = quadratic.minimum(matrix, torch.tensor([-1.0, -1.0], dtype=torch.float64))
+    assert best.tolist() == [1.0, 0.0]

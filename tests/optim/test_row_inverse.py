@@ -80,7 +80,7 @@ def test_steps_from_rows_are_steps_from_gradients(options, bias):
     assert spared > 5
 
 
-def test_rows_are_left_alone_where_somebody_touches_the_gradient():
+def test_gradients_are_formed_where_hooks_decay_or_ties_may_change_them():
     for touch in ("hook", "decay", "tied"):
         model = wide()
         if touch == "hook":
