@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
-from kronfisher.experiments import cli, study
+from kronfisher.experiments import cli, commands, study
+from kronfisher.experiments.studies import kfoc, kpsvd
 from tests.helpers.command_line import run
 
 QUICK = ("--network", "mlp", "--limit", "40", "--epochs", "1", "--train-size", "100", "--fits", "kfac,diagonal")
@@ -28,6 +31,8 @@ def test_compare_prints_tables_and_writes_what_was_asked_for(capsys, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["mlp-block.png", "mlp.png"]
     assert all(str(path) in out for path in (file, folder / "mlp.png", folder / "mlp-block.png"))
     assert "trained" in err and "kfac: relative error" in err
+    settings = {"network": "mlp", "limit": 40, "epochs": 1, "train_size": 100, "fits": ("kfac", "diagonal")}
+    assert [row.error for row in commands.compare(**settings).rows] == [row["relative_error"] for row in found["rows"]]
 
 
 def test_the_same_seed_gives_the_same_numbers(capsys, tmp_path):
@@ -137,9 +142,11 @@ def test_a_real_interrupt_ends_a_real_process(tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("name", ["kfoc", "kpsvd"])
-def test_a_study_writes_tables_figures_and_json(capsys, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("module", [kfoc, kpsvd], ids=["kfoc", "kpsvd"])
+def test_a_study_writes_tables_figures_and_json(capsys, tmp_path, monkeypatch, module):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "QUICK", (replace(module.QUICK[0], epochs=1, limit=10),))
+    name = module.__name__.split(".")[-1]
     code, out, err = run(capsys, "compare", "--study", name, "--quick")
     assert code == 0 and sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         f"{name}.json",
@@ -157,8 +164,8 @@ def test_a_study_writes_tables_figures_and_json(capsys, tmp_path, monkeypatch, n
     [
         (("--study", "kfoc", "--network", "mlp"), "leave out --network"),
         (("--study", "kfoc", "--data", "mnist", "--seed", "1"), "leave out --data, --seed"),
-        (("--study", "psvd"), "one of kfoc, kpsvd; it is psvd"),
-        (("--quick",), "which --quick needs"),
+        (("--study", "psvd"), "no study 'psvd'; there are kfoc, kpsvd"),
+        (("--quick",), "--quick needs --study"),
         (("--study", "kpsvd", "--data-dir", "/nonexistent"), "/nonexistent"),
     ],
 )
@@ -181,6 +188,25 @@ def test_without_the_extra_the_command_says_how_to_get_it(capsys, monkeypatch):
     assert 'pip install "kronfisher[cli]"' in caught.value.code  # printed to standard error, exit code 1
 
 
+def test_every_command_is_a_function(capsys):
+    functions = set(commands.__all__) - {"DEMO"}
+    _, out, _ = run(capsys)
+    listed = {line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()}
+    assert listed == functions - {"study"} and len(listed) == 5  # a study is an option of compare
+    assert all("Returns:" in getattr(commands, name).__doc__ for name in functions)
+
+
+def test_functions_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        findings = commands.uncertainty("picture", quick=True)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert "log evidence" in str(findings)
+
+
 def test_help(capsys):
     code, out, _ = run(capsys)
     assert code == 0 and all(command in out for command in ("demo", "compare", "coverage"))
@@ -197,7 +223,9 @@ def test_sizes(text, number):
     assert cli.options.byte_size(text) == number
 
 
-def test_demo(capsys, tmp_path):
+def test_demo(capsys, tmp_path, monkeypatch):
+    smaller = {network: replace(study, limit=100) for network, study in commands.DEMO.items()}
+    monkeypatch.setattr(commands, "DEMO", smaller)
     code, out, err = run(capsys, "demo", "--output", tmp_path)
     assert code == 0
     names = ["convnet-block.png", "convnet.json", "convnet.png", "mlp-block.png", "mlp.json", "mlp.png"]

@@ -129,7 +129,8 @@ def test_an_interrupted_study_keeps_what_is_finished(errors):
         if done == 5:
             raise KeyboardInterrupt
 
-    for study, least in ((errors[0], 5), (KPSVDStudy.quick(), 1)):
+    spectra_study = replace(KPSVDStudy.quick(), entrants={"K-FAC": KFAC()})
+    for study, least in ((errors[0], 5), (spectra_study, 1)):
         found = study.run(step=stop)
         assert not found.finished and len(found.rows) >= least and "Interrupted" in str(found)
         assert not json.loads(found.to_json())["finished"]

@@ -1,7 +1,6 @@
-"""One comparison from names: which data, which network, how long trained, which fits. What the command line runs."""
+"""One comparison from names: which data, which network, how long trained, which fits."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from kronfisher.estimation.compare import measure, parameters
 from kronfisher.estimation.comparison import Comparison
 from kronfisher.experiments import data, networks
 from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.training import evaluate, train
 from kronfisher.fits import FITS
 from kronfisher.tables import duration
@@ -100,8 +100,8 @@ class Study:
         self,
         dataset: Dataset,
         model: nn.Module,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
+        say: Say = ignore,
+        step: Step = ignore,
     ) -> Comparison:
         """Train the model, in place, and compare the fits.
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronfisher.experiments.race import PROBLEMS
+from kronfisher.experiments import data
+from kronfisher.experiments.race import PROBLEMS, Task
 from kronfisher.experiments.race.order import Order
 from tests.experiments.race.racing import CLASSES, TINY, race, rows
 
@@ -57,7 +58,7 @@ def test_accuracy_for_classes():
 
 def test_all_problems_know_their_network():
     assert {"curves", "mnist", "faces", "alexnet"} <= set(PROBLEMS)
-    curves = replace(PROBLEMS["curves"], train_size=10).load()
+    curves = Task(PROBLEMS["curves"], data.load("curves", train_size=10, test_size=10))
     widths = [layer.out_features for layer in curves.model(0) if isinstance(layer, nn.Linear)]
     assert widths == [400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784]
 

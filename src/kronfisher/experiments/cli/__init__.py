@@ -40,7 +40,7 @@ def _app() -> Any:
     import rich  # noqa: F401
     import typer
 
-    from kronfisher.experiments.cli import comparing, racing, uncertain
+    from kronfisher.experiments.cli import comparison, race, uncertainty
 
     app = typer.Typer(
         help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
@@ -48,6 +48,6 @@ def _app() -> Any:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for commands in (comparing, uncertain, racing):
+    for commands in (comparison, uncertainty, race):
         commands.add(app)
     return app

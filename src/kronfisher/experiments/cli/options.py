@@ -1,13 +1,23 @@
-"""Options: what they mean, and what is said where they make no sense."""
+"""Options: their meaning, and one line of error where they make no sense."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["byte_size", "checking", "interruptible", "names", "only", "option", "settings", "stop", "whole", "writable"]
+__all__ = [
+    "byte_size",
+    "names",
+    "option",
+    "refuse_bad_options",
+    "refuse_other_options",
+    "require_writable",
+    "settings",
+    "stop",
+    "whole",
+]
 
 FOLDER = "folder with the files of the data sets (default: $KRONFISHER_DATA)"
 SEED = "of data, initial weights, training and label draws"
@@ -38,15 +48,15 @@ def settings(text: str) -> Any:
     import json
 
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+        read = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"options are no JSON: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+    if not isinstance(read, dict) or not all(isinstance(each, dict) for each in read.values()):
         raise ValueError("options must be one JSON object of objects, name → settings")
-    return found
+    return read
 
 
-def only(context: Any, names: set[str]) -> None:
+def refuse_other_options(context: Any, names: set[str]) -> None:
     """ValueError if the command line sets an option that is not among `names`."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     if odd := sorted(given - names):
@@ -68,8 +78,8 @@ def byte_size(text: str | None) -> int | None:
         raise ValueError(f"memory-budget {text!r} is no size; write it as 500MB, 2GB or a number of bytes") from None
 
 
-def writable(path: Path | None, *, folder: bool) -> None:
-    """ValueError if nothing can be written there, found out before hours of work."""
+def require_writable(path: Path | None, *, folder: bool) -> None:
+    """Raise ValueError if nothing can be written there; called before hours of work."""
     if path is None:
         return
     if path.exists() and path.is_dir() != folder:
@@ -82,24 +92,15 @@ def writable(path: Path | None, *, folder: bool) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """An interrupt in here leaves nothing behind: one line, exit 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        stop("interrupted before anything was finished; nothing was written", 130)
-
-
-@contextmanager
-def checking() -> Iterator[None]:
-    """What is wrong in here is wrong with the options: one line, exit 2."""
+def refuse_bad_options() -> Iterator[None]:
+    """An error in here is one of the options: one line, exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         stop(str(error), 2)
 
 
-def stop(message: str, code: int) -> None:
+def stop(message: str, code: int) -> NoReturn:
     """One line on standard error, and the end."""
     print(f"kronfisher: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

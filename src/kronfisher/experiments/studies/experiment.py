@@ -1,15 +1,12 @@
-"""What the studies have in common: files are found beforehand, and an interruption returns what is finished."""
+"""Base of the studies: files are found beforehand, and an interruption returns what is finished."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 
+from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.studies.findings import Findings, Record
 
-__all__ = ["Experiment", "Say", "Step"]
-
-Say = Callable[[str], None]
-Step = Callable[[str, int, int], None]
+__all__ = ["Experiment"]
 
 
 class Experiment(ABC):
@@ -29,7 +26,7 @@ class Experiment(ABC):
             FileNotFoundError: a file is missing; the message says which, and where it comes from.
         """
 
-    def run(self, say: Say = lambda text: None, step: Step = lambda what, done, total: None) -> Findings:
+    def run(self, say: Say = ignore, step: Step = ignore) -> Findings:
         """Train every network and measure everything.
 
         A `KeyboardInterrupt` ends the study early: what is finished is returned, and its `finished` is False.

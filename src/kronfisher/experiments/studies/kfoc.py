@@ -19,8 +19,9 @@ from torch import nn
 from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.divergence import DAMPING, divergences, small_blocks
-from kronfisher.experiments.studies.experiment import Experiment, Say, Step
+from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.studies.problems import Problem

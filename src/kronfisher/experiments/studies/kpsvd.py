@@ -21,7 +21,8 @@ from kronfisher.estimation.error import Distance
 from kronfisher.estimation.estimate import estimate
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.experiments.data import Dataset
-from kronfisher.experiments.studies.experiment import Experiment, Say, Step
+from kronfisher.experiments.progress import Say, Step
+from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.figures import Curve, Panel, bands
 from kronfisher.experiments.studies.findings import Findings, Record
 from kronfisher.experiments.studies.problems import Problem

@@ -14,10 +14,11 @@ from kronfisher.errors import MemoryBudgetError, NumericalError, UnsupportedErro
 from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments import data
 from kronfisher.experiments.networks import for_data
-from kronfisher.experiments.studies.experiment import Experiment, Say, Step
+from kronfisher.experiments.progress import Say, Step
+from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Findings, Record, deviation
 from kronfisher.experiments.training import train
-from kronfisher.experiments.uncertainty import peer
+from kronfisher.experiments.uncertainty import laplace_torch
 from kronfisher.experiments.uncertainty.classification import judge
 from kronfisher.fits import EKFAC, KFAC, KFOC, TKFAC, Diagonal, Fit
 from kronfisher.laplace import Laplace
@@ -127,14 +128,14 @@ class OODStudy(Experiment):
                     rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judge(mean_of(posterior), *tests)))
                 except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
                     rows.append(self._row(label, seed, {"failure": str(reason)}))
-            for structure in self.peers if peer.available() else ():
+            for structure in self.peers if laplace_torch.available() else ():
                 step(f"seed {seed}: laplace-torch, {structure}", seed, self.seeds)
-                posterior, estimating, tuning = peer.classifier(model, batches, structure)
+                posterior, estimating, tuning = laplace_torch.classifier(model, batches, structure)
 
                 def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
                     return posterior(x, pred_type="glm", link_approx="probit").detach()
 
-                found = {"estimate": estimating, "tune": tuning, **judge(theirs, *tests, at_once=peer.AT_ONCE)}
+                found = {"estimate": estimating, "tune": tuning, **judge(theirs, *tests, at_once=laplace_torch.AT_ONCE)}
                 rows.append(self._row(f"laplace-torch {structure}", seed, found))
             say(f"seed {seed}: {duration(time.perf_counter() - start)}")
 

@@ -1,6 +1,6 @@
 """A regression in one dimension: what several posteriors of one network say between the data and beyond them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +10,7 @@ import torch
 from kronfisher.estimation.estimate import estimate
 from kronfisher.experiments.data.dataset import Dataset, generator
 from kronfisher.experiments.networks.feedforward import mlp
+from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.studies.findings import Findings, Record
 from kronfisher.experiments.training import train
 from kronfisher.fits import KFAC, KFOC, Diagonal, Fit, Full
@@ -53,8 +54,8 @@ class Picture:
 
     def run(
         self,
-        say: Callable[[str], None] = lambda text: None,
-        step: Callable[[str, int, int], None] = lambda what, done, total: None,
+        say: Say = ignore,
+        step: Step = ignore,
     ) -> "PictureFindings":
         """Train the network and compute the bands."""
         random = generator(0)

@@ -16,10 +16,11 @@ from kronfisher.experiments import data
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.uci import NAMES
 from kronfisher.experiments.networks.feedforward import mlp
-from kronfisher.experiments.studies.experiment import Experiment, Say, Step
+from kronfisher.experiments.progress import Say, Step
+from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.experiments.training import train
-from kronfisher.experiments.uncertainty import peer
+from kronfisher.experiments.uncertainty import laplace_torch
 from kronfisher.experiments.uncertainty.uci_findings import TRUTH, TUNED, UCIFindings
 from kronfisher.fits import EKFAC, KFAC, KFOC, KL, TKFAC, Diagonal, Fit, Full, KroneckerSum, Prototypes
 from kronfisher.laplace import Laplace
@@ -102,7 +103,7 @@ class UCIStudy(Experiment):
                 if label == TRUTH and "marginal" in found:
                     problem.borrowed = found["marginal"]["prior_precision"], found["marginal"]["noise"]
                 rows.append({"problem": name, "split": split, "fit": label, **found})
-            for structure in self.peers if peer.available() and split < self.peer_splits else ():
+            for structure in self.peers if laplace_torch.available() and split < self.peer_splits else ():
                 step(f"{what}: laplace-torch, {structure}", done, len(splits))
                 found = problem.theirs(structure)
                 rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **found})
@@ -177,7 +178,7 @@ class _Problem:
 
     def theirs(self, structure: str) -> dict[str, Any]:
         """The same by laplace-torch."""
-        found = peer.regression(self.model, self.x, self.y, self.new, structure)
+        found = laplace_torch.regression(self.model, self.x, self.y, self.new, structure)
         variance, seconds = found.pop("variance"), found.pop("estimate")
         return {"seconds": seconds, "marginal": {"log_likelihood": self.density(variance), **found}}
 

@@ -1,27 +1,21 @@
 """``kronfisher demo``, ``compare`` and ``coverage``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from kronfisher.experiments.cli.options import (
     FOLDER,
     SEED,
     byte_size,
-    checking,
-    interruptible,
     names,
-    only,
     option,
-    writable,
+    refuse_bad_options,
+    refuse_other_options,
+    require_writable,
 )
-from kronfisher.experiments.cli.showing import finish, watch
-
-if TYPE_CHECKING:
-    from kronfisher.experiments.study import Study
+from kronfisher.experiments.cli.output import finish, watch
 
 __all__ = ["add"]
-
-DEMO = ("diagonal", "kfac", "kfac-reduce", "tkfac", "kfoc", "ekfac", "ekfac-kfoc", "kronecker-sum", "full")
 
 READING = """\
 relative error  ‖F̂ − F‖ / ‖F‖ against the exact blocks of the same data and labels: 0 is exact, 1 no better than zero
@@ -31,10 +25,9 @@ time            of the estimate; memory: of the matrix kept"""
 
 def add(app: Any) -> None:
     """Add the commands."""
-    import torch
     import typer
 
-    from kronfisher.experiments import data, networks
+    from kronfisher.experiments import commands, data, networks
     from kronfisher.experiments.studies import STUDIES
     from kronfisher.experiments.study import Study
     from kronfisher.fits import FITS
@@ -45,12 +38,11 @@ def add(app: Any) -> None:
     @app.command()
     def demo(output: Annotated[Path, option("folder for figures and JSON")] = Path("results/demo")) -> int:
         """Train two small networks on handwritten digits and compare every fit of their Fisher matrices."""
-        with checking():
-            writable(output, folder=True)
-        torch.set_num_threads(1)  # these problems are tiny: threads that wait for each other take longer than the work
-        for network in ("convnet", "mlp"):
-            study = Study(network=network, fits=DEMO, labels="exact", epochs=15)
-            code = _run(study, output / f"{network}.json", output)
+        with refuse_bad_options():
+            require_writable(output, folder=True)
+        for network in commands.DEMO:
+            comparison = watch(f"training {network}", commands.demo, network=network)
+            code = _finish(comparison, len(commands.DEMO[network].fits), network, output / f"{network}.json", output)
             if code:
                 return code
         print(READING)
@@ -67,9 +59,9 @@ def add(app: Any) -> None:
         network: Annotated[str, option(network_help)] = default.network,
         fits: Annotated[str, option(f"comma-separated, of {', '.join(sorted(FITS))}")] = ",".join(default.fits),
         labels: Annotated[str, option("sampled, exact or observed")] = default.labels,
-        samples: Annotated[int, option("label draws a datum, for sampled labels")] = default.samples,
-        limit: Annotated[int, option("data that the Fisher is estimated from")] = default.limit,
-        train_size: Annotated[int | None, option("data that the network is trained on (default: all)")] = None,
+        samples: Annotated[int, option("label draws an example, for sampled labels")] = default.samples,
+        limit: Annotated[int, option("examples that the Fisher is estimated from")] = default.limit,
+        train_size: Annotated[int | None, option("examples that the network is trained on (default: all)")] = None,
         batch_size: Annotated[int, option("of training and estimating")] = default.batch_size,
         epochs: Annotated[int, option("of training; 0 compares at the initial weights")] = default.epochs,
         lr: Annotated[float, option("Adam's learning rate")] = default.lr,
@@ -82,39 +74,39 @@ def add(app: Any) -> None:
     ) -> int:
         """Train a network, estimate its Fisher matrix with each fit, and say how good each is and what it cost."""
         if study is not None or quick:
-            with checking():
-                only(context, {"study", "quick", "data_dir", "json", "figures"})
-                if study not in STUDIES:
-                    raise ValueError(f"--study (which --quick needs) is one of {', '.join(STUDIES)}; it is {study}")
-                chosen = STUDIES[study].quick(data_dir) if quick else STUDIES[study](data_dir=data_dir)
-                chosen.check()
+            with refuse_bad_options():
+                refuse_other_options(context, {"study", "quick", "data_dir", "json", "figures"})
+                if study is None:
+                    raise ValueError(f"--quick needs --study, one of {', '.join(STUDIES)}")
                 json, figures = json or Path(f"results/{study}.json"), figures or Path("results")
-                writable(json, folder=False)
-                writable(figures, folder=True)
-            torch.set_num_threads(1)  # seconds of one thread are what the tables say
-            found = watch(study, chosen.run)
-            useful = any("failure" not in row for row in found.rows)
-            return finish(found, json, figures, found.draw, useful, f"after {len(found.rows)} estimates")
-        with checking():
-            comparison = Study(
-                data=data_name,
-                network=network,
-                fits=names(fits),
-                labels=labels,
-                samples=samples,
-                limit=limit,
-                train_size=train_size,
-                batch_size=batch_size,
-                epochs=epochs,
-                lr=lr,
-                seed=seed,
-                split=split,
-                data_dir=data_dir,
-                memory_budget=byte_size(memory_budget),
-            )
-            writable(json, folder=False)
-            writable(figures, folder=True)
-        return _run(comparison, json, figures)
+                require_writable(json, folder=False)
+                require_writable(figures, folder=True)
+            findings = watch(study, commands.study, name=study, quick=quick, data_dir=data_dir)
+            useful = any("failure" not in row for row in findings.rows)
+            return finish(findings, json, figures, findings.draw, useful, f"after {len(findings.rows)} estimates")
+        with refuse_bad_options():
+            budget = byte_size(memory_budget)
+            require_writable(json, folder=False)
+            require_writable(figures, folder=True)
+        comparison = watch(
+            f"training {network}",
+            commands.compare,
+            data=data_name,
+            network=network,
+            fits=names(fits),
+            labels=labels,
+            samples=samples,
+            limit=limit,
+            train_size=train_size,
+            batch_size=batch_size,
+            epochs=epochs,
+            lr=lr,
+            seed=seed,
+            split=split,
+            data_dir=data_dir,
+            memory_budget=budget,
+        )
+        return _finish(comparison, len(names(fits)), network, json, figures)
 
     @app.command()
     def coverage(
@@ -124,20 +116,15 @@ def add(app: Any) -> None:
         data_dir: Annotated[Path | None, option(FOLDER)] = None,
     ) -> None:
         """Show how each parameter of a network would be treated, before any work."""
-        from kronfisher.estimation.coverage import coverage as covered
-
-        with checking():
-            dataset, model = Study(data=data_name, network=network, seed=seed, data_dir=data_dir).load()
-        print(covered(model.eval(), dataset.batches(2)[0]))
+        with refuse_bad_options():
+            report = commands.coverage(data_name, network, seed=seed, data_dir=data_dir)
+        print(report)
 
 
-def _run(study: "Study", json: Path | None, figures: Path | None) -> int:
-    """One comparison; the exit code."""
+def _finish(comparison: Any, number: int, network: str, json: Path | None, figures: Path | None) -> int:
+    """Tables and files of a comparison of a `number` of fits; the exit code."""
     from kronfisher.experiments.figures import draw
 
-    with interruptible(), checking():
-        dataset, model = study.load()
-    comparison = watch(f"training {study.network}", lambda say, step: study.run(dataset, model, say, step))
     useful = any(not row.failure for row in comparison.rows)
-    done = f"after {len(comparison.rows)} of {len(study.fits)} fits"
-    return finish(comparison, json, figures, lambda folder: draw(comparison, folder, study.network), useful, done)
+    done = f"after {len(comparison.rows)} of {number} fits"
+    return finish(comparison, json, figures, lambda folder: draw(comparison, folder, network), useful, done)

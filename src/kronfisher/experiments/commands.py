@@ -1,0 +1,223 @@
+"""The commands of ``kronfisher`` as functions: settings go in and a result comes out, which can be printed and drawn.
+
+Nothing is printed, and nothing is written but the folder of a race. Settings that cannot be are refused, and missing
+files are found, before the first report of progress.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronfisher.estimation.comparison import Comparison
+from kronfisher.estimation.coverage import Coverage
+from kronfisher.estimation.coverage import coverage as coverage_of
+from kronfisher.experiments.progress import Say, Step, ignore
+from kronfisher.experiments.race.entry import enter
+from kronfisher.experiments.race.result import Progress
+from kronfisher.experiments.race.standings import Standings
+from kronfisher.experiments.studies import STUDIES, Findings
+from kronfisher.experiments.study import Study
+from kronfisher.experiments.uncertainty import STUDIES as POSTERIORS
+from kronfisher.experiments.uncertainty import UCIStudy
+
+__all__ = ["DEMO", "compare", "coverage", "demo", "race", "study", "uncertainty"]
+
+DEMO = {
+    network: Study(
+        network=network,
+        fits=("diagonal", "kfac", "kfac-reduce", "tkfac", "kfoc", "ekfac", "ekfac-kfoc", "kronecker-sum", "full"),
+        labels="exact",
+        epochs=15,
+    )
+    for network in ("convnet", "mlp")
+}
+"""Network → its comparison in the demonstration."""
+
+
+def demo(network: str, *, say: Say = ignore, step: Step = ignore) -> Comparison:
+    """Train a small network on handwritten digits and compare every fit of its Fisher matrix.
+
+    Args:
+        network: one of `DEMO`; the command shows them all.
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+
+    Returns:
+        One row for each fit.
+    """
+    with _one_thread():  # these problems are tiny: threads that wait for each other take longer than the work
+        return _compare(DEMO[network], say, step)
+
+
+def compare(*, say: Say = ignore, step: Step = ignore, **settings: Any) -> Comparison:
+    """Train a network, estimate its Fisher matrix with each fit, and say how good each is and what it cost.
+
+    Args:
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+        settings: those of `Study`.
+
+    Returns:
+        One row for each fit; ``kronfisher.experiments.figures.draw`` makes pictures of it.
+
+    Raises:
+        ValueError: a setting is not possible.
+        FileNotFoundError: a file of the data set is missing.
+
+    Example:
+        >>> result = compare(network="mlp", fits=("kfac", "diagonal"), train_size=100, limit=40, epochs=1)
+        >>> [row.fit for row in result.rows], result.rows[0].error < result.rows[1].error
+        (['kfac', 'diagonal'], True)
+    """
+    return _compare(Study(**settings), say, step)
+
+
+def study(
+    name: str, *, quick: bool = False, data_dir: Path | None = None, say: Say = ignore, step: Step = ignore
+) -> Findings:
+    """Repeat the study of a paper.
+
+    Args:
+        name: one of `STUDIES`.
+        quick: a few seconds of it, on data that need no files.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+
+    Returns:
+        Tables (``str``), pictures (``draw``) and numbers (``rows``, ``to_json``).
+
+    Raises:
+        ValueError: there is no such study.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+    chosen = STUDIES[name].quick(data_dir) if quick else STUDIES[name](data_dir=data_dir)
+    chosen.check()
+    with _one_thread():  # seconds of one thread are what the tables say
+        return chosen.run(say, step)
+
+
+def coverage(
+    data: str = Study.data, network: str = Study.network, *, seed: int = Study.seed, data_dir: Path | None = None
+) -> Coverage:
+    """Say how each parameter of a network would be treated, before any work.
+
+    Args:
+        data: name of the data set.
+        network: name of the network.
+        seed: of data and initial weights.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+
+    Returns:
+        One line for each parameter (``str``), see `Coverage`.
+
+    Raises:
+        ValueError: a name is not known, or the network cannot take such data.
+        FileNotFoundError: a file of the data set is missing.
+
+    Example:
+        >>> coverage(network="mlp").share
+        1.0
+    """
+    dataset, model = Study(data=data, network=network, seed=seed, data_dir=data_dir).load()
+    return coverage_of(model.eval(), dataset.batches(2)[0])
+
+
+def race(
+    problem: str,
+    *,
+    show: bool = False,
+    target: float | None = None,
+    data_dir: Path | None = None,
+    say: Say = ignore,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Standings:
+    """Train with optimisers side by side, from the same weights and in the same order of the data.
+
+    What is in the folder already is not done again, and an interrupted race continues where it was.
+
+    Args:
+        problem: one of `kronfisher.experiments.race.PROBLEMS`.
+        show: only collect what the folder holds.
+        target: training loss to which times are measured (default: the best baseline's).
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+        say: called with a line of text for every run.
+        progress: called about twice a second, see `Progress`.
+        settings: those of `enter`.
+
+    Returns:
+        Tables (``str``) and numbers (``to_json``) of everything that the folder holds.
+
+    Raises:
+        ValueError: a setting is not possible, or there is no result to show.
+        FileNotFoundError: a file of the data set is missing.
+    """
+    chosen = enter(problem, **settings)
+    if not show:
+        chosen.go(chosen.problem.load(data_dir, chosen.device), say, progress)
+    return chosen.standings(target)
+
+
+def uncertainty(
+    name: str,
+    *,
+    quick: bool = False,
+    splits: int | None = None,
+    sets: Sequence[str] | None = None,
+    data_dir: Path | None = None,
+    say: Say = ignore,
+    step: Step = ignore,
+) -> Findings:
+    """Measure what each fit is worth as a Laplace posterior: UCI regression, data from elsewhere, or a picture.
+
+    Args:
+        name: "uci", "ood" or "picture".
+        quick: the same in seconds.
+        splits: of each UCI set, for the study "uci" (default: all).
+        sets: UCI sets, for the study "uci" (default: all).
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+
+    Returns:
+        Tables (``str``), pictures (``draw``) and numbers (``rows``, ``to_json``).
+
+    Raises:
+        ValueError: a setting is not possible.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    if name not in POSTERIORS:
+        raise ValueError(f"there is no study {name!r}; there are {', '.join(POSTERIORS)}")
+    chosen = POSTERIORS[name].quick(data_dir) if quick else POSTERIORS[name](data_dir=data_dir)
+    if splits is not None or sets:
+        if not isinstance(chosen, UCIStudy):
+            raise ValueError("splits and sets are settings of the study uci")
+        if splits is not None and splits < 1:
+            raise ValueError(f"splits is {splits} and must be at least 1")
+        chosen = replace(chosen, splits=splits or chosen.splits, sets=tuple(sets or chosen.sets))
+    chosen.check()
+    with _one_thread():  # seconds of one thread are what the tables say
+        return chosen.run(say, step)
+
+
+def _compare(chosen: Study, say: Say, step: Step) -> Comparison:
+    dataset, model = chosen.load()
+    return chosen.run(dataset, model, say, step)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch works with one thread in here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
