@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.laplace import predictive as links
+from kronfisher.likelihoods.bridge import bridge
 from tests.helpers.memory import Sizes
 from tests.helpers.truth import jacobian, precision
 from tests.laplace.problems import problem
@@ -114,9 +114,9 @@ def test_classes_at_positions(axis):
         for predictor in ("probit", "bridge"):
             whole = posterior.predict(x, predictor=predictor)
             if predictor == "probit":
-                part = links.closed_form(kf.Categorical(), alone[0], alone[1].diagonal(dim1=1, dim2=2))
+                part = kf.Categorical().predict_from_variances(alone[0], alone[1].diagonal(dim1=1, dim2=2))
             else:
-                part = links.bridge(kf.Categorical(), *alone)
+                part = bridge(*alone, axis=1)
             for name in ("mean", "epistemic_variance"):
                 found = getattr(whole, name).movedim(axis, -1)[:, position]
                 torch.testing.assert_close(found, getattr(part, name))

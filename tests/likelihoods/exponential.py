@@ -3,14 +3,14 @@
 import torch
 
 from kronfisher.likelihoods import Likelihood
-from kronfisher.likelihoods.checks import sum_per_datum
+from kronfisher.likelihoods.checks import sum_per_example
 
 
 class Exponential(Likelihood):
     """Only the required methods and `root`; everything else is the base class's."""
 
     def log_prob(self, outputs, targets):
-        return sum_per_datum(outputs - targets * outputs.exp())
+        return sum_per_example(outputs - targets * outputs.exp())
 
     def sample(self, outputs, draws):
         uniform = draws.uniform(outputs.shape, device=outputs.device, dtype=outputs.dtype)

@@ -2,6 +2,6 @@
 
 from kronfisher.laplace.laplace import Laplace
 from kronfisher.laplace.laplace_torch import laplace_backend
-from kronfisher.laplace.predictive import Prediction
+from kronfisher.likelihoods import Prediction
 
 __all__ = ["Laplace", "Prediction", "laplace_backend"]

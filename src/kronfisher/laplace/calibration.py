@@ -1,22 +1,27 @@
-"""Which factor on the prior precision predicts validation data best."""
+"""The factor on the prior precision that predicts validation data best."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kronfisher.capture.batches import passes_over, split
 from kronfisher.errors import DataError
-from kronfisher.laplace import predictive as links
-from kronfisher.laplace.prediction import predictions
-
-if TYPE_CHECKING:
-    from kronfisher.laplace.laplace import Laplace
+from kronfisher.laplace.posterior import Posterior
+from kronfisher.laplace.predictions import predict
 
 __all__ = ["best_scale"]
 
 
-def best_scale(posterior: "Laplace", data: Any, predictor: str, samples: int, seed: int) -> float:
+def best_scale(posterior: Posterior, data: Any, predictor: str, samples: int, seed: int) -> float:
     """The factor with the largest log density of validation data: nine decades at once, then finer around the best.
+
+    Args:
+        posterior: whose prior precision is to be multiplied.
+        data: batches of inputs and targets.
+        predictor: a name in ``posterior.likelihood.predictors``.
+        samples: draws, for predictors that need them.
+        seed: of the draws.
 
     Raises:
         DataError: there are no validation data, a batch has no targets, or they cannot be read twice.
@@ -24,14 +29,15 @@ def best_scale(posterior: "Laplace", data: Any, predictor: str, samples: int, se
     batches, again = passes_over(data)
     batches = batches if again else list(batches)
     coarse = torch.logspace(-4, 4, 17, dtype=torch.float64)
-    best = coarse[_scores(posterior, batches, coarse.tolist(), predictor, samples, seed).argmax()]
+    best = coarse[_log_densities(posterior, batches, coarse.tolist(), predictor, samples, seed).argmax()]
     fine = best * torch.logspace(-0.5, 0.5, 9, dtype=torch.float64)
-    return float(fine[_scores(posterior, batches, fine.tolist(), predictor, samples, seed).argmax()])
+    return float(fine[_log_densities(posterior, batches, fine.tolist(), predictor, samples, seed).argmax()])
 
 
-def _scores(
-    posterior: "Laplace", batches: Any, factors: list[float], predictor: str, samples: int, seed: int
-) -> torch.Tensor:
+def _log_densities(
+    posterior: Posterior, batches: Any, factors: list[float], predictor: str, samples: int, seed: int
+) -> Tensor:
+    """The log density of the data under every factor, ``[K]`` in float64; minus infinity where it is not finite."""
     candidates = {group: [p.times(factor) for factor in factors] for group, p in posterior.precisions.items()}
     total = torch.zeros(len(factors), dtype=torch.float64)
     read = 0
@@ -44,9 +50,9 @@ def _scores(
             targets = posterior.forward(posterior.model, batch)[1]
         if targets is None:
             raise DataError(f"{where} has no targets; calibration needs (inputs, targets).")
-        found = predictions(posterior, batch, candidates, predictor, samples, seed)
-        for k, prediction in enumerate(found):
-            total[k] += float(links.log_density(posterior.likelihood, prediction, targets).sum(dtype=torch.float64))
+        for k, prediction in enumerate(predict(posterior, batch, candidates, predictor, samples, seed)):
+            density = posterior.likelihood.log_predictive_density(prediction, targets)
+            total[k] += float(density.sum(dtype=torch.float64))
     if not read:
         raise DataError("the validation data hold no batch.")
     if not bool(torch.isfinite(total).any()):

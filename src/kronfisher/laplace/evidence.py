@@ -2,23 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from math import log, pi
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalError, SingularError
+from kronfisher.capture.batches import run
+from kronfisher.capture.isolation import isolated
+from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
 from kronfisher.fisher.layout import gather
+from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.precision import logdet
 
-if TYPE_CHECKING:
-    from kronfisher.laplace.posterior import Posterior
-
-__all__ = ["best_factors", "log_evidence", "mean_square", "require_residuals"]
+__all__ = ["best_factors", "log_evidence", "mean_square", "require_residuals", "score_training_data"]
 
 
 def log_evidence(
-    posterior: "Posterior",
+    posterior: Posterior,
     *,
     priors: Sequence[Tensor] | None = None,
     factors: Sequence[Tensor] | None = None,
@@ -63,9 +63,7 @@ def log_evidence(
     return total
 
 
-def best_factors(
-    posterior: "Posterior", *, per_block: bool, noise: bool, steps: int
-) -> tuple[list[float], float | None]:
+def best_factors(posterior: Posterior, *, per_block: bool, noise: bool, steps: int) -> tuple[list[float], float | None]:
     """Factors on the prior precisions of all blocks, and the noise, at which the marginal likelihood is largest."""
     blocks = len(posterior.precisions)
     own = blocks if per_block else 1
@@ -80,6 +78,27 @@ def best_factors(
 
     found = maximise(value, start, steps=steps).exp().tolist()
     return found[:own] * (1 if per_block else blocks), found[-1] if noise else None
+
+
+def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
+    """The log likelihood of training data at the mean of the posterior, and how many outputs they have.
+
+    Raises:
+        UnsupportedError: the Fisher matrix was estimated with a mask.
+    """
+    if getattr(getattr(posterior.fisher.context, "recipe", None), "mask", None) is not None:
+        raise UnsupportedError(
+            "the Fisher matrix was estimated with a mask, which the likelihood of the targets does not know; mark "
+            "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
+        )
+    total, outputs = 0.0, 0
+    with isolated(posterior.model, 0), torch.no_grad():
+        for k, batch in enumerate(data):
+            values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
+            posterior.likelihood.check(values, targets, f"batch {k}", "observed")
+            total += float(posterior.likelihood.log_likelihood(values, targets))
+            outputs += values.numel()
+    return total, outputs
 
 
 def mean_square(log_likelihood: float, outputs: float, variance: float) -> float:

@@ -2,20 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from kronfisher.capture.batches import Forward
 from kronfisher.fisher import Fisher
-from kronfisher.laplace import predictive as links
 from kronfisher.laplace.calibration import best_scale
-from kronfisher.laplace.linearised import Linearised, covariances, directions, variances
+from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
+from kronfisher.laplace.linearised import covariances, directions, variances
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.prediction import predictions
-from kronfisher.laplace.predictive import Prediction
+from kronfisher.laplace.predictions import choose_predictor, predict
+from kronfisher.laplace.prior import PriorPrecision, read_prior
 from kronfisher.laplace.storage import load, save
-from kronfisher.likelihoods import Likelihood
+from kronfisher.likelihoods import Likelihood, Prediction
 
 __all__ = ["Laplace"]
 
@@ -58,6 +58,68 @@ class Laplace(Posterior):
         torch.Size([5, 8, 1])
     """
 
+    # The marginal likelihood ------------------------------------------------------------------------------------------
+
+    def log_marginal_likelihood(
+        self, prior_precision: PriorPrecision | None = None, noise: float | Tensor | None = None
+    ) -> Tensor:
+        """``log p(targets)`` under Laplace's approximation, a 0-dim float64 tensor.
+
+        ``log p(y|θ*)/T − ½ (θ* − μ)ᵀ diag(δ) (θ* − μ) − ½ log |Λ| + ½ log |diag(δ)|``.
+
+        Args:
+            prior_precision: instead of the posterior's own, in any of its forms; differentiable where it is a tensor.
+            noise: variance of Gaussian noise, instead of the posterior's own; differentiable where it is a tensor.
+
+        Raises:
+            DataError: the Fisher was estimated without targets; `score` reads them.
+            SingularError: Λ is singular, or a prior precision is zero, for which there is no normalised prior.
+        """
+        if noise is not None:
+            self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
+        if prior_precision is None:
+            return log_evidence(self, noise=noise)
+        return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
+
+    def score(self, data: Any) -> Self:
+        """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
+        self._log_likelihood = score_training_data(self, data)
+        return self
+
+    def optimize_prior(self, *, per_block: bool = False, noise: bool = False, steps: int = 100) -> Self:
+        """Set the prior precision, and the noise if asked to, to where the marginal likelihood is largest.
+
+        Every present prior precision is multiplied by one factor (for each block), so that its form stays as it is.
+
+        Args:
+            per_block: a factor for every block instead of one for all.
+            noise: also the variance of a Gaussian likelihood's noise.
+            steps: of L-BFGS, at most.
+
+        Returns:
+            Itself.
+        """
+        factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)
+        if noise:
+            self._noise = sigma
+        self._set_precisions(
+            {
+                group: precision.times(factor).with_scale(self.scale())
+                for (group, precision), factor in zip(self.precisions.items(), factors, strict=True)
+            }
+        )
+        return self
+
+    def fit_noise(self) -> Self:
+        """Set the noise variance of a Gaussian likelihood to the mean squared residual of the training data.
+
+        That is where the likelihood of θ* is largest; `optimize_prior(noise=True)` takes the uncertainty of the
+        parameters into account, too. Returns itself.
+        """
+        self._read_noise(self._noise if self._noise is not None else 1.0)
+        self.noise = require_residuals(*self.training_score(), self.own_noise)
+        return self
+
     # Predictions ------------------------------------------------------------------------------------------------------
 
     def predict(self, x: Any, *, predictor: str | None = None, samples: int = 100, seed: int = 0) -> Prediction:
@@ -79,9 +141,9 @@ class Laplace(Posterior):
             ValueError: the likelihood has no such predictor, or `calibrate` tuned another one.
             DataError: the inputs do not fit, or the model's parameters have changed.
         """
-        predictor = self._predictor(predictor)
+        predictor = choose_predictor(self, predictor)
         candidates = {group: [precision] for group, precision in self.precisions.items()}
-        (prediction,) = predictions(self, self._batch(x), candidates, predictor, samples, seed)
+        (prediction,) = predict(self, self._batch(x), candidates, predictor, samples, seed)
         return prediction
 
     def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +168,7 @@ class Laplace(Posterior):
     ) -> Tensor:
         """``log p(targets | x)`` ``[n]`` under the prediction; positions that do not count are left out."""
         prediction = self.predict(x, predictor=predictor, samples=samples, seed=seed)
-        return links.log_density(self.likelihood, prediction, targets)
+        return self.likelihood.log_predictive_density(prediction, targets)
 
     def calibrate(self, data: Any, *, predictor: str | None = None, samples: int = 100, seed: int = 0) -> "Laplace":
         """Scale the prior precision so that predictions of validation data are best, in log density.
@@ -124,9 +186,9 @@ class Laplace(Posterior):
             Itself.
         """
         self.calibrated_for = None
-        predictor = self._predictor(predictor)
+        predictor = choose_predictor(self, predictor)
         calibrated = best_scale(self, data, predictor, samples, seed)
-        self._set({group: precision.times(calibrated) for group, precision in self.precisions.items()})
+        self._set_precisions({group: precision.times(calibrated) for group, precision in self.precisions.items()})
         self.calibrated_for = predictor
         return self
 
@@ -151,30 +213,13 @@ class Laplace(Posterior):
             likelihood=self.likelihood,
             forward=self.forward,
         )
-        posterior._set(
+        posterior._set_precisions(
             {
                 group: replace(precision, operator=operator, scale=posterior.scale(), checked=False)
                 for (group, precision), operator in zip(self.precisions.items(), joined.blocks.values(), strict=True)
             }
         )
         return posterior
-
-    def network(self) -> Linearised:
-        """The network, linear in the parameters of the posterior."""
-        self.check_parameters()
-        return Linearised(self.model, tuple(self.mean), self.forward)
-
-    def _predictor(self, predictor: str | None) -> str:
-        known = links.predictors(self.likelihood)
-        chosen = predictor or self.calibrated_for or known[0]
-        if chosen not in known:
-            raise ValueError(f"predictor={predictor!r}: {type(self.likelihood).__name__} has {', '.join(known)}.")
-        if self.calibrated_for not in (None, chosen):
-            raise ValueError(
-                f"predictor={chosen!r}, but the prior precision was calibrated for {self.calibrated_for!r}: what suits "
-                f"one does not suit the other. Call calibrate(loader, predictor={chosen!r}), or set prior_precision."
-            )
-        return chosen
 
     def _batch(self, x: Any) -> Any:
         return x if self.forward is not None else (x, None)

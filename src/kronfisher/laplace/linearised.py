@@ -20,7 +20,7 @@ from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import State
 from kronfisher.fits.visitor import Visitor
-from kronfisher.laplace.precision import Precision
+from kronfisher.laplace.precision import Group, Precision
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
@@ -28,9 +28,7 @@ from kronfisher.likelihoods import Draws, Likelihood
 from kronfisher.linalg import chunks, plain_arithmetic
 from kronfisher.operators import KroneckerBasis
 
-__all__ = ["Group", "Linearised", "covariances", "directions", "variances"]
-
-Group = tuple[Block, ...]
+__all__ = ["Linearised", "covariances", "directions", "variances"]
 
 
 class Columns(Likelihood):

@@ -1,4 +1,4 @@
-"""The Gaussian over the parameters: its hyper-parameters, its samples, and the marginal likelihood."""
+"""The Gaussian over the parameters: its hyper-parameters and its samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,24 +7,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward, run
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.batches import Forward
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter
 from kronfisher.fisher.parameters import unwrapped
-from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals
-from kronfisher.laplace.linearised import Group
-from kronfisher.laplace.precision import Precision
-from kronfisher.laplace.prior import PriorPrecision, entries, read_prior
-from kronfisher.likelihoods import Gaussian, Likelihood
+from kronfisher.laplace.linearised import Linearised
+from kronfisher.laplace.precision import Group, Precision
+from kronfisher.laplace.prior import PriorPrecision, entries, read_mean, read_prior
+from kronfisher.likelihoods import Likelihood
 from kronfisher.operators.algebra import nonnegative
 
 __all__ = ["Posterior"]
 
 
 class Posterior:
-    """``N(θ*, Λ⁻¹)`` with ``Λ = c·F + diag(prior precision)``; `Laplace` adds predictions to it and documents both.
+    """``N(θ*, Λ⁻¹)`` with ``Λ = c·F + diag(prior precision)``; `Laplace` adds evidence and predictions.
 
     Attributes:
         model: unwrapped.
@@ -72,7 +70,7 @@ class Posterior:
                 )
         self.mean = {name: parameters[name].detach().clone() for name in fisher.shapes}
         self._versions = {name: parameters[name]._version for name in fisher.shapes}
-        self.prior_mean = self._read_mean(prior_mean)
+        self.prior_mean = read_mean(prior_mean, self.mean)
         self.calibrated_for: str | None = None
         self._temperature = _positive(temperature, "temperature")
         self._noise = self._read_noise(noise)
@@ -89,7 +87,7 @@ class Posterior:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
         priors = [prior.detach() for prior in read_prior(value, self.fisher)]
-        self._set(
+        self._set_precisions(
             {
                 blocks: Precision(operator, self.scale(), prior, name)
                 for (name, blocks, operator), prior in zip(entries(self.fisher), priors, strict=True)
@@ -104,7 +102,9 @@ class Posterior:
     @noise.setter
     def noise(self, value: float) -> None:
         self._noise = self._read_noise(value)
-        self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
+        self._set_precisions(
+            {group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()}
+        )
 
     @property
     def temperature(self) -> float:
@@ -114,7 +114,9 @@ class Posterior:
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._temperature = _positive(value, "temperature")
-        self._set({group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()})
+        self._set_precisions(
+            {group: precision.with_scale(self.scale()) for group, precision in self.precisions.items()}
+        )
 
     @property
     def flat_directions(self) -> dict[str, int | None]:
@@ -124,7 +126,8 @@ class Posterior:
         """
         return {precision.name: precision.flat_directions for precision in self.precisions.values()}
 
-    def _set(self, precisions: dict[Group, Precision]) -> None:
+    def _set_precisions(self, precisions: dict[Group, Precision]) -> None:
+        """Replace the precision of every block; a calibration made before no longer holds."""
         self.precisions, self.calibrated_for = precisions, None
 
     def scale(self, noise: Tensor | float | None = None) -> Any:
@@ -135,28 +138,26 @@ class Posterior:
 
     @property
     def own_noise(self) -> float:
-        """The variance of the Gaussian likelihood under which the Fisher was estimated."""
-        assert isinstance(self.likelihood, Gaussian)
-        return float(self.likelihood.variance)
+        """The noise variance of the likelihood under which the Fisher was estimated; only where it is a single one."""
+        single = self.likelihood.single_noise
+        assert single is not None
+        return single
 
     def _read_noise(self, noise: float | None) -> float | None:
-        single = isinstance(self.likelihood, Gaussian) and torch.as_tensor(self.likelihood.variance).numel() == 1
+        """The noise variance as given, by default the likelihood's own.
+
+        Raises:
+            UnsupportedError: one is given, and the likelihood has no single noise that it could replace.
+            ValueError: it is not positive.
+        """
         if noise is None:
-            return self.own_noise if single else None
-        if not single:
+            return self.likelihood.single_noise
+        if self.likelihood.single_noise is None:
             raise UnsupportedError(
                 f"noise={noise}: only a Gaussian likelihood with one variance for all outputs can take another noise; "
                 f"this is {self.likelihood}. Estimate the Fisher matrix anew under the noise that is meant."
             )
         return _positive(noise, "noise")
-
-    def _read_mean(self, value: float | Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-        given = value if isinstance(value, Mapping) else dict.fromkeys(self.mean, value)
-        if odd := given.keys() ^ self.mean.keys():
-            raise DataError(
-                f"prior_mean must name exactly the parameters of the posterior; it differs in {', '.join(odd)}."
-            )
-        return {name: torch.as_tensor(given[name]).to(mean).expand(mean.shape) for name, mean in self.mean.items()}
 
     # Parameters -----------------------------------------------------------------------------------------------------
 
@@ -176,14 +177,14 @@ class Posterior:
     def draws(self, n: int, seed: int, precisions: Mapping[Group, Precision] | None = None) -> dict[Group, Tensor]:
         """Draws from ``N(0, Λ⁻¹)`` as canonical rows ``[n, D]`` of every block, perhaps under other precisions."""
         generator = torch.Generator(self.fisher.device).manual_seed(seed)
-        found = {}
+        drawn = {}
         for group, precision in (precisions or self.precisions).items():
             like = precision.operator
             noise = torch.randn(
                 n, precision.damped.noise_dim(), generator=generator, dtype=like.dtype, device=like.device
             )
-            found[group] = precision.colour(noise)
-        return found
+            drawn[group] = precision.colour(noise)
+        return drawn
 
     def by_name(self, rows: Mapping[Group, Tensor]) -> dict[str, Tensor]:
         """Canonical rows ``[n, D]`` of every block as ``{name: [n, *shape]}``."""
@@ -192,80 +193,6 @@ class Posterior:
         for group, values in rows.items():
             scatter(group, values.to(next(iter(out.values())).dtype), out)
         return out
-
-    # The marginal likelihood ------------------------------------------------------------------------------------------
-
-    def log_marginal_likelihood(
-        self, prior_precision: PriorPrecision | None = None, noise: float | Tensor | None = None
-    ) -> Tensor:
-        """``log p(targets)`` under Laplace's approximation, a 0-dim float64 tensor.
-
-        ``log p(y|θ*)/T − ½ (θ* − μ)ᵀ diag(δ) (θ* − μ) − ½ log |Λ| + ½ log |diag(δ)|``.
-
-        Args:
-            prior_precision: instead of the posterior's own, in any of its forms; differentiable where it is a tensor.
-            noise: variance of Gaussian noise, instead of the posterior's own; differentiable where it is a tensor.
-
-        Raises:
-            DataError: the Fisher was estimated without targets; `score` reads them.
-            SingularError: Λ is singular, or a prior precision is zero, for which there is no normalised prior.
-        """
-        if noise is not None:
-            self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
-        if prior_precision is None:
-            return log_evidence(self, noise=noise)  # pyright: ignore[reportArgumentType]
-        return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)  # pyright: ignore[reportArgumentType]
-
-    def score(self, data: Any) -> Self:
-        """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
-        if getattr(getattr(self.fisher.context, "recipe", None), "mask", None) is not None:
-            raise UnsupportedError(
-                "the Fisher matrix was estimated with a mask, which the likelihood of the targets does not know; mark "
-                "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
-            )
-        total, outputs = 0.0, 0
-        with isolated(self.model, 0), torch.no_grad():
-            for k, batch in enumerate(data):
-                values, targets = run(self.model, batch, self.forward, self.fisher.device, f"batch {k}")
-                self.likelihood.check(values, targets, f"batch {k}", "observed")
-                total += float(self.likelihood.log_likelihood(values, targets))
-                outputs += values.numel()
-        self._log_likelihood = total, outputs
-        return self
-
-    def optimize_prior(self, *, per_block: bool = False, noise: bool = False, steps: int = 100) -> Self:
-        """Set the prior precision, and the noise if asked to, to where the marginal likelihood is largest.
-
-        Every present prior precision is multiplied by one factor (for each block), so that its form stays as it is.
-
-        Args:
-            per_block: a factor for every block instead of one for all.
-            noise: also the variance of a Gaussian likelihood's noise.
-            steps: of L-BFGS, at most.
-
-        Returns:
-            Itself.
-        """
-        factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)  # pyright: ignore[reportArgumentType]
-        if noise:
-            self._noise = sigma
-        self._set(
-            {
-                group: precision.times(factor).with_scale(self.scale())
-                for (group, precision), factor in zip(self.precisions.items(), factors, strict=True)
-            }
-        )
-        return self
-
-    def fit_noise(self) -> Self:
-        """Set the noise variance of a Gaussian likelihood to the mean squared residual of the training data.
-
-        That is where the likelihood of θ* is largest; `optimize_prior(noise=True)` takes the uncertainty of the
-        parameters into account, too. Returns itself.
-        """
-        self._read_noise(self._noise if self._noise is not None else 1.0)
-        self.noise = require_residuals(*self.training_score(), self.own_noise)
-        return self
 
     def training_score(self) -> tuple[float, float]:
         """The log likelihood of the training data, and how many numbers their targets are; DataError if unknown."""
@@ -277,7 +204,12 @@ class Posterior:
             )
         return log_likelihood, outputs
 
-    # Around it ----------------------------------------------------------------------------------------------------
+    # The model --------------------------------------------------------------------------------------------------------
+
+    def network(self) -> Linearised:
+        """The network, linear in the parameters of the posterior."""
+        self.check_parameters()
+        return Linearised(self.model, tuple(self.mean), self.forward)
 
     @property
     def noise_ratio(self) -> float:
@@ -304,7 +236,7 @@ class Posterior:
         self.mean = {name: mean.to(device) for name, mean in self.mean.items()}
         self.prior_mean = {name: mean.to(device) for name, mean in self.prior_mean.items()}
         calibrated = self.calibrated_for
-        self._set(
+        self._set_precisions(
             {
                 group: replace(precision, operator=operator, prior=precision.prior.to(operator.device, operator.dtype))
                 for (group, precision), operator in zip(
@@ -317,7 +249,7 @@ class Posterior:
 
     def restore(self, priors: Sequence[Tensor], calibrated_for: str | None) -> None:
         """Put back what a file holds: the prior precision of every block, in canonical order, and the calibration."""
-        self._set(
+        self._set_precisions(
             {
                 group: Precision(precision.operator, self.scale(), prior, precision.name)
                 for (group, precision), prior in zip(self.precisions.items(), priors, strict=True)

@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
+from kronfisher.fisher.blocks import Block
 from kronfisher.linalg import indefinite_message, negligible
 from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
 from kronfisher.operators.sum import DENSE_LIMIT
 
-__all__ = ["Precision"]
+__all__ = ["Group", "Precision", "logdet"]
+
+Group = tuple[Block, ...]
+"""The blocks that one part of the precision covers."""
 
 
 @dataclass(frozen=True, eq=False)

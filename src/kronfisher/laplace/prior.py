@@ -1,4 +1,4 @@
-"""The prior precision in whatever form it was given, as one number or one vector for every block of a Fisher."""
+"""The prior in any of the forms accepted: a precision for every block of a Fisher, a mean for every parameter."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -14,7 +14,7 @@ from kronfisher.fisher.layout import gather
 from kronfisher.fisher.vectors import read
 from kronfisher.operators.algebra import as_number
 
-__all__ = ["PriorPrecision", "entries", "read_prior"]
+__all__ = ["PriorPrecision", "entries", "read_mean", "read_prior"]
 
 PriorPrecision = float | Tensor | Sequence[float] | Mapping[str, float | Tensor]
 
@@ -65,6 +65,24 @@ def read_prior(value: PriorPrecision, fisher: Fisher) -> list[Tensor]:
         if not bool(((least >= 0) & torch.isfinite(least)).all()):
             raise ValueError(f"prior_precision of {name}: it must be finite and at least 0 everywhere.")
     return found
+
+
+def read_mean(value: float | Mapping[str, float | Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The prior mean of every parameter, ``{name: [*shape]}``.
+
+    Args:
+        value: a number for all, or a number or a tensor for each of them by name.
+        means: parameters whose names, shapes, dtypes and devices they take.
+
+    Raises:
+        DataError: a name is unknown or missing.
+    """
+    given = value if isinstance(value, Mapping) else dict.fromkeys(means, value)
+    if odd := given.keys() ^ means.keys():
+        raise DataError(
+            f"prior_mean must name exactly the parameters of the posterior; it differs in {', '.join(odd)}."
+        )
+    return {name: torch.as_tensor(given[name]).to(mean).expand(mean.shape) for name, mean in means.items()}
 
 
 def _from_names(value: Mapping[str, Any], fisher: Fisher, like: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A posterior in a file: its Fisher matrix with a few tensors and numbers more."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from kronfisher.capture.batches import Forward
 from kronfisher.errors import DataError
 from kronfisher.fisher import storage
+from kronfisher.laplace.posterior import Posterior
 from kronfisher.likelihoods import Likelihood
-
-if TYPE_CHECKING:
-    from kronfisher.laplace.laplace import Laplace
 
 __all__ = ["load", "save"]
 
 _PREFIX = "laplace."
 
+P = TypeVar("P", bound=Posterior)
 
-def save(posterior: "Laplace", path: str | Path) -> None:
+
+def save(posterior: Posterior, path: str | Path) -> None:
     """See `Laplace.save`."""
     tensors: dict[str, Tensor] = {f"mean.{name}": mean for name, mean in posterior.mean.items()}
     tensors |= {f"prior_mean.{name}": mean for name, mean in posterior.prior_mean.items()}
@@ -33,10 +33,8 @@ def save(posterior: "Laplace", path: str | Path) -> None:
     storage.save(posterior.fisher, path, {_PREFIX + key: tensor for key, tensor in tensors.items()}, {"laplace": notes})
 
 
-def load(
-    make: "type[Laplace]", path: str | Path, model: nn.Module, likelihood: Likelihood, forward: Forward | None
-) -> "Laplace":
-    """See `Laplace.load`."""
+def load(kind: type[P], path: str | Path, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> P:
+    """A posterior of this class; see `Laplace.load`."""
     fisher, more, header = storage.read(path, model)
     notes: dict[str, Any] | None = header.get("laplace")
     if notes is None:
@@ -54,7 +52,7 @@ def load(
             raise DataError(
                 f"{path}: {name} of the model is not what the posterior is around; load its state of then first."
             )
-    posterior = make(
+    posterior = kind(
         model,
         fisher,
         1.0,

@@ -5,9 +5,11 @@ from kronfisher.likelihoods.categorical import Categorical
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.gaussian import Gaussian
 from kronfisher.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from kronfisher.likelihoods.likelihood import REGISTRY, Likelihood, Registered, register
+from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.poisson import Poisson
 from kronfisher.likelihoods.positions import along_outputs, masked_positions
+from kronfisher.likelihoods.prediction import Prediction
+from kronfisher.likelihoods.registry import REGISTRY, Registered, register
 from kronfisher.likelihoods.weighted import Weighted
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "HeteroscedasticGaussian",
     "Likelihood",
     "Poisson",
+    "Prediction",
     "Registered",
     "Weighted",
     "along_outputs",

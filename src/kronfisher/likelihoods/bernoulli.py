@@ -1,14 +1,18 @@
 """Independent binary targets: the likelihood of binary cross-entropy."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.prediction import Prediction, Predictors
+from kronfisher.likelihoods.probit import probit
+from kronfisher.likelihoods.registry import register
 from kronfisher.linalg import promote
 
 
@@ -27,9 +31,11 @@ class Bernoulli(Likelihood):
         [[[0.5, 0.0]], [[0.0, 0.5]]]
     """
 
+    predictors: ClassVar[Predictors] = {"probit": "variances", "mc": "draws", "sampled": "networks"}
+
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ y log p + (1 - y) log(1 - p)` over the entries of a datum, `[N]`; see the base class."""
-        return sum_per_datum(self.log_probs(outputs, targets))
+        return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`y log p + (1 - y) log(1 - p)` of every entry; see the base class."""
@@ -50,6 +56,15 @@ class Bernoulli(Likelihood):
     def noise_variance(self, outputs: Tensor) -> Tensor:
         """`p(1-p)`; see the base class."""
         return torch.sigmoid(promote(outputs)) * torch.sigmoid(-promote(outputs))
+
+    def predict_from_variances(self, outputs: Tensor, variances: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """Probabilities by the probit link; see the base class."""
+        return probit(self.mean, outputs, variances, lambda p: (p * (1 - p)).square() * variances)
+
+    def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`Σ y log p + (1 - y) log(1 - p)` with the predicted p, `[n]`; see the base class."""
+        mean = prediction.mean
+        return self.log_prob(torch.logit(mean, eps=torch.finfo(mean.dtype).eps), targets)
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`√(p(1-p))` for every entry of the outputs; see the base class."""

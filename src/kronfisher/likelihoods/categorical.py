@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
+from kronfisher.likelihoods.bridge import bridge
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.prediction import Prediction, Predictors
+from kronfisher.likelihoods.probit import probit
+from kronfisher.likelihoods.registry import register
 from kronfisher.likelihoods.softmax import from_probabilities, inverted, like, parts, residual_, to_rows, without
 from kronfisher.linalg import promote
 
@@ -46,6 +50,13 @@ class Categorical(Likelihood):
         True
     """
 
+    predictors: ClassVar[Predictors] = {
+        "probit": "variances",
+        "bridge": "covariances",
+        "mc": "draws",
+        "sampled": "networks",
+    }
+
     ignore_index: int = -100
     weight: Tensor | None = None
     class_dim: int | None = None
@@ -63,7 +74,7 @@ class Categorical(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ w_y log p_y` over the positions of a datum, `[N]`; smoothed where asked to; see the base class."""
-        return sum_per_datum(self.log_probs(outputs, targets))
+        return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
@@ -99,6 +110,25 @@ class Categorical(Likelihood):
         """`p(1-p)` for every class; see the base class."""
         p = self.mean(outputs)
         return p * (1 - p)
+
+    def predict_from_variances(self, outputs: Tensor, variances: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """Class probabilities by the probit link; see the base class."""
+        axis = self._axis(outputs, None)
+
+        def squared_slopes(p: Tensor) -> Tensor:
+            # Rows of the softmax's Jacobian p_i (δ_ij − p_j), squared, times the variances of the logits.
+            return p.square() * ((1 - 2 * p) * variances + (p.square() * variances).sum(axis, keepdim=True))
+
+        return probit(self.mean, outputs, variances, squared_slopes)
+
+    def predict_from_covariances(self, outputs: Tensor, covariances: Tensor) -> Prediction:
+        """Class probabilities by the Laplace bridge; see the base class."""
+        return bridge(outputs, covariances, self._axis(outputs, None))
+
+    def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`Σ w_y log p_y` with the predicted p, `[n]`; see the base class."""
+        mean = prediction.mean  # logarithms of probabilities are logits of the same probabilities
+        return self.log_prob(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), targets)
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""

@@ -1,13 +1,14 @@
-"""What likelihoods have in common: refusals, precision, sums."""
+"""Refusals that likelihoods share, and sums over the positions of an example."""
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, NumericalError
+from kronfisher.linalg import promote
 
 
 def require_exponentials(exponents: Tensor, name: str, what: str, where: str) -> None:
@@ -24,8 +25,8 @@ def require_exponentials(exponents: Tensor, name: str, what: str, where: str) ->
         )
 
 
-def sum_per_datum(tensor: Tensor) -> Tensor:
-    """Sum of `[N, ...]` over everything but the data: `[N]`."""
+def sum_per_example(tensor: Tensor) -> Tensor:
+    """Sum of `[N, ...]` over everything but the examples: `[N]`."""
     return tensor.unsqueeze(-1).flatten(1).sum(1)
 
 
@@ -58,3 +59,78 @@ def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where
 def fail(where: str, what: str, remedy: str) -> NoReturn:
     """Raises a `DataError` that says where, what and what to do."""
     raise DataError(f"{where}: {what}; {remedy}")
+
+
+def check_outputs(outputs: Any, name: str, where: str) -> None:
+    """Refuses outputs that are no finite floating-point tensor `[N, ...]`.
+
+    Args:
+        outputs: Anything that a model returned.
+        name: Of the likelihood, for the message.
+        where: Name of the batch, for the message.
+
+    Raises:
+        DataError: Wrong type, dtype or shape.
+        NumericalError: They are not finite.
+    """
+    if not isinstance(outputs, Tensor):
+        fail(
+            where,
+            f"{name} needs the outputs to be one tensor, found {type(outputs).__name__}",
+            "choose the tensor in forward(model, batch) -> (outputs, targets)",
+        )
+    if not outputs.is_floating_point():
+        fail(where, f"{name} needs floating-point outputs, found {outputs.dtype}", "return logits or means")
+    if outputs.ndim == 0:
+        fail(
+            where,
+            f"{name} needs outputs [N, ...], one row per datum, found a scalar",
+            "return the outputs of every datum, not their loss",
+        )
+    # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is looked at again.
+    if not torch.isfinite(promote(outputs).sum()) and not torch.isfinite(outputs).all():
+        raise NumericalError(
+            f"{where}: {int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are NaN or infinite; "
+            f"look for NaN in the inputs and in the parameters (in place of -inf use a finite value such as -1e4)"
+        )
+
+
+def check_targets(targets: Any, outputs: Tensor, name: str, where: str, labels: str) -> None:
+    """Refuses targets that are missing but needed, no tensor, on another device, or of other examples.
+
+    Args:
+        targets: Anything that the data gave, None if nothing.
+        outputs: `[N, ...]`.
+        name: Of the likelihood, for the message.
+        where: Name of the batch, for the message.
+        labels: "observed" if the targets are needed.
+
+    Raises:
+        DataError: As said.
+    """
+    if targets is None:
+        if labels == "observed":
+            fail(
+                where,
+                'labels="observed" needs targets, found none',
+                'give (inputs, targets) batches, or ask for labels="sampled"',
+            )
+        return
+    if not isinstance(targets, Tensor):
+        fail(
+            where,
+            f"{name} needs the targets to be a tensor, found {type(targets).__name__}",
+            "convert them with torch.as_tensor (pairs (targets, weight) are for Weighted)",
+        )
+    if targets.device != outputs.device:
+        fail(
+            where,
+            f"targets are on {targets.device}, outputs on {outputs.device}",
+            f'move them with targets.to("{outputs.device}")',
+        )
+    if targets.shape[:1] != outputs.shape[:1]:
+        fail(
+            where,
+            f"targets {list(targets.shape)} and outputs {list(outputs.shape)} differ in the number of data",
+            "the first dimension of both counts the data",
+        )

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_datum
+from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.prediction import Prediction, Predictors
+from kronfisher.likelihoods.registry import register
 from kronfisher.linalg import promote
 
 
@@ -33,6 +36,8 @@ class Gaussian(Likelihood):
         [[[2.0, 0.0]], [[0.0, 2.0]]]
     """
 
+    predictors: ClassVar[Predictors] = {"linearized": "variances", "mc": "draws", "sampled": "networks"}
+
     variance: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
@@ -43,7 +48,7 @@ class Gaussian(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
-        return sum_per_datum(self.log_probs(outputs, targets))
+        return sum_per_example(self.log_probs(outputs, targets))
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See the base class; residuals far smaller than σ are not lost in `log 2πσ²`, for noise is told from them."""
@@ -67,6 +72,23 @@ class Gaussian(Likelihood):
     def noise_variance(self, outputs: Tensor) -> Tensor:
         """`σ²`; see the base class."""
         return self._variance(outputs).expand(outputs.shape)
+
+    @property
+    def single_noise(self) -> float | None:
+        """σ² where it is one number; see the base class."""
+        return float(self.variance) if torch.as_tensor(self.variance).numel() == 1 else None
+
+    def predict_from_variances(self, outputs: Tensor, variances: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """The normal distribution of mean f and of the variance of f plus σ², exact; see the base class."""
+        outputs = promote(outputs)
+        noise = self.noise_variance(outputs).to(outputs.dtype) * noise_factor
+        return Prediction(outputs, variances + noise, variances, noise)
+
+    def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """The log density of independent normal targets, `[n]`; see the base class."""
+        variance = prediction.variance.reshape(prediction.mean.shape)
+        terms = (targets - prediction.mean).square() / variance + (2 * math.pi * variance).log()
+        return -0.5 * sum_per_example(terms)
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`1/σ` for every entry of the outputs; see the base class."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_datum
+from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.registry import register
 from kronfisher.linalg import promote
 
 
@@ -46,7 +47,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ -½((y - μ)² exp(-s) + s + log 2π)` over the targets of a datum, `[N]`; see the base class."""
-        return sum_per_datum(self.log_probs(outputs, targets))
+        return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`-½((y - μ)² exp(-s) + s + log 2π)`, summed over the C targets of a position; see the base class."""

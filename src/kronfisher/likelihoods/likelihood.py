@@ -1,16 +1,17 @@
-"""What a likelihood is: which vectors to send backwards, and what they mean."""
+"""The contract of a likelihood: the vectors that are sent backwards for a Fisher matrix, and predictions."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, UnsupportedError
-from kronfisher.likelihoods.checks import fail
+from kronfisher.errors import UnsupportedError
+from kronfisher.likelihoods.checks import check_outputs, check_targets
 from kronfisher.likelihoods.draws import Draws
+from kronfisher.likelihoods.prediction import Prediction, Predictors, mixture
 from kronfisher.linalg import promote
 
 
@@ -47,6 +48,11 @@ class Likelihood(ABC):
         >>> [v.tolist() for v in Exponential().exact(torch.zeros(1, 2))]
         [[[1.0, 0.0]], [[0.0, 1.0]]]
     """
+
+    predictors: ClassVar[Predictors] = {"mc": "draws", "sampled": "networks"}
+    """Names of the predictors that a posterior has under this likelihood, the default first, and from what each is
+    computed: "variances" calls `predict_from_variances`, "covariances" calls `predict_from_covariances`, "draws" and
+    "networks" call `predict_from_draws`."""
 
     @abstractmethod
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +136,75 @@ class Likelihood(ABC):
             UnsupportedError: The likelihood does not define it.
         """
         raise self._undefined("noise_variance")
+
+    @property
+    def single_noise(self) -> float | None:
+        """σ² where all targets have independent Gaussian noise of this one variance around the outputs, else None.
+
+        A posterior can replace such a noise by another, or learn it from the residuals of the training data.
+        """
+        return None
+
+    def predict_from_variances(self, outputs: Tensor, variances: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """The prediction of the targets in closed form from independent Gaussian outputs.
+
+        Args:
+            outputs: `[n, ...]`, the means of the Gaussian.
+            variances: `[n, ...]`, of the outputs.
+            noise_factor: On the noise variance; one unless the likelihood has a `single_noise`.
+
+        Returns:
+            Mean and variances `[n, ...]` of the targets.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("predict_from_variances")
+
+    def predict_from_covariances(self, outputs: Tensor, covariances: Tensor) -> Prediction:
+        """The prediction of the targets in closed form from jointly Gaussian outputs of every example.
+
+        Args:
+            outputs: `[n, ...]`, the means of the Gaussian.
+            covariances: `[n, C, C]`, of the C (flattened) outputs of every example.
+
+        Returns:
+            Mean and variances `[n, ...]` of the targets.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("predict_from_covariances")
+
+    def predict_from_draws(self, outputs: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """The prediction of the targets from draws of the outputs, by `mean` and `noise_variance`.
+
+        Args:
+            outputs: `[S, n, ...]`, S draws.
+            noise_factor: On the noise variance; one unless the likelihood has a `single_noise`.
+
+        Returns:
+            Mean and variances `[n, ...]` of the targets.
+
+        Raises:
+            UnsupportedError: The likelihood has no `mean` or no `noise_variance`.
+        """
+        return mixture(self.mean, self.noise_variance, outputs, noise_factor)
+
+    def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`log p(targets)` under a prediction, as if its entries were independent; `calibrate` maximises it.
+
+        Args:
+            prediction: Mean and variances `[n, ...]`.
+            targets: The labels, as `sample` makes them; those that do not count are left out.
+
+        Returns:
+            `[n]`, summed over the positions of every example.
+
+        Raises:
+            UnsupportedError: The likelihood does not say which distribution has this mean and variance.
+        """
+        raise self._undefined("log_predictive_density", "the density of a prediction")
 
     def _undefined(self, method: str, purpose: str = "predictions") -> UnsupportedError:
         name = type(self).__name__
@@ -247,95 +322,5 @@ class Likelihood(ABC):
             DataError: Wrong type, dtype, shape, device or value.
             NumericalError: The outputs are not finite.
         """
-        name = type(self).__name__
-        if not isinstance(outputs, Tensor):
-            fail(
-                where,
-                f"{name} needs the outputs to be one tensor, found {type(outputs).__name__}",
-                "choose the tensor in forward(model, batch) -> (outputs, targets)",
-            )
-        if not outputs.is_floating_point():
-            fail(where, f"{name} needs floating-point outputs, found {outputs.dtype}", "return logits or means")
-        if outputs.ndim == 0:
-            fail(
-                where,
-                f"{name} needs outputs [N, ...], one row per datum, found a scalar",
-                "return the outputs of every datum, not their loss",
-            )
-        # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is looked at again.
-        if not torch.isfinite(promote(outputs).sum()) and not torch.isfinite(outputs).all():
-            raise NumericalError(
-                f"{where}: {int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are NaN or infinite; "
-                f"look for NaN in the inputs and in the parameters (in place of -inf use a finite value such as -1e4)"
-            )
-        if targets is None:
-            if labels == "observed":
-                fail(
-                    where,
-                    'labels="observed" needs targets, found none',
-                    'give (inputs, targets) batches, or ask for labels="sampled"',
-                )
-            return
-        if not isinstance(targets, Tensor):
-            fail(
-                where,
-                f"{name} needs the targets to be a tensor, found {type(targets).__name__}",
-                "convert them with torch.as_tensor (pairs (targets, weight) are for Weighted)",
-            )
-        if targets.device != outputs.device:
-            fail(
-                where,
-                f"targets are on {targets.device}, outputs on {outputs.device}",
-                f'move them with targets.to("{outputs.device}")',
-            )
-        if targets.shape[:1] != outputs.shape[:1]:
-            fail(
-                where,
-                f"targets {list(targets.shape)} and outputs {list(outputs.shape)} differ in the number of data",
-                "the first dimension of both counts the data",
-            )
-
-
-class Registered(NamedTuple):
-    """A likelihood as the conformance tests meet it.
-
-    Attributes:
-        factory: Makes the likelihood.
-        example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
-        labels: `outputs -> targets, targets, …` over which the mean of the Hessian of `-log_prob` is its average over
-            the model's own labels; None if that Hessian does not depend on the label.
-    """
-
-    factory: Callable[[], Likelihood]
-    example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
-    labels: Callable[[Tensor], Sequence[Tensor]] | None = None
-
-    def hessian_labels(self, outputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
-        """Targets over which to average the Hessian; the given ones if it does not depend on them."""
-        return (targets,) if self.labels is None else self.labels(outputs)
-
-
-REGISTRY: dict[str, Registered] = {}
-
-
-def register(
-    name: str,
-    factory: Callable[[], Likelihood],
-    example: Callable[[torch.Generator, torch.dtype], tuple[Tensor, Tensor]],
-    labels: Callable[[Tensor], Sequence[Tensor]] | None = None,
-) -> None:
-    """Enters a likelihood into `REGISTRY` and thereby into every conformance test.
-
-    Args:
-        name: Unique name, shown in the tests.
-        factory: Makes the likelihood.
-        example: `(generator, dtype) -> (outputs, targets)`, a small batch on the CPU.
-        labels: Needed if the Hessian of `-log_prob` depends on the label, see `Registered`; where it is linear in the
-            label, the mean of the targets is enough.
-
-    Raises:
-        ValueError: The name is taken.
-    """
-    if name in REGISTRY:
-        raise ValueError(f"a likelihood named {name!r} is registered already; choose another name")
-    REGISTRY[name] = Registered(factory, example, labels)
+        check_outputs(outputs, type(self).__name__, where)
+        check_targets(targets, outputs, type(self).__name__, where, labels)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_datum
+from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.likelihood import Likelihood, register
+from kronfisher.likelihoods.likelihood import Likelihood
+from kronfisher.likelihoods.registry import register
 from kronfisher.linalg import promote
 
 
@@ -29,7 +30,7 @@ class Poisson(Likelihood):
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ y f - exp f - log y!` over the entries of a datum, `[N]`; see the base class."""
-        return sum_per_datum(self.log_probs(outputs, targets))
+        return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`y f - exp f - log y!` of every entry; see the base class."""

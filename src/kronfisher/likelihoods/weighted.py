@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, sum_per_datum
+from kronfisher.likelihoods.checks import fail, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.positions import masked_positions, spread
@@ -50,7 +50,7 @@ class Weighted(Likelihood):
         weight = weight.to(torch.promote_types(outputs.dtype, torch.float32))
         if weight.ndim == 1:
             return weight * self.base.log_prob(outputs, targets)
-        return sum_per_datum(self.log_probs(outputs, (targets, weight)))
+        return sum_per_example(self.log_probs(outputs, (targets, weight)))
 
     def log_probs(self, outputs: Tensor, targets: Any) -> Tensor:
         """`w log p` of every position; see the base class."""
