@@ -9,7 +9,6 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.estimation import error as module
 from kronfisher.fits import FITS
-from kronfisher.fits.quadratic import quadratic
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum
@@ -242,5 +241,5 @@ def test_quadratic_forms_of_sums_of_products_term_by_term(positions):
     rows = (g.mT @ a).transpose(0, 1).flatten(1)
     truth = (rows @ X.to_dense() * rows).sum()
     without = (rows @ KroneckerSum(A[:2], B[:2], shift=0.7).to_dense() * rows).sum()
-    torch.testing.assert_close(quadratic(Samples(Dense(a), g), X), truth)
+    torch.testing.assert_close(X.quadratic(Samples(Dense(a), g)), truth)
     assert abs(truth - without) > 1e-3 or positions == 1  # one position has no antisymmetric part

@@ -95,7 +95,7 @@ def test_the_determinant_is_nearer_to_the_truth_than_that_of_ekfac_at_any_size(m
     found = {fit: estimate(model, x, fit).reduced("sum")["0.weight"] for fit in ("kfac", "ekfac", "prototypes")}
     over = {fit: float((X + 0.1).logdet() - (truth + 0.1).logdet()) for fit, X in found.items()}
     assert 0 < over["prototypes"] < 0.75 * min(over["kfac"], over["ekfac"])
-    monkeypatch.setattr("kronfisher.operators.sum.DENSE_LIMIT", 10)  # none of it forms the matrix
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 10)  # none of it forms the matrix
     X = found["prototypes"] + 0.1
     v = torch.randn(X.dim, 2).double()
     torch.testing.assert_close(X @ X.solve(v), v)
@@ -135,7 +135,7 @@ def test_evidence_and_its_derivatives_without_a_dense_block(monkeypatch):
     torch.testing.assert_close(value, truth)
     for found, expected in zip((prior, noise), own, strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
-    monkeypatch.setattr("kronfisher.operators.sum.DENSE_LIMIT", 0)
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 0)
     best = kf.Laplace(model, fisher).optimize_prior(noise=True)
     assert "directions without curvature" in repr(best)
     assert best.predict(x[:2]).variance.isfinite().all()

@@ -58,7 +58,7 @@ def test_priors_by_block_and_by_parameter(fit):
 
 
 def test_another_prior_for_biases_keeps_the_kronecker_structure_at_any_size(monkeypatch):
-    monkeypatch.setattr("kronfisher.laplace.precision.DENSE_LIMIT", 0)
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 0)
     model, x, _, fisher = problem("convnet", fit="kfac")
     prior = {name: 5.0 if "bias" in name else 0.5 for name in fisher.shapes}
     posterior = kf.Laplace(model, fisher, prior)

@@ -18,7 +18,6 @@ from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.damping import FactoredTikhonov
 from kronfisher.operators import Dense, Diagonal, Kronecker, KroneckerSum, Operator, Pair
 from kronfisher.operators import cg as conjugate
-from kronfisher.operators import sum as total
 from tests.helpers.close import close
 
 
@@ -150,7 +149,7 @@ def test_a_lazy_sum_with_an_indefinite_part_is_not_bent_either():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "antisymmetric"])
 def test_factored_damping_of_two_terms_has_an_exact_inverse(sum_of, groups, kind, monkeypatch):
-    monkeypatch.setattr(total, "DENSE_LIMIT", 1)  # nothing is formed
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 1)  # nothing is formed
     X, dense = sum_of(groups, 2, kind)
     damped = X + FactoredTikhonov(0.4)
     first = Kronecker(X.A[0], X.B[0])
@@ -169,7 +168,7 @@ def test_factored_damping_of_two_terms_has_an_exact_inverse(sum_of, groups, kind
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "antisymmetric"])
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_iterated_solutions_at_any_size(sum_of, monkeypatch, dtype, kind, rank):
-    monkeypatch.setattr(total, "DENSE_LIMIT", 1)
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 1)
     X, dense = sum_of(3, rank, kind, inputs=5, outputs=4)
     X = X.to(dtype=dtype) + 1e-2
     assert X.convergence is None and X.notes == ""
@@ -227,7 +226,7 @@ def test_singular_and_not_finite_sums_are_refused(sum_of):
 
 
 def test_a_positive_sum_is_sampled_at_any_size(sum_of, monkeypatch):
-    monkeypatch.setattr(total, "DENSE_LIMIT", 1)
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 1)
     for X, dense in (sum_of(1, 3), sum_of(2, 2), sum_of(2, 2, shift=0.3)):
         assert X.noise_dim(inverse=False) == X.dim * (len(X.A) + (X.shift > 0))
         for inverse, truth in ((False, dense), (True, torch.linalg.inv(dense))):

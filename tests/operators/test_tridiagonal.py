@@ -10,7 +10,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
-from kronfisher.operators.block_tridiagonal import DENSE_LIMIT
+from kronfisher.operators.operator import DENSE_LIMIT
 from tests.helpers.close import close
 
 
@@ -138,7 +138,7 @@ def test_single_precision_follows_double(chain_of):
 def test_what_it_has_no_structure_for_is_refused_above_a_size(chain_of, monkeypatch):
     X, dense = chain_of()
     close(X.eigenvalues(), torch.linalg.eigvalsh(dense).flip(0))
-    monkeypatch.setattr("kronfisher.operators.block_tridiagonal.DENSE_LIMIT", X.dim - 1)
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", X.dim - 1)
     X, _ = chain_of()
     for wanted in (X.eigenvalues, X.sqrt, lambda: X + 0.1, X.inverse().eigenvalues):
         with pytest.raises(kf.UnsupportedError, match=r"FactoredTikhonov"):

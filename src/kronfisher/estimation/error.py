@@ -24,7 +24,7 @@ from kronfisher.fits.full import Full
 from kronfisher.fits.quadratic import joint_quadratic
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror, plain_arithmetic, promote
-from kronfisher.operators import Operator, Tridiagonal
+from kronfisher.operators import Operator
 from kronfisher.operators.memory import available_memory
 
 __all__ = ["Distance", "Origin", "measure"]
@@ -194,7 +194,7 @@ class CrossTerms(Fit):
 
     def _written_out(self, group: tuple[Block, ...]) -> bool:
         operator = self.operators[group]
-        return operator.dim <= _WRITTEN_OUT or (len(group) > 1 and not isinstance(operator, Tridiagonal))
+        return operator.dim <= _WRITTEN_OUT or (len(group) > 1 and not operator.spans_layers)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         """Dense where small, else two scalars and the samples."""

@@ -17,7 +17,7 @@ from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.kronecker_sum import KroneckerSum
-from kronfisher.fits.quadratic import quadratic, squared_norm
+from kronfisher.fits.quadratic import squared_norm
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
@@ -263,7 +263,7 @@ class Auto(Fit):
             last, trial = trial, fit.next_pass(trial)
         operator = fit.finish(last)
         scale = reciprocal(last.count)
-        cross = sum(quadratic(samples, operator) for samples in state.waiting) * scale
+        cross = sum(operator.quadratic(samples) for samples in state.waiting) * scale
         whole = squared * scale**2
         missed = whole - 2 * cross + operator.frobenius_norm().double() ** 2
         error = float(missed.clamp_min(0).sqrt() / whole.sqrt()) if float(whole) > 0 else 0.0

@@ -138,9 +138,9 @@ class KL(Fit):
         shift = self.damping * root.square().flatten(1).sum(1)  # λ tr of the other side's inverse
         going = state.fixed["going"]
         if "outputs" in state.sums:
-            B = Factor.of(state.sums["outputs"]).mirror(scale).shifted(shift).tensor / inputs
+            B = Factor.of(state.sums["outputs"]).mirror(scale).shift(shift).tensor / inputs
             return state.fixed["A"], _chosen(going, B, state.fixed.get("B", B))
-        A = Factor.of(state.sums["inputs"]).mirror(scale).shifted(shift).tensor / outputs
+        A = Factor.of(state.sums["inputs"]).mirror(scale).shift(shift).tensor / outputs
         return _chosen(going, A, state.fixed["A"]), state.fixed["B"]
 
     def _root(self, side: Tensor, name: str) -> Tensor:

@@ -11,8 +11,9 @@ from torch.autograd import Function
 from kronfisher.errors import IndefiniteError, SingularError, UnsupportedError
 from kronfisher.fisher.blocks import Block
 from kronfisher.linalg import indefinite_message, negligible
-from kronfisher.operators import Dense, Diagonal, Eigen, Kronecker, KroneckerBasis, Operator
-from kronfisher.operators.sum import DENSE_LIMIT
+from kronfisher.operators import KroneckerBasis, Operator
+from kronfisher.operators.factors import separate
+from kronfisher.operators.operator import DENSE_LIMIT
 
 __all__ = ["Group", "Precision", "logdet"]
 
@@ -40,6 +41,7 @@ class Precision:
         UnsupportedError: p varies in a way that the structure of X does not allow.
 
     Example:
+        >>> from kronfisher.operators import Kronecker
         >>> X = Kronecker(A=torch.eye(2)[None], B=torch.tensor([[[3.0]]]))
         >>> Precision(X, 2.0, torch.tensor(4.0)).solves(torch.ones(1, 2))
         tensor([[0.1000, 0.1000]])
@@ -90,23 +92,22 @@ class Precision:
         v is ``[H, O, I]``. Nothing of the size of K is ever needed: a gradient ``g aᵀ`` is turned side by side.
         """
         operator = self.damped
-        if isinstance(operator, Eigen) and isinstance(operator.basis, KroneckerBasis):
-            basis, values = operator.basis, operator.checked().values
-            shape = (len(basis.A), basis.B.shape[1], basis.A.shape[1])
+        if operator.product_basis is not None:
+            (A, B), values = operator.product_basis, operator.spectral().checked().values
+            shape = (A.groups, B.width, A.width)
             if self.root is None:
-                return basis, values.reshape(shape)
-            parts = _separated(self.root.reshape(shape))
+                return KroneckerBasis(A.tensor, B.tensor), values.reshape(shape)
+            parts = separate(self.root.reshape(shape))
             assert parts is not None  # or it would not have been whitened into a Kronecker product
             outputs, inputs = parts
-            return KroneckerBasis(
-                basis.input_factor.scaled_rows(1 / inputs).tensor, basis.output_factor.scaled_rows(1 / outputs).tensor
-            ), values.reshape(shape)
+            basis = KroneckerBasis(A.scale_rows(1 / inputs).tensor, B.scale_rows(1 / outputs).tensor)
+            return basis, values.reshape(shape)
         return None
 
     def variances(self) -> Tensor | None:
         """``diag(Λ⁻¹)`` where Λ is diagonal, else None."""
-        if isinstance(self.damped, Diagonal):
-            values = self.damped.checked().values
+        if self.damped.diagonal_values is not None:
+            values = self.damped.spectral().checked().values
             return 1 / values if self.root is None else 1 / (values * self.prior.detach())
         return None
 
@@ -217,30 +218,12 @@ def _whitened(operator: Operator, prior: Tensor, name: str) -> Operator:
             f"{name}: a prior precision that varies within a block must be positive everywhere; "
             "give the parameters that should have none a small one."
         )
-    root = prior.sqrt()
-    if isinstance(operator, Diagonal):
-        return Diagonal(operator.values / prior, operator.name)
-    if isinstance(operator, Kronecker):
-        shape = (len(operator.A), operator.B.shape[1], operator.A.shape[1])
-        parts = _separated(root.reshape(shape))
-        if parts is not None:
-            outputs, inputs = parts
-            A, B = operator.input_factor.divided_by(inputs), operator.output_factor.divided_by(outputs)
-            return Kronecker(A.tensor, B.tensor, operator.name)
-    if operator.dim <= DENSE_LIMIT:
-        return Dense(operator.to_dense() / root / root[:, None], operator.name)
-    raise UnsupportedError(
-        f"{name} ({operator.structure}): its prior precision varies from parameter to parameter in a way that this "
-        f"structure has no exact inverse for, and it is too large to be written out (over {DENSE_LIMIT} rows). "
-        "Give one number for the block, or for a Kronecker product one that is a product of a number for each output "
-        "and one for each input (such as another one for the bias), or use the diagonal fit for this layer."
-    )
-
-
-def _separated(root: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``[H, O, I]`` as the product of ``[H, O]`` and ``[H, I]``, or None if it is none."""
-    outputs, inputs = root[:, :, 0], root[:, 0, :] / root[:, :1, 0]
-    same = torch.allclose(
-        outputs[:, :, None] * inputs[:, None, :], root, rtol=100 * torch.finfo(root.dtype).eps, atol=0.0
-    )
-    return (outputs, inputs) if same else None
+    try:
+        return operator.relative_to(prior)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{name} ({operator.structure}): its prior precision varies from parameter to parameter in a way that this "
+            f"structure has no exact inverse for, and it is too large to be written out (over {DENSE_LIMIT} rows). "
+            "Give one number for the block, or for a Kronecker product one that is a product of a number for each "
+            "output and one for each input (such as another one for the bias), or use the diagonal fit for this layer."
+        ) from error

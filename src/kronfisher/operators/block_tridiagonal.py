@@ -15,16 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.conditionals import Chain, Conditionals, Root, by_cholesky, by_eigenvectors
-from kronfisher.operators.dense import Dense
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral
-from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Tridiagonal"]
 
@@ -60,6 +57,11 @@ class Tridiagonal(Operator, kind="tridiagonal"):
                 [ 0., -2.,  4.]])
     """
 
+    spans_layers = True
+    remedy = (
+        "damp it by fisher + kf.FactoredTikhonov(λ), which keeps the structure that X + λ·1 has not: its solve, "
+        "inverse, logdet and sample are exact; or choose fit='kfac'."
+    )
     layers: tuple[Kronecker, ...]
     A: tuple[Tensor, ...]
     B: tuple[Tensor, ...]
@@ -186,17 +188,13 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         layers = tuple(layer.scaled(factor) for layer in self.layers)
         return replace(self, layers=layers, B=tuple(cross * nonnegative(factor, "the factor") for cross in self.B))
 
+    def factored_damping(self, damping: float) -> "Tridiagonal":
+        """Each layer is damped so, the links stay as they are."""
+        return self.with_layers(tuple(layer.factored_damping(damping) for layer in self.layers))
+
     def with_layers(self, layers: tuple[Kronecker, ...]) -> "Tridiagonal":
         """The same links between other layers, each of which exceeds the old by a positive semidefinite matrix."""
         return replace(self, layers=layers)
-
-    def spectral(self) -> Spectral:
-        """Of the matrix itself.
-
-        Raises:
-            UnsupportedError: it has more than 4096 rows.
-        """
-        return self._matrix.spectral()
 
     def tensors(self) -> dict[str, Tensor]:
         """Sides and links, numbered."""
@@ -217,17 +215,6 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         layers = tuple(Kronecker(tensors[f"A{k}"], tensors[f"B{k}"], **own) for k, own in enumerate(settings["layers"]))
         A, B = (tuple(tensors[f"{key}{k},{k + 1}"] for k in range(len(layers) - 1)) for key in "AB")
         return cls(layers, A, B, settings["name"])
-
-    @cached_property
-    def _matrix(self) -> Dense:
-        if self.dim > DENSE_LIMIT:
-            raise UnsupportedError(
-                f"{self!r}: a matrix with a block-tridiagonal inverse keeps no structure under X + λ·1, roots or an "
-                f"eigendecomposition, and it is not formed above {DENSE_LIMIT} rows (it has {self.dim}). Damp it by "
-                "fisher + kf.FactoredTikhonov(λ), whose solve, inverse, logdet and sample are exact, or choose "
-                "fit='kfac'."
-            )
-        return Dense(self.to_dense(), self.name)
 
     def _split(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split([layer.dim for layer in self.layers], dim=1)

@@ -1,9 +1,7 @@
 """A matrix without structure."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,7 +9,6 @@ from torch import Tensor
 from kronfisher.errors import DataError, SingularError
 from kronfisher.linalg import eigh, full_precision, stable_norm
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.eigen import DenseBasis, Eigen
 from kronfisher.operators.factors import DenseFactor
 from kronfisher.operators.operator import Operator
@@ -117,20 +114,8 @@ class Dense(Operator, kind="dense"):
         if isinstance(other, Dense):
             either = self.indefinite or other.indefinite
             return replace(self, matrix=self.matrix + other.matrix, indefinite=either)
-        return replace(self, matrix=self.matrix + other.values.diag()) if isinstance(other, Diagonal) else None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The matrix."""
-        return {"matrix": self.matrix}
-
-    def settings(self) -> dict[str, Any]:
-        """The name, and whether it may be indefinite."""
-        return {"name": self.name, "indefinite": self.indefinite}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From the matrix."""
-        return cls(tensors["matrix"], **settings)
+        values = other.diagonal_values
+        return None if values is None else replace(self, matrix=self.matrix + values.diag())
 
     @cached_property
     def _lower(self) -> Tensor:

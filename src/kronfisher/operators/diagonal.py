@@ -1,12 +1,13 @@
 """A diagonal matrix."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
 from kronfisher.errors import DataError
+from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 
@@ -46,6 +47,11 @@ class Diagonal(Spectral, kind="diagonal"):
         """The size."""
         return f"diagonal {self.dim}"
 
+    @property
+    def diagonal_values(self) -> Tensor:
+        """The values."""
+        return self.values
+
     def map(self, function: Callable[[Tensor], Tensor], *, definite: bool = False) -> Self:
         """``diag(f(values))``."""
         return replace(self, values=function(self.values), definite=definite)
@@ -72,15 +78,10 @@ class Diagonal(Spectral, kind="diagonal"):
             return replace(self, values=self.values + other.values, definite=self.definite or other.definite)
         return None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The values."""
-        return {"values": self.values}
+    def quadratic(self, samples: Gradients) -> Tensor:
+        """From the squared gradients."""
+        return (samples.squares().flatten().double() * self.values.double()).sum()
 
-    def settings(self) -> dict[str, Any]:
-        """Name and definiteness."""
-        return {"name": self.name, "definite": self.definite}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From the values."""
-        return cls(tensors["values"], **settings)
+    def relative_to(self, diagonal: Tensor) -> "Diagonal":
+        """Diagonal again."""
+        return Diagonal(self.values / diagonal, self.name)

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision
 from kronfisher.operators.factors import Factor, check_factors, sandwich, size_text
+from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.spectral import Spectral
 
@@ -41,6 +43,11 @@ class Basis(Protocol):
         """``(U∘²) v`` for K rows v ``[K, D]``: eigenvalues to the diagonal."""
         ...
 
+    @property
+    def factors(self) -> tuple[Factor, Factor] | None:
+        """``U_A, U_B`` where U is their Kronecker product."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What defines it."""
         ...
@@ -70,6 +77,11 @@ class KroneckerBasis:
     def output_factor(self) -> Factor:
         """U_B."""
         return Factor.of(self.B)
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """U_A and U_B."""
+        return self.input_factor, self.output_factor
 
     @property
     def dim(self) -> int:
@@ -107,6 +119,7 @@ class DenseBasis:
     """
 
     U: Tensor
+    factors = None
 
     @property
     def dim(self) -> int:
@@ -176,7 +189,7 @@ class Eigen(Spectral, kind="eigen"):
     @property
     def structure(self) -> str:
         """The form it came from, or its own."""
-        label = "dense" if isinstance(self.basis, DenseBasis) else "eigenvalue-corrected"
+        label = "dense" if self.basis.factors is None else "eigenvalue-corrected"
         return self.form or f"{label} {self.basis.size}"
 
     def map(self, function: Callable[[Tensor], Tensor], *, definite: bool = False) -> Self:
@@ -191,12 +204,37 @@ class Eigen(Spectral, kind="eigen"):
         """``(U∘²) S``, ``[D]``."""
         return self.basis.spread(self.values[None])[0]
 
+    @property
+    def product_basis(self) -> tuple[Factor, Factor] | None:
+        """Those of a `KroneckerBasis`."""
+        return self.basis.factors
+
+    def quadratic(self, samples: Gradients) -> Tensor:
+        """From the squared gradients in a `KroneckerBasis`."""
+        if self.product_basis is None:
+            return super().quadratic(samples)
+        A, B = (factor.tensor for factor in self.product_basis)
+        squares = torch.stack([part.squares().double() for part in samples.rotated(A, B)]).sum(dim=0)
+        return (squares.flatten() * self.values.double()).sum()
+
+    def factored_damping(self, damping: float) -> Operator:
+        """Corrected eigenvalues get what the product with their row and column sums would get."""
+        if self.product_basis is None or self.form:
+            return self.shifted(damping)
+        A, B = self.product_basis
+        values = self.values.reshape(A.groups, B.width, A.width)
+        rows, columns = values.mean(2, keepdim=True).clamp_min(0), values.mean(1, keepdim=True).clamp_min(0)
+        mean = rows.mean(1, keepdim=True)
+        root = torch.where(mean > 0, damping / torch.where(mean > 0, mean, 1), 0).sqrt()  # balanced: a, b of one mean
+        return replace(self.shifted(damping), values=(values + damping + root * (rows + columns)).flatten())
+
     def transposed(self, outputs: int, inputs: int) -> Operator:
         """The sides of a `KroneckerBasis` of one group change places."""
-        if not isinstance(self.basis, KroneckerBasis) or len(self.basis.A) > 1:
+        if self.basis.factors is None or self.basis.factors[0].groups > 1:
             return super().transposed(outputs, inputs)
-        basis = KroneckerBasis(self.basis.B, self.basis.A)
-        values = self.values.reshape(self.basis.B.shape[1], self.basis.A.shape[1]).mT.flatten()
+        A, B = self.basis.factors
+        values = self.values.reshape(B.width, A.width).mT.flatten()
+        basis = KroneckerBasis(B.tensor, A.tensor)
         return replace(self, basis=basis, values=values, form="")
 
     def merged(self, other: Operator) -> Operator | None:

@@ -90,7 +90,7 @@ class Inverse(Operator, kind="inverse"):
 
     def spectral(self) -> Spectral:
         """As that of X; UnsupportedError where it has none."""
-        return self.of.spectral().positive_map(lambda values: values.reciprocal())
+        return cast(Spectral, self.of.spectral().positive_map(lambda values: values.reciprocal()))
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
         """Of the transpose."""

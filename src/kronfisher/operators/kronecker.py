@@ -1,19 +1,28 @@
 """One Kronecker product per group: K-FAC, K-FOC and their kin."""
 
-from collections.abc import Mapping
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from kronfisher.errors import NumericalWarning
 from kronfisher.linalg import negligible, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
-from kronfisher.operators.factors import Factor, check_factors, cholesky_solve, outer, sandwich, size_text, stack
+from kronfisher.operators.factors import (
+    Factor,
+    check_factors,
+    cholesky_solve,
+    outer,
+    sandwich,
+    separate,
+    size_text,
+    stack,
+)
+from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.sum import DENSE_LIMIT
 
 __all__ = ["Kronecker"]
 
@@ -63,6 +72,11 @@ class Kronecker(Operator, kind="kronecker"):
         return Factor.of(self.B)
 
     @property
+    def product(self) -> tuple[Factor, Factor]:
+        """A and B."""
+        return self.input_factor, self.output_factor
+
+    @property
     def has_diagonal(self) -> bool:
         """Whether a factor is kept as its diagonal."""
         return self.input_factor.is_diagonal or self.output_factor.is_diagonal
@@ -108,12 +122,12 @@ class Kronecker(Operator, kind="kronecker"):
 
     def merged(self, other: Operator) -> Operator | None:
         """Two terms of one form as a sum of products, where they are too large to be formed: it can be solved."""
-        if not isinstance(other, Kronecker) or self.dim <= DENSE_LIMIT:
+        if other.product is None or self.is_small:
             return None
-        if (len(self.A), self.A.shape[1], self.B.shape[1]) != (len(other.A), other.A.shape[1], other.B.shape[1]):
+        pairs = tuple(zip(self.product, other.product, strict=True))
+        if any((mine.groups, mine.width) != (theirs.groups, theirs.width) for mine, theirs in pairs):
             return None
-        A = stack(self.input_factor, other.input_factor)
-        B = stack(self.output_factor, other.output_factor)
+        A, B = (stack(*factors) for factors in pairs)
         settings = {"name": self.name, "nonnegative": True, "antisymmetric": (False, False)}
         return Operator.kinds["kronecker-sum"].from_tensors({"A": A, "B": B}, **settings)
 
@@ -147,18 +161,54 @@ class Kronecker(Operator, kind="kronecker"):
         size = self.A.shape[1] * self.B.shape[1]
         return torch.block_diag(*products.reshape(len(left), size, size))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """A and B."""
-        return {"A": self.A, "B": self.B}
+    def quadratic(self, samples: Gradients) -> Tensor:
+        """``Σ_k ⟨G_k, B G_k A⟩``, from the factors of the gradients."""
+        A, B = self.input_factor.mT.tensor, self.output_factor.mT.tensor
+        if self.input_factor.is_diagonal:
+            (product,) = samples.rotated(A, B)
+            return samples.inner(product)
+        total = samples.gradients.new_zeros((), dtype=torch.float64)
+        for plain, product in zip(samples.pieces(), samples.rotated(A, B), strict=True):
+            total += plain.inner(product)
+        return total
 
-    def settings(self) -> dict[str, Any]:
-        """Name and definiteness."""
-        return {"name": self.name, "definite": self.definite}
+    def factored_damping(self, damping: float) -> "Kronecker":
+        """``(B + √λ/π·1) ⊗ (A + π√λ·1)``, group by group.
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From A and B."""
-        return cls(tensors["A"], tensors["B"], **settings)
+        Warns:
+            NumericalWarning: λ was raised to what does not drown in the rounding errors of A and B.
+        """
+        root_a, root_b = (factor.diagonal().mean(1).clamp_min(0).sqrt() for factor in self.product)
+        nonzero = (root_a > 0) & (root_b > 0)  # a factor of zero trace is zero, and so is the product
+        ratio = torch.where(nonzero, root_a, 1) / torch.where(nonzero, root_b, 1)
+        root = self._root_of(damping, root_a * root_b)
+        A = self.input_factor.scale(nonzero).shift(ratio * root)  # the shift alone where the product is zero
+        B = self.output_factor.scale(nonzero).shift(root / ratio)
+        return Kronecker(A.tensor, B.tensor, self.name, definite=True)
+
+    def _root_of(self, damping: float, mean_root: Tensor) -> Tensor:
+        # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) on both sides alike.
+        floor = negligible(self.dtype) * max(self.input_factor.width, self.output_factor.width) * mean_root
+        root = torch.full_like(floor, damping**0.5)
+        if bool((root < floor).any()):
+            lowest = float(floor.max().item()) ** 2
+            warnings.warn(
+                f"{self.name or self.structure}: λ = {damping:.1e} is too small for {self.dtype}; raised to "
+                f"{lowest:.1e}. Use a larger λ or float64.",
+                NumericalWarning,
+                stacklevel=5,
+            )
+        return torch.maximum(root, floor)
+
+    def relative_to(self, diagonal: Tensor) -> Operator:
+        """A product again where the diagonal is one."""
+        root = diagonal.sqrt().reshape(self.input_factor.groups, self.output_factor.width, self.input_factor.width)
+        parts = separate(root)
+        if parts is None:
+            return super().relative_to(diagonal)
+        outputs, inputs = parts
+        A, B = self.input_factor.divide_by(inputs), self.output_factor.divide_by(outputs)
+        return Kronecker(A.tensor, B.tensor, self.name)
 
     @cached_property
     def _lower(self) -> tuple[Factor, Factor]:

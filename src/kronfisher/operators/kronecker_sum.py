@@ -1,9 +1,8 @@
 """Sums of Kronecker products: several per group, and perhaps a multiple of the identity."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,20 +11,14 @@ from kronfisher.errors import DataError
 from kronfisher.linalg import negligible
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.cg import Convergence, conjugate_gradients
-from kronfisher.operators.dense import Dense
 from kronfisher.operators.factors import Factor, check_factors, size_text
+from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.pair import Pair
 from kronfisher.operators.spectral import Spectral, warn_if_lost
-from kronfisher.operators.sum import require_small
 
 __all__ = ["KroneckerSum"]
-
-_FALLBACK = (
-    "use what works at any size: solve, trace, norm; factored damping of at most two terms, which then give everything "
-    "exactly; or samples of a sum whose terms are all positive semidefinite."
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +31,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
     At most two terms without λ are solved, inverted and sampled exactly at any size, by diagonalising both together
     (`Pair`); this needs a positive definite first term. Everything else is solved by conjugate gradients on the exact
     matrix, preconditioned with the exactly damped first term; `convergence` says how that went. What has no structure
-    (determinant, roots, eigenvalues) forms the matrix, up to `operators.total.DENSE_LIMIT` rows.
+    (determinant, roots, eigenvalues) forms the matrix if it is small.
 
     Attributes:
         A: the input sides ``[R, H, I, I]``, or their diagonals ``[R, H, I]``.
@@ -64,6 +57,10 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         tensor([1., 0.])
     """
 
+    remedy = (
+        "use what works at any size: solve, trace, norm; factored damping of at most two terms, which then give "
+        "everything exactly; or samples of a sum whose terms are all positive semidefinite."
+    )
     A: Tensor
     B: Tensor
     name: str = ""
@@ -157,7 +154,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         ``X⁻¹``.
         """
         if not self._apart(inverse):
-            return (self._pair or self._dense("its root")).colour(noise, inverse=inverse)
+            return (self._pair or self.write_out("its root")).colour(noise, inverse=inverse)
         parts = noise.split(self.dim, dim=1)
         drawn = [term.colour(part, inverse=False) for term, part in zip(self.terms, parts, strict=False)]
         if self.shift:
@@ -167,20 +164,25 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
 
     def inverse(self) -> Operator:
         """A `Pair` for at most two terms; else of the matrix itself, UnsupportedError if it is too large."""
-        return self._pair.inverse() if self._pair else self._dense("its inverse").inverse()
+        return self._pair.inverse() if self._pair else self.write_out("its inverse").inverse()
 
     def logdet(self) -> Tensor:
         """As `inverse`."""
-        return self._pair.logdet() if self._pair else self._dense("its determinant").logdet()
+        return self._pair.logdet() if self._pair else self.write_out("its determinant").logdet()
 
     def spectral(self) -> Spectral:
-        """Of the matrix itself, negative eigenvalues and all.
-
-        Raises:
-            UnsupportedError: it has more than `operators.total.DENSE_LIMIT` rows.
-        """
-        spectral = self._plain._dense("its spectrum").spectral()
+        """Of the matrix itself, negative eigenvalues and all; UnsupportedError as in `write_out`."""
+        spectral = cast(Spectral, self._plain.write_out("its spectrum").spectral())
         return spectral.shifted(self.shift) if self.shift else spectral
+
+    def quadratic(self, samples: Gradients) -> Tensor:
+        """Term by term, and λ times the squared norms."""
+        total = torch.stack([term.quadratic(samples) for term in self.terms]).sum()
+        return total + self.shift * samples.squares().sum(dtype=torch.float64)
+
+    def factored_damping(self, damping: float) -> "KroneckerSum":
+        """With the first term damped so: two terms keep an exact inverse."""
+        return self.with_first(self.terms[0].factored_damping(damping))
 
     def shifted(self, damping: float) -> "KroneckerSum":
         """``X + λ·1``, exactly and for nothing: λ is kept apart. Copies share what was decomposed."""
@@ -246,35 +248,17 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
 
     def merged(self, other: Operator) -> "KroneckerSum | None":
         """The terms of both in one sum: no larger than the two apart, and it can be solved."""
-        if isinstance(other, Kronecker):
-            kinds, A, B, shift, good = (False,), other.A[None], other.B[None], 0.0, True
-        elif isinstance(other, KroneckerSum):
+        if isinstance(other, KroneckerSum):
             kinds, A, B, shift, good = other._kinds, other.A, other.B, other.shift, other.nonnegative
+        elif other.product is not None:
+            A, B = (factor.tensor[None] for factor in other.product)
+            kinds, shift, good = (False,), 0.0, True
         else:
             return None
         if A.shape[1:] != self.A.shape[1:] or B.shape[1:] != self.B.shape[1:]:
             return None
         joined = {"A": torch.cat([self.A, A]), "B": torch.cat([self.B, B]), "antisymmetric": (*self._kinds, *kinds)}
         return replace(self, **joined, shift=self.shift + shift, nonnegative=self.nonnegative and good)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """A and B."""
-        return {"A": self.A, "B": self.B}
-
-    def settings(self) -> dict[str, Any]:
-        """All but the sides."""
-        return {
-            "name": self.name,
-            "shift": self.shift,
-            "nonnegative": self.nonnegative,
-            "antisymmetric": list(self._kinds),
-            "definite": self.definite,
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From A and B."""
-        return cls(tensors["A"], tensors["B"], **{**settings, "antisymmetric": tuple(settings["antisymmetric"])})
 
     def _apart(self, inverse: bool) -> bool:
         # drawn term by term: a pair needs a positive definite first term, which N(0, X) does not
@@ -310,14 +294,6 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
             definite=self.definite,
             form=self.structure,
         )
-
-    @cached_property
-    def _matrix(self) -> Dense:
-        return Dense(self.to_dense(), self.name, indefinite=not self.nonnegative)
-
-    def _dense(self, wanted: str) -> Dense:
-        require_small(self, wanted, _FALLBACK)
-        return self._matrix
 
 
 def _has_diagonal(*stacks: Tensor) -> bool:

@@ -1,26 +1,30 @@
-"""What every structured symmetric matrix can do; it is positive semidefinite unless its class says otherwise.
+"""A symmetric matrix with structure, positive semidefinite unless its class says otherwise.
 
-A subclass says how it multiplies and what its spectrum is; everything else is derived here, once, and a subclass
-replaces what it can do more cheaply. Vectors are canonical: ``[D]`` with ``D = H·O·I`` in row-major order of
+A subclass says how large it is, what it is called and how it multiplies; everything else is derived here, once, and a
+subclass replaces what it can do more cheaply. Vectors are canonical: ``[D]`` with ``D = H·O·I`` in row-major order of
 ``W [H, O, I]``. Operators are never written after they were made: every operation gives a new one, which may share
 tensors and eigenvectors with the old.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import fields
+from functools import cached_property
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, UnsupportedError
-from kronfisher.linalg import stable_norm
+from kronfisher.linalg import negligible, stable_norm
 from kronfisher.operators.algebra import Algebra, nonnegative
+from kronfisher.operators.factors import Factor
+from kronfisher.operators.gradients import Gradients
+from kronfisher.operators.spectrum import Spectrum
 
-if TYPE_CHECKING:
-    from kronfisher.operators.spectral import Spectral
+__all__ = ["DENSE_LIMIT", "Operator"]
 
-__all__ = ["Operator"]
+DENSE_LIMIT = 4096  # rows up to which a matrix is formed: 64 MiB in float32, seconds to decompose
 
 
 class Operator(Algebra["Operator"]):
@@ -29,17 +33,37 @@ class Operator(Algebra["Operator"]):
     It is positive semidefinite unless `semidefinite` is False. What needs a positive definite matrix then raises
     `IndefiniteError` when it meets a negative eigenvalue; only `clamped` and `absolute` change the spectrum.
 
-    A subclass is registered by its `kind` (``class Mine(Operator, kind="mine")``), which is how a saved file names it.
+    A subclass is a frozen dataclass whose fields are its tensors and settings, with three members: `dim`, `structure`
+    and `matvecs`. It is registered by its `kind` (``class Mine(Operator, kind="mine")``), which is how a saved file
+    names it. What it does not replace forms the matrix, up to `DENSE_LIMIT` rows.
 
     Attributes:
         name: what the matrix belongs to, for messages.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, eq=False, repr=False)
+        ... class Circulant(Operator, kind="circulant-example"):
+        ...     column: Tensor
+        ...     name: str = ""
+        ...     dim = property(lambda self: len(self.column))
+        ...     structure = property(lambda self: f"circulant {self.dim}")
+        ...     def matvecs(self, rows):
+        ...         spectrum = torch.fft.rfft(self.column)
+        ...         return torch.fft.irfft(torch.fft.rfft(rows) * spectrum, n=self.dim)
+        >>> (Circulant(torch.tensor([2.0, 1.0, 0.0, 1.0])) + 1.0).solve(torch.ones(4)).round(decimals=4)
+        tensor([0.2000, 0.2000, 0.2000, 0.2000])
+        >>> _ = Operator.kinds.pop("circulant-example")
     """
 
     kinds: ClassVar[dict[str, type["Operator"]]] = {}
     kind: ClassVar[str] = ""
-    # Whether X + λ is solved, and has determinant and samples, at any size without a spectrum.
-    determined: ClassVar[bool] = False
-    name: str
+    determined: ClassVar[bool] = (
+        False  # X + λ is solved, and has determinant and samples, at any size without a spectrum
+    )
+    spans_layers: ClassVar[bool] = False  # it ties several layers together, and multiplies cheaply at any size
+    remedy: ClassVar[str] = "choose another fit."  # in messages, where the matrix is too large to be formed
+    name: str = ""
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,17 +84,35 @@ class Operator(Algebra["Operator"]):
         """A few words for reports, such as ``kronecker 401x120`` (I x O)."""
 
     @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that define the matrix, and nothing that can be derived from them."""
+    def matvecs(self, rows: Tensor) -> Tensor:
+        """Multiply K vectors ``[K, D]`` of the operator's dtype, without checks."""
 
-    @abstractmethod
+    # Tensors and settings, as in files --------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define the matrix, and nothing that can be derived from them: those among its fields."""
+        parts: dict[str, Tensor] = {}
+        for key, value in _fields(self):
+            if isinstance(value, Tensor):
+                parts[key] = value
+            elif isinstance(value, Operator):
+                parts |= {f"{key}.{name}": tensor for name, tensor in value.tensors().items()}
+        return parts
+
     def settings(self) -> dict[str, Any]:
-        """What `from_tensors` needs besides the tensors; plain JSON."""
+        """What `from_tensors` needs besides the tensors, plain JSON: the other fields."""
+        return {key: _plain(value) for key, value in _fields(self) if not isinstance(value, Tensor)}
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
         """The operator that gave these `tensors` and `settings`."""
+        values: dict[str, Any] = {key: tensor for key, tensor in tensors.items() if "." not in key}
+        for key, value in settings.items():
+            if isinstance(value, Mapping) and "kind" in value:
+                own = {name.removeprefix(f"{key}."): t for name, t in tensors.items() if name.startswith(f"{key}.")}
+                value = Operator.restored(own, value)
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
     @staticmethod
     def restored(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Operator":
@@ -78,25 +120,7 @@ class Operator(Algebra["Operator"]):
         rest = {key: value for key, value in settings.items() if key != "kind"}
         return Operator.kinds[settings["kind"]].from_tensors(tensors, **rest)
 
-    @abstractmethod
-    def matvecs(self, rows: Tensor) -> Tensor:
-        """Multiply K vectors ``[K, D]`` of the operator's dtype, without checks."""
-
-    @abstractmethod
-    def spectral(self) -> "Spectral":
-        """The same matrix as eigenvectors and eigenvalues; computed once and shared by every copy with another λ."""
-
-    @abstractmethod
-    def trace(self) -> Tensor:
-        """The sum of the eigenvalues, a 0-dim tensor."""
-
-    @abstractmethod
-    def diagonal(self) -> Tensor:
-        """The diagonal ``[D]``."""
-
-    @abstractmethod
-    def scaled(self, factor: float) -> "Operator":
-        """``factor · X``, for a factor of at least 0 (ValueError otherwise)."""
+    # Structure that others may use ------------------------------------------------------------------------------------
 
     @property
     def semidefinite(self) -> bool:
@@ -108,7 +132,80 @@ class Operator(Algebra["Operator"]):
         """What a report says besides the structure."""
         return ""
 
+    @property
+    def product(self) -> tuple[Factor, Factor] | None:
+        """The factors A and B where the matrix is one Kronecker product a group, else None."""
+        return None
+
+    @property
+    def product_basis(self) -> tuple[Factor, Factor] | None:
+        """``U_A, U_B`` where the eigenvectors are known to be their Kronecker product, else None."""
+        return None
+
+    @property
+    def diagonal_values(self) -> Tensor | None:
+        """``[D]`` where the matrix is diagonal, else None."""
+        return None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it has few enough rows to be formed."""
+        return self.dim <= DENSE_LIMIT
+
+    def write_out(self, wanted: str) -> "Operator":
+        """The same matrix written out, for what the structure does not give; made once.
+
+        Raises:
+            UnsupportedError: it has more than `DENSE_LIMIT` rows.
+        """
+        if not self.is_small:
+            raise UnsupportedError(
+                f"{self!r}: this structure does not give {wanted}, and it is not formed above {DENSE_LIMIT} rows (it "
+                f"has {self.dim}). Products work at any size: solve by conjugate gradients on them "
+                f"(fisher.to_scipy() suits SciPy's solvers), or {self.remedy}"
+            )
+        return self._matrix
+
+    @cached_property
+    def _matrix(self) -> "Operator":
+        settings = {"name": self.name, "indefinite": not self.semidefinite}
+        return Operator.kinds["dense"].from_tensors({"matrix": self.to_dense()}, **settings)
+
     # What follows from it ---------------------------------------------------------------------------------------------
+
+    def spectral(self) -> Spectrum["Operator"]:
+        """The same matrix as eigenvectors and eigenvalues; computed once and shared by every copy with another λ."""
+        return self.write_out("its spectrum").spectral()
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a 0-dim tensor."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``."""
+        return self.write_out("its diagonal").diagonal()
+
+    def scaled(self, factor: float) -> "Operator":
+        """``factor · X``, for a factor of at least 0 (ValueError otherwise)."""
+        return self.write_out("a multiple of itself").scaled(factor)
+
+    def quadratic(self, samples: Gradients) -> Tensor:
+        """``Σ_k vec(G_k)ᵀ X vec(G_k)``, a 0-dim tensor in float64."""
+        total = samples.gradients.new_zeros((), dtype=torch.float64)
+        for gradients in samples.per_sample():
+            rows = gradients.transpose(0, 1).flatten(1)
+            total += (rows * self.matvecs(rows)).sum(dtype=torch.float64)
+        return total
+
+    def factored_damping(self, damping: float) -> "Operator":
+        """Damped by `FactoredTikhonov` with λ > 0; ``X + λ·1`` where the structure has no factors to damp."""
+        return self.shifted(damping)
+
+    def relative_to(self, diagonal: Tensor) -> "Operator":
+        """``P^{-1/2} X P^{-1/2}`` for ``P = diag(diagonal)``, positive ``[D]``; UnsupportedError as in `write_out`."""
+        root = diagonal.sqrt()
+        matrix = self.write_out("itself relative to a diagonal matrix").to_dense() / root / root[:, None]
+        return Operator.kinds["dense"].from_tensors({"matrix": matrix}, name=self.name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,7 +272,7 @@ class Operator(Algebra["Operator"]):
     def nullity(self) -> int:
         """How many eigenvalues cannot be told from zero."""
         values = self.eigenvalues()
-        return int((values <= 10 * torch.finfo(values.dtype).eps * values.amax()).sum())
+        return int((values <= negligible(values.dtype) * values.amax()).sum())
 
     def frobenius_norm(self) -> Tensor:
         """``‖X‖ = √(Σ X_ij²)``, a 0-dim tensor."""
@@ -283,3 +380,13 @@ class Operator(Algebra["Operator"]):
         dtype = torch.promote_types(self.dtype, v.dtype)
         operator, v = self.to(dtype=dtype), v.to(dtype)
         return apply(operator, v[None])[0] if v.dim() == 1 else apply(operator, v.mT).mT
+
+
+def _fields(operator: Operator) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(operator, field.name)) for field in fields(cast(Any, operator))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Operator):
+        return {"kind": value.kind, **value.settings()}
+    return list(value) if isinstance(value, tuple) else value

@@ -11,12 +11,10 @@ from torch import Tensor
 from kronfisher.errors import DataError, IndefiniteError, SingularError
 from kronfisher.linalg import eigh, full_precision, negligible, singular_message
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.factors import DenseFactor, Factor, outer, sandwich
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral
-from kronfisher.operators.sum import DENSE_LIMIT, Sum, require_small
+from kronfisher.operators.sum import Sum
 
 __all__ = ["Pair"]
 
@@ -51,6 +49,7 @@ class Pair(Operator, kind="pair"):
         tensor([1., 1., 1., 1.])
     """
 
+    remedy = "use what a pair gives: solve, inverse, logdet and samples."
     A: Tensor
     B: Tensor
     UA: Tensor
@@ -156,18 +155,10 @@ class Pair(Operator, kind="pair"):
             raise SingularError(singular_message(self.name or self.form, self._mean, self.dtype))
         return self
 
-    def spectral(self) -> Spectral:
-        """Of the matrix itself, in an orthogonal basis.
-
-        Raises:
-            UnsupportedError: it has more than `DENSE_LIMIT` rows.
-        """
-        return self._spectral
-
     def shifted(self, damping: float) -> Operator:
-        """``X + λ·1``: through the spectrum up to `DENSE_LIMIT` rows, else as a lazy sum."""
+        """``X + λ·1``: through the spectrum of a small matrix, else as a lazy sum."""
         shift = nonnegative(damping, "the damping λ")
-        if shift == 0 or self.dim <= DENSE_LIMIT:
+        if shift == 0 or self.is_small:
             return super().shifted(shift)
         return Sum.from_terms((self, Diagonal(torch.full_like(self.values, shift), self.name, definite=True)))
 
@@ -269,11 +260,6 @@ class Pair(Operator, kind="pair"):
         self.checked()
         A, B = (Factor.of(side).inverse_transpose().tensor for side in (self.A, self.B))
         return replace(self, A=A, B=B, values=self.values.reciprocal(), definite=True)
-
-    @cached_property
-    def _spectral(self) -> Spectral:
-        require_small(self, "its spectrum", "use what a pair gives: solve, inverse, logdet and samples.")
-        return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite).spectral()
 
 
 def _diagonalise(

@@ -11,16 +11,12 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.linalg import WORKSPACE, cholesky, chunks, full_precision, negligible
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.dense import Dense
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral, warn_if_lost
-from kronfisher.operators.sum import require_small
+from kronfisher.operators.spectral import warn_if_lost
 
 __all__ = ["Prototyped"]
-
-_FALLBACK = "use what works at any size: solve, inverse, logdet, samples, trace, norm."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +26,7 @@ class Prototyped(Operator, kind="prototyped"):
     With ``Z [D, m]`` the prototypes of a group and ``M = 1 + W^{1/2} Zᵀ diag(1/s) Z W^{1/2}`` everything follows from
     Woodbury's identity: ``X⁻¹ = diag(1/s) − diag(1/s) Z W^{1/2} M⁻¹ W^{1/2} Zᵀ diag(1/s)``, ``log|X| = Σ log s +
     log|M|``. λ goes into s. M takes ``m² D`` multiplications and is kept; neither Z nor X is ever held. Where the
-    matrix itself is wanted (eigenvalues, roots), it is formed up to `operators.total.DENSE_LIMIT` rows.
+    matrix itself is wanted (eigenvalues, roots), it is formed if it is small.
 
     Attributes:
         rest: ``U diag(s) Uᵀ``, s of at least 0.
@@ -50,7 +46,7 @@ class Prototyped(Operator, kind="prototyped"):
     """
 
     determined = True
-
+    remedy = "use what works at any size: solve, inverse, logdet, samples, trace, norm."
     rest: Eigen
     A: Tensor
     B: Tensor
@@ -184,11 +180,6 @@ class Prototyped(Operator, kind="prototyped"):
         total = s.square().sum() + 2 * (w * squares).sum() + torch.einsum("hm,hmn,hn->", w, grams, w)
         return (total.sqrt() * scale).to(self.dtype)
 
-    def spectral(self) -> Spectral:
-        """Of the matrix itself; UnsupportedError above `operators.total.DENSE_LIMIT` rows."""
-        require_small(self, "its spectrum", _FALLBACK)
-        return self._matrix.spectral()
-
     def nullity(self) -> int:
         """Of the coordinates where s is zero, those that the prototypes do not reach."""
         s, groups = self.rest.values.double().reshape(len(self.A), -1), range(len(self.A))
@@ -226,10 +217,6 @@ class Prototyped(Operator, kind="prototyped"):
     def _heaviest(self) -> float:
         """The largest curvature of a prototype by itself: about the largest eigenvalue, and at most it."""
         return (self.weights * self._lengths).amax().item()
-
-    @cached_property
-    def _matrix(self) -> Dense:
-        return Dense(self.to_dense(), self.name)
 
     @cached_property
     def _factor(self) -> Tensor:

@@ -2,27 +2,23 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.dense import Dense
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.operator import Operator
-from kronfisher.operators.spectral import Spectral
 
-__all__ = ["DENSE_LIMIT", "Sum"]
-
-DENSE_LIMIT = 4096  # rows up to which a sum is formed for its spectrum: 64 MiB in float32, seconds to decompose
+__all__ = ["Sum"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sum(Operator, kind="total"):
-    """``Σ_i X_i``: products, trace and diagonal are sums; the rest forms the matrix, up to `DENSE_LIMIT` rows.
+    """``Σ_i X_i``: products, trace and diagonal are sums; the rest forms the matrix if it is small.
 
     ``+`` makes one where the terms have no common structure.
 
@@ -31,11 +27,13 @@ class Sum(Operator, kind="total"):
         name: what the matrix belongs to, for messages.
 
     Example:
+        >>> from kronfisher.operators import Dense
         >>> X = Diagonal(torch.tensor([1.0, 2.0])) + Dense(torch.ones(2, 2)) + Diagonal(torch.tensor([1.0, 1.0]))
         >>> X.structure, X.trace()
         ('dense 2x2', tensor(7.))
     """
 
+    remedy = "choose a fit of one term."
     terms: tuple[Operator, ...]
     name: str = ""
 
@@ -81,38 +79,30 @@ class Sum(Operator, kind="total"):
         """The sum of the products, for K rows ``[K, D]``."""
         return sum((term.matvecs(rows) for term in self.terms[1:]), start=self.terms[0].matvecs(rows))
 
-    def spectral(self) -> Spectral:
-        """Of the matrix itself.
-
-        Raises:
-            UnsupportedError: it has more than `DENSE_LIMIT` rows.
-        """
-        return self._dense("its spectrum").spectral()
-
     def solves(self, rows: Tensor) -> Tensor:
-        """By the Cholesky factor of the matrix itself; UnsupportedError as in `spectral`."""
-        return self._dense("its inverse").solves(rows)
+        """By the Cholesky factor of the matrix itself; UnsupportedError as in `write_out`."""
+        return self.write_out("its inverse").solves(rows)
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
-        """As the matrix itself does; UnsupportedError as in `spectral`."""
-        return self._dense("its root").colour(noise, inverse=inverse)
+        """As the matrix itself does; UnsupportedError as in `write_out`."""
+        return self.write_out("its root").colour(noise, inverse=inverse)
 
     def inverse(self) -> Operator:
-        """Of the matrix itself; UnsupportedError as in `spectral`."""
-        return self._dense("its inverse").inverse()
+        """Of the matrix itself; UnsupportedError as in `write_out`."""
+        return self.write_out("its inverse").inverse()
 
     def logdet(self) -> Tensor:
-        """Of the matrix itself; UnsupportedError as in `spectral`."""
-        return self._dense("its determinant").logdet()
+        """Of the matrix itself; UnsupportedError as in `write_out`."""
+        return self.write_out("its determinant").logdet()
 
     def frobenius_norm(self) -> Tensor:
-        """Of the matrix itself; UnsupportedError as in `spectral`."""
-        return self._dense("its norm").frobenius_norm()
+        """Of the matrix itself; UnsupportedError as in `write_out`."""
+        return self.write_out("its norm").frobenius_norm()
 
     def shifted(self, damping: float) -> Operator:
         """``Σ X_i + λ·1``: through the spectrum where there is one, else with the identity as one more term."""
         shift = nonnegative(damping, "the damping λ")
-        if shift == 0 or self.dim <= DENSE_LIMIT:
+        if shift == 0 or self.is_small:
             return super().shifted(shift)
         identity = torch.full((self.dim,), shift, dtype=self.dtype, device=self.device)
         return Sum.from_terms((*self.terms, Diagonal(identity, self.name, definite=True)))
@@ -153,25 +143,3 @@ class Sum(Operator, kind="total"):
             own = {key.removeprefix(f"{k}."): t for key, t in tensors.items() if key.startswith(f"{k}.")}
             terms.append(Operator.restored(own, term))
         return cls(tuple(terms), settings["name"])
-
-    @cached_property
-    def _matrix(self) -> Dense:
-        return Dense(self.to_dense(), self.name, indefinite=not self.semidefinite)
-
-    def _dense(self, wanted: str) -> Dense:
-        require_small(self, wanted, "choose a fit of one term.")
-        return self._matrix
-
-
-def require_small(operator: Operator, wanted: str, remedy: str) -> None:
-    """Refuse to form a large matrix for what its structure does not give.
-
-    Raises:
-        UnsupportedError: it has more than `DENSE_LIMIT` rows.
-    """
-    if operator.dim > DENSE_LIMIT:
-        raise UnsupportedError(
-            f"{operator!r}: a sum of operators has no structure that gives {wanted}, and it is not formed above "
-            f"{DENSE_LIMIT} rows (it has {operator.dim}). Products, trace and diagonal work: solve by conjugate "
-            f"gradients on them (fisher.to_scipy() suits SciPy's solvers), or {remedy}"
-        )

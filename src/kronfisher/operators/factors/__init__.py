@@ -3,7 +3,15 @@
 from kronfisher.operators.factors.dense import DenseFactor
 from kronfisher.operators.factors.diagonal import DiagonalFactor
 from kronfisher.operators.factors.factor import Factor
-from kronfisher.operators.factors.product import check_factors, cholesky_solve, outer, sandwich, size_text, stack
+from kronfisher.operators.factors.product import (
+    check_factors,
+    cholesky_solve,
+    outer,
+    sandwich,
+    separate,
+    size_text,
+    stack,
+)
 
 __all__ = [
     "DenseFactor",
@@ -13,6 +21,7 @@ __all__ = [
     "cholesky_solve",
     "outer",
     "sandwich",
+    "separate",
     "size_text",
     "stack",
 ]

@@ -70,13 +70,13 @@ class DenseFactor(Factor, axes=3):
         with full_precision(matrix.device.type):
             return DenseFactor(other.mT.right(matrix))
 
-    def shifted(self, shift: Tensor) -> Self:
+    def shift(self, shift: Tensor) -> Self:
         return type(self)(self.tensor + torch.diag_embed(shift[:, None].expand(-1, self.width)))
 
-    def scaled_rows(self, scale: Tensor) -> Self:
+    def scale_rows(self, scale: Tensor) -> Self:
         return type(self)(self.tensor * scale[:, :, None])
 
-    def divided_by(self, root: Tensor) -> Self:
+    def divide_by(self, root: Tensor) -> Self:
         return type(self)(self.tensor / root[:, :, None] / root[:, None, :])
 
     def eigh(self, name: str) -> tuple[Tensor, Self]:

@@ -58,13 +58,13 @@ class DiagonalFactor(Factor, axes=2):
     def __matmul__(self, other: Factor) -> Factor:
         return type(other)(self.tensor * other.tensor if other.is_diagonal else self.left(other.tensor))
 
-    def shifted(self, shift: Tensor) -> Self:
+    def shift(self, shift: Tensor) -> Self:
         return type(self)(self.tensor + shift[:, None])
 
-    def scaled_rows(self, scale: Tensor) -> Self:
+    def scale_rows(self, scale: Tensor) -> Self:
         return type(self)(self.tensor * scale)
 
-    def divided_by(self, root: Tensor) -> Self:
+    def divide_by(self, root: Tensor) -> Self:
         return type(self)(self.tensor / root.square())
 
     def eigh(self, name: str) -> tuple[Tensor, Self]:

@@ -24,6 +24,7 @@ class Factor(ABC):
         tensor: ``[H, n, n]``, or ``[H, n]`` for a diagonal. It may be complex, and a triangle or eigenvectors as well.
 
     Example:
+        >>> import torch
         >>> factor = Factor.of(torch.tensor([[4.0, 9.0]]))
         >>> factor.is_diagonal, factor.text
         (True, 'diag(2)')
@@ -123,20 +124,20 @@ class Factor(ABC):
     def __matmul__(self, other: "Factor") -> "Factor":
         """The product of two factors."""
 
-    def scaled(self, scale: Tensor) -> Self:
+    def scale(self, scale: Tensor) -> Self:
         """Every group times its scale ``[H]``."""
         return type(self)(self.tensor * scale.view(-1, *[1] * (self.tensor.dim() - 1)))
 
     @abstractmethod
-    def shifted(self, shift: Tensor) -> Self:
+    def shift(self, shift: Tensor) -> Self:
         """``F + shift·1`` for a shift ``[H]`` of every group."""
 
     @abstractmethod
-    def scaled_rows(self, scale: Tensor) -> Self:
+    def scale_rows(self, scale: Tensor) -> Self:
         """``diag(scale) F`` for a scale ``[H, n]``."""
 
     @abstractmethod
-    def divided_by(self, root: Tensor) -> Self:
+    def divide_by(self, root: Tensor) -> Self:
         """``diag(1/root) F diag(1/root)`` for a root ``[H, n]``."""
 
     def square(self) -> Self:

@@ -7,7 +7,7 @@ from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision
 from kronfisher.operators.factors.factor import Factor
 
-__all__ = ["check_factors", "cholesky_solve", "outer", "sandwich", "size_text", "stack"]
+__all__ = ["check_factors", "cholesky_solve", "outer", "sandwich", "separate", "size_text", "stack"]
 
 
 def check_factors(tensors: dict[str, Tensor], owner: str) -> None:
@@ -56,6 +56,15 @@ def _rows(matrix: Tensor, count: int, groups: int, outputs: int, inputs: int) ->
 def outer(left: Tensor, right: Tensor) -> Tensor:
     """``[H, O]`` and ``[H, I]`` to the canonical ``[H·O·I]``."""
     return (left[:, :, None] * right[:, None, :]).reshape(-1)
+
+
+def separate(root: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``[H, O, I]`` as the product of ``[H, O]`` and ``[H, I]``, or None if it is none."""
+    outputs, inputs = root[:, :, 0], root[:, 0, :] / root[:, :1, 0]
+    same = torch.allclose(
+        outputs[:, :, None] * inputs[:, None, :], root, rtol=100 * torch.finfo(root.dtype).eps, atol=0.0
+    )
+    return (outputs, inputs) if same else None
 
 
 def stack(*factors: Factor) -> Tensor:
