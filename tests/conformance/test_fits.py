@@ -61,7 +61,7 @@ def test_full_across_layers_is_the_truth(example, likelihood):
     p = problem(example, likelihood)
     for labels in LABELS:
         fisher = estimate(p, kf.Full(across_layers=True), labels)
-        close(fisher.to_dense(), p.truth(labels), labels)
+        close(fisher.to_dense(), p.truth(labels), what=labels)
         assert fisher.count == p.count and fisher.labels == labels
 
 
@@ -94,11 +94,11 @@ def kronecker(p: Problem, labels: str, reduce: bool) -> Tensor:
 
 
 def check_kfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
-    close(fisher.to_dense(), kronecker(p, labels, reduce=False), labels)
+    close(fisher.to_dense(), kronecker(p, labels, reduce=False), what=labels)
 
 
 def check_reduce(p: Problem, labels: str, fisher: kf.Fisher) -> None:
-    close(fisher.to_dense(), kronecker(p, labels, reduce=True), labels)
+    close(fisher.to_dense(), kronecker(p, labels, reduce=True), what=labels)
 
 
 def check_full(p: Problem, labels: str, fisher: kf.Fisher) -> None:
@@ -109,11 +109,11 @@ def check_full(p: Problem, labels: str, fisher: kf.Fisher) -> None:
     for tap, _, _ in p.rows(labels):  # at least what K-FAC treats together
         index = tap.index.flatten()
         assert bool((mask[index[:, None], index] == 1).all())
-    close(fisher.to_dense(), truth * mask, labels)
+    close(fisher.to_dense(), truth * mask, what=labels)
 
 
 def check_diagonal(p: Problem, labels: str, fisher: kf.Fisher) -> None:
-    close(fisher.to_dense(), p.truth(labels).diagonal().diag(), labels)
+    close(fisher.to_dense(), p.truth(labels).diagonal().diag(), what=labels)
 
 
 def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
@@ -128,7 +128,7 @@ def check_ekfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
         U = torch.block_diag(*(torch.kron(b, a) for b, a in zip(B, A, strict=True)))
         index = tap.index.flatten()
         block = truth[index[:, None], index]
-        close(operator.values, (U.T @ block @ U).diagonal(), f"{labels}, {tap.name}")
+        close(operator.values, (U.T @ block @ U).diagonal(), what=f"{labels}, {tap.name}")
         assert error.blocks[tap.name] <= basis_error.blocks[tap.name] + 1e-10, tap.name
 
 
@@ -150,7 +150,7 @@ def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
         traces = G.square().sum((0, 2, 3, 4))
         parts = [torch.kron(left, right) / trace for left, right, trace in zip(L, R, traces, strict=True)]
         block = torch.block_diag(*parts) / p.count
-        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        close(fisher[tap.name].to_dense(), block, what=f"{labels}, {tap.name}")
         index = tap.index.flatten()
         trace = p.truth(labels)[index, index].sum()
         assert float(fisher[tap.name].trace() / trace) == pytest.approx(1, abs=1e-10), tap.name
@@ -184,7 +184,7 @@ def check_kl(p: Problem, labels: str, fisher: kf.Fisher) -> None:
     for tap, a, g in p.rows(labels):
         G = torch.einsum("vhnto,hnti->hvnoi", g, a).flatten(1, 2)
         block = torch.block_diag(*(flip_flop(group, p.count, kf.KL(), looked_up(fisher, tap)) for group in G))
-        close(fisher[tap.name].to_dense(), block, f"{labels}, {tap.name}")
+        close(fisher[tap.name].to_dense(), block, what=f"{labels}, {tap.name}")
         assert "converged" in fisher.info.blocks[tap.name].notes
 
 
@@ -239,7 +239,7 @@ def test_sum_is_count_times_mean(example, likelihood, fit):
     p = problem(example, likelihood)
     mean, total = (estimate(p, fit, reduction=reduction) for reduction in ("mean", "sum"))
     assert mean.count == total.count == p.count > 1
-    close(total.to_dense(), p.count * mean.to_dense(), "sum", 1e-12)
+    close(total.to_dense(), p.count * mean.to_dense(), 1e-12, what="sum")
     assert total.error(p.batch).blocks == pytest.approx(mean.error(p.batch).blocks, abs=1e-7)
 
 
@@ -264,7 +264,7 @@ def test_batches_do_not_matter(example, likelihood, fit):
         assert parts.count == whole.count
         # Iterations to a tolerance magnify the rounding of sums in another order; Auto's positive terms most.
         tolerance = 1e-10 if named(fit).linear else 5e-3 if fit == "auto" else 1e-6
-        close(parts.to_dense(), whole.to_dense(), f"{labels}, {len(loader)} batches", tolerance)
+        close(parts.to_dense(), whole.to_dense(), tolerance, what=f"{labels}, {len(loader)} batches")
 
 
 @turns
@@ -273,7 +273,7 @@ def test_order_does_not_matter(example, likelihood, fit):
     order = torch.arange(len(p.x)).flip(0).roll(1)
     for labels in ("exact", "observed"):
         whole, permuted = estimate(p, fit, labels), estimate(p, fit, labels, (p.x[order], p.targets[order]))
-        close(permuted.to_dense(), whole.to_dense(), labels, 1e-10 if named(fit).linear else 5e-3)
+        close(permuted.to_dense(), whole.to_dense(), 1e-10 if named(fit).linear else 5e-3, what=labels)
 
 
 @turns
@@ -282,5 +282,5 @@ def test_single_precision_agrees(example, likelihood, fit):
     fisher = estimate(single, fit)
     assert fisher.dtype == torch.float32
     if fit in FORMULAS and fit != "ekfac":  # eigenvectors of eigenvalues that nearly agree need not
-        close(fisher.to_dense().double(), estimate(p, fit).to_dense(), fit, 1e-3)
+        close(fisher.to_dense().double(), estimate(p, fit).to_dense(), 1e-3, what=fit)
     assert fisher.error(single.batch).relative == pytest.approx(estimate(p, fit).error(p.batch).relative, abs=1e-3)
