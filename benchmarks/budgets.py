@@ -22,14 +22,14 @@ import kronfisher as kf
 Data = list[tuple[Tensor, Tensor]]
 
 
-def labelled(inputs: list[Tensor], classes: int) -> Data:
+def with_labels(inputs: list[Tensor], classes: int) -> Data:
     return [(x, torch.randint(classes, x.shape[:1])) for x in inputs]
 
 
 def wide() -> tuple[nn.Module, Data]:
     """Linear layers 2048-2048-2048-10; 2 batches of 512."""
     model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
-    return model, labelled([torch.randn(512, 2048) for _ in range(2)], 10)
+    return model, with_labels([torch.randn(512, 2048) for _ in range(2)], 10)
 
 
 class Mean(nn.Module):
@@ -38,15 +38,15 @@ class Mean(nn.Module):
 
 
 def embedding() -> tuple[nn.Module, Data]:
-    """A table of 50,000 rows of 256 numbers, 32 tokens a datum; 2 batches of 256."""
+    """A table of 50,000 rows of 256 numbers, 32 tokens an example; 2 batches of 256."""
     model = nn.Sequential(nn.Embedding(50_000, 256), Mean(), nn.Linear(256, 10))
-    return model, labelled([torch.randint(50_000, (256, 32)) for _ in range(2)], 10)
+    return model, with_labels([torch.randint(50_000, (256, 32)) for _ in range(2)], 10)
 
 
 def convolution() -> tuple[nn.Module, Data]:
     """512 channels to 512, 3×3, on images of 14×14; 2 batches of 16."""
     layers = nn.Conv2d(512, 512, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)
-    return nn.Sequential(*layers), labelled([torch.randn(16, 512, 14, 14) for _ in range(2)], 10)
+    return nn.Sequential(*layers), with_labels([torch.randn(16, 512, 14, 14) for _ in range(2)], 10)
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, Data]]] = {
@@ -56,14 +56,14 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Data]]] = {
 }
 
 
-def needed(model: nn.Module, data: Data) -> int:
-    """What the matrices take: the number in the refusal of a budget of one byte."""
+def required_bytes(model: nn.Module, data: Data) -> int:
+    """The size of the matrices: the number in the refusal of a budget of one byte."""
     try:
         kf.estimate(model, data, kf.Categorical(), fit="kfoc", memory_budget=1)
     except kf.MemoryBudgetError as refusal:
-        found = re.search(r"needs ([\d,]+) bytes", str(refusal))
-        assert found
-        return int(found[1].replace(",", ""))
+        match = re.search(r"needs ([\d,]+) bytes", str(refusal))
+        assert match
+        return int(match[1].replace(",", ""))
     raise AssertionError("a budget of one byte was not refused")
 
 
@@ -84,7 +84,7 @@ def measure(case: str, times: float, fit: str) -> dict[str, object]:
         handle.remove()
 
     floor, _ = peak(own)
-    matrices = needed(model, data)
+    matrices = required_bytes(model, data)
     budget = int(matrices * times)
     result: dict[str, object] = {"budget": budget, "matrices": matrices, "floor": floor}
     try:

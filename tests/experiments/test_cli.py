@@ -62,7 +62,7 @@ def test_the_autoencoder_learns_the_inputs(capsys, tmp_path):
         (("--batch-size", "-1"), "batch-size is -1"),
         (("--lr", "0"), "lr is 0"),
         (("--epochs", "many"), "--epochs"),
-        (("--memory-budget", "lots"), "'lots' is no size"),
+        (("--memory-budget", "lots"), "'lots' is not a size"),
         (("--nonsense", "1"), "--nonsense"),
         (
             ("--data", "curves", "--train-size", "5", "--limit", "5", "--network", "alexnet", "--fits", ""),

@@ -147,7 +147,7 @@ def test_damaged_idx_files(idx_dir):
     with pytest.raises(DataError, match="5487 values where its header says 5488"):
         data.load("mnist", data_dir=idx_dir)
     images.write_bytes(labels.read_bytes())
-    with pytest.raises(DataError, match="no idx file of unsigned bytes with 3 dimensions"):
+    with pytest.raises(DataError, match="not an idx file of unsigned bytes with 3 dimensions"):
         data.load("mnist", data_dir=idx_dir)
     images.write_bytes(whole)
     write_idx(labels, np.arange(6))
@@ -179,7 +179,7 @@ def test_damaged_uci_files(uci_dir):
     with pytest.raises(DataError, match="index_test_0 goes beyond the 10 rows"):
         data.load("yacht", data_dir=folder)
     (tables / "index_test_0.txt").write_text("not a number\n")
-    with pytest.raises(DataError, match=r"index_test_0.txt is no table of numbers"):
+    with pytest.raises(DataError, match=r"index_test_0.txt is not a table of numbers"):
         data.load("yacht", data_dir=folder)
 
 
@@ -273,7 +273,7 @@ def test_text_is_in_pieces_with_the_next_character_as_target(text_dir):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe" * 400, "is no text"), (b"too short", "needs more than 320")]
+    ("content", "message"), [(b"\xff\xfe" * 400, "is not UTF-8 text"), (b"too short", "needs more than 320")]
 )
 def test_text_that_is_damaged(text_dir, content, message):
     (text_dir / "shakespeare" / "input.txt").write_bytes(content)

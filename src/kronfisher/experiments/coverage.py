@@ -81,7 +81,7 @@ _TEXT = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_i
 _gpt2 = _external("GPT2LMHeadModel", "GPT2Config", n_positions=8, n_embd=8, n_layer=2, n_head=2, **_TEXT)
 
 
-def _adapted() -> Subject:
+def _with_adapters() -> Subject:
     plain, peft = _gpt2(), import_module("peft")
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     with torch.random.fork_rng(devices=[]):
@@ -102,16 +102,16 @@ EXTERNAL: dict[str, Callable[[], Subject]] = {
         "ResNetForImageClassification", "ResNetConfig",
         embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=5, layer_type="basic",
     ),
-    "GPT-2 with low-rank adapters (peft)": _adapted,
+    "GPT-2 with low-rank adapters (peft)": _with_adapters,
 }  # fmt: skip
 """Title → builder of networks of other libraries."""
 
 HEAD = """# Coverage
 
-What `kronfisher.coverage(model, batch)` says of some networks: which operators of torch use each parameter, and how
-`estimate(..., fit="kfac")` would treat it. Nothing is skipped in silence: coverage is proved on the autograd
-graph, and a parameter that is used in a way that is not understood gets the exact diagonal from the gradients of single
-data, is listed as `fallback` with the reason, and raises under `estimate(..., strict=True)`.
+The report of `kronfisher.coverage(model, batch)` for some networks: which operators of torch use each parameter, and
+how `estimate(..., fit="kfac")` would treat it. Nothing is skipped in silence: coverage is proved on the autograd graph,
+and a parameter that is used in a way that is not understood gets the exact diagonal from per-example gradients, is
+listed as `fallback` with the reason, and raises under `estimate(..., strict=True)`.
 
 This page is written by `python -m kronfisher.experiments.coverage > docs/coverage.md`, with random weights.
 """

@@ -8,7 +8,7 @@ from typing import Any
 from kronfisher.estimation.comparison import Comparison, Row
 from kronfisher.tables import duration, size
 
-__all__ = ["draw", "written"]
+__all__ = ["draw", "write_figures"]
 
 # Okabe and Ito's colours, distinct for colour-blind eyes too; the same fit has the same colour in every picture.
 COLOURS = {
@@ -61,10 +61,10 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
             block = rows[0].shown[0]
             yield f"{name}-block", _block([row for row in rows if row.shown and row.shown[0] == block], colours)
 
-    return written(folder, figures)
+    return write_figures(folder, figures)
 
 
-def written(folder: str | Path, figures: Callable[[], Iterable[tuple[str, Any]]]) -> list[Path]:
+def write_figures(folder: str | Path, figures: Callable[[], Iterable[tuple[str, Any]]]) -> list[Path]:
     """Draw figures in the common style and write them as PNG files.
 
     Args:

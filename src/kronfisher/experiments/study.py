@@ -28,10 +28,10 @@ class Study:
         network: name of the network, see `kronfisher.experiments.networks.names`; an "autoencoder" learns the inputs.
         fits: names of the fits, see `kronfisher.fits.FITS`.
         labels: "sampled", "exact" or "observed".
-        samples: label draws a datum, for sampled labels.
-        limit: data that the Fisher is estimated from, the first of the training set.
-        train_size: data that the network is trained on; None takes all.
-        batch_size: data in a batch, of the training and of the estimate.
+        samples: label draws an example, for sampled labels.
+        limit: examples that the Fisher is estimated from, the first of the training set.
+        train_size: examples that the network is trained on; None takes all.
+        batch_size: examples in a batch, of the training and of the estimate.
         epochs: of training; 0 compares at the initial weights.
         lr: Adam's learning rate.
         seed: of data, initial weights, training and label draws.

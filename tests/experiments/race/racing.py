@@ -3,7 +3,7 @@
 import json
 
 from kronfisher.experiments.race import Problem, Race
-from kronfisher.experiments.race.competitors import named
+from kronfisher.experiments.race.competitors import select
 
 BASELINES = ("sgd", "adam", "adamw", "muon", "soap", "shampoo")
 TINY = Problem("digits", "digits", "autoencoder", seconds=1, train_size=200, evaluated=100, evaluations=4)
@@ -17,7 +17,7 @@ def race(folder, *names, problem=TINY, options=None, **settings):
     small = {
         name: {"batch_size": 32, **({} if name not in ("soap", "shampoo") else {"frequency": 3})} for name in names
     }
-    return Race(problem, named(names, small | (options or {})), folder, **settings)
+    return Race(problem, select(names, small | (options or {})), folder, **settings)
 
 
 def rows(folder):

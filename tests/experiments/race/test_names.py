@@ -6,22 +6,22 @@ import pytest
 
 from kronfisher.experiments.race import COMPETITORS, Competitor, Race
 from kronfisher.experiments.race import run as running
-from kronfisher.experiments.race.competitors import named
+from kronfisher.experiments.race.competitors import select
 from kronfisher.experiments.race.entry import enter
 from tests.experiments.race.racing import TINY
 from tests.helpers.command_line import run
 
 
 def test_competitors_by_name_with_changed_settings():
-    found = named(("sgd", "slow"), {"slow": {"base": "sgd", "lr": 1e-5}, "adamw": {"lr": 1.0}})
+    found = select(("sgd", "slow"), {"slow": {"base": "sgd", "lr": 1e-5}, "adamw": {"lr": 1.0}})
     assert found["slow"].settings["lr"] == 1e-5 and found["sgd"].settings["lr"] != 1e-5
     assert "lr" not in found["slow"].axes and "momentum" in found["slow"].axes and found["slow"].name == "slow"
     with pytest.raises(ValueError, match="adamw has no setting 'rate'; it has batch_size"):
-        named(("adamw",), {"adamw": {"rate": 1.0}})
+        select(("adamw",), {"adamw": {"rate": 1.0}})
     with pytest.raises(ValueError, match="no optimizer 'lbfgs'"):
-        named(("lbfgs",), {})
+        select(("lbfgs",), {})
     with pytest.raises(ValueError, match=r"options: 'x' needs \"base\""):
-        named((), {"x": {"lr": 1}})
+        select((), {"x": {"lr": 1}})
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch, task):
@@ -66,7 +66,7 @@ def test_the_command_races_shows_and_goes_on(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running.Run, "evaluate", interrupted)
     code, out, err = run(capsys, *command)
-    assert code == 130 and "goes on from here" in err and "sgd" in out and "adamw" not in out
+    assert code == 130 and "continues from here" in err and "sgd" in out and "adamw" not in out
     monkeypatch.undo()
     code, out, err = run(capsys, *command)
     assert code == 0 and "adamw, seed 1: training loss" in err and "steps to loss" in out
@@ -83,9 +83,9 @@ def test_the_command_races_shows_and_goes_on(capsys, tmp_path, monkeypatch):
     [
         (("cifar",), "no problem 'cifar'"),
         (("digits", "--optimizers", "lbfgs"), "no optimizer 'lbfgs'"),
-        (("digits", "--options", "{"), "no JSON"),
+        (("digits", "--options", "{"), "not valid JSON"),
         (("digits", "--options", '{"sgd": 1}'), "object of objects"),
-        (("digits", "--seeds", "a"), "no whole number"),
+        (("digits", "--seeds", "a"), "not a whole number"),
         (("digits", "--budget", "0"), "positive"),
         (("digits", "--search", "some"), "all, rates or none"),
         (("digits", "--study", "x"), "no study 'x'"),

@@ -127,8 +127,8 @@ def test_a_diverging_loss_is_a_failure(tmp_path, task):
     assert math.isnan(read(path).points[-1]["train_loss"])
 
 
-def test_progress_is_told(tmp_path, task, monkeypatch):
-    monkeypatch.setattr(running, "LOOK", 0.0)
+def test_progress_is_reported(tmp_path, task, monkeypatch):
+    monkeypatch.setattr(running, "REPORT_EVERY", 0.0)
     seen = []
     race(tmp_path, "sgd").go(task, progress=lambda plan, share, loss: seen.append((plan.competitor, share, loss)))
     assert [share for _, share, _ in seen] == [k / 8 for k in range(1, 9)]

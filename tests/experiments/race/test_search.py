@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kronfisher.experiments.race import Race
-from kronfisher.experiments.race.competitors import named
+from kronfisher.experiments.race.competitors import select
 from kronfisher.experiments.race.result import read
 from kronfisher.experiments.race.search import walk
 from tests.experiments.race.racing import TINY, race
@@ -39,7 +39,7 @@ def test_later_axes_are_searched_at_the_best_of_the_earlier():
 
 def test_the_search_is_written_down_and_taken_up_again(tmp_path, task):
     axes = {"lr": (1e-6, 1e-3, 1e3), "schedule": ("cosine", "constant")}
-    sgd = replace(named(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes=axes)
+    sgd = replace(select(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes=axes)
     one = Race(TINY, {"sgd": sgd}, tmp_path, seeds=(0, 1), steps=40)
     results = one.go(task)
     found = json.loads((tmp_path / "search" / "sgd.json").read_text())
@@ -66,7 +66,7 @@ def test_the_search_is_written_down_and_taken_up_again(tmp_path, task):
 
 def test_rates_alone_can_be_searched(tmp_path, task):
     axes = {"lr": (1e-6, 1e-3), "momentum": (0.9, 0.99)}
-    sgd = replace(named(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes=axes)
+    sgd = replace(select(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes=axes)
     Race(TINY, {"sgd": sgd}, tmp_path, seeds=(0,), steps=8, search="rates").go(task)
     found = json.loads((tmp_path / "search" / "sgd.json").read_text())
     assert [(e["settings"]["lr"], e["settings"]["momentum"]) for e in found["tried"]] == [(1e-3, 0.9), (1e-6, 0.9)]
@@ -82,7 +82,7 @@ def test_schedules_end_with_the_budget_of_seconds(tmp_path, task):
 
 
 def test_who_follows_takes_the_others_settings(tmp_path, task):
-    sgd = replace(named(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes={"lr": (1e-6, 1e-3)})
+    sgd = replace(select(("sgd",), {"sgd": {"batch_size": 32}})["sgd"], axes={"lr": (1e-6, 1e-3)})
     follower = replace(sgd, name="same", axes={}, settings={**sgd.settings, "lr": 7.0}, follows="sgd")
     one = Race(TINY, {"same": follower, "sgd": sgd}, tmp_path, seeds=(0,), steps=8)
     assert [dict(r.plan.settings)["lr"] for r in one.go(task)] == [1e-3, 1e-3]

@@ -40,7 +40,7 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no whole number") from None
+        raise ValueError(f"{text!r} is not a whole number") from None
 
 
 def settings(text: str) -> Any:
@@ -50,7 +50,7 @@ def settings(text: str) -> Any:
     try:
         read = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"options are no JSON: {error}") from None
+        raise ValueError(f"options are not valid JSON: {error}") from None
     if not isinstance(read, dict) or not all(isinstance(each, dict) for each in read.values()):
         raise ValueError("options must be one JSON object of objects, name → settings")
     return read
@@ -65,7 +65,7 @@ def refuse_other_options(context: Any, names: set[str]) -> None:
 
 
 def byte_size(text: str | None) -> int | None:
-    """``500MB`` → 500,000,000; ValueError if it is no size."""
+    """``500MB`` → 500,000,000; ValueError if it is not a size."""
     if text is None:
         return None
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -75,7 +75,7 @@ def byte_size(text: str | None) -> int | None:
     try:
         return int(float(stripped.removesuffix(unit)) * units[unit.strip()])
     except (ValueError, KeyError):
-        raise ValueError(f"memory-budget {text!r} is no size; write it as 500MB, 2GB or a number of bytes") from None
+        raise ValueError(f"memory-budget {text!r} is not a size; write it as 500MB, 2GB or a number of bytes") from None
 
 
 def require_writable(path: Path | None, *, folder: bool) -> None:

@@ -106,6 +106,6 @@ def _watch(problem: str, **options: Any) -> bool:
         except KeyboardInterrupt:
             if not reports.begun:
                 stop("interrupted before anything was finished; nothing was written", 130)
-            print("kronfisher: interrupted; the same command goes on from here", file=sys.stderr)
+            print("kronfisher: interrupted; the same command continues from here", file=sys.stderr)
             return False
     return True

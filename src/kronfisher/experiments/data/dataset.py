@@ -24,7 +24,7 @@ class Dataset:
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
         task: what the targets are: "classes", real "values" or "probabilities" of ones.
-        outputs: how many numbers a network predicts for one datum, or for one character of a text.
+        outputs: how many numbers a network predicts for one example, or for one character of a text.
         scale: standard deviation of the targets in their own units, where they were standardised.
     """
 
@@ -43,7 +43,7 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one datum, without the batch's dimension."""
+        """The shape of one example, without the batch's dimension."""
         return tuple(self.train_inputs.shape[1:])
 
     @property
@@ -59,7 +59,7 @@ class Dataset:
         return {"classes": Categorical, "values": Gaussian, "probabilities": Bernoulli}[self.task]()
 
     def batches(self, size: int = 128, limit: int | None = None, *, test: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """The first `limit` data as a list of ``(inputs, targets)`` of `size` data each; views, nothing is copied.
+        """The first `limit` examples as a list of ``(inputs, targets)`` of `size` each; views, nothing is copied.
 
         Example:
             >>> from kronfisher.experiments import data
@@ -86,7 +86,7 @@ class Dataset:
         return Dataset(self.name, train, train, test, test, task, prod(self.input_shape))
 
     def head(self, train_size: int | None = None, test_size: int | None = None) -> "Dataset":
-        """At most the first `train_size` and `test_size` data."""
+        """At most the first `train_size` and `test_size` examples."""
         return replace(
             self,
             train_inputs=self.train_inputs[:train_size],

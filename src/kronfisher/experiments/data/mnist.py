@@ -46,7 +46,7 @@ def _idx(path: Path, dimensions: int) -> Tensor:
     raw = read(path)
     header = 4 + 4 * dimensions
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{path} is no idx file of unsigned bytes with {dimensions} dimensions")
+        raise DataError(f"{path} is not an idx file of unsigned bytes with {dimensions} dimensions")
     shape = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, header, 4)]
     if len(raw) != header + prod(shape):
         raise DataError(f"{path} holds {len(raw) - header} values where its header says {prod(shape)}: fetch it again")

@@ -28,13 +28,13 @@ def shakespeare(data_dir: str | Path | None = None) -> Dataset:
 
     Raises:
         FileNotFoundError: the file is missing; the message says whose it is.
-        DataError: the file is no text, or too short.
+        DataError: the file is not text, or too short.
     """
     path = locate(data_dir, "shakespeare/input.txt", ORIGIN)
     try:
         text = read(path).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text ({error}): fetch it again") from error
+        raise DataError(f"{path} is not UTF-8 text ({error}): fetch it again") from error
     if len(text) <= 10 * LENGTH:
         raise DataError(f"{path} has {len(text)} characters and needs more than {10 * LENGTH}: fetch it again")
     alphabet = {character: number for number, character in enumerate(sorted(set(text)))}

@@ -50,7 +50,7 @@ def uci(name: str, data_dir: str | Path | None = None, split: int = 0) -> Datase
         try:
             return np.loadtxt(read(path).decode().splitlines(), ndmin=ndmin)
         except ValueError as error:
-            raise DataError(f"{path} is no table of numbers ({error}): fetch it again") from error
+            raise DataError(f"{path} is not a table of numbers ({error}): fetch it again") from error
 
     splits = int(table("n_splits")[0])
     if not 0 <= split < splits:

@@ -21,13 +21,13 @@ def with_seed(build: Callable[..., Model]) -> Callable[..., Model]:
     """
 
     @wraps(build)
-    def wrapped(*args: Any, seed: int = 0, **kwargs: Any) -> Model:
+    def build_with_seed(*args: Any, seed: int = 0, **kwargs: Any) -> Model:
         # The networks are built on the CPU, so its generator is the only one to save.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build(*args, **kwargs)
 
-    return wrapped
+    return build_with_seed
 
 
 def stack(**layers: list[nn.Module]) -> nn.Sequential:

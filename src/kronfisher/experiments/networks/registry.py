@@ -18,7 +18,7 @@ Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is built.
+    """A network of the registry.
 
     Attributes:
         build: called with a data set, the keyword `seed`, and `activation` if it has such a parameter.

@@ -64,7 +64,7 @@ class Flattened(FirstOrder):
     def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
         if x.device.type != "cpu":
             return super().step(x, y, factor)
-        with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalized):
+        with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalize):
             return super().step(x, y, factor)
 
     def _gradients(self) -> None:
@@ -72,12 +72,12 @@ class Flattened(FirstOrder):
             flat.grad = None if kernel.grad is None else kernel.grad.flatten(1)
 
 
-def orthogonalized(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def orthogonalize(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Muon's Newton–Schulz iteration in the precision of `gradient` ``[O, I]``; arguments as in torch.
 
     Example:
-        >>> found = orthogonalized(torch.diag(torch.arange(1.0, 5)), (3.4445, -4.775, 2.0315), 5, 0)
-        >>> values = torch.linalg.svdvals(found)
+        >>> result = orthogonalize(torch.diag(torch.arange(1.0, 5)), (3.4445, -4.775, 2.0315), 5, 0)
+        >>> values = torch.linalg.svdvals(result)
         >>> bool((values > 0.5).all()), bool((values < 1.3).all())
         (True, True)
     """

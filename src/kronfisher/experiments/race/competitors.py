@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from kronfisher.experiments.race.problems import Task
 
-__all__ = ["COMMON", "COMPETITORS", "Competitor", "Racer", "Settings", "named", "register"]
+__all__ = ["COMMON", "COMPETITORS", "Competitor", "Racer", "Settings", "register", "select"]
 
 Settings = Mapping[str, Any]
-"""What a run depends on, as JSON has it. Everybody's: "batch_size" (a number, or ``[first, last, steps]`` for one that
-grows), "schedule" ("constant" or "cosine"), "average" (the decay of an average of the parameters, evaluated beside
-them). The others are the optimiser's own."""
+"""The settings of a run, as JSON has them. Common to all: "batch_size" (a number, or ``[first, last, steps]`` for
+one that grows), "schedule" ("constant" or "cosine"), "average" (the decay of an average of the parameters, evaluated
+beside them). The others belong to the optimiser."""
 COMMON = ("batch_size", "schedule", "average")
 
 
@@ -25,7 +25,7 @@ class Racer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed, with the model's own state, to go on with the very same bits."""
+        """The state that is needed, beside the model's, to continue with the same bits."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Racer(Protocol):
         ...
 
     def report(self) -> str:
-        """What it has to say about the run, for the file of results; may be empty."""
+        """Its own account of the run, for the file of results; may be empty."""
         ...
 
 
@@ -59,7 +59,7 @@ class Competitor:
     takes: tuple[str, ...] = ()
     follows: str = ""
 
-    def changed(self, name: str, settings: Settings) -> "Competitor":
+    def with_settings(self, name: str, settings: Settings) -> "Competitor":
         """The same with other settings, under another name; what is set is not searched.
 
         Raises:
@@ -82,7 +82,7 @@ def register(competitor: Competitor) -> None:
     COMPETITORS[competitor.name] = competitor
 
 
-def named(
+def select(
     names: tuple[str, ...], options: Mapping[str, Settings], known: Mapping[str, Competitor] = COMPETITORS
 ) -> dict[str, Competitor]:
     """The competitors called so.
@@ -97,7 +97,7 @@ def named(
 
     Example:
         >>> from kronfisher.experiments.race import baselines
-        >>> sgd = named(("slow",), {"slow": {"base": "sgd", "lr": 1e-5}})["slow"]
+        >>> sgd = select(("slow",), {"slow": {"base": "sgd", "lr": 1e-5}})["slow"]
         >>> sgd.settings["lr"], "lr" in sgd.axes
         (1e-05, False)
     """
@@ -106,7 +106,7 @@ def named(
         base = changes.get("base", name)
         if base not in known:
             raise ValueError(f'options: {name!r} needs "base", one of {", ".join(known)}')
-        known[name] = known[base].changed(name, {key: value for key, value in changes.items() if key != "base"})
+        known[name] = known[base].with_settings(name, {key: value for key, value in changes.items() if key != "base"})
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"there is no optimizer {missing[0]!r}; there are {', '.join(known)}")

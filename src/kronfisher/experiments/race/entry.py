@@ -1,4 +1,4 @@
-"""From the words of the command line to a race."""
+"""A race from names, as the command line has them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kronfisher.experiments.race.competitors import Settings, named
+from kronfisher.experiments.race.competitors import Settings, select
 from kronfisher.experiments.race.papers import kpsvd
 from kronfisher.experiments.race.problems import PROBLEMS
 from kronfisher.experiments.race.race import Race
@@ -32,7 +32,7 @@ def enter(
     device: str = "cpu",
     **settings: Any,
 ) -> Race:
-    """The race that somebody asked for by names.
+    """The race of a problem and competitors given by name.
 
     Args:
         problem: of `PROBLEMS`.
@@ -72,7 +72,7 @@ def enter(
         )
         unlimited = full
     else:
-        competitors = named(optimizers or DEFAULT, options)
+        competitors = select(optimizers or DEFAULT, options)
         unlimited = settings.get("steps") is not None
     if seconds is None and not unlimited:
         seconds = chosen.seconds

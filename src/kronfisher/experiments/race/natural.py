@@ -33,14 +33,14 @@ class Natural:
 
         options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
         if not isinstance(options.get("fit", ""), str):
-            options["fit"] = _made(fits, options["fit"])
+            options["fit"] = _build(fits, options["fit"])
         if "damping" in options:
             given = options["damping"]
             kind, value = ("factored", given) if isinstance(given, int | float) else given
             rule = {"factored": dampings.FactoredTikhonov, "exact": dampings.Tikhonov}[kind]
             options["damping"] = rule(value / task.scale)
         if "trust" in options:
-            options["trust"] = _made(trusts, options["trust"])
+            options["trust"] = _build(trusts, options["trust"])
         if "refresh" in options:
             options["refresh"] = Refresh(**options["refresh"])
         # The loss of a task may be a mean over outputs, the optimiser's is their sum.
@@ -69,7 +69,7 @@ class Natural:
         return str(self.optimizer.report())
 
 
-def _made(module: Any, given: Any) -> Any:
+def _build(module: Any, given: Any) -> Any:
     """``["Name", {argument: value}]`` → ``module.Name(argument=value)``."""
     name, arguments = given
     if not hasattr(module, name):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from kronfisher.experiments.race.baselines import adam, rates, sgd
-from kronfisher.experiments.race.competitors import Competitor, Settings, named
+from kronfisher.experiments.race.competitors import Competitor, Settings, select
 from kronfisher.experiments.race.natural import OPTIONS, Natural
 from kronfisher.experiments.race.problems import Problem
 
@@ -72,4 +72,4 @@ def kpsvd(
             known[name + EQUAL] = replace(own, name=name + EQUAL, axes={}, follows="kfac")
     steps = EPOCHS * ((problem.train_size or SIZES[problem.name]) // size)
     changed = replace(problem, activation="relu", mean=True, seconds=SECONDS)
-    return changed, named(names or tuple(known), options, known), steps
+    return changed, select(names or tuple(known), options, known), steps

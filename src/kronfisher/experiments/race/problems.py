@@ -1,4 +1,4 @@
-"""What is raced on: data, network, loss, and how much is evaluated how often."""
+"""The problems of the races: data, network, loss, and how much is evaluated how often."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class Problem:
         evaluated: the first so many data of each part are evaluated along the way; at the end all test data are.
         evaluations: how often.
         activation: of the network, None for its own.
-        mean: the loss of a datum is averaged over its outputs, instead of summed.
+        mean: the loss of an example is averaged over its outputs, instead of summed.
         weight_decay: of AdamW, Muon and SOAP.
     """
 
@@ -88,7 +88,7 @@ class Task:
 
     @property
     def scale(self) -> float:
-        """`loss` over the negative log-likelihood of a datum."""
+        """`loss` over the negative log-likelihood of an example."""
         return 1 / self.dataset.outputs if self.problem.mean and self.dataset.task != "classes" else 1.0
 
     def model(self, seed: int) -> nn.Module:
@@ -108,7 +108,7 @@ class Task:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, all_test: bool = False) -> dict[str, float]:
-        """Loss, and accuracy (classes) or squared error per datum, of training and test data; in eval mode.
+        """Loss, and accuracy (classes) or squared error per example, of training and test data; in eval mode.
 
         Args:
             model: is back in its own mode afterwards.
@@ -118,7 +118,7 @@ class Task:
             lambda m=m, on=m.training: setattr(m, "training", on) for m in model.modules()
         ]
         model.eval()
-        found = {}
+        measures = {}
         for part in ("test",) if all_test else ("train", "test"):
             limit = None if all_test else self.problem.evaluated
             batches = self.dataset.batches(500, limit, test=part == "test")
@@ -128,10 +128,10 @@ class Task:
                 loss += self.loss(outputs, y).item() * len(x)
                 error += self._errors(outputs, y)
             name = "accuracy" if self.dataset.task == "classes" else "error"
-            found |= {f"{part}_loss": loss / count, f"{part}_{name}": error / count}
+            measures |= {f"{part}_loss": loss / count, f"{part}_{name}": error / count}
         for restore in modes:
             restore()
-        return found
+        return measures
 
     def _errors(self, outputs: Tensor, targets: Tensor) -> float:
         if self.dataset.task == "classes":

@@ -1,4 +1,4 @@
-"""A whole race: search the baselines' settings, run everybody with every seed, keep all of it in one folder."""
+"""A whole race: search the baselines' settings, run every optimiser with every seed, keep all of it in one folder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ class Race:
 
     The folder has ``runs/*.json`` with one file per run, ``search/<name>/*.json`` with the runs of a search, and
     ``search/<name>.json`` with what was tried and what won. All of it may be there already: what is finished is taken,
-    what was interrupted goes on. Several processes may work on one folder, with different competitors or, once the
+    what was interrupted continues. Several processes may work on one folder, with different competitors or, once the
     searches are done, different seeds.
 
     Attributes:
@@ -76,7 +76,7 @@ class Race:
     ) -> list[Result]:
         """Run everything that is not there yet; the results of this race, seed by seed.
 
-        Seeds are the outer loop, so that an interrupted race has everybody's first runs.
+        Seeds are the outer loop, so that an interrupted race has the first runs of every optimiser.
         """
         before, flushed = torch.get_num_threads(), _flushes()
         torch.set_num_threads(self.threads)
@@ -84,9 +84,9 @@ class Race:
         # processor takes many times as long for them.
         torch.set_flush_denormal(True)
         try:
-            settled, results = self._settle(task, say, progress), []
+            chosen, results = self._settle(task, say, progress), []
             for seed in self.seeds:
-                for name, (settings, horizon) in settled.items():
+                for name, (settings, horizon) in chosen.items():
                     plan = self.plan(name, settings, seed, horizon)
                     results.append(run(plan, task, self.competitors[name], self.folder / "runs", progress))
                     say(f"{name}, seed {seed}: {results[-1]}")
@@ -103,7 +103,7 @@ class Race:
         return Plan(problem, name, dict(settings), seed, seconds, steps, horizon, self.threads, self.device)
 
     def standings(self, target: float | None = None) -> Standings:
-        """What the folder holds so far, of these and any other competitors.
+        """The results in the folder so far, of these and any other competitors.
 
         Raises:
             ValueError: it holds nothing.
@@ -114,22 +114,22 @@ class Race:
     def _settle(
         self, task: Task, say: Callable[[str], None], progress: Progress | None
     ) -> dict[str, tuple[dict[str, Any], int]]:
-        """The settings that everybody races with, and the horizons of their schedules."""
-        settled = {}
+        """The settings of every competitor, and the horizons of their schedules."""
+        chosen = {}
         for name in sorted(self.competitors, key=lambda name: bool(self.competitors[name].follows)):
             competitor = self.competitors[name]
             settings = dict(competitor.settings)
             if competitor.follows:
                 leader = self.competitors[competitor.follows]
-                settings |= {axis: settled[leader.name][0][axis] for axis in leader.axes}
+                settings |= {axis: chosen[leader.name][0][axis] for axis in leader.axes}
             axes = {
                 axis: values
                 for axis, values in competitor.axes.items()
                 if self.search == "all" or (self.search == "rates" and axis in RATES)
             }
             search = Search(competitor, axes, self.folder / "search", self.plan, self.seeds[0], say)
-            settled[name] = search.settle(settings, task, progress)
-        return {name: settled[name] for name in self.competitors}
+            chosen[name] = search.settle(settings, task, progress)
+        return {name: chosen[name] for name in self.competitors}
 
 
 def _flushes() -> bool:

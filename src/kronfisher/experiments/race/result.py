@@ -1,4 +1,4 @@
-"""One run of one optimiser: what was planned, and what came of it, as JSON."""
+"""One run of one optimiser: its plan and its result, as JSON."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from kronfisher.tables import duration
 __all__ = ["Plan", "Point", "Progress", "Result", "read", "write"]
 
 Point = dict[str, float]
-"""One evaluation: "step", "epoch", "seconds" and "cpu_seconds" of training, and what `Task.evaluate` found."""
+"""One evaluation: "step", "epoch", "seconds" and "cpu_seconds" of training, and the values of `Task.evaluate`."""
 
 Progress = Callable[["Plan", float, float], None]
 """Called with the plan, the share of it that is done, and the last training loss, about twice a second."""
@@ -59,7 +59,7 @@ class Plan:
         return json.loads(json.dumps(asdict(self)))
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step; "cosine" ends at a hundredth.
+        """The factor of the learning rate at a step; "cosine" ends at a hundredth.
 
         Example:
             >>> plan = Plan({}, "sgd", {"schedule": "cosine"}, 0, 1.0, None, horizon=100, threads=1, device="cpu")
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass
 class Result:
-    """What a run has reached so far.
+    """The state of a run so far.
 
     Attributes:
         plan: what was planned.
@@ -141,11 +141,11 @@ class Result:
         return {"competitor": self.plan.competitor, **asdict(self)}
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> "Result":
+    def from_json(content: Mapping[str, Any]) -> "Result":
         """The result that a file holds; a null is NaN again."""
-        values = {key: value for key, value in found.items() if key not in ("competitor", "plan", "points")}
-        points = [{key: math.nan if value is None else value for key, value in p.items()} for p in found["points"]]
-        return Result(Plan(**found["plan"]), points, **values)
+        values = {key: value for key, value in content.items() if key not in ("competitor", "plan", "points")}
+        points = [{key: math.nan if value is None else value for key, value in p.items()} for p in content["points"]]
+        return Result(Plan(**content["plan"]), points, **values)
 
 
 def read(path: Path) -> Result:

@@ -1,4 +1,4 @@
-"""Training by the clock, which only steps move. A run that was interrupted goes on as if it had not been."""
+"""Training by the clock, which only steps move. An interrupted run continues as if it had not been."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from kronfisher.experiments.race.result import Plan, Progress, Result, read, wri
 
 __all__ = ["calibrate", "run"]
 
-LOOK = 0.5  # seconds between two reports of progress
+REPORT_EVERY = 0.5  # seconds between two reports of progress
 
 
 class Clock:
@@ -76,7 +76,7 @@ class Run:
 
     def train(self, *, seconds: float, steps: float, progress: Progress | None = None) -> None:
         """Steps until the clock shows `seconds`, or so many steps are done."""
-        looked = -math.inf
+        reported = -math.inf
         with self.clock:
             while self.step < steps and (now := self.clock.now()) < seconds:
                 indices = self.order.take(self.size()).to(self.inputs.device)
@@ -84,9 +84,9 @@ class Run:
                 self.step += 1
                 if self.average is not None:
                     self.average.update()
-                if progress is not None and now > looked + LOOK:
+                if progress is not None and now > reported + REPORT_EVERY:
                     progress(self.plan, self.share(now), float(loss))
-                    looked = now
+                    reported = now
 
     def size(self) -> int:
         """Data in the next batch."""
@@ -98,7 +98,7 @@ class Run:
         return batch_size_at(self.step, first, last, steps)
 
     def share(self, seconds: float) -> float:
-        """How much of the plan is done."""
+        """The share of the plan that is done."""
         steps, limit = self.plan.steps or math.inf, self.plan.seconds or math.inf
         return min(1.0, max(self.step / steps, seconds / limit))
 
@@ -106,19 +106,19 @@ class Run:
         """Where it is and how good."""
         where = {"step": self.step, "epoch": self.order.passes}
         times = {"seconds": self.clock.seconds, "cpu_seconds": self.clock.cpu_seconds}
-        return where | times | self.found()
+        return where | times | self.measure()
 
-    def found(self, *, all_test: bool = False) -> dict[str, float]:
-        """What `Task.evaluate` finds; of the parameters and their average, if there is one, the better ones count."""
-        found = self.task.evaluate(self.model, all_test=all_test)
+    def measure(self, *, all_test: bool = False) -> dict[str, float]:
+        """The values of `Task.evaluate` for the parameters or, where it is better, for their average."""
+        own = self.task.evaluate(self.model, all_test=all_test)
         if self.average is None or not self.step:
-            return found
+            return own
         with self.average.applied():
             averaged = self.task.evaluate(self.model, all_test=all_test)
         # All test data are not what decides which parameters are taken.
-        better = self.averages if all_test else averaged["train_loss"] < found["train_loss"]
+        better = self.averages if all_test else averaged["train_loss"] < own["train_loss"]
         self.averages = better
-        return averaged if better else found
+        return averaged if better else own
 
     def save(self, path: Path, result: Result) -> None:
         """A checkpoint, all of it or nothing."""
@@ -157,7 +157,7 @@ class Run:
 def run(plan: Plan, task: Task, competitor: Competitor, folder: Path, progress: Progress | None = None) -> Result:
     """Train as planned; the JSON file is renewed after every evaluation, with a checkpoint beside it.
 
-    A run whose file says that it is finished is not made again. One that was interrupted goes on from its last
+    A run whose file says that it is finished is not made again. An interrupted run continues from its last
     evaluation, with the bits that it would have had.
 
     Args:
@@ -172,9 +172,9 @@ def run(plan: Plan, task: Task, competitor: Competitor, folder: Path, progress: 
     """
     path, checkpoint = folder / f"{plan.key}.json", folder / f"{plan.key}.pt"
     if path.exists():
-        found = read(path)
-        if found.finished:
-            return found
+        earlier = read(path)
+        if earlier.finished:
+            return earlier
     with torch.random.fork_rng():
         current, result = Run(plan, task, competitor), Result(plan, environment=_environment())
         if checkpoint.exists():
@@ -202,7 +202,7 @@ def run(plan: Plan, task: Task, competitor: Competitor, folder: Path, progress: 
             write(path, result.to_json())
             current.save(checkpoint, result)
         if not result.failure:
-            result.test = current.found(all_test=True)
+            result.test = current.measure(all_test=True)
     result.finished = True
     write(path, result.to_json())
     checkpoint.unlink(missing_ok=True)

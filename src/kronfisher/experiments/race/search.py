@@ -24,7 +24,7 @@ class Search:
     """The search of one competitor, and its file ``<name>.json`` in the folder of searches.
 
     The file has every run tried with its score (the lowest training loss), how long steps take, and the winner. A
-    search that was interrupted goes on; one that was made under other conditions is made again.
+    search that was interrupted continues; one that was made under other conditions is made again.
 
     Attributes:
         competitor: whose.
@@ -45,7 +45,7 @@ class Search:
     def settle(
         self, settings: Mapping[str, Any], task: Task, progress: Progress | None = None
     ) -> tuple[dict[str, Any], int]:
-        """The settings to race with and the horizon of their schedule: from the file, or found now.
+        """The settings to race with and the horizon of their schedule: from the file, or searched now.
 
         Args:
             settings: where the search begins, or what is taken without one.

@@ -1,4 +1,4 @@
-"""What a race has shown: tables for people, JSON for programs. Medians over seeds everywhere."""
+"""The results of a race: tables for people, JSON for programs. Medians over seeds everywhere."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -52,12 +52,12 @@ class Standings:
         return self._median(name, lambda result: result.points[-1][what])
 
     def extra(self) -> str:
-        """What is evaluated beside the loss: "accuracy" or "error"."""
+        """The quantity that is evaluated beside the loss: "accuracy" or "error"."""
         point = next(iter(self.results.values()))[0].points[-1]
         return "accuracy" if "test_accuracy" in point else "error"
 
     def tables(self) -> list[Table]:
-        """Where everybody ended, and against each baseline."""
+        """The final values of every optimiser, and its times against each baseline."""
         return [self._overview(), *([self._duels()] if self._pairs() else [])]
 
     def _overview(self) -> Table:
@@ -92,7 +92,7 @@ class Standings:
 
     def duels(self) -> list[dict[str, Any]]:
         """Each of ours against each baseline: when it was as good as the baseline ever was, over the baseline's own."""
-        found = []
+        duels = []
         for name, other in self._pairs():
             duel: dict[str, Any] = {"optimizer": name, "baseline": other}
             for what in ("train_loss", "test_accuracy") if self.extra() == "accuracy" else ("train_loss", "test_error"):
@@ -102,8 +102,8 @@ class Standings:
                     mine, theirs = (self.reach(each, what, target, clock) for each in (name, other))
                     theirs = _or(theirs, self.last(other, clock))  # the medians of its runs may miss their own median
                     duel[what][clock] = {"ours": mine, "theirs": theirs, "ratio": mine / theirs if theirs else math.nan}
-            found.append(duel)
-        return found
+            duels.append(duel)
+        return duels
 
     def _duels(self) -> Table:
         extra = "test accuracy" if self.extra() == "accuracy" else "test error"
@@ -153,8 +153,8 @@ class Standings:
                 "steps": self.last(name, "step"),
                 "seconds": self.last(name, "seconds"),
                 "cpu_seconds": self.last(name, "cpu_seconds"),
-                "last": {what: self.last(name, what) for what in self._measured()},
-                "best": {what: self.best(name, what) for what in self._measured()},
+                "last": {what: self.last(name, what) for what in self._quantities()},
+                "best": {what: self.best(name, what) for what in self._quantities()},
                 "seconds_to_target": self.reach(name, "train_loss", self.goal, "seconds"),
                 "steps_to_target": self.reach(name, "train_loss", self.goal, "step"),
             }
@@ -167,7 +167,7 @@ class Standings:
     def __str__(self) -> str:
         return "\n\n".join([*map(str, self.tables()), "\n".join(self.notes())])
 
-    def _measured(self) -> list[str]:
+    def _quantities(self) -> list[str]:
         point = next(iter(self.results.values()))[0].points[-1]
         return [what for what in point if what.startswith(("train_", "test_"))]
 

@@ -1,4 +1,4 @@
-"""How far an approximation is where it is inverted: small eigenvalues count as much as large ones.
+"""Distance of an approximation where it is inverted: small eigenvalues count as much as large ones.
 
 The Frobenius norm sees the largest eigenvalues. A step of a natural gradient and a posterior use the damped inverse,
 for which the Kullback-Leibler divergence of the two Gaussians is the measure, the same in every parametrisation.

@@ -50,4 +50,4 @@ class Experiment(ABC):
 
     @abstractmethod
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> Findings:
-        """What was measured, ready for tables and pictures."""
+        """The measurements, ready for tables and pictures."""

@@ -6,7 +6,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from kronfisher.experiments.figures import written
+from kronfisher.experiments.figures import write_figures
 
 __all__ = ["Curve", "Panel", "bands"]
 
@@ -89,7 +89,7 @@ def bands(
         for k, (axes, panel) in enumerate(zip(grid, shown, strict=False)):
             for curve in panel.curves:
                 colour, stroke = LOOKS.get(curve.name, ("#000000", "-"))
-                low, high = ([mean + side * half for mean, half in curve.values] for side in (-1, 1))
+                low, high = ([mean + sign * half for mean, half in curve.values] for sign in (-1, 1))
                 axes.fill_between(curve.places, low, high, color=colour, alpha=0.15, linewidth=0)
                 means = [mean for mean, _ in curve.values]
                 (line,) = axes.plot(curve.places, means, color=colour, ls=stroke, marker="o", markersize=3)
@@ -113,4 +113,4 @@ def bands(
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, max(2, 2 * wide)))
         yield name, figure
 
-    return written(folder, figures) if shown else []
+    return write_figures(folder, figures) if shown else []

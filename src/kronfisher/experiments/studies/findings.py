@@ -1,4 +1,4 @@
-"""What a study of a paper found: flat records, as tables for people, as JSON for programs, as pictures."""
+"""The results of a paper's study: flat records, as tables for people, as JSON for programs, as pictures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Base of what the studies found; a subclass says which tables and pictures it makes.
+    """Base of the results of studies; a subclass decides on tables and pictures.
 
     Attributes:
         settings: what the numbers depend on.

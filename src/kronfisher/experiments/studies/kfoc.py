@@ -1,8 +1,8 @@
 """The study of Schnaus, Lee and Triebel (2021): the relative error of every layer against the Fisher's batch size.
 
 One hidden layer of 50 rectified units on three UCI sets, and LeNet-5 on MNIST; the networks are trained, then the
-Fisher matrix with one sampled label a datum is estimated in batches of 1, 10, 100 and all data. Beside the paper's
-figure there is the runtime table that it does not give.
+Fisher matrix with one sampled label for each example is estimated in batches of 1, 10, 100 and all data. Beside the
+paper's figure there is the runtime table that it does not give.
 """
 
 import time
@@ -115,24 +115,24 @@ class KFOCStudy(Experiment):
             truth = small_blocks(model, whole, dataset.likelihood, seed)
             for name, entrant, size in self._cells(seed):
                 step(f"{what}: {name}", len(rows), total)
-                found = self._measured(problem, dataset, model, entrant, size, seed)
-                if (fisher := found.pop("fisher", None)) is not None and size == self.batch_sizes[-1]:
-                    found["divergence"] = _named(divergences(fisher, truth))
-                rows.append({"problem": problem.title, "seed": seed, "fit": name, "batch_size": size, **found})
+                record = self._measure_entrant(problem, dataset, model, entrant, size, seed)
+                if (fisher := record.pop("fisher", None)) is not None and size == self.batch_sizes[-1]:
+                    record["divergence"] = _by_layer(divergences(fisher, truth))
+                rows.append({"problem": problem.title, "seed": seed, "fit": name, "batch_size": size, **record})
             say(f"{what}: test loss {networks[-1]['test_loss']:.3g}, {duration(time.perf_counter() - start)}")
 
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "KFOCFindings":
         return KFOCFindings(self._settings(), networks, rows, finished)
 
     def _cells(self, seed: int) -> Iterator[tuple[str, Entrant | None, int | None]]:
-        """What is measured for one network: where batches make no difference, all sizes for the first seed only."""
+        """The measurements of one network: where batches make no difference, all sizes for the first seed only."""
         for name, entrant in {PLAIN: None, **self.entrants}.items():
             every = entrant.batched or (entrant.swept and seed == 0) if entrant else seed == 0
             for size in self.batch_sizes if every else self.batch_sizes[-1:]:
                 yield name, entrant, size
 
     @staticmethod
-    def _measured(
+    def _measure_entrant(
         problem: Problem, dataset: Dataset, model: nn.Module, entrant: Entrant | None, size: int | None, seed: int
     ) -> dict[str, Any]:
         """Seconds of one thread for one estimate, and its errors; of a plain training pass where there is no fit."""
@@ -150,7 +150,12 @@ class KFOCStudy(Experiment):
             return {"failure": str(reason)}
         seconds = time.process_time() - start
         error = fisher.error(dataset.batches(whole, whole))
-        numbers = {"seconds": seconds, "bytes": fisher.bytes, "error": error.relative, "layers": _named(error.blocks)}
+        numbers = {
+            "seconds": seconds,
+            "bytes": fisher.bytes,
+            "error": error.relative,
+            "layers": _by_layer(error.blocks),
+        }
         return {"fisher": fisher, **numbers}
 
     def _settings(self) -> dict[str, Any]:
@@ -180,8 +185,8 @@ class KFOCFindings(Findings):
         last = self.settings["batch_sizes"][-1]
         table = Table(f"Relative error, batches of {_size(last)}, mean over the seeds", header)
         for fit in self.settings["fits"]:
-            found = [self.errors(problem, layer, fit, last) for problem, layer in layers]
-            table.add(fit, *(number(deviation(errors)[0]) if errors else "–" for errors in found))
+            cells = [self.errors(problem, layer, fit, last) for problem, layer in layers]
+            table.add(fit, *(number(deviation(errors)[0]) if errors else "–" for errors in cells))
         return table
 
     def _errors(self) -> Iterator[Table]:
@@ -222,8 +227,8 @@ class KFOCFindings(Findings):
             )
             for fit in self.settings["fits"]:
                 rows = [row["divergence"] for row in last if row["fit"] == fit]
-                found = [median(row[name] for row in rows) if rows else nan for name in names]
-                table.add(fit, *("indefinite" if value == inf else number(value) for value in found))
+                values = [median(row[name] for row in rows) if rows else nan for name in names]
+                table.add(fit, *("indefinite" if value == inf else number(value) for value in values))
             if names:
                 yield table
 
@@ -242,14 +247,14 @@ class KFOCFindings(Findings):
             yield table
 
     def notes(self) -> list[str]:
-        """How much the batch size matters where it should not, and what is missing."""
+        """The influence of the batch size where there should be none, and the reasons for missing numbers."""
         carried = [fit for fit, it in self.settings["fits"].items() if not it["batched"]]
         most = 0.0
         for problem in self.distinct("problem"):
             for fit in carried:
                 rows = [row["layers"] for row in self.select(problem=problem, fit=fit, seed=0)]
                 most = max([most, *(abs(row[layer] - rows[0][layer]) for row in rows for layer in row)])
-        same = f"same: carried over the batches. Largest difference between batch sizes, where looked at: {most:.1e}."
+        same = f"same: carried over the batches. Largest difference between batch sizes, where measured: {most:.1e}."
         return [same, *super().notes()]
 
     def draw(self, folder: str | Path) -> list[Path]:
@@ -260,15 +265,15 @@ class KFOCFindings(Findings):
             for layer in self._layers(problem):
                 curves = []
                 for fit in self.settings["fits"]:
-                    found = [self.errors(problem, layer, fit, size) for size in sizes]
-                    if all(found):
-                        curves.append(Curve(fit, range(len(sizes)), [deviation(errors) for errors in found]))
+                    points = [self.errors(problem, layer, fit, size) for size in sizes]
+                    if all(points):
+                        curves.append(Curve(fit, range(len(sizes)), [deviation(errors) for errors in points]))
                 panels.append(Panel(f"{problem}: {layer}", curves, "relative error"))
         labels = dict(enumerate(map(_size, sizes)))
         return bands(panels, folder, "kfoc", x="data in a batch of the Fisher", ticks=labels)
 
 
-def _named(values: Mapping[str, float]) -> dict[str, float]:
+def _by_layer(values: Mapping[str, float]) -> dict[str, float]:
     """The values by the names of the layers."""
     return {name.removesuffix(".weight"): value for name, value in values.items()}
 

@@ -1,9 +1,9 @@
 """The study of Koroko et al. (2022): auto-encoders in training, errors of the Fisher's blocks and of their spectra.
 
 The three auto-encoders with rectified units on CURVES, MNIST and FACES are trained by Adam. Now and then the Fisher of
-a quarter of a batch with one sampled label a datum is approximated by every fit, from the same samples and without
-averages over time, and compared with the true blocks of these samples. FACES is trained in batches of 256 where the
-paper has 1,024, and all for fewer epochs, so that the study takes minutes.
+a quarter of a batch with one sampled label for each example is approximated by every fit, from the same samples and
+without averages over time, and compared with the true blocks of these samples. FACES is trained in batches of 256 where
+the paper has 1,024, and all for fewer epochs, so that the study takes minutes.
 """
 
 import time
@@ -90,34 +90,34 @@ class KPSVDStudy(Experiment):
             start = time.perf_counter()
             step(f"{problem.title}: loading", 0, 1)
             dataset, model = problem.load(self.seed, self.data_dir)
-            networks.append(self._trained(problem, dataset, model, rows, step))
+            networks.append(self._train(problem, dataset, model, rows, step))
             loss = networks[-1]["test_loss"]
             say(f"{problem.title}: test loss {loss:.3g}, {duration(time.perf_counter() - start)}")
 
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "KPSVDFindings":
         return KPSVDFindings(self._settings(), networks, rows, finished)
 
-    def _trained(
+    def _train(
         self, problem: Problem, dataset: Dataset, model: nn.Module, rows: list[Record], step: Callable
     ) -> Record:
         """Train, and measure on the way."""
         total = problem.epochs * -(-len(dataset.train_inputs) // problem.batch_size)
         due = {round(total ** (k / (self.points - 2))) for k in range(self.points - 1)} if self.points > 2 else {total}
 
-        def measured(done: int) -> None:
-            for row in self._measured(problem, dataset, model):
+        def measure_fits(done: int) -> None:
+            for row in self._measure_fits(problem, dataset, model):
                 rows.append({"problem": problem.title, "step": done, **row})
                 step(f"{problem.title}, step {done:,}: {row['fit']}", done, total)
 
         def on_step(done: int, total: int, loss: float) -> None:
             step(f"{problem.title}: training, loss {loss:.3g}", done, total)
             if done in due:
-                measured(done)
+                measure_fits(done)
 
-        measured(0)
+        measure_fits(0)
         return {**problem.train(dataset, model, self.seed, on_step), "steps": total}
 
-    def _measured(self, problem: Problem, dataset: Dataset, model: nn.Module) -> Iterator[dict[str, Any]]:
+    def _measure_fits(self, problem: Problem, dataset: Dataset, model: nn.Module) -> Iterator[dict[str, Any]]:
         """One record a fit, for the weights as they are."""
         (batch,) = dataset.batches(problem.limit or problem.batch_size, problem.limit or problem.batch_size)
         truth = spectra(Recipe(model, dataset.likelihood, seed=self.seed), batch, self.leading)
@@ -169,8 +169,8 @@ class KPSVDFindings(Findings):
                 header = ("fit", *(f"step {step:,}" for step in steps))
                 table = Table(f"{problem}: {meaning}", header)
                 for fit in self.settings["fits"]:
-                    found = {row["step"]: row[quantity] for row in self.select(problem=problem, fit=fit)}
-                    table.add(fit, *(number(found.get(step, float("nan"))) for step in steps))
+                    errors = {row["step"]: row[quantity] for row in self.select(problem=problem, fit=fit)}
+                    table.add(fit, *(number(errors.get(step, float("nan"))) for step in steps))
                 tables.append(table)
         problems = self.distinct("problem")
         table = Table("seconds of one thread for one estimate (medians)", ("fit", *problems))

@@ -1,8 +1,8 @@
-"""How far the leading eigenvalues of an approximation are from those of the true blocks, without writing either out.
+"""Distances of the leading eigenvalues of an approximation from those of the true blocks, in closed form.
 
 With one batch of n samples a true block is ``F = Σ_k vec(G_k) vec(G_k)ᵀ / N``, so its eigenvalues are those of the
 ``[n, n]`` matrix of inner products ``⟨G_k, G_l⟩ / N``. A sum of Kronecker products made from these samples lives in
-the span of their inputs and gradients: in orthonormal bases of the two spans its sides have at most n rows.
+the span of their inputs and gradients: in orthonormal bases of the two spans its factors have at most n rows.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class Spectrum:
 
     def distance(self, operator: Operator) -> float:
         """``√(Σ_k (λ_k(X) − λ_k(F))²)`` over the leading eigenvalues of both, each sorted."""
-        found = leading_eigenvalues(operator, len(self.values), self.a, self.g)
-        return float((found - self.values).norm())
+        values = leading_eigenvalues(operator, len(self.values), self.a, self.g)
+        return float((values - self.values).norm())
 
     def norm(self) -> float:
         """``√(Σ_k λ_k(F)²)``."""
@@ -98,15 +98,15 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
     Args:
         operator: a Kronecker product, a sum of several, or any other whose eigenvalues are cheap.
         k: how many.
-        a: ``[n, I]`` inputs that the input sides were made from.
-        g: ``[n, O]`` gradients that the output sides were made from.
+        a: ``[n, I]`` inputs that the input factors were made from.
+        g: ``[n, O]`` gradients that the output factors were made from.
     """
     whole = operator.terms if isinstance(operator, KroneckerSum) and not operator.shift else (operator,)
     terms = [term for term in whole if isinstance(term, Kronecker) and term.A.shape == (1, a.shape[1], a.shape[1])]
     if len(terms) < len(whole):
         return operator.eigenvalues().double().topk(k).values
-    inputs = _compressed(torch.cat([term.A for term in terms]).double(), a.double())
-    outputs = _compressed(torch.cat([term.B for term in terms]).double(), g.double())
+    inputs = _compress(torch.cat([term.A for term in terms]).double(), a.double())
+    outputs = _compress(torch.cat([term.B for term in terms]).double(), g.double())
     rows, columns = outputs.shape[-1], inputs.shape[-1]
     if len(inputs) == 1:
         values = torch.outer(torch.linalg.eigvalsh(outputs[0]), torch.linalg.eigvalsh(inputs[0])).flatten()
@@ -118,14 +118,14 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
     return torch.cat([values, values.new_zeros(k)]).topk(k).values
 
 
-def _compressed(sides: Tensor, samples: Tensor) -> Tensor:
+def _compress(factors: Tensor, samples: Tensor) -> Tensor:
     """The same matrices in an orthonormal basis of the samples' span, ``[R, r, r]``, if they live in it."""
     if samples.shape[0] >= samples.shape[1]:
-        return sides
+        return factors
     basis = torch.linalg.qr(samples.mT).Q
-    small = basis.mT @ sides @ basis
-    lost = 1 - (small.flatten(1).norm(dim=1) / sides.flatten(1).norm(dim=1).clamp_min(1e-300)).square()
-    return small if bool((lost < 1e-5).all()) else sides
+    small = basis.mT @ factors @ basis
+    lost = 1 - (small.flatten(1).norm(dim=1) / factors.flatten(1).norm(dim=1).clamp_min(1e-300)).square()
+    return small if bool((lost < 1e-5).all()) else factors
 
 
 def _lanczos(inputs: Tensor, outputs: Tensor, k: int) -> Tensor:

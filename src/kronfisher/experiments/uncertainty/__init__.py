@@ -1,4 +1,4 @@
-"""What accuracy of the Fisher matrix buys in a posterior: ``kronfisher uncertainty uci``, ``ood`` and ``picture``."""
+"""The value of an accurate Fisher matrix in a posterior: ``kronfisher uncertainty uci``, ``ood`` and ``picture``."""
 
 from kronfisher.experiments.uncertainty.ood import OODStudy
 from kronfisher.experiments.uncertainty.picture import Picture

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kronfisher.experiments.figures import written
+from kronfisher.experiments.figures import write_figures
 from kronfisher.experiments.studies.figures import LOOKS
 from kronfisher.experiments.studies.findings import Findings, deviation
 
@@ -50,12 +50,12 @@ def differences(
         figure.supxlabel("test log likelihood less that of the exact blocks, nats an example", fontsize=10)
         yield "uncertainty-uci", figure
 
-    return written(folder, figures) if truth else []
+    return write_figures(folder, figures) if truth else []
 
 
-def measures(found: Findings, folder: str | Path, names: Mapping[str, str], same: str) -> list[Path]:
+def measures(findings: Findings, folder: str | Path, names: Mapping[str, str], same: str) -> list[Path]:
     """A panel for each measure with a point for each fit, hollow where its name ends with `same`."""
-    fits = found.distinct("fit")
+    fits = findings.distinct("fit")
 
     def figures() -> Iterator[tuple[str, Any]]:
         from matplotlib.figure import Figure
@@ -63,10 +63,10 @@ def measures(found: Findings, folder: str | Path, names: Mapping[str, str], same
         figure = Figure(figsize=(3.4 * len(names) + 1.8, 0.32 * len(fits) + 1.2), layout="constrained")
         panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
         for axes, (key, title) in zip(panels, names.items(), strict=True):
-            values = [[row[key] for row in found.select(fit=fit)] for fit in fits]
-            for place, (fit, several) in enumerate(zip(fits, values, strict=True)):
+            values = [[row[key] for row in findings.select(fit=fit)] for fit in fits]
+            for place, (fit, points) in enumerate(zip(fits, values, strict=True)):
                 fill = "white" if fit.endswith(same) else None
-                average, spread = deviation(several)
+                average, spread = deviation(points)
                 colour = _colour(fit.removesuffix(same))
                 axes.errorbar(average, place, xerr=spread, fmt="o", color=colour, markerfacecolor=fill)
             axes.set_title(title, fontsize=10)
@@ -74,30 +74,30 @@ def measures(found: Findings, folder: str | Path, names: Mapping[str, str], same
             axes.set_ylim(len(fits) - 0.5, -0.5)
         yield "uncertainty-ood", figure
 
-    return written(folder, figures) if fits else []
+    return write_figures(folder, figures) if fits else []
 
 
-def regression(found: Findings, folder: str | Path) -> list[Path]:
+def regression(findings: Findings, folder: str | Path) -> list[Path]:
     """Data, mean, drawn functions, and bands of two standard deviations with and without noise."""
 
     def figures() -> Iterator[tuple[str, Any]]:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(3.4 * len(found.rows), 3.3), layout="constrained")
-        panels = figure.subplots(1, len(found.rows), squeeze=False, sharey=True)[0]
-        grid = found.settings["grid"]
-        for axes, row in zip(panels, found.rows, strict=True):
+        figure = Figure(figsize=(3.4 * len(findings.rows), 3.3), layout="constrained")
+        panels = figure.subplots(1, len(findings.rows), squeeze=False, sharey=True)[0]
+        grid = findings.settings["grid"]
+        for axes, row in zip(panels, findings.rows, strict=True):
             for extra, shade in ((row["noise"], 0.15), (0.0, 0.3)):
                 wide = [2 * (deviation**2 + extra) ** 0.5 for deviation in row["epistemic"]]
-                low, high = ([m + side * w for m, w in zip(row["mean"], wide, strict=True)] for side in (-1, 1))
+                low, high = ([m + sign * w for m, w in zip(row["mean"], wide, strict=True)] for sign in (-1, 1))
                 axes.fill_between(grid, low, high, color="#0072B2", alpha=shade, linewidth=0)
             for function in row["functions"]:
                 axes.plot(grid, function, color="#0072B2", lw=0.7, alpha=0.6)
             axes.plot(grid, row["mean"], color="#003A5D", lw=1.8)
-            axes.plot(found.settings["x"], found.settings["y"], ".", color="#D55E00", markersize=4)
+            axes.plot(findings.settings["x"], findings.settings["y"], ".", color="#D55E00", markersize=4)
             axes.set_ylim(-4, 4)
             axes.set_xlim(grid[0], grid[-1])
             axes.set_title(f"{row['fit']}: log evidence {row['evidence']:.1f}", fontsize=10)
         yield "uncertainty", figure
 
-    return written(folder, figures)
+    return write_figures(folder, figures)

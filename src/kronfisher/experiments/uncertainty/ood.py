@@ -122,10 +122,10 @@ class OODStudy(Experiment):
             for label, fit in self.fits.items():
                 step(f"seed {seed}: {label}", seed, self.seeds)
                 try:
-                    posterior, found = self._ours(model, batches, fit, seed)
-                    rows.append(self._row(label, seed, found | judge(mean_of(posterior), *tests)))
-                    found = self._calibrated(posterior, validation)
-                    rows.append(self._row(f"{label}{CALIBRATED}", seed, found | judge(mean_of(posterior), *tests)))
+                    posterior, record = self._ours(model, batches, fit, seed)
+                    rows.append(self._row(label, seed, record | judge(mean_of(posterior), *tests)))
+                    record = self._calibrate(posterior, validation)
+                    rows.append(self._row(f"{label}{CALIBRATED}", seed, record | judge(mean_of(posterior), *tests)))
                 except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
                     rows.append(self._row(label, seed, {"failure": str(reason)}))
             for structure in self.peers if laplace_torch.available() else ():
@@ -135,15 +135,19 @@ class OODStudy(Experiment):
                 def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
                     return posterior(x, pred_type="glm", link_approx="probit").detach()
 
-                found = {"estimate": estimating, "tune": tuning, **judge(theirs, *tests, at_once=laplace_torch.AT_ONCE)}
-                rows.append(self._row(f"laplace-torch {structure}", seed, found))
+                record = {
+                    "estimate": estimating,
+                    "tune": tuning,
+                    **judge(theirs, *tests, at_once=laplace_torch.AT_ONCE),
+                }
+                rows.append(self._row(f"laplace-torch {structure}", seed, record))
             say(f"seed {seed}: {duration(time.perf_counter() - start)}")
 
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "OODFindings":
         return OODFindings(self._settings(), networks, rows, finished)
 
-    def _row(self, fit: str, seed: int, found: Mapping[str, Any]) -> Record:
-        return {"problem": self.inside, "seed": seed, "fit": fit, **found}
+    def _row(self, fit: str, seed: int, record: Mapping[str, Any]) -> Record:
+        return {"problem": self.inside, "seed": seed, "fit": fit, **record}
 
     @staticmethod
     def _ours(
@@ -157,7 +161,7 @@ class OODStudy(Experiment):
         return posterior, {**seconds, **_prior(posterior), "bytes": fisher.bytes}
 
     @staticmethod
-    def _calibrated(posterior: Laplace, validation: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def _calibrate(posterior: Laplace, validation: tuple[Tensor, Tensor]) -> dict[str, Any]:
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # candidates below the rounding of the largest eigenvalue
@@ -188,7 +192,7 @@ def _prior(posterior: Laplace) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class OODFindings(Findings):
-    """What each posterior's probabilities are worth."""
+    """Accuracy, likelihood and calibration of each posterior's probabilities."""
 
     def tables(self) -> list[Table]:
         """Means and deviations over the seeds."""
@@ -199,12 +203,12 @@ class OODFindings(Findings):
             rows = self.select(fit=fit)
             cells = []
             for key in COLUMNS:
-                found = [row[key] for row in rows if key in row]
+                values = [row[key] for row in rows if key in row]
                 if key in ("estimate", "tune", "predict"):
-                    cells.append(duration(deviation(found)[0]) if found else "–")
+                    cells.append(duration(deviation(values)[0]) if values else "–")
                 else:
-                    average, spread = deviation(found)
-                    cells.append(f"{average:.4f} ± {spread:.4f}" if len(found) > 1 else f"{average:.4f}")
+                    average, spread = deviation(values)
+                    cells.append(f"{average:.4f} ± {spread:.4f}" if len(values) > 1 else f"{average:.4f}")
             table.add(fit, *cells)
         return [table]
 

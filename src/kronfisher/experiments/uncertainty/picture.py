@@ -1,4 +1,4 @@
-"""A regression in one dimension: what several posteriors of one network say between the data and beyond them."""
+"""A regression in one dimension: predictions of posteriors of one network, between the data and beyond them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,9 +59,9 @@ class Picture:
     ) -> "PictureFindings":
         """Train the network and compute the bands."""
         random = generator(0)
-        sides = torch.rand(self.data, generator=random) * 2.0 + 1.2
+        distances = torch.rand(self.data, generator=random) * 2.0 + 1.2
         signs = torch.where(torch.arange(self.data) % 2 == 0, -1.0, 1.0)
-        x = (sides * signs)[:, None]
+        x = (distances * signs)[:, None]
         y = (1.5 * x).sin() + 0.15 * torch.randn(self.data, 1, generator=random)
         model = mlp(1, (30,), 1, activation="tanh", seed=1)
         dataset = Dataset("sine", x, y, x, y, "values", 1)

@@ -89,7 +89,7 @@ class UCIStudy(Experiment):
             data.load(name, data_dir=self.data_dir)
 
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
-        splits = [(name, split) for name in self.sets for split in range(min(self.splits, _published(name)))]
+        splits = [(name, split) for name in self.sets for split in range(min(self.splits, _split_count(name)))]
         for done, (name, split) in enumerate(splits):
             what, start = f"{name}, split {split}", time.perf_counter()
             step(f"{what}: training", done, len(splits))
@@ -99,14 +99,14 @@ class UCIStudy(Experiment):
             networks.append({"problem": name, "split": split, "data": len(problem.x), **problem.plain()})
             for label in sorted(self.fits, key=lambda label: label != TRUTH):  # the others borrow from it
                 step(f"{what}: {label}", done, len(splits))
-                found = problem.ours(self.fits[label])
-                if label == TRUTH and "marginal" in found:
-                    problem.borrowed = found["marginal"]["prior_precision"], found["marginal"]["noise"]
-                rows.append({"problem": name, "split": split, "fit": label, **found})
+                record = problem.ours(self.fits[label])
+                if label == TRUTH and "marginal" in record:
+                    problem.borrowed = record["marginal"]["prior_precision"], record["marginal"]["noise"]
+                rows.append({"problem": name, "split": split, "fit": label, **record})
             for structure in self.peers if laplace_torch.available() and split < self.peer_splits else ():
                 step(f"{what}: laplace-torch, {structure}", done, len(splits))
-                found = problem.theirs(structure)
-                rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **found})
+                record = problem.theirs(structure)
+                rows.append({"problem": name, "split": split, "fit": f"laplace-torch {structure}", **record})
             say(f"{what}: test RMSE {networks[-1]['rmse']:.3g}, {duration(time.perf_counter() - start)}")
 
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> "UCIFindings":
@@ -150,12 +150,12 @@ class _Problem:
 
     def ours(self, fit: Fit) -> dict[str, Any]:
         """Test log likelihoods, hyper-parameters, and the seconds of estimating, tuning and predicting."""
-        found: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         try:
             start = time.process_time()
             batches = list(zip(self.x.split(512), self.y.split(512), strict=True))
             fisher = estimate(self.model, batches, Gaussian(self.residual), fit=fit, labels="exact")
-            found |= {"bytes": fisher.bytes, "seconds": time.process_time() - start}
+            record |= {"bytes": fisher.bytes, "seconds": time.process_time() - start}
             for name in TUNED if self.borrowed else list(TUNED)[:2]:
                 start = time.process_time()
                 if name == "borrowed" and self.borrowed:
@@ -165,7 +165,7 @@ class _Problem:
                 tuned = time.process_time()
                 variance = posterior.predict(self.new).variance
                 precision = next(iter(posterior.prior_precision.values()))
-                found[name] = {
+                record[name] = {
                     "log_likelihood": self.density(variance),
                     "prior_precision": float(precision),
                     "noise": posterior.noise,
@@ -174,14 +174,14 @@ class _Problem:
                 }
         except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
             return {"failure": str(reason)}
-        return found
+        return record
 
     def theirs(self, structure: str) -> dict[str, Any]:
         """The same by laplace-torch."""
-        found = laplace_torch.regression(self.model, self.x, self.y, self.new, structure)
-        variance, seconds = found.pop("variance"), found.pop("estimate")
-        return {"seconds": seconds, "marginal": {"log_likelihood": self.density(variance), **found}}
+        record = laplace_torch.regression(self.model, self.x, self.y, self.new, structure)
+        variance, seconds = record.pop("variance"), record.pop("estimate")
+        return {"seconds": seconds, "marginal": {"log_likelihood": self.density(variance), **record}}
 
 
-def _published(name: str) -> int:
+def _split_count(name: str) -> int:
     return 5 if name == "protein-tertiary-structure" else 20

@@ -54,7 +54,7 @@ class UCIFindings(Findings):
         return table
 
     def _gaps(self, tuned: str) -> Table:
-        """How much of the difference between K-FAC, tuned by itself, and the exact blocks a fit makes up."""
+        """The share of the difference between K-FAC, tuned by itself, and the exact blocks that a fit makes up."""
         problems = self.distinct("problem")
         title = f"Share of the way from K-FAC as it is (0) to the exact blocks (1), of means; {TUNED[tuned]}"
         table = Table(title, ("", *problems, "median"))
