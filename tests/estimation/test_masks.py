@@ -180,7 +180,7 @@ def test_masked_data_count_for_nothing_under_any_likelihood(name):
         (lambda b: torch.ones(3, 6), r"the mask is \[3, 6\], and there are 4 data"),
         (lambda b: torch.tensor(True), r"the mask is \[\], and there are 4 data"),
         (lambda b: torch.ones(4, 6) / 2, r"the mask holds 0.5, and it must be true \(or 1\) where a position counts"),
-        (lambda b: torch.ones(4, 5), r"the mask has 5 positions for each datum, and outputs \[4, 6, 2\] have another"),
+        (lambda b: torch.ones(4, 5), r"the mask has 5 positions for each example, and outputs \[4, 6, 2\] have another"),
     ],
 )
 def test_messages(mask, message):

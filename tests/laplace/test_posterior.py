@@ -330,9 +330,9 @@ def test_the_noise_of_targets_of_any_size(fit, size):
 def test_a_perfect_fit_tells_no_noise():
     model, x = nn.Linear(3, 1), torch.randn(20, 3)
     posterior = kf.Laplace(model, kf.estimate(model, [(x, model(x).detach())], kf.Gaussian(), fit="kfac"))
-    with pytest.raises(kf.DataError, match="no noise can be told"):
+    with pytest.raises(kf.DataError, match="noise cannot be determined"):
         posterior.fit_noise()
-    with pytest.raises(kf.DataError, match="no noise can be told"):
+    with pytest.raises(kf.DataError, match="noise cannot be determined"):
         posterior.optimize_prior(noise=True)
     assert posterior.optimize_prior().log_marginal_likelihood().isfinite()
 

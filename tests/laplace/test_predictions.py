@@ -238,7 +238,7 @@ def test_batches_of_several_inputs_and_a_forward_of_ones_own():
 
 
 def test_no_jacobian_of_all_parameters_is_built(monkeypatch):
-    """Wide layers: one datum's Jacobian is larger than anything that is allocated."""
+    """Wide layers: one example's Jacobian is larger than anything that is allocated."""
     model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 10))
     x = torch.randn(64, 300)
     fisher = kf.estimate(model, [(x, torch.randint(10, (64,)))], kf.Categorical(), fit="ekfac")

@@ -81,11 +81,11 @@ def test_a_table_is_never_written_out():
         with Sizes(largest):
             variance = posterior.functional_variance(x)[1]
             covariance = posterior.functional_covariance(x)[1]
-        assert max(largest) <= 20_000 * 4  # one datum written out would be five times the table
+        assert max(largest) <= 20_000 * 4  # one example written out would be five times the table
         torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2), variance)
 
 
-def test_gradients_of_single_data_may_come_a_few_at_a_time(monkeypatch):
+def test_per_example_gradients_may_come_a_few_at_a_time(monkeypatch):
     torch.manual_seed(0)
     model = Words().double()
     x = torch.randint(7, (12, 5))

@@ -19,7 +19,7 @@ def indices(*shape, classes=5):
 
 
 def cross_entropy(outputs, targets, class_dim, **settings):
-    """torch's own loss of every datum, with the classes where torch wants them."""
+    """torch's own loss of every example, with the classes where torch wants them."""
     soft = targets.is_floating_point()
     outputs = outputs.movedim(class_dim, 1)
     targets = targets.movedim(class_dim, 1) if soft else targets

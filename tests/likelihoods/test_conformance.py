@@ -36,7 +36,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[Likelihood, Ten
 
 
 def outer(vectors: Tensor) -> Tensor:
-    """`Σ_v v vᵀ` of `[V, N, ...]`, per datum: `[N, D, D]`."""
+    """`Σ_v v vᵀ` of `[V, N, ...]`, per example: `[N, D, D]`."""
     flat = vectors.flatten(2).double()
     return torch.einsum("vni,vnj->nij", flat, flat)
 
@@ -46,10 +46,10 @@ def exact_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> T
 
 
 def hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Hessian of `-log_prob`, datum by datum, by automatic differentiation: `[N, D, D]`."""
+    """Hessian of `-log_prob`, example by example, by automatic differentiation: `[N, D, D]`."""
 
-    def loss(datum, target):
-        return -likelihood.log_prob(datum[None], target[None])[0]
+    def loss(example, target):
+        return -likelihood.log_prob(example[None], target[None])[0]
 
     size = outputs[0].numel()
     pairs = zip(outputs.double(), targets, strict=True)
@@ -246,13 +246,13 @@ def test_check_accepts_the_example_and_names_the_batch(name):
         likelihood.check((outputs,), targets, "batch 3")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"^batch 3: \w+ needs floating-point outputs, found torch.int64; return"):
         likelihood.check(outputs.long(), targets, "batch 3")
-    with pytest.raises(DataError, match=r"^batch 3: \w+ needs outputs \[N, ...\], one row per datum, found a scalar"):
+    with pytest.raises(DataError, match=r"^batch 3: \w+ needs outputs \[N, ...\], one row per example, found a scalar"):
         likelihood.check(outputs.sum(), targets, "batch 3")
     with pytest.raises(DataError, match=r"^batch 3: \w+ needs the targets to be a tensor, found list; convert"):
         likelihood.check(outputs, targets.tolist(), "batch 3")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"^batch 3: targets are on meta, outputs on cpu; move them with targets.to"):
         likelihood.check(outputs, targets.to("meta"), "batch 3")
-    with pytest.raises(DataError, match=r"^batch 3: targets \[\d.*\] and outputs .* differ in the number of data"):
+    with pytest.raises(DataError, match=r"^batch 3: targets \[\d.*\] and outputs .* differ in the number of examples"):
         likelihood.check(outputs, targets[1:], "batch 3")
 
 

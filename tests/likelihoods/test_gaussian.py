@@ -21,7 +21,7 @@ def test_log_prob_is_the_normal_density(variance, shape):
     torch.testing.assert_close(Gaussian(variance).log_prob(outputs, targets), truth)
 
 
-def test_one_dimensional_outputs_are_one_number_per_datum():
+def test_one_dimensional_outputs_are_one_number_per_example():
     outputs, targets = batch(4)
     gaussian = Gaussian(0.25)
     assert gaussian.columns(outputs) == 1
@@ -57,8 +57,8 @@ def test_variance_must_be_positive_and_finite(variance):
     [
         (Gaussian(), (4, 1), torch.zeros(4), "Gaussian needs targets of shape [4, 1], found [4]; reshape"),
         (Gaussian(), (4,), torch.zeros(4, 1), "Gaussian needs targets of shape [4], found [4, 1]; reshape"),
-        (Gaussian(torch.ones(2)), (4, 3), None, "variance of shape [2], the output of one datum has shape [3]; give"),
-        (Gaussian(torch.ones(4, 3)), (4, 3), None, "variance of shape [4, 3], the output of one datum has shape [3]"),
+        (Gaussian(torch.ones(2)), (4, 3), None, "variance of shape [2], the output of one example has shape [3]; give"),
+        (Gaussian(torch.ones(4, 3)), (4, 3), None, "variance of shape [4, 3], the output of one example has shape [3]"),
         (Gaussian(), (4, 3), torch.full((4, 3), torch.nan), "finite targets, found NaN, infinite or complex ones; rem"),
         (Gaussian(), (4, 3), torch.zeros(4, 3, dtype=torch.complex64), "NaN, infinite or complex ones; remove"),
     ],

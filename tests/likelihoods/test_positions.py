@@ -25,7 +25,7 @@ def mask(n, count):
         ((2, 6, 6), 2, (2, 6, 1)),
         ((2, 4, 2, 3), 1, (2, 1, 2, 3)),
         ((2, 2, 3, 4), 3, (2, 2, 3, 1)),
-        ((2, 3), None, (2, 1)),  # one row per datum: positions are inside the model only
+        ((2, 3), None, (2, 1)),  # one row per example: positions are inside the model only
         ((2, 3), 1, (2, 1)),
         ((2, 6), 1, (2, 1)),
         ((2,), None, (2,)),
@@ -56,7 +56,7 @@ def test_masks_of_data_fit_everything():
     ],
 )
 def test_what_cannot_be_told(shape, joint, message):
-    with pytest.raises(DataError, match="^batch 7: the mask has 6 positions for each datum, .*" + message):
+    with pytest.raises(DataError, match="^batch 7: the mask has 6 positions for each example, .*" + message):
         along_outputs(mask(2, 6), torch.zeros(shape), joint, "batch 7")
 
 
@@ -71,6 +71,6 @@ def test_masks_and_ignored_targets_both_count():
     assert torch.equal(masked_positions(data, one, ""), one & data)
     assert masked_positions(one, None, "") is one
     with pytest.raises(
-        DataError, match=r"^batch 7: the mask has 4 positions for each datum, the targets 2; give one mask"
+        DataError, match=r"^batch 7: the mask has 4 positions for each example, the targets 2; give one mask"
     ):
         masked_positions(one, mask(3, 2), "batch 7")

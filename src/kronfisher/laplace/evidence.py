@@ -1,4 +1,4 @@
-"""The marginal likelihood of the data under a posterior, and the hyper-parameters that it likes best."""
+"""The marginal likelihood of the data under a posterior, and the hyper-parameters that maximise it."""
 
 from collections.abc import Callable, Sequence
 from math import log, pi
@@ -76,8 +76,8 @@ def best_factors(posterior: Posterior, *, per_block: bool, noise: bool, steps: i
         factors = logs[:own].exp().expand(blocks)
         return log_evidence(posterior, factors=list(factors), noise=logs[-1].exp() if noise else None)
 
-    found = maximise(value, start, steps=steps).exp().tolist()
-    return found[:own] * (1 if per_block else blocks), found[-1] if noise else None
+    best = maximise(value, start, steps=steps).exp().tolist()
+    return best[:own] * (1 if per_block else blocks), best[-1] if noise else None
 
 
 def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
@@ -112,15 +112,15 @@ def require_residuals(log_likelihood: float, outputs: float, variance: float) ->
     Raises:
         DataError: the residuals are zero, or so small beside `variance` that nothing is known of them.
     """
-    found = mean_square(log_likelihood, outputs, variance)
-    if not found > 1e-11 * variance * (1 + abs(log(2 * pi * variance))):
+    square = mean_square(log_likelihood, outputs, variance)
+    if not square > 1e-11 * variance * (1 + abs(log(2 * pi * variance))):
         raise DataError(
             f"the mean squared residual of the training data is below the rounding of their likelihood under a noise "
-            f"variance of {variance:.3g}, so that no noise can be told. If the network fits its training data exactly, "
-            "set noise= yourself; if its targets are tiny, scale them, or estimate the Fisher matrix under a Gaussian "
-            "likelihood with a variance of their size."
+            f"variance of {variance:.3g}, so that the noise cannot be determined. If the network fits its training "
+            "data exactly, set noise= yourself; if its targets are tiny, scale them, or estimate the Fisher matrix "
+            "under a Gaussian likelihood with a variance of their size."
         )
-    return found
+    return square
 
 
 def maximise(function: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 100, reach: float = 25.0) -> Tensor:
@@ -153,8 +153,8 @@ def maximise(function: Callable[[Tensor], Tensor], start: Tensor, *, steps: int 
         if not bool(torch.isfinite(first)):
             raise NumericalError("the marginal likelihood is not finite at the present hyper-parameters")
         optimiser.step(closure)
-    found = offset.detach()
+    best = offset.detach()
     with torch.no_grad():
-        if not bool(torch.isfinite(found).all()) or float(value(found)) > float(first.detach()):
-            found = torch.zeros_like(found)
-    return start + reach * torch.tanh(found / reach)
+        if not bool(torch.isfinite(best).all()) or float(value(best)) > float(first.detach()):
+            best = torch.zeros_like(best)
+    return start + reach * torch.tanh(best / reach)

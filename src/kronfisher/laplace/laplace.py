@@ -25,7 +25,8 @@ class Laplace(Posterior):
 
     θ* are the model's parameters as they are now; train them to the end first, with a weight decay that fits the prior.
     All of the network, its last layer or any other part is treated: whatever required a gradient when `fisher` was
-    estimated. A mean over data becomes a sum by itself. Predictions linearise the network around θ* or sample networks.
+    estimated. A mean over examples becomes a sum by itself. Predictions linearise the network around θ* or sample
+    networks.
 
     Args:
         model: the model that `fisher` was estimated for.
@@ -123,7 +124,7 @@ class Laplace(Posterior):
     # Predictions ------------------------------------------------------------------------------------------------------
 
     def predict(self, x: Any, *, predictor: str | None = None, samples: int = 100, seed: int = 0) -> Prediction:
-        """What the posterior says about the targets of some inputs.
+        """Predict the targets of some inputs.
 
         Args:
             x: inputs as the model takes them: a tensor, a tuple of arguments or a mapping; with `forward`, a batch.
@@ -134,7 +135,7 @@ class Laplace(Posterior):
             seed: of the draws.
 
         Returns:
-            Means and variances. One backward pass for each output of a datum (none for "sampled"); "bridge" and "mc"
+            Means and variances. One backward pass for each output of an example (none for "sampled"); "bridge" and "mc"
             keep the output gradients of all of them.
 
         Raises:
@@ -149,14 +150,14 @@ class Laplace(Posterior):
     def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
         """Outputs ``[n, ...]`` of the linearised network and their variances ``[n, ...]``."""
         candidates = {group: [precision] for group, precision in self.precisions.items()}
-        outputs, found = variances(self.network(), self._batch(x), candidates)
-        return outputs, found[0]
+        outputs, variance = variances(self.network(), self._batch(x), candidates)
+        return outputs, variance[0]
 
     def functional_covariance(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Outputs ``[n, ...]`` and the covariances ``[n, C, C]`` of the C (flattened) outputs of each datum."""
+        """Outputs ``[n, ...]`` and the covariances ``[n, C, C]`` of the C (flattened) outputs of each example."""
         candidates = {group: [precision] for group, precision in self.precisions.items()}
-        outputs, found = covariances(self.network(), self._batch(x), candidates)
-        return outputs, found[0]
+        outputs, covariance = covariances(self.network(), self._batch(x), candidates)
+        return outputs, covariance[0]
 
     def functional_samples(self, x: Any, samples: int = 100, *, seed: int = 0) -> Tensor:
         """Outputs of linearised networks ``[samples, n, ...]``; the same seed gives the same functions everywhere."""
@@ -174,7 +175,7 @@ class Laplace(Posterior):
         """Scale the prior precision so that predictions of validation data are best, in log density.
 
         All candidates are judged in the same pass over the data: factors from 1e-4 to 1e4, then finer ones around the
-        best. What is tuned for one predictor does not suit another: `predict` refuses that until the prior is set anew.
+        best. A prior tuned for one predictor does not suit another: `predict` refuses that until it is set anew.
 
         Args:
             data: batches of inputs and targets that the network was not trained on.
@@ -193,7 +194,7 @@ class Laplace(Posterior):
         return self
 
     def updated(self, fisher: Fisher) -> "Laplace":
-        """The posterior after more data: their curvature is added to what is here, with the same hyper-parameters.
+        """The posterior after more data: their curvature is added, and the hyper-parameters stay.
 
         Exact where the sum of the matrices is (diagonal and dense blocks, Kronecker products that are small enough to
         be written out); estimate on all data together where it is not. The parameters should be those of the model

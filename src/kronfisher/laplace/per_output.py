@@ -91,7 +91,7 @@ class Variances(PerOutput):
     """``J_c Λ⁻¹ J_cᵀ`` for every output c, added to ``results[c] [K, n]`` for K posteriors at once."""
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        """Add what one group contributes to the variance of the current output."""
+        """Add the contribution of one group to the variance of the current output."""
         parts = [quadratics(samples, precision, state.blocks) for precision in self.entries[state.blocks]]
         self.add(state.blocks, torch.stack(parts))
         return state
@@ -101,7 +101,7 @@ class Directions(PerOutput):
     """``J_c δ`` for every output c and S changes δ of the parameters, added to ``results[c] [S, n]``."""
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        """Add what one group contributes to the change of the current output."""
+        """Add the contribution of one group to the change of the current output."""
         parts = self.entries[state.blocks].split([block.dim for block in state.blocks], dim=1)
         changes = [
             products(use, part.reshape(len(part), *block.shape))

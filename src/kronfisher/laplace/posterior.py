@@ -56,7 +56,7 @@ class Posterior:
         if fisher.info.changes:
             raise DataError(
                 f"the Fisher was changed since its estimate ({', '.join(fisher.info.changes)}); pass it as estimated: "
-                "the prior precision is what Laplace adds to it."
+                "Laplace adds the prior precision to it."
             )
         self.model, self.fisher, self.likelihood = unwrapped(model), fisher, likelihood
         self.forward = forward or getattr(recipe, "forward", None)
@@ -195,7 +195,11 @@ class Posterior:
         return out
 
     def training_score(self) -> tuple[float, float]:
-        """The log likelihood of the training data, and how many numbers their targets are; DataError if unknown."""
+        """The log likelihood of the training data, and how many outputs they have.
+
+        Raises:
+            DataError: it is unknown.
+        """
         log_likelihood, outputs = self._log_likelihood
         if log_likelihood is None:
             raise DataError(
@@ -248,7 +252,7 @@ class Posterior:
         return self
 
     def restore(self, priors: Sequence[Tensor], calibrated_for: str | None) -> None:
-        """Put back what a file holds: the prior precision of every block, in canonical order, and the calibration."""
+        """Restore the prior precision of every block, in canonical order, and the calibration from a file."""
         self._set_precisions(
             {
                 group: Precision(precision.operator, self.scale(), prior, precision.name)

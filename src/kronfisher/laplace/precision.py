@@ -1,4 +1,4 @@
-"""The posterior precision of one block, ``Λ = c·X + diag(p)``, and what a posterior asks of it."""
+"""The posterior precision of one block, ``Λ = c·X + diag(p)``, its products, draws and determinant."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ class Precision:
     Where p is one number, Λ shares the eigenvectors of X. Where it is not, ``Λ = R (c·X̃ + 1) R`` with
     ``R = diag(√p)`` and ``X̃ = R⁻¹ X R⁻¹``, which has the structure of X if that is diagonal or small enough to be
     written out, or a Kronecker product with ``p = r ⊗ d`` (another precision for biases, for each input, for each
-    output). For anything else there is no exact inverse, and none is made up.
+    output). For anything else there is no exact inverse, and it is refused.
 
     Attributes:
         operator: X, positive semidefinite.
@@ -129,7 +129,7 @@ class Precision:
 
     @cached_property
     def flat_directions(self) -> int | None:
-        """How many directions have no curvature at all, where the posterior is the prior; None if nobody can tell."""
+        """The number of directions without any curvature, where the posterior is the prior; None if it is unknown."""
         try:
             return self.whitened.nullity()
         except UnsupportedError:  # a sum that is too large for eigenvalues

@@ -43,28 +43,28 @@ def read_prior(value: PriorPrecision, fisher: Fisher) -> list[Tensor]:
     parts = list(entries(fisher))
     like = torch.empty((), dtype=fisher.dtype, device=fisher.device)
     if isinstance(value, Mapping):
-        found = _from_names(value, fisher, like)
+        priors = _from_names(value, fisher, like)
     else:
         given = (
             value.to(like) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype).to(like.device)
         )
         if given.dim() == 0:
-            found = [given] * len(parts)
+            priors = [given] * len(parts)
         elif given.dim() == 1 and len(given) == len(parts):
-            found = list(given)
+            priors = list(given)
         elif given.dim() == 1 and len(given) == fisher.dim:
             rows, _ = read(given, fisher.shapes)
-            found = [gather(blocks, rows)[0] for _, blocks, _ in parts]
+            priors = [gather(blocks, rows)[0] for _, blocks, _ in parts]
         else:
             raise DataError(
                 f"prior_precision {list(given.shape)}: give one number, one for each of the {len(parts)} blocks, one "
                 f"for each of the {fisher.dim} parameters, or a mapping by name."
             )
-    for (name, _, _), tensor in zip(parts, found, strict=True):
+    for (name, _, _), tensor in zip(parts, priors, strict=True):
         least = tensor.detach()
         if not bool(((least >= 0) & torch.isfinite(least)).all()):
             raise ValueError(f"prior_precision of {name}: it must be finite and at least 0 everywhere.")
-    return found
+    return priors
 
 
 def read_mean(value: float | Mapping[str, float | Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def read_mean(value: float | Mapping[str, float | Tensor], means: Mapping[str, T
     given = value if isinstance(value, Mapping) else dict.fromkeys(means, value)
     if odd := given.keys() ^ means.keys():
         raise DataError(
-            f"prior_mean must name exactly the parameters of the posterior; it differs in {', '.join(odd)}."
+            f"prior_mean must name exactly the parameters of the posterior; it differs in {', '.join(sorted(odd))}."
         )
     return {name: torch.as_tensor(given[name]).to(mean).expand(mean.shape) for name, mean in means.items()}
 
@@ -92,7 +92,7 @@ def _from_names(value: Mapping[str, Any], fisher: Fisher, like: Tensor) -> list[
             f"prior_precision names {', '.join(unknown)}, which the Fisher does not cover; it has the blocks "
             f"{', '.join(fisher.blocks)} and the parameters {', '.join(fisher.shapes)}."
         )
-    found, missing = [], []
+    priors, missing = [], []
     for name, blocks, _ in entries(fisher):
         parameters = list(dict.fromkeys(p for block in blocks for p in block.parameters))
         # A block has the name of its weight: the name alone stands for all of the block.
@@ -100,14 +100,14 @@ def _from_names(value: Mapping[str, Any], fisher: Fisher, like: Tensor) -> list[
             value.get(name) if name in fisher.blocks and not any(p in value for p in parameters if p != name) else None
         )
         if whole is not None and (not isinstance(whole, Tensor) or whole.dim() == 0):
-            found.append(_number(whole, like))
+            priors.append(_number(whole, like))
             continue
         if lacking := [p for p in parameters if p not in value]:
             missing += lacking
             continue
         numbers = [as_number(value[p]) if not isinstance(value[p], Tensor) else None for p in parameters]
         if None not in numbers and len(set(numbers)) == 1:
-            found.append(_number(numbers[0], like))
+            priors.append(_number(numbers[0], like))
             continue
         rows = {}
         for p in parameters:
@@ -115,10 +115,10 @@ def _from_names(value: Mapping[str, Any], fisher: Fisher, like: Tensor) -> list[
             if tensor.dim() and tensor.shape != shape:
                 raise DataError(f"prior_precision of {p} has shape {list(tensor.shape)}; expected {list(shape)}.")
             rows[p] = tensor.expand(shape)[None] if prod(shape) else tensor.new_zeros((1, *shape))
-        found.append(gather(blocks, rows)[0])
+        priors.append(gather(blocks, rows)[0])
     if missing:
         raise DataError(f"prior_precision leaves out {', '.join(missing)}; name every block or parameter.")
-    return found
+    return priors
 
 
 def _number(value: Any, like: Tensor) -> Tensor:

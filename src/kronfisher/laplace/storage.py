@@ -50,7 +50,8 @@ def load(kind: type[P], path: str | Path, model: nn.Module, likelihood: Likeliho
     for name, mean in named("mean").items():
         if not torch.equal(parameters[name].detach(), mean.to(parameters[name])):
             raise DataError(
-                f"{path}: {name} of the model is not what the posterior is around; load its state of then first."
+                f"{path}: {name} of the model is not the one that the posterior is around; load the state that "
+                "the model had then."
             )
     posterior = kind(
         model,

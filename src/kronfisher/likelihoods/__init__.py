@@ -1,4 +1,4 @@
-"""Likelihoods: which vectors have to be sent backwards through a network for its Fisher matrix."""
+"""Likelihoods: the vectors that are sent backwards through a network for its Fisher matrix, and its predictions."""
 
 from kronfisher.likelihoods.bernoulli import Bernoulli
 from kronfisher.likelihoods.categorical import Categorical

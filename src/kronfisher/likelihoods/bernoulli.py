@@ -18,7 +18,7 @@ from kronfisher.linalg import promote
 
 @dataclass(frozen=True, eq=False)
 class Bernoulli(Likelihood):
-    """Independent binary targets with probabilities `p = sigmoid(outputs)`, summed over the entries of a datum.
+    """Independent binary targets with probabilities `p = sigmoid(outputs)`, summed over the entries of an example.
 
     Outputs `[N, ...]` of any shape are logits, targets of the same shape lie in [0, 1]; fractions are soft labels. The
     Hessian is `diag(p(1-p))`, so that the exact square root has one column `e_c √(p_c(1-p_c))` per output entry.
@@ -34,7 +34,7 @@ class Bernoulli(Likelihood):
     predictors: ClassVar[Predictors] = {"probit": "variances", "mc": "draws", "sampled": "networks"}
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ y log p + (1 - y) log(1 - p)` over the entries of a datum, `[N]`; see the base class."""
+        """`Σ y log p + (1 - y) log(1 - p)` over the entries of an example, `[N]`; see the base class."""
         return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:

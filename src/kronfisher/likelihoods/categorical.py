@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeGuard
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kronfisher.likelihoods.bridge import bridge
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import require_shape, sum_per_example
+from kronfisher.likelihoods.class_targets import check_classes, check_logits, find_classes, is_soft
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.prediction import Prediction, Predictors
@@ -21,7 +22,7 @@ from kronfisher.linalg import promote
 
 @dataclass(frozen=True, eq=False)
 class Categorical(Likelihood):
-    """One class per position with probabilities `p = softmax(outputs)`, summed over the positions of a datum.
+    """One class per position with probabilities `p = softmax(outputs)`, summed over the positions of an example.
 
     Outputs are logits `[N, C]`, `[N, T, C]` or `[N, C, d1, …]`; targets are class indices of that shape without the
     classes, or class probabilities of that very shape. From three dimensions on, the shape of the indices tells which
@@ -67,27 +68,27 @@ class Categorical(Likelihood):
         if self.class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim={self.class_dim} must be 1 for [N, C, ...], -1 for [N, ..., C], or None")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1): what all classes share")
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1): the share of all classes")
         w = self.weight
         if w is not None and not (w.ndim == 1 and bool(((w >= 0) & torch.isfinite(w)).all())):
             raise ValueError(f"weight must be one non-negative, finite number per class, [C]; found {w}")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ w_y log p_y` over the positions of a datum, `[N]`; smoothed where asked to; see the base class."""
+        """`Σ w_y log p_y` over the positions of an example, `[N]`; smoothed where asked to; see the base class."""
         return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
         axis = self._axis(outputs, targets)
         log_p = promote(to_rows(outputs, axis)).log_softmax(-1)
-        if _soft(targets):
-            found = (self._soft(targets, outputs, axis) * log_p).sum(-1)
+        if is_soft(targets):
+            terms = (self._soft(targets, outputs, axis) * log_p).sum(-1)
         else:
             own, even, index = self._hard(targets, outputs, axis)
-            found = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            terms = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             if self.label_smoothing:
-                found = found + even * (log_p @ self._weights(outputs, axis))
-        return found.reshape(without(outputs, axis))
+                terms = terms + even * (log_p @ self._weights(outputs, axis))
+        return terms.reshape(without(outputs, axis))
 
     def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """The dimension of the classes; see the base class."""
@@ -132,7 +133,7 @@ class Categorical(Likelihood):
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""
-        if targets is None or _soft(targets):
+        if targets is None or is_soft(targets):
             return None
         return (targets.long() != self.ignore_index).unsqueeze(-1).flatten(1)
 
@@ -184,7 +185,7 @@ class Categorical(Likelihood):
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
         axis = self._axis(outputs, targets)
-        if _soft(targets):
+        if is_soft(targets):
             y = self._soft(targets.detach(), outputs, axis)
 
             def vector(p: Tensor, part: slice) -> Tensor:
@@ -197,85 +198,21 @@ class Categorical(Likelihood):
         def vector(p: Tensor, part: slice) -> Tensor:
             # The smoothed loss adds the mean over all classes of their weighted losses.
             smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
-            found = residual_(p, index[part].squeeze(-1)).mul_(own[part])
-            return found if smooth is None else found.add_(smooth)
+            residual = residual_(p, index[part].squeeze(-1)).mul_(own[part])
+            return residual if smooth is None else residual.add_(smooth)
 
         return from_probabilities(outputs, axis, vector)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
         super().check(outputs, targets, where, labels)
-        if outputs.ndim < 2:
-            fail(
-                where,
-                f"Categorical needs logits [N, C], [N, T, C] or [N, C, ...], found {list(outputs.shape)}",
-                "for one logit per datum use Bernoulli",
-            )
+        check_logits(outputs, where)
         axis = self._axis(outputs, targets, where)
-        classes = outputs.shape[axis]
-        if classes < 2:
-            fail(
-                where,
-                f"Categorical needs at least two classes, found {classes} in dimension {axis} of {list(outputs.shape)}",
-                "for one logit per datum use Bernoulli",
-            )
-        if self.weight is not None and len(self.weight) != classes:
-            fail(
-                where,
-                f"Categorical has {len(self.weight)} class weights for {classes} classes in dimension {axis} "
-                f"of outputs {list(outputs.shape)}",
-                "give one weight per class",
-            )
-        if targets is None:
-            if self.weight is not None:
-                fail(
-                    where,
-                    "Categorical with class weights needs targets, found none",
-                    "give (inputs, targets) batches, or leave out weight",
-                )
-            return
-        if targets.is_floating_point() and targets.ndim == outputs.ndim:
-            require_shape(targets, outputs.shape, "Categorical with class probabilities", where)
-            error = (promote(targets).sum(axis) - 1).abs()
-            if not ((targets >= 0).all() & (error < 1e-2).all()):
-                fail(
-                    where,
-                    f"class probabilities in the targets must be non-negative and sum to one over dimension {axis}",
-                    "normalise them, or give class indices",
-                )
-            return
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            fail(
-                where,
-                f"Categorical needs integer class indices, found {targets.dtype} of shape {list(targets.shape)}",
-                "convert them with targets.long()",
-            )
-        targets = require_shape(targets, without(outputs, axis), "Categorical", where).long()
-        outside = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
-        if outside.any():
-            fail(
-                where,
-                f"label {int(targets[outside][0])} is out of range for {classes} classes (0 to {classes - 1})",
-                f"labels start at 0; positions to skip are marked by ignore_index={self.ignore_index}",
-            )
+        check_classes(outputs, targets, axis, self.weight, self.ignore_index, where)
 
     def _axis(self, outputs: Tensor, targets: Tensor | None, where: str = "outputs") -> int:
         """The dimension of the classes."""
-        if outputs.ndim == 2:
-            return 1
-        if self.class_dim is not None:
-            return self.class_dim % outputs.ndim
-        choices = {axis: without(outputs, axis) for axis in (1, outputs.ndim - 1)}
-        fits = [axis for axis, shape in choices.items() if targets is not None and tuple(targets.shape) == shape]
-        if len(fits) == 1:
-            return fits[0]
-        found = "no targets" if targets is None else f"targets {list(targets.shape)}"
-        fail(
-            where,
-            f"outputs {list(outputs.shape)} with {found} do not show which dimension holds the classes: class "
-            f"indices would be {list(choices[1])} for class_dim=1, {list(choices[outputs.ndim - 1])} for class_dim=-1",
-            "say Categorical(class_dim=1) or Categorical(class_dim=-1), or correct the targets",
-        )
+        return find_classes(outputs, targets, self.class_dim, where)
 
     def _weights(self, outputs: Tensor, axis: int) -> Tensor:
         """The weight of every class, `[C]`."""
@@ -307,11 +244,11 @@ class Categorical(Likelihood):
         return y if self.weight is None else y * weights
 
     def _scale(self, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor:
-        """What multiplies the Hessian of every position `[R]`; without targets all positions count alike."""
+        """The factor on the Hessian of every position `[R]`; without targets all positions count alike."""
         if targets is None and self.weight is None:
             dtype = torch.promote_types(outputs.dtype, torch.float32)
             return torch.ones(math.prod(without(outputs, axis)), device=outputs.device, dtype=dtype)
-        if _soft(targets):
+        if is_soft(targets):
             return self._soft(targets.detach(), outputs, axis).sum(-1)
         own, even, _ = self._hard(targets, outputs, axis)
         return own + even * self._weights(outputs, axis).sum()
@@ -320,11 +257,6 @@ class Categorical(Likelihood):
         """One uniform number for every position, `[R]`."""
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         return draws.uniform(without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
-
-
-def _soft(targets: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the targets are class probabilities."""
-    return targets is not None and targets.is_floating_point()
 
 
 def _register(name: str, likelihood: Categorical, *shape: int) -> None:

@@ -34,8 +34,8 @@ def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where
     """The targets, once they are known to have this very shape: broadcasting would be silently wrong.
 
     Args:
-        targets: What was given.
-        shape: What is needed.
+        targets: Those given.
+        shape: The one needed.
         name: Who needs it, for the message.
         where: Name of the batch, for the message.
 
@@ -57,7 +57,7 @@ def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where
 
 
 def fail(where: str, what: str, remedy: str) -> NoReturn:
-    """Raises a `DataError` that says where, what and what to do."""
+    """Raises a `DataError` that says where, the problem and the remedy."""
     raise DataError(f"{where}: {what}; {remedy}")
 
 
@@ -84,8 +84,8 @@ def check_outputs(outputs: Any, name: str, where: str) -> None:
     if outputs.ndim == 0:
         fail(
             where,
-            f"{name} needs outputs [N, ...], one row per datum, found a scalar",
-            "return the outputs of every datum, not their loss",
+            f"{name} needs outputs [N, ...], one row per example, found a scalar",
+            "return the outputs of every example, not their loss",
         )
     # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is looked at again.
     if not torch.isfinite(promote(outputs).sum()) and not torch.isfinite(outputs).all():
@@ -131,6 +131,6 @@ def check_targets(targets: Any, outputs: Tensor, name: str, where: str, labels: 
     if targets.shape[:1] != outputs.shape[:1]:
         fail(
             where,
-            f"targets {list(targets.shape)} and outputs {list(outputs.shape)} differ in the number of data",
-            "the first dimension of both counts the data",
+            f"targets {list(targets.shape)} and outputs {list(outputs.shape)} differ in the number of examples",
+            "the first dimension of both counts the examples",
         )

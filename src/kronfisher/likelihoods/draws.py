@@ -1,4 +1,4 @@
-"""Random numbers for Monte-Carlo labels: their own generator, and the same numbers however the data are batched."""
+"""Random numbers for Monte-Carlo labels: their own generator, and the same numbers in batches of any size."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from torch import Tensor
 class Draws:
     """A sequence of random numbers that belongs to one pass over the data.
 
-    Numbers are drawn on the CPU in float64, one after the other, so that a datum gets the same ones on every device, in
-    every precision and in batches of any size. Nothing of the global generators is read or changed. A second pass over
-    the same data starts a new `Draws` with the same `seed` and `stream` and sees the same labels again.
+    Numbers are drawn on the CPU in float64, one after the other, so that an example gets the same ones on every device,
+    in every precision and in batches of any size. Nothing of the global generators is read or changed. A second pass
+    over the same data starts a new `Draws` with the same `seed` and `stream` and sees the same labels again.
 
     Args:
         seed: Any integer.
-        stream: Number of the Monte-Carlo draw per datum, 0 … M-1; the streams of one seed are all different.
+        stream: Number of the Monte-Carlo draw per example, 0 … M-1; the streams of one seed are all different.
 
     Examples:
         >>> whole = Draws(seed=7).uniform([10, 3])
@@ -44,7 +44,7 @@ class Draws:
         """Uniform numbers strictly between 0 and 1: their logarithm is finite, and so is erfinv of 2u - 1.
 
         Args:
-            shape: `[n, ...]`, the data first.
+            shape: `[n, ...]`, examples first.
             device: Where the answer is wanted.
             dtype: Floating type of the answer.
 
@@ -65,7 +65,7 @@ class Draws:
         """Standard normal numbers, one uniform number each (torch's own sampler depends on the size of the request).
 
         Args:
-            shape: `[n, ...]`, the data first.
+            shape: `[n, ...]`, examples first.
             device: Where the answer is wanted.
             dtype: Floating type of the answer.
 

@@ -23,7 +23,7 @@ class Gaussian(Likelihood):
     root has one column `e_c/σ_c` per output entry. A *mean* squared error over C entries is `variance = C/2`.
 
     Args:
-        variance: σ², positive: a number, or a tensor that broadcasts to the output of one datum.
+        variance: σ², positive: a number, or a tensor that broadcasts to the output of one example.
 
     Raises:
         ValueError: The variance is not positive and finite.
@@ -47,11 +47,11 @@ class Gaussian(Likelihood):
             raise ValueError(f"variance={self.variance} must be positive and finite; it is σ², not its logarithm")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of a datum, `[N]`; see the base class."""
+        """`Σ -½((y - f)²/σ² + log 2πσ²)` over the entries of an example, `[N]`; see the base class."""
         return sum_per_example(self.log_probs(outputs, targets))
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """See the base class; residuals far smaller than σ are not lost in `log 2πσ²`, for noise is told from them."""
+        """See the base class; in float64, so that `log 2πσ²` does not swallow residuals far smaller than σ."""
         return super().log_likelihood(outputs.double(), targets)
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -107,11 +107,11 @@ class Gaussian(Likelihood):
         """As the base class; in addition the shapes of targets and variance, and finite targets."""
         super().check(outputs, targets, where, labels)
         variance = torch.as_tensor(self.variance)
-        shape, datum = list(variance.shape), list(outputs.shape[1:])
-        if len(shape) > len(datum) or any(v not in (1, d) for v, d in zip(shape[::-1], datum[::-1], strict=False)):
+        shape, each = list(variance.shape), list(outputs.shape[1:])
+        if len(shape) > len(each) or any(v not in (1, d) for v, d in zip(shape[::-1], each[::-1], strict=False)):
             fail(
                 where,
-                f"Gaussian has a variance of shape {shape}, the output of one datum has shape {datum}",
+                f"Gaussian has a variance of shape {shape}, the output of one example has shape {each}",
                 "give one number or a tensor that broadcasts to it",
             )
         if targets is not None:

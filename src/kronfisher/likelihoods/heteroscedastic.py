@@ -46,7 +46,7 @@ class HeteroscedasticGaussian(Likelihood):
             raise ValueError(f"dim={self.dim} must be 1 for outputs [N, 2C, ...] or -1 for [N, ..., 2C]")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ -½((y - μ)² exp(-s) + s + log 2π)` over the targets of a datum, `[N]`; see the base class."""
+        """`Σ -½((y - μ)² exp(-s) + s + log 2π)` over the targets of an example, `[N]`; see the base class."""
         return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -18,18 +18,24 @@ from kronfisher.linalg import promote
 class Likelihood(ABC):
     """A distribution `p(targets | outputs)`, and the square roots of its Hessian with respect to the outputs.
 
-    Outputs are `[N, ...]`, the data first, and every datum has its own likelihood. All vectors are shaped like the
-    outputs and are derivatives of one datum's own negative log-likelihood, summed over its positions and never divided
-    by N. They come back detached, in the outputs' dtype, computed in float32 or better.
+    Outputs are `[N, ...]`, examples first, and every example has its own likelihood. All vectors are shaped like the
+    outputs and are derivatives of one example's own negative log-likelihood, summed over its positions and never
+    divided by N. They come back detached, in the outputs' dtype, computed in float32 or better.
 
     The Hessian meant is the one averaged over labels drawn from the model, that is, the Fisher matrix of the outputs.
     For outputs that are natural parameters (logits, means of known variance, logarithms of Poisson rates) it does not
     depend on the label and is the Hessian of the generalised Gauss-Newton matrix (Martens 2020, arXiv:1412.1193).
 
-    A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. If the
-    entries of the outputs are independent, `root` adds exact labels; otherwise override `columns` and `exact`. `mean`
-    and `noise_variance` add predictions. A likelihood with positions that do not count overrides `positions`, and
-    zeroes them in `sampled` and `exact`.
+    A likelihood of one's own needs `log_prob` and `sample`; that is enough for sampled and for observed labels. It may
+    define more:
+
+    - exact labels: `root` if the entries of the outputs are independent, else `columns` and `exact`;
+    - predictions of a posterior from draws: `mean` and `noise_variance`;
+    - predictions in closed form: `predict_from_variances` or `predict_from_covariances`, named in `predictors`;
+    - calibration of a posterior: `log_predictive_density`;
+    - a noise that a posterior may learn: `single_noise`;
+    - weights per position: `log_probs`;
+    - positions that do not count: `positions`, and zeros there in `sampled` and `exact`.
 
     Examples:
         Lifetimes with the logarithm of their rate as the output; the mean of the Hessian is one:
@@ -56,7 +62,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of every datum's targets, with all normalising constants.
+        """Log-probability of every example's targets, with all normalising constants.
 
         Args:
             outputs: `[N, ...]`.
@@ -71,7 +77,7 @@ class Likelihood(ABC):
         return targets is not None
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ log_prob` over data, 0-dim in float64: what the marginal likelihood is made of."""
+        """`Σ log_prob` over examples, 0-dim in float64: the term of the data in the marginal likelihood."""
         return self.log_prob(outputs, targets).sum(dtype=torch.float64)
 
     @abstractmethod
@@ -87,7 +93,7 @@ class Likelihood(ABC):
         """
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of every position, whose sum over a datum is `log_prob`; weights per position need it.
+        """Log-probability of every position, whose sum over an example is `log_prob`; weights per position need it.
 
         Args:
             outputs: `[N, ...]`.
@@ -124,7 +130,7 @@ class Likelihood(ABC):
         raise self._undefined("mean")
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
-        """Variance of the targets around their `mean`, entry by entry: what remains if the outputs are certain.
+        """Variance of the targets around their `mean`, entry by entry, for certain outputs.
 
         Args:
             outputs: `[N, ...]`.
@@ -211,7 +217,7 @@ class Likelihood(ABC):
         return UnsupportedError(f"{purpose}: {name} does not say what its {method} is; define {name}.{method}")
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Square root of the Hessian of one datum where it is diagonal: entries of the outputs are independent.
+        """Square root of the Hessian of one example where it is diagonal: entries of the outputs are independent.
 
         Args:
             outputs: `[N, ...]`.
@@ -230,22 +236,22 @@ class Likelihood(ABC):
         )
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
-        """Which positions count, bool `[N, P]` with P positions per datum; None where all of them do."""
+        """Which positions count, bool `[N, P]` with P positions per example; None where all of them do."""
         return None
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> int:
-        """How many vectors `exact` yields: V, the number of columns of one datum's square root."""
+        """The number of vectors that `exact` yields: V, the number of columns of one example's square root."""
         return math.prod(outputs.shape[1:])
 
     def exact(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
-        """Yields the columns of a square root of every datum's Hessian, one at a time.
+        """Yields the columns of a square root of every example's Hessian, one at a time.
 
         Args:
             outputs: `[N, ...]`.
             targets: The observed labels, where masks or weights depend on them.
 
         Yields:
-            `columns(outputs, targets)` vectors v like the outputs; for one datum `Σ v vᵀ` is its Hessian.
+            `columns(outputs, targets)` vectors v like the outputs; for one example `Σ v vᵀ` is its Hessian.
 
         Raises:
             UnsupportedError: The likelihood defines neither `root` nor `exact`.
@@ -257,7 +263,7 @@ class Likelihood(ABC):
             yield vector.reshape(outputs.shape)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Every datum's Hessian, averaged over labels drawn from the model, times a vector like the outputs.
+        """Every example's Hessian, averaged over labels drawn from the model, times a vector like the outputs.
 
         Args:
             outputs: `[N, ...]`.
@@ -289,7 +295,7 @@ class Likelihood(ABC):
             draws: Source of random numbers, one stream for each Monte-Carlo draw.
 
         Returns:
-            v like the outputs with `E[v vᵀ]` the Hessian of every datum; M draws are scaled by 1/√M by the caller.
+            v like the outputs with `E[v vᵀ]` the Hessian of every example; M draws are scaled by 1/√M by the caller.
         """
         wide = promote(outputs.detach())
         return self.observed(wide, self.sample(wide, draws)).to(outputs.dtype)
@@ -313,8 +319,8 @@ class Likelihood(ABC):
         """Refuses outputs and targets that do not fit, before any work; reads values, so once per batch.
 
         Args:
-            outputs: What the model returned.
-            targets: What the data gave, None if nothing.
+            outputs: Anything that the model returned.
+            targets: Anything that the data gave, None if nothing.
             where: Name of the batch in the message.
             labels: "exact", "sampled" or "observed"; the last needs targets.
 

@@ -14,7 +14,7 @@ from kronfisher.linalg import promote
 
 @dataclass(frozen=True, eq=False)
 class Poisson(Likelihood):
-    """Independent counts with rates `r = exp(outputs)`, summed over the entries of a datum.
+    """Independent counts with rates `r = exp(outputs)`, summed over the entries of an example.
 
     Outputs `[N, ...]` of any shape are logarithms of rates (`torch.nn.PoissonNLLLoss(log_input=True)`), targets of the
     same shape are counts; add the logarithm of an exposure to the outputs. The Hessian is `diag(r)`, so that the exact
@@ -29,7 +29,7 @@ class Poisson(Likelihood):
     """
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """`Σ y f - exp f - log y!` over the entries of a datum, `[N]`; see the base class."""
+        """`Σ y f - exp f - log y!` over the entries of an example, `[N]`; see the base class."""
         return sum_per_example(self.log_probs(outputs, targets))
 
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Poisson(Likelihood):
 
 
 def _quantile(rate: Tensor, uniform: Tensor) -> Tensor:
-    """The smallest count whose distribution function reaches `uniform`: one number each, however the data are batched.
+    """The smallest count whose distribution function reaches `uniform`: one number each, whatever the batch size.
 
     Bisection between bounds that hold all but 1e-16 of the mass; `P(y ≤ k)` is the incomplete gamma function Q(k+1, r).
     """

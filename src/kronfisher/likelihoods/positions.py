@@ -1,4 +1,4 @@
-"""Numbers per datum or per position, laid along the outputs: masks and weights."""
+"""Numbers per example or per position, laid along the outputs: masks and weights."""
 
 from itertools import pairwise
 from math import prod
@@ -32,8 +32,8 @@ def along_outputs(mask: Tensor, outputs: Tensor, joint: int | None, where: str) 
     """A mask of positions in a shape that multiplies the outputs.
 
     Where the likelihood does not say which dimension is not one of positions, it is the last one or the first after the
-    data, whichever leaves as many positions as the mask has. Outputs with one row per datum count if any position does:
-    then the positions are inside the model only.
+    examples, whichever leaves as many positions as the mask has. Outputs with one row per example count if any position
+    does: then the positions are inside the model only.
 
     Args:
         mask: `[N, P]`.
@@ -50,28 +50,28 @@ def along_outputs(mask: Tensor, outputs: Tensor, joint: int | None, where: str) 
         return whole
     choices = [dims[:-1], dims[1:], dims] if joint is None else [[d for d in dims if d != joint]]
     # Dimensions of one entry make no difference.
-    several = {tuple(d for d in choice if outputs.shape[d] > 1) for choice in choices}
-    fits = [choice for choice in several if prod(outputs.shape[d] for d in choice) == count]
-    if not fits and () in several:
+    distinct = {tuple(d for d in choice if outputs.shape[d] > 1) for choice in choices}
+    fits = [choice for choice in distinct if prod(outputs.shape[d] for d in choice) == count]
+    if not fits and () in distinct:
         return whole
-    what = f"the mask has {count} positions for each datum, and outputs {list(outputs.shape)} "
+    problem = f"the mask has {count} positions for each example, and outputs {list(outputs.shape)} "
     if not fits:
         fail(
             where,
-            what + "have another number of them",
+            problem + "have another number of them",
             "mask positions of the outputs by ignored targets instead (ignore_index), and leave out mask=",
         )
     if len(fits) > 1 or (joint is None and len(dims) == 1):
         fail(
             where,
-            what + "do not show which of their dimensions are positions, if any",
+            problem + "do not show which of their dimensions are positions, if any",
             "return [N, P, 1] for one number per position; else pad the batch to another number of positions",
         )
     return mask.reshape(len(mask), *[outputs.shape[d] if d in fits[0] else 1 for d in dims])
 
 
 def masked_positions(mask: Tensor, positions: Tensor | None, where: str) -> Tensor:
-    """What a mask `[N, P]` and the targets `[N, Q]` both let count, bool `[N, max(P, Q)]`.
+    """The positions that both a mask `[N, P]` and the targets `[N, Q]` count, bool `[N, max(P, Q)]`.
 
     Raises:
         DataError: Both have positions, but not the same number of them.
@@ -82,7 +82,7 @@ def masked_positions(mask: Tensor, positions: Tensor | None, where: str) -> Tens
     if any(low > 1 for low, _ in pairwise(counts)):
         fail(
             where,
-            f"the mask has {mask.shape[1]} positions for each datum, the targets {positions.shape[1]}",
+            f"the mask has {mask.shape[1]} positions for each example, the targets {positions.shape[1]}",
             "give one mask for both, or mark the positions by ignored targets alone (ignore_index)",
         )
     return mask & positions

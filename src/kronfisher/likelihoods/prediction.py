@@ -10,11 +10,11 @@ from torch import Tensor
 __all__ = ["Basis", "Prediction", "Predictors", "mixture"]
 
 Basis = Literal["variances", "covariances", "draws", "networks"]
-"""What a predictor is computed from: the variances or the covariances of the outputs of the linearised network, draws
+"""The source of a predictor: the variances or the covariances of the outputs of the linearised network, draws
 of these outputs, or the outputs of networks whose parameters are drawn."""
 
 Predictors = Mapping[str, Basis]
-"""Names of predictors, the default first, and what each is computed from."""
+"""Names of predictors, the default first, each with its source."""
 
 
 @dataclass(frozen=True)

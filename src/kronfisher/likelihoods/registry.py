@@ -1,4 +1,4 @@
-"""The registry of likelihoods: what the conformance tests run through."""
+"""The registry of likelihoods, through which the conformance tests run."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

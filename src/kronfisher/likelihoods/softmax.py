@@ -17,7 +17,7 @@ def without(outputs: Tensor, axis: int) -> tuple[int, ...]:
 
 
 def to_rows(tensor: Tensor, axis: int) -> Tensor:
-    """`[R, C]`: positions of all data, one after the other."""
+    """`[R, C]`: positions of all examples, one after the other."""
     last = tensor.movedim(axis, -1)
     return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 
@@ -39,13 +39,13 @@ def from_probabilities(outputs: Tensor, axis: int, vector: Callable[[Tensor, sli
     The probabilities are in float32 or better, and may be overwritten.
     """
     rows = to_rows(outputs.detach(), axis)
-    several = parts(rows)
-    if len(several) == 1:
-        return like(vector(promote(rows).softmax(-1), several[0]), outputs, axis)
-    found = torch.empty_like(rows)
-    for part in several:
-        found[part] = vector(promote(rows[part]).softmax(-1), part)
-    return like(found, outputs, axis)
+    slices = parts(rows)
+    if len(slices) == 1:
+        return like(vector(promote(rows).softmax(-1), slices[0]), outputs, axis)
+    vectors = torch.empty_like(rows)
+    for part in slices:
+        vectors[part] = vector(promote(rows[part]).softmax(-1), part)
+    return like(vectors, outputs, axis)
 
 
 def inverted(p: Tensor, uniform: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights for data or positions, around any likelihood."""
+"""Weights of examples or positions, around any likelihood."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from kronfisher.linalg import promote
 
 @dataclass(frozen=True, eq=False)
 class Weighted(Likelihood):
-    """A likelihood whose targets come with weights: the loss of a datum is `Σ_t -w_t log p_t` over its positions.
+    """A likelihood whose targets come with weights: the loss of an example is `Σ_t -w_t log p_t` over its positions.
 
     Targets are pairs `(targets, weight)`, so that a batch is `(inputs, (targets, weight))`. Weights are non-negative:
     `[N]`, or with further leading dimensions of the positions (the outputs' shape without the classes, or means and
     log-variances). What weighs zero does not count, as if it were ignored. Weights are of importance: they multiply the
-    Hessian, while N stays the number of data and K-FAC's input factors count every position once. Where labels are not
-    needed, the pair may be `(None, weight)`.
+    Hessian, while N stays the number of examples and K-FAC's input factors count every position once. Where labels are
+    not needed, the pair may be `(None, weight)`.
 
     Args:
-        base: What is weighted. Weights per position need its `log_probs` (all likelihoods here have it).
+        base: The likelihood that is weighted. Weights per position need its `log_probs` (all likelihoods here have it).
 
     Examples:
         >>> from kronfisher import Gaussian
@@ -40,12 +40,12 @@ class Weighted(Likelihood):
     base: Likelihood
 
     def __post_init__(self) -> None:
-        """Refuses what is no likelihood."""
+        """Refuses a base that is no likelihood."""
         if not isinstance(self.base, Likelihood):
             raise TypeError(f"Weighted({self.base!r}): pass an instance such as Categorical() or Gaussian()")
 
     def log_prob(self, outputs: Tensor, targets: Any) -> Tensor:
-        """`Σ w log p` over the positions of a datum, `[N]`; see the base class."""
+        """`Σ w log p` over the positions of an example, `[N]`; see the base class."""
         targets, weight = _pair(targets)
         weight = weight.to(torch.promote_types(outputs.dtype, torch.float32))
         if weight.ndim == 1:
@@ -74,7 +74,7 @@ class Weighted(Likelihood):
         return self.base.sample(outputs, draws), weight
 
     def mean(self, outputs: Tensor) -> Tensor:
-        """That of the base: weights say how much data count, not how they scatter."""
+        """That of the base: weights say how much an example counts, not how its targets scatter."""
         return self.base.mean(outputs)
 
     def noise_variance(self, outputs: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Weighted(Likelihood):
         joint = self.base.joint_dim(outputs, targets)
         places = [size for d, size in enumerate(outputs.shape) if d != (outputs.ndim - 1 if joint is None else joint)]
         counts = weight > 0
-        if weight.ndim == 1 or weight.ndim > len(places):  # for data; or for entries, which are no positions
+        if weight.ndim == 1 or weight.ndim > len(places):  # of examples; or of entries, which are no positions
             counts = counts.unsqueeze(-1).flatten(1).any(1, keepdim=True)
         else:
             counts = counts.reshape(*weight.shape, *[1] * (len(places) - weight.ndim)).expand(places).flatten(1)
@@ -137,7 +137,7 @@ class Weighted(Likelihood):
                 f'move them with weight.to("{outputs.device}")',
             )
         if weight.is_complex() or not bool(((weight >= 0) & torch.isfinite(weight)).all()):
-            fail(where, "weights must be non-negative and finite", "drop such data, or give them the weight zero")
+            fail(where, "weights must be non-negative and finite", "drop such examples, or give them the weight zero")
 
     def _times(self, vector: Tensor, weight: Tensor, outputs: Tensor, targets: Any) -> Tensor:
         weight = spread(weight, outputs, self.base.joint_dim(outputs, targets))
@@ -147,10 +147,10 @@ class Weighted(Likelihood):
 def _pair(targets: Any, where: str = "targets") -> tuple[Any, Tensor]:
     """Targets and weights, the latter in floating point."""
     if not isinstance(targets, tuple | list) or len(targets) != 2 or not isinstance(targets[1], Tensor):
-        found = type(targets).__name__ + (f" of {len(targets)}" if isinstance(targets, tuple | list) else "")
+        given = type(targets).__name__ + (f" of {len(targets)}" if isinstance(targets, tuple | list) else "")
         fail(
             where,
-            f"Weighted needs targets (targets, weight) with a tensor of weights, found {found}",
+            f"Weighted needs targets (targets, weight) with a tensor of weights, found {given}",
             "give (inputs, (targets, weight)) batches, or do not wrap the likelihood in Weighted",
         )
     weight = targets[1].detach()

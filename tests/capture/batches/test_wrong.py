@@ -80,7 +80,7 @@ def test_other_dtypes_and_shapes_are_said_with_the_error_of_torch(model):
     [
         (kf.Categorical(), Y + 2, "observed", r"batch 1: label [23] is out of range for 2 classes"),
         (kf.Categorical(), Y[:, None], "sampled", "batch 1: Categorical needs targets of shape"),
-        (kf.Categorical(), Y[:7], "sampled", "batch 1: targets .* differ in the number of data"),
+        (kf.Categorical(), Y[:7], "sampled", "batch 1: targets .* differ in the number of examples"),
         (kf.Categorical(), Y.float(), "observed", "batch 1: Categorical needs integer class indices"),
         (kf.Categorical(), None, "observed", 'batch 1: labels="observed" needs targets'),
         (kf.Categorical(), [1] * 12, "observed", "batch 1: Categorical needs the targets to be a tensor, found list"),
