@@ -8,7 +8,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.optim.damping_schedule import DampingSchedule, ScheduledDamping
-from tests.optim.training import batches, network
+from tests.helpers.training import batches, network
 
 
 def test_damping_falls_when_the_model_is_right_and_rises_when_it_is_wrong():

@@ -8,7 +8,7 @@ from kronfisher.optim.direction import Descent
 from kronfisher.optim.forward_backward import ForwardBackward
 from kronfisher.optim.judge import Judge
 from kronfisher.optim.step_size import StepLength
-from tests.optim.training import batches, network, train, weights
+from tests.helpers.training import batches, network, train, weights
 
 PARTS = ("forward_backward", "statistics", "direction", "step_size", "judge")
 
@@ -85,7 +85,7 @@ def test_length_and_direction_are_replaced_alone():
     for part, other, options in (("step_size", Plain(), {}), ("direction", Gradient(), {"momentum": 0.0})):
         model, ((x, y), *_) = network(dtype=torch.float64), batches(dtype=torch.float64)
         optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=0.1, kl_limit=1e9, labels="exact", **options)
-        setattr(optimizer, part, other)
+        setattr(optimizer.parts, part, other)
         before, g = weights(model), gradient(model, x, y)
         v = dict(zip(dict(model.named_parameters()), g.split([p.numel() for p in model.parameters()]), strict=True))
         v = {name: t.reshape(model.get_parameter(name).shape) for name, t in v.items()}
@@ -100,7 +100,7 @@ def test_length_and_direction_are_replaced_alone():
 def test_without_statistics_steps_are_those_of_plain_gradient_descent():
     model, ((x, y), *_) = network(dtype=torch.float64), batches(dtype=torch.float64)
     optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=0.1, momentum=0.0, kl_limit=1e9)
-    optimizer.statistics = NoStatistics()
+    optimizer.parts.statistics = NoStatistics()
     before, g = weights(model), gradient(model, x, y)
     train(optimizer, model, [(x, y)])
     torch.testing.assert_close(weights(model) - before, -g / 0.1)
@@ -109,7 +109,7 @@ def test_without_statistics_steps_are_those_of_plain_gradient_descent():
 def test_another_judge_undoes_steps_by_its_own_rule():
     model, data = network(), batches(3)
     optimizer = kf.NaturalGradient(model, kf.Categorical())
-    optimizer.judge = Refusing(optimizer.trust)
+    optimizer.parts.judge = Refusing(optimizer.trust)
     before = weights(model)
     train(optimizer, model, data)
     assert torch.equal(weights(model), before) and optimizer.steps == 3
@@ -123,7 +123,7 @@ def test_other_passes_give_other_gradients():
         def backward(self, outputs, targets, *given, **options):
             return super().backward(outputs, 2 - targets, *given, **options)
 
-    relabelled.forward_backward = Relabelled(models[1], kf.Categorical())
+    relabelled.parts.forward_backward = Relabelled(models[1], kf.Categorical())
     data = batches(6)
     train(plain, models[0], [(x, 2 - y) for x, y in data])
     train(relabelled, models[1], data)
@@ -137,4 +137,4 @@ def test_parts_keep_their_own_state():
     own = optimizer.state_dict()["natural_gradient"]
     assert own.keys() == {"steps", *PARTS} and own["steps"] == 3
     for part in PARTS:
-        assert own[part].keys() == getattr(optimizer, part).state_dict().keys()
+        assert own[part].keys() == getattr(optimizer.parts, part).state_dict().keys()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.optim.training import batches, network
+from tests.helpers.training import batches, network
 
 
 def test_misuse_is_refused_with_a_reason():

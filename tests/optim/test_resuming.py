@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.optim.training import FITS, FIXED, batches, network, train, weights, wide
+from tests.helpers.training import FITS, FIXED, batches, network, train, weights, wide
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_every_route_gives_the_product(rows, sizes, bias):
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
     x = torch.randn(rows, sizes[1], dtype=torch.float64)
     optimizer.step(lambda: model(x), torch.randn(rows, sizes[0], dtype=torch.float64))
-    (layer,) = optimizer.direction.inverses
+    (layer,) = optimizer.parts.direction.inverses
     groups, outputs, inputs = layer.blocks[0].shape
     assert groups == 1
     if route(rows, outputs, inputs) == "matrix":
@@ -119,7 +119,7 @@ def test_a_spared_gradient_is_formed_when_the_inverse_has_another_form():
     optimizer = kf.NaturalGradient(model, kf.Categorical(), momentum=0.0, trust=0.1)
     for x, y in batches(2):
         optimizer.step(lambda x=x: model(x), y)
-    layer = optimizer.direction.inverses[0]
+    layer = optimizer.parts.direction.inverses[0]
     (block,) = layer.blocks
     _, outputs, inputs = block.shape
     a, g = torch.randn(3, inputs, dtype=torch.float64), torch.randn(3, outputs, dtype=torch.float64)

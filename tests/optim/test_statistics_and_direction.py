@@ -9,7 +9,7 @@ from kronfisher.fits import Plan, State
 from kronfisher.operators import KroneckerBasis
 from kronfisher.operators.factors import outer
 from tests.helpers.networks import images
-from tests.optim.training import Curvature
+from tests.helpers.training import Curvature
 
 FITS = ["kfac", "kfac-reduce", "block-tridiagonal", "ekfac", "diagonal", "full", {"0.*": "kfac", "*": "diagonal"}]
 
@@ -187,7 +187,7 @@ def test_bases_are_renewed_more_often_in_the_first_steps():
         dues[fit] = []
         for x, y in data:
             optimizer.step(lambda model=model, x=x: model(x), y)
-            dues[fit].append(optimizer.statistics.next_due)
+            dues[fit].append(optimizer.parts.statistics.next_due)
     assert dues["kfac"] == [1, 2, 3, 4, 6, 6, 9, 9, 9, 13, 13, 13]
     assert dues["ekfac"] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 12, 12]
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.experiments.race.problems import PROBLEMS
+from tests.helpers.training import FITS, FIXED, batches, network, train, weights
 from tests.helpers.truth import exact_fisher
-from tests.optim.training import FITS, FIXED, batches, network, train, weights
 
 EXACT = {"labels": "exact", "trust": 0.1}
 
@@ -172,7 +172,7 @@ def test_statistics_cost_one_backward_pass_and_observed_labels_none():
         model, data = network(), batches(1)
         optimizer = kf.NaturalGradient(model, kf.Categorical(), labels=labels)
         train(optimizer, model, data)
-        assert optimizer.statistics.backward_passes == passes
+        assert optimizer.parts.statistics.backward_passes == passes
 
 
 def test_ignored_positions_do_not_count():

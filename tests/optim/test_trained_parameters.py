@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.optim.training import FIXED, batches, network, train, weights, wide
+from tests.helpers.training import FIXED, batches, network, train, weights, wide
 
 
 def test_frozen_parameters_stay_and_cost_nothing():
@@ -17,7 +17,7 @@ def test_frozen_parameters_stay_and_cost_nothing():
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     train(optimizer, model, batches(3))
     assert torch.equal(model[0].weight, before)
-    assert {layer.name for layer in optimizer.statistics.layers} == {"0.bias", "2.weight"}
+    assert {layer.name for layer in optimizer.parts.statistics.layers} == {"0.bias", "2.weight"}
     model[2].weight.requires_grad_(False)  # frozen on the way
     before = model[2].weight.clone()
     train(optimizer, model, batches(3))
@@ -25,7 +25,7 @@ def test_frozen_parameters_stay_and_cost_nothing():
     model.requires_grad_(True)
     train(optimizer, model, batches(3))
     assert not torch.equal(model[2].weight, before)
-    assert {layer.name for layer in optimizer.statistics.layers} == {"0.bias", "2.weight"}
+    assert {layer.name for layer in optimizer.parts.statistics.layers} == {"0.bias", "2.weight"}
 
 
 def test_parameters_without_a_block_make_plain_steps_and_are_reported():
@@ -48,12 +48,12 @@ def test_groups_that_are_added_later_get_curvature():
     model, data = network(), batches(8)
     optimizer = kf.NaturalGradient(model, kf.Categorical(), params=model[0].parameters())
     train(optimizer, model, data[:3])
-    layer = optimizer.statistics.layers[0]
+    layer = optimizer.parts.statistics.layers[0]
     optimizer.add_param_group({"params": list(model[2].parameters())})
     old = model[2].weight.clone()
     train(optimizer, model, data[3:])
-    assert {layer.name for layer in optimizer.statistics.layers} == {"0.weight", "2.weight"}
-    assert any(one is layer for one in optimizer.statistics.layers)  # its average is kept
+    assert {layer.name for layer in optimizer.parts.statistics.layers} == {"0.weight", "2.weight"}
+    assert any(one is layer for one in optimizer.parts.statistics.layers)  # its average is kept
     assert not optimizer.report().uncovered and not torch.equal(model[2].weight, old)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.operators import Tridiagonal
 from tests.helpers.networks import perceptron
-from tests.optim.training import Curvature
+from tests.helpers.training import Curvature
 
 CHAIN = kf.BlockTridiagonal(kf.KFAC())
 
@@ -118,7 +118,7 @@ def test_cuts_are_in_the_report_before_and_after_resuming():
     for _ in range(12):
         other.step(lambda: model(x), y)
     assert other.report().cuts == cuts
-    names = [[block.name for block in layer.blocks] for layer in other.statistics.layers]
+    names = [[block.name for block in layer.blocks] for layer in other.parts.statistics.layers]
     assert ["2.weight", "4.weight"] in names and ["0.weight"] in names
 
 
@@ -132,5 +132,5 @@ def test_rows_that_mix_examples_are_treated_as_independent():
     losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(12)]
     report = optimizer.report()
     assert losses[-1] < losses[0] and not report.uncovered and "0.weight" in report.coupled
-    names = [[block.name for block in layer.blocks] for layer in optimizer.statistics.layers]
+    names = [[block.name for block in layer.blocks] for layer in optimizer.parts.statistics.layers]
     assert names == [["0.weight", "3.weight", "5.weight"]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.optim.training import FITS, FIXED, batches, network, train, weights
+from tests.helpers.training import FITS, FIXED, batches, network, train, weights
 
 EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
 
@@ -31,7 +31,7 @@ def test_a_batch_with_nan_moves_nothing(fit):
     x, y = data[3]
     for poisoned in (x.clone().fill_(torch.nan), x.clone().index_fill_(0, torch.tensor([2]), torch.inf)):
         optimizer.step(lambda x=poisoned: model(x), y)
-        optimizer.judge.divergence.failures = 0  # two in a row would be blamed on the weights
+        optimizer.parts.judge.divergence.failures = 0  # two in a row would be blamed on the weights
         assert torch.equal(weights(model), before)
     assert optimizer.report().skipped == 2
     losses = train(optimizer, model, data[3:])
@@ -70,10 +70,10 @@ def test_an_exploded_loss_takes_the_last_step_back(fit):
     optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, **FIXED)
     train(optimizer, model, data[:12])
     before = weights(model)
-    optimizer.param_groups[0]["lr"], optimizer.step_size.kl_limit = 1e5, 1e12
+    optimizer.param_groups[0]["lr"], optimizer.parts.step_size.kl_limit = 1e5, 1e12
     train(optimizer, model, data[12:13])
     assert float((weights(model) - before).norm()) > 100
-    optimizer.param_groups[0]["lr"], optimizer.step_size.kl_limit = 1.0, 1.0
+    optimizer.param_groups[0]["lr"], optimizer.parts.step_size.kl_limit = 1.0, 1.0
     train(optimizer, model, data[13:14])
     torch.testing.assert_close(weights(model), before, rtol=1e-2, atol=1e-2)
     assert optimizer.report().rejected == 1
@@ -117,7 +117,7 @@ def test_an_error_during_statistics_leaves_that_batch_out(training, monkeypatch)
         model, data = network(), batches(4)
         if training == "optimizer":
             optimizer = kf.NaturalGradient(model, kf.Categorical())
-            statistics, step = optimizer.statistics, lambda x, y: optimizer.step(lambda: model(x), y)
+            statistics, step = optimizer.parts.statistics, lambda x, y: optimizer.step(lambda: model(x), y)
         else:
             preconditioner = kf.Preconditioner(model, kf.Categorical())
             statistics = preconditioner.statistics

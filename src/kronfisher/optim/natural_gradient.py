@@ -1,38 +1,32 @@
 """The optimiser: natural gradient, momentum and step size from a quadratic model, damping from its success."""
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from math import isfinite
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.capture import Capture
-from kronfisher.errors import DataError, NumericalWarning, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
-from kronfisher.optim import update
 from kronfisher.optim.damping_schedule import Constant, DampingSchedule, LevenbergMarquardt
 from kronfisher.optim.direction import Direction
-from kronfisher.optim.forward_backward import ForwardBackward, StepPasses
+from kronfisher.optim.forward_backward import ForwardBackward
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.judge import Judge
+from kronfisher.optim.parts import Parts
 from kronfisher.optim.report import TrainingReport
-from kronfisher.optim.row_inverse import RowInverse
 from kronfisher.optim.statistics import Statistics
-from kronfisher.optim.step_size import StepInputs, StepLength, StepSize
+from kronfisher.optim.step_size import StepSize
+from kronfisher.optim.trained_parameters import TrainedParameters
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
 _MISSING: Any = object()
-_PARTS = ("forward_backward", "statistics", "direction", "step_size", "judge")
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -66,8 +60,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
-        forward_backward, statistics, direction, step_size, judge: the parts of a step, in their order. Each owns its
-            state, and can be replaced by another object with the same methods.
+        parts: the five parts of a step; each can be replaced alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -117,21 +110,22 @@ class NaturalGradient(torch.optim.Optimizer):
         )
         self.steps = 0
         parameters = self._parameters()
-        self.forward_backward = ForwardBackward(self._model, likelihood)
-        self.statistics = Statistics(
-            self._model,
-            parameters,
-            likelihood,
-            fit=fit,
-            refresh=refresh,
-            labels=labels,
-            samples=samples,
-            seed=seed,
+        self.parts = Parts(
+            ForwardBackward(self._model, likelihood),
+            Statistics(
+                self._model,
+                parameters,
+                likelihood,
+                fit=fit,
+                refresh=refresh,
+                labels=labels,
+                samples=samples,
+                seed=seed,
+            ),
+            Direction(parameters, damping, refresh),
+            StepSize(momentum, kl_limit, refresh),
+            Judge(self.trust),
         )
-        self.direction = Direction(parameters, damping, refresh)
-        self.step_size = StepSize(momentum, kl_limit, refresh)
-        self.judge = Judge(self.trust)
-        self._seconds = {"forward and backward": 0.0, "model": 0.0, "update": 0.0}
 
     # The two interfaces -----------------------------------------------------------------------------------------------
 
@@ -154,22 +148,26 @@ class NaturalGradient(torch.optim.Optimizer):
         loss, whole = None, closure is not None and targets is not _MISSING
         if closure is not None and whole:
             self.zero_grad()
-            outputs = self._forward(closure, whole=True)
-            loss = self._backward(outputs, targets, whole=True)
+            outputs = self.parts.forward(closure, self.steps, whole=True)
+            decayed = any(group["weight_decay"] for group in self.param_groups)
+            rates = None if decayed else self._options("lr")
+            loss = self.parts.backward(outputs, targets, None, None, self.steps, rates=rates)
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._make_step(whole=whole)
+        trained = TrainedParameters(self._parameters(), self._options("lr"), self._options("weight_decay"), self.state)
+        with torch.no_grad():
+            self.parts.make_step(self._model, trained, self.steps, whole=whole)
         self.steps += 1
         return loss
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """The model's outputs, captured where statistics are due."""
-        return self._forward(lambda: self._wrapped(*inputs, **options), whole=False)
+        return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The mean negative log-likelihood of an example, differentiable."""
-        return self.forward_backward.mean_loss(outputs, targets)[0].to(outputs.dtype)
+        return self.parts.forward_backward.mean_loss(outputs, targets)[0].to(outputs.dtype)
 
     def backward(
         self,
@@ -195,148 +193,21 @@ class NaturalGradient(torch.optim.Optimizer):
             DataError: `outputs` are not the ones that `forward` returned.
             UnsupportedError: a loss that cannot be evaluated again, with a damping schedule that compares losses.
         """
-        return self._backward(outputs, targets, loss, scale, whole=False)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in any optimiser; forward passes that no step followed are forgotten."""
-        self.forward_backward.forget()
-        super().zero_grad(set_to_none)
-
-    def report(self) -> TrainingReport:
-        """The state of training."""
-        statistics, judge, loss = self.statistics, self.judge, self.forward_backward.loss
-        seconds = {**self._seconds, "statistics": statistics.seconds, "inverses": self.direction.seconds}
-        seconds["forward and backward"] -= statistics.seconds_in_backward
-        refusal = self.step_size.refusal
-        return TrainingReport(
-            step=self.steps,
-            loss=None if loss is None else float(loss),
-            damping=judge.damping.value,
-            step_size=self.step_size.step_size,
-            momentum=self.step_size.used,
-            ratio=judge.damping.ratio,
-            rejected=judge.rejected,
-            skipped=judge.skipped,
-            dropped=statistics.dropped,
-            seconds=seconds,
-            stale=self.direction.overdue(self.steps),
-            troubles=self.direction.troubles,
-            uncovered=statistics.uncovered,
-            coupled=tuple(statistics.coupled),
-            cuts=tuple(statistics.cuts),
-            warnings=(*([refusal] if refusal else []), *judge.warnings()),
-        )
-
-    # The step ---------------------------------------------------------------------------------------------------------
-
-    def _forward(self, function: Callable[[], Any], *, whole: bool) -> Tensor:
-        with self._timed("forward and backward"):
-            return self.forward_backward.forward(
-                function, self.statistics, self.steps, whole=whole, again=self._repeats()
-            )
-
-    def _backward(
-        self,
-        outputs: Tensor,
-        targets: Any,
-        loss: Tensor | None = None,
-        scale: Callable[[Tensor], Tensor] | None = None,
-        *,
-        whole: bool,
-    ) -> Tensor:
-        if loss is not None and self.judge.compares_losses:
+        if loss is not None and self.parts.judge.compares_losses:
             raise UnsupportedError(
                 f"{type(self.trust).__name__} compares the loss before and after a step, and a loss that was computed "
                 "outside cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
             )
-        decayed = any(group["weight_decay"] for group in self.param_groups)
+        return self.parts.backward(outputs, targets, loss, scale, self.steps, rates=None)
 
-        def rows(capture: Capture) -> RowInverse | None:  # only where no other code touches the gradient
-            return self.direction.row_inverse(capture, self._options("lr")) if whole and not decayed else None
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in any optimiser; forward passes that no step followed are forgotten."""
+        self.parts.forward_backward.forget()
+        super().zero_grad(set_to_none)
 
-        with self._timed("forward and backward"):
-            return self.forward_backward.backward(
-                outputs, targets, loss, scale, self.statistics, self.steps, rows=rows, again=self._repeats()
-            )
-
-    def _repeats(self) -> bool:
-        """Whether this step runs the forward pass again, for the quadratic model or to compare losses."""
-        return not self.step_size.refusal and (self.judge.compares(self.steps) or self.step_size.solves(self.steps))
-
-    @torch.no_grad()
-    def _make_step(self, *, whole: bool) -> None:
-        """Compose the parts: statistics, direction, length, update, comparison."""
-        step, parameters = self.steps, self._parameters()
-        taken = self.forward_backward.take()
-        gradients = {name: _dense(p.grad) for name, p in parameters.items() if p.grad is not None}
-        self.statistics.merge(step)
-        self.direction.follow(self.statistics.layers, step)
-        if not self._can_step(gradients, taken):
-            self.judge.skip()
-            return
-        if self.judge.exploded(taken.passes):
-            update.take_back(self.state, (p for group in self.param_groups for p in group["params"]))
-            self.step_size.solve_next(step + 1)
-            self.judge.skip()
-            return
-        damping = self.judge.damping_at(step, self.direction.measure)
-        self.direction.renew(damping, step)
-        self.statistics.schedule_bases(self.direction.due)
-        with self._timed("update"):
-            decays = self._options("weight_decay")
-            gradients = {n: g.add(parameters[n], alpha=decays[n]) if decays[n] else g for n, g in gradients.items()}
-            descent = self.direction.descend(gradients, damping, self._options("lr"), taken.rows)
-            solve = self._repeats() and taken.repeatable
-            if (solve or descent.slope.device.type == "cpu") and not isfinite(float(descent.slope)):
-                self.judge.skip()
-                return
-            last = update.last_steps(self.state, parameters, descent.natural)
-        own = {name: decays[name] for name in descent.natural}
-        inputs = StepInputs(self._model, self.likelihood, taken.passes, descent, last, damping, own, whole)
-        length = self._choose_length(inputs, solve)
-        compares = length.predicted is not None and self.judge.compares(step)
-        with self._timed("update"):
-            copies = {name: parameters[name].clone() for name in descent.natural} if compares else {}
-            update.apply(self.state, parameters, descent, last, length)
-        if length.predicted is not None and compares:
-            with self._timed("model"):
-                change = update.add_penalty(self.forward_backward.change(taken.passes), parameters, copies, decays)
-                if self.judge.rejects(change, length.predicted, step):
-                    update.restore(self.state, parameters, copies)
-                    self.step_size.solve_next(step + 1)
-
-    def _can_step(self, gradients: Mapping[str, Tensor], taken: StepPasses) -> bool:
-        """Whether there are gradients and curvature.
-
-        Raises:
-            UnsupportedError: there is no curvature because no forward pass of ours was run.
-        """
-        if gradients and not self.statistics.started:
-            raise UnsupportedError(
-                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
-                "optimizer.backward(outputs, y) before optimizer.step()."
-            )
-        return bool(gradients or (taken.rows is not None and taken.rows.rows)) and self.statistics.ready
-
-    def _choose_length(self, inputs: StepInputs, solve: bool) -> StepLength:
-        """The length of the step; λ answers to it."""
-        exact = self.step_size.exact
-        with self._timed("model" if solve else "update"):
-            length = self.step_size.choose(inputs, self.steps, solve=solve, longest=self.judge.longest(self.steps))
-        if length.predicted is not None and self.step_size.exact:
-            self.judge.check_step_size(self.step_size.step_size)
-        if exact and not self.step_size.exact:  # there is no exact model: take the λ that a fixed rate starts from
-            self.judge.raise_for_fixed_rate()
-            warnings.warn(
-                f"{self.step_size.refusal} Training continues at a fixed rate.", NumericalWarning, stacklevel=6
-            )
-        return length
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._seconds[phase] += time.perf_counter() - began
+    def report(self) -> TrainingReport:
+        """The state of training."""
+        return self.parts.report(self.steps)
 
     # Parameters, options, state ---------------------------------------------------------------------------------------
 
@@ -360,16 +231,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimiser; the new parameters get curvature from the next statistics on."""
         super().add_param_group(param_group)
-        if hasattr(self, "statistics"):
-            self.statistics.extend(self._parameters())
-            self.direction.extend(self._parameters())
+        if hasattr(self, "parts"):
+            self.parts.extend(self._parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")
 
     def state_dict(self) -> dict[str, Any]:
         """All state of training but the model's; resumed with the same number of threads, it gives the same bits."""
-        own = {"steps": self.steps, **{part: getattr(self, part).state_dict() for part in _PARTS}}
+        own = {"steps": self.steps, **self.parts.state_dict()}
         return {**super().state_dict(), "natural_gradient": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -385,16 +255,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 "the state was saved by an earlier version of kronfisher, which kept it in another form. Load the "
                 "model's weights, and continue with a new optimiser."
             )
-        if own.keys() != {"steps", *_PARTS}:
+        if own.keys() != {"steps", *self.parts.names()}:
             raise DataError("this is not the state of a NaturalGradient; it lacks the curvature")
-        self.statistics.load_state_dict(own["statistics"])
+        self.parts.load_state_dict(own)
         super().load_state_dict(rest)
-        self.direction.load_state_dict(own["direction"], self.statistics.layers)
-        self.forward_backward.load_state_dict(own["forward_backward"])
-        self.step_size.load_state_dict(own["step_size"])
-        self.judge.load_state_dict(own["judge"])
         self.steps = own["steps"]
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()

@@ -1,0 +1,222 @@
+"""The five parts of a step, and a step composed of them."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, nn
+
+from kronfisher.capture.capture import Capture
+from kronfisher.errors import NumericalWarning, UnsupportedError
+from kronfisher.optim.direction import Direction
+from kronfisher.optim.forward_backward import ForwardBackward, StepPasses
+from kronfisher.optim.judge import Judge
+from kronfisher.optim.report import TrainingReport
+from kronfisher.optim.row_inverse import RowInverse
+from kronfisher.optim.statistics import Statistics
+from kronfisher.optim.step_size import StepInputs, StepLength, StepSize
+from kronfisher.optim.trained_parameters import TrainedParameters
+
+__all__ = ["Parts"]
+
+
+@dataclass
+class Parts:
+    """Each part owns its state, and can be replaced by another object with the same methods.
+
+    Attributes:
+        forward_backward: runs and records passes.
+        statistics: averages the curvature.
+        direction: makes natural gradients from gradients.
+        step_size: chooses the length of the step.
+        judge: chooses λ, and decides which steps are undone or skipped.
+        seconds: spent in a step outside statistics and inverses, by phase.
+    """
+
+    forward_backward: ForwardBackward
+    statistics: Statistics
+    direction: Direction
+    step_size: StepSize
+    judge: Judge
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"forward and backward": 0.0, "model": 0.0, "update": 0.0}
+    )
+
+    # Passes -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, function: Callable[[], Any], step: int, *, whole: bool) -> Tensor:
+        """The outputs that `function` returns; `whole`: no code of the user's runs between this pass and the step."""
+        with self._timed("forward and backward"):
+            return self.forward_backward.forward(
+                function, self.statistics, step, whole=whole, again=self._repeats(step)
+            )
+
+    def backward(
+        self,
+        outputs: Tensor,
+        targets: Any,
+        loss: Tensor | None,
+        scale: Callable[[Tensor], Tensor] | None,
+        step: int,
+        *,
+        rates: Mapping[str, float] | None,
+    ) -> Tensor:
+        """Fill ``.grad`` and collect statistics; the loss, detached.
+
+        Args:
+            outputs: as `forward` returned them.
+            targets: as the likelihood takes them.
+            loss: another loss to differentiate.
+            scale: applied to the loss before it is differentiated.
+            step: number of the step.
+            rates: name → learning rate, if no other code touches the gradient, so that steps may be made from rows.
+        """
+
+        def rows(capture: Capture) -> RowInverse | None:
+            return None if rates is None else self.direction.row_inverse(capture, rates)
+
+        with self._timed("forward and backward"):
+            return self.forward_backward.backward(
+                outputs, targets, loss, scale, self.statistics, step, rows=rows, again=self._repeats(step)
+            )
+
+    def _repeats(self, step: int) -> bool:
+        """Whether this step runs the forward pass again, for the quadratic model or to compare losses."""
+        return not self.step_size.refusal and (self.judge.compares(step) or self.step_size.solves(step))
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
+        """One step after the backward pass: statistics, direction, length, update, comparison.
+
+        Args:
+            model: unwrapped.
+            trained: the parameters to change.
+            step: number of the step.
+            whole: whether no other code touched the gradient.
+
+        Raises:
+            UnsupportedError: there is no curvature because no forward pass of ours was run.
+        """
+        taken = self.forward_backward.take()
+        gradients = trained.gradients()
+        self.statistics.merge(step)
+        self.direction.follow(self.statistics.layers, step)
+        if not self._can_step(gradients, taken):
+            self.judge.skip()
+            return
+        if self.judge.exploded(taken.passes):
+            trained.take_back()
+            self.step_size.solve_next(step + 1)
+            self.judge.skip()
+            return
+        damping = self.judge.damping_at(step, self.direction.measure)
+        self.direction.renew(damping, step)
+        self.statistics.schedule_bases(self.direction.due)
+        with self._timed("update"):
+            descent = self.direction.descend(trained.add_decay(gradients), damping, trained.rates, taken.rows)
+            solve = self._repeats(step) and taken.repeatable
+            if (solve or descent.slope.device.type == "cpu") and not isfinite(float(descent.slope)):
+                self.judge.skip()
+                return
+            last = trained.last_steps(descent.natural)
+        decays = {name: trained.decays[name] for name in descent.natural}
+        likelihood = self.forward_backward.likelihood
+        inputs = StepInputs(model, likelihood, taken.passes, descent, last, damping, decays, whole)
+        length = self._choose_length(inputs, step, solve)
+        compares = length.predicted is not None and self.judge.compares(step)
+        with self._timed("update"):
+            copies = trained.copies(descent.natural) if compares else {}
+            trained.apply(descent, last, length)
+        if length.predicted is not None and compares:
+            with self._timed("model"):
+                change = trained.add_penalty(self.forward_backward.change(taken.passes), copies)
+                if self.judge.rejects(change, length.predicted, step):
+                    trained.restore(copies)
+                    self.step_size.solve_next(step + 1)
+
+    def _can_step(self, gradients: Mapping[str, Tensor], taken: StepPasses) -> bool:
+        """Whether there are gradients and curvature."""
+        if gradients and not self.statistics.started:
+            raise UnsupportedError(
+                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
+                "optimizer.backward(outputs, y) before optimizer.step()."
+            )
+        return bool(gradients or (taken.rows is not None and taken.rows.rows)) and self.statistics.ready
+
+    def _choose_length(self, inputs: StepInputs, step: int, solve: bool) -> StepLength:
+        """The length of the step, with λ adapted to it."""
+        exact = self.step_size.exact
+        with self._timed("model" if solve else "update"):
+            length = self.step_size.choose(inputs, step, solve=solve, longest=self.judge.longest(step))
+        if length.predicted is not None and self.step_size.exact:
+            self.judge.check_step_size(self.step_size.step_size)
+        if exact and not self.step_size.exact:  # there is no exact model: take the λ that a fixed rate starts from
+            self.judge.raise_for_fixed_rate()
+            warnings.warn(
+                f"{self.step_size.refusal} Training continues at a fixed rate.", NumericalWarning, stacklevel=5
+            )
+        return length
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+    # Reports and state ------------------------------------------------------------------------------------------------
+
+    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Treat these parameters from now on."""
+        self.statistics.extend(parameters)
+        self.direction.extend(parameters)
+
+    def report(self, step: int) -> TrainingReport:
+        """The state of training after so many steps."""
+        statistics, judge, loss = self.statistics, self.judge, self.forward_backward.loss
+        seconds = {**self.seconds, "statistics": statistics.seconds, "inverses": self.direction.seconds}
+        seconds["forward and backward"] -= statistics.seconds_in_backward
+        refusal = self.step_size.refusal
+        return TrainingReport(
+            step=step,
+            loss=None if loss is None else float(loss),
+            damping=judge.damping.value,
+            step_size=self.step_size.step_size,
+            momentum=self.step_size.used,
+            ratio=judge.damping.ratio,
+            rejected=judge.rejected,
+            skipped=judge.skipped,
+            dropped=statistics.dropped,
+            seconds=seconds,
+            stale=self.direction.overdue(step),
+            troubles=self.direction.troubles,
+            uncovered=statistics.uncovered,
+            coupled=tuple(statistics.coupled),
+            cuts=tuple(statistics.cuts),
+            warnings=(*([refusal] if refusal else []), *judge.warnings()),
+        )
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """The parts, in the order of a step."""
+        return tuple(each.name for each in fields(Parts) if each.name != "seconds")
+
+    def state_dict(self) -> dict[str, Any]:
+        """By part, everything that a resumed training needs."""
+        return {name: getattr(self, name).state_dict() for name in self.names()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            DataError: it was saved for other parameters or other fits.
+        """
+        self.statistics.load_state_dict(state["statistics"])  # the first: it refuses what does not belong
+        self.direction.load_state_dict(state["direction"], self.statistics.layers)
+        self.forward_backward.load_state_dict(state["forward_backward"])
+        self.step_size.load_state_dict(state["step_size"])
+        self.judge.load_state_dict(state["judge"])
