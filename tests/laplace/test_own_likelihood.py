@@ -134,7 +134,7 @@ def test_its_closed_form_is_the_mean_over_draws_and_its_density_calibrates(lifet
         posterior.noise = 0.3
 
 
-def test_a_single_noise_is_told_from_residuals_as_that_of_the_gaussian(lifetimes):
+def test_a_single_noise_is_learned_from_residuals_as_that_of_the_gaussian(lifetimes):
     model, x, _ = lifetimes
     y = model(x).detach() + 0.3 * torch.randn(40, 2).double()
     own, ours = (

@@ -25,8 +25,8 @@ class Laplace(Posterior):
 
     θ* are the model's parameters as they are now; train them to the end first, with a weight decay that fits the prior.
     All of the network, its last layer or any other part is treated: whatever required a gradient when `fisher` was
-    estimated. A mean over examples becomes a sum by itself. Predictions linearise the network around θ* or sample
-    networks.
+    estimated. F may be a mean or a sum over examples. Predictions linearise the network around θ* or sample networks
+    (MacKay 1992, Neural Computation 4:448; Immer et al. 2021, arXiv:2008.08400).
 
     Args:
         model: the model that `fisher` was estimated for.
@@ -64,9 +64,10 @@ class Laplace(Posterior):
     def log_marginal_likelihood(
         self, prior_precision: PriorPrecision | None = None, noise: float | Tensor | None = None
     ) -> Tensor:
-        """``log p(targets)`` under Laplace's approximation, a 0-dim float64 tensor.
+        """``log p(targets)`` of the training data under Laplace's approximation, 0-dim in float64, in nats.
 
-        ``log p(y|θ*)/T − ½ (θ* − μ)ᵀ diag(δ) (θ* − μ) − ½ log |Λ| + ½ log |diag(δ)|``.
+        ``log p(y|θ*)/T − ½ (θ* − μ)ᵀ diag(δ) (θ* − μ) − ½ log |Λ| + ½ log |diag(δ)|`` (MacKay 1992; Immer et al. 2021,
+        arXiv:2104.04975).
 
         Args:
             prior_precision: instead of the posterior's own, in any of its forms; differentiable where it is a tensor.
@@ -75,6 +76,17 @@ class Laplace(Posterior):
         Raises:
             DataError: the Fisher was estimated without targets; `score` reads them.
             SingularError: Λ is singular, or a prior precision is zero, for which there is no normalised prior.
+            UnsupportedError: `noise` is given, and the likelihood has no single noise variance.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> prior = torch.tensor(2.0, requires_grad=True)
+            >>> posterior.log_marginal_likelihood(prior).backward()
+            >>> prior.grad.isfinite()
+            tensor(True)
         """
         if noise is not None:
             self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
@@ -83,7 +95,18 @@ class Laplace(Posterior):
         return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
 
     def score(self, data: Any) -> Self:
-        """Read the likelihood of training data, if the Fisher matrix was estimated without targets; returns itself."""
+        """Read the likelihood of the training data, where the Fisher matrix was estimated without targets.
+
+        Args:
+            data: batches of inputs and targets, those of the estimate.
+
+        Returns:
+            Itself.
+
+        Raises:
+            DataError: a batch has no targets, or they do not fit.
+            UnsupportedError: the Fisher matrix was estimated with a mask.
+        """
         self._log_likelihood = score_training_data(self, data)
         return self
 
@@ -99,6 +122,10 @@ class Laplace(Posterior):
 
         Returns:
             Itself.
+
+        Raises:
+            DataError: the likelihood of the training data is unknown (`score` reads it), or its residuals are zero.
+            NumericalError: the marginal likelihood is not finite where the search starts.
         """
         factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)
         if noise:
@@ -116,6 +143,10 @@ class Laplace(Posterior):
 
         That is where the likelihood of θ* is largest; `optimize_prior(noise=True)` takes the uncertainty of the
         parameters into account, too. Returns itself.
+
+        Raises:
+            DataError: the likelihood of the training data is unknown, or their residuals are zero.
+            UnsupportedError: the likelihood has no single noise variance.
         """
         self._read_noise(self._noise if self._noise is not None else 1.0)
         self.noise = require_residuals(*self.training_score(), self.own_noise)
@@ -130,7 +161,7 @@ class Laplace(Posterior):
             x: inputs as the model takes them: a tensor, a tuple of arguments or a mapping; with `forward`, a batch.
             predictor: how. The network linearised around θ*, with "linearized" outputs (Gaussian, exact), by the
                 "probit" link, the Laplace "bridge" (classes), or by "mc" draws of the outputs; or networks with
-                "sampled" parameters. Default: what was calibrated, else the first that the likelihood has.
+                "sampled" parameters. Default: the calibrated one, else the first in ``likelihood.predictors``.
             samples: draws, for "mc" and "sampled".
             seed: of the draws.
 
@@ -167,7 +198,18 @@ class Laplace(Posterior):
     def log_predictive_density(
         self, x: Any, targets: Tensor, *, predictor: str | None = None, samples: int = 100, seed: int = 0
     ) -> Tensor:
-        """``log p(targets | x)`` ``[n]`` under the prediction; positions that do not count are left out."""
+        """``log p(targets | x)`` ``[n]`` in nats under the prediction; positions that do not count are left out.
+
+        Args:
+            x: as in `predict`.
+            targets: as the likelihood takes them.
+            predictor: as in `predict`.
+            samples: as in `predict`.
+            seed: as in `predict`.
+
+        Raises:
+            UnsupportedError: the likelihood defines no `log_predictive_density`.
+        """
         prediction = self.predict(x, predictor=predictor, samples=samples, seed=seed)
         return self.likelihood.log_predictive_density(prediction, targets)
 

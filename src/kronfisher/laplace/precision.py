@@ -89,7 +89,7 @@ class Precision:
     def factored(self) -> tuple[KroneckerBasis, Tensor] | None:
         """``K, v`` with ``Λ⁻¹ = K diag(1/v) Kᵀ`` and K a Kronecker product (perhaps of diagonals), or None.
 
-        v is ``[H, O, I]``. Nothing of the size of K is ever needed: a gradient ``g aᵀ`` is turned side by side.
+        v is ``[H, O, I]``. K is never written out: a gradient ``g aᵀ`` is rotated factor by factor.
         """
         operator = self.damped
         if operator.product_basis is not None:

@@ -87,7 +87,7 @@ def check_outputs(outputs: Any, name: str, where: str) -> None:
             f"{name} needs outputs [N, ...], one row per example, found a scalar",
             "return the outputs of every example, not their loss",
         )
-    # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is looked at again.
+    # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is checked entry by entry.
     if not torch.isfinite(promote(outputs).sum()) and not torch.isfinite(outputs).all():
         raise NumericalError(
             f"{where}: {int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are NaN or infinite; "

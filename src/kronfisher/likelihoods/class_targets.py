@@ -27,7 +27,7 @@ def find_classes(outputs: Tensor, targets: Tensor | None, class_dim: int | None,
         where: Name of the batch, for the message.
 
     Raises:
-        DataError: It cannot be told.
+        DataError: Neither `class_dim` nor the shape of the targets decides it.
     """
     if outputs.ndim == 2:
         return 1
