@@ -98,7 +98,7 @@ def measure(case: str, times: float, fit: str) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--times", type=float, default=1.5, help="the budget over what the matrices take")
+    parser.add_argument("--times", type=float, default=1.5, help="the budget over the size of the matrices")
     parser.add_argument("--fit", default="kfoc")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the work would cost with nothing around it: the yardsticks that every library is divided by."""
+"""The bare cost of the work: the yardsticks that every library is divided by."""
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Floor:
         return [(a.t() @ a, g.t() @ g) for a, g in self.rows]
 
     def least(self) -> list[Tensor]:
-        """What factors of linear layers cannot do without: labels drawn, gradients of outputs, half of the products.
+        """The least work for factors of linear layers: labels drawn, gradients of outputs, half of the products.
 
         One forward pass, one backward pass without gradients of parameters, and upper triangles in panels straight
         into their sums: plain torch, with nothing looked at, counted, scaled or mirrored.

@@ -23,7 +23,7 @@ from floors import Floor
 from measure import alternate
 from peers import Skip
 from torch import Tensor, nn
-from workloads import WORKLOADS, Batch, Workload, classified, dense_layers
+from workloads import WORKLOADS, Batch, Workload, class_batches, dense_layers
 
 import kronfisher as kf
 
@@ -35,7 +35,7 @@ FEW = 16  # data whose blocks with all columns are compared; the other code take
 
 def wide() -> Workload:
     """256-256-256-10, ReLU; one batch of 128."""
-    return Workload(dense_layers(256, 256, 256, 10, activation=nn.ReLU), classified((256,), 1, 128), "categorical")
+    return Workload(dense_layers(256, 256, 256, 10, activation=nn.ReLU), class_batches((256,), 1, 128), "categorical")
 
 
 def lenet() -> Workload:
@@ -78,7 +78,7 @@ class Bpnn:
 
 
 class Curvlinops:
-    """curvlinops' main branch: SciPy's ARPACK on gradients of single data."""
+    """curvlinops' main branch: SciPy's ARPACK on per-example gradients."""
 
     labels = "exact"
 
@@ -115,20 +115,20 @@ def ours(model: nn.Module, batch: Batch, labels: str = "sampled", **options: Any
 
 
 def gradients(model: nn.Module, batch: Batch, labels: str) -> list[Tensor]:
-    """Of every layer, the gradients ``[n, O, I + 1]`` of single data (or columns), by nobody's library but torch."""
+    """Of every layer, the gradients ``[n, O, I + 1]`` of single examples (or columns), by torch alone."""
     logits = model(batch[0])
     if labels == "observed":
         vectors = [logits.softmax(1) - F.one_hot(batch[1], logits.shape[1])]
     else:  # diag(p) − p pᵀ = Σ_c v_c v_cᵀ
         p = logits.softmax(1).detach()
         vectors = [(torch.eye(p.shape[1]).to(p)[c] - p) * p[:, c : c + 1].sqrt() for c in range(p.shape[1])]
-    found: list[list[Tensor]] = [[] for _ in layers(model)]
+    per_layer: list[list[Tensor]] = [[] for _ in layers(model)]
     for vector in vectors:
         for k in range(len(logits)):
-            several = torch.autograd.grad(logits[k], list(model.parameters()), vector[k].detach(), retain_graph=True)
-            for place, (weight, bias) in enumerate(zip(several[::2], several[1::2], strict=True)):
-                found[place].append(torch.cat([weight.flatten(1), bias[:, None]], dim=1))
-    return [torch.stack(several) for several in found]
+            parts = torch.autograd.grad(logits[k], list(model.parameters()), vector[k].detach(), retain_graph=True)
+            for place, (weight, bias) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+                per_layer[place].append(torch.cat([weight.flatten(1), bias[:, None]], dim=1))
+    return [torch.stack(samples) for samples in per_layer]
 
 
 def error(G: Tensor, A: Tensor, B: Tensor) -> float:

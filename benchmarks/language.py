@@ -46,18 +46,18 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def rows(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Inputs with a column of ones and output gradients of every linear layer."""
-    found: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
 
     def hook(layer: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
         a = inputs[0].detach().flatten(0, 1)
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1) if getattr(layer, "bias", None) is not None else a
-        outputs.register_hook(lambda gradient: found.append((a, gradient.flatten(0, 1).contiguous())))
+        outputs.register_hook(lambda gradient: pairs.append((a, gradient.flatten(0, 1).contiguous())))
 
     handles = [layer.register_forward_hook(hook) for layer in layers_of(model)]
     backward(model, tokens)
     for handle in handles:
         handle.remove()
-    return found
+    return pairs
 
 
 def products(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -92,8 +92,8 @@ def measure(layers: int, repeats: int, profile: bool) -> dict[str, object]:
         times["gemm"].append(seconds(lambda: products(pairs)))
         times["own"].append(seconds(own))
     ratios = [own / (fb + gemm) for own, fb, gemm in zip(*times.values(), strict=True)]
-    found = {name: round(statistics.median(values), 2) for name, values in times.items()}
-    return {"ratio": round(statistics.median(ratios), 3), **found, "GiB": round(extra / 2**30, 2)}
+    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    return {"ratio": round(statistics.median(ratios), 3), **medians, "GiB": round(extra / 2**30, 2)}
 
 
 if __name__ == "__main__":

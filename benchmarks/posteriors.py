@@ -56,7 +56,7 @@ def laplace_torch(model, batches):
     return lambda x: posterior(x, pred_type="glm", link_approx="probit").detach()
 
 
-def timed(work, repeats: int) -> tuple[float, object]:
+def median_time(work, repeats: int) -> tuple[float, object]:
     seconds = []
     for _ in range(repeats):
         gc.collect()
@@ -75,10 +75,10 @@ def measure(library: str, network: str, repeats: int) -> dict[str, object]:
     model, batches, x = prepare(network)
     make = kronfisher if library == "kronfisher" else laplace_torch
     make(*prepare("lenet5")[:2])  # loads code
-    fit, predict = timed(lambda: make(model, batches), repeats)
+    fit, predict = median_time(lambda: make(model, batches), repeats)
     predict(x[:1])
     extra, p = peak(lambda: predict(x))
-    seconds, _ = timed(lambda: predict(x), repeats)
+    seconds, _ = median_time(lambda: predict(x), repeats)
     return {"fit": fit, "predict": seconds, "extra_mib": extra / 2**20, "p": p.double().tolist()}
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     import run
 
     run.environment()
-    found: dict[str, dict[str, dict]] = {}
+    results: dict[str, dict[str, dict]] = {}
     print(f"{'network':<9} {'library':<14} {'fit s':>8} {'predict s':>10} {'memory MiB':>11}")
     for network in options.networks:
         for library in LIBRARIES:
@@ -103,14 +103,14 @@ def main() -> None:
             done = subprocess.run([*map(str, command)], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            row = found.setdefault(network, {})[library] = json.loads(done.stdout.splitlines()[-1])
+            row = results.setdefault(network, {})[library] = json.loads(done.stdout.splitlines()[-1])
             print(f"{network:<9} {library:<14} {row['fit']:8.2f} {row['predict']:10.3f} {row['extra_mib']:11.1f}")
-        ours, theirs = (found[network][library].pop("p") for library in LIBRARIES)
+        ours, theirs = (results[network][library].pop("p") for library in LIBRARIES)
         far = max(abs(a - b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True))
-        found[network]["largest difference of probabilities"] = far
+        results[network]["largest difference of probabilities"] = far
         print(f"{network:<9} largest difference of the predicted probabilities: {far:.1e}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def transformers() -> Iterator[Problem]:
 
 
 def shared_problems() -> Iterator[Problem]:
-    """What other libraries can do as well."""
+    """Problems that other libraries can solve as well."""
     torch.manual_seed(0)
     for likelihood in ("gaussian", "categorical", "bernoulli"):
         yield problem("linear", linear(), (7, 4), likelihood)
@@ -97,9 +97,9 @@ def shared_problems() -> Iterator[Problem]:
 
 
 def own_problems() -> Iterator[tuple[Problem, str, str]]:
-    """What other libraries get wrong or refuse: problem, the matrix of ours that is exact there, and why it is."""
+    """Problems that other libraries get wrong or refuse: problem, the matrix of ours that is exact there, and why."""
     torch.manual_seed(1)
-    by_definition, single = "exact by definition", "one datum and one position"
+    by_definition, single = "exact by definition", "one example and one position"
 
     deep = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     yield problem("sequence, deep linear", deep, (5, 4, 4), "gaussian"), "kfac", "exact in deep linear networks"
@@ -119,7 +119,7 @@ def own_problems() -> Iterator[tuple[Problem, str, str]]:
     yield ignored, "full", by_definition
 
     weight = torch.tensor([1.0, 3.0, 0.5])
-    yield problem("class weights, one datum", linear(), (1, 4), "categorical", weight=weight), "kfac", single
+    yield problem("class weights, one example", linear(), (1, 4), "categorical", weight=weight), "kfac", single
 
 
 def truth(problem: Problem) -> Tensor:

@@ -98,30 +98,30 @@ def child(script: str, *arguments: str, timeout: float, python: str | Path = PYT
 
 
 def kfoc(options: argparse.Namespace) -> list[dict]:
-    """What is K-FOC's alone: beside public implementations, over many data, in memory, of large layers."""
+    """The measurements of K-FOC alone: beside public implementations, over many data, in memory, of large layers."""
     results = []
     for peer in ("bpnn", "curvlinops") if "public" in options.tables else ():
         for workload in ("wide", "lenet"):
             arguments = (peer, workload, "--repeats", str(max(2, options.repeats // 3)))
             if options.sources is not None:
                 arguments += ("--sources", str(options.sources.resolve()))
-            found = child("kfoc.py", *arguments, timeout=options.timeout)
-            results.append({"what": "kfoc", "table": "public", "peer": peer, "workload": workload, **found})
+            outcome = child("kfoc.py", *arguments, timeout=options.timeout)
+            results.append({"what": "kfoc", "table": "public", "peer": peer, "workload": workload, **outcome})
     repeats = str(max(2, options.repeats // 3))
     for peer in ("kronfisher", "kronfisher_kfoc") if "long" in options.tables else ():
         arguments = (peer, "autoencoder-20k", "factors", "--repeats", repeats)
-        found = child("measure.py", *arguments, timeout=options.timeout)
-        results.append({"what": "kfoc", "table": "long", "peer": peer, "workload": "autoencoder-20k", **found})
+        outcome = child("measure.py", *arguments, timeout=options.timeout)
+        results.append({"what": "kfoc", "table": "long", "peer": peer, "workload": "autoencoder-20k", **outcome})
     for workload in options.workloads if "memory" in options.tables else ():
-        found = [
+        kfac, kfoc = [
             child("measure.py", peer, workload, "memory", timeout=options.timeout).get("extra")
             for peer in ("kronfisher", "kronfisher_kfoc")
         ]
-        results.append({"what": "kfoc", "table": "memory", "workload": workload, "kfac": found[0], "kfoc": found[1]})
-    for case, several in BUDGETS.items() if "budgets" in options.tables else ():
-        for times in several:
-            found = child("budgets.py", case, "--times", str(times), timeout=options.timeout)
-            results.append({"what": "kfoc", "table": "budgets", "workload": case, "times": times, **found})
+        results.append({"what": "kfoc", "table": "memory", "workload": workload, "kfac": kfac, "kfoc": kfoc})
+    for case, factors in BUDGETS.items() if "budgets" in options.tables else ():
+        for times in factors:
+            outcome = child("budgets.py", case, "--times", str(times), timeout=options.timeout)
+            results.append({"what": "kfoc", "table": "budgets", "workload": case, "times": times, **outcome})
     return results
 
 
@@ -145,17 +145,17 @@ def main() -> None:
     results = []
     for what in (kind for name in options.what for kind in WHATS[name]):
         if what == "agreement":
-            found = child("agreement.py", *options.peers, timeout=options.timeout)
-            if "skipped" in found:
-                sys.exit(f"benchmarks: the comparison of matrices failed: {found['skipped']}")
-            results += [{"what": what, **row} for row in found["rows"]]
+            outcome = child("agreement.py", *options.peers, timeout=options.timeout)
+            if "skipped" in outcome:
+                sys.exit(f"benchmarks: the comparison of matrices failed: {outcome['skipped']}")
+            results += [{"what": what, **row} for row in outcome["rows"]]
             continue
         if what == "scaling":  # with the project's own interpreter, which can draw
             figure, repeats = target.with_suffix(".png"), str(max(2, options.repeats))
             arguments = (str(figure), "--repeats", repeats)
-            found = child("scaling.py", *arguments, timeout=options.timeout, python=sys.executable)
-            results += [{"what": what, **row} for row in found.get("rows", [found])]
-            print(what, found.get("figure", found.get("skipped")), file=sys.stderr)
+            outcome = child("scaling.py", *arguments, timeout=options.timeout, python=sys.executable)
+            results += [{"what": what, **row} for row in outcome.get("rows", [outcome])]
+            print(what, outcome.get("figure", outcome.get("skipped")), file=sys.stderr)
             continue
         if what == "kfoc":
             results += kfoc(options)
@@ -163,9 +163,11 @@ def main() -> None:
         if what == "steps":
             for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:
                 for kind in ("fixed", "exact"):
-                    found = child("steps.py", workload, "--kind", kind, timeout=options.timeout, python=sys.executable)
-                    results.append({"what": what, "workload": workload, "peer": f"kronfisher, {kind}", **found})
-                    print(what, workload, kind, found.get("ratio", found.get("skipped")), file=sys.stderr)
+                    outcome = child(
+                        "steps.py", workload, "--kind", kind, timeout=options.timeout, python=sys.executable
+                    )
+                    results.append({"what": what, "workload": workload, "peer": f"kronfisher, {kind}", **outcome})
+                    print(what, workload, kind, outcome.get("ratio", outcome.get("skipped")), file=sys.stderr)
             continue
         for workload in options.workloads:
             for peer in (["floor"] if what == "memory" else []) + options.peers:

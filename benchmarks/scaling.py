@@ -1,4 +1,4 @@
-"""How the time of one layer's K-FAC factors grows with the samples n and the positions T; prints one line of JSON.
+"""Growth of the time of one layer's K-FAC factors with the samples n and the positions T; prints one line of JSON.
 
 Run by run.py. Inputs and output gradients are there already: what is timed is the library's own part of an estimate.
 """

@@ -69,7 +69,7 @@ def dense_layers(*widths: int, activation: type[nn.Module], linear: tuple[int, .
     return nn.Sequential(*layers)
 
 
-def classified(shape: tuple[int, ...], batches: int, size: int, classes: int = 10) -> list[Batch]:
+def class_batches(shape: tuple[int, ...], batches: int, size: int, classes: int = 10) -> list[Batch]:
     return [(torch.randn(size, *shape), torch.randint(classes, (size,))) for _ in range(batches)]
 
 
@@ -91,7 +91,9 @@ def autoencoder_long() -> Workload:
 
 def mlp() -> Workload:
     """2048-2048-2048-10, ReLU; 2 batches of 1024."""
-    return Workload(dense_layers(2048, 2048, 2048, 10, activation=nn.ReLU), classified((2048,), 2, 1024), "categorical")
+    return Workload(
+        dense_layers(2048, 2048, 2048, 10, activation=nn.ReLU), class_batches((2048,), 2, 1024), "categorical"
+    )
 
 
 def gpt() -> Workload:
@@ -113,7 +115,7 @@ def alexnet() -> Workload:
         *(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(128 * 9, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)),
     ]
-    return Workload(nn.Sequential(*layers), classified((1, 28, 28), 2, 128), "categorical")
+    return Workload(nn.Sequential(*layers), class_batches((1, 28, 28), 2, 128), "categorical")
 
 
 def lenet() -> Workload:
@@ -123,7 +125,7 @@ def lenet() -> Workload:
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
     ]
-    return Workload(nn.Sequential(*layers), classified((1, 28, 28), 4, 256), "categorical")
+    return Workload(nn.Sequential(*layers), class_batches((1, 28, 28), 4, 256), "categorical")
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {

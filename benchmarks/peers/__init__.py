@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Skip(Exception):
-    """What the library cannot do, in words for the table."""
+    """The reason why the library cannot do something, for the table."""
 
 
-def joined(vector: dict[str, Tensor], name: str) -> Tensor:
+def join(vector: dict[str, Tensor], name: str) -> Tensor:
     """Weight and bias of one layer as one matrix ``[O, I + 1]``."""
     return torch.cat([vector[f"{name}.weight"].flatten(1), vector[f"{name}.bias"][:, None]], dim=1)
 

@@ -10,7 +10,7 @@ from kronfluence.utils.state import State
 from torch import Tensor, nn
 from workloads import Batch
 
-from peers import Skip, joined
+from peers import Skip, join
 
 
 class SampledLoss(Task):
@@ -52,5 +52,5 @@ class Adaptor:
         for name in eigen["activation_eigenvectors"]:
             storage = {key: values[name] for key, values in eigen.items()}
             kfac.prepare(storage, arguments, torch.device("cpu"))
-            solved.append(kfac.precondition_gradient(joined(vector, name)[None], storage))
+            solved.append(kfac.precondition_gradient(join(vector, name)[None], storage))
         return solved

@@ -15,7 +15,7 @@ class Adaptor:
     def setup(self, model: nn.Module, likelihood: str) -> None:
         self.likelihood, self.layers = likelihood, LayerCollection.from_model(model)
 
-        def log_likelihood(inputs: Tensor, _: Tensor) -> Tensor:  # of labels drawn from the model, one value a datum
+        def log_likelihood(inputs: Tensor, _: Tensor) -> Tensor:  # of labels drawn from the model, one value an example
             outputs = model(inputs)
             if likelihood == "bernoulli":
                 labels = torch.bernoulli(outputs.detach().sigmoid())

@@ -12,7 +12,7 @@ from problems import Problem
 
 
 def loss_scale(problem: Problem, labels: str, reduction: str) -> tuple[float, str]:
-    """How torch's losses compare with our negative log-likelihoods, for libraries that take a loss.
+    """A comparison of torch's losses with our negative log-likelihoods, for libraries that take a loss.
 
     The loss is c times ours: the Hessian carries c, products of gradients c². A mean is over all N·R·C numbers (N·R
     labels where classes are predicted), and so is the matrix; ours is over N data.
@@ -24,6 +24,6 @@ def loss_scale(problem: Problem, labels: str, reduction: str) -> tuple[float, st
         squared = "" if labels == "exact" else ": gradients twice ours, squared"
         reasons.append(f"MSELoss is (f−y)², ours ½(f−y)²{squared}")
     if reduction == "mean" and terms > 1:
-        reasons.append(f"its mean is over {terms} numbers a datum, ours over data")
+        reasons.append(f"its mean is over {terms} numbers an example, ours over data")
     scale = (factor if labels == "exact" else factor**2) / (terms if reduction == "mean" else 1)
     return scale, "; ".join(reasons) or "same definition"

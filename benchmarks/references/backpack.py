@@ -52,7 +52,7 @@ def matrix(problem: Problem, kind: str, labels: str, reduction: str) -> tuple[Te
         loss(model(problem.inputs), problem.targets).backward()
     if kind == "kfac":
         if any(isinstance(layer, nn.Conv2d) for layer in model):
-            why += "; convolutions: input side of ours expand, output side of ours reduce"
+            why += "; convolutions: input factor of ours expand, output factor of ours reduce"
         blocks = [p.kflr[0] if len(p.kflr) == 1 else torch.kron(*p.kflr) for p in model.parameters()]
         return torch.block_diag(*blocks), scale, why
     if labels == "exact":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kronfisher import Fisher
 
-Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets and, for every datum, the number of a column
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets and, for every example, the number of a column
 
 
 class Columns(Task):
@@ -68,7 +68,7 @@ COUNTERPARTS = {"kfac": kfac, "ekfac": ekfac}
 
 
 def matrix(problem: Problem, kind: str, labels: str, reduction: str) -> tuple[Tensor, float, str]:
-    """A loader of single columns: every datum comes once for each, which its means divide by."""
+    """A loader of single columns: every example comes once for each, which its means divide by."""
     if kind not in ("kfac", "ekfac") or reduction != "mean":
         raise Skip("K-FAC (expand) and EKFAC, means only")
     columns = problem.positions * problem.classes if labels == "exact" else 1

@@ -45,14 +45,34 @@ class Table:
         return "\n".join([self.title, aligned(self.header), rule, *map(aligned, self.rows)])
 
 
-def number(value: float) -> str:
+def number(value: float, decimals: int = 3) -> str:
     """Three decimals: what is below is rounding noise in an error of float32 matrices.
 
     Example:
-        >>> number(0.41234), number(12.3), number(3e-6), number(float("nan"))
-        ('0.412', '12.300', '0.000', '–')
+        >>> number(0.41234), number(12.3), number(3e-6), number(0.41234, 2), number(float("nan"))
+        ('0.412', '12.300', '0.000', '0.41', '–')
     """
-    return "–" if math.isnan(value) else f"{value:.3f}"
+    return "–" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """So many significant digits, for values of any size.
+
+    Example:
+        >>> significant(0.00123456), significant(1234.5678), significant(float("nan"))
+        ('0.001235', '1235', '–')
+    """
+    return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def count(value: float) -> str:
+    """A whole number.
+
+    Example:
+        >>> count(60_000), count(float("nan"))
+        ('60,000', '–')
+    """
+    return "–" if math.isnan(value) else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

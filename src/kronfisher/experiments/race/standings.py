@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from kronfisher.experiments.race.result import Result, read
-from kronfisher.tables import Table, duration
+from kronfisher.tables import Table, count, duration, number, significant
 
 __all__ = ["Standings", "collect"]
 
@@ -65,7 +65,7 @@ class Standings:
         threads = any_run.plan.threads
         title = f"{self.problem}: medians of {max(map(len, self.results.values()))} seeds, {threads} threads"
         header = ("train loss", f"train {extra}", "test loss", f"test {extra}", "steps", "ms/step", "CPU/wall")
-        goal = f"to loss {_figures(self.goal)}"
+        goal = f"to loss {significant(self.goal)}"
         table = Table(title, ("optimizer", *header, f"time {goal}", f"steps {goal}"))
         for name, results in self.results.items():
             steps, seconds = self.last(name, "step"), self.last(name, "seconds")
@@ -76,13 +76,13 @@ class Standings:
             ]
             table.add(
                 name + ("" if not any(result.failure for result in results) else " (failed)"),
-                *(_figures(self.last(name, what)) for what in ("train_loss", f"train_{extra}")),
-                *map(_figures, tests),
-                _whole(steps),
-                f"{1e3 * seconds / steps:.1f}" if steps else "–",
-                f"{self.last(name, 'cpu_seconds') / seconds:.2f}" if seconds else "–",
+                *(significant(self.last(name, what)) for what in ("train_loss", f"train_{extra}")),
+                *map(significant, tests),
+                count(steps),
+                number(1e3 * seconds / steps if steps else math.nan, 1),
+                number(self.last(name, "cpu_seconds") / seconds if seconds else math.nan, 2),
                 duration(when[0]),
-                _whole(when[1]),
+                count(when[1]),
             )
         return table
 
@@ -115,16 +115,16 @@ class Standings:
             table.add(
                 duel["optimizer"],
                 duel["baseline"],
-                _figures(loss["target"]),
+                significant(loss["target"]),
                 duration(loss["seconds"]["ours"]),
-                _share(loss["seconds"]["ratio"]),
-                _share(loss["cpu_seconds"]["ratio"]),
-                _whole(loss["step"]["ours"]),
-                _share(loss["step"]["ratio"]),
-                _figures(other["target"]),
+                number(loss["seconds"]["ratio"], 2),
+                number(loss["cpu_seconds"]["ratio"], 2),
+                count(loss["step"]["ours"]),
+                number(loss["step"]["ratio"], 2),
+                significant(other["target"]),
                 duration(other["seconds"]["ours"]),
-                _share(other["seconds"]["ratio"]),
-                _share(other["cpu_seconds"]["ratio"]),
+                number(other["seconds"]["ratio"], 2),
+                number(other["cpu_seconds"]["ratio"], 2),
             )
         return table
 
@@ -199,15 +199,3 @@ def collect(
 
 def _or(value: float, other: float) -> float:
     return other if math.isnan(value) else value
-
-
-def _figures(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _whole(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from kronfisher.experiments.studies.findings import Findings, deviation
-from kronfisher.tables import Table, duration
+from kronfisher.tables import Table, count, duration, number
 
 __all__ = ["TRUTH", "TUNED", "UCIFindings"]
 
@@ -68,7 +68,7 @@ class UCIFindings(Findings):
                 shares.append((sum(own) - sum(start)) / way if way else math.nan)
             known = [share for share in shares if math.isfinite(share)]
             if known:
-                table.add(fit, *map(_share, shares), _share(median(known)))
+                table.add(fit, *(number(share, 2) for share in shares), number(median(known), 2))
         return table
 
     def _costs(self) -> Table:
@@ -79,7 +79,7 @@ class UCIFindings(Findings):
             if not (rows := [row for row in self.select(fit=fit) if "marginal" in row]):
                 continue
             tune, predict = (median(row["marginal"]["seconds"][k] for row in rows) for k in (0, 1))
-            size = f"{median(row['bytes'] for row in rows):,.0f}" if "bytes" in rows[0] else "–"
+            size = count(median(row["bytes"] for row in rows) if "bytes" in rows[0] else math.nan)
             table.add(fit, duration(median(row["seconds"] for row in rows)), duration(tune), duration(predict), size)
         return table
 
@@ -102,7 +102,3 @@ def _mean(values: Sequence[float], all_splits: int | None = None) -> str:
         "" if all_splits in (None, len(values)) else f" ({len(values)} splits)"
     )  # not to be compared with the others
     return f"{average:.3f} ± {spread / len(values) ** 0.5:.3f}{fewer}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "–"
