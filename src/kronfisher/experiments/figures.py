@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from kronfisher.estimation.comparison import Comparison, Row
+from kronfisher.fits import FITS
 from kronfisher.tables import duration, size
 
 __all__ = ["draw", "write_figures"]
 
-# Okabe and Ito's colours, distinct for colour-blind eyes too; the same fit has the same colour in every picture.
-COLOURS = {
-    **{"full": "#444444", "kfac": "#0072B2", "kfac-reduce": "#56B4E9", "ekfac": "#009E73", "diagonal": "#E69F00"},
-    **{"kfoc": "#D55E00", "ekfac-kfoc": "#8C6BB1", "kronecker-sum": "#CC79A7"},
-}
+TRUTH = "#444444"  # of the exact blocks
+# Okabe and Ito's colours first, distinct for colour-blind eyes too.
+OKABE_ITO = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#8C6BB1", "#D55E00")
 OTHERS = ("#A6761D", "#999933", "#882255", "#44AA99", "#332288", "#DDCC77", "#AA4499", "#88CCEE", "#117733", "#661100")
 _ACROSS = 9  # matrices of a block in a row
 STYLE: Any = {
@@ -52,8 +51,7 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
     rows = [row for row in comparison.rows if isfinite(row.error)]
     if not rows:
         return []
-    others = [row.fit for row in rows if row.fit not in COLOURS]
-    colours = COLOURS | {fit: OTHERS[k % len(OTHERS)] for k, fit in enumerate(others)}
+    colours = colours_of([row.fit for row in rows])
 
     def figures() -> Iterator[tuple[str, Any]]:
         yield name, _overview(rows, colours, comparison.settings)
@@ -62,6 +60,18 @@ def draw(comparison: Comparison, folder: str | Path, name: str = "comparison") -
             yield f"{name}-block", _block([row for row in rows if row.shown and row.shown[0] == block], colours)
 
     return write_figures(folder, figures)
+
+
+def colours_of(fits: Iterable[str]) -> dict[str, str]:
+    """Fit → colour: by the order of registration, so that a fit has the same colour in every picture; others follow.
+
+    Example:
+        >>> colours_of(["kfac", "mine"])["kfac"] == colours_of(["full", "kfac"])["kfac"]
+        True
+    """
+    palette = (*OKABE_ITO, *OTHERS)
+    order = [fit for fit in dict.fromkeys([*FITS, *fits]) if fit != "full"]
+    return {"full": TRUTH} | {fit: palette[k % len(palette)] for k, fit in enumerate(order)}
 
 
 def write_figures(folder: str | Path, figures: Callable[[], Iterable[tuple[str, Any]]]) -> list[Path]:
