@@ -1,4 +1,4 @@
-"""Each of the five parts of a step can be replaced alone, and only the optimiser counts steps."""
+"""Each of the five parts of a step can be replaced alone, and keeps its own state."""
 
 import torch
 from torch import nn

@@ -93,14 +93,14 @@ class Direction:
             for place, one in enumerate(self.inverses):
                 if one.layer.average is None:
                     continue
-                moved = one.value > 0 and not 1 / DRIFT <= value / one.value <= DRIFT
+                drifted = one.value > 0 and not 1 / DRIFT <= value / one.value <= DRIFT
                 if one.due <= step or one.inverse is None:
                     one.measure()
                     one.make(self.damping, value, step)
                     one.due = rhythm.turn(step, place, len(self.inverses))
                 elif one.operator is not None and value != one.value:  # its spectrum is at hand
                     one.make(self.damping, value, one.made)
-                elif moved:
+                elif drifted:
                     one.measure()
                     one.make(self.damping, value, step)
         self.seconds += time.perf_counter() - began

@@ -17,7 +17,7 @@ from kronfisher.optim.replay import ForwardPass
 
 __all__ = ["WAYS", "FisherProducts"]
 
-Direction = Mapping[str, Tensor]
+Vector = Mapping[str, Tensor]
 
 WAYS = ("together", "apart", "backward")
 
@@ -38,7 +38,7 @@ class FisherProducts:
         model: nn.Module,
         parameters: Mapping[str, Tensor],
         record: ForwardPass,
-        directions: Sequence[Direction],
+        directions: Sequence[Vector],
         likelihood: Likelihood,
         slopes: Sequence[float] | None = None,
     ) -> Tensor:
@@ -141,7 +141,7 @@ def _require_same(outputs: Tensor, record: ForwardPass, likelihood: Likelihood) 
 
 
 def _together(
-    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Direction]
+    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Vector]
 ) -> tuple[Tensor, list[Tensor]]:
     """By forward mode along all directions; anything that depends on none of them is computed once."""
     _warm_up()
@@ -156,25 +156,25 @@ def _together(
         with _in_place_of_parameters(model, {id(parameters[name]): tensor for name, tensor in given.items()}):
             return record.forward()
 
-    def along(direction: Direction) -> tuple[Tensor, Tensor]:
+    def along(direction: Vector) -> tuple[Tensor, Tensor]:
         primal, tangent, *_ = torch.func.jvp(outputs, (primals,), (direction,))
         return primal, tangent
 
-    with torch.no_grad(), record.repeated(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), record.repeating(), sdpa_kernel(SDPBackend.MATH):
         batched = torch.vmap(along, out_dims=(None, 0), randomness="same")  # pyright: ignore[reportArgumentType]
         primal, tangents = batched(stacked)
     return primal, list(tangents)
 
 
 def _apart(
-    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Direction]
+    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Vector]
 ) -> tuple[Tensor, list[Tensor]]:
     """By forward mode along one direction after the other."""
     _warm_up()
     outputs, columns = record.values, []
     for direction in directions:
         # The fused kernels have no forward mode.
-        with torch.no_grad(), record.repeated(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), record.repeating(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             duals = {
                 id(parameters[name]): forward_ad.make_dual(parameters[name].detach(), t.to(parameters[name].dtype))
                 for name, t in direction.items()
@@ -187,10 +187,10 @@ def _apart(
 
 
 def _backward(
-    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Direction]
+    model: nn.Module, parameters: Mapping[str, Tensor], record: ForwardPass, directions: Sequence[Vector]
 ) -> tuple[Tensor, list[Tensor]]:
     """``J d`` as the derivative of ``Jᵀ u`` with respect to u."""
-    with torch.enable_grad(), record.repeated(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), record.repeating(), sdpa_kernel(SDPBackend.MATH):
         outputs = record.forward()
         dummy = torch.zeros_like(outputs, requires_grad=True)
         names = dict.fromkeys(name for direction in directions for name in direction)

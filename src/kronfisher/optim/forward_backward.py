@@ -79,7 +79,7 @@ class ForwardBackward:
         change = 0.0
         for one in passes:
             assert one.loss is not None
-            with one.repeated():
+            with one.repeating():
                 loss, _ = self.mean_loss(one.forward(), one.targets)
             change += float(loss) - float(one.loss)
         return change

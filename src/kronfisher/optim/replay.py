@@ -91,7 +91,7 @@ class ForwardPass:
         return self.snapshot is not None and bool(self.snapshot.autocast)
 
     @contextmanager
-    def repeated(self) -> Iterator[None]:
+    def repeating(self) -> Iterator[None]:
         """A context in which `forward` gives the same outputs once more."""
         assert self.snapshot is not None
         with self.snapshot.replayed():
