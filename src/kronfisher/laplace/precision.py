@@ -70,7 +70,7 @@ class Precision:
     @cached_property
     def whitened(self) -> Operator:
         """X, or X̃ where the prior is not one number."""
-        return self.operator if self.uniform else _whitened(self.operator, self.prior.detach(), self.name)
+        return self.operator if self.uniform else _whiten(self.operator, self.prior.detach(), self.name)
 
     @cached_property
     def damped(self) -> Operator:
@@ -212,7 +212,7 @@ class _LogDet(Function):
         return grads[0] * by_scale, grads[0] * by_prior, None
 
 
-def _whitened(operator: Operator, prior: Tensor, name: str) -> Operator:
+def _whiten(operator: Operator, prior: Tensor, name: str) -> Operator:
     if bool((prior <= 0).any()):
         raise SingularError(
             f"{name}: a prior precision that varies within a block must be positive everywhere; "

@@ -16,7 +16,15 @@ from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.prediction import Prediction, Predictors
 from kronfisher.likelihoods.probit import probit
 from kronfisher.likelihoods.registry import register
-from kronfisher.likelihoods.softmax import from_probabilities, inverted, like, parts, residual_, to_rows, without
+from kronfisher.likelihoods.softmax import (
+    from_probabilities,
+    invert_distribution,
+    like,
+    parts,
+    subtract_onehot_,
+    to_rows,
+    without,
+)
 from kronfisher.linalg import promote
 
 
@@ -100,7 +108,7 @@ class Categorical(Likelihood):
         shape = without(outputs, axis)
         uniform = self._uniform(outputs, axis, draws)
         rows = to_rows(outputs.detach(), axis)
-        drawn = [inverted(promote(rows[part]).softmax(-1), uniform[part]) for part in parts(rows)]
+        drawn = [invert_distribution(promote(rows[part]).softmax(-1), uniform[part]) for part in parts(rows)]
         return torch.cat(drawn).reshape(shape)
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -178,7 +186,7 @@ class Categorical(Likelihood):
         uniform = self._uniform(outputs, axis, draws)
 
         def vector(p: Tensor, part: slice) -> Tensor:
-            return residual_(p, inverted(p, uniform[part])).mul_(root[part])
+            return subtract_onehot_(p, invert_distribution(p, uniform[part])).mul_(root[part])
 
         return from_probabilities(outputs, axis, vector)
 
@@ -198,7 +206,7 @@ class Categorical(Likelihood):
         def vector(p: Tensor, part: slice) -> Tensor:
             # The smoothed loss adds the mean over all classes of their weighted losses.
             smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
-            residual = residual_(p, index[part].squeeze(-1)).mul_(own[part])
+            residual = subtract_onehot_(p, index[part].squeeze(-1)).mul_(own[part])
             return residual if smooth is None else residual.add_(smooth)
 
         return from_probabilities(outputs, axis, vector)

@@ -76,20 +76,20 @@ class HeteroscedasticGaussian(Likelihood):
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`1/σ` for every mean, `√½` for every log-variance; see the base class."""
         _, log_variance = self._split(promote(outputs.detach()))
-        return self._joined((-log_variance / 2).exp(), torch.full_like(log_variance, 0.5**0.5))
+        return self._join((-log_variance / 2).exp(), torch.full_like(log_variance, 0.5**0.5))
 
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`(-ε/σ, ½(1 - ε²))`, the gradient at `μ + σε` without the cancellation; see the base class."""
         mean, log_variance = self._split(promote(outputs.detach()))
         noise = self._noise(mean, draws)
-        return self._joined(-noise * (-log_variance / 2).exp(), 0.5 * (1 - noise.square())).to(outputs.dtype)
+        return self._join(-noise * (-log_variance / 2).exp(), 0.5 * (1 - noise.square())).to(outputs.dtype)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`((μ - y)/σ², ½(1 - (y - μ)²/σ²))`; see the base class."""
         mean, log_variance = self._split(promote(outputs.detach()))
         residual = mean - self._targets(targets, mean).detach()
         slope = residual * (-log_variance).exp()
-        return self._joined(slope, 0.5 * (1 - residual * slope)).to(outputs.dtype)
+        return self._join(slope, 0.5 * (1 - residual * slope)).to(outputs.dtype)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition an even number of outputs, variances that are finite, and finite targets."""
@@ -116,7 +116,7 @@ class HeteroscedasticGaussian(Likelihood):
         mean, log_variance = outputs.chunk(2, self.dim)
         return mean, log_variance
 
-    def _joined(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+    def _join(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         return torch.cat([mean, log_variance], self.dim)
 
     def _targets(self, targets: Tensor, mean: Tensor, where: str = "targets") -> Tensor:

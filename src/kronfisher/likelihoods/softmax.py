@@ -48,13 +48,13 @@ def from_probabilities(outputs: Tensor, axis: int, vector: Callable[[Tensor, sli
     return like(vectors, outputs, axis)
 
 
-def inverted(p: Tensor, uniform: Tensor) -> Tensor:
+def invert_distribution(p: Tensor, uniform: Tensor) -> Tensor:
     """Class indices `[R]` by inverting the distribution function at one uniform number each."""
     cumulative = p.cumsum(-1)
     return torch.searchsorted(cumulative, (uniform * cumulative[..., -1]).unsqueeze(-1)).squeeze(-1)
 
 
-def residual_(p: Tensor, y: Tensor) -> Tensor:
+def subtract_onehot_(p: Tensor, y: Tensor) -> Tensor:
     """`p - onehot(y)` in place, its entry at y from the others: `p_y - 1` would lose a confident model's digits."""
     index = y.unsqueeze(-1)
     p.scatter_(-1, index, 0)
