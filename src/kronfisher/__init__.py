@@ -18,7 +18,7 @@ from kronfisher.estimation.error import Distance
 from kronfisher.estimation.estimate import estimate
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.damping import FactoredTikhonov, Tikhonov
-from kronfisher.fisher.storage import load
+from kronfisher.fisher.files import load
 from kronfisher.fits import (
     EKFAC,
     KFAC,

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Table:
-    """Rows of text under a title; ``str()`` aligns the first `text` columns left and the numbers after them right.
+    """Rows of text under a title; ``str()`` aligns columns of text left and columns of numbers right.
+
+    Attributes:
+        title: the first line; empty: none.
+        header: what the columns are called.
+        text: how many columns at the front hold text.
+        also_text: places of further columns that do.
+        total: the last row sums up the others, and stands below a rule.
+        rows: cells.
 
     Example:
         >>> table = Table("Two fits", ("fit", "error"))
@@ -23,6 +31,8 @@ class Table:
     title: str
     header: tuple[str, ...]
     text: int = 1
+    also_text: tuple[int, ...] = ()
+    total: bool = False
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, *cells: str) -> None:
@@ -37,12 +47,16 @@ class Table:
 
         def aligned(line: tuple[str, ...]) -> str:
             cells = (
-                c.ljust(w) if k < self.text else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if k < self.text or k in self.also_text else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
             return "  ".join(cells).rstrip()
 
         rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self.title, aligned(self.header), rule, *map(aligned, self.rows)])
+        lines = [aligned(self.header), rule, *map(aligned, self.rows)]
+        if self.total:
+            lines.insert(-1, rule)
+        return "\n".join([self.title, *lines] if self.title else lines)
 
 
 def number(value: float, decimals: int = 3) -> str:

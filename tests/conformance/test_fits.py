@@ -158,7 +158,7 @@ def check_tkfac(p: Problem, labels: str, fisher: kf.Fisher) -> None:
 
 def looked_up(fisher: kf.Fisher, tap: Tap) -> bool:
     """Whether a block's inputs are looked up in a table: their side is kept as its diagonal."""
-    blocks = [entry for entry, _ in fisher.entries if isinstance(entry, Block)]
+    blocks = [entry[0] for entry, _ in fisher.entries if len(entry) == 1]
     return any(block.onehot for block in blocks if block.name == tap.name)
 
 
@@ -206,10 +206,10 @@ def test_agrees_with_its_formula(example, fit, likelihood):
         FORMULAS[fit](p, labels, estimate(p, fit, labels))
 
 
-def places(p: Problem, blocks: Block | tuple[Block, ...]) -> Tensor:
+def places(p: Problem, blocks: tuple[Block, ...]) -> Tensor:
     """Places of the elements of some blocks in the flat vector of all parameters."""
     rows = {name: index[None] for name, index in positions(p.model).items()}
-    return gather(blocks if isinstance(blocks, tuple) else (blocks,), rows)[0]
+    return gather(blocks, rows)[0]
 
 
 @turns

@@ -39,7 +39,6 @@ def by_hand(fisher, truth):
     for name, shape in fisher.shapes.items():
         index[name] = torch.arange(start, start := start + shape.numel())
     for blocks, _ in fisher.entries:
-        blocks = blocks if isinstance(blocks, tuple) else (blocks,)
         rows = torch.cat([index[name] for name in dict.fromkeys(n for b in blocks for n in b.parameters)])
         positions[rows[:, None], rows] = 1
     return float((fisher.to_dense() - truth * positions).norm() / (truth * positions).norm())

@@ -15,10 +15,7 @@ def layout(model, x, fit=None, **options):
     """Names of every group, and what the report says of cuts, for an estimate and for its announcement."""
     fit = fit or kf.BlockTridiagonal()
     fisher = kf.estimate(model, x, kf.Gaussian(), fit=fit, **options)
-    groups = [
-        [blocks.name] if not isinstance(blocks, tuple) else [block.name for block in blocks]
-        for blocks, _ in fisher.entries
-    ]
+    groups = [[block.name for block in blocks] for blocks, _ in fisher.entries]
     text = str(fisher.report())
     cuts = kf.coverage(model, x, fit=fit).cuts
     for cut in cuts:

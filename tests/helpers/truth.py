@@ -135,7 +135,7 @@ def kept(fisher):
     positions, _ = read(torch.arange(fisher.dim), fisher.shapes)
     mask = torch.zeros(fisher.dim, fisher.dim, dtype=torch.float64)
     for blocks, operator in fisher.entries:
-        index = gather((blocks,) if not isinstance(blocks, tuple) else blocks, positions)[0]
+        index = gather(blocks, positions)[0]
         mask[index[:, None], index] = torch.eye(len(index), dtype=torch.float64) if operator.kind == "diagonal" else 1.0
     return mask
 

@@ -41,7 +41,7 @@ def test_priors_by_block_and_by_parameter(fit):
     by_name = {name: float(value) for name, value in zip(fisher.blocks, per_block, strict=True)}
     values = {name: torch.empty(shape) for name, shape in fisher.shapes.items()}
     for (blocks, _), value in zip(fisher.entries, per_block, strict=True):
-        for block in blocks if isinstance(blocks, tuple) else (blocks,):
+        for block in blocks:
             for name in block.parameters:
                 values[name].fill_(value)
     jac = jacobian(model, x[:3], fisher.names)

@@ -13,6 +13,7 @@ from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Categorical
+from kronfisher.tables import Table
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 
@@ -65,20 +66,15 @@ class Coverage:
 
     def __str__(self) -> str:
         total = sum(row.numel for row in self.rows)
-        cells = [("parameter", "shape", "share", "used by", "treated by")]
+        table = Table("", ("parameter", "shape", "share", "used by", "treated by"), text=5)
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
             share = f"{100 * row.numel / total:.1f} %"
-            cells.append((row.parameter, shape, share, ", ".join(row.operators) or "-", row.treatment))
-        widths = [max(len(line[k]) for line in cells) for k in range(5)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+            table.add(row.parameter, shape, share, ", ".join(row.operators) or "-", row.treatment)
         facts = f"100.0 % of {total:,} trainable numbers covered"
         if not self.complete:
             facts += f", {100 * (1 - self.share):.1f} % by the fallback"
-        lines.append(facts + (f"; {self.frozen:,} frozen" if self.frozen else ""))
+        lines = [str(table), facts + (f"; {self.frozen:,} frozen" if self.frozen else "")]
         return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason), *self.cuts])
 
 
@@ -102,7 +98,7 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         >>> import torch, kronfisher as kf
         >>> print(kf.coverage(torch.nn.Linear(3, 2), torch.randn(5, 3)))
         parameter  shape  share   used by  treated by
-        ---------  -----  ------  -------  -------------------
+        ──────────────────────────────────────────────────────
         weight     2x3    75.0 %  linear   KFAC(mode='expand')
         bias       2      25.0 %  linear   KFAC(mode='expand')
         100.0 % of 8 trainable numbers covered

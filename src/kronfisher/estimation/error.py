@@ -101,7 +101,7 @@ def measure(
     parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
-    groups = [(blocks,) if isinstance(blocks, Block) else blocks for blocks, _ in fisher.entries]
+    groups = [blocks for blocks, _ in fisher.entries]
     fits: dict[str, CrossTerms] = {}
     for group, (_, operator) in zip(groups, fisher.entries, strict=True):
         names = {parameter for block in group for parameter in block.parameters}

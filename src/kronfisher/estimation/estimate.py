@@ -151,8 +151,7 @@ def estimate(
         outputs=run.outputs,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
-    single = tuple((blocks[0] if len(blocks) == 1 else blocks, operator) for blocks, operator, _ in entries)
-    fisher = Fisher(single, shapes, info, Origin(recipe))
+    fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 

@@ -15,7 +15,6 @@ from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.passes import accumulate
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher import Fisher
-from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import State
 from kronfisher.fits.quadratic import squared_norm
 from kronfisher.fits.rearrangement import Rearranged, cheapest, lanczos, rearranged
@@ -99,7 +98,7 @@ def leading(
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: ask for at least one singular value.")
     parameters = recipe.parameters(fisher.names)
-    known = {each.name: each for blocks, _ in fisher.entries for each in _tuple(blocks)}
+    known = {each.name: each for blocks, _ in fisher.entries for each in blocks}
     if block is not None and block not in known:
         raise DataError(f"block={block!r}: there is no such block; there are {', '.join(known)}.")
     device = next(iter(parameters.values())).device
@@ -124,7 +123,7 @@ def accumulated(
     """Block name → its samples, for blocks parted as those of the matrix are."""
     fits: dict[str, Keep] = {}
     for blocks, _ in fisher.entries:
-        names = {parameter for each in _tuple(blocks) for parameter in each.parameters}
+        names = {parameter for each in blocks for parameter in each.parameters}
         own = Keep(keep.wanted, keep.room)
         before = [fits[name] for name in names if name in fits]  # blocks that share a parameter come from one fit
         names |= {name for name, fit in fits.items() if any(fit is other for other in before)}
@@ -132,10 +131,6 @@ def accumulated(
     run = recipe.accumulator(fits)
     accumulate(run, data, progress)
     return {group.state.name: group.state.waiting for group in run.groups if group.state.waiting}
-
-
-def _tuple(blocks: Block | tuple[Block, ...]) -> tuple[Block, ...]:
-    return (blocks,) if isinstance(blocks, Block) else blocks
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The Fisher matrix over the parameters of a model: a block-diagonal of operators behind a change of basis."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from math import prod
@@ -13,8 +13,10 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.info import Info
+from kronfisher.fisher.interop import linear_operator
 from kronfisher.fisher.layout import Blocks, block_name, gather, require_cover, scatter
 from kronfisher.fisher.report import Report, report
+from kronfisher.fisher.storage import Contents, write
 from kronfisher.fisher.vectors import Shapes, Vector, read
 from kronfisher.linalg import stable_norm
 from kronfisher.operators.algebra import Algebra, nonnegative
@@ -36,7 +38,8 @@ class Fisher(Algebra["Fisher"]):
     new Fisher and leaves this one as it was; copies with another λ share their eigenvectors.
 
     Attributes:
-        entries: pairs of a block, or of several blocks that one operator treats together, and its operator.
+        entries: pairs of the blocks that one operator treats together, a tuple, and this operator. A single block may
+            be given as it is.
         shapes: name to shape of every covered parameter, in the order of the model.
         info: how the matrix was made.
         context: what `error` and `spectrum` ask, by ``context.error(fisher, data, **options)``; `estimate` sets it, a
@@ -57,16 +60,17 @@ class Fisher(Algebra["Fisher"]):
                  [0.2500, 0.2000]]])
     """
 
-    entries: tuple[tuple[Block | Blocks, Operator], ...]
+    entries: tuple[tuple[Blocks, Operator], ...]
     shapes: Shapes
     info: Info
     context: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         shapes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
-        object.__setattr__(self, "entries", tuple(tuple(entry) for entry in self.entries))
+        entries = tuple((_blocks_of(blocks), operator) for blocks, operator in self.entries)
+        object.__setattr__(self, "entries", entries)
         object.__setattr__(self, "shapes", shapes)
-        require_cover(self._items(), shapes)
+        require_cover(entries, shapes)
         if len(self.blocks) != len(self.entries) or not self.entries:
             raise DataError("a Fisher needs at least one block, and blocks need different names")
 
@@ -85,7 +89,7 @@ class Fisher(Algebra["Fisher"]):
     @cached_property
     def blocks(self) -> Mapping[str, Operator]:
         """Block name to operator; several blocks under one operator join their names."""
-        return {block_name(blocks): operator for blocks, operator in self._items()}
+        return {block_name(blocks): operator for blocks, operator in self.entries}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +134,7 @@ class Fisher(Algebra["Fisher"]):
         """
         if name in self.blocks:
             return self.blocks[name]
-        found = {block_name(bs): op for bs, op in self._items() if any(name in block.parameters for block in bs)}
+        found = {block_name(bs): op for bs, op in self.entries if any(name in block.parameters for block in bs)}
         if len(found) == 1:
             return next(iter(found.values()))
         if found:
@@ -222,7 +226,7 @@ class Fisher(Algebra["Fisher"]):
         )
         dense = torch.zeros(self.dim, self.dim, dtype=self.dtype, device=self.device)
         positions, _ = read(torch.arange(self.dim, device=self.device), self.shapes)
-        for blocks, operator in self._items():
+        for blocks, operator in self.entries:
             index = gather(blocks, positions)[0]
             dense[index[:, None], index] = operator.to_dense().to(self.dtype)
         return dense
@@ -304,7 +308,7 @@ class Fisher(Algebra["Fisher"]):
         """``F + other`` for another over the same parameters in the same blocks (DataError otherwise)."""
         if not isinstance(other, Fisher):
             return None
-        mine, theirs = dict(self._items()), dict(other._items())
+        mine, theirs = dict(self.entries), dict(other.entries)
         if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
             odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
             differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
@@ -361,7 +365,10 @@ class Fisher(Algebra["Fisher"]):
 
     def report(self) -> Report:
         """What the matrix consists of and what it cost; print it."""
-        return report(self)
+        measured = vars(self).get("_measured")
+        if measured is None:
+            return report(self.blocks, self.info)
+        return report(self.blocks, self.info, measured.blocks, measured.relative)
 
     def save(self, path: str | Path) -> None:
         """Write the matrix to a safetensors file, all or nothing; read it back with `kronfisher.load(path, model)`.
@@ -369,9 +376,7 @@ class Fisher(Algebra["Fisher"]):
         Raises:
             ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
         """
-        from kronfisher.fisher.storage import save
-
-        save(self, path)
+        write(Contents(self.entries, self.shapes, self.info), path)
 
     def to_scipy(self) -> "LinearOperator":
         """The matrix as a ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors.
@@ -379,9 +384,7 @@ class Fisher(Algebra["Fisher"]):
         Raises:
             ImportError: SciPy is missing; ``pip install "kronfisher[scipy]"``.
         """
-        from kronfisher.fisher.interop import to_scipy
-
-        return to_scipy(self)
+        return linear_operator(self.dim, self.dtype, self.device, lambda v: self @ v)
 
     def __repr__(self) -> str:
         blocks = f"{len(self.entries)} block{'s' if len(self.entries) > 1 else ''}"
@@ -397,10 +400,6 @@ class Fisher(Algebra["Fisher"]):
             )
         return self.context
 
-    def _items(self) -> Iterator[tuple[Blocks, Operator]]:
-        for blocks, operator in self.entries:
-            yield (blocks,) if isinstance(blocks, Block) else blocks, operator
-
     def _through(self, v: Vector, apply: Callable[[Operator, Tensor], Tensor]) -> Vector:
         rows, form = read(v, self.shapes)
         for name, tensor in rows.items():
@@ -411,12 +410,16 @@ class Fisher(Algebra["Fisher"]):
         dtype = reduce(torch.promote_types, (t.dtype for t in rows.values()), self.dtype)
         rows = {name: tensor.to(dtype) for name, tensor in rows.items()}
         out = {name: tensor.new_empty(tensor.shape) for name, tensor in rows.items()}
-        for blocks, operator in self._items():
+        for blocks, operator in self.entries:
             scatter(blocks, apply(operator.to(dtype=dtype), gather(blocks, rows)), out)
         return form.write(out)
 
     def _scatter(self, count: int, dtype: torch.dtype, make: Callable[[Operator], Tensor]) -> dict[str, Tensor]:
         out = {n: torch.empty(count, *shape, dtype=dtype, device=self.device) for n, shape in self.shapes.items()}
-        for blocks, operator in self._items():
+        for blocks, operator in self.entries:
             scatter(blocks, make(operator).to(dtype), out)
         return out
+
+
+def _blocks_of(given: Block | Blocks) -> Blocks:
+    return (given,) if isinstance(given, Block) else tuple(given)

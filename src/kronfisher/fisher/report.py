@@ -1,13 +1,12 @@
 """What a Fisher matrix consists of and what it cost, for people."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING
 
-from kronfisher.fisher.info import BlockInfo
-
-if TYPE_CHECKING:
-    from kronfisher.fisher.fisher import Fisher
+from kronfisher.fisher.info import BlockInfo, Info
+from kronfisher.operators.operator import Operator
+from kronfisher.tables import Table, size
 
 __all__ = ["Report", "Row", "report"]
 
@@ -66,25 +65,30 @@ class Report:
         return sum(row.parameters for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
-        body = [
-            (
-                *(r.name, f"{r.parameters:,}", f"{r.share:.1%}"),
-                ("fallback: " if r.method.startswith("fallback") else "") + r.structure,
-                *(_error(r.error), _bytes(r.bytes), f"{r.seconds:.2f}"),
-            )
-            for r in self.rows
-        ]
-        total = ("total", f"{self.parameters:,}", "", "", _error(self.error), _bytes(self.bytes), f"{self.seconds:.2f}")
-        lines = _table([head, *body, total], left=(0, 3))
-        rule = "-" * max(map(len, lines))
-        facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), max(len(rule), 110))
-        notes = [fill(f"{r.name}: {r.notes}", max(len(rule), 110)) for r in self.rows if r.notes]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], facts, *notes])
+        header = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
+        table = Table("", header, also_text=(3,), total=True)
+        for r in self.rows:
+            structure = ("fallback: " if r.method.startswith("fallback") else "") + r.structure
+            cells = (r.name, f"{r.parameters:,}", f"{r.share:.1%}", structure)
+            table.add(*cells, _error(r.error), size(r.bytes), f"{r.seconds:.2f}")
+        cells = ("total", f"{self.parameters:,}", "", "")
+        table.add(*cells, _error(self.error), size(self.bytes), f"{self.seconds:.2f}")
+        lines = str(table)
+        width = max(110, *map(len, lines.splitlines()))
+        facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), width)
+        return "\n".join([lines, facts, *(fill(f"{r.name}: {r.notes}", width) for r in self.rows if r.notes)])
 
 
-def report(fisher: "Fisher") -> Report:
+def report(
+    blocks: Mapping[str, Operator], info: Info, errors: Mapping[str, float] | None = None, error: float | None = None
+) -> Report:
     """The report of a Fisher matrix.
+
+    Args:
+        blocks: block name to operator.
+        info: how the matrix was made.
+        errors: block name to error, as measured since; None: as the fits know it.
+        error: of all blocks together, if it was measured.
 
     Example:
         >>> import torch
@@ -94,20 +98,19 @@ def report(fisher: "Fisher") -> Report:
         >>> block = Block("w", "linear", Window.of("w", torch.zeros(1, 1, 3)))
         >>> print(Fisher([(block, Diagonal(torch.ones(3)))], {"w": (1, 1, 3)}, Info(count=8, trainable=4)).report())
         block  parameters   share  structure   error  memory  seconds
-        -------------------------------------------------------------
-        w               3  100.0%  diagonal 3      -    12 B     0.00
-        -------------------------------------------------------------
-        total           3                          -    12 B     0.00
+        ─────────────────────────────────────────────────────────────
+        w               3  100.0%  diagonal 3      –    12 B     0.00
+        ─────────────────────────────────────────────────────────────
+        total           3                          –    12 B     0.00
         data: 8, reduction: mean, labels: sampled (1 per datum), coverage: 75.0% of 4 trainable parameters
     """
-    info, total, measured = fisher.info, fisher.dim, vars(fisher).get("_measured")
-    rows = []
-    for name, operator in fisher.blocks.items():
+    rows, total = [], sum(operator.dim for operator in blocks.values())
+    for name, operator in blocks.items():
         block = info.blocks.get(name, BlockInfo())
         share = operator.dim / total
-        error = block.error if measured is None else measured.blocks.get(name)
+        own = block.error if errors is None else errors.get(name)
         notes = "; ".join(filter(None, (block.notes, operator.notes)))
-        made = (block.method, error, operator.bytes, block.seconds, notes)
+        made = (block.method, own, operator.bytes, block.seconds, notes)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
@@ -118,26 +121,8 @@ def report(fisher: "Fisher") -> Report:
         facts["coverage"] = f"{total / info.trainable:.1%} of {info.trainable:,} trainable parameters"
     if info.changes:
         facts["then"] = ", ".join(info.changes)
-    return Report(tuple(rows), facts, info.seconds, None if measured is None else measured.relative)
+    return Report(tuple(rows), facts, info.seconds, error)
 
 
 def _error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.3g}"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def _table(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    return "–" if error is None else f"{error:.3g}"

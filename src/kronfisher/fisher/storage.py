@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fisher.fisher import Fisher
 from kronfisher.fisher.info import Info
+from kronfisher.fisher.layout import Blocks
 from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.vectors import Shapes
 from kronfisher.operators.operator import Operator
 
-__all__ = ["FORMAT", "block_of", "load", "read", "save"]
+__all__ = ["FORMAT", "Contents", "block_of", "read", "write"]
 
 FORMAT = 1
 _KEY = "kronfisher"
@@ -28,13 +30,31 @@ _CONVENTIONS = {
 }
 
 
-def save(
-    fisher: Fisher, path: str | Path, more: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds of a Fisher matrix.
+
+    Attributes:
+        entries: pairs of blocks and the operator that treats them together.
+        shapes: name to shape of every covered parameter.
+        info: how the matrix was made.
+    """
+
+    entries: tuple[tuple[Blocks, Operator], ...]
+    shapes: Shapes
+    info: Info
+
+
+def write(
+    contents: Contents,
+    path: str | Path,
+    more: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `fisher` to `path`, all or nothing: an interrupted run leaves what was there before.
+    """Write a matrix to `path`, all or nothing: an interrupted run leaves what was there before.
 
     Args:
-        fisher: the matrix.
+        contents: the matrix.
         path: the file.
         more: further tensors, for those who keep a Fisher among other things.
         notes: further entries of the header.
@@ -45,17 +65,16 @@ def save(
     safetensors = _safetensors()
     path = Path(path)
     tensors, entries = {}, []
-    for k, (blocks, operator) in enumerate(fisher.entries):
+    for k, (blocks, operator) in enumerate(contents.entries):
         tensors |= {f"{k}.{key}": tensor for key, tensor in operator.tensors().items()}
-        blocks = (blocks,) if isinstance(blocks, Block) else blocks
         described = {"kind": operator.kind, **operator.settings()}
         entries.append({"blocks": [asdict(block) for block in blocks], "operator": described})
     header = {
         "format": FORMAT,
         "conventions": _CONVENTIONS,
-        "dtype": str(fisher.dtype),
-        "shapes": {name: list(shape) for name, shape in fisher.shapes.items()},
-        "info": asdict(fisher.info),
+        "dtype": str(reduce(torch.promote_types, (operator.dtype for _, operator in contents.entries))),
+        "shapes": {name: list(shape) for name, shape in contents.shapes.items()},
+        "info": asdict(contents.info),
         "entries": entries,
         **(notes or {}),
     }
@@ -67,26 +86,18 @@ def save(
         temporary.unlink(missing_ok=True)
 
 
-def load(path: str | Path, model: torch.nn.Module) -> Fisher:
-    """Read a Fisher matrix that `save` wrote, onto the device of `model`.
+def read(path: str | Path, model: torch.nn.Module) -> tuple[Contents, dict[str, Tensor], dict[str, Any]]:
+    """A matrix that `write` wrote, all tensors of the file, and its header.
 
     Args:
         path: the file.
         model: the model the matrix belongs to; its parameters must have the names and shapes of the file.
-
-    Returns:
-        The Fisher, with the dtype it was saved in. It knows no data, so that its error cannot be measured.
 
     Raises:
         DataError: the file is damaged or of another format, or the model does not match; the message says where.
         FileNotFoundError: there is no such file.
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
     """
-    return read(path, model)[0]
-
-
-def read(path: str | Path, model: torch.nn.Module) -> tuple[Fisher, dict[str, Tensor], dict[str, Any]]:
-    """The matrix as `load` reads it, all tensors of the file, and its header."""
     safetensors = _safetensors()
     path, model = Path(path), unwrapped(model)
     if not path.is_file():
@@ -102,14 +113,14 @@ def read(path: str | Path, model: torch.nn.Module) -> tuple[Fisher, dict[str, Te
         raise DataError(f"{path}: damaged, or not a kronfisher file ({error}); estimate and save it again") from error
 
 
-def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fisher:
+def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Contents:
     entries = []
     for k, entry in enumerate(header["entries"]):
         own = {key.removeprefix(f"{k}."): t for key, t in tensors.items() if key.startswith(f"{k}.")}
         blocks = tuple(block_of(block) for block in entry["blocks"])
-        entries.append((blocks[0] if len(blocks) == 1 else blocks, Operator.restored(own, entry["operator"])))
+        entries.append((blocks, Operator.restored(own, entry["operator"])))
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
-    return Fisher(tuple(entries), shapes, Info.from_json(header["info"]))
+    return Contents(tuple(entries), shapes, Info.from_json(header["info"]))
 
 
 def block_of(values: Mapping[str, Any]) -> Block:

@@ -101,10 +101,7 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
                     "kronfisher.Laplace."
                 )
             with plain_arithmetic(run.device):
-                entries = tuple(
-                    (group.blocks[0] if len(group.blocks) == 1 else group.blocks, group.fit.finish(group.state))
-                    for group in run.groups
-                )
+                entries = tuple((group.blocks, group.fit.finish(group.state)) for group in run.groups)
             shapes = {name: p.shape for name, p in run.parameters.items()}
             fisher = Fisher(entries, shapes, Info(count=float(run.count))).reduced("sum")
             assert run.log_likelihood is not None

@@ -22,7 +22,7 @@ PriorPrecision = float | Tensor | Sequence[float] | Mapping[str, float | Tensor]
 def entries(fisher: Fisher) -> Iterator[tuple[str, tuple[Block, ...], Any]]:
     """Name, blocks and operator of every entry of a Fisher."""
     for name, (blocks, operator) in zip(fisher.blocks, fisher.entries, strict=True):
-        yield name, ((blocks,) if isinstance(blocks, Block) else tuple(blocks)), operator
+        yield name, blocks, operator
 
 
 def read_prior(value: PriorPrecision, fisher: Fisher) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.batches import Forward
 from kronfisher.errors import DataError
-from kronfisher.fisher import storage
+from kronfisher.fisher import files
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.likelihoods import Likelihood
 
@@ -30,12 +30,12 @@ def save(posterior: Posterior, path: str | Path) -> None:
         "calibrated_for": posterior.calibrated_for,
         "likelihood": repr(posterior.likelihood),
     }
-    storage.save(posterior.fisher, path, {_PREFIX + key: tensor for key, tensor in tensors.items()}, {"laplace": notes})
+    files.save(posterior.fisher, path, {_PREFIX + key: tensor for key, tensor in tensors.items()}, {"laplace": notes})
 
 
 def load(kind: type[P], path: str | Path, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> P:
     """A posterior of this class; see `Laplace.load`."""
-    fisher, more, header = storage.read(path, model)
+    fisher, more, header = files.read(path, model)
     notes: dict[str, Any] | None = header.get("laplace")
     if notes is None:
         raise DataError(f"{path} holds a Fisher matrix, not a posterior; read it with kronfisher.load(path, model).")
