@@ -5,29 +5,13 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "kronfisher"
+from tests.helpers.layout import FLOOR, FLOORS, ROOT, SOURCE
+
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# Floors of rooms, the ground first. A file imports from its own room and from rooms on lower floors.
-FLOORS = [
-    {"errors", "tables"},
-    {"linalg"},
-    {"operators", "likelihoods"},
-    {"fisher"},
-    {"layers"},
-    {"capture", "fits"},
-    {"estimation"},
-    {"optim", "laplace"},
-    {"__init__"},
-    {"experiments"},
-    {"__main__"},
-]
-FLOOR = {room: k for k, floor in enumerate(FLOORS) for room in floor}
 PACKAGES, GROUND_FILES = 14, 4  # at most
 EXTRAS = {"scipy", "matplotlib", "sklearn", "safetensors", "rich", "typer", "transformers", "peft"}
 

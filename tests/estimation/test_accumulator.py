@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.capture.observation import observe
 from kronfisher.errors import UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fisher.parameters import trainable
 from kronfisher.fisher.windows import Claims, left_over, settle
 from kronfisher.fits import FITS, choose
 from tests.helpers.checks import assert_exact, assert_fallback
@@ -183,7 +184,7 @@ def test_windows_of_blocks():
 def test_an_accumulator_by_itself():
     """States add up over batches and count what was counted."""
     model = nn.Linear(3, 2)
-    run = Accumulator(model, trainable(model), kf.Gaussian(), "kfac")
+    run = Accumulator(Recipe(model, kf.Gaussian()), "kfac")
     for k in range(3):
         run.add(torch.randn(4, 3), f"batch {k}")
     (group,) = run.groups
@@ -211,9 +212,9 @@ def test_errors_name_the_batch():
 def test_inputs_go_with_the_last_pass_and_not_before(retain):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-    run = Accumulator(model, trainable(model), kf.Gaussian(), kf.KFAC(), labels="exact")
-    capture, outputs, targets = run.observe(torch.randn(5, 4), "batch 0")
-    run.absorb(capture, outputs, targets, "batch 0", retain=retain)
+    run = Accumulator(Recipe(model, kf.Gaussian(), labels="exact"), kf.KFAC())
+    observation = observe(model, run.parameters, torch.randn(5, 4), None, "batch 0")
+    run.absorb(observation, retain=retain)
     assert run.backward_passes == 2
-    kept = [use.inputs is not None for call in capture.calls for use in call.uses]
+    kept = [use.inputs is not None for call in observation.calls for use in call.uses]
     assert kept == [retain, retain]

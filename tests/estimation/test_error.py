@@ -210,10 +210,10 @@ def test_numbers_that_are_none(model, x):
 
 def test_all_targets_ignored(model, x):
     nothing = torch.full((9,), -100)
-    with pytest.raises(kf.DataError, match="No datum counts"):
+    with pytest.raises(kf.DataError, match="No example counts"):
         kf.estimate(model, (x, nothing), kf.Categorical())
     fisher = kf.estimate(model, (x, nothing * 0), kf.Categorical())
-    with pytest.raises(kf.DataError, match="No datum counts"):
+    with pytest.raises(kf.DataError, match="No example counts"):
         fisher.error((x, nothing))
     half = torch.cat([nothing[:4], nothing[4:] * 0])
     assert fisher.error((x, half)).count == 5

@@ -153,7 +153,7 @@ def test_a_mask_of_data():
         expected = kf.estimate(model, (x[use], y[use]), kf.Categorical(), fit=fit, labels="observed")
         assert found.count == 3
         torch.testing.assert_close(found.to_dense(), expected.to_dense())
-    with pytest.raises(kf.DataError, match="No datum counts"):
+    with pytest.raises(kf.DataError, match="No example counts"):
         kf.estimate(model, (x, y), kf.Categorical(), mask=lambda batch: use & False)
 
 
@@ -180,7 +180,10 @@ def test_masked_data_count_for_nothing_under_any_likelihood(name):
         (lambda b: torch.ones(3, 6), r"the mask is \[3, 6\], and there are 4 data"),
         (lambda b: torch.tensor(True), r"the mask is \[\], and there are 4 data"),
         (lambda b: torch.ones(4, 6) / 2, r"the mask holds 0.5, and it must be true \(or 1\) where a position counts"),
-        (lambda b: torch.ones(4, 5), r"the mask has 5 positions for each example, and outputs \[4, 6, 2\] have another"),
+        (
+            lambda b: torch.ones(4, 5),
+            r"the mask has 5 positions for each example, and outputs \[4, 6, 2\] have another",
+        ),
     ],
 )
 def test_messages(mask, message):

@@ -142,12 +142,13 @@ def test_large_layers_are_not_tried_densely():
 
 def test_states_combine_after_the_same_choice_only():
     from kronfisher.capture.isolation import isolated
+    from kronfisher.estimation.accumulator import Accumulator
     from kronfisher.estimation.recipe import Recipe
 
     model, x = small()
     runs = []
     for data in (x[:12], x[12:]):
-        run = Recipe(model, kf.Gaussian(), labels="exact").accumulator(kf.Auto(candidates=[kf.KFAC()]))
+        run = Accumulator(Recipe(model, kf.Gaussian(), labels="exact"), kf.Auto(candidates=[kf.KFAC()]))
         with isolated(model, 0):
             run.add((data, None), "batch 0")
         runs.append(run)

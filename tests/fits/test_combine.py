@@ -5,7 +5,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.capture.isolation import isolated
-from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import FITS, named
@@ -17,7 +17,7 @@ ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
 
 
 def states(model, data, fit):
-    run = Recipe(model, kf.Categorical(), labels="exact").accumulator(fit)
+    run = Accumulator(Recipe(model, kf.Categorical(), labels="exact"), fit)
     with isolated(model, 0):
         run.add((data, None), "batch 0")
     return run.groups
@@ -55,8 +55,8 @@ def test_states_of_other_blocks_or_bases_do_not_combine():
         first.fit.combine(first.state, second.state)
     groups = []
     for data in (x, y):
-        run = Recipe(model, kf.Categorical(), labels="exact").accumulator("ekfac")
-        accumulate(run, data)
+        run = Accumulator(Recipe(model, kf.Categorical(), labels="exact"), "ekfac")
+        run.read(data)
         groups.append(next(iter(run.groups)))
     with pytest.raises(ValueError, match="same pass and basis"):
         groups[0].fit.combine(groups[0].state, groups[1].state)

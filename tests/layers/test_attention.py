@@ -6,6 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
+from kronfisher.capture.graph import walk
 from tests.helpers.checks import assert_exact, assert_fallback
 from tests.helpers.networks import Written
 
@@ -67,7 +68,7 @@ def test_every_way(name, batch_first):
     with Capture(dict(model.named_parameters())) as capture:
         seen = model(x)
     assert torch.allclose(seen, plain, atol=1e-6)
-    assert capture.prove(seen).unclaimed == {}
+    assert walk(capture.recording, seen).unclaimed == {}
     fisher = assert_exact(model, x, fit=kf.Full(across_layers=True))
     assert fisher.dim == sum(p.numel() for p in model.parameters())
     assert_exact(model, x, fit="diagonal")

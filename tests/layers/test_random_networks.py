@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kronfisher as kf
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.estimation.accumulator import Accumulator
-from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fits.visitor import Visitor
@@ -390,8 +390,8 @@ class Recorder(Visitor):
 
 def captured(model, x, targets) -> dict[Block, Samples]:
     recorder = Recorder()
-    run = Accumulator(model, trainable(model), kf.Gaussian(), recorder, labels="observed")
-    accumulate(run, [(x, targets)])
+    run = Accumulator(Recipe(model, kf.Gaussian(), labels="observed"), recorder)
+    run.read([(x, targets)])
     return recorder.found
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
-__all__ = ["Forward", "Mask", "checksum", "passes_over", "positions_of", "run", "tensors_in"]
+__all__ = ["Batches", "Forward", "Mask", "checksum", "passes_over", "positions_of", "run", "tensors_in"]
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 Mask = Callable[[Any], Tensor] | str
@@ -44,6 +44,69 @@ def passes_over(data: Any) -> tuple[Iterable[Any], bool]:
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | nn.Module):
         raise DataError(f"data is {name}; pass a loader of (inputs, targets) batches, one such tuple, or a tensor.")
     return data, not isinstance(data, Iterator)
+
+
+class Batches:
+    """The batches of some data, with names for messages; in a later pass they are recognised.
+
+    Args:
+        data: one batch, or an iterable of batches.
+
+    Attributes:
+        index: how many batches the pass has read so far.
+
+    Raises:
+        DataError: the data are neither.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._batches, self._again = passes_over(data)
+        self._checksums: dict[int, Tensor] = {}
+        self._number = self._first = self.index = 0
+
+    def read(self, number: int) -> Iterator[tuple[str, Any]]:
+        """Name and batch, one after the other, in the pass of this number."""
+        self._number, self.index = number, 0
+        try:
+            for batch in self._batches:
+                self.index += 1
+                yield f"batch {self.index - 1}" + (f" of pass {number + 1}" if number else ""), batch
+        except Exception as error:
+            error.add_note(f"while the loader was read in pass {number + 1}")
+            raise
+
+    def recognise(self, batch: Any) -> None:
+        """Remember the batch just read in the first pass; in a later one it has to be the same.
+
+        Raises:
+            DataError: it is another one, or the data cannot be read again.
+        """
+        if not self._again:
+            raise DataError(
+                "This fit reads the data more than once, and a generator can be read only once. "
+                "Pass a list or a DataLoader."
+            )
+        bits, place = checksum(batch), self.index - 1
+        if self._number == 0:
+            self._checksums[place] = bits
+        elif place in self._checksums and not torch.equal(bits, self._checksums[place]):
+            raise DataError(f"batch {place} of pass {self._number + 1} is not the one of the first pass. {_SAME}")
+
+    def require_same_number(self) -> None:
+        """DataError if the pass just read had no batch, or not as many as the first one."""
+        if self._number and self.index != self._first:
+            raise DataError(f"Pass {self._number + 1} read {self.index} batches, the first one {self._first}. {_SAME}")
+        if not self.index:
+            raise DataError(
+                "The data hold no batch. Pass a loader with at least one batch; a generator can be read only once."
+            )
+        self._first = self.index
+
+
+_SAME = (
+    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with "
+    "the global generators has it, one with a generator of its own has not): fix the loader's order, or pass a list."
+)
 
 
 def split(batch: Any, where: str) -> tuple[Any, Any]:

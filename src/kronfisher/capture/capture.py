@@ -1,4 +1,4 @@
-"""One forward pass under observation, then backward passes that stream output gradients; the model is not changed.
+"""Records one forward pass, then streams output gradients of backward passes; the model is not changed.
 
 Operators are seen, not modules: a mode of torch's function protocol receives every call with the very parameters. For
 each use the gradient edge of its output is kept and a hook waits there, so that in-place activations and views later on
@@ -7,7 +7,7 @@ Coverage is proved on the autograd graph: every edge into a trainable parameter 
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from kronfisher.capture.graph import Call, Proof, Seen, prove
+from kronfisher.capture.graph import Call, Recording
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
-from kronfisher.layers import OPERATORS, REWRITES, Probe, Use, Windows
-from kronfisher.linalg import promote
+from kronfisher.layers import OPERATORS, REWRITES, Use, Windows
 
 __all__ = ["Capture", "Receiver"]
 
@@ -46,7 +45,7 @@ class Capture(TorchFunctionMode):
         lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
 
     Attributes:
-        seen: what was recorded.
+        recording: the record of the forward pass.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -54,8 +53,6 @@ class Capture(TorchFunctionMode):
         ...     outputs = layer(torch.randn(5, 2))
         >>> [(call.operator, call.shape) for call in capture.calls]
         [('linear', (5, 3))]
-        >>> capture.prove(outputs).unclaimed
-        {}
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self._lenient = lenient
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.seen = Seen(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
+        self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
         self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
         self._receiver: Receiver | None = None
@@ -72,12 +69,12 @@ class Capture(TorchFunctionMode):
     @property
     def calls(self) -> list[Call]:
         """In the order of the forward pass."""
-        return self.seen.calls
+        return self.recording.calls
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Name → trainable parameter."""
-        return self.seen.parameters
+        return self.recording.parameters
 
     def view(self, tensor: Any) -> Window | None:
         """The window on a trainable parameter that the tensor is, or None."""
@@ -120,7 +117,7 @@ class Capture(TorchFunctionMode):
         if isinstance(result, Tensor | tuple | list):
             self._note(func, args, kwargs, result)
         elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
-            self.seen.constant.pop(id(args[0]), None)
+            self.recording.constant.pop(id(args[0]), None)
         return result
 
     def _uses(
@@ -196,7 +193,7 @@ class Capture(TorchFunctionMode):
     def _claim(self, call: Call, views: Mapping[int, Window | None], operands: Mapping[Node, Window | None]) -> None:
         """Note the nodes that one operator made as its own, and their edges into its trainable operands."""
         stack = [call.edge.node]
-        self.seen.owners[call.edge.node] = call.index
+        self.recording.makers[call.edge.node] = call.index
         while stack:
             node = stack.pop()
             for child, _ in node.next_functions:
@@ -205,26 +202,26 @@ class Capture(TorchFunctionMode):
                 leaf = getattr(child, "variable", None)
                 if leaf is not None or child in operands:
                     if (operands[child] if leaf is None else views.get(id(leaf))) is not None:
-                        self.seen.claims[node, child] = call.index
-                elif self.seen.owners.get(child) != call.index:
-                    self.seen.owners[child] = call.index
+                        self.recording.claims[node, child] = call.index
+                elif self.recording.makers.get(child) != call.index:
+                    self.recording.makers[child] = call.index
                     stack.append(child)
 
     def _chain(self, node: Node | None, name: str) -> None:
-        while node is not None and node not in self.seen.chains:
-            self.seen.chains[node] = name
+        while node is not None and node not in self.recording.chains:
+            self.recording.chains[node] = name
             node = node.next_functions[0][0] if node.next_functions else None
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.seen.constant or id(tensor) in self._roots
+        return id(tensor) in self.recording.constant or id(tensor) in self._roots
 
     def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
         """Keep what is made of constants alone: where a parameter meets no data no row belongs to a datum."""
         for tensor in results:
             if constant:
-                self.seen.constant[id(tensor)] = tensor
+                self.recording.constant[id(tensor)] = tensor
             else:
-                self.seen.constant.pop(id(tensor), None)  # overwritten in place
+                self.recording.constant.pop(id(tensor), None)  # overwritten in place
 
     def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Follow copies of parameters, and remember which operators, not understood, saw which parameter."""
@@ -238,7 +235,7 @@ class Capture(TorchFunctionMode):
         if grad and not alive:
             return
         if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
-            self.seen.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
+            self.recording.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
         for tensor in operands:
             found = self._root(tensor)
             if found is None or id(result) in self._roots:
@@ -246,47 +243,12 @@ class Capture(TorchFunctionMode):
             name, root = found
             if not grad:
                 if function := _running_function():
-                    self.seen.hidden.setdefault(name, set()).add(function)
+                    self.recording.hidden.setdefault(name, set()).add(function)
             elif func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
                 self._roots[id(result)] = (name, result)
             elif any(tensor._base is not root for tensor in results):
                 form = " in a form that is not known" if func in OPERATORS else ""
-                self.seen.touched.setdefault(name, set()).add(_name(func) + form)
-
-    def prove(self, outputs: Tensor) -> Proof:
-        """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
-
-        Raises:
-            UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
-        """
-        return prove(self.seen, outputs)
-
-    def mixing(self, outputs: Tensor, edges: Sequence[GradientEdge]) -> list[int]:
-        """Places among some edges at which the gradient of a single element comes from several data.
-
-        Args:
-            outputs: what the captured forward pass returned.
-            edges: where to look.
-        """
-        probe, passes = Probe(len(outputs), outputs.dtype), [[] for _ in edges]
-        for vector in self._probing(outputs, probe):
-            product = (outputs * vector).sum()
-            found = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
-            for several, gradient in zip(passes, found, strict=True):
-                if gradient is not None:
-                    rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
-                    chosen = torch.Generator("cpu").manual_seed(len(rows))
-                    some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
-                    several.append(probe.projected(rows[some.to(rows.device), None]))
-        return [place for place, found in enumerate(passes) if found and probe.examples(found) is None]
-
-    def _probing(self, outputs: Tensor, probe: Probe) -> Iterator[Tensor]:
-        """The vectors of a probe's passes."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        drawn = promote(outputs.detach().new_empty(0)).dtype
-        vector = torch.randn(outputs.shape, generator=generator, dtype=drawn, device="cpu").to(outputs)
-        for factor in probe.factors().to(outputs):
-            yield vector * factor.reshape(-1, *[1] * (outputs.dim() - 1))
+                self.recording.touched.setdefault(name, set()).add(_name(func) + form)
 
     def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
         """Go backward from a number and hand output gradients to `receive` as they arrive.
@@ -295,7 +257,7 @@ class Capture(TorchFunctionMode):
             product: of the outputs of the captured forward pass with a vector, which is their gradient then. Handing
                 the vector to autograd instead would import half a second's worth of symbolic algebra at the first call.
             receive: called with a call and the gradient of its output, in reverse order of the forward pass.
-            sources: indices of the earliest calls that are wanted (`Proof.sources`); the pass ends there.
+            sources: indices of the earliest calls that are wanted (`Graph.sources`); the pass ends there.
             retain: whether another backward pass follows.
         """
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
@@ -313,56 +275,10 @@ class Capture(TorchFunctionMode):
         finally:
             self._receiver = None
 
-    def probe(self, outputs: Tensor, uses: Mapping[tuple[int, Hashable], Use], sources: list[int]) -> dict[Any, Any]:
-        """The sample that owns each row of some uses, −1 where unknown; None in place of all where rows mix samples.
-
-        Args:
-            outputs: what the captured forward pass returned.
-            uses: (index of a call, anything) → a use made by it.
-            sources: as for `backward`.
-        """
-        probe = Probe(len(outputs), outputs.dtype)
-        passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
-        wanted: dict[int, list[Any]] = {}
-        for key in uses:
-            wanted.setdefault(key[0], []).append(key)
-
-        def receive(call: Call, gradient: Tensor) -> None:
-            for key in wanted.get(call.index, ()):
-                passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
-
-        for vector in self._probing(outputs, probe):
-            self.backward((outputs * vector).sum(), receive, sources, retain=True)
-        unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
-        return {key: probe.examples(found) if found else unknown[key] for key, found in passes.items()}
-
-    def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
-        """What `vector`, for the output of one call, becomes as the gradient of the output of a call before it.
-
-        None where no way leads from the one to the other.
-        """
-        arrives = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
-        start = vector.to(arrives.device, arrives.dtype)
-        if later.window is not None:
-            size, stride, offset = later.window
-            start = start.new_zeros(tuple(arrives.shape))
-            start.as_strided(size, stride, offset).copy_(vector)
-        found = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)[0]
-        return None if found is None else _windowed(earlier, found)
-
     def _receive(self, index: int, gradient: Tensor) -> None:
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
-            self._receiver(call, _windowed(call, gradient))
-
-
-def _windowed(call: Call, gradient: Tensor) -> Tensor:
-    """The gradient of a call's output, out of that which arrives at its edge."""
-    if call.window is not None:
-        size, stride, offset = call.window
-        gradient = gradient.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
-        gradient = gradient.as_strided(size, stride, gradient.storage_offset() + offset)
-    return gradient.reshape(call.shape)
+            self._receiver(call, call.gradient(gradient))
 
 
 def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a forward pass left behind, and the proof on its autograd graph that nothing was overlooked.
+"""What a forward pass recorded, and a walk over its autograd graph that proves that nothing was missed.
 
 Every edge of the graph into a trainable parameter must have been claimed by a use of it.
 """
@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Use
 
-__all__ = ["Call", "Proof", "Seen", "prove"]
+__all__ = ["Call", "Graph", "Recording", "walk"]
 
 _NONE: frozenset[int] = frozenset()
 _GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
@@ -45,10 +45,18 @@ class Call:
     window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
     hooks: Mapping[int, Any] = field(default_factory=dict)
 
+    def gradient(self, arriving: Tensor) -> Tensor:
+        """The gradient of the call's output, out of that which arrives at its edge."""
+        if self.window is not None:
+            size, stride, offset = self.window
+            arriving = arriving.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
+            arriving = arriving.as_strided(size, stride, arriving.storage_offset() + offset)
+        return arriving.reshape(self.shape)
+
 
 @dataclass
-class Proof:
-    """What a walk over the graph from the outputs found.
+class Graph:
+    """An autograd graph, as a walk from the outputs saw it.
 
     Attributes:
         reached: names of trainable parameters that the outputs depend on.
@@ -60,7 +68,7 @@ class Proof:
         before: index of a call → those that its inputs are made of, with no other call in between.
         last: indices of the calls that the outputs are made of, with no other call in between.
         gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
-        graph: a number that stands for the graph's nodes: another one means another computation.
+        signature: a number that stands for the graph's nodes: another one means another computation.
     """
 
     reached: set[str] = field(default_factory=set)
@@ -71,20 +79,20 @@ class Proof:
     sources: list[int] = field(default_factory=list)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
     last: frozenset[int] = frozenset()
-    graph: int = 0
+    signature: int = 0
     gathers: bool = False
 
 
 @dataclass
-class Seen:
-    """What `Capture` recorded of one forward pass.
+class Recording:
+    """The record that `Capture` makes of one forward pass.
 
     Attributes:
         parameters: name → trainable parameter.
         constant: id → tensor that is the same whatever the data.
         calls: in their order.
         claims: (node, child) for the edges into parameters that a call accounts for → its index.
-        owners: node that a call made → its index.
+        makers: node that a call made → its index.
         chains: node between a parameter and its uses, a view or a cast → the parameter's name.
         meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
         touched: name → operators, not understood, that saw the parameter.
@@ -95,26 +103,26 @@ class Seen:
     constant: dict[int, Tensor]
     calls: list[Call] = field(default_factory=list)
     claims: dict[tuple[Node, Node], int] = field(default_factory=dict)
-    owners: dict[Node, int] = field(default_factory=dict)
+    makers: dict[Node, int] = field(default_factory=dict)
     chains: dict[Node, str] = field(default_factory=dict)
     meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     touched: dict[str, set[str]] = field(default_factory=dict)
     hidden: dict[str, set[str]] = field(default_factory=dict)
 
 
-def prove(seen: Seen, outputs: Tensor) -> Proof:
+def walk(recording: Recording, outputs: Tensor) -> Graph:
     """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
 
     Raises:
         UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
     """
-    proof = Proof(hidden={name: set(functions) for name, functions in seen.hidden.items()})
+    graph = Graph(hidden={name: set(functions) for name, functions in recording.hidden.items()})
     if not outputs.requires_grad:
-        return proof
-    leaves = {id(p): name for name, p in seen.parameters.items()}
-    constant = {tensor.grad_fn for tensor in seen.constant.values() if tensor.grad_fn is not None}
+        return graph
+    leaves = {id(p): name for name, p in recording.parameters.items()}
+    constant = {tensor.grad_fn for tensor in recording.constant.values() if tensor.grad_fn is not None}
     # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
-    calls = {call.edge.node: call.index for call in seen.calls if call.edge.node not in seen.chains}
+    calls = {call.edge.node: call.index for call in recording.calls if call.edge.node not in recording.chains}
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
     nodes: list[tuple] = []
@@ -124,8 +132,8 @@ def prove(seen: Seen, outputs: Tensor) -> Proof:
         node, done = stack.pop()
         children = [child for child, _ in node.next_functions if child is not None]
         if done:
-            several = {frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children}
-            below[node] = several.pop() if len(several) == 1 else _NONE.union(*several)
+            nearest = {frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children}
+            below[node] = nearest.pop() if len(nearest) == 1 else _NONE.union(*nearest)
             continue
         if node in below:
             continue
@@ -138,41 +146,41 @@ def prove(seen: Seen, outputs: Tensor) -> Proof:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if isinstance(node, BackwardCFunction):
-            _look_into(seen, node, proof, leaves, constant)
+            _look_into(recording, node, graph, leaves, constant)
         for child in children:
-            owner = seen.owners.get(child)
-            known = child in calls or child in seen.chains
-            if owner is not None and not known and owner != seen.owners.get(node):
+            maker = recording.makers.get(child)
+            known = child in calls or child in recording.chains
+            if maker is not None and not known and maker != recording.makers.get(node):
                 # a second derivative, say, which meets the weight in the midst of the operator's nodes
-                for use in seen.calls[owner].uses:
-                    proof.unclaimed.setdefault(use.name, set()).add(node.name())
-            name = seen.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
-            if name is None or node in seen.chains:
+                for use in recording.calls[maker].uses:
+                    graph.unclaimed.setdefault(use.name, set()).add(node.name())
+            name = recording.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
+            if name is None or node in recording.chains:
                 stack.append((child, False))
                 continue
-            proof.reached.add(name)
-            index = seen.claims.get((node, child))
+            graph.reached.add(name)
+            index = recording.claims.get((node, child))
             if index is not None:
                 claimed.add(index)
             else:
-                proof.unclaimed.setdefault(name, set()).update(seen.touched.get(name) or {node.name()})
-    proof.alive = {index for node, index in calls.items() if node in below}
-    for index in claimed - proof.alive:  # its output was replaced behind our back, its gradient would never arrive
-        for use in seen.calls[index].uses:
-            operator = f"{seen.calls[index].operator}, whose output is a view that was modified in place"
-            proof.unclaimed.setdefault(use.name, set()).add(operator)
-    proof.before = {index: below[node] for node, index in calls.items() if node in below}
-    proof.last = frozenset((calls[end],)) if end in calls else below[end]
-    proof.sources = [index for index, before in proof.before.items() if not before]
-    proof.hidden = {name: functions for name, functions in proof.hidden.items() if functions}
-    proof.meetings += seen.meetings
-    proof.graph = hash(tuple(nodes))
-    picking = (node.name() for node in below if seen.owners.get(node) not in proof.alive)
-    proof.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
-    return proof
+                graph.unclaimed.setdefault(name, set()).update(recording.touched.get(name) or {node.name()})
+    graph.alive = {index for node, index in calls.items() if node in below}
+    for index in claimed - graph.alive:  # its output was replaced behind our back, its gradient would never arrive
+        for use in recording.calls[index].uses:
+            operator = f"{recording.calls[index].operator}, whose output is a view that was modified in place"
+            graph.unclaimed.setdefault(use.name, set()).add(operator)
+    graph.before = {index: below[node] for node, index in calls.items() if node in below}
+    graph.last = frozenset((calls[end],)) if end in calls else below[end]
+    graph.sources = [index for index, before in graph.before.items() if not before]
+    graph.hidden = {name: functions for name, functions in graph.hidden.items() if functions}
+    graph.meetings += recording.meetings
+    graph.signature = hash(tuple(nodes))
+    picking = (node.name() for node in below if recording.makers.get(node) not in graph.alive)
+    graph.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
+    return graph
 
 
-def _look_into(seen: Seen, node: Any, proof: Proof, leaves: Mapping[int, str], constant: set[Node]) -> None:
+def _look_into(recording: Recording, node: Any, graph: Graph, leaves: Mapping[int, str], constant: set[Node]) -> None:
     """Note which parameters a function written in Python was given: to these it passes gradients of its own."""
     below, stack, names = set(), [child for child, _ in node.next_functions], set()
     while stack:
@@ -183,10 +191,10 @@ def _look_into(seen: Seen, node: Any, proof: Proof, leaves: Mapping[int, str], c
         name = leaves.get(id(getattr(child, "variable", None)))
         if name is not None:
             names.add(name)
-        elif child in constant or child in seen.chains:
+        elif child in constant or child in recording.chains:
             stack += [deeper for deeper, _ in child.next_functions]
     if names and node not in constant:
-        several = len(getattr(node, "_input_metadata", (None,)))
-        proof.meetings += [(node.name(), GradientEdge(node, place)) for place in range(several)]
+        outputs = len(getattr(node, "_input_metadata", (None,)))
+        graph.meetings += [(node.name(), GradientEdge(node, place)) for place in range(outputs)]
     for name in names:
-        proof.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))
+        graph.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))

@@ -1,140 +1,124 @@
-"""Which sample owns each row of each use in a forward pass, as shapes tell, or else a probe."""
+"""Which example each row of each use belongs to, as shapes tell, or else a probe."""
 
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from kronfisher.capture.capture import Capture
-from kronfisher.capture.graph import Call, Proof
+from kronfisher.capture.graph import Call
+from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
-from kronfisher.fisher.blocks import Key
 from kronfisher.layers import RowOrder, Use
 from kronfisher.layers.row_order import coupled, scattered
 
-__all__ = ["FoundOrders", "RowOrders"]
+__all__ = ["Guesses", "Place", "RowOrders", "row_orders"]
 
-# Model → graph → (call, block, sorted by sample) → rule. A model that is gone takes its rules with it.
+Place = tuple[int, int]  # index of a call, number of the part
+Guesses = Mapping[int, Mapping[tuple, RowOrder]]  # graph → (call, block, sorted by example) → rule
+
+# Model → graph → (call, block, sorted by example) → rule. A model that is gone takes its rules with it.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, RowOrder]]] = WeakKeyDictionary()
 
 
 @dataclass
-class FoundOrders:
-    """What is known of the rows of one forward pass.
+class RowOrders:
+    """The row orders of one forward pass.
 
     Attributes:
-        owners: (index of a call, number of the part) → which sample owns each row.
-        refused: block → why no datum has a gradient of its own there.
-        problems: parameter → why the gradients of single data exist, but not row by row.
+        orders: (index of a call, number of the part) → which example each row belongs to.
+        refused: block → why no example has a gradient of its own there.
+        problems: parameter → why per-example gradients exist, but not row by row.
+        mixed: in training, names of blocks whose rows mix examples and are taken as they are.
+        guesses: rules that only the shape of a use without any gradient suggests: they hold for this estimate alone.
     """
 
-    owners: dict[tuple[int, int], RowOrder] = field(default_factory=dict)
+    orders: dict[Place, RowOrder] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    mixed: set[str] = field(default_factory=set)
+    guesses: dict[tuple, RowOrder] = field(default_factory=dict)
 
 
-class RowOrders:
-    """Finds out which sample owns each row, and remembers it.
+def row_orders(
+    observation: Observation,
+    parts: Mapping[int, list[Part]],
+    sorts: Callable[[Part], bool],
+    guesses: Mapping[tuple, RowOrder],
+    *,
+    training: bool,
+) -> RowOrders:
+    """The order of the rows of every part.
 
-    A probe looks once at every use; what it found holds for the same graph of the same model, in later estimates too.
-    What a use without any gradient leaves to be guessed from its shape holds for this estimate only. Where rows need
-    not be sorted by sample, each stands for itself, if it belongs to a single sample at all.
+    A probe looks once at every use; what it finds holds for the same graph of the same model, in later estimates too.
+    Where rows need not be sorted by example, each stands for itself, if it belongs to a single example at all.
 
     Args:
-        model: unwrapped.
-        training: rows that mix data are taken as they are where a fit treats rows apart.
-
-    Attributes:
-        mixed: in training, names of blocks whose rows mix data.
+        observation: of the forward pass.
+        parts: index of a call → its blocks.
+        sorts: whether a part's rows have to be sorted by example.
+        guesses: of earlier batches with the same graph.
+        training: rows that mix examples are taken as they are where a fit treats rows apart.
     """
-
-    def __init__(self, model: nn.Module, training: bool) -> None:
-        self.model, self.training = model, training
-        self.mixed: set[str] = set()
-        self._guesses: dict[int, dict[tuple, RowOrder]] = {}
-
-    def find(
-        self,
-        capture: Capture,
-        outputs: Tensor,
-        proof: Proof,
-        parts: Mapping[int, list[Part]],
-        owned: Container[Key],
-        masked: bool,
-    ) -> FoundOrders:
-        """The owners of all rows.
-
-        Args:
-            capture: of the forward pass.
-            outputs: what it returned.
-            proof: what the walk over the graph found.
-            parts: index of a call → its blocks.
-            owned: keys of blocks whose fits need rows sorted by sample.
-            masked: whether positions are going to be masked.
-        """
-        samples, found = len(outputs), FoundOrders()
-        rules = _RULES.setdefault(self.model, {}).setdefault(proof.graph, {})
-        guesses = self._guesses.setdefault(proof.graph, {})
-        doubtful: dict[tuple[int, Hashable], Use] = {}
-
-        def sorting(part: Part) -> bool:
-            return part.use.summing or masked or part.block.key in owned
-
-        for index, several in parts.items():
-            shape = capture.calls[index].shape
-            for number, part in enumerate(several):
-                sort = sorting(part)
-                rule = rules.get(key := (index, part.block.key, sort)) or guesses.get(key)
-                if sort and proof.gathers:
-                    rule = None  # the next batch may come in another order
-                if owner := _known(rule, part.use.lead(shape), samples, sort):
-                    found.owners[index, number] = owner
-                else:
-                    doubtful[index, number] = part.use
-        for (index, number), rows in (capture.probe(outputs, doubtful, proof.sources) if doubtful else {}).items():
-            call, part = capture.calls[index], parts[index][number]
-            sort = sorting(part)
-            key = index, part.block.key, sort
-            if rows is None:
-                if rule := self._coupled(call, part, sort, found):
-                    found.owners[index, number] = guesses[key] = rule
-                continue
-            rule, sure = RowOrder.by_examples(rows, samples) if sort else (RowOrder(rows.numel()), True)
-            if rule is None:
-                reason = scattered(_what(call, part), tuple(rows.shape), samples)
-                found.problems |= dict.fromkeys(part.block.parameters, reason)
-                continue
-            found.owners[index, number] = rule
-            if sure:
-                (rules if bool((rows >= 0).any()) else guesses)[key] = rule
-        return found
-
-    def _coupled(self, call: Call, part: Part, sort: bool, found: FoundOrders) -> RowOrder | None:
-        """What becomes of rows that belong to several samples: a rule that takes them as they are, or a reason."""
-        block, reason = part.block, coupled(_what(call, part))
-        if call.constant:
-            for name in block.parameters:
-                found.problems[name] = f"{name}: used by {call.operator} before it meets the data"
-        elif not self.training:
-            found.refused[block.name] = reason
-        elif sort:
-            found.problems |= dict.fromkeys(block.parameters, reason)
-        else:
-            self.mixed.add(block.name)
-            return RowOrder(prod(part.use.lead(call.shape)))
-        return None
+    graph, examples = observation.graph, len(observation)
+    answer = RowOrders(guesses=dict(guesses))
+    rules = _RULES.setdefault(observation.model, {}).setdefault(graph.signature, {})
+    doubtful: dict[tuple[int, Hashable], Use] = {}
+    for index, parts_of_call in parts.items():
+        shape = observation.calls[index].shape
+        for number, part in enumerate(parts_of_call):
+            sort = sorts(part)
+            rule = rules.get(key := (index, part.block.key, sort)) or guesses.get(key)
+            if sort and graph.gathers:
+                rule = None  # the next batch may come in another order
+            if order := _without_probe(rule, part.use.lead(shape), examples, sort):
+                answer.orders[index, number] = order
+            else:
+                doubtful[index, number] = part.use
+    for (index, number), rows in (observation.examples_of_rows(doubtful) if doubtful else {}).items():
+        call, part = observation.calls[index], parts[index][number]
+        sort = sorts(part)
+        key = index, part.block.key, sort
+        if rows is None:
+            _note_mixed(answer, call, part, (index, number), key, training=training, sort=sort)
+            continue
+        rule, sure = RowOrder.by_examples(rows, examples) if sort else (RowOrder(rows.numel()), True)
+        if rule is None:
+            reason = scattered(_named(call, part), tuple(rows.shape), examples)
+            answer.problems |= dict.fromkeys(part.block.parameters, reason)
+            continue
+        answer.orders[index, number] = rule
+        if sure:
+            (rules if bool((rows >= 0).any()) else answer.guesses)[key] = rule
+    return answer
 
 
-def _what(call: Call, part: Part) -> str:
+def _note_mixed(
+    answer: RowOrders, call: Call, part: Part, place: Place, key: tuple, *, training: bool, sort: bool
+) -> None:
+    """Rows that belong to several examples: refused, left to the fallback, or taken as they are."""
+    block, reason = part.block, coupled(_named(call, part))
+    if call.constant:
+        for name in block.parameters:
+            answer.problems[name] = f"{name}: used by {call.operator} before it meets the data"
+    elif not training:
+        answer.refused[block.name] = reason
+    elif sort:
+        answer.problems |= dict.fromkeys(block.parameters, reason)
+    else:
+        answer.mixed.add(block.name)
+        answer.orders[place] = answer.guesses[key] = RowOrder(prod(part.use.lead(call.shape)))
+
+
+def _named(call: Call, part: Part) -> str:
     return f"{part.block.name} (used by {call.operator})"
 
 
-def _known(rule: RowOrder | None, lead: tuple[int, ...], samples: int, sort: bool) -> RowOrder | None:
-    """What is known without a probe."""
-    if samples == 1:
+def _without_probe(rule: RowOrder | None, lead: tuple[int, ...], examples: int, sort: bool) -> RowOrder | None:
+    """The order that is known without a probe."""
+    if examples == 1:
         return RowOrder(1)
     if rule is None:
         return None
-    return rule.fitted(lead, samples) if sort else RowOrder(prod(lead))
+    return rule.fitted(lead, examples) if sort else RowOrder(prod(lead))

@@ -1,118 +1,96 @@
-"""Batches in, states out: runs a model under capture and streams samples of every block into its fit."""
+"""Batches in, states out: reads data as often as the fits need and streams samples of every block into its fit."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward, Mask, not_finite, positions_of, run
-from kronfisher.capture.capture import Capture, Receiver
-from kronfisher.capture.graph import Proof
-from kronfisher.capture.parts import Part
+from kronfisher.capture.batches import Batches, not_finite, positions_of
+from kronfisher.capture.capture import Receiver
+from kronfisher.capture.isolation import isolated
+from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.capture.refusals import detached, hidden, refuse, unclaimed, unknown
-from kronfisher.capture.row_orders import RowOrders
+from kronfisher.capture.refusals import refuse, unknown
 from kronfisher.errors import DataError, NumericalError
-from kronfisher.estimation.assignment import Treatment
-from kronfisher.estimation.groups import Groups, rows_each
-from kronfisher.estimation.neighbours import Following
+from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
+from kronfisher.estimation.groups import Fits, Groups, plan_groups, rows_of_example
+from kronfisher.estimation.progress import Progress, writer
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.routing import Stream
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits import Choice
-from kronfisher.layers import RowOrder
-from kronfisher.likelihoods import Draws, Likelihood, along_outputs, masked_positions
+from kronfisher.fisher.parameters import trainable
+from kronfisher.fits import Choice, choose
+from kronfisher.likelihoods import Draws, along_outputs, masked_positions
+from kronfisher.linalg import plain_arithmetic
 
-__all__ = ["Accumulator", "Labels"]
+__all__ = ["Accumulator"]
 
-Labels = Literal["exact", "sampled", "observed"]
 log = logging.getLogger("kronfisher")
 
 
-@dataclass
 class Accumulator:
-    """Everything between a batch and the states of the fits.
+    """Everything between batches and the states of the fits.
+
+    Args:
+        recipe: the settings of the estimate.
+        fit: one fit for all parameters, or parameter-name patterns → fit.
+        parameters: name → trainable parameter; None: all of the model.
+        training: take what is cheap: parameters that only the fallback can treat are left out, and rows that mix
+            examples (normalisation over the batch) are taken as they are where a fit treats rows apart.
+        score: whether to sum the log likelihood of the observed targets.
 
     Attributes:
-        model: unwrapped.
-        parameters: name → trainable parameter.
-        likelihood: which vectors are back-propagated.
-        fit: one fit for all, or parameter-name patterns → fit.
-        labels: exact columns of the output Hessian's root, labels drawn from the model, or the observed ones.
-        samples: label draws per datum.
-        seed: of the label draws.
-        forward: how a batch goes through the model, if not as `batches.run` does it.
-        memory_budget: bytes for states and temporaries; None: what is free.
-        exact_limit: backward passes per batch beyond which exact labels are refused.
-        mask: which positions count, as for `estimate`.
-        strict: refuse what only the fallback can treat.
-        training: take what is cheap: parameters that only the fallback can treat are left out, and rows that mix data
-            (normalisation over the batch) are taken as they are where a fit treats rows apart.
-        treatment: which fit treats which parameter, and what is left to the fallback.
-        owners: which sample owns each row; in training, which blocks mix data.
-        following: which layers follow which, for fits that treat neighbours together.
+        known: what batches were counted by; later ones have to agree with it.
         groups: of blocks, with their states; filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
         tell: receives a line on what is about to take long.
-        score: whether to sum the log likelihood of the observed targets.
-        log_likelihood: that sum so far; None if there were no targets, or a mask that the likelihood does not know.
+        log_likelihood: its sum so far; None if there were no targets, or a mask that the likelihood does not know.
         outputs: how many numbers the model gave for them.
     """
 
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    likelihood: Likelihood
-    fit: Choice
-    labels: Labels = "sampled"
-    samples: int = 1
-    seed: int = 0
-    forward: Forward | None = None
-    memory_budget: int | None = None
-    exact_limit: int = 1000
-    mask: Mask | None = None
-    strict: bool = False
-    training: bool = False
-    count: float | Tensor = 0.0
-    backward_passes: int = 0
-    tell: Callable[[str], None] = log.debug
-    score: bool = False
-    log_likelihood: Tensor | None = None
-    outputs: int = 0
-
-    def __post_init__(self) -> None:
-        if self.labels not in ("exact", "sampled", "observed"):
-            raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(
-                f"samples={self.samples!r}: the number of label draws per datum is an integer of at least 1."
-            )
-        if not isinstance(self.likelihood, Likelihood):
-            raise TypeError(
-                f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."
-            )
+    def __init__(
+        self,
+        recipe: Recipe,
+        fit: Choice,
+        parameters: dict[str, nn.Parameter] | None = None,
+        *,
+        training: bool = False,
+        score: bool = False,
+    ) -> None:
+        self.recipe, self.model, self.score = recipe, recipe.model, score
+        self.parameters = trainable(recipe.model) if parameters is None else parameters
         self.device = next(iter(self.parameters.values())).device
-        self.treatment = Treatment(self.model, self.parameters, self.fit, self.training)
-        self.owners = RowOrders(self.model, self.training)
-        self.following = Following(self.treatment)
-        self.groups = Groups(self.treatment, self.following, self.memory_budget)
+        self.fits = Fits(choose(fit, self.parameters), self.parameters, training)
+        self.known = Known()
+        self.groups = Groups(self.device, recipe.memory_budget)
+        self.backward_passes = 0
+        self.tell: Callable[[str], None] = log.debug
         self.start_pass()
 
-    def start_pass(self) -> None:
-        """Begin to read the data (again): the label draws start over, so that every pass sees the same."""
-        self._draws = [Draws(self.seed, stream) for stream in range(self.samples)]
-        self.count, self.log_likelihood, self.outputs = 0.0, None, 0
+    def start_pass(self, seed: int | None = None) -> None:
+        """Begin to read the data (again): the label draws start over, so that every pass sees the same.
 
-    def resume(
-        self, fallback: Mapping[str, str], apart: set[str], mixed: set[str], groups: Sequence[tuple[Block, ...]]
-    ) -> None:
-        """Take up what an earlier run found out, with empty states for its groups, in their order."""
-        self.treatment.fallback, self.treatment.apart, self.owners.mixed = dict(fallback), apart, mixed
-        self.following.after = {x.key: y.key for blocks in groups for x, y in pairwise(blocks)}  # others ignore it
-        self.groups.resume(groups, "the saved state")
+        Args:
+            seed: of the draws; None: the recipe's.
+        """
+        seed = self.recipe.seed if seed is None else seed
+        self._draws = [Draws(seed, stream) for stream in range(self.recipe.samples)]
+        self.count: float | Tensor = 0.0
+        self.log_likelihood: Tensor | None = None
+        self.outputs = 0
+
+    def resume(self, known: Known, groups: Iterable[tuple[Block, ...]]) -> None:
+        """Take up what an earlier run knew, with empty states for its groups, in their order."""
+        self.known = known
+        order = {blocks: place for place, blocks in enumerate(groups)}
+        planned = plan_groups([block for blocks in order for block in blocks], self.fits, (), known.neighbours.after)
+        assert not isinstance(planned, str), planned
+        self.groups.add(sorted(planned, key=lambda entry: order[entry.blocks]))
+        self.known = replace(known, groups=tuple(self.groups))
 
     def next_pass(self) -> bool:
         """Let every fit say whether it needs the data once more; True if one does."""
@@ -126,6 +104,53 @@ class Accumulator:
         """How many times the data are read, at most."""
         return max((group.state.plan.passes for group in self.groups), default=1)
 
+    def notes(self, blocks: Iterable[Block]) -> list[str]:
+        """What a report says of these blocks: where a chain of layers is cut before one, and why."""
+        return self.known.neighbours.notes(blocks, self.fits)
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    def read(self, data: Any, progress: Progress = False) -> None:
+        """Read the data as often as the fits need and fill their states.
+
+        Raises:
+            DataError: there are no data, they cannot be read again, or they came in another order.
+        """
+        batches = Batches(data)
+        tell = self.tell = writer(progress)
+        number = 0
+        try:
+            while True:
+                self.start_pass()
+                with isolated(self.model, self.recipe.seed):
+                    for observation in observe_all(self.model, self.parameters, batches, self.recipe.forward, number):
+                        self._absorb(observation)
+                        if self.passes > 1:
+                            batches.recognise(observation.batch)
+                        del observation  # or its tensors would stay while the next batch runs forward
+                        tell(
+                            f"pass {number + 1}/{self.passes}, {batches.index} batches, "
+                            f"{self.backward_passes} backward passes"
+                        )
+                batches.require_same_number()
+                if not float(self.count):
+                    raise DataError("No example counts: all positions are masked, or have the target that is ignored.")
+                with plain_arithmetic(self.device):
+                    more = self.next_pass()
+                if not more:
+                    break
+                number += 1
+        except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted from outside
+                error.add_note(
+                    f"kronfisher stopped after {batches.index} batches of pass {number + 1}; no estimate was made. The "
+                    "model, its gradients and buffers and the random state are as before. Estimate on fewer data, or "
+                    "with a cheaper fit."
+                )
+            raise
+        finally:
+            tell("")
+
     def add(self, batch: Any, where: str) -> None:
         """Run one batch forward and backward and update every state.
 
@@ -135,57 +160,51 @@ class Accumulator:
             NumericalError: the batch or the outputs hold NaN or Inf.
             MemoryBudgetError: the states do not fit the budget.
         """
-        capture, outputs, targets = self.observe(batch, where)
+        self._absorb(observe(self.model, self.parameters, batch, self.recipe.forward, where))
+
+    def _absorb(self, observation: Observation) -> None:
+        """`absorb` of a batch whose data may be to blame for numbers that are not finite."""
         try:
-            self.absorb(capture, outputs, targets, where, batch=batch)
+            self.absorb(observation)
         except NumericalError as error:
-            if bool(torch.isfinite(outputs).all()):  # a gradient was not; the block is named
+            if bool(torch.isfinite(observation.outputs).all()):  # a gradient was not; the block is named
                 raise
-            raise not_finite(batch, where) from error
+            raise not_finite(observation.batch, observation.where) from error
 
     def absorb(
         self,
-        capture: Capture,
-        outputs: Tensor,
-        targets: Any,
-        where: str,
+        observation: Observation,
         *,
-        batch: Any = None,
         retain: bool = False,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
     ) -> None:
-        """Back-propagate through a captured forward pass and update every state.
+        """Back-propagate through an observed forward pass and update every state.
 
         Args:
-            capture: of the forward pass.
-            outputs: what it returned.
-            targets: as the likelihood takes them, or None.
-            where: the batch's name in messages.
-            batch: from which `mask` takes positions.
+            observation: of the forward pass.
             retain: whether the caller goes backward through the same graph afterwards.
             own: in place of our backward passes, ``own(receive, count)`` runs the caller's, and hands on every gradient
-                of a call's output as that of each datum's own loss.
+                of a call's output as that of each example's own loss.
         """
-        values = outputs.detach()
-        self.likelihood.check(values, targets, where, self.labels)
-        steps = self._steps(values, targets, where)
-        mask, kept = self.likelihood.positions(values, targets), None
-        if self.mask is not None:
-            given = positions_of(batch, self.mask, values, where)
-            kept = along_outputs(given, values, self.likelihood.joint_dim(values, targets), where)
-            mask = masked_positions(given, mask, where)
+        outputs, targets, where = observation.outputs, observation.targets, observation.where
+        values, likelihood = outputs.detach(), self.recipe.likelihood
+        likelihood.check(values, targets, where, self.recipe.labels)
+        mask, kept = likelihood.positions(values, targets), None
+        if self.recipe.mask is not None:
+            mask, kept = self._masks(observation, values, mask)
         if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
             mask = None
-        proof, parts, owners = self.understand(capture, outputs, mask is not None, where)
-        if self.strict and self.treatment.fallback:
-            raise unknown(self.treatment.fallback, where)
-        alone = self.treatment.singles()
-        blocks = [part.block for several in parts.values() for part in several] + [*alone.values()]
-        self.groups.add(blocks, where, rows_each(capture, parts, len(outputs)), self.count)
-        entries, singles = self.groups.wanting(parts, alone)
+        scored = self.score and self.recipe.mask is None and likelihood.labelled(targets)
+        score = likelihood.log_likelihood(values, targets) if scored else None
+        steps = self._steps(values, targets, where)
+        assignment = self.assign(observation, masked=mask is not None)
+        if self.recipe.strict and assignment.known.fallback:
+            raise unknown(assignment.known.fallback, where)
+        self._take_on(observation, assignment)
+        entries, singles = self.groups.open(assignment.parts, assignment.singles)
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
-        stream = Stream(entries, owners, mask, singles)
+        stream = Stream(entries, assignment.orders, mask, singles)
         size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)
@@ -197,78 +216,68 @@ class Accumulator:
             stream.last = not again
             product = (outputs * vector).sum()
             vector = vector if singles else None  # it may go while the pass is on
-            capture.backward(product, stream.receive, proof.sources, retain=again)
+            observation.backward(product, stream.receive, retain=again)
             self.backward_passes += 1
             if vector is not None:
                 stream.receive_single(outputs, vector, self.parameters)
                 self.backward_passes += len(outputs)
             stream.flush()
         self.count = self.count + size
-        if self.score and self.mask is None and self.likelihood.labelled(targets):
-            score = self.likelihood.log_likelihood(values, targets)
+        if score is not None:
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()
         for group in self.groups:
             if not group.done:
                 group.state.count = group.state.count + size
 
-    def understand(
-        self, capture: Capture, outputs: Tensor, masked: bool, where: str
-    ) -> tuple[Proof, dict[int, list[Part]], dict[tuple[int, int], RowOrder]]:
-        """What a batch's uses are, which sample owns their rows, and for which parameters only the fallback is left.
+    def assign(self, observation: Observation, *, masked: bool = False) -> Assignment:
+        """How the batch is treated, given what batches before it were counted by.
 
         Raises:
-            UnsupportedError: data are coupled, or parameters are used where nothing can be seen.
+            UnsupportedError: examples are coupled, or earlier batches were counted in another way.
         """
-        proof, treatment, known = capture.prove(outputs), self.treatment, self.groups.blocks
-        if not proof.reached and not proof.hidden:
-            raise detached(where)
-        refuse({name: hidden(name, functions) for name, functions in proof.hidden.items()}, where)
-        strange = {name: unclaimed(name, operators) for name, operators in proof.unclaimed.items()}
-        treatment.give_up(strange, known.values(), where)
-        while True:
-            parts = treatment.parts(capture, proof)
-            blocks = {part.block.key: part.block for several in parts.values() for part in several}
-            if not treatment.settled(blocks, known, where):
-                continue
-            blocks |= {block.key: block for block in treatment.singles().values()}
-            planned = self.groups.planned([block for key, block in blocks.items() if key not in known], where)
-            found = self.owners.find(capture, outputs, proof, parts, self.groups.owned(planned), masked)
-            refuse(found.refused, where)
-            if not found.problems:
-                break
-            treatment.give_up(found.problems, known.values(), where)
-        treatment.check_fallback(capture, outputs, proof, where)
-        self.following.follow(capture, proof, parts, found.owners, known, where)
-        return proof, parts, found.owners
+        answer = assign(observation, self.fits, self.known, masked=masked)
+        if isinstance(answer, Refusals):
+            refuse(answer.problems, observation.where)
+        assert isinstance(answer, Assignment)
+        return answer
 
-    def observe(self, batch: Any, where: str) -> tuple[Capture, Tensor, Any]:
-        """Run one batch forward under capture: with its outputs and targets."""
-        constants = (*self.model.parameters(), *self.model.buffers())
-        with Capture(self.parameters, constants) as capture:
-            outputs, targets = run(self.model, batch, self.forward, self.device, where)
-        return capture, outputs, targets
+    def _take_on(self, observation: Observation, assignment: Assignment) -> None:
+        """Remember what the batch is counted by, with states for the groups that are new."""
+        self.groups.add(assignment.new, rows_of_example(observation, assignment.parts), self.count)
+        self.known = replace(assignment.known, groups=tuple(self.groups))
+
+    def _masks(
+        self, observation: Observation, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Positions ``[N, P]`` that count by likelihood and recipe, and the recipe's mask shaped as the outputs."""
+        assert self.recipe.mask is not None
+        joint_dim, where = self.recipe.likelihood.joint_dim(values, observation.targets), observation.where
+        given = positions_of(observation.batch, self.recipe.mask, values, where)
+        return masked_positions(given, mask, where), along_outputs(given, values, joint_dim, where)
 
     def _steps(self, outputs: Tensor, targets: Any, where: str) -> int:
         """How many backward passes the batch takes."""
-        if self.labels != "exact":
-            return self.samples if self.labels == "sampled" else 1
-        columns = self.likelihood.columns(outputs, targets)
+        recipe = self.recipe
+        if recipe.labels != "exact":
+            return recipe.samples if recipe.labels == "sampled" else 1
+        columns = recipe.likelihood.columns(outputs, targets)
         announcement = f"{where}: exact labels take {columns} backward passes"
         log.info(announcement)
         self.tell(announcement)
-        if columns > self.exact_limit:
+        if columns > recipe.exact_limit:
             raise DataError(
                 f"{where}: exact labels take {columns} backward passes for each batch, and the limit is "
-                f"{self.exact_limit}. Use labels='sampled' with samples=M, or raise exact_limit."
+                f"{recipe.exact_limit}. Use labels='sampled' with samples=M, or raise exact_limit."
             )
         return columns
 
     def _vectors(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-        if self.labels == "exact":
-            yield from self.likelihood.exact(outputs, targets)
-        elif self.labels == "sampled":
+        likelihood = self.recipe.likelihood
+        if self.recipe.labels == "exact":
+            yield from likelihood.exact(outputs, targets)
+        elif self.recipe.labels == "sampled":
             for draws in self._draws:
-                yield self.likelihood.sampled(outputs, targets, draws) / len(self._draws) ** 0.5
+                yield likelihood.sampled(outputs, targets, draws) / len(self._draws) ** 0.5
         else:
-            yield self.likelihood.observed(outputs, targets)
+            yield likelihood.observed(outputs, targets)

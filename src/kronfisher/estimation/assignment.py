@@ -1,141 +1,250 @@
-"""Which fit treats which parameter: what a batch's uses become as blocks, and what only the fallback can treat."""
+"""Which fit treats which parameter in a batch: a pure function of the batch, the fits, and what is known before it."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from kronfisher.capture.capture import Capture
-from kronfisher.capture.graph import Proof
+from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
-from kronfisher.capture.per_sample import FALLBACK, per_sample_block
-from kronfisher.capture.refusals import refuse
+from kronfisher.capture.per_sample import per_sample_block
+from kronfisher.capture.refusals import unclaimed
+from kronfisher.capture.row_orders import Guesses, RowOrders, row_orders
+from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
+from kronfisher.estimation.neighbours import Neighbours, find_neighbours
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.windows import settle
-from kronfisher.fits import Choice, Diagonal, Fit, choose
+from kronfisher.layers import RowOrder
 from kronfisher.layers.row_order import coupled
 
-__all__ = ["Treatment"]
+__all__ = ["Assignment", "Known", "Refusals", "assign"]
 
-# Model → graphs in which data are known to stay apart where they meet the parameters that the fallback treats.
+# Model → graphs in which examples are known to stay apart where they meet the parameters that the fallback treats.
 _APART: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
-class Treatment:
-    """How every parameter is treated; batches may only add to what earlier ones were counted by.
-
-    Args:
-        model: unwrapped.
-        parameters: name → trainable parameter.
-        fit: one for all, or parameter-name patterns → fit.
-        training: what only the fallback can treat is left out.
+@dataclass(frozen=True)
+class Known:
+    """What earlier batches were counted by: later ones may only add to it.
 
     Attributes:
-        fits: parameter → the fit that it was given.
-        fallback: parameter → reason why only the gradients of single data, one by one, tell about it.
+        groups: of blocks, in the order in which batches brought them.
+        fallback: parameter → reason why only its per-example gradients cover it.
         apart: names of weights and biases that have several partners and are treated without them.
+        mixed: in training, names of blocks whose rows mix examples.
+        neighbours: which block follows which.
+        guesses: row orders that only shapes suggest.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], fit: Choice, training: bool) -> None:
-        self.model, self.parameters, self.training = model, parameters, training
-        self.fits = choose(fit, parameters)
-        self.fallback: dict[str, str] = {}
-        self.apart: set[str] = set()
+    groups: tuple[Group, ...] = ()
+    fallback: Mapping[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    guesses: Guesses = field(default_factory=dict)
 
-    def fit_of(self, block: Block) -> Fit:
-        """The fit that its parameters were given, if it can treat the block."""
-        fit = self.fits[block.parameters[0]]
-        return Diagonal() if block.operator == FALLBACK and not fit.exact else fit
+    @property
+    def blocks(self) -> dict[Key, Block]:
+        """Those of all groups."""
+        return {block.key: block for group in self.groups for block in group.blocks}
 
-    def parts(self, capture: Capture, proof: Proof) -> dict[int, list[Part]]:
-        """Index of a call → blocks of its uses: weight and bias together where one fit treats both, else each alone."""
-        parts: dict[int, list[Part]] = {}
-        for index in sorted(proof.alive):
-            call = capture.calls[index]
-            if not prod(call.shape):
-                continue  # no positions at all: it adds nothing
-            several = parts.setdefault(index, [])
-            for use in call.uses:
-                weight, bias = (v if v and v.parameter not in self.fallback else None for v in (use.weight, use.bias))
-                if weight and bias and self._together(weight.parameter, bias.parameter):
-                    several.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
-                    continue
-                if weight:
-                    several.append(Part(use, Block(weight.label, call.operator, weight, None, use.onehot), True, False))
-                if bias:
-                    several.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
-        return parts
+    @classmethod
+    def saved(
+        cls, fallback: Mapping[str, str], apart: set[str], mixed: set[str], groups: Iterable[tuple[Block, ...]]
+    ) -> "Known":
+        """What a saved run knew, before its groups have states again."""
+        after = {x.key: y.key for blocks in groups for x, y in pairwise(blocks)}  # fits that form no chains ignore it
+        return cls((), dict(fallback), frozenset(apart), frozenset(mixed), Neighbours(after))
 
-    def _together(self, weight: str, bias: str) -> bool:
-        return self.fits[weight] == self.fits[bias] and not self.apart & {weight, bias}
 
-    def singles(self) -> dict[str, Block]:
-        """Parameter that the fallback treats → its block."""
-        if self.training:
-            return {}
-        return {name: per_sample_block(name, p) for name, p in self.parameters.items() if name in self.fallback}
+@dataclass(frozen=True)
+class Refusals:
+    """Why a batch cannot be treated: block or parameter → reason."""
 
-    def settled(self, blocks: Mapping[Key, Block], known: Mapping[Key, Block], where: str) -> bool:
-        """Whether a batch's blocks can stand beside those known before; else what they become has changed.
+    problems: Mapping[str, str]
 
-        Raises:
-            UnsupportedError: earlier batches were counted for what would have to change.
-        """
-        if blocks.keys() <= known.keys():
-            return True
-        whole = [name for name, fit in self.fits.items() if self.training or fit.exact]
-        claims = settle({**known, **blocks}.values(), whole)
-        self._keep_apart(claims.apart, known.values(), where)
-        self.give_up(claims.problems, known.values(), where)
-        return not (claims.apart or claims.problems)
 
-    def _keep_apart(self, names: set[str], known: Iterable[Block], where: str) -> None:
-        """Treat weights and biases with several partners without these, from the first batch on."""
-        late = {name for block in known if len(block.views) > 1 for name in block.parameters} & names
-        refuse(
-            {
-                name: f"{name} is used with another bias, or without one, than in earlier batches, which were counted "
-                "together with it. Put a batch first in which it is used in all ways."
-                for name in late
-            },
-            where,
-        )
-        self.apart |= names
+@dataclass(frozen=True)
+class Assignment:
+    """How one batch is treated.
 
-    def give_up(self, problems: Mapping[str, str], known: Iterable[Block], where: str) -> None:
-        """Leave parameters to the fallback, unless they are in blocks that earlier batches were counted for.
+    Attributes:
+        parts: index of a call → what each use contributes to which block.
+        orders: (index of a call, number of the part) → which example each row belongs to.
+        singles: parameter that the fallback treats → its block.
+        new: groups of blocks that come for the first time, with their plans.
+        known: what later batches have to agree with, without the new groups.
+    """
 
-        Raises:
-            UnsupportedError: they are.
-        """
-        names = {name for block in known for name in block.parameters}
-        late = {
-            name: f"{reason}. Earlier batches used it in another way and were counted so: put a batch like this one "
-            "first, or freeze the parameter with requires_grad_(False)."
-            for name, reason in problems.items()
-            if name in names and name not in self.fallback
-        }
-        refuse(late, where)
-        self.fallback |= {name: reason for name, reason in problems.items() if name not in self.fallback}
+    parts: Mapping[int, list[Part]]
+    orders: Mapping[tuple[int, int], RowOrder]
+    singles: Mapping[str, Block]
+    new: tuple[Planned, ...]
+    known: Known
 
-    def check_fallback(self, capture: Capture, outputs: Tensor, proof: Proof, where: str) -> None:
-        """Refuse a fallback that tells nothing: the gradient of single data exists only where no operator mixes them.
+    @property
+    def blocks(self) -> dict[Key, Block]:
+        """Those of the batch."""
+        return _blocks(self.parts) | {block.key: block for block in self.singles.values()}
 
-        Raises:
-            UnsupportedError: data are mixed where they meet a parameter that the fallback treats.
-        """
-        if not self.fallback or self.training or len(outputs) == 1:
-            return
-        fine = _APART.setdefault(self.model, set())
-        if proof.graph in fine:
-            return
-        edges = list(proof.meetings)
-        for index in proof.alive:
-            call = capture.calls[index]
-            if not call.constant and any(use.name in self.fallback for use in call.uses):
-                edges.append((call.operator, call.edge))
-        if mixing := capture.mixing(outputs, [edge for _, edge in edges]) if edges else []:
-            names = ", ".join(sorted({edges[place][0] for place in mixing}))
-            refuse({names: coupled(f"{names} (with {', '.join(self.fallback)})")}, where)
-        fine.add(proof.graph)
+
+def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool = False) -> Assignment | Refusals:
+    """Decide how a batch is treated; nothing is changed, the answer says what later batches have to agree with.
+
+    Each round leaves more parameters to the fallback, or treats more biases apart, so that the rounds end.
+
+    Args:
+        observation: of the batch's forward pass.
+        fits: which fit every parameter was given.
+        known: by earlier batches.
+        masked: whether positions are going to be masked, so that rows have to be sorted by example.
+    """
+    graph, before = observation.graph, known.blocks
+    counted = {name for block in before.values() for name in block.parameters}
+    fallback, apart, mixed = dict(known.fallback), set(known.apart), set(known.mixed)
+    guesses: Mapping[tuple, RowOrder] = known.guesses.get(graph.signature, {})
+
+    def give_up(problems: Mapping[str, str]) -> dict[str, str]:
+        """Leave parameters to the fallback; those that earlier batches were counted for in another way are refused."""
+        new = {name: reason for name, reason in problems.items() if name not in fallback}
+        fallback.update(new)
+        return {name: f"{reason}. {_LATE}" for name, reason in new.items() if name in counted}
+
+    if late := give_up({name: unclaimed(name, operators) for name, operators in graph.unclaimed.items()}):
+        return Refusals(late)
+    while True:
+        parts = _parts(observation, fits, fallback, apart)
+        blocks = _blocks(parts)
+        if not blocks.keys() <= before.keys():
+            claims = settle({**before, **blocks}.values(), fits.whole)
+            joined = {name for block in before.values() if len(block.views) > 1 for name in block.parameters}
+            if late := joined & claims.apart:
+                return Refusals({name: f"{name} {_PARTNERS}" for name in late})
+            apart |= claims.apart
+            if late := give_up(claims.problems):
+                return Refusals(late)
+            if claims.apart or claims.problems:
+                continue
+        singles = _singles(fits, fallback)
+        blocks |= {block.key: block for block in singles.values()}
+        new = [block for key, block in blocks.items() if key not in before]
+        planned = plan_groups(new, fits, known.groups, known.neighbours.after)
+        if isinstance(planned, str):
+            return Refusals({"": planned})
+        rows = _row_orders(observation, fits, known, parts, planned, guesses, masked)
+        mixed, guesses = mixed | rows.mixed, rows.guesses
+        if rows.refused:
+            return Refusals(rows.refused)
+        if not rows.problems:
+            break
+        if late := give_up(rows.problems):
+            return Refusals(late)
+    if reason := _mixing(observation, fits, fallback):
+        return Refusals({"": reason})
+    neighbours = find_neighbours(observation, parts, rows.orders, fits, known.neighbours, before)
+    if not isinstance(neighbours, Neighbours):
+        return Refusals(neighbours)
+    if neighbours.after != known.neighbours.after:
+        planned = plan_groups(new, fits, known.groups, neighbours.after)
+        if isinstance(planned, str):
+            return Refusals({"": planned})
+    return Assignment(
+        parts,
+        rows.orders,
+        singles,
+        tuple(planned),
+        replace(
+            known,
+            fallback=fallback,
+            apart=frozenset(apart),
+            mixed=frozenset(mixed),
+            neighbours=neighbours,
+            guesses={**known.guesses, graph.signature: guesses},
+        ),
+    )
+
+
+_LATE = (
+    "Earlier batches used it in another way and were counted so: put a batch like this one first, or freeze the "
+    "parameter with requires_grad_(False)."
+)
+_PARTNERS = (
+    "is used with another bias, or without one, than in earlier batches, which were counted together with it. Put a "
+    "batch first in which it is used in all ways."
+)
+
+
+def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], apart: set[str]) -> dict[int, list[Part]]:
+    """Index of a call → blocks of its uses: weight and bias together where one fit treats both, else each alone."""
+    parts: dict[int, list[Part]] = {}
+    for index in sorted(observation.graph.alive):
+        call = observation.calls[index]
+        if not prod(call.shape):
+            continue  # no positions at all: it adds nothing
+        own = parts.setdefault(index, [])
+        for use in call.uses:
+            weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
+            if weight and bias and fits.join(weight.parameter, bias.parameter, apart):
+                own.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
+                continue
+            if weight:
+                own.append(Part(use, Block(weight.label, call.operator, weight, None, use.onehot), True, False))
+            if bias:
+                own.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
+    return parts
+
+
+def _blocks(parts: Mapping[int, list[Part]]) -> dict[Key, Block]:
+    return {part.block.key: part.block for own in parts.values() for part in own}
+
+
+def _singles(fits: Fits, fallback: Mapping[str, str]) -> dict[str, Block]:
+    """Parameter that the fallback treats → its block."""
+    if fits.training:
+        return {}
+    return {name: per_sample_block(name, p) for name, p in fits.parameters.items() if name in fallback}
+
+
+def _row_orders(
+    observation: Observation,
+    fits: Fits,
+    known: Known,
+    parts: Mapping[int, list[Part]],
+    planned: Iterable[Planned],
+    guesses: Mapping[tuple, RowOrder],
+    masked: bool,
+) -> RowOrders:
+    """Which example each row belongs to, sorted where the fit, the mask or the use itself needs it."""
+    plans = [
+        *((group.blocks, group.state.plan) for group in known.groups),
+        *((entry.blocks, entry.plan) for entry in planned),
+    ]
+    by_example = {block.key for blocks, plan in plans if plan.by_example for block in blocks}
+
+    def sorts(part: Part) -> bool:
+        return part.use.summing or masked or part.block.key in by_example
+
+    return row_orders(observation, parts, sorts, guesses, training=fits.training)
+
+
+def _mixing(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:
+    """Why per-example gradients would tell nothing: an operator mixes examples where they meet a parameter."""
+    if not fallback or fits.training or len(observation) == 1:
+        return ""
+    fine = _APART.setdefault(observation.model, set())
+    graph = observation.graph
+    if graph.signature in fine:
+        return ""
+    edges = list(graph.meetings)
+    for index in graph.alive:
+        call = observation.calls[index]
+        if not call.constant and any(use.name in fallback for use in call.uses):
+            edges.append((call.operator, call.edge))
+    if places := observation.mixing([edge for _, edge in edges]) if edges else []:
+        names = ", ".join(sorted({edges[place][0] for place in places}))
+        return coupled(f"{names} (with {', '.join(fallback)})")
+    fine.add(graph.signature)
+    return ""

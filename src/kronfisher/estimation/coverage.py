@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from kronfisher.capture.batches import Forward, passes_over
+from kronfisher.capture.batches import Batches, Forward
 from kronfisher.capture.isolation import isolated
+from kronfisher.capture.observation import observe
 from kronfisher.capture.per_sample import per_sample_block
 from kronfisher.errors import DataError
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fits import Choice
@@ -103,28 +105,29 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         bias       2      25.0 %  linear   KFAC(mode='expand')
         100.0 % of 8 trainable numbers covered
     """
-    run = Recipe(unwrapped(model), Categorical(), forward=forward).accumulator(fit)  # any: no label is drawn
-    batches, _ = passes_over(batch)
+    run = Accumulator(Recipe(unwrapped(model), Categorical(), forward=forward), fit)  # any: no label is drawn
+    batches = Batches(batch)
     with isolated(run.model, 0):
-        first = next(iter(batches), None)
+        _, first = next(batches.read(0), ("", None))
         if first is None:
             raise DataError("The data hold no batch, so there is nothing to run the model on.")
-        capture, outputs, _ = run.observe(first, "the batch")
-        proof, parts, _ = run.understand(capture, outputs, False, "the batch")
-        blocks = {part.block.key: part.block for several in parts.values() for part in several}
+        observation = observe(run.model, run.parameters, first, forward, "the batch")
+        assignment = run.assign(observation)
+    graph, known = observation.graph, assignment.known
+    blocks = {part.block.key: part.block for parts in assignment.parts.values() for part in parts}
     operators: dict[str, set[str]] = {name: set() for name in run.parameters}
     for block in blocks.values():
         for name in block.parameters:
             operators[name].add(block.operator)
     rows = []
     for name, parameter in run.parameters.items():
-        treatment = repr(run.treatment.fits[name]) if name in proof.reached else "unused"
-        used = operators[name] | proof.unclaimed.get(name, set())
-        if name in run.treatment.fallback:
+        treatment = repr(run.fits.given[name]) if name in graph.reached else "unused"
+        used = operators[name] | graph.unclaimed.get(name, set())
+        if name in known.fallback:
             block = per_sample_block(name, parameter)
-            treatment = f"fallback: {run.treatment.fit_of(block)!r}"
-            used |= {call.operator for call in capture.calls if any(use.name == name for use in call.uses)}
-        shape, reason = tuple(parameter.shape), run.treatment.fallback.get(name, "")
+            treatment = f"fallback: {run.fits.of(block)!r}"
+            used |= {call.operator for call in observation.calls if any(use.name == name for use in call.uses)}
+        shape, reason = tuple(parameter.shape), known.fallback.get(name, "")
         rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    return Coverage(tuple(rows), frozen, tuple(run.following.notes(blocks.values())))
+    return Coverage(tuple(rows), frozen, tuple(known.neighbours.notes(blocks.values(), run.fits)))

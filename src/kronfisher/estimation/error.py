@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, MemoryBudgetError
-from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.spectrum import Spectrum, leading
 from kronfisher.fisher import Fisher
@@ -112,8 +112,8 @@ def measure(
             joined.operators.update(other.operators)  # blocks that share a parameter come from one fit
             names |= {name for name, fit in fits.items() if fit is other}
         fits.update(dict.fromkeys(names, joined))
-    run = replace(recipe, memory_budget=memory_budget).accumulator(fits)
-    accumulate(run, data, progress)
+    run = Accumulator(replace(recipe, memory_budget=memory_budget, strict=False), fits)
+    run.read(data, progress)
     count = float(run.count)
     found = {group.blocks: group.state for group in run.groups}
     scale = count if fisher.reduction == "sum" else 1.0
@@ -173,12 +173,6 @@ class CrossTerms(Fit):
     operators: dict[tuple[Block, ...], Operator]
     kept: "Kept"
     exact = True
-
-    def __eq__(self, other: object) -> bool:
-        return self is other  # or blocks of several would be joined
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
         """The operators' own groups."""

@@ -8,10 +8,10 @@ from torch import nn
 
 from kronfisher.capture.batches import Forward, Mask
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.estimation.accumulator import Accumulator, Labels
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.error import Origin
-from kronfisher.estimation.passes import Progress, accumulate
-from kronfisher.estimation.recipe import Recipe
+from kronfisher.estimation.progress import Progress
+from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.info import BlockInfo, Info
@@ -108,11 +108,11 @@ def estimate(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
     began = time.perf_counter()
-    recipe = Recipe(unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask)
-    run = recipe.accumulator(fit)
-    run.strict = strict
-    run.score = True
-    accumulate(run, data, progress)
+    recipe = Recipe(
+        unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict
+    )
+    run = Accumulator(recipe, fit, score=True)
+    run.read(data, progress)
     count = float(run.count)
     with plain_arithmetic(run.device):
         entries: list[Entry] = []
@@ -122,8 +122,8 @@ def estimate(
             method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
             notes = [
                 group.fit.notes(group.state),
-                *run.following.notes(group.blocks),
-                *(_why(name, run.treatment.fallback[name], len(group.blocks)) for name in alone),
+                *run.notes(group.blocks),
+                *(_why(name, run.known.fallback[name], len(group.blocks)) for name in alone),
             ]
             info = BlockInfo(
                 method,

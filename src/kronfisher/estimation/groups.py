@@ -1,22 +1,68 @@
-"""The groups of blocks that fits treat together: planned by static cost, afforded, and filled."""
+"""Groups of blocks that fits treat together: planned by static cost, checked against the memory, and filled."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from math import prod
 
+import torch
 from torch import Tensor
 
-from kronfisher.capture.capture import Capture
+from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
-from kronfisher.errors import MemoryBudgetError, UnsupportedError
-from kronfisher.estimation.assignment import Treatment
-from kronfisher.estimation.neighbours import Following
+from kronfisher.capture.per_sample import FALLBACK
+from kronfisher.errors import MemoryBudgetError
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fits import Fit, Plan, State
+from kronfisher.fits import Diagonal, Fit, Plan, State
 from kronfisher.linalg import WORKSPACE, promote
 from kronfisher.operators.memory import available_memory
 
-__all__ = ["Group", "Groups", "Planned", "rows_each"]
+__all__ = ["Fits", "Group", "Groups", "Planned", "plan_groups", "rows_of_example"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """The fit that every parameter was given.
+
+    Blocks are treated together only under one and the same fit object: two that are merely equal stay apart.
+
+    Attributes:
+        given: parameter → fit.
+        parameters: name → trainable parameter.
+        training: leave out what only the fallback can treat.
+        fallback: for parameters whose own fit has no use for per-example gradients.
+    """
+
+    given: Mapping[str, Fit]
+    parameters: Mapping[str, Tensor]
+    training: bool = False
+    fallback: Fit = field(default_factory=Diagonal)
+
+    def of(self, block: Block) -> Fit:
+        """The fit that the block's parameters were given, if it can treat the block."""
+        fit = self.given[block.parameters[0]]
+        return self.fallback if block.operator == FALLBACK and not fit.exact else fit
+
+    @property
+    def whole(self) -> list[str]:
+        """Parameters of which every element must have one place only: they may not have two roles."""
+        return [name for name, fit in self.given.items() if self.training or fit.exact]
+
+    def join(self, weight: str, bias: str, apart: AbstractSet[str]) -> bool:
+        """Whether a weight and its bias make one block."""
+        return self.given[weight] is self.given[bias] and not apart & {weight, bias}
+
+    def apart(self, earlier: Block, later: Block) -> str:
+        """Why no fit takes two neighbours together; empty if one does."""
+        first, second = self.of(earlier), self.of(later)
+        if first is not second:
+            return f"{earlier.name} has another fit"
+        if not first.chained:
+            return "their fit treats layers apart"
+        dtypes = [self.parameters[block.parameters[0]].dtype for block in (earlier, later)]
+        if dtypes[0] != dtypes[1]:
+            return f"{earlier.name} is {dtypes[0]}, {later.name} {dtypes[1]}"
+        return first.alone(earlier) or first.alone(later)
 
 
 @dataclass
@@ -32,7 +78,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Planned:
-    """A group that a fit is going to treat."""
+    """A group that a fit is going to treat.
+
+    Attributes:
+        like: an empty tensor with the dtype and device of the sums.
+    """
 
     fit: Fit
     blocks: tuple[Block, ...]
@@ -40,18 +90,48 @@ class Planned:
     like: Tensor
 
 
+def plan_groups(
+    blocks: Iterable[Block], fits: Fits, begun: Sequence[Group], after: Mapping[Key, Key]
+) -> list[Planned] | str:
+    """Groups for blocks that come for the first time, or why they cannot be added to those that were begun.
+
+    Args:
+        blocks: the new ones.
+        fits: which fit treats which block.
+        begun: groups that earlier batches filled.
+        after: key of a block → key of the one after it.
+    """
+    new: dict[int, tuple[Fit, list[Block]]] = {}
+    for block in blocks:
+        fit = fits.of(block)
+        new.setdefault(id(fit), (fit, []))[1].append(block)
+    planned = []
+    for fit, members in new.values():
+        filled = [group.blocks for group in begun if group.fit is fit]
+        groups = fit.groups([*(block for group in filled for block in group), *members], after)
+        if any(group not in groups for group in filled):
+            return (
+                f"{', '.join(block.name for block in members)} is used here for the first time, and {fit!r} treats it "
+                "together with layers that earlier batches have been counted for. Put a batch that uses every "
+                "parameter first, or choose a fit that treats layers apart."
+            )
+        for group in groups:
+            if group not in filled:
+                like = promote(fits.parameters[group[0].parameters[0]].detach().new_empty(0))
+                planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
+    return planned
+
+
 class Groups:
     """All groups with their states, in the order in which batches brought them.
 
     Args:
-        treatment: which fit treats which block.
-        following: which block comes after which.
+        device: of the model.
         memory_budget: bytes for states and temporaries; None: what is free.
     """
 
-    def __init__(self, treatment: Treatment, following: Following, memory_budget: int | None) -> None:
-        self.treatment, self.following, self.memory_budget = treatment, following, memory_budget
-        self.device = next(iter(treatment.parameters.values())).device
+    def __init__(self, device: torch.device, memory_budget: int | None) -> None:
+        self.device, self.memory_budget = device, memory_budget
         self._groups: list[Group] = []
         self._places: dict[Key, tuple[Group, int]] = {}
 
@@ -61,78 +141,40 @@ class Groups:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def wanting(
-        self, parts: Mapping[int, list[Part]], alone: Mapping[str, Block]
+    def open(
+        self, parts: Mapping[int, list[Part]], singles: Mapping[str, Block]
     ) -> tuple[dict[int, list[tuple[Part, Group, int]]], dict[str, tuple[Group, int]]]:
-        """What of a batch goes to groups that still read data, with the group and the block's place in it.
+        """The parts of a batch that go to groups which still read data, with the group and the block's place in it.
 
         Args:
             parts: index of a call → its blocks.
-            alone: parameter that the fallback treats → its block.
+            singles: parameter that the fallback treats → its block.
         """
         entries = {}
-        for index, several in parts.items():
-            placed = [(part, *self._places[part.block.key]) for part in several]
+        for index, own in parts.items():
+            placed = [(part, *self._places[part.block.key]) for part in own]
             if wanted := [(part, group, position) for part, group, position in placed if not group.done]:
                 entries[index] = wanted
-        singles = {name: self._places[block.key] for name, block in alone.items()}
-        return entries, {name: place for name, place in singles.items() if not place[0].done}
-
-    @property
-    def blocks(self) -> dict[Key, Block]:
-        """Those of all groups."""
-        return {block.key: block for group in self._groups for block in group.blocks}
-
-    def planned(self, blocks: Iterable[Block], where: str) -> list[Planned]:
-        """Groups for the blocks that are seen for the first time.
-
-        Raises:
-            UnsupportedError: a fit would have to change a group that it has begun to fill.
-        """
-        new: dict[Fit, list[Block]] = {}
-        for block in blocks:
-            new.setdefault(self.treatment.fit_of(block), []).append(block)
-        planned = []
-        for fit, members in new.items():
-            begun = [group.blocks for group in self._groups if group.fit == fit]
-            groups = fit.groups([*(block for group in begun for block in group), *members], self.following.after)
-            if any(group not in groups for group in begun):
-                raise UnsupportedError(
-                    f"{where}: {', '.join(block.name for block in members)} is used here for the first time, and "
-                    f"{fit!r} treats it together with layers that earlier batches have been counted for. Put a batch "
-                    "that uses every parameter first, or choose a fit that treats layers apart."
-                )
-            for group in groups:
-                if group not in begun:
-                    like = promote(self.treatment.parameters[group[0].parameters[0]].detach().new_empty(0))
-                    planned.append(Planned(fit, group, fit.plan(group, like.element_size()), like))
-        return planned
-
-    def owned(self, planned: Iterable[Planned]) -> set[Key]:
-        """Keys of blocks whose rows have to be sorted by sample, those that are going to be treated among them."""
-        plans = [*((group.blocks, group.state.plan) for group in self._groups), *((p.blocks, p.plan) for p in planned)]
-        return {block.key for blocks, plan in plans if plan.by_example for block in blocks}
+        places = {name: self._places[block.key] for name, block in singles.items()}
+        return entries, {name: place for name, place in places.items() if not place[0].done}
 
     def add(
-        self, blocks: Iterable[Block], where: str, rows: Mapping[Key, int] | None = None, count: float | Tensor = 0.0
+        self, planned: Iterable[Planned], rows: Mapping[Key, int] | None = None, count: float | Tensor = 0.0
     ) -> None:
-        """Make states for blocks seen for the first time.
+        """Make states for groups that come for the first time.
 
         Args:
-            blocks: of a batch.
-            where: the batch's name in messages.
-            rows: block → rows that a datum has of it, about.
-            count: data before this batch, in which the blocks had no part.
+            planned: the groups.
+            rows: block → rows that an example has of it, about.
+            count: examples before this batch, in which the blocks had no part.
 
         Raises:
             MemoryBudgetError: they do not fit.
-            UnsupportedError: as for `planned`.
         """
-        new = {block.key: block for block in blocks if block.key not in self._places}
-        if not new:
+        planned = [_with_sample(entry, rows or {}) for entry in planned]
+        if not planned:
             return
-        planned = [_with_sample(entry, rows or {}) for entry in self.planned(new.values(), where)]
-        workspace = self._afford([*(group.state.plan for group in self._groups), *(entry.plan for entry in planned)])
+        workspace = self._workspace([*(group.state.plan for group in self._groups), *(one.plan for one in planned)])
         for entry in planned:
             plan = replace(entry.plan, workspace=workspace)
             group = Group(entry.fit, entry.blocks, entry.fit.init(entry.blocks, plan, entry.like))
@@ -140,39 +182,33 @@ class Groups:
             self._groups.append(group)
             self._places.update({block.key: (group, position) for position, block in enumerate(entry.blocks)})
 
-    def _afford(self, plans: Sequence[Plan]) -> int:
-        """Bytes left for temporaries, once matrices and samples that wait have theirs."""
+    def _workspace(self, plans: Sequence[Plan]) -> int:
+        """Bytes left for temporaries, once matrices and waiting samples have theirs."""
         standing = sum(plan.standing for plan in plans) + max(plan.temporary for plan in plans)
         needed = sum(plan.standing for plan in plans) + max(plan.least for plan in plans)
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
         if needed > limit:
             raise MemoryBudgetError(
-                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one datum, more "
-                f"than the {'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
+                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one example, "
+                f"more than the {'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
                 f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
                 "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
         return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - standing), 1)
 
-    def resume(self, groups: Iterable[tuple[Block, ...]], where: str) -> None:
-        """Empty states for the groups of an earlier run, in their order."""
-        order = {blocks: position for position, blocks in enumerate(groups)}
-        self.add([block for blocks in order for block in blocks], where)
-        self._groups.sort(key=lambda group: order[group.blocks])
 
-
-def rows_each(capture: Capture, parts: Mapping[int, list[Part]], samples: int) -> dict[Key, int]:
-    """Block → positions of a datum times groups, over all uses of it, by the sizes of their outputs."""
-    found: dict[Key, int] = {}
-    for index, several in parts.items():
-        for part in several:
-            rows = -(-prod(capture.calls[index].shape) // (part.block.shape[1] * samples))
-            found[part.block.key] = found.get(part.block.key, 0) + rows
-    return found
+def rows_of_example(observation: Observation, parts: Mapping[int, list[Part]]) -> dict[Key, int]:
+    """Block → positions of an example times groups, over all its uses, by the sizes of their outputs."""
+    rows: dict[Key, int] = {}
+    for index, own in parts.items():
+        for part in own:
+            each = -(-prod(observation.calls[index].shape) // (part.block.shape[1] * len(observation)))
+            rows[part.block.key] = rows.get(part.block.key, 0) + each
+    return rows
 
 
 def _with_sample(entry: Planned, rows: Mapping[Key, int]) -> Planned:
-    """With the bytes that a datum takes."""
+    """With the bytes that an example takes."""
     widths = {b.key: b.shape[1] if b.onehot else b.shape[1] + b.shape[2] for b in entry.blocks}
     numbers = sum(rows.get(key, 1) * width for key, width in widths.items())
     return replace(entry, plan=replace(entry.plan, sample=entry.like.element_size() * numbers))

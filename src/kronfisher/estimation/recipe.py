@@ -1,23 +1,41 @@
-"""How an estimate was asked for."""
+"""The settings of an estimate: held in this one place, checked once, and passed whole."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from kronfisher.capture.batches import Forward, Mask
 from kronfisher.errors import DataError
-from kronfisher.estimation.accumulator import Accumulator, Labels
 from kronfisher.fisher.parameters import trainable
-from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
 
-__all__ = ["Recipe"]
+__all__ = ["Labels", "Recipe"]
+
+Labels = Literal["exact", "sampled", "observed"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an estimate was asked for, so that its error can be measured under the same labels later."""
+    """How an estimate was asked for; its error and spectrum are measured under the same labels later.
+
+    Attributes:
+        model: unwrapped.
+        likelihood: which vectors are back-propagated.
+        labels: exact columns of the output Hessian's root, labels drawn from the model, or the observed ones.
+        samples: label draws per example.
+        forward: how a batch goes through the model, if not as `capture.batches.run` does it.
+        seed: of the label draws.
+        memory_budget: bytes for states and temporaries; None: what is free.
+        exact_limit: backward passes per batch beyond which exact labels are refused.
+        mask: which positions count, as for `estimate`.
+        strict: refuse what only the fallback can treat.
+
+    Raises:
+        ValueError: `labels` or `samples` make no sense.
+        TypeError: `likelihood` is no likelihood.
+    """
 
     model: nn.Module
     likelihood: Likelihood
@@ -28,33 +46,30 @@ class Recipe:
     memory_budget: int | None = None
     exact_limit: int = 1000
     mask: Mask | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.labels not in ("exact", "sampled", "observed"):
+            raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(
+                f"samples={self.samples!r}: the number of label draws per example is an integer of at least 1."
+            )
+        if not isinstance(self.likelihood, Likelihood):
+            raise TypeError(
+                f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."
+            )
 
     def parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """The model's trainable parameters, if they are those of the names.
+        """The model's trainable parameters, which have to be those of the names.
 
         Raises:
-            DataError: they are not, any more.
+            DataError: they no longer are.
         """
-        found = trainable(self.model)
-        if odd := found.keys() ^ set(names):
+        parameters = trainable(self.model)
+        if odd := parameters.keys() ^ set(names):
             raise DataError(
                 f"the trainable parameters of the model are not those of the matrix ({', '.join(sorted(odd))}): freeze "
                 "and unfreeze as when it was estimated."
             )
-        return found
-
-    def accumulator(self, fit: Choice) -> Accumulator:
-        """Empty states for the model's trainable parameters."""
-        return Accumulator(
-            self.model,
-            trainable(self.model),
-            self.likelihood,
-            fit,
-            self.labels,
-            self.samples,
-            self.seed,
-            self.forward,
-            self.memory_budget,
-            self.exact_limit,
-            self.mask,
-        )
+        return parameters

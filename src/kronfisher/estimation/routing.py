@@ -1,4 +1,4 @@
-"""From output gradients, as they arrive, to the states of the fits."""
+"""Routes output gradients, as they arrive, to the states of the fits."""
 
 import time
 from collections import Counter
@@ -25,7 +25,7 @@ class Stream:
 
     Args:
         entries: index of a call → its parts, with the group that each belongs to and its place in it.
-        owners: (index of a call, number of the part) → which sample owns each row.
+        orders: (index of a call, number of the part) → which example each row belongs to.
         mask: ``[N, P]`` output positions that count, or None.
         singles: parameter that the fallback treats → the group of its block, and its place in it.
 
@@ -38,15 +38,15 @@ class Stream:
     def __init__(
         self,
         entries: Mapping[int, list[tuple[Part, Group, int]]],
-        owners: Mapping[tuple[int, int], RowOrder],
+        orders: Mapping[tuple[int, int], RowOrder],
         mask: Tensor | None,
         singles: Mapping[str, tuple[Group, int]] | None = None,
     ) -> None:
         self._singles = dict(singles or {})
-        self._entries, self._owners, self._mask = entries, owners, mask
-        places = [(id(group), position) for several in entries.values() for _, group, position in several]
+        self._entries, self._orders, self._mask = entries, orders, mask
+        places = [(id(group), position) for placed in entries.values() for _, group, position in placed]
         self._expected = Counter([*places, *((id(group), position) for group, position in self._singles.values())])
-        self._groups = {id(group): group for several in entries.values() for _, group, _ in several}
+        self._groups = {id(group): group for placed in entries.values() for _, group, _ in placed}
         self._groups |= {id(group): group for group, _ in self._singles.values()}
         self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
@@ -57,10 +57,10 @@ class Stream:
         with full_precision(gradient.device.type):
             for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
                 began = time.perf_counter()
-                owner, own = self._owners[call.index, number], gradient.to(part.use.dtype)
+                order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
                 samples = Samples(
-                    part.use.activations(owner, own, part.weight, part.bias),
-                    part.use.gradients(owner, own),
+                    part.use.activations(order, own, part.weight, part.bias),
+                    part.use.gradients(order, own),
                     (call.index, number) not in self._counted,
                     workspace=group.state.plan.workspace,
                 )
@@ -77,10 +77,10 @@ class Stream:
                 part.use.forget()
 
     def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
-        """Back-propagate one datum after the other, for parameters that no samples of a use tell about."""
+        """Back-propagate one example after the other, for parameters that the fallback treats."""
         leaves = {name: parameters[name] for name in self._singles}
         groups = [group for group, _ in self._singles.values()]
-        # A group of several blocks needs all its data at once; the sums of others take as many as there is room for.
+        # A group of several blocks needs all examples at once; the sums of others take as many as there is room for.
         whole = any(len(group.blocks) > 1 for group in groups)
         workspace = min(group.state.plan.workspace for group in groups)
         began = time.perf_counter()
@@ -96,7 +96,7 @@ class Stream:
             group.seconds += (time.perf_counter() - began) / len(groups)
 
     def flush(self) -> None:
-        """Pass on what waits for uses whose gradient was zero everywhere and never came."""
+        """Pass on samples that wait for uses whose gradient was zero everywhere and never came."""
         for key, position in list(self._arrived):
             self._complete(self._groups[key], position)
         for key in list(self._ready):

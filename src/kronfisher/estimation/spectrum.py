@@ -5,14 +5,14 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import DataError, MemoryBudgetError
-from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher import Fisher
 from kronfisher.fits.fit import State
@@ -128,8 +128,8 @@ def accumulated(
         before = [fits[name] for name in names if name in fits]  # blocks that share a parameter come from one fit
         names |= {name for name, fit in fits.items() if any(fit is other for other in before)}
         fits.update(dict.fromkeys(names, own))
-    run = recipe.accumulator(fits)
-    accumulate(run, data, progress)
+    run = Accumulator(replace(recipe, strict=False), fits)
+    run.read(data, progress)
     return {group.state.name: group.state.waiting for group in run.groups if group.state.waiting}
 
 

@@ -14,6 +14,8 @@ Choice = Fit | str | Mapping[str, Fit | str]
 def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
     """The fit of every parameter, by the first pattern that its name matches.
 
+    Parameters that were given one fit object, or one name, get one and the same object: fits treat these together.
+
     Raises:
         ValueError: a pattern matches nothing, or a parameter no pattern.
 
@@ -23,7 +25,8 @@ def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
     """
     if not isinstance(fit, Mapping):
         return dict.fromkeys(parameters, named(fit))
-    patterns = {pattern: named(choice) for pattern, choice in fit.items()}
+    names = {choice: named(choice) for choice in fit.values() if isinstance(choice, str)}
+    patterns = {p: names[choice] if isinstance(choice, str) else named(choice) for p, choice in fit.items()}
     idle = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
     if idle:
         raise ValueError(f"fit: the patterns {idle} match no trainable parameter; there are {list(parameters)}.")

@@ -12,13 +12,7 @@ __all__ = ["Visitor"]
 
 @dataclass(frozen=True, eq=False)
 class Visitor(Fit):
-    """Base of these; each is equal to itself alone, so that blocks of two of them are never joined."""
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
+    """Base of fits that build no operator."""
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         """No bytes: what is kept, and how much, is known only to the subclass."""

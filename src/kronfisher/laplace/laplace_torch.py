@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kronfisher.capture.isolation import isolated
 from kronfisher.errors import DataError, UnsupportedError
-from kronfisher.estimation.accumulator import Accumulator, Labels
+from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher import Fisher, Info
 from kronfisher.fits import Diagonal, Fit, Full
 from kronfisher.fits.fit import named
@@ -113,7 +114,7 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
             parameters = {name: p for name, p in self.model.named_parameters() if id(p) in own}
             fits: dict[str, Fit]
             if structure == "kron":
-                alone = _distinct(chosen)
+                alone = copy.copy(chosen)  # another fit object: what it treats gets blocks of its own
                 fits = {name: alone if p.dim() == 1 else chosen for name, p in parameters.items()}
             else:
                 fits = dict.fromkeys(parameters, Diagonal() if structure == "diag" else Full(across_layers=True))
@@ -124,18 +125,10 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
                     return model(batch), batch[self.dict_key_y].to(next(model.parameters()).device)
                 return model(batch[0]), batch[1]
 
-            run = Accumulator(self.model, parameters, likelihood, fits, labels, samples, seed, forward)
-            run.score = True
-            return run
+            recipe = Recipe(self.model, likelihood, labels, samples, forward, seed)
+            return Accumulator(recipe, fits, parameters, score=True)
 
     return KronfisherGGN
-
-
-def _distinct(fit: Fit) -> Fit:
-    """The same fit, but not equal to it: what it treats gets blocks of its own instead of being joined."""
-    other = copy.copy(fit)
-    object.__setattr__(other, "__class__", type(type(fit).__name__, (type(fit),), {"__module__": __name__}))
-    return other
 
 
 def _factors(fisher: Fisher, name: str) -> list[Tensor]:

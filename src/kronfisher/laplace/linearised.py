@@ -16,6 +16,7 @@ from kronfisher.capture.batches import Forward
 from kronfisher.capture.isolation import isolated
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.recipe import Recipe
 from kronfisher.laplace.per_output import Columns, Directions, Kept, PerOutput, Variances
 from kronfisher.laplace.precision import Group, Precision
 from kronfisher.laplace.quadratic_forms import pairs
@@ -54,7 +55,8 @@ class Linearised:
                 fit.entries.update(other.entries)
                 names |= {name for name, of in fits.items() if of is other}
             fits.update(dict.fromkeys(names, fit))
-        run = Accumulator(self.model, parameters, columns, fits, "exact", forward=self.forward, exact_limit=sys.maxsize)
+        recipe = Recipe(self.model, columns, "exact", forward=self.forward, exact_limit=sys.maxsize)
+        run = Accumulator(recipe, fits, parameters)
         with isolated(self.model, 0):
             run.add(batch, "the batch to predict")
         assert columns.outputs is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
-from kronfisher.estimation.accumulator import Labels
+from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice

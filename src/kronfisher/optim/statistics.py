@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture, Receiver
+from kronfisher.capture.observation import Observation
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
-from kronfisher.estimation.accumulator import Accumulator, Labels
+from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.assignment import Known
+from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.storage import block_of
 from kronfisher.fits import Choice, choose
@@ -71,20 +74,14 @@ class Statistics:
     def extend(self, parameters: dict[str, nn.Parameter]) -> None:
         """Treat these parameters from now on; statistics of the others are kept."""
         self.parameters = parameters
-        self._fits = {name: MovingAverage(fit) for name, fit in choose(self._fit, parameters).items()}
+        chosen = choose(self._fit, parameters)  # one fit has one average, so that its blocks stay together
+        averages = {id(fit): MovingAverage(fit) for fit in chosen.values()}
+        self._fits = {name: averages[id(fit)] for name, fit in chosen.items()}
         self._trained = None
 
     def _accumulator(self) -> Accumulator:
-        return Accumulator(
-            self.model,
-            self.parameters,
-            self.likelihood,
-            self._fits,
-            self.labels,
-            self._samples,
-            self._seed,
-            training=True,
-        )
+        recipe = Recipe(self.model, self.likelihood, self.labels, self._samples, seed=self._seed)
+        return Accumulator(recipe, self._fits, self.parameters, training=True)
 
     # Answers ---------------------------------------------------------------------------------------------------------
 
@@ -106,18 +103,18 @@ class Statistics:
     @property
     def uncovered(self) -> dict[str, str]:
         """Parameter → why no block covers it."""
-        return {} if self._run is None else self._run.treatment.fallback
+        return {} if self._run is None else dict(self._run.known.fallback)
 
     @property
     def coupled(self) -> list[str]:
         """Names of blocks whose rows mix examples."""
-        return [] if self._run is None else sorted(self._run.owners.mixed)
+        return [] if self._run is None else sorted(self._run.known.mixed)
 
     @property
     def cuts(self) -> list[str]:
         """Where chains of layers are cut and why, for fits that treat neighbours together."""
         blocks = [block for layer in self.layers for block in layer.blocks]
-        return [] if self._run is None else self._run.following.notes(blocks)
+        return [] if self._run is None else self._run.notes(blocks)
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -164,8 +161,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
-            run.seed = (self._seed << 32) + step
-            run.start_pass()
+            run.start_pass((self._seed << 32) + step)
         try:
             with full_precision(run.device.type):
                 self._absorb(run, capture, outputs, targets, step, retain, own)
@@ -179,15 +175,15 @@ class Statistics:
     def _absorb(
         self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, step: int, retain: bool, own: Any
     ) -> None:
-        where = f"step {step}"
-        run.absorb(capture, outputs, targets, where, retain=retain or self.needs_second_backward(step), own=own)
+        observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
+        run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own)
         self._find_layers(run, step)
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
             for group in run.groups:
                 group.done = all(group is not layer.group for layer in renewed)
-            run.absorb(capture, outputs, targets, where, retain=retain)
+            run.absorb(observation, retain=retain)
             for group in run.groups:
                 group.done = False
             for layer in renewed:
@@ -250,7 +246,7 @@ class Statistics:
             "dropped": self.dropped,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
-            "apart": sorted(self._run.treatment.apart) if self._run else [],
+            "apart": sorted(self._run.known.apart) if self._run else [],
             "trained": sorted(self._trained or ()),
             "fits": self._described(),
             "layers": [layer.state_dict() for layer in self.layers],
@@ -272,7 +268,8 @@ class Statistics:
         written: dict[tuple[Block, ...], Any] = {
             tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
         }
-        run.resume(state["uncovered"], set(state["apart"]), set(state["coupled"]), list(written))
+        known = Known.saved(state["uncovered"], set(state["apart"]), set(state["coupled"]), written)
+        run.resume(known, written)
         self._run, self._trained = run, frozenset(state["trained"])
         self.layers = [LayerStatistics(group) for group in run.groups]
         for layer, entry in zip(self.layers, written.values(), strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.estimation.passes import accumulate
+from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fits.fit import State
 from kronfisher.fits.visitor import Visitor
@@ -83,8 +83,8 @@ def spectra(recipe: Recipe, data: Any, leading: int) -> dict[str, Spectrum]:
     Raises:
         UnsupportedError: a layer has shared positions (a convolution), groups or no inputs.
     """
-    run = recipe.accumulator(Collect())
-    accumulate(run, data)
+    run = Accumulator(recipe, Collect())
+    run.read(data)
     count = float(run.count)
     return {
         group.state.name: Spectrum.of(group.state.sums["a"], group.state.sums["g"], count, leading)
