@@ -19,7 +19,7 @@ demo: $(READY)  ## estimate the Fisher of two small networks with every fit: tab
 	$(PYTHON) -m kronfisher demo $(ARGS)
 
 test: $(READY)  ## every test and every docstring example, in two processes
-	$(PYTHON) -m pytest -n 2 $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)  ## style and types
 	$(PYTHON) -m ruff check

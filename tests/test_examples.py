@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.optional import require
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
@@ -16,7 +18,7 @@ def test_there_is_an_example():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
     """A cell that raises fails the test; one that shows something must have shown the same kind of thing before."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbformat, nbclient = require("nbformat"), require("nbclient")
     committed = nbformat.read(path, as_version=4)
     nbformat.validate(committed)
     run = nbformat.from_dict(committed)

@@ -14,6 +14,7 @@ from kronfisher.capture.batches import tensors_in
 from kronfisher.capture.isolation import isolated
 from kronfisher.fisher.parameters import trainable, unwrapped
 from tests.helpers.networks import Written
+from tests.helpers.optional import require
 
 
 class Rich(nn.Module):
@@ -325,7 +326,7 @@ def test_nor_is_the_default_dtype(dtype):
 
 
 def test_compiled_models_are_captured_eagerly():
-    pytest.importorskip("torch._dynamo")
+    require("torch._dynamo")
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
     plain = kf.estimate(model, x, kf.Gaussian(), labels="exact")
     backends = []

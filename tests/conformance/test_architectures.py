@@ -10,6 +10,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.likelihoods import Draws
 from tests.helpers.networks import Written
+from tests.helpers.optional import require
 from tests.helpers.truth import exact_fisher
 
 TOKENS = torch.randint(3, 16, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -65,7 +66,7 @@ def logits(model, batch):
 
 @pytest.mark.parametrize("kind", EXTERNAL)
 def test_networks_of_transformers(kind):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    transformers = require("transformers")
     config, options, batch, fallback = EXTERNAL[kind]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**options)).eval().double()

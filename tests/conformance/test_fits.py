@@ -5,6 +5,9 @@ every fit is held to what all of them promise: its error is the one it says, the
 and their order do not matter, sums are N means.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,16 +46,30 @@ FORMS = [
 TURNS = [turn for turn in TURNS if turn[:2] != ("attention, more keys", "ekfac")]
 # Auto makes six fits of every block: a third of the uses are enough.
 TURNS = [turn for turn in TURNS if turn[1] != "auto" or EXAMPLES_IN_ORDER.index(turn[0]) % 3 == 0]
-turns = pytest.mark.parametrize(("example", "fit", "likelihood"), TURNS)
-free_of_batches = pytest.mark.parametrize(
-    ("example", "fit", "likelihood"),
-    [turn for turn in TURNS if not named(turn[1]).by_batch],
-)
+# The tests of one turn run one after the other and share estimates: hence the scope, and the same places in both lists.
+TURNS.sort(key=lambda turn: named(turn[1]).by_batch)
+turns = pytest.mark.parametrize("turn", TURNS, ids="-".join, scope="module")
+BATCHED = [turn for turn in TURNS if not named(turn[1]).by_batch]
+free_of_batches = pytest.mark.parametrize("turn", BATCHED, ids="-".join, scope="module")
 
 
 def estimate(p: Problem, fit, labels: str = "exact", data=None, **options) -> kf.Fisher:
     options = {"samples": DRAWS, "seed": SEED, **options}
     return kf.estimate(p.model, p.batch if data is None else data, p.likelihood, fit=fit, labels=labels, **options)
+
+
+@lru_cache(maxsize=8)
+def whole(turn: tuple[str, str, str], labels: str = "exact") -> kf.Fisher:
+    """The estimate from all data in one batch, made once for the tests of one turn."""
+    example, fit, likelihood = turn
+    return estimate(problem(example, likelihood), fit, labels)
+
+
+@lru_cache(maxsize=8)
+def error(turn: tuple[str, str, str]) -> Any:
+    """The error of the estimate with exact labels."""
+    example, _, likelihood = turn
+    return whole(turn).error(problem(example, likelihood).batch)
 
 
 @examples
@@ -213,10 +230,11 @@ def places(p: Problem, blocks: tuple[Block, ...]) -> Tensor:
 
 
 @turns
-def test_error_is_the_dense_distance(example, likelihood, fit, monkeypatch):
+def test_error_is_the_dense_distance(turn, monkeypatch):
+    example, _, likelihood = turn
     p = problem(example, likelihood)
     truth = p.truth("exact")
-    fisher = estimate(p, fit)
+    fisher = whole(turn)
     difference, missed, total = truth - fisher.to_dense(), 0.0, 0.0
     expected = {}
     for (blocks, _), name in zip(fisher.entries, fisher.blocks, strict=True):
@@ -235,52 +253,60 @@ def test_error_is_the_dense_distance(example, likelihood, fit, monkeypatch):
 
 
 @turns
-def test_sum_is_count_times_mean(example, likelihood, fit):
+def test_sum_is_count_times_mean(turn):
+    example, fit, likelihood = turn
     p = problem(example, likelihood)
-    mean, total = (estimate(p, fit, reduction=reduction) for reduction in ("mean", "sum"))
+    mean, total = whole(turn), estimate(p, fit, reduction="sum")
     assert mean.count == total.count == p.count > 1
     close(total.to_dense(), p.count * mean.to_dense(), 1e-12, what="sum")
-    assert total.error(p.batch).blocks == pytest.approx(mean.error(p.batch).blocks, abs=1e-7)
+    assert total.error(p.batch).blocks == pytest.approx(error(turn).blocks, abs=1e-7)
 
 
 @turns
-def test_same_call_gives_the_same_bits(example, likelihood, fit):
+def test_same_call_gives_the_same_bits(turn):
+    example, fit, likelihood = turn
     p = problem(example, likelihood)
     for labels in LABELS:
         torch.rand(())  # the global random state may differ
-        assert torch.equal(estimate(p, fit, labels).to_dense(), estimate(p, fit, labels).to_dense()), labels
-    assert not torch.equal(
-        estimate(p, fit, "sampled").to_dense(), estimate(p, fit, "sampled", seed=SEED + 1).to_dense()
-    )
+        first = whole(turn, labels)
+        assert torch.equal(first.to_dense(), estimate(p, fit, labels).to_dense()), labels
+    assert not torch.equal(first.to_dense(), estimate(p, fit, "sampled", seed=SEED + 1).to_dense())
 
 
 @free_of_batches
-def test_batches_do_not_matter(example, likelihood, fit):
+def test_batches_do_not_matter(turn):
+    example, fit, likelihood = turn
     p = problem(example, likelihood)
     sizes = [[1, len(p.x) - 1], [2, len(p.x) - 2], [1] * len(p.x)]
     loaders = [list(zip(p.x.split(size), p.targets.split(size), strict=True)) for size in sizes]
     for labels, loader in [*zip(LABELS, loaders, strict=True), ("sampled", loaders[0])]:
-        whole, parts = estimate(p, fit, labels), estimate(p, fit, labels, loader)
-        assert parts.count == whole.count
+        one, parts = whole(turn, labels), estimate(p, fit, labels, loader)
+        assert parts.count == one.count
         # Iterations to a tolerance magnify the rounding of sums in another order; Auto's positive terms most.
         tolerance = 1e-10 if named(fit).linear else 5e-3 if fit == "auto" else 1e-6
-        close(parts.to_dense(), whole.to_dense(), tolerance, what=f"{labels}, {len(loader)} batches")
+        close(parts.to_dense(), one.to_dense(), tolerance, what=f"{labels}, {len(loader)} batches")
 
 
 @turns
-def test_order_does_not_matter(example, likelihood, fit):
+def test_order_does_not_matter(turn):
+    example, fit, likelihood = turn
     p = problem(example, likelihood)
     order = torch.arange(len(p.x)).flip(0).roll(1)
     for labels in ("exact", "observed"):
-        whole, permuted = estimate(p, fit, labels), estimate(p, fit, labels, (p.x[order], p.targets[order]))
-        close(permuted.to_dense(), whole.to_dense(), 1e-10 if named(fit).linear else 5e-3, what=labels)
+        one, permuted = (
+            whole(turn, labels),
+            estimate(p, fit, labels, (p.x[order], p.targets[order])),
+        )
+        close(permuted.to_dense(), one.to_dense(), 1e-10 if named(fit).linear else 5e-3, what=labels)
 
 
 @turns
-def test_single_precision_agrees(example, likelihood, fit):
-    p, single = problem(example, likelihood), problem(example, likelihood, torch.float32)
+def test_single_precision_agrees(turn):
+    example, fit, likelihood = turn
+    single = problem(example, likelihood, torch.float32)
     fisher = estimate(single, fit)
     assert fisher.dtype == torch.float32
     if fit in FORMULAS and fit != "ekfac":  # eigenvectors of eigenvalues that nearly agree need not
-        close(fisher.to_dense().double(), estimate(p, fit).to_dense(), 1e-3, what=fit)
-    assert fisher.error(single.batch).relative == pytest.approx(estimate(p, fit).error(p.batch).relative, abs=1e-3)
+        close(fisher.to_dense().double(), whole(turn).to_dense(), 1e-3, what=fit)
+    expected = error(turn).relative
+    assert fisher.error(single.batch).relative == pytest.approx(expected, abs=1e-3)

@@ -5,8 +5,9 @@ import torch
 
 import kronfisher as kf
 from kronfisher.capture.batches import passes_over, run
+from tests.helpers.optional import require
 
-transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+transformers = require("transformers")
 
 SIZES = {
     "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -13,6 +13,7 @@ from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum
 from tests.helpers.networks import Written
+from tests.helpers.optional import require
 from tests.helpers.truth import exact_fisher
 
 FITS_TO_TRY = [
@@ -168,7 +169,7 @@ def test_what_approximates_nothing_has_no_error(model, x, change):
 
 
 def test_after_loading_it_says_that_it_knows_no_model(model, x, tmp_path):
-    pytest.importorskip("safetensors")
+    require("safetensors")
     kf.estimate(model, x, kf.Gaussian()).save(tmp_path / "fisher.safetensors")
     with pytest.raises(kf.DataError, match="knows no model"):
         kf.load(tmp_path / "fisher.safetensors", model).error(x)

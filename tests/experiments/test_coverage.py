@@ -1,7 +1,7 @@
 """Networks as people have them are covered completely, their gradients are autograd's, and the page says so."""
 
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import kronfisher as kf
 from kronfisher.experiments.coverage import EXTERNAL, HEAD, NETWORKS
 from kronfisher.likelihoods import Draws
+from tests.helpers.optional import require
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 ALL = {**NETWORKS, **EXTERNAL}
@@ -18,7 +19,7 @@ ALL = {**NETWORKS, **EXTERNAL}
 def built(title):
     if title in EXTERNAL:
         for package in ("transformers", "peft"):
-            pytest.importorskip(package, reason=f'{package} is missing; pip install "kronfisher[transformers]"')
+            require(package)
     subject = ALL[title]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -98,10 +99,7 @@ def test_the_page_is_up_to_date(title):
     text = PAGE.read_text()
     assert text.startswith(HEAD) and list(tables(text)) == list(ALL)
     if title in EXTERNAL:
-        try:
-            here = [f"{name} {version(name)}" for name in ("transformers", "peft")]
-        except PackageNotFoundError as error:
-            pytest.skip(f'{error.name} is missing; pip install "kronfisher[transformers]"')
+        here = [f"{require(name).__name__} {version(name)}" for name in ("transformers", "peft")]
         if not all(each in text for each in here):
             pytest.skip("the page was written with other versions of transformers and peft")
     assert tables(text)[title] == str(ALL[title]().coverage())

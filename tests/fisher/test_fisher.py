@@ -13,6 +13,7 @@ from kronfisher.fisher import Fisher, Info
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.operators import Diagonal, Kronecker, memory
 from tests.helpers.close import close
+from tests.helpers.optional import require
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 
@@ -311,7 +312,7 @@ def test_to(fisher):
 
 
 def test_scipy(fisher):
-    linalg = pytest.importorskip("scipy.sparse.linalg")
+    linalg = require("scipy.sparse.linalg")
     F, dense = fisher
     operator = F.to_scipy()
     assert operator.shape == (F.dim, F.dim) and operator.dtype == "float64"

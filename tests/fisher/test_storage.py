@@ -9,8 +9,9 @@ import torch
 import kronfisher as kf
 from kronfisher.errors import DataError
 from kronfisher.fisher import load, storage
+from tests.helpers.optional import require
 
-safetensors = pytest.importorskip("safetensors")
+safetensors = require("safetensors")
 
 
 @pytest.fixture

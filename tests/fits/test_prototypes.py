@@ -7,6 +7,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.operators import Eigen, Prototyped
 from tests.helpers.networks import perceptron
+from tests.helpers.optional import require
 
 
 def estimate(model, data, fit, likelihood=None, **options):
@@ -142,7 +143,7 @@ def test_evidence_and_its_derivatives_without_a_dense_block(monkeypatch):
 
 
 def test_saved_and_loaded(tmp_path):
-    pytest.importorskip("safetensors")
+    require("safetensors")
     model, x = perceptron(5, 6, 3, seed=2), data(30)
     fisher = estimate(model, x, "prototypes")
     fisher.save(tmp_path / "f.safetensors")

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import kronfisher as kf
 from tests.helpers.close import close
 from tests.helpers.networks import perceptron
+from tests.helpers.optional import require
 
-laplace = pytest.importorskip("laplace", reason='laplace-torch is missing: pip install "kronfisher[laplace]"')
+laplace = require("laplace")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SEPARATE = {"*.bias": "kfac-reduce", "*": "kfac"}  # laplace-torch keeps biases apart; T = 1 here

@@ -19,6 +19,7 @@ from kronfisher.fisher.damping import FactoredTikhonov
 from kronfisher.operators import Dense, Diagonal, Kronecker, KroneckerSum, Operator, Pair
 from kronfisher.operators import cg as conjugate
 from tests.helpers.close import close
+from tests.helpers.optional import require
 
 
 def indefinite(rank=2, groups=1, antisymmetric=False, dtype=torch.float64, **settings):
@@ -328,7 +329,7 @@ def test_the_report_of_a_fisher_tells_of_solutions_and_of_what_was_bent(linear):
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
 def test_files(linear, tmp_path, antisymmetric):
-    pytest.importorskip("safetensors")
+    require("safetensors")
     model, fisher = linear
     X = indefinite(antisymmetric=antisymmetric, shift=0.25)
     for F in (fisher(X), fisher(indefinite(antisymmetric=antisymmetric).absolute())):
