@@ -1,6 +1,7 @@
 """Rooms are few, imports point one way for every file, the core needs torch and numpy only, links lead somewhere."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -125,3 +126,42 @@ def test_links_between_documents_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
         if not re.match(r"[a-z]+:", target):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_test_imports_another():
+    """What tests share is in conftest.py or in modules that are no tests."""
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.split(".")[-1].startswith("test_"), f"{path}: {name}"
+
+
+def test_tensors_are_compared_in_one_way():
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for path in TESTS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "close"
+    ]
+    assert places == ["tests/helpers/close.py"]
+
+
+def test_importing_the_library_takes_as_long_as_importing_torch_and_a_little(tmp_path):
+    """Processor time of one process; the best of eight, since others use the machine too, and the first one compiles."""
+    code = "import time, torch; b = time.process_time(); import kronfisher; print(time.process_time() - b)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+
+    def seconds():
+        command = [sys.executable, "-c", code]
+        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    measured = []
+    while len(measured) < 8 and min(measured, default=1.0) > 0.2:
+        measured.append(seconds())
+    assert min(measured) <= 0.2, measured

@@ -34,7 +34,9 @@ class Affine(nn.Module):
         x = x.tanh() * self.scale
         x -= self.shift
         x = x + self.table.expand(len(x), -1, -1)
-        return self.gain * x.sin()
+        x = x.sin()
+        x *= self.gain
+        return x
 
 
 class Tokens(nn.Module):
@@ -69,7 +71,7 @@ class Functional(nn.Module):
         self.bias = nn.Parameter(torch.randn(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.addmm(self.bias, x @ self.right, self.left.t()).tanh()
+        hidden = torch.addmm(self.bias, x.mm(self.right), self.left.t()).tanh()
         return hidden @ self.left.new_ones(4, 2)
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from functools import cache
 
 import pytest
@@ -15,9 +16,10 @@ LIBRARIES = []  # operators declared here live as long as their library
 
 def require(name):
     """The module, imported; a test that asks for a missing one is skipped, or fails if ``CI`` is set."""
-    mend_torchvision()
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings(action="ignore"):  # of other libraries
+            mend_torchvision()
+            return importlib.import_module(name)
     except ImportError as error:
         message = f'{name} cannot be imported ({error}): pip install "kronfisher[dev]"'
         if os.environ.get("CI"):

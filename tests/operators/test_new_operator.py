@@ -17,6 +17,7 @@ from kronfisher.laplace.precision import Precision
 from kronfisher.layers.activations import Dense as DenseActivations
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Dense, Diagonal, Operator
+from tests.helpers.close import close
 
 D = 6
 
@@ -56,10 +57,6 @@ def made(circulant) -> tuple[Operator, Tensor]:
     values = torch.arange(1.0, 7.0).double()
     matrix = torch.stack([column.roll(k) for k in range(D)]) + values.diag()
     return circulant(column, Diagonal(values), "fc.weight", power=2, marks=(3, 4)), matrix
-
-
-def close(result: Tensor, truth: Tensor) -> None:
-    torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-10)
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
