@@ -151,9 +151,19 @@ def test_tensors_are_compared_in_one_way():
     assert places == ["tests/helpers/close.py"]
 
 
-def test_importing_the_library_takes_as_long_as_importing_torch_and_a_little(tmp_path):
-    """Processor time of one process; the best of eight, since others use the machine too, and the first one compiles."""
-    code = "import time, torch; b = time.process_time(); import kronfisher; print(time.process_time() - b)"
+def test_importing_the_library_takes_as_long_as_importing_torch_and_a_fifth_of_a_second(tmp_path):
+    """Processor time of one process, the best of eight; the first compiles.
+
+    Others may use the machine, or it may be slow: seconds are those of a machine that adds a million squares in 0.06.
+    """
+    code = """if True:
+        import time, torch
+        start = time.process_time()
+        import kronfisher
+        end = time.process_time()
+        sum(i * i for i in range(10**6))
+        print((end - start) / max(1, (time.process_time() - end) / 0.06))
+    """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
 
