@@ -1,4 +1,4 @@
-"""What can go wrong, by kind: every message says what, where and what to do."""
+"""Errors by kind: every message says what is wrong, where, and what to do."""
 
 
 class UnsupportedError(NotImplementedError):
@@ -18,7 +18,7 @@ class SingularError(NumericalError):
 
 
 class IndefiniteError(SingularError):
-    """A matrix that has to be positive definite has negative eigenvalues; nothing bends it without being asked to."""
+    """A matrix that has to be positive definite has negative eigenvalues; it is never modified implicitly."""
 
 
 class MemoryBudgetError(MemoryError):

@@ -192,25 +192,25 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
         tensor([1., 2.])
     """
     symmetric = (matrix + matrix.mH) / 2
-    found = _decomposed(symmetric)
-    if found is None:
+    pair = _decompose(symmetric)
+    if pair is None:
         _require_finite(symmetric, name)
         # Solvers trip over rows of exact zeros (dead inputs). Moving all eigenvalues by a rounding error helps and
         # costs nothing.
         shift = symmetric.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) * torch.finfo(matrix.dtype).eps
-        found = _decomposed(symmetric + torch.diag_embed(shift.expand(symmetric.shape[:-1])))
-        found = found and (found[0] - shift, found[1])
-    if found is None:
+        pair = _decompose(symmetric + torch.diag_embed(shift.expand(symmetric.shape[:-1])))
+        pair = pair and (pair[0] - shift, pair[1])
+    if pair is None:
         warnings.warn(f"{name}: eigh failed in {matrix.dtype}; redone in float64", NumericalWarning, stacklevel=2)
         wide = torch.complex128 if matrix.is_complex() else torch.float64
-        found = _decomposed(symmetric.to("cpu", wide))
-    if found is None:
+        pair = _decompose(symmetric.to("cpu", wide))
+    if pair is None:
         raise NumericalError(f"{name}: no eigendecomposition even in float64. Use a diagonal fit for this layer.")
-    values, vectors = found[0].to(matrix.device, matrix.dtype.to_real()), found[1].to(matrix)
+    values, vectors = pair[0].to(matrix.device, matrix.dtype.to_real()), pair[1].to(matrix)
     return (values.clamp_min(0) if semidefinite else values), vectors
 
 
-def _decomposed(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
+def _decompose(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -248,16 +248,16 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
 
 
 def indefinite_message(name: str, low: float, high: float) -> str:
-    """What to tell the user when the matrix of a block has negative eigenvalues where none may be."""
+    """The message for a block that has negative eigenvalues where none may be."""
     return (
         f"{name} is indefinite: its eigenvalues go from {low:.3g} to {high:.3g}. Add damping of more than {-low:.3g}, "
-        "choose a fit whose terms are all positive semidefinite, or say how to bend it: .clamped(floor) raises small "
-        "eigenvalues, .absolute() takes their size."
+        "choose a fit whose terms are all positive semidefinite, or change its spectrum explicitly: .clamped(floor) "
+        "raises small eigenvalues, .absolute() takes their size."
     )
 
 
 def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:
-    """What to tell the user when the matrix of a block cannot be inverted."""
+    """The message for a block that cannot be inverted."""
     floor = max(mean, torch.finfo(dtype).tiny) * torch.finfo(dtype).eps * 10
     return (
         f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "

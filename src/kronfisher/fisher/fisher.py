@@ -108,7 +108,7 @@ class Fisher(Algebra["Fisher"]):
 
     @property
     def count(self) -> float:
-        """N, the number of data."""
+        """N, the number of examples."""
         return self.info.count
 
     @property
@@ -323,18 +323,18 @@ class Fisher(Algebra["Fisher"]):
         """Relative Frobenius error against the true blocks on `data`, per block and in all; `report` shows it then.
 
         Returns:
-            What the context's ``error(fisher, data, **options)`` returns: an object with `blocks`, block name to error,
-            and `relative`, that of all.
+            The answer of the context's ``error(fisher, data, **options)``: an object with `blocks`, block name to
+            error, and `relative`, that of all.
 
         Raises:
             DataError: the matrix was loaded from a file or made by hand, and knows no model.
         """
-        found = self._origin().error(self, data, **options)
-        vars(self)["_measured"] = found  # a cache on this very matrix: another one has another error
-        return found
+        measured = self._origin().error(self, data, **options)
+        vars(self)["_measured"] = measured  # a cache on this very matrix: another one has another error
+        return measured
 
     def spectrum(self, data: Any, block: str | None = None, rank: int = 8, **options: Any) -> Any:
-        """How much of the true blocks on `data` the best sums of 1, …, `rank` Kronecker products hold.
+        """The share of the true blocks on `data` that the best sums of 1, …, `rank` Kronecker products hold.
 
         What approximates the blocks in this matrix does not matter. Samples are kept while it is computed.
 
@@ -364,7 +364,7 @@ class Fisher(Algebra["Fisher"]):
         return self._origin().spectrum(self, data, block, rank, **options)
 
     def report(self) -> Report:
-        """What the matrix consists of and what it cost; print it."""
+        """Structures, errors, memory and time of the blocks; print it."""
         measured = vars(self).get("_measured")
         if measured is None:
             return report(self.blocks, self.info)

@@ -1,4 +1,4 @@
-"""How a Fisher matrix was made: what cannot be read off its numbers."""
+"""The origin of a Fisher matrix, as far as its numbers do not tell."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +11,7 @@ __all__ = ["BlockInfo", "Info"]
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """How one block was made.
+    """The origin of one block.
 
     Attributes:
         method: the fit, in words, such as ``KFAC(mode='expand')``.
@@ -30,13 +30,13 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """How a Fisher matrix was made.
+    """The origin of a Fisher matrix.
 
     Attributes:
-        count: N, the number of data.
+        count: N, the number of examples.
         reduction: ``"mean"`` (the sum over data divided by N) or ``"sum"``.
         labels: ``"exact"``, ``"sampled"`` or ``"observed"``.
-        samples: label draws per datum, where labels were sampled.
+        samples: label draws per example, where labels were sampled.
         seed: of the draws.
         likelihood: in words.
         seconds: wall time of the whole estimate, passes over the model included.
@@ -66,7 +66,7 @@ class Info:
         return replace(self, changes=(*self.changes, change), blocks=blocks)
 
     def joined(self, other: "Info") -> "Info":
-        """Of the sum of two matrices: sums are one over all data, means over N data each are still over N.
+        """Of the sum of two matrices: sums are one over all data, means over N examples each are still over N.
 
         Raises:
             DataError: one is a mean and the other a sum over data, or they are means over different numbers of data.

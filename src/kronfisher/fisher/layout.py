@@ -1,4 +1,4 @@
-"""How blocks lie among the parameters of a model: the change of basis before and after every operator."""
+"""The place of blocks among the parameters of a model: the change of basis before and after every operator."""
 
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -33,7 +33,7 @@ def require_cover(entries: Iterable[tuple[Blocks, Operator]], shapes: Shapes) ->
 
 
 def block_name(blocks: Blocks) -> str:
-    """What reports call one or several blocks under one operator."""
+    """The name of the blocks under one operator, for reports."""
     names = [block.name for block in blocks]
     return " + ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]} ({len(names)} blocks)"
 

@@ -1,4 +1,4 @@
-"""What a Fisher matrix consists of and what it cost, for people."""
+"""A Fisher matrix in a table: structures, errors, memory and time of its blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Report:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are covered."""
+        """The number of parameters (numbers) covered."""
         return sum(row.parameters for row in self.rows)
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ def report(
         w               3  100.0%  diagonal 3      –    12 B     0.00
         ─────────────────────────────────────────────────────────────
         total           3                          –    12 B     0.00
-        data: 8, reduction: mean, labels: sampled (1 per datum), coverage: 75.0% of 4 trainable parameters
+        data: 8, reduction: mean, labels: sampled (1 per example), coverage: 75.0% of 4 trainable parameters
     """
     rows, total = [], sum(operator.dim for operator in blocks.values())
     for name, operator in blocks.items():
@@ -114,7 +114,7 @@ def report(
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
     facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
-        facts["labels"] += f" ({info.samples} per datum)"
+        facts["labels"] += f" ({info.samples} per example)"
     if info.likelihood:
         facts["likelihood"] = info.likelihood
     if info.trainable:

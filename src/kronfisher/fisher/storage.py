@@ -26,13 +26,13 @@ _KEY = "kronfisher"
 _CONVENTIONS = {
     "vec": "row-major of W [H, O, I]; I ends with the bias column where there is a bias",
     "kronecker": "B [H, O, O] (x) A [H, I, I]",
-    "scale": "sum over data of outer products of per-datum negative log-likelihood gradients; a mean divides by count",
+    "scale": "sum of outer products of per-example negative log-likelihood gradients; a mean divides by count",
 }
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds of a Fisher matrix.
+    """A Fisher matrix as a file holds it.
 
     Attributes:
         entries: pairs of blocks and the operator that treats them together.

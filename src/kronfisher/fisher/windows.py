@@ -1,4 +1,4 @@
-"""What several windows on one parameter leave over, share, or show twice."""
+"""Windows on one parameter: elements that they leave over, share, or show twice."""
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ __all__ = ["Claims", "left_over", "settle", "swapped"]
 
 @dataclass
 class Claims:
-    """What several blocks make of parameters that they share or show only in part.
+    """Parameters that blocks share or show only in part.
 
     Attributes:
         apart: names of parameters with several partners (other biases, or none), which must be treated without them.

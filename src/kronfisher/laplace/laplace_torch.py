@@ -18,7 +18,6 @@ from kronfisher.fits import Diagonal, Fit, Full
 from kronfisher.fits.fit import named
 from kronfisher.likelihoods import Categorical, Gaussian
 from kronfisher.linalg import plain_arithmetic
-from kronfisher.operators import Kronecker
 
 __all__ = ["laplace_backend"]
 
@@ -136,11 +135,13 @@ def _factors(fisher: Fisher, name: str) -> list[Tensor]:
     operator, shape = fisher[name], fisher.shapes[name]
     if len(shape) == 1:
         return [operator.to_dense()]
-    if not isinstance(operator, Kronecker) or len(operator.A) > 1 or operator.has_diagonal:
+    factors = operator.product
+    if factors is None or any(factor.groups > 1 or factor.is_diagonal for factor in factors):
         raise UnsupportedError(
             f"{name} ({operator.structure}): laplace-torch knows one Kronecker product for a weight and nothing else; "
             "use a fit such as kfac, or kronfisher.Laplace, which takes any structure."
         )
-    if (len(operator.B[0]), len(operator.A[0])) != (shape[0], shape[1:].numel()):
+    A, B = (factor.tensor[0] for factor in factors)
+    if (len(B), len(A)) != (shape[0], shape[1:].numel()):
         raise DataError(f"{name} is used as a matrix of another shape than {list(shape)}; use kronfisher.Laplace.")
-    return [operator.B[0], operator.A[0]]
+    return [B, A]

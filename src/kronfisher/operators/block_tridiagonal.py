@@ -30,18 +30,19 @@ __all__ = ["Tridiagonal"]
 class Tridiagonal(Operator, kind="tridiagonal"):
     """The Markov completion of Kronecker products on the diagonal and beside it, for layers ``V_i [O_i, I_i]``.
 
-    Products, solutions, determinant and draws cost a few products of sides a layer. Where a side is singular, ``Ψ`` is
-    the limit of vanishing damping, and only what needs an inverse of X raises. ``X + λ·1`` has no such structure, nor
-    have its roots and eigenvalues: they are those of the matrix itself, up to 4096 rows. `FactoredTikhonov` keeps it.
+    Products, solutions, determinant and draws cost a few products of factors a layer. Where a factor is singular, ``Ψ``
+    is the limit of vanishing damping, and only what needs an inverse of X raises. ``X + λ·1`` has no such structure,
+    nor have its roots and eigenvalues: they are those of the matrix itself, up to 4096 rows.
+    `FactoredTikhonov` keeps it.
 
     Attributes:
-        layers: ``B_i ⊗ A_i``, one group each, with dense sides.
+        layers: ``B_i ⊗ A_i``, one group each, with dense factors.
         A: ``A_{i,i+1} [I_i, I_{i+1}]``, one fewer.
-        B: ``B_{i,i+1} [O_i, O_{i+1}]``. With the sides of its layers each pair makes a positive semidefinite matrix.
+        B: ``B_{i,i+1} [O_i, O_{i+1}]``. With the factors of its layers each pair makes a positive semidefinite matrix.
         name: what the matrix belongs to, for messages.
 
     Raises:
-        DataError: the sides do not fit each other.
+        DataError: the factors do not fit each other.
 
     Example:
         >>> one = torch.ones(1, 1, 1)
@@ -75,7 +76,7 @@ class Tridiagonal(Operator, kind="tridiagonal"):
             )
         for layer in self.layers:
             if layer.has_diagonal or len(layer.A) > 1:
-                raise DataError(f"{label}: {layer!r} must have one group and dense sides")
+                raise DataError(f"{label}: {layer!r} must have one group and dense factors")
         for k, (x, y) in enumerate(pairwise(self.layers)):
             for key, cross, left, right in (("A", self.A[k], x.A, y.A), ("B", self.B[k], x.B, y.B)):
                 expected = (left.shape[1], right.shape[1])
@@ -92,7 +93,7 @@ class Tridiagonal(Operator, kind="tridiagonal"):
 
     @property
     def structure(self) -> str:
-        """How many layers."""
+        """The number of layers."""
         return f"block-tridiagonal of {len(self.layers)} layers"
 
     @property
@@ -197,13 +198,13 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         return replace(self, layers=layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Sides and links, numbered."""
-        found = {}
+        """Factors and links, numbered."""
+        parts = {}
         for k, layer in enumerate(self.layers):
-            found |= {f"A{k}": layer.A, f"B{k}": layer.B}
+            parts |= {f"A{k}": layer.A, f"B{k}": layer.B}
         for k, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
-            found |= {f"A{k},{k + 1}": A, f"B{k},{k + 1}": B}
-        return found
+            parts |= {f"A{k},{k + 1}": A, f"B{k},{k + 1}": B}
+        return parts
 
     def settings(self) -> dict[str, Any]:
         """The name, and those of the layers."""
@@ -211,7 +212,7 @@ class Tridiagonal(Operator, kind="tridiagonal"):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Self:
-        """From sides and links."""
+        """From factors and links."""
         layers = tuple(Kronecker(tensors[f"A{k}"], tensors[f"B{k}"], **own) for k, own in enumerate(settings["layers"]))
         A, B = (tuple(tensors[f"{key}{k},{k + 1}"] for k in range(len(layers) - 1)) for key in "AB")
         return cls(layers, A, B, settings["name"])
@@ -238,8 +239,8 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         with full_precision(self.device.type):
             roots = [
                 (
-                    root(layer.output_factor, f"{label} (output side)", layer.definite),
-                    root(layer.input_factor, f"{label} (input side)", layer.definite),
+                    root(layer.output_factor, f"{label} (output factor)", layer.definite),
+                    root(layer.input_factor, f"{label} (input factor)", layer.definite),
                 )
                 for layer, label in zip(self.layers, labels, strict=True)
             ]

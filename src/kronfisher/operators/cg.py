@@ -1,4 +1,4 @@
-"""Conjugate gradients for many right-hand sides at once, with what came of them."""
+"""Conjugate gradients for many right-hand sides at once, with information on their convergence."""
 
 import warnings
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Rows = Callable[[Tensor], Tensor]
 
 ITERATIONS = 1000
 _RESTARTS = 3  # the residual that is carried along drifts from the true one; it is measured anew as often as this
-_POOR = 1e-2  # a residual that nobody takes for a solution, even if the precision allows no better
-_STRIDE = 8  # iterations between two looks at the residual where looking means waiting for another device
+_POOR = 1e-2  # a residual too large to accept, even if the precision allows no better
+_STRIDE = 8  # iterations between two checks of the residual where a check waits for the device
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the last solution was found.
+    """Convergence of the last solution.
 
     Attributes:
         iterations: products with the matrix, of the slowest right-hand side.
@@ -56,7 +56,7 @@ def conjugate_gradients(
         name: what X belongs to, for messages.
 
     Returns:
-        ``[K, D]``, and how it went.
+        ``[K, D]``, and how they converged.
 
     Raises:
         IndefiniteError: some pᵀXp is negative: X has a negative eigenvalue.
@@ -81,25 +81,25 @@ def conjugate_gradients(
         active = ~(excess(residual) <= 0)
         if iterations >= ITERATIONS or not bool(active.any()):
             break
-        turned = precondition(residual)
-        direction, product = turned, (residual * turned).sum(1, keepdim=True)
+        preconditioned = precondition(residual)
+        direction, product = preconditioned, (residual * preconditioned).sum(1, keepdim=True)
         stride = 1 if rows.device.type == "cpu" else _STRIDE
         bad = torch.zeros_like(active)
         lowest = torch.full_like(product, torch.inf)
         while iterations < ITERATIONS:
             image = multiply(direction)
             length = stable_norm(direction)[:, None]
-            bent = (direction * image).sum(1, keepdim=True)
-            quotient = bent / torch.where(length > 0, length, 1) / torch.where(length > 0, length, 1)
+            curvature = (direction * image).sum(1, keepdim=True)
+            quotient = curvature / torch.where(length > 0, length, 1) / torch.where(length > 0, length, 1)
             bad = bad | (active & ~(quotient > floor))
             lowest = torch.where(active, torch.minimum(lowest, quotient), lowest)
-            step = torch.where(active & ~bad, product / bent, 0)
+            step = torch.where(active & ~bad, product / curvature, 0)
             answer = answer + step * direction
             residual = residual - step * image
             active = active & ~(excess(residual) <= 0)
-            turned = precondition(residual)
-            new = (residual * turned).sum(1, keepdim=True)
-            direction = turned + torch.where(active, new / product, 0) * direction
+            preconditioned = precondition(residual)
+            new = (residual * preconditioned).sum(1, keepdim=True)
+            direction = preconditioned + torch.where(active, new / product, 0) * direction
             product = new
             iterations += 1
             if iterations % stride == 0:
@@ -115,15 +115,15 @@ def conjugate_gradients(
     if not missing[0] < torch.inf:
         raise NumericalError(f"{name}: the solution by conjugate gradients is NaN or Inf; use float64 or more damping.")
     done = missing[0] <= 10 * tolerance or (missing[1] <= 0 and missing[0] <= _POOR)
-    found = Convergence(iterations, missing[0], done)
-    if not found.converged:
+    convergence = Convergence(iterations, missing[0], done)
+    if not convergence.converged:
         warnings.warn(
             f"{name}: conjugate gradients stopped after {iterations} iterations with a relative residual of "
-            f"{found.residual:.1e}. Add damping, or use float64.",
+            f"{convergence.residual:.1e}. Add damping, or use float64.",
             NumericalWarning,
             stacklevel=4,
         )
-    return answer * norms, found
+    return answer * norms, convergence
 
 
 def _failure(quotient: float, scale: float, name: str, dtype: torch.dtype, iterations: int) -> NumericalError:
@@ -132,8 +132,8 @@ def _failure(quotient: float, scale: float, name: str, dtype: torch.dtype, itera
         return IndefiniteError(
             f"{name} is indefinite: after {iterations} iterations conjugate gradients met a direction p with "
             f"pᵀXp / pᵀp = {quotient:.3g}, and its smallest eigenvalue is lower still. Add damping of several times "
-            f"{-quotient:.3g}, choose a fit whose terms are all positive semidefinite, or say how to bend it: "
-            ".clamped(floor) or .absolute()."
+            f"{-quotient:.3g}, choose a fit whose terms are all positive semidefinite, or change its spectrum "
+            "explicitly: .clamped(floor) or .absolute()."
         )
     if quotient == quotient:
         return SingularError(

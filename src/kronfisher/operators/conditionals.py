@@ -1,4 +1,4 @@
-"""Layers of a chain given the next: what products, solutions and draws of a block-tridiagonal inverse are made of."""
+"""Layers of a chain given the next, from which a block-tridiagonal inverse has its products, solutions and draws."""
 
 import warnings
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from kronfisher.operators.factors import Factor
 
 __all__ = ["Chain", "Conditionals", "Pair", "Root", "by_cholesky", "by_eigenvectors"]
 
-Pair = tuple[Tensor, Tensor]  # of the output side, then of the input side
+Pair = tuple[Tensor, Tensor]  # of the output factor, then of the input factor
 Root = Callable[[Factor, str, bool], Pair]
 
 
@@ -36,10 +36,10 @@ def by_eigenvectors(factor: Factor, label: str, definite: bool) -> Pair:
 
 @dataclass
 class Chain:
-    """What both sides are made of, pair by pair.
+    """Roots, links and gains of both factors, layer by layer.
 
     Attributes:
-        roots: ``(H, P)`` of each side, ``H Hᵀ`` the side and ``P = H⁻¹``, or its pseudo-inverse.
+        roots: ``(H, P)`` of each factor, ``H Hᵀ`` the factor and ``P = H⁻¹``, or its pseudo-inverse.
         links: ``B_{i,i+1}, A_{i,i+1}``.
         gains: ``Ψᴮ_i, Ψᴬ_i``.
     """
@@ -64,8 +64,8 @@ class Conditionals:
     Args:
         chain: roots and links.
         name: for messages.
-        definite: X is positive definite by construction; what rounding takes from that is given back, with a warning.
-        singular: zeros are welcome: only roots of S are wanted.
+        definite: X is positive definite by construction; where rounding breaks that it is repaired, with a warning.
+        singular: zeros are allowed: only roots of S are needed.
     """
 
     def __init__(self, chain: Chain, name: str, *, definite: bool = False, singular: bool = False) -> None:
@@ -74,14 +74,14 @@ class Conditionals:
         self.inverses: list[Pair] = []  # K_B, K_A
         self.gaps: list[Tensor | None] = []  # 1 − d_B d_Aᵀ
         for k, links in enumerate(chain.links):
-            turned, shares = [], []
+            rotated, shares = [], []
             for (root, inverse), link, (_, later) in zip(chain.roots[k], links, chain.roots[k + 1], strict=True):
                 half = inverse @ link @ later.mT
                 share, vectors = eigh(half @ half.mT, f"{name} (link {k})")
-                turned.append((root @ vectors, inverse.mT @ vectors))
+                rotated.append((root @ vectors, inverse.mT @ vectors))
                 shares.append(share)
             gap = 1 - shares[0][:, None] * shares[1]
-            self._add(turned[0], turned[1], gap.clamp_min(0) if singular else _positive(gap, name, definite))
+            self._add(rotated[0], rotated[1], gap.clamp_min(0) if singular else _positive(gap, name, definite))
         (root_b, inverse_b), (root_a, inverse_a) = chain.roots[-1]
         self._add((root_b, inverse_b.mT), (root_a, inverse_a.mT), None)
 
@@ -92,7 +92,7 @@ class Conditionals:
 
     @cached_property
     def _last(self) -> Pair:
-        """Both sides of ``S_L⁻¹``."""
+        """Both factors of ``S_L⁻¹``."""
         B, A = self.inverses[-1]
         return B @ B.mT, A @ A.mT
 
@@ -126,15 +126,15 @@ class Conditionals:
 
     def inverse_diagonal(self) -> Tensor:
         """Of ``X⁻¹``, ``[D]``."""
-        found, pulled = [], 0.0
+        parts, pulled = [], 0.0
         for k, ((B, A), gap) in enumerate(zip(self.inverses, self.gaps, strict=True)):
             weights = B.new_ones(B.shape[1], A.shape[1]) if gap is None else 1 / gap
             own = B.square() @ weights @ A.square().mT
-            found.append((own + pulled).flatten())
+            parts.append((own + pulled).flatten())
             if gap is not None:
                 B, A = self.gains[k][0].mT @ B, self.gains[k][1].mT @ A
                 pulled = B.square() @ weights @ A.square().mT
-        return torch.cat(found)
+        return torch.cat(parts)
 
 
 def _positive(gap: Tensor, name: str, definite: bool) -> Tensor:

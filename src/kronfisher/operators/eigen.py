@@ -49,7 +49,7 @@ class Basis(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What defines it."""
+        """The tensors that define it."""
         ...
 
 
@@ -90,7 +90,7 @@ class KroneckerBasis:
 
     @property
     def size(self) -> str:
-        """I x O, after the number of groups if there are several."""
+        """I x O, after the number of groups if there is more than one."""
         return size_text(self.input_factor, self.output_factor)
 
     def rotate(self, rows: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class Eigen(Spectral, kind="eigen"):
         return replace(self.shifted(damping), values=(values + damping + root * (rows + columns)).flatten())
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
-        """The sides of a `KroneckerBasis` of one group change places."""
+        """The factors of a `KroneckerBasis` of one group change places."""
         if self.basis.factors is None or self.basis.factors[0].groups > 1:
             return super().transposed(outputs, inputs)
         A, B = self.basis.factors

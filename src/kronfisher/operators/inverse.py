@@ -15,7 +15,7 @@ __all__ = ["Inverse"]
 
 @runtime_checkable
 class Solvable(Protocol):
-    """What an operator must know for `Inverse`, besides solving."""
+    """An operator that knows the diagonal and the trace of its inverse."""
 
     def inverse_diagonal(self) -> Tensor:
         """``diag(X⁻¹)``."""
@@ -38,7 +38,7 @@ class Inverse(Operator, kind="inverse"):
 
     @property
     def name(self) -> str:
-        """What the matrix belongs to, for messages."""
+        """Of X, for messages."""
         return self.of.name
 
     @property

@@ -35,13 +35,13 @@ class Kronecker(Operator, kind="kronecker"):
     once for all λ.
 
     Attributes:
-        A: the input side ``[H, I, I]``, or its diagonal ``[H, I]``. One group still has the leading axis.
-        B: the output side ``[H, O, O]``, or its diagonal ``[H, O]``.
+        A: the input factor ``[H, I, I]``, or its diagonal ``[H, I]``. One group still has the leading axis.
+        B: the output factor ``[H, O, O]``, or its diagonal ``[H, O]``.
         name: what the matrix belongs to, for messages.
-        definite: the sides are positive definite by construction (damped): no pivot is mistaken for rounding noise.
+        definite: the factors are positive definite by construction (damped): no pivot is mistaken for rounding noise.
 
     Raises:
-        DataError: the sides do not fit each other.
+        DataError: the factors do not fit each other.
 
     Example:
         >>> X = Kronecker(A=torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), B=torch.tensor([[[3.0]]]), name="fc.weight")
@@ -113,11 +113,11 @@ class Kronecker(Operator, kind="kronecker"):
         return Kronecker(lower_a.cholesky_inverse().tensor, lower_b.cholesky_inverse().tensor, self.name, definite=True)
 
     def spectral(self) -> Eigen:
-        """Eigenvectors of both sides; the eigenvalues are all products of theirs."""
+        """Eigenvectors of both factors; the eigenvalues are all products of theirs."""
         return self._spectral
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
-        """The sides change places; for one group."""
+        """The factors change places; for one group."""
         return replace(self, A=self.B, B=self.A) if len(self.A) == 1 else super().transposed(outputs, inputs)
 
     def merged(self, other: Operator) -> Operator | None:
@@ -187,7 +187,7 @@ class Kronecker(Operator, kind="kronecker"):
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
     def _root_of(self, damping: float, mean_root: Tensor) -> Tensor:
-        # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) on both sides alike.
+        # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) for both alike.
         floor = negligible(self.dtype) * max(self.input_factor.width, self.output_factor.width) * mean_root
         root = torch.full_like(floor, damping**0.5)
         if bool((root < floor).any()):
@@ -213,15 +213,15 @@ class Kronecker(Operator, kind="kronecker"):
     @cached_property
     def _lower(self) -> tuple[Factor, Factor]:
         label = self.name or self.structure
-        lower_a = self.input_factor.cholesky(f"{label} (input side)", definite=self.definite)
-        return lower_a, self.output_factor.cholesky(f"{label} (output side)", definite=self.definite)
+        lower_a = self.input_factor.cholesky(f"{label} (input factor)", definite=self.definite)
+        return lower_a, self.output_factor.cholesky(f"{label} (output factor)", definite=self.definite)
 
     @cached_property
     def _spectral(self) -> Eigen:
         label = self.name or self.structure
-        values_a, vectors_a = self.input_factor.eigh(f"{label} (input side)")
-        values_b, vectors_b = self.output_factor.eigh(f"{label} (output side)")
-        # Products of eigenvalues are as precise as the eigenvalues: each side is judged by its own largest.
+        values_a, vectors_a = self.input_factor.eigh(f"{label} (input factor)")
+        values_b, vectors_b = self.output_factor.eigh(f"{label} (output factor)")
+        # Products of eigenvalues are as precise as the eigenvalues: each factor is judged by its own largest.
         definite = self.definite or all(
             bool((values.amin(1) > negligible(self.dtype) * values.amax(1)).all()) for values in (values_a, values_b)
         )

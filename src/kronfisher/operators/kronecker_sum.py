@@ -1,4 +1,4 @@
-"""Sums of Kronecker products: several per group, and perhaps a multiple of the identity."""
+"""Sums of Kronecker products: some terms per group, and perhaps a multiple of the identity."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,17 +34,17 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
     (determinant, roots, eigenvalues) forms the matrix if it is small.
 
     Attributes:
-        A: the input sides ``[R, H, I, I]``, or their diagonals ``[R, H, I]``.
-        B: the output sides ``[R, H, O, O]``, or their diagonals ``[R, H, O]``.
+        A: the input factors ``[R, H, I, I]``, or their diagonals ``[R, H, I]``.
+        B: the output factors ``[R, H, O, O]``, or their diagonals ``[R, H, O]``.
         name: what the matrix belongs to, for messages.
         shift: λ, of at least 0.
-        nonnegative: every term is positive semidefinite, and so is the sum. It is taken at its word.
-        antisymmetric: for every term whether both its sides are antisymmetric instead of symmetric, as the singular
+        nonnegative: every term is positive semidefinite, and so is the sum. Not verified.
+        antisymmetric: for every term whether both its factors are antisymmetric instead of symmetric, as the singular
             pairs of a rearranged matrix of shared weights may be; None: looked up in A and B.
-        definite: the sides of the first term are positive definite by construction (damped).
+        definite: the factors of the first term are positive definite by construction (damped).
 
     Raises:
-        DataError: the sides do not fit each other, or are neither both symmetric nor both antisymmetric.
+        DataError: the factors do not fit each other, or are neither both symmetric nor both antisymmetric.
 
     Example:
         >>> A = torch.tensor([[[[2.0, 1.0], [1.0, 2.0]]], [[[0.0, 1.0], [1.0, 0.0]]]])
@@ -82,7 +82,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
             object.__setattr__(self, "antisymmetric", _antisymmetric(self.A, self.B, label))
         kinds = self._kinds
         if len(kinds) != len(self.A) or (any(kinds) and _has_diagonal(self.A, self.B)):
-            raise DataError(f"{label}: antisymmetric={kinds} does not fit {len(self.A)} terms with these sides")
+            raise DataError(f"{label}: antisymmetric={kinds} does not fit {len(self.A)} terms with these factors")
         if kinds[0] or (self.nonnegative and any(kinds)):
             raise DataError(f"{label}: an antisymmetric term neither leads nor is positive semidefinite")
 
@@ -103,12 +103,12 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
 
     @property
     def notes(self) -> str:
-        """How the last solution was found."""
+        """Convergence of the last solution."""
         return str(self.convergence or "")
 
     @property
     def convergence(self) -> Convergence | None:
-        """How the last solution by conjugate gradients was found; None if there was none."""
+        """Of the last solution by conjugate gradients; None if there was none."""
         return vars(self).get("_convergence")
 
     @cached_property
@@ -137,10 +137,10 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         near = leading.shifted(max(self.shift, noise)).inverse()
         floor = noise if not self.shift and not self.definite else 0.0
         label = self.name or self.structure
-        answer, found = conjugate_gradients(
+        answer, convergence = conjugate_gradients(
             self.matvecs, near.matvecs, rows, scale=high + self.shift, floor=floor, name=label
         )
-        vars(self)["_convergence"] = found  # of this very matrix, for reports
+        vars(self)["_convergence"] = convergence  # of this very matrix, for reports
         return answer
 
     def noise_dim(self, *, inverse: bool = True) -> int:
@@ -204,7 +204,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         return self._pair.absolute() if self._pair and not self.nonnegative else super().absolute()
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
-        """The sides of every term change places; for one group."""
+        """The factors of every term change places; for one group."""
         return replace(self, A=self.B, B=self.A) if self.A.shape[1] == 1 else super().transposed(outputs, inputs)
 
     def scaled(self, factor: float) -> "KroneckerSum":
@@ -213,7 +213,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         return replace(self, B=self.B * factor, shift=self.shift * factor, definite=self.definite and factor > 0)
 
     def with_first(self, first: Kronecker) -> "KroneckerSum":
-        """The same with another first term, whose sides are dense or diagonal as those of the sum."""
+        """The same with another first term, whose factors are dense or diagonal as those of the sum."""
         A, B = (torch.cat([new[None], old[1:]]) for new, old in ((first.A, self.A), (first.B, self.B)))
         return replace(self, A=A, B=B, definite=first.definite)
 
@@ -301,15 +301,15 @@ def _has_diagonal(*stacks: Tensor) -> bool:
 
 
 def _antisymmetric(A: Tensor, B: Tensor, label: str) -> tuple[bool, ...]:
-    """For every term whether its sides are antisymmetric; DataError if neither holds for both."""
+    """For every term whether its factors are antisymmetric; DataError if neither holds for both."""
     if _has_diagonal(A, B):
         return (False,) * len(A)
-    found = []
+    kinds = []
     for r, pair in enumerate(zip(A, B, strict=True)):
         noise = [1e3 * torch.finfo(side.dtype).eps * side.abs().amax() for side in pair]
         even = [bool((side - side.mT).abs().amax() <= eps) for side, eps in zip(pair, noise, strict=True)]
         odd = [bool((side + side.mT).abs().amax() <= eps) for side, eps in zip(pair, noise, strict=True)]
         if not all(even) and not all(odd):
-            raise DataError(f"{label}: the sides of term {r} are neither both symmetric nor both antisymmetric")
-        found.append(not all(even))
-    return tuple(found)
+            raise DataError(f"{label}: the factors of term {r} are neither both symmetric nor both antisymmetric")
+        kinds.append(not all(even))
+    return tuple(kinds)

@@ -100,7 +100,7 @@ class Operator(Algebra["Operator"]):
         return parts
 
     def settings(self) -> dict[str, Any]:
-        """What `from_tensors` needs besides the tensors, plain JSON: the other fields."""
+        """Everything besides the tensors that `from_tensors` takes, plain JSON: the other fields."""
         return {key: _plain(value) for key, value in _fields(self) if not isinstance(value, Tensor)}
 
     @classmethod
@@ -129,7 +129,7 @@ class Operator(Algebra["Operator"]):
 
     @property
     def notes(self) -> str:
-        """What a report says besides the structure."""
+        """Remarks for a report, such as the convergence of a solution."""
         return ""
 
     @property
@@ -227,7 +227,7 @@ class Operator(Algebra["Operator"]):
         return self.inverse().matvecs(rows)
 
     def noise_dim(self, *, inverse: bool = True) -> int:
-        """How many white numbers `colour` takes for one draw: D, or more where terms are drawn apart."""
+        """The number of white numbers that `colour` takes for one draw: D, or more where terms are drawn apart."""
         return self.dim
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
@@ -270,7 +270,7 @@ class Operator(Algebra["Operator"]):
         return self.spectral().values.sort(descending=True).values
 
     def nullity(self) -> int:
-        """How many eigenvalues cannot be told from zero."""
+        """The number of eigenvalues that cannot be told from zero."""
         values = self.eigenvalues()
         return int((values <= negligible(values.dtype) * values.amax()).sum())
 

@@ -27,7 +27,7 @@ class Pair(Operator, kind="pair"):
     ``B₁ ⊗ A₁ + B₂ ⊗ A₂`` for ``values = 1 + s_B s_Aᵀ``; antisymmetric A₂ and B₂ have imaginary eigenvalues, and
     complex U. The values are eigenvalues *relative to the first term*: those of X in coordinates where the first term
     is the identity. X is positive definite exactly if all of them are positive. `clamped` and `absolute` act on them,
-    so they bend X in those coordinates; for the same in the parameters' own, take ``X.spectral()`` first.
+    so they change X in those coordinates; for the same in the parameters' own, take ``X.spectral()`` first.
 
     Attributes:
         A: L_A ``[H, I, I]``, or its diagonal ``[H, I]``.
@@ -70,7 +70,7 @@ class Pair(Operator, kind="pair"):
         definite: bool = False,
         form: str = "pair",
     ) -> Self:
-        """``B₁ ⊗ A₁ + B₂ ⊗ A₂`` from the pairs (A₁, B₁) and (A₂, B₂) of sides.
+        """``B₁ ⊗ A₁ + B₂ ⊗ A₂`` from the pairs (A₁, B₁) and (A₂, B₂) of factors.
 
         Args:
             first: positive definite.
@@ -81,14 +81,14 @@ class Pair(Operator, kind="pair"):
             form: for reports.
 
         Raises:
-            SingularError: a side of the first product is numerically singular.
+            SingularError: a factor of the first product is numerically singular.
         """
         (A, UA, low_a), (B, UB, low_b) = (
             _diagonalise(
                 Factor.of(one),
                 Factor.of(two),
                 antisymmetric,
-                f"{name or form} ({side} side of the first term)",
+                f"{name or form} ({side} factor of the first term)",
                 definite,
             )
             for one, two, side in zip(first, second, ("input", "output"), strict=True)
@@ -167,11 +167,11 @@ class Pair(Operator, kind="pair"):
         floor = nonnegative(floor, "the floor")
         if self._extremes[0] >= floor:
             return self
-        return self._bent(lambda values: values.clamp_min(floor), f"clamped at {floor:g}", floor > 0)
+        return self._change(lambda values: values.clamp_min(floor), f"clamped at {floor:g}", floor > 0)
 
     def absolute(self) -> "Pair":
         """The absolute values of the values, which are relative to the first term."""
-        return self if self.semidefinite else self._bent(torch.abs, "absolute", False)
+        return self if self.semidefinite else self._change(torch.abs, "absolute", False)
 
     def scaled(self, factor: float) -> "Pair":
         """The factor goes into the values."""
@@ -216,7 +216,7 @@ class Pair(Operator, kind="pair"):
             UA, UB = torch.view_as_complex(UA.contiguous()), torch.view_as_complex(UB.contiguous())
         return cls(tensors["A"], tensors["B"], UA, UB, tensors["values"], **settings)
 
-    def _bent(self, function: Callable[[Tensor], Tensor], how: str, definite: bool) -> "Pair":
+    def _change(self, function: Callable[[Tensor], Tensor], how: str, definite: bool) -> "Pair":
         values = function(self.values)
         return replace(self, values=values, definite=definite, form=f"{self.form}, {how}")
 
@@ -237,8 +237,8 @@ class Pair(Operator, kind="pair"):
         if low < -negligible(self.dtype) * max(high, -low):
             raise IndefiniteError(
                 f"{self.name or self.form} is indefinite: relative to its first term its eigenvalues go from {low:.3g} "
-                f"to {high:.3g}. Damp it, choose a fit whose terms are all positive semidefinite, or say how to bend "
-                "it: .clamped(floor) raises small eigenvalues, .absolute() takes their size."
+                f"to {high:.3g}. Damp it, choose a fit whose terms are all positive semidefinite, or change its "
+                "spectrum explicitly: .clamped(floor) raises small eigenvalues, .absolute() takes their size."
             )
         return replace(self, values=self.values.clamp_min(0))
 
@@ -271,7 +271,7 @@ def _diagonalise(
     lower = first.cholesky(name, definite=definite)
     if first.is_diagonal:
         if antisymmetric:
-            raise DataError(f"{name}: a diagonal side is not antisymmetric")
+            raise DataError(f"{name}: a diagonal factor is not antisymmetric")
         return lower, Factor.of(torch.ones_like(second.tensor)), second.tensor / first.tensor
     with full_precision(lower.tensor.device.type):
         half = torch.linalg.solve_triangular(lower.tensor, second.dense(), upper=False)

@@ -30,8 +30,8 @@ class Prototyped(Operator, kind="prototyped"):
 
     Attributes:
         rest: ``U diag(s) Uᵀ``, s of at least 0.
-        A: the prototypes' input sides ``[H, m, I]``, in the coordinates of U_A.
-        B: their output sides ``[H, m, O]``, in the coordinates of U_B.
+        A: the prototypes' input factors ``[H, m, I]``, in the coordinates of U_A.
+        B: their output factors ``[H, m, O]``, in the coordinates of U_B.
         weights: w ``[H, m]``, of at least 0.
 
     Raises:
@@ -56,7 +56,7 @@ class Prototyped(Operator, kind="prototyped"):
         basis = self.rest.basis
         if not isinstance(basis, KroneckerBasis):
             raise DataError(f"{self.name or 'Prototyped'}: the rest needs a Kronecker basis")
-        shapes = [(len(basis.A), self.weights.shape[-1], side.shape[1]) for side in (basis.A, basis.B)]
+        shapes = [(len(basis.A), self.weights.shape[-1], factor.width) for factor in basis.factors]
         if (
             [tuple(self.A.shape), tuple(self.B.shape)] != shapes
             or self.weights.shape != self.A.shape[:2]
@@ -69,7 +69,7 @@ class Prototyped(Operator, kind="prototyped"):
 
     @property
     def name(self) -> str:
-        """What the matrix belongs to, for messages."""
+        """Of the rest, for messages."""
         return self.rest.name
 
     @property
@@ -86,9 +86,9 @@ class Prototyped(Operator, kind="prototyped"):
 
     def matvecs(self, rows: Tensor) -> Tensor:
         """``U (s + Z W Zᵀ) Uᵀ v`` for K rows v ``[K, D]``."""
-        turned = self.rest.basis.rotate(rows)
-        found = turned * self.rest.values + self._spread(self._along(turned) * self.weights)
-        return self.rest.basis.back(found)
+        rotated = self.rest.basis.rotate(rows)
+        product = rotated * self.rest.values + self._spread(self._along(rotated) * self.weights)
+        return self.rest.basis.back(product)
 
     def solves(self, rows: Tensor) -> Tensor:
         """``X⁻¹ v`` by Woodbury's identity, for K rows ``[K, D]``."""
@@ -107,14 +107,14 @@ class Prototyped(Operator, kind="prototyped"):
     def inverse_diagonal(self) -> Tensor:
         """``diag(X⁻¹)`` ``[D]``."""
         s = self.rest.checked().values
-        found = self.rest.basis.spread((1 / s)[None])[0]
+        diagonal = self.rest.basis.spread((1 / s)[None])[0]
         root = self.weights.sqrt()
         eye = torch.eye(self.weights.shape[1], dtype=self.dtype, device=self.device).expand(len(root), -1, -1)
         half = torch.linalg.solve_triangular(self._factor, eye, upper=False) * root[:, None]  # rows: Y's columns
         for low, high in chunks(half.shape[1], 4 * self.dim * s.element_size()):
             columns = self._spread(half[:, low:high].transpose(0, 1)) / s
-            found = found - self.rest.basis.back(columns).square().sum(0)
-        return found
+            diagonal = diagonal - self.rest.basis.back(columns).square().sum(0)
+        return diagonal
 
     def inverse_trace(self) -> Tensor:
         """``tr X⁻¹``: ``Σ 1/s − tr M⁻¹ W^{1/2} Zᵀ diag(1/s²) Z W^{1/2}``."""
@@ -131,8 +131,8 @@ class Prototyped(Operator, kind="prototyped"):
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
         """Rest and prototypes are drawn apart; ``X⁻¹`` times a draw from ``N(0, X)`` is one from ``N(0, X⁻¹)``."""
         own = noise[:, : self.dim] * self.rest.values.sqrt()
-        several = noise[:, self.dim :].reshape(len(noise), *self.weights.shape) * self.weights.sqrt()
-        draws = self.rest.basis.back(own + self._spread(several))
+        drawn = noise[:, self.dim :].reshape(len(noise), *self.weights.shape) * self.weights.sqrt()
+        draws = self.rest.basis.back(own + self._spread(drawn))
         return self.solves(draws) if inverse else draws
 
     def logdet(self) -> Tensor:
@@ -191,7 +191,7 @@ class Prototyped(Operator, kind="prototyped"):
         return int(sum((empty[h].sum() - reached[h]).clamp_min(0) for h in groups))
 
     def transposed(self, outputs: int, inputs: int) -> Operator:
-        """The sides change places; for one group."""
+        """The factors change places; for one group."""
         return replace(self, rest=self.rest.transposed(outputs, inputs), A=self.B, B=self.A)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -240,20 +240,20 @@ class Prototyped(Operator, kind="prototyped"):
 
     def _along(self, rows: Tensor) -> Tensor:
         """``Zᵀ v`` for K rows: ``[K, H, m]``."""
-        found = []
+        parts = []
         for part in self._parts(rows):
             W = part.reshape(len(part), len(self.A), self.B.shape[2], self.A.shape[2])
             with full_precision(self.device.type):
-                found.append(((self.B @ W) * self.A).sum(3))
-        return torch.cat(found)
+                parts.append(((self.B @ W) * self.A).sum(3))
+        return torch.cat(parts)
 
     def _spread(self, weights: Tensor) -> Tensor:
         """``Z y`` for K rows y ``[K, H, m]``: ``[K, D]``."""
-        found = []
+        parts = []
         for part in self._parts(weights):
             with full_precision(self.device.type):
-                found.append((self.B.mT @ (part[..., None] * self.A)).flatten(1))
-        return torch.cat(found)
+                parts.append((self.B.mT @ (part[..., None] * self.A)).flatten(1))
+        return torch.cat(parts)
 
     def _parts(self, rows: Tensor) -> Iterator[Tensor]:
         size = 3 * self.A.numel() * self.A.element_size()

@@ -11,7 +11,7 @@ from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.layout import gather, scatter
-from kronfisher.operators import Kronecker, Operator
+from kronfisher.operators import Operator
 from kronfisher.operators.spectral import Spectral
 from kronfisher.optim.layer_statistics import LayerStatistics
 
@@ -61,10 +61,8 @@ class LayerInverse:
     @property
     def separable(self) -> bool:
         """Whether the inverse is one Kronecker product of dense factors."""
-        inverse = self.inverse
-        if not isinstance(inverse, Kronecker) or self.solves or len(self.blocks) > 1 or len(inverse.A) > 1:
-            return False
-        return not inverse.has_diagonal
+        factors = None if self.inverse is None or self.solves or len(self.blocks) > 1 else self.inverse.product
+        return factors is not None and all(factor.groups == 1 and not factor.is_diagonal for factor in factors)
 
     def measure(self) -> None:
         """Read the operator and its mean eigenvalue from the statistics.

@@ -17,7 +17,6 @@ from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import Call
 from kronfisher.layers import RowOrder
 from kronfisher.layers.linear import RowUse
-from kronfisher.operators import Kronecker
 from kronfisher.optim.layer_inverse import LayerInverse
 
 __all__ = ["RowInverse", "route"]
@@ -115,10 +114,11 @@ class RowInverse:
 
     def apply(self, layer: LayerInverse, out: dict[str, Tensor]) -> None:
         """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; its slope is kept if both factors go to rows."""
-        inverse, (block,) = layer.inverse, layer.blocks
+        (block,) = layer.blocks
         inputs, outputs = self.rows[layer.name]
-        assert isinstance(inverse, Kronecker)
-        left, right = inverse.B[0], inverse.A[0]
+        factors = layer.inverse.product if layer.inverse is not None else None
+        assert factors is not None
+        right, left = (factor.tensor[0] for factor in factors)
         chosen = route(len(inputs), len(left), len(right))
         if chosen in ("left", "both"):
             left = left @ outputs.mT

@@ -1,4 +1,4 @@
-"""How λ enters an operator."""
+"""Damping rules: the ways in which λ enters an operator."""
 
 from kronfisher.fisher.damping.damping import Damping
 from kronfisher.fisher.damping.factored import FactoredTikhonov

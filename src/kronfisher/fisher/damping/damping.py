@@ -1,4 +1,4 @@
-"""What a damping rule is."""
+"""Damping rules: the protocol."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
