@@ -194,7 +194,7 @@ def flip_flop(G: Tensor, count: int, fit: kf.KL, diagonal: bool) -> Tensor:
         A = A.diagonal().diag() if diagonal else A
         if (A / A.norm() - old / old.norm()).norm() <= fit.tolerance:
             break
-    return torch.kron(B, A)
+    return torch.kron(B.contiguous(), A.contiguous())
 
 
 def check_kl(p: Problem, labels: str, fisher: kf.Fisher) -> None:
