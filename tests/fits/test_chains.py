@@ -119,7 +119,7 @@ def test_chains_are_cut_where_the_model_is_none(function, members, shape, groups
             nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 20), nn.Linear(20, 2), nn.Linear(2, 2)),
             (6, 3),
             [["0.weight"], ["1.weight"], ["2.weight"], ["3.weight"]],
-            "1.weight has a side of 20",
+            "1.weight has a factor of 20",
         ),
     ],
 )

@@ -8,7 +8,6 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits import merging
 from kronfisher.fits.rearrangement import cheapest
 from tests.fits.pieces import SHARP, excess, fitted, gradients_of, random_samples, samples_of
 
@@ -86,7 +85,7 @@ def test_states_with_one_term_and_with_several_add_up():
     fit, block = kf.KFOC(), Block("w", "linear", Window.of("w", torch.zeros(1, 5, 7)))
     several = random_samples(n=40)
     wide, thin = (fit.init((block,), replace(fit.plan((block,), 8), waiting=0), several.gradients) for _ in range(2))
-    merging.narrow(thin)
+    thin.narrow()
     wide, thin = fit.update(wide, (several.part(0, 20),)), fit.update(thin, (several.part(20, 40),))
     wide.count = thin.count = 0.5
     for pair in ((wide, thin), (thin, wide)):

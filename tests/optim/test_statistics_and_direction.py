@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.fits import Plan, State
+from kronfisher.fits import Plan
+from kronfisher.fits.ekfac import Eigenvalues
 from kronfisher.operators import KroneckerBasis
 from kronfisher.operators.factors import outer
 from tests.helpers.networks import images
@@ -141,13 +142,13 @@ def test_eigenvalues_of_earlier_batches_come_along_into_a_new_basis(basis):
         for layer in curvature.statistics.layers:
             assert layer.average is not None
             state = layer.average.states[-1]
-            U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"]).back(torch.eye(layer.dim).double()).mT
+            U = KroneckerBasis(state.inputs, state.outputs).back(torch.eye(layer.dim).double()).mT
             batches = [block.name for block in layer.blocks]
             truth = kf.estimate(model, x, kf.Categorical(), labels="exact", fit="full")[batches[0]].to_dense() * len(x)
             values = diagonal(U, truth)
             if layer.name in before:
                 V, old = before[layer.name]
-                product = outer(state.fixed["outputs.values"], state.fixed["inputs.values"])
+                product = outer(state.output_values, state.input_values)
                 leaked = diagonal(U, whole(V, diagonal(V, whole(U, product)))) / product
                 values = values + 0.5 * diagonal(U, whole(V, old)) / leaked
             torch.testing.assert_close(state.sums["eigenvalues"].flatten(), values, rtol=1e-6, atol=1e-10)
@@ -171,9 +172,9 @@ def test_eigenvalues_that_belong_to_the_new_product_arrive_as_its_own(dtype):
     new = {"inputs": torch.eye(3, dtype=dtype)[None], "outputs": torch.eye(2, dtype=dtype)[None]}
     old = {"inputs": turn[None], "outputs": new["outputs"]}
     values = torch.outer(b, diagonal(turn, torch.diag(a)))  # of the product, in the old eigenvectors
-    plan = Plan(0)
-    before = State((), plan, {"eigenvalues": values[None]}, old, count=4.0, rows=4.0)
-    after = State((), plan, {}, {**new, "inputs.values": a[None], "outputs.values": b[None]})
+    values = {"eigenvalues": values[None], "input_values": a[None], "output_values": b[None]}
+    before = Eigenvalues((), Plan(0), count=4.0, rows=4.0, **values, **old)
+    after = Eigenvalues((), Plan(0), **values, **new)
     carried = kf.EKFAC().carried(before, after)
     torch.testing.assert_close(carried.sums["eigenvalues"][0], torch.outer(b, a), rtol=1e-4, atol=0)
     assert carried.count == 4.0

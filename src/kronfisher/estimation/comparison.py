@@ -8,30 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from kronfisher.estimation.documents import document
+from kronfisher.fits import FITS
 from kronfisher.tables import Table, duration, number, size
 
 __all__ = ["Comparison", "Row"]
-
-DESCRIPTIONS = {
-    "kfac": "one Kronecker product a layer (K-FAC, KFC)",
-    "kfac-reduce": "the same, positions summed out first",
-    "ekfac": "K-FAC's eigenvectors, measured eigenvalues",
-    "ekfac-kfoc": "K-FOC's eigenvectors, measured eigenvalues",
-    "kfoc": "the best Kronecker product",
-    "kfoc-exact": "the same, exact over all data",
-    "kfoc-running": "the best product batch by batch",
-    "kfoc-approx": "the mean of batches' best products",
-    "tkfac": "one Kronecker product with the right trace",
-    "kpsvd": "the best product by power iteration",
-    "kfac-corrected": "K-FAC and a product for what it misses",
-    "kronecker-sum": "the best sum of two products",
-    "kl": "the product nearest in divergence (F + 0.001)",
-    "block-tridiagonal": "K-FAC, neighbouring layers tied: of a whole chain",
-    "prototypes": "multiples of a few products, and EKFAC of the rest",
-    "auto": "the smallest structure within .1, layer by layer",
-    "diagonal": "the diagonal alone",
-    "full": "each layer's dense matrix: the truth",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +70,7 @@ class Comparison:
         overview = Table(title, ("fit", "what it is", "relative error", "trace ratio", "time", "memory"), text=2)
         for row in self.rows:
             numbers = (number(row.error), number(row.trace), duration(row.seconds), size(row.bytes))
-            overview.add(row.fit, DESCRIPTIONS.get(row.fit, ""), *numbers)
+            overview.add(row.fit, FITS[row.fit].description if row.fit in FITS else "", *numbers)
         names = list(dict.fromkeys(name for row in done for name in row.blocks))
         blocks = Table("Relative error of each block", ("block", *(row.fit for row in done)))
         for name in names:

@@ -19,9 +19,10 @@ from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.spectrum import Spectrum, leading
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fits.fit import Fit, Plan, State, reciprocal
+from kronfisher.fits import Fit, Plan, State
 from kronfisher.fits.full import Full
 from kronfisher.fits.quadratic import joint_quadratic
+from kronfisher.fits.state import Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror, plain_arithmetic, promote
 from kronfisher.operators import Operator
@@ -161,6 +162,14 @@ class Kept:
         several.append(rows)
 
 
+@dataclass(kw_only=True)
+class CrossSums(State):
+    """``‖F‖²`` and ``⟨F, X⟩`` of the samples so far."""
+
+    norm: Total
+    cross: Total
+
+
 @dataclass(frozen=True, eq=False)
 class CrossTerms(Fit):
     """A fit that makes no operator: it sums what the distances from given ones are made of.
@@ -198,22 +207,22 @@ class CrossTerms(Fit):
         """Sums of the route."""
         if self._written_out(group):
             return Full().init(group, plan, like)
-        sums = {"norm": like.new_zeros((), dtype=torch.float64), "cross": like.new_zeros((), dtype=torch.float64)}
-        return State(group, plan, sums)
+        zero = like.new_zeros((), dtype=torch.float64)
+        return CrossSums(group, plan, norm=zero, cross=zero.clone())
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> State:
         """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
         if self._written_out(state.blocks):
             return Full().update(state, samples)
-        state.sums["cross"] += joint_quadratic(samples, self.operators[state.blocks])
+        state.cross += joint_quadratic(samples, self.operators[state.blocks])
         for rows in _rows(samples):
-            state.sums["norm"] += _squared_products(rows, rows)
+            state.norm += _squared_products(rows, rows)
             for others in self.kept.rows.get(state.blocks, ()):
-                state.sums["norm"] += 2 * _squared_products(rows, others)
+                state.norm += 2 * _squared_products(rows, others)
             self.kept.add(state, rows)
         return state
 
-    def norms(self, group: tuple[Block, ...], state: State | None) -> tuple[float, float]:
+    def norms(self, group: tuple[Block, ...], state: Any) -> tuple[float, float]:
         """``‖F‖`` and ``‖F − X‖`` of the mean over data; F is zero where there is no state."""
         operator = self.operators[group]
         own = float(operator.frobenius_norm().double())
@@ -221,10 +230,10 @@ class CrossTerms(Fit):
             return 0.0, own
         state.checked()
         if self._written_out(group):
-            truth = mirror(state.sums["products"], reciprocal(state.count)).double()
+            truth = mirror(state.products, reciprocal(state.count)).double()
             return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
         scale = float(reciprocal(state.count))
-        norm, cross = float(state.sums["norm"]) * scale**2, float(state.sums["cross"]) * scale
+        norm, cross = float(state.norm) * scale**2, float(state.cross) * scale
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
 
 

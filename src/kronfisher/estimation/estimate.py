@@ -133,7 +133,7 @@ def estimate(
                 "; ".join(filter(None, notes)),
             )
             entries.append((group.blocks, operator, info))
-            group.state.sums.clear()  # the sums of all layers and the operators never stand side by side
+            group.state.release()  # the sums of all layers and the operators never stand side by side
         entries = _joined(entries)
         entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused(run)]
     order = {name: place for place, name in enumerate(run.parameters)}

@@ -15,9 +15,11 @@ from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher import Fisher
-from kronfisher.fits.fit import State
+from kronfisher.fisher.blocks import Block
+from kronfisher.fits import Plan
 from kronfisher.fits.quadratic import squared_norm
 from kronfisher.fits.rearrangement import Rearranged, cheapest, lanczos, rearranged
+from kronfisher.fits.state import WaitingState
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import plain_arithmetic
@@ -130,7 +132,8 @@ def accumulated(
         fits.update(dict.fromkeys(names, own))
     run = Accumulator(replace(recipe, strict=False), fits)
     run.read(data, progress)
-    return {group.state.name: group.state.waiting for group in run.groups if group.state.waiting}
+    states = [group.state for group in run.groups if isinstance(group.state, WaitingState)]
+    return {state.name: state.waiting for state in states if state.waiting}
 
 
 @dataclass
@@ -153,7 +156,11 @@ class Keep(Visitor):
     wanted: frozenset[str]
     room: Room
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> WaitingState:
+        """No samples yet."""
+        return WaitingState(group, plan)
+
+    def update(self, state: WaitingState, samples: tuple[Samples, ...]) -> WaitingState:
         """Keep them, or refuse."""
         (use,) = samples
         if state.name not in self.wanted:

@@ -4,14 +4,17 @@ from kronfisher.fits.auto import Auto
 from kronfisher.fits.choice import Choice, choose
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
-from kronfisher.fits.fit import FITS, Fit, Plan, State, named
+from kronfisher.fits.fit import Fit
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfac_corrected import KFACCorrected
 from kronfisher.fits.kfoc import KFOC, KPSVD
 from kronfisher.fits.kl import KL
 from kronfisher.fits.kronecker_sum import KroneckerSum
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.prototypes import Prototypes
+from kronfisher.fits.registry import FITS, Registered, named, register
+from kronfisher.fits.state import Fixed, Stack, State, Total, Totals
 from kronfisher.fits.tkfac import TKFAC
 from kronfisher.fits.tridiagonal import BlockTridiagonal
 
@@ -28,12 +31,18 @@ __all__ = [
     "Choice",
     "Diagonal",
     "Fit",
+    "Fixed",
     "Full",
     "KFACCorrected",
     "KroneckerSum",
     "Plan",
     "Prototypes",
+    "Registered",
+    "Stack",
     "State",
+    "Total",
+    "Totals",
     "choose",
     "named",
+    "register",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from kronfisher.errors import MemoryBudgetError
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit
 from kronfisher.fits.full import Full
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.kronecker_sum import KroneckerSum
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.quadratic import squared_norm
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import elements, sizes
+from kronfisher.fits.state import State, WaitingState, reciprocal
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
@@ -45,44 +49,59 @@ _CANDIDATES = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What one candidate came to on the samples kept.
+    """One candidate on the samples kept.
 
     Attributes:
-        fit: the candidate.
+        candidate: its place in `Auto.candidates`.
         error: relative, against the true block of these samples.
         bytes: of its operator.
     """
 
-    fit: Fit
+    candidate: int
     error: float
     bytes: int
 
 
-@dataclass
-class Chosen(State):
+@dataclass(kw_only=True)
+class Chosen(WaitingState):
     """Samples kept while there is no choice yet, then the state of the fit that was chosen.
 
     Attributes:
-        inner: that state.
-        fit: that fit.
+        nothing: a tensor without elements, of the dtype and device of the sums.
+        inner: the state of the fit that was chosen.
+        choice: its place in `Auto.candidates`.
         trials: of all candidates that were tried, in their order.
+        kept: how many samples they were tried on.
         uses: how many backward passes brought samples.
         seen: how many samples there were.
         stride: of how many samples one is kept.
     """
 
+    nothing: Tensor
     inner: State | None = None
-    fit: Fit | None = None
+    choice: int | None = None
     trials: tuple[Trial, ...] = ()
+    kept: int = 0
     uses: int = 0
     seen: int = 0
     stride: int = 1
 
-    def checked(self) -> "Chosen":
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Those of the fit that was chosen."""
+        return {} if self.inner is None else self.inner.sums
+
+    def checked(self) -> Self:
         """Itself, if every sum of the fit that was chosen is finite; NumericalError otherwise."""
         if self.inner is not None:
             self.inner.checked()
         return self
+
+    def release(self) -> None:
+        """Let go of the samples and of the sums of the fit that was chosen."""
+        super().release()
+        if self.inner is not None:
+            self.inner.release()
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -170,13 +189,12 @@ class Auto(Fit):
         return max(_LEAST, min(most, _ROOM // (element * elements(*sizes(group)))))
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Chosen:
-        return Chosen(group, plan, {}, {"like": like.new_empty(0)})
+        return Chosen(group, plan, nothing=like.new_empty(0))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> Chosen:
-        assert isinstance(state, Chosen)
+    def update(self, state: Chosen, samples: tuple[Samples, ...]) -> Chosen:
         (use,) = samples
-        if state.fit is not None and state.inner is not None:
-            state.inner = state.fit.update(state.inner, samples)
+        if state.inner is not None:
+            state.inner = self._fit(state).update(state.inner, samples)
             state.rows = state.inner.rows
             return state
         if use.first:
@@ -197,44 +215,50 @@ class Auto(Fit):
             state.waiting = [each for k, part in enumerate(state.waiting) for each in _halved(part, k)]
         return state
 
-    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> Chosen:
+    def _fit(self, state: Chosen) -> Fit:
+        """The fit that was chosen."""
+        assert state.choice is not None
+        return self.candidates[state.choice]
+
+    def combine(self, x: Chosen, y: Chosen, wx: float = 1.0, wy: float = 1.0) -> Chosen:
         """States of parts of the data, once the same fit was chosen for both.
 
         Raises:
             ValueError: it was not.
         """
-        assert isinstance(x, Chosen) and isinstance(y, Chosen)
-        if x.fit is None or y.fit is None or x.fit != y.fit:
+        if x.choice is None or x.choice != y.choice:
             raise ValueError(
                 f"{x.name}: states of {self!r} combine only after the same fit was chosen for both. Choose once, by an "
                 "estimate, and use the fit that its report names."
             )
-        inner = x.fit.combine(_inner(x), _inner(y), wx, wy)
-        return replace(x, inner=inner, sums=inner.sums, count=inner.count, rows=inner.rows)
+        inner = self._fit(x).combine(_inner(x), _inner(y), wx, wy)
+        return replace(x, inner=inner, count=inner.count, rows=inner.rows)
 
-    def next_pass(self, state: State) -> Chosen | None:
-        assert isinstance(state, Chosen)
-        if state.fit is None:
-            fit, trials = self._choice(state)
-            like = state.fixed["like"]
-            plan = replace(fit.plan(state.blocks, like.element_size()), workspace=state.plan.workspace)
-            inner = fit.init(state.blocks, plan, like)
+    def next_pass(self, state: Chosen) -> Chosen | None:
+        choice, trials, kept = state.choice, state.trials, state.kept
+        if choice is None:
+            kept = sum(map(len, state.waiting))
+            choice, trials = self._choice(state)
+            inner = self._begin(state, self.candidates[choice])
         else:
-            fit, trials = state.fit, state.trials
-            inner = fit.next_pass(_inner(state))
+            inner = self.candidates[choice].next_pass(_inner(state))
             if inner is None:
                 return None
-        plan = replace(inner.plan, passes=1 + inner.plan.passes)
-        facts = {"kept": sum(map(len, state.waiting)), **state.facts}
-        return Chosen(
-            state.blocks, plan, inner.sums, facts=facts, phase=state.phase + 1, inner=inner, fit=fit, trials=trials
-        )
+        after = Chosen(state.blocks, replace(inner.plan, passes=1 + inner.plan.passes), nothing=state.nothing)
+        after.phase, after.inner = state.phase + 1, inner
+        after.choice, after.trials, after.kept = choice, trials, kept
+        return after
 
-    def _choice(self, state: Chosen) -> tuple[Fit, tuple[Trial, ...]]:
-        element = state.fixed["like"].element_size()
+    def _begin(self, state: Chosen, fit: Fit) -> State:
+        """An empty state of a candidate."""
+        plan = replace(fit.plan(state.blocks, state.nothing.element_size()), workspace=state.plan.workspace)
+        return fit.init(state.blocks, plan, state.nothing)
+
+    def _choice(self, state: Chosen) -> tuple[int, tuple[Trial, ...]]:
+        element = state.nothing.element_size()
         eligible = self._eligible(state.blocks, element)
         if not state.waiting:  # nothing ever came: all are zero
-            return eligible[0], ()
+            return self.candidates.index(eligible[0]), ()
         state.waiting = _joined(state.waiting)
         squared = squared_norm(state.waiting)
         trials = tuple(self._tried(fit, state, squared) for fit in eligible)
@@ -246,15 +270,13 @@ class Auto(Fit):
                 "memory, or leave the layer to another fit, by a mapping from names to fits."
             )
         # Errors are roots of differences of squares: what is below this is rounding.
-        goal = max(self.goal, 2 * torch.finfo(state.fixed["like"].dtype).eps ** 0.5)
-        return min(small, key=lambda trial: (max(trial.error, goal), trial.bytes)).fit, trials
+        goal = max(self.goal, 2 * torch.finfo(state.nothing.dtype).eps ** 0.5)
+        return min(small, key=lambda trial: (max(trial.error, goal), trial.bytes)).candidate, trials
 
     def _tried(self, fit: Fit, state: Chosen, squared: Tensor) -> Trial:
         """A candidate on the samples kept, in the scale of the whole."""
-        like = state.fixed["like"]
         share = sum(map(len, state.waiting)) / state.seen
-        plan = replace(fit.plan(state.blocks, like.element_size()), workspace=state.plan.workspace)
-        trial: State | None = fit.init(state.blocks, plan, like)
+        trial: State | None = self._begin(state, fit)
         last = trial
         while trial is not None:
             for samples in state.waiting:
@@ -267,23 +289,24 @@ class Auto(Fit):
         whole = squared * scale**2
         missed = whole - 2 * cross + operator.frobenius_norm().double() ** 2
         error = float(missed.clamp_min(0).sqrt() / whole.sqrt()) if float(whole) > 0 else 0.0
-        return Trial(fit, error, operator.bytes)
+        return Trial(self.candidates.index(fit), error, operator.bytes)
 
-    def finish(self, state: State) -> Operator:
-        assert isinstance(state, Chosen) and state.fit is not None
-        return state.fit.finish(_inner(state))
+    def finish(self, state: Chosen) -> Operator:
+        return self._fit(state).finish(_inner(state))
 
-    def error(self, state: State, operator: Operator) -> float | None:
-        assert isinstance(state, Chosen) and state.fit is not None
-        return state.fit.error(_inner(state), operator)
+    def error(self, state: Chosen, operator: Operator) -> float | None:
+        return self._fit(state).error(_inner(state), operator)
 
-    def notes(self, state: State) -> str:
-        assert isinstance(state, Chosen) and state.fit is not None
-        tried = ", ".join(f"{_short(trial.fit)} {trial.error:.2g} ({trial.bytes:,} bytes)" for trial in state.trials)
-        error = next((trial.error for trial in state.trials if trial.fit == state.fit), 0.0)
+    def notes(self, state: Chosen) -> str:
+        tried = ", ".join(
+            f"{_short(self.candidates[trial.candidate])} {trial.error:.2g} ({trial.bytes:,} bytes)"
+            for trial in state.trials
+        )
+        error = next((trial.error for trial in state.trials if trial.candidate == state.choice), 0.0)
         missed = "" if error <= self.goal or not self.goal else f", none reaches {self.goal:g}"
-        own = state.fit.notes(_inner(state))
-        chosen = f"chose {_short(state.fit)}{missed}; errors on {state.facts['kept']} samples: {tried}"
+        fit = self._fit(state)
+        own = fit.notes(_inner(state))
+        chosen = f"chose {_short(fit)}{missed}; errors on {state.kept} samples: {tried}"
         return f"{chosen}; {own}" if own else chosen
 
 
@@ -328,4 +351,4 @@ def _halved(samples: Samples, number: int) -> list[Samples]:
     )
 
 
-register("auto", Auto)
+register("auto", Auto, "the smallest structure within .1, layer by layer", "chosen by layer")

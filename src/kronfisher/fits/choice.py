@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from kronfisher.fits.fit import Fit, named
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.registry import named
 
 __all__ = ["Choice", "choose"]
 

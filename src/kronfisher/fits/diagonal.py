@@ -5,11 +5,22 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import elements, sizes
+from kronfisher.fits.state import State, Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Diagonal as DiagonalOperator
 
 __all__ = ["Diagonal"]
+
+
+@dataclass(kw_only=True)
+class Squares(State):
+    """``Σ_k G_k∘²`` ``[H, O, I]``."""
+
+    squares: Total
 
 
 @dataclass(frozen=True)
@@ -29,17 +40,17 @@ class Diagonal(Fit):
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         return Plan(element * elements(*sizes(group)))
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        return State(group, plan, {"squares": like.new_zeros(sizes(group))})
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Squares:
+        return Squares(group, plan, squares=like.new_zeros(sizes(group)))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: Squares, samples: tuple[Samples, ...]) -> Squares:
         (use,) = samples
-        state.sums["squares"] += use.squares()
+        state.squares += use.squares()
         return state
 
-    def finish(self, state: State) -> DiagonalOperator:
+    def finish(self, state: Squares) -> DiagonalOperator:
         state.checked()
-        return DiagonalOperator((state.sums["squares"] * reciprocal(state.count)).flatten(), name=state.name)
+        return DiagonalOperator((state.squares * reciprocal(state.count)).flatten(), name=state.name)
 
 
-register("diagonal", Diagonal)
+register("diagonal", Diagonal, "the diagonal alone", "diagonal")

@@ -6,14 +6,37 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, named, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import named, register
+from kronfisher.fits.shapes import elements, sizes
+from kronfisher.fits.state import Fixed, State, Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
 from kronfisher.operators.factors import Factor, sandwich
 
 __all__ = ["EKFAC"]
+
+
+@dataclass(kw_only=True)
+class Eigenvalues(State):
+    """The last pass: ``Σ_k (U_Bᵀ G_k U_A)∘²`` ``[H, O, I]`` in fixed eigenvectors.
+
+    Attributes:
+        eigenvalues: that sum.
+        inputs: U_A ``[H, I, I]``, or ones for a diagonal.
+        outputs: U_B, likewise.
+        input_values: eigenvalues of A ``[H, I]``.
+        output_values: eigenvalues of B ``[H, O]``.
+    """
+
+    eigenvalues: Total
+    inputs: Fixed
+    outputs: Fixed
+    input_values: Fixed
+    output_values: Fixed
 
 
 @dataclass(frozen=True)
@@ -56,21 +79,21 @@ class EKFAC(Fit):
         return self.basis.init(group, plan, like)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
-        if "eigenvalues" not in state.sums:
+        if not isinstance(state, Eigenvalues):
             return self.basis.update(state, samples)
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        for part in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
-            state.sums["eigenvalues"] += part.squares()
+        for part in use.rotated(state.inputs, state.outputs):
+            state.eigenvalues += part.squares()
         return state
 
     def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
-        first = "eigenvalues" not in x.sums and "eigenvalues" not in y.sums
-        return self.basis.combine(x, y, wx, wy) if first else super().combine(x, y, wx, wy)
+        last = isinstance(x, Eigenvalues) or isinstance(y, Eigenvalues)
+        return super().combine(x, y, wx, wy) if last else self.basis.combine(x, y, wx, wy)
 
     def next_pass(self, state: State) -> State | None:
-        if "eigenvalues" in state.sums:
+        if isinstance(state, Eigenvalues):
             return None
         again = self.basis.next_pass(state)
         if again is not None:
@@ -78,37 +101,47 @@ class EKFAC(Fit):
         product = self.basis.finish(state)
         if not isinstance(product, Kronecker):
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
-        fixed = {}
-        for side, factor in (("inputs", product.input_factor), ("outputs", product.output_factor)):
-            values, vectors = factor.eigh(f"{state.name} ({side[:-1]} side)")
-            fixed |= {side: vectors.tensor, f"{side}.values": values}
-        sums = {"eigenvalues": product.A.new_zeros(sizes(state.blocks))}
-        return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
+        input_values, inputs = product.input_factor.eigh(f"{state.name} (input factor)")
+        output_values, outputs = product.output_factor.eigh(f"{state.name} (output factor)")
+        return Eigenvalues(
+            state.blocks,
+            state.plan,
+            phase=state.phase + 1,
+            eigenvalues=product.A.new_zeros(sizes(state.blocks)),
+            inputs=inputs.tensor,
+            outputs=outputs.tensor,
+            input_values=input_values,
+            output_values=output_values,
+        )
 
-    def carried(self, before: State, after: State) -> State:
+    def carried(self, before: Eigenvalues, after: Eigenvalues) -> Eigenvalues:
         """The eigenvalues so far, taken over into the new eigenvectors.
 
         That is the diagonal there of the matrix that they make in the old eigenvectors. A large eigenvalue would leak
-        into small ones beside it, by far more than these are, with every small turn; so each side's are scaled by what
-        the same way there and back would make of the new product's: what belongs to the new product arrives unchanged.
+        into small ones beside it, by far more than these are, with every small turn; so each factor's are scaled by
+        what the same way there and back would make of the new product's: what belongs to the new product arrives
+        unchanged.
         """
-        sides = {}
-        for side in ("inputs", "outputs"):
-            new, values = Factor.of(after.fixed[side]), after.fixed[f"{side}.values"]
-            turn = (new.mT @ Factor.of(before.fixed[side])).square()
-            column = values.clamp_min(values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps)[..., None]
-            back = turn.left(turn.mT.left(column))
-            sides[side] = turn, torch.where(back > 0, column / back, 1.0)
-        values = before.sums["eigenvalues"]
-        rows = sandwich(sides["outputs"][0], values.reshape(1, -1), sides["inputs"][0]).reshape(values.shape)
-        rows = rows * sides["outputs"][1] * sides["inputs"][1].mT
-        return replace(after, sums={"eigenvalues": rows}, count=before.count, rows=before.rows)
+        inputs, to_inputs = _turn(before.inputs, after.inputs, after.input_values)
+        outputs, to_outputs = _turn(before.outputs, after.outputs, after.output_values)
+        values = before.eigenvalues
+        rows = sandwich(outputs, values.reshape(1, -1), inputs).reshape(values.shape)
+        rows = rows * to_outputs * to_inputs.mT
+        return replace(after, eigenvalues=rows, count=before.count, rows=before.rows)
 
-    def finish(self, state: State) -> Eigen:
+    def finish(self, state: Eigenvalues) -> Eigen:
         state.checked()
-        basis = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"])
-        return Eigen(basis, (state.sums["eigenvalues"] * reciprocal(state.count)).flatten(), name=state.name)
+        basis = KroneckerBasis(state.inputs, state.outputs)
+        return Eigen(basis, (state.eigenvalues * reciprocal(state.count)).flatten(), name=state.name)
 
 
-register("ekfac", EKFAC)
-register("ekfac-kfoc", lambda: EKFAC(KFOC()))
+def _turn(before: Tensor, after: Tensor, values: Tensor) -> tuple[Factor, Tensor]:
+    """Squares of the products of new and old eigenvectors, and the scale ``[H, D, 1]`` that leaves `values` as is."""
+    turn = (Factor.of(after).mT @ Factor.of(before)).square()
+    column = values.clamp_min(values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps)[..., None]
+    back = turn.left(turn.mT.left(column))
+    return turn, torch.where(back > 0, column / back, 1.0)
+
+
+register("ekfac", EKFAC, "K-FAC's eigenvectors, measured eigenvalues", "EKFAC")
+register("ekfac-kfoc", lambda: EKFAC(KFOC()), "K-FOC's eigenvectors, measured eigenvalues", "EKFAC on K-FOC")

@@ -7,12 +7,22 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fits.fit import Fit, Plan, State, reciprocal, register
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import register
+from kronfisher.fits.state import State, Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.operators import Dense
 
 __all__ = ["Full"]
+
+
+@dataclass(kw_only=True)
+class Products(State):
+    """``Σ_k vec(G_k) vec(G_k)ᵀ`` ``[D, D]``, the upper triangle."""
+
+    products: Total
 
 
 @dataclass(frozen=True)
@@ -51,22 +61,22 @@ class Full(Fit):
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         return Plan(2 * element * sum(block.dim for block in group) ** 2)
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Products:
         dim = sum(block.dim for block in group)
-        return State(group, plan, {"products": like.new_zeros(dim, dim)})
+        return Products(group, plan, products=like.new_zeros(dim, dim))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: Products, samples: tuple[Samples, ...]) -> Products:
         if len(samples) == 1:
             for gradients in samples[0].per_sample():
-                add_symmetric_product_(state.sums["products"], gradients.transpose(0, 1).flatten(1))
+                add_symmetric_product_(state.products, gradients.transpose(0, 1).flatten(1))
             return state
         rows = [torch.cat([part.transpose(0, 1).flatten(1) for part in use.per_sample()]) for use in samples]
-        add_symmetric_product_(state.sums["products"], torch.cat(rows, dim=1))
+        add_symmetric_product_(state.products, torch.cat(rows, dim=1))
         return state
 
-    def finish(self, state: State) -> Dense:
+    def finish(self, state: Products) -> Dense:
         state.checked()
-        return Dense(mirror(state.sums["products"], reciprocal(state.count)), name=state.name)
+        return Dense(mirror(state.products, reciprocal(state.count)), name=state.name)
 
 
-register("full", Full)
+register("full", Full, "each layer's dense matrix: the truth", "exact block")

@@ -6,18 +6,11 @@ from typing import Literal
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import (
-    MAX_DIM,
-    Fit,
-    Plan,
-    Shapes,
-    State,
-    checked_max_dim,
-    elements,
-    reciprocal,
-    register,
-    side_shapes,
-)
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes
+from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Kronecker
 
@@ -26,18 +19,18 @@ __all__ = ["KFAC"]
 
 @dataclass(frozen=True)
 class KFAC(Fit):
-    """``F ≈ (Σ g gᵀ) ⊗ (Σ a aᵀ) / rows``, sums over data, positions and label draws; a counts once per datum.
+    """``F ≈ (Σ g gᵀ) ⊗ (Σ a aᵀ) / rows``, sums over examples, positions and label draws; a counts once per example.
 
     For convolutions this is KFC (Grosse & Martens 2016); for weights shared over positions it is K-FAC-expand. It is
-    exact for one datum with T = 1, and for deep linear networks with a Gaussian likelihood.
+    exact for one example with T = 1, and for deep linear networks with a Gaussian likelihood.
 
     Args:
-        mode: ``"expand"`` treats positions as if they were independent data; ``"reduce"`` sums them out first,
+        mode: ``"expand"`` treats positions as if they were independent examples; ``"reduce"`` sums them out first,
             ``a ← Σ_t a``, ``g ← (1/T) Σ_t g`` (Eschenhagen et al. 2023), exact where positions are summed or averaged
             at the end.
-        max_dim: sides beyond this size (a vocabulary, a table of positions) are kept as their diagonals, which the
-            report says; at 10,240 a matrix takes 400 MiB in float32. Where inputs are looked up in a table their side
-            is diagonal anyway, and that is exact under ``"expand"``.
+        max_dim: factors beyond this size (a vocabulary, a table of positions) are kept as their diagonals, which the
+            report says; at 10,240 a matrix takes 400 MiB in float32. Where inputs are looked up in a table their
+            factor is diagonal anyway, and that is exact under ``"expand"``.
 
     Raises:
         ValueError: another mode, or a `max_dim` that is no size.
@@ -62,34 +55,34 @@ class KFAC(Fit):
         own = f", max_dim={self.max_dim}" if self.max_dim != KFAC.max_dim else ""
         return f"KFAC(mode={self.mode!r}{own})"
 
-    def sides(self, group: tuple[Block, ...]) -> Shapes:
-        """Shapes of the input and of the output side: ``[H, n, n]``, or ``[H, n]`` for a diagonal."""
-        return side_shapes(group, self.max_dim, summed=self.mode == "reduce")
+    def shapes(self, group: tuple[Block, ...]) -> Shapes:
+        """Shapes of the input and of the output factor: ``[H, n, n]``, or ``[H, n]`` for a diagonal."""
+        return factor_shapes(group, self.max_dim, summed=self.mode == "reduce")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        inputs, outputs = self.sides(group)
+        inputs, outputs = self.shapes(group)
         return Plan(2 * element * (elements(*inputs) + elements(*outputs)), by_example=self.mode == "reduce")
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        inputs, outputs = self.sides(group)
-        return State(group, plan, {"inputs": like.new_zeros(inputs), "outputs": like.new_zeros(outputs)})
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FactorSums:
+        inputs, outputs = self.shapes(group)
+        return FactorSums(group, plan, inputs=like.new_zeros(inputs), outputs=like.new_zeros(outputs))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples
         if self.mode == "reduce":
             use = use.reduced()
         if use.first:
-            use.add_input_covariance_(state.sums["inputs"])
+            use.add_input_covariance_(state.inputs)
             state.rows = state.rows + use.rows
-        use.add_output_covariance_(state.sums["outputs"])
+        use.add_output_covariance_(state.outputs)
         return state
 
-    def finish(self, state: State) -> Kronecker:
+    def finish(self, state: FactorSums) -> Kronecker:
         state.checked()
-        inputs = Factor.of(state.sums["inputs"]).mirror(reciprocal(state.rows))
-        outputs = Factor.of(state.sums["outputs"]).mirror(reciprocal(state.count))
+        inputs = Factor.of(state.inputs).mirror(reciprocal(state.rows))
+        outputs = Factor.of(state.outputs).mirror(reciprocal(state.count))
         return Kronecker(inputs.tensor, outputs.tensor, name=state.name)
 
 
-register("kfac", KFAC)
-register("kfac-reduce", lambda: KFAC("reduce"))
+register("kfac", KFAC, "one Kronecker product a layer (K-FAC, KFC)", "K-FAC")
+register("kfac-reduce", lambda: KFAC("reduce"), "the same, positions summed out first", "K-FAC-reduce")

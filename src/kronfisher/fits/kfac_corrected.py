@@ -6,14 +6,31 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import Plan, State, reciprocal, register
-from kronfisher.fits.kronecker_sum import KroneckerSum
+from kronfisher.fits.kronecker_sum import KroneckerSum, TermSums
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms
+from kronfisher.fits.registry import register
+from kronfisher.fits.state import Total, reciprocal
 from kronfisher.fits.term_search import squares
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Operator
 
 __all__ = ["KFACCorrected"]
+
+
+@dataclass(kw_only=True)
+class CorrectedSums(TermSums):
+    """K-FAC's sums beside terms.
+
+    Attributes:
+        input_covariance: ``Σ a aᵀ``, the upper triangle, or its diagonal.
+        output_covariance: ``Σ g gᵀ``, likewise.
+        exact: whether all data came in one piece, so that the terms are the exact correction.
+    """
+
+    input_covariance: Total
+    output_covariance: Total
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,41 +52,46 @@ class KFACCorrected(KroneckerSum):
         if self.rank != 2 or self.method not in ("lanczos", "deflation"):
             raise ValueError(f"{self!r}: K-FAC and one correction are two terms, by 'lanczos' or 'deflation'.")
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        state = super().init(group, plan, like)
-        inputs, outputs = self.sides(group)
-        state.sums |= {"kfac.inputs": like.new_zeros(inputs), "kfac.outputs": like.new_zeros(outputs)}
-        return state
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> CorrectedSums:
+        inputs, outputs = (like.new_zeros(shape) for shape in self.shapes(group))
+        nothing = self._nothing(group, like)
+        return CorrectedSums(group, plan, input_covariance=inputs, output_covariance=outputs, **nothing)
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: CorrectedSums, samples: tuple[Samples, ...]) -> TermSums:
         (use,) = samples
         if use.first:
-            use.add_input_covariance_(state.sums["kfac.inputs"])
-        use.add_output_covariance_(state.sums["kfac.outputs"])
+            use.add_input_covariance_(state.input_covariance)
+        use.add_output_covariance_(state.output_covariance)
         return super().update(state, samples)
 
-    def _product(self, state: State) -> tuple[Tensor, Tensor]:
+    def combine(self, x: CorrectedSums, y: CorrectedSums, wx: float = 1.0, wy: float = 1.0) -> TermSums:
+        both = super().combine(x, y, wx, wy)
+        assert isinstance(both, CorrectedSums)
+        both.exact = x.exact or y.exact
+        return both
+
+    def _product(self, state: CorrectedSums) -> tuple[Tensor, Tensor]:
         """K-FAC's factors ``[1, H, ...]``, in the scale of the sum over samples."""
-        A, B = (Factor.of(state.sums[f"kfac.{side}"]).mirror().tensor for side in ("inputs", "outputs"))
+        A, B = (Factor.of(total).mirror().tensor for total in (state.input_covariance, state.output_covariance))
         return A[None], B[None] * reciprocal(state.rows)
 
-    def _merge_alone(self, state: State, piece: list[Samples]) -> None:
-        state.facts["alone"] = "yes"  # all data are here: what is found is the exact correction
+    def _merge_alone(self, state: CorrectedSums, piece: list[Samples]) -> None:
+        state.exact = True
         self._merge(state, piece, 1, Terms(*self._product(state), sign=-1.0))
 
-    def _terms(self, state: State) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
-        A, B = state.sums["even.inputs"], state.sums["even.outputs"]
+    def _terms(self, state: CorrectedSums) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
+        A, B = state.even
         first = self._product(state)
-        if "alone" not in state.facts:
+        if not state.exact:
             A, B = self.search.shortened(torch.cat([A, first[0]]), torch.cat([B, -first[1]]), 1)
-        odd, other = False, (state.sums["odd.inputs"][:1], state.sums["odd.outputs"][:1])
+        odd, other = False, (state.odd_inputs[:1], state.odd_outputs[:1])
         if len(other[0]) and squares(other[0][0], other[1][0]) > squares(A[0], B[0]):
             A, B, odd = *other, True
         return torch.cat([first[0], A[:1]]), torch.cat([first[1], B[:1]]), (False, odd)
 
-    def error(self, state: State, operator: Operator) -> float | None:
+    def error(self, state: CorrectedSums, operator: Operator) -> float | None:
         """Not from these sums: K-FAC and its correction are not orthogonal."""
         return None
 
 
-register("kfac-corrected", KFACCorrected)
+register("kfac-corrected", KFACCorrected, "K-FAC and a product for what it misses", "K-FAC, corrected")

@@ -1,27 +1,21 @@
 """K-FOC: the best Kronecker product of every layer in Frobenius norm."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import (
-    MAX_DIM,
-    Fit,
-    Plan,
-    Shapes,
-    State,
-    checked_max_dim,
-    elements,
-    has_diagonal,
-    reciprocal,
-    register,
-    side_shapes,
-)
-from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, look_over, split, widened
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.products import HalfStep, InputsStep, OutputsStep, ProductSums
 from kronfisher.fits.rearrangement import ROUTES, Diagonals, Projected, cheapest, norm, over, rearranged
+from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import added, balanced, leading, named, pieces
+from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes, has_diagonal
+from kronfisher.fits.state import reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE
 from kronfisher.operators import Kronecker, Operator
@@ -37,7 +31,7 @@ _SOME = 4  # where not even so many fit, of those wanted, one is carried
 
 @dataclass(frozen=True)
 class KFOC(Fit):
-    """``F ≈ B ⊗ A`` with the smallest Frobenius error, both sides positive semidefinite (Schnaus, Lee & Triebel 2021).
+    """``F ≈ B ⊗ A`` with the smallest Frobenius error, both semidefinite (Schnaus, Lee & Triebel 2021).
 
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
     weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once,
@@ -56,8 +50,8 @@ class KFOC(Fit):
             square. From 1e-4 up, wide weights, and those that many positions share, are iterated through their leading
             16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖.
         iterations: double steps at most, in one piece and, for ``"exact"``, over the data.
-        warm_start: start from what was found so far, where a start is free.
-        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is
+        warm_start: start from the result so far, where a start is free.
+        max_dim: factors beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is
             the best product under that constraint.
         route: how half steps are taken (`kronfisher.fits.rearrangement.routes`); None: by static cost.
 
@@ -101,43 +95,45 @@ class KFOC(Fit):
 
     def _terms(self, block: Block) -> int:
         """Products that are carried."""
-        sides = self.sides(block)
-        room = _WIDE // sum(elements(*side) for side in sides)
-        several = self.aggregation in ("memory", "exact") and not has_diagonal(sides)
-        return min(self.rank_memory, room) if several and room >= min(self.rank_memory, _SOME) else 1
+        shapes = self.shapes(block)
+        room = _WIDE // sum(elements(*shape) for shape in shapes)
+        many = self.aggregation in ("memory", "exact") and not has_diagonal(shapes)
+        return min(self.rank_memory, room) if many and room >= min(self.rank_memory, _SOME) else 1
 
-    def sides(self, block: Block) -> Shapes:
+    def shapes(self, block: Block) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
-        return side_shapes((block,), self.max_dim)
+        return factor_shapes((block,), self.max_dim)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        sides, terms = [elements(*side) for side in self.sides(group[0])], self._terms(group[0])
-        # Several terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger side.
-        temporary = 4 * terms * sum(sides) if terms > 1 else 2 * max(sides)
+        numbers, terms = [elements(*shape) for shape in self.shapes(group[0])], self._terms(group[0])
+        # Terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger factor's size.
+        temporary = 4 * terms * sum(numbers) if terms > 1 else 2 * max(numbers)
         passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
-        room = max(_ROOM, element * max(sides))
-        bytes = (terms + 1) * element * sum(sides)
+        room = max(_ROOM, element * max(numbers))
+        bytes = (terms + 1) * element * sum(numbers)
         return Plan(bytes, passes, temporary=temporary * element, waits=_PIECE, waiting=room)
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
-        scalar = like.new_zeros((), dtype=torch.float64)
-        sums = {
-            "inputs": like.new_zeros(terms, *inputs),
-            "outputs": like.new_zeros(terms, *outputs),
-            "weight": like.new_zeros(inputs[0]),
-            **{name: scalar.clone() for name in ("norm", "pieces", "steps")},
-            "change": like.new_zeros((), dtype=torch.float64),
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> ProductSums:
+        (inputs, outputs), terms = self.shapes(group[0]), self._terms(group[0])
+        numbers: dict[str, Any] = {
+            name: like.new_zeros((), dtype=torch.float64) for name in ("norm", "pieces", "steps", "change")
         }
-        return State(group, plan, sums)
+        return ProductSums(
+            group,
+            plan,
+            inputs=like.new_zeros(terms, *inputs),
+            outputs=like.new_zeros(terms, *outputs),
+            weight=like.new_zeros(inputs[0]),
+            **numbers,
+        )
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: ProductSums | HalfStep, samples: tuple[Samples, ...]) -> ProductSums | HalfStep:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
         if not len(use):
             return state
-        if state.fixed:
+        if not isinstance(state, ProductSums):
             return self._half_step(state, use)
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
             self._flush(state)
@@ -148,18 +144,18 @@ class KFOC(Fit):
             self._flush(state)
         return state
 
-    def _enough(self, state: State) -> bool:
+    def _enough(self, state: ProductSums) -> bool:
         """Whether what is waiting is worth a piece, or more than may wait."""
-        several = sum(map(len, state.waiting)) >= _PIECE
-        return several or sum(samples.bytes for samples in state.waiting) > state.plan.waiting
+        enough = sum(map(len, state.waiting)) >= _PIECE
+        return enough or sum(samples.bytes for samples in state.waiting) > state.plan.waiting
 
-    def _flush(self, state: State) -> None:
+    def _flush(self, state: ProductSums) -> None:
         """Merge what has been waiting."""
         if not state.waiting:
             return
-        state.facts.pop("alone", None)
-        if len(state.sums["inputs"]) > 1 or state.waiting[0].gradients.device.type == "cpu":
-            look_over(state)  # decompositions wait for the device anyway, and tell less of what is wrong
+        state.single = None
+        if len(state.inputs) > 1 or state.waiting[0].gradients.device.type == "cpu":
+            check_gradients(state)  # decompositions wait for the device anyway, and tell less of what is wrong
         waiting, state.waiting = state.waiting, []
         merging = Merging(
             aggregation=self.aggregation,
@@ -167,143 +163,142 @@ class KFOC(Fit):
             iterations=self.iterations,
             warm_start=self.warm_start,
             route=self.route,
-            sides=self.sides(state.blocks[0]),
+            shapes=self.shapes(state.blocks[0]),
         )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
             with named(state):
                 merging.add_(state, piece)
 
-    def _size(self, state: State) -> int:
+    def _size(self, state: ProductSums) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
-        (_, outputs, width), element = state.blocks[0].shape, state.sums["inputs"].element_size()
+        (_, outputs, width), element = state.blocks[0].shape, state.inputs.element_size()
         size = _PIECE
-        while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both sides of the samples
+        while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both factors of the samples
             if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
                 break
             size //= 2
         return size
 
-    def _half_step(self, state: State, use: Samples) -> State:
-        """Of the passes that polish: one side is fixed, the other is summed."""
-        route, sides = (
-            self.route if self.route in ("weights", "rows", "explicit") else None,
-            self.sides(state.blocks[0]),
-        )
-        if has_diagonal(sides):
-            source = Diagonals([use], sides)
+    def _half_step(self, state: HalfStep, use: Samples) -> HalfStep:
+        """Half a step over all data: one factor is fixed, the other is summed."""
+        shapes = self.shapes(state.blocks[0])
+        route = self.route if self.route in ("weights", "rows", "explicit") else None
+        if has_diagonal(shapes):
+            source = Diagonals([use], shapes)
         else:
             if route is None:
-                found = cheapest(use.shape, len(use), use.positions, steps=1)
-                route = "weights" if found == "gram" else found
+                best = cheapest(use.shape, len(use), use.positions, steps=1)
+                route = "weights" if best == "gram" else best
             source = rearranged([use], route)
         assert not isinstance(source, Projected)
-        if "outputs" in state.sums:
-            state.sums["outputs"] += source.outputs(state.fixed["inputs"])
+        if isinstance(state, OutputsStep):
+            state.outputs += source.outputs(state.inputs)
         else:
-            state.sums["inputs"] += source.inputs(state.fixed["outputs"])
+            state.inputs += source.inputs(state.outputs)
         return state
 
-    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> ProductSums | HalfStep:
+        if not (isinstance(x, ProductSums) and isinstance(y, ProductSums)):
+            both = x.plus(y, wx, wy)
+            both.route, both.change = y.route or x.route, x.change if y.change is None else y.change
+            return both
         for state in (x, y):
             self._flush(state)
-        terms = max(len(state.sums.get("inputs", ())) for state in (x, y))
-        if not x.fixed:
-            x, y = widened(x, terms), widened(y, terms)
-        both = super().combine(x, y, wx, wy)
-        both.facts = {**x.facts, **y.facts}
-        if "route" in x.facts and "route" in y.facts:
-            both.facts["joined"] = True
-            if terms == 1 or len(x.sums["weight"]) > 1:
-                both.facts["uncertain"] = True
-        if x.fixed:
-            return both
-        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"]
+        terms = max(len(state.inputs) for state in (x, y))
+        x, y = x.widened(terms), y.widened(terms)
+        both = x.plus(y, wx, wy)
+        lost = x.begun and y.begun and (terms == 1 or len(x.weight) > 1)  # what they share beyond their terms
+        both.uncertain = x.uncertain or y.uncertain or lost
+        both.route, both.directions = y.route or x.route, y.directions or x.directions
+        both.norm = wx**2 * x.norm + wy**2 * y.norm
         if terms == 1 and self.aggregation != "running":
             return both  # sums of pieces' factors
-        x_terms, y_terms = (
-            (state.sums["inputs"], weight * state.sums["outputs"]) for state, weight in ((x, wx), (y, wy))
-        )
-        both.sums["inputs"], both.sums["outputs"], inner = added(x_terms, y_terms, terms)
-        both.sums["norm"] += 2 * inner
+        both.inputs, both.outputs, inner = added((x.inputs, wx * x.outputs), (y.inputs, wy * y.outputs), terms)
+        both.norm += 2 * inner
         return both
 
-    def next_pass(self, state: State) -> State | None:
+    def next_pass(self, state: ProductSums | HalfStep) -> HalfStep | None:
         if self.aggregation != "exact":
             return None
-        self._flush(state)
-        state.checked()
-        sums, fixed = state.sums, state.fixed
-        if not fixed:
-            alone = float(sums["pieces"]) <= 1 and state.facts.get("route") != "projected"
-            if alone and float(sums["change"]) <= self.tolerance:
+        if isinstance(state, ProductSums):
+            self._flush(state)
+            state.checked()
+            alone = float(state.pieces) <= 1 and state.route != "projected"
+            if alone and float(state.change) <= self.tolerance:
                 return None
-            A, B = split(state)
+            A, B = state.terms()
             first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
-            return self._turn(state, {"inputs": over(first, norm(first))}, state.phase + 1)
-        if "outputs" in sums:
-            B = over(sums["outputs"], norm(sums["outputs"]))
-            return self._turn(state, {"outputs": B, "before": fixed["inputs"]}, state.phase + 1)
-        A = over(sums["inputs"], norm(sums["inputs"]))
-        change = norm(A - fixed["before"]).max()
-        state.facts["change"] = f"{float(change):.0e}"
-        if float(change) <= self.tolerance or state.phase >= 2 * self.iterations:
+            return self._outputs_step(state, over(first, norm(first)))
+        state.checked()
+        if isinstance(state, OutputsStep):
+            B, A = over(state.outputs, norm(state.outputs)), state.inputs
+            inputs = B.new_zeros(self.shapes(state.blocks[0])[0])
+            after = InputsStep(state.blocks, state.plan, phase=state.phase + 1, inputs=inputs, outputs=B, before=A)
+            after.route, after.change = state.route, state.change
+            return after
+        A = over(state.inputs, norm(state.inputs))
+        state.change = float(norm(A - state.before).max())
+        if state.change <= self.tolerance or state.phase >= 2 * self.iterations:
             return None
-        return self._turn(state, {"inputs": A}, state.phase + 1)
+        after = self._outputs_step(state, A)
+        after.change = state.change
+        return after
 
-    def _turn(self, state: State, fixed: dict[str, Tensor], phase: int) -> State:
-        (inputs, outputs), like = self.sides(state.blocks[0]), next(iter(fixed.values()))
-        sums = {"outputs": like.new_zeros(outputs)} if "inputs" in fixed else {"inputs": like.new_zeros(inputs)}
-        return State(state.blocks, state.plan, sums, fixed, phase=phase, facts=state.facts)
+    def _outputs_step(self, state: ProductSums | InputsStep, A: Tensor) -> OutputsStep:
+        outputs = A.new_zeros(self.shapes(state.blocks[0])[1])
+        phase = state.phase + 1
+        return OutputsStep(state.blocks, state.plan, phase=phase, outputs=outputs, inputs=A, route=state.route)
 
-    def _alone(self, state: State) -> State | None:
+    def _single(self, state: ProductSums) -> ProductSums | None:
         """What waits, as the one piece that it is where nothing came before: its leading pair is all that is needed."""
-        if not state.waiting or self.by_batch or "route" in state.facts or len(state.sums["inputs"]) == 1:
+        if not state.waiting or self.by_batch or state.begun or len(state.inputs) == 1:
             return None
         fit = replace(self, rank_memory=1)
-        single = fit.init(state.blocks, state.plan, state.sums["inputs"])
+        single = fit.init(state.blocks, state.plan, state.inputs)
         single.count, single.rows, single.waiting = state.count, state.rows, list(state.waiting)
         fit._flush(single)
-        return single if float(single.sums["pieces"]) == 1 else None
+        return single if float(single.pieces) == 1 else None
 
-    def finish(self, state: State) -> Kronecker:
-        if alone := self._alone(state):
-            state.facts["alone"] = alone  # the report's; the samples go on waiting, and with more to come so do terms
-            state = alone
+    def finish(self, state: ProductSums | InputsStep) -> Kronecker:
+        if isinstance(state, InputsStep):
+            state.checked()
+            return balanced(state.inputs, state.outputs, reciprocal(state.count), state.name)
+        if single := self._single(state):
+            state.single = single  # the samples go on waiting: with more to come terms are needed
+            state = single
         self._flush(state)
         state.checked()
-        sums = state.sums
-        if state.fixed:
-            return balanced(sums["inputs"], state.fixed["outputs"], reciprocal(state.count), state.name)
-        A, B, scale = sums["inputs"][0], sums["outputs"][0], reciprocal(state.count)
-        if len(sums["inputs"]) > 1 and not (state.facts.get("route") == "projected" and float(sums["pieces"]) == 1):
-            A, B = leading(sums["inputs"], sums["outputs"], state.name)  # else one term, semidefinite as it was made
-        if len(sums["inputs"]) == 1 and self.aggregation != "running":
-            scale = scale * torch.where(sums["weight"] > 0, 1 / sums["weight"], 0)
+        A, B, scale = state.inputs[0], state.outputs[0], reciprocal(state.count)
+        if len(state.inputs) > 1 and not (state.route == "projected" and float(state.pieces) == 1):
+            A, B = leading(state.inputs, state.outputs, state.name)  # else one term, semidefinite as it was made
+        if len(state.inputs) == 1 and self.aggregation != "running":
+            scale = scale * torch.where(state.weight > 0, 1 / state.weight, 0)
         return balanced(A, B, scale, state.name)
 
-    def error(self, state: State, operator: Operator) -> float | None:
+    def error(self, state: ProductSums | HalfStep, operator: Operator) -> float | None:
         """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
-        state = state.facts.get("alone", state)
-        if state.fixed or "uncertain" in state.facts or not float(state.sums["pieces"]):
+        if not isinstance(state, ProductSums):
             return None
-        squared = float(state.sums["norm"])
-        found = (float(operator.frobenius_norm()) * float(state.count)) ** 2
-        return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
+        state = state.single or state
+        if state.uncertain or not float(state.pieces):
+            return None
+        squared = float(state.norm)
+        held = (float(operator.frobenius_norm()) * float(state.count)) ** 2
+        return max(1 - held / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
-    def notes(self, state: State) -> str:
-        state = state.facts.get("alone", state)
-        route = state.facts.get("route", "nothing")
-        if state.fixed:
-            steps, change = state.phase, state.facts["change"]
-            return f"by {route}, then {steps} half steps over all data; the last changed A by {change}"
-        pieces, change = float(state.sums["pieces"]), float(state.sums["change"])
+    def notes(self, state: ProductSums | HalfStep) -> str:
+        if not isinstance(state, ProductSums):
+            text = f"by {state.route}, then {state.phase} half steps over all data"
+            return text if state.change is None else f"{text}; the last changed A by {state.change:.0e}"
+        state = state.single or state
+        pieces, change = float(state.pieces), float(state.change)
         if not pieces:
             return "no samples"
-        done = "" if change <= (_ROUGH if route == "projected" else self.tolerance) else " (not converged)"
-        text = f"{state.sums['steps'] / pieces:.1f} double steps by {route}, the last changed A by {change:.0e}{done}"
+        done = "" if change <= (_ROUGH if state.route == "projected" else self.tolerance) else " (not converged)"
+        text = f"{state.steps / pieces:.1f} double steps by {state.route}, the last changed A by {change:.0e}{done}"
         if pieces > 1:
-            text += f"; {pieces:.0f} pieces" + (", error from their terms" if "uncertain" not in state.facts else "")
+            text += f"; {pieces:.0f} pieces" + ("" if state.uncertain else ", error from their terms")
         return text
 
 
@@ -322,8 +317,8 @@ class KPSVD(KFOC):
     """
 
 
-register("kfoc", KFOC)
-register("kfoc-exact", lambda: KFOC("exact"))
-register("kfoc-running", lambda: KFOC("running"))
-register("kfoc-approx", lambda: KFOC("approx"))
-register("kpsvd", KPSVD)
+register("kfoc", KFOC, "the best Kronecker product", "K-FOC")
+register("kfoc-exact", lambda: KFOC("exact"), "the same, exact over all data", "K-FOC, exact")
+register("kfoc-running", lambda: KFOC("running"), "the best product batch by batch", "K-FOC, running")
+register("kfoc-approx", lambda: KFOC("approx"), "the mean of batches' best products", "K-FOC, approximate")
+register("kpsvd", KPSVD, "the best product by power iteration", "KPSVD")

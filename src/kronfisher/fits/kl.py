@@ -7,19 +7,12 @@ from torch import Tensor
 
 from kronfisher.errors import SingularError
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import (
-    MAX_DIM,
-    Fit,
-    Plan,
-    State,
-    checked_max_dim,
-    elements,
-    reciprocal,
-    register,
-    side_shapes,
-    sizes,
-)
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import norm, over, times
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import MAX_DIM, checked_max_dim, elements, factor_shapes, sizes
+from kronfisher.fits.state import Fixed, State, Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
 from kronfisher.operators.algebra import nonnegative
@@ -28,11 +21,52 @@ from kronfisher.operators.factors import Factor
 __all__ = ["KL"]
 
 
+@dataclass(kw_only=True)
+class FlipOutputs(State):
+    """Half a step for B, whose sum is taken around a fixed A.
+
+    Attributes:
+        outputs: ``Σ_k G_k A⁻¹ G_kᵀ``, the upper triangle ``[H, O, O]``, or diagonal.
+        A: the input factor.
+        B: the output factor of the double step before; None in the first one.
+        root: R with ``R Rᵀ = A⁻¹``.
+        going: groups that have not come to rest, ``[H]``.
+    """
+
+    outputs: Total
+    A: Fixed
+    B: Fixed | None = None
+    root: Fixed
+    going: Fixed
+
+
+@dataclass(kw_only=True)
+class FlipInputs(State):
+    """Half a step for A, whose sum is taken around a fixed B.
+
+    Attributes:
+        inputs: ``Σ_k G_kᵀ B⁻¹ G_k``, the upper triangle ``[H, I, I]``, or diagonal.
+        A: the input factor of the double step before.
+        B: the output factor.
+        root: R with ``R Rᵀ = B⁻¹``.
+        going: groups that have not come to rest, ``[H]``.
+    """
+
+    inputs: Total
+    A: Fixed
+    B: Fixed
+    root: Fixed
+    going: Fixed
+
+
+HalfStep = FlipOutputs | FlipInputs
+
+
 @dataclass(frozen=True)
 class KL(Fit):
     """The minimum of ``KL(N(0, F + λ·1) ‖ N(0, X))`` over ``X = B ⊗ A``: matrix-normal maximum likelihood.
 
-    Alternates between the two sides (the flip-flop algorithm; Lin et al. 2025 use one step of it per batch)::
+    Alternates between the two factors (the flip-flop algorithm; Lin et al. 2025 use one step of it per batch)::
 
         B ← (Σ_k G_k A⁻¹ G_kᵀ / N + λ tr(A⁻¹)·1) / I        A ← (Σ_k G_kᵀ B⁻¹ G_k / N + λ tr(B⁻¹)·1) / O
 
@@ -41,7 +75,7 @@ class KL(Fit):
     affine reparametrisations of a layer.
 
     Every half step reads the data once, in the same order and with the same label draws: ``2 · iterations`` passes at
-    most, and no memory beyond that of the sides. The report says how many there were and how much A still changed.
+    most, and no memory beyond that of the factors. The report says how many there were and how much A still changed.
 
     Args:
         damping: λ, in the units of the eigenvalues of F as a mean over data (with ``reduction="sum"``, X is N times as
@@ -49,7 +83,7 @@ class KL(Fit):
             least max(I, O) samples, I + 1 if I = O), never with dead inputs or softmax outputs.
         iterations: double steps at most.
         tolerance: a group is done when its A, at norm one, changes by no more than this in a double step.
-        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are: then X is the
+        max_dim: factors beyond this size are kept as their diagonals, as those of lookups in a table are: then X is the
             minimum under that constraint.
 
     Raises:
@@ -77,85 +111,80 @@ class KL(Fit):
             raise ValueError(f"KL(iterations={self.iterations!r}): an integer of at least 1.")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        numbers = sum(elements(*side) for side in side_shapes(group, self.max_dim))
+        numbers = sum(elements(*shape) for shape in factor_shapes(group, self.max_dim))
         return Plan(4 * element * numbers, passes=2 * self.iterations)
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        inputs, outputs = side_shapes(group, self.max_dim)
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FlipOutputs:
+        inputs, outputs = factor_shapes(group, self.max_dim)
         identity = Factor.type_of(inputs).identity(inputs, like)
-        sums = {"outputs": like.new_zeros(outputs)}
         going = torch.ones(inputs[0], dtype=torch.bool, device=like.device)
-        return State(group, plan, sums, {"A": identity, "root": identity, "going": going})
+        return FlipOutputs(group, plan, outputs=like.new_zeros(outputs), A=identity, root=identity, going=going)
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: HalfStep, samples: tuple[Samples, ...]) -> HalfStep:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        root = state.fixed["root"]
-        if "outputs" in state.sums:
-            for part in use.rotated(root if state.phase else None, None):
-                part.add_output_products_(state.sums["outputs"])
+        if isinstance(state, FlipOutputs):
+            for part in use.rotated(state.root if state.phase else None, None):
+                part.add_output_products_(state.outputs)
         else:
-            for part in use.rotated(None, root):
-                part.add_input_products_(state.sums["inputs"])
+            for part in use.rotated(None, state.root):
+                part.add_input_products_(state.inputs)
         return state
 
-    def next_pass(self, state: State) -> State | None:
-        A, B = self._sides(state)
-        inputs, outputs = side_shapes(state.blocks, self.max_dim)
-        going = state.fixed["going"]
-        if "inputs" in state.sums:
-            going = going & (_change(A, state.fixed["A"]) > self.tolerance)
-            if state.phase + 1 >= 2 * self.iterations or not bool(going.any()):
-                return None
-            sums, side = {"outputs": A.new_zeros(outputs)}, A
-        else:
-            sums, side = {"inputs": A.new_zeros(inputs)}, B
-        fixed = {"A": A, "B": B, "root": self._root(side, state.name), "going": going}
-        return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1)
+    def next_pass(self, state: HalfStep) -> HalfStep | None:
+        A, B = self._factors(state)
+        inputs, outputs = factor_shapes(state.blocks, self.max_dim)
+        blocks, plan, phase, going = state.blocks, state.plan, state.phase + 1, state.going
+        if isinstance(state, FlipOutputs):
+            root = self._root(B, state.name)
+            return FlipInputs(blocks, plan, phase=phase, inputs=B.new_zeros(inputs), A=A, B=B, root=root, going=going)
+        going = going & (_change(A, state.A) > self.tolerance)
+        if state.phase + 1 >= 2 * self.iterations or not bool(going.any()):
+            return None
+        root = self._root(A, state.name)
+        return FlipOutputs(blocks, plan, phase=phase, outputs=A.new_zeros(outputs), A=A, B=B, root=root, going=going)
 
-    def finish(self, state: State) -> Kronecker:
-        A, B = self._sides(state)
-        even = (
-            Factor.of(B).diagonal().mean(1) / Factor.of(A).diagonal().mean(1)
-        ).sqrt()  # so that damping both sides alike makes sense
+    def finish(self, state: HalfStep) -> Kronecker:
+        A, B = self._factors(state)
+        # Damping both factors alike makes sense only where their traces are alike.
+        even = (Factor.of(B).diagonal().mean(1) / Factor.of(A).diagonal().mean(1)).sqrt()
         return Kronecker(times(A, even), times(B, 1 / even), name=state.name, definite=self.damping > 0)
 
-    def notes(self, state: State) -> str:
+    def notes(self, state: HalfStep) -> str:
         steps = (state.phase + 1) // 2
-        if "inputs" not in state.sums:
+        if isinstance(state, FlipOutputs):
             return "KL: half a step only"
-        change = float(_change(self._sides(state)[0], state.fixed["A"]).max())
+        change = float(_change(self._factors(state)[0], state.A).max())
         done = "converged" if change <= self.tolerance else "NOT converged"
         plural = "" if steps == 1 else "s"
         return f"KL: {done} after {steps} double step{plural} (last change {change:.0e}), fits F + {self.damping:g}"
 
-    def _sides(self, state: State) -> tuple[Tensor, Tensor]:
-        """A and B after the pass: the side that was summed is new, where a group has not come to rest."""
+    def _factors(self, state: HalfStep) -> tuple[Tensor, Tensor]:
+        """A and B after the pass: the factor that was summed is new, where a group has not come to rest."""
         state.checked()
         _, outputs, inputs = sizes(state.blocks)
-        root, scale = state.fixed["root"], reciprocal(state.count)
-        shift = self.damping * root.square().flatten(1).sum(1)  # λ tr of the other side's inverse
-        going = state.fixed["going"]
-        if "outputs" in state.sums:
-            B = Factor.of(state.sums["outputs"]).mirror(scale).shift(shift).tensor / inputs
-            return state.fixed["A"], _chosen(going, B, state.fixed.get("B", B))
-        A = Factor.of(state.sums["inputs"]).mirror(scale).shift(shift).tensor / outputs
-        return _chosen(going, A, state.fixed["A"]), state.fixed["B"]
+        scale = reciprocal(state.count)
+        shift = self.damping * state.root.square().flatten(1).sum(1)  # λ tr of the other factor's inverse
+        if isinstance(state, FlipOutputs):
+            B = Factor.of(state.outputs).mirror(scale).shift(shift).tensor / inputs
+            return state.A, _chosen(state.going, B, B if state.B is None else state.B)
+        A = Factor.of(state.inputs).mirror(scale).shift(shift).tensor / outputs
+        return _chosen(state.going, A, state.A), state.B
 
-    def _root(self, side: Tensor, name: str) -> Tensor:
-        """R ``[H, n, n]`` with ``R Rᵀ = side⁻¹``, or its diagonal."""
+    def _root(self, factor: Tensor, name: str) -> Tensor:
+        """R ``[H, n, n]`` with ``R Rᵀ = factor⁻¹``, or its diagonal."""
         try:
-            return Factor.of(side).inverse_root(name).tensor
+            return Factor.of(factor).inverse_root(name).tensor
         except SingularError as error:
             raise SingularError(
-                f"{name}: KL(damping={self.damping:g}) has no minimum to {side.dtype} precision, because a side of the "
-                "product is singular (dead inputs, softmax outputs or too few data). Use a larger damping, or float64."
+                f"{name}: KL(damping={self.damping:g}) has no minimum to {factor.dtype} precision: a factor of the "
+                "product is singular (dead inputs, softmax outputs, or too few examples). Use a larger damping."
             ) from error
 
 
 def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Group by group the new side or the old one."""
+    """Group by group the new factor or the old one."""
     return torch.where(which.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
@@ -164,4 +193,4 @@ def _change(new: Tensor, old: Tensor) -> Tensor:
     return norm(over(new, norm(new)) - over(old, norm(old)))
 
 
-register("kl", KL)
+register("kl", KL, "the product nearest in divergence (F + 0.001)", "KL")

@@ -1,26 +1,19 @@
 """Sums of Kronecker products: the leading singular triplets of the rearranged block, or a sum of positive terms."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import (
-    MAX_DIM,
-    Fit,
-    Plan,
-    Shapes,
-    State,
-    checked_max_dim,
-    elements,
-    has_diagonal,
-    reciprocal,
-    register,
-    side_shapes,
-)
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
+from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import balanced, inner, named, pieces
+from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes, has_diagonal
+from kronfisher.fits.state import Stack, Total, WaitingState, reciprocal
 from kronfisher.fits.term_search import METHODS, Method, TermSearch, squared_norm, squares
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
@@ -29,7 +22,53 @@ from kronfisher.operators.factors import Factor
 
 __all__ = ["KroneckerSum"]
 
+Pair = tuple[Tensor, Tensor]  # A and B of terms
 PIECE = 512  # samples that are treated at once
+
+
+@dataclass(kw_only=True)
+class TermSums(WaitingState):
+    """A sum of Kronecker products over the pieces so far.
+
+    Attributes:
+        inputs: A of the symmetric terms ``[R, H, I, I]``, or diagonals.
+        outputs: B of the same.
+        odd_inputs: A of the antisymmetric terms.
+        odd_outputs: B of the same.
+        norm: ``‖F‖²`` of what was summed, as far as it is known.
+        pieces: how many pieces were merged.
+        steps: how many steps they took.
+        accuracy: the worst of all pieces.
+        uncertain: whether `norm` misses something.
+    """
+
+    inputs: Stack
+    outputs: Stack
+    odd_inputs: Stack
+    odd_outputs: Stack
+    norm: Total
+    pieces: Total
+    steps: Total
+    accuracy: float = 0.0
+    uncertain: bool = False
+
+    @property
+    def even(self) -> tuple[Tensor, Tensor]:
+        """A and B of the symmetric terms."""
+        return self.inputs, self.outputs
+
+    @even.setter
+    def even(self, pair: tuple[Tensor, Tensor]) -> None:
+        self.inputs, self.outputs = pair
+
+    @property
+    def odd(self) -> tuple[Tensor, Tensor]:
+        """A and B of the antisymmetric terms."""
+        return self.odd_inputs, self.odd_outputs
+
+    @odd.setter
+    def odd(self, pair: tuple[Tensor, Tensor]) -> None:
+        self.odd_inputs, self.odd_outputs = pair
 
 
 @dataclass(frozen=True)
@@ -52,15 +91,15 @@ class KroneckerSum(Fit):
             every operation of a single product is defined: by multiplicative updates of weights on the samples for
             T = 1, on the best products of clusters of samples otherwise.
         memory: terms that are carried between pieces; None: 2 R + 4. While a piece is treated, Lanczos keeps as many
-            sides as it takes steps besides.
+            factors as it takes steps besides.
         tolerance: of the residuals of the triplets relative to the first singular value, or of an A of norm one.
         iterations: steps at most.
-        max_dim: sides beyond this size are kept as their diagonals in every term, as those of lookups in a table are:
+        max_dim: factors beyond this size are kept as their diagonals in every term, as those of lookups in a table are:
             then the sum is the best under that constraint.
 
     Raises:
         ValueError: an option makes no sense.
-        UnsupportedError: while it is fitted, ``"gram"`` met a weight that several positions share, or a side that is
+        UnsupportedError: while it is fitted, ``"gram"`` met a weight that several positions share, or a factor that is
             kept as a diagonal.
 
     Example:
@@ -105,19 +144,23 @@ class KroneckerSum(Fit):
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         terms = 2 * self.carried + self.rank
-        return Plan(terms * element * sum(elements(*side) for side in self.sides(group)))
+        return Plan(terms * element * sum(elements(*shape) for shape in self.shapes(group)))
 
-    def sides(self, group: tuple[Block, ...]) -> Shapes:
+    def shapes(self, group: tuple[Block, ...]) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
-        return side_shapes(group, self.max_dim)
+        return factor_shapes(group, self.max_dim)
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        sums = {name: like.new_zeros((), dtype=torch.float64) for name in _NUMBERS}
-        for kind in ("even", "odd"):
-            sums |= _stacks(kind, *(like.new_zeros(0, *side) for side in self.sides(group)))
-        return State(group, plan, sums)
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> TermSums:
+        return TermSums(group, plan, **self._nothing(group, like))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def _nothing(self, group: tuple[Block, ...], like: Tensor) -> dict[str, Any]:
+        """Fields of a state that has seen no samples."""
+        inputs, outputs = self.shapes(group)
+        numbers = {name: like.new_zeros((), dtype=torch.float64) for name in ("norm", "pieces", "steps")}
+        stacks = {kind: like.new_zeros(0, *inputs) for kind in ("inputs", "odd_inputs")}
+        return numbers | stacks | {kind: like.new_zeros(0, *outputs) for kind in ("outputs", "odd_outputs")}
+
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> TermSums:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
@@ -126,26 +169,28 @@ class KroneckerSum(Fit):
             self._flush(state)
         return state
 
-    def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> TermSums:
         for state in (x, y):
             self._flush(state)
-        both = super().combine(_numbers(x), _numbers(y), wx, wy)
-        crossed = sum(float(inner(_sides(x, kind), _sides(y, kind))) for kind in _KINDS)
-        both.sums["norm"] = wx**2 * x.sums["norm"] + wy**2 * y.sums["norm"] + 2 * wx * wy * crossed
-        both.facts = {**x.facts, **y.facts}
-        both.facts["accuracy"] = max(state.facts.get("accuracy", 0.0) for state in (x, y))
-        for kind in ("even", "odd"):
-            A, B = (torch.cat([x.sums[f"{kind}.{side}"], y.sums[f"{kind}.{side}"]]) for side in ("inputs", "outputs"))
-            weights = torch.tensor([wx] * len(x.sums[f"{kind}.inputs"]) + [wy] * len(y.sums[f"{kind}.inputs"]))
-            B = B * weights.to(B).view(-1, *[1] * (B.dim() - 1))
-            both.sums |= _stacks(kind, *self.search.shortened(A, B, self.carried))
+        both = x.plus(y, wx, wy)
+        crossed = sum(float(inner(one, other)) for one, other in ((x.even, y.even), (x.odd, y.odd)))
+        both.norm = wx**2 * x.norm + wy**2 * y.norm + 2 * wx * wy * crossed
+        both.accuracy, both.uncertain = max(x.accuracy, y.accuracy), x.uncertain or y.uncertain
+        both.even = self._join(x.even, y.even, wx, wy)
+        both.odd = self._join(x.odd, y.odd, wx, wy)
         return both
 
-    def next_pass(self, state: State) -> State | None:
-        self._flush(state, last=True)
-        return None
+    def _join(self, x: Pair, y: Pair, wx: float, wy: float) -> Pair:
+        """The terms of a weighted sum of two sums, no more than are carried."""
+        A, B = (torch.cat(factors) for factors in zip(x, y, strict=True))
+        weights = torch.tensor([wx] * len(x[0]) + [wy] * len(y[0]))
+        B = B * weights.to(B).view(-1, *[1] * (B.dim() - 1))
+        return self.search.shortened(A, B, self.carried)
 
-    def finish(self, state: State) -> Operator:
+    def next_pass(self, state: TermSums) -> None:
+        self._flush(state, last=True)
+
+    def finish(self, state: TermSums) -> Operator:
         self._flush(state)  # in training this state goes on, and needs all the terms it can carry
         state.checked()
         A, B, odd = self._terms(state)
@@ -155,18 +200,18 @@ class KroneckerSum(Fit):
         B[0] = Factor.of(B[0]).nearest_semidefinite(state.name).tensor
         if len(A) == 1:
             return balanced(A[0], B[0], scale, state.name)
-        ratio = _evened(A[0], B[0])
-        A, B = (torch.stack([times(side, by) for side in s]) for s, by in ((A, ratio), (B, scale / ratio)))
+        ratio = _balance(A[0], B[0])
+        A, B = (torch.stack([times(factor, by) for factor in s]) for s, by in ((A, ratio), (B, scale / ratio)))
         positive = self.method == "nonnegative"
         return KroneckerSumOperator(A, B, state.name, nonnegative=positive, antisymmetric=odd)
 
-    def error(self, state: State, operator: Operator) -> float | None:
+    def error(self, state: Any, operator: Operator) -> float | None:
         """Where the norm of the block is affordable; over several pieces from the terms carried, somewhat too small.
 
         That takes twice the terms that are kept. Positive terms that were shortened are too far from the block to tell.
         """
-        squared, number = float(state.sums["norm"]), float(state.sums["pieces"])
-        if "uncertain" in state.facts or not number:
+        squared, number = float(state.norm), float(state.pieces)
+        if state.uncertain or not number:
             return None
         if number > 1 and not self._tells:
             return None
@@ -178,12 +223,12 @@ class KroneckerSum(Fit):
         """Whether the terms carried tell the error of several pieces."""
         return self.method != "nonnegative" and self.carried >= 2 * self.rank
 
-    def notes(self, state: State) -> str:
-        number = float(state.sums["pieces"])
+    def notes(self, state: TermSums) -> str:
+        number = float(state.pieces)
         if not number:
             return "no samples"
-        steps = float(state.sums["steps"]) / number
-        worst = state.facts["accuracy"]
+        steps = float(state.steps) / number
+        worst = state.accuracy
         done = "" if worst <= self.tolerance else " (NOT converged)"
         text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
         if number == 1:
@@ -192,12 +237,12 @@ class KroneckerSum(Fit):
 
     # Within -----------------------------------------------------------------------------------------------------------
 
-    def _flush(self, state: State, last: bool = False) -> None:
+    def _flush(self, state: TermSums, last: bool = False) -> None:
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
         if state.waiting:
             state.checked()
         waiting, state.waiting = state.waiting, []
-        alone = last and not float(state.sums["pieces"]) and sum(map(len, waiting)) <= PIECE
+        alone = last and not float(state.pieces) and sum(map(len, waiting)) <= PIECE
         with named(state):
             if alone and waiting:
                 self._merge_alone(state, waiting)
@@ -205,79 +250,65 @@ class KroneckerSum(Fit):
                 for piece in pieces(waiting, PIECE) if waiting else ():
                     self._merge(state, piece, self.carried)
 
-    def _merge_alone(self, state: State, piece: list[Samples]) -> None:
+    def _merge_alone(self, state: Any, piece: list[Samples]) -> None:
         self._merge(state, piece, self.rank)
 
-    def _merge(self, state: State, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
-        sides, steps, accuracy = self.sides(state.blocks), 0.0, 0.0
-        self.search.require(piece, sides, state.name)
+    def _merge(self, state: TermSums, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
+        shapes, steps, accuracy = self.shapes(state.blocks), 0.0, 0.0
+        self.search.require(piece, shapes, state.name)
         terms = min(terms, self._most(piece[0].shape))
         norm = squared_norm(piece)
-        parted = piece[0].shape[0] > 1 or has_diagonal(sides)  # what pieces share beyond their terms is in no term
-        if norm is None or (len(state.sums["even.inputs"]) and parted):
-            state.facts["uncertain"] = True
+        parted = piece[0].shape[0] > 1 or has_diagonal(shapes)  # what pieces share beyond their terms is in no term
+        if norm is None or (len(state.inputs) and parted):
+            state.uncertain = True
         else:
-            state.sums["norm"] += norm
-        for kind, odd in (("even", False), ("odd", True)):
-            found = self.search.found(piece, sides, terms, odd, less)
-            if found is None:
-                continue
-            A, B, more, change = found
-            steps, accuracy = steps + more, max(accuracy, change)
-            before = _sides(state, kind)
-            if len(before[0]):
-                state.sums["norm"] += 2 * inner((A, B), before)
-                A, B = torch.cat([before[0], A]), torch.cat([before[1], B])
-                if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
-                    A, B = self.search.shortened(A, B, terms)
-            state.sums |= _stacks(kind, A, B)
-        state.sums["pieces"] += 1
-        state.sums["steps"] += steps
-        state.facts["accuracy"] = max(accuracy, state.facts.get("accuracy", 0.0))
+            state.norm += norm
+        if leading := self.search.leading(piece, shapes, terms, False, less):
+            state.even = self._add(state, state.even, leading[:2], terms)
+            steps, accuracy = leading[2], max(accuracy, leading[3])
+        if leading := self.search.leading(piece, shapes, terms, True, less):
+            state.odd = self._add(state, state.odd, leading[:2], terms)
+            steps, accuracy = steps + leading[2], max(accuracy, leading[3])
+        state.pieces += 1
+        state.steps += steps
+        state.accuracy = max(accuracy, state.accuracy)
+
+    def _add(self, state: TermSums, before: Pair, new: Pair, terms: int) -> Pair:
+        """Terms of a new piece and those before it, with their inner product in the norm."""
+        if not len(before[0]):
+            return new
+        state.norm += 2 * inner(new, before)
+        A, B = torch.cat([before[0], new[0]]), torch.cat([before[1], new[1]])
+        if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
+            return self.search.shortened(A, B, terms)
+        return A, B
 
     def _most(self, shape: tuple[int, ...]) -> int:
         """Terms worth carrying: of a weight with a single row or column there is only one."""
         return 1 if min(shape[1:]) == 1 else self.carried
 
-    def _terms(self, state: State) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
+    def _terms(self, state: Any) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
         """The R largest terms, A and B, and which of them are antisymmetric; the first is symmetric."""
-        if not len(state.sums["even.inputs"]):  # no samples at all
-            A, B = (side.new_zeros(self.rank, *side.shape[1:]) for side in _sides(state, "even"))
+        if not len(state.inputs):  # no samples at all
+            A, B = (factor.new_zeros(self.rank, *factor.shape[1:]) for factor in state.even)
             return A, B, (False,) * self.rank
-        stacks = {kind: _sides(state, kind) for kind in _KINDS}
-        A, B = self.search.shortened(*stacks["even"], min(self.rank, self._most(state.blocks[0].shape)))
-        if self.method == "nonnegative" and len(A) < len(stacks["even"][0]):
-            A, B, change = self.search.polished(stacks["even"], A, B)
-            state.facts["accuracy"] = max(change, state.facts["accuracy"])
+        most = min(self.rank, self._most(state.blocks[0].shape))
+        A, B = self.search.shortened(state.inputs, state.outputs, most)
+        if self.method == "nonnegative" and len(A) < len(state.inputs):
+            A, B, change = self.search.polished(state.even, A, B)
+            state.accuracy = max(change, state.accuracy)
         ranked = [(float(squares(A[r], B[r])), False, A[r], B[r]) for r in range(len(A))]
-        ranked += [(float(squares(a, b)), True, a, b) for a, b in zip(*stacks["odd"], strict=True)]
+        ranked += [(float(squares(a, b)), True, a, b) for a, b in zip(*state.odd, strict=True)]
         ranked[1:] = sorted(ranked[1:], key=lambda entry: -entry[0])
         ranked = ranked[: self.rank]
         return torch.stack([e[2] for e in ranked]), torch.stack([e[3] for e in ranked]), tuple(e[1] for e in ranked)
 
 
-_NUMBERS = ("norm", "pieces", "steps")
-_KINDS = ("even", "odd")
-
-
-def _stacks(kind: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    return {f"{kind}.inputs": A, f"{kind}.outputs": B}
-
-
-def _sides(state: State, kind: str) -> tuple[Tensor, Tensor]:
-    return state.sums[f"{kind}.inputs"], state.sums[f"{kind}.outputs"]
-
-
-def _numbers(state: State) -> State:
-    """With the sums that simply add up."""
-    return replace(state, sums={name: value for name, value in state.sums.items() if name.split(".")[0] not in _KINDS})
-
-
-def _evened(A: Tensor, B: Tensor) -> Tensor:
+def _balance(A: Tensor, B: Tensor) -> Tensor:
     """``√((tr B / O) / (tr A / I))`` of every group, one where either is zero."""
-    right, left = (Factor.of(side).diagonal().mean(-1).clamp_min(0) for side in (A, B))
+    right, left = (Factor.of(factor).diagonal().mean(-1).clamp_min(0) for factor in (A, B))
     some = (left > 0) & (right > 0)
     return (torch.where(some, left, 1) / torch.where(some, right, 1)).sqrt()
 
 
-register("kronecker-sum", KroneckerSum)
+register("kronecker-sum", KroneckerSum, "the best sum of two products", "Kronecker sum")

@@ -1,14 +1,18 @@
 """Prototypes: gradients parted into the nearest of a few Kronecker-structured directions, and what is left of them."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State, elements, reciprocal, register, sizes
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import elements, sizes
+from kronfisher.fits.state import FactorSums, Fixed, State, Total, WaitingState, reciprocal
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks, eigh, mirror
@@ -20,23 +24,52 @@ _ROOM = 2**27  # bytes of samples kept for a layer
 _PLASTIC = 1.32471795724474602596  # its powers spread numbers evenly in two dimensions (data and columns)
 
 
-@dataclass
-class Kept(State):
+@dataclass(kw_only=True)
+class Kept(WaitingState):
     """Samples of the first pass, chosen by their number alone.
 
     Attributes:
-        data: how many data there were.
+        nothing: a tensor without elements, of the dtype and device of the sums to come.
+        data: how many examples there were.
         column: of the output Hessian's root, or label draw, that came last.
         share: samples are kept whose own number in [0, 1) is below it.
         numbers: those of the samples that wait.
         longest: T of the longest sample so far.
     """
 
+    nothing: Tensor
     data: int = 0
     column: int = 0
     share: float = 1.0
     numbers: list[Tensor] = field(default_factory=list)
     longest: int = 1
+
+    @property
+    def like(self) -> Tensor:
+        return self.nothing
+
+
+@dataclass(kw_only=True)
+class Parts(State):
+    """The second pass: both parts of every gradient, around fixed prototypes ``z_c = b_c ⊗ a_c``.
+
+    Attributes:
+        eigenvalues: ``Σ_k (U_Bᵀ Δ_k U_A)∘²`` ``[H, O, I]``.
+        weights: ``Σ ⟨G_k, z_c⟩²`` over the samples nearest to c, ``[H, m]``.
+        inputs: U_A ``[H, I, I]``.
+        outputs: U_B ``[H, O, O]``.
+        A: a_c ``[H, m, I]``.
+        B: b_c ``[H, m, O]``.
+        kept: how many samples the prototypes were found from.
+    """
+
+    eigenvalues: Total
+    weights: Total
+    inputs: Fixed
+    outputs: Fixed
+    A: Fixed
+    B: Fixed
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,25 +133,22 @@ class Prototypes(Fit):
         kept = min(_ROOM, element * self.samples * groups * (outputs + inputs)) if self.number(group) else 0
         return Plan(2 * element * elements(groups, own) + kept, passes=2)
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Kept:
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Kept | FactorSums:
+        if self.number(group):
+            return Kept(group, plan, nothing=like.new_empty(0))
         groups, outputs, inputs = sizes(group)
-        sums = {}
-        if not self.number(group):
-            sums = {
-                "inputs": like.new_zeros(groups, inputs, inputs),
-                "outputs": like.new_zeros(groups, outputs, outputs),
-            }
-        return Kept(group, plan, sums, {"like": like.new_empty(0)})
+        A, B = like.new_zeros(groups, inputs, inputs), like.new_zeros(groups, outputs, outputs)
+        return FactorSums(group, plan, inputs=A, outputs=B)
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> State:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        if not isinstance(state, Kept):
+        if isinstance(state, Parts):
             _add_parts_(state, use)
-        elif state.sums:
-            use.add_output_products_(state.sums["outputs"])
-            use.add_input_products_(state.sums["inputs"])
+        elif isinstance(state, FactorSums):
+            use.add_output_products_(state.outputs)
+            use.add_input_products_(state.inputs)
         else:
             self._keep(state, use)
         return state
@@ -153,54 +183,62 @@ class Prototypes(Fit):
         Raises:
             ValueError: they are of the first pass, or of other prototypes.
         """
-        if isinstance(x, Kept) or isinstance(y, Kept):
+        if not (isinstance(x, Parts) and isinstance(y, Parts)):
             raise ValueError(
                 f"{x.name}: states of {self!r} combine only after the prototypes were chosen, and for the same ones."
             )
         return super().combine(x, y, wx, wy)
 
-    def next_pass(self, state: State) -> State | None:
-        if not isinstance(state, Kept):
+    def next_pass(self, state: Kept | FactorSums | Parts) -> Parts | None:
+        if isinstance(state, Parts):
             return None
         state.checked()
         groups, outputs, inputs = sizes(state.blocks)
-        like = state.fixed["like"]
-        if state.sums:
+        like, kept = state.like, 0
+        if isinstance(state, FactorSums):
             A, B = (like.new_zeros(groups, 0, size) for size in (inputs, outputs))
-            moments = [mirror(state.sums[side]) for side in ("inputs", "outputs")]
+            moments = [mirror(state.inputs), mirror(state.outputs)]
         elif not state.waiting:  # nothing ever came: all is zero
             A, B = (like.new_zeros(groups, self.number(state.blocks), size) for size in (inputs, outputs))
             moments = [torch.eye(size).to(like).expand(groups, -1, -1) for size in (inputs, outputs)]
         else:
-            kept = _joined(state)
-            A, B = _prototypes(kept, min(self.number(state.blocks), len(kept)), self.iterations)
-            rest, moments = _parted(kept, A, B)[0], [like.new_zeros(groups, size, size) for size in (inputs, outputs)]
+            kept = sum(map(len, state.waiting))
+            chosen = _joined(state)
+            A, B = _prototypes(chosen, min(self.number(state.blocks), len(chosen)), self.iterations)
+            rest, moments = _parted(chosen, A, B)[0], [like.new_zeros(groups, size, size) for size in (inputs, outputs)]
             rest.add_input_products_(moments[0])
             rest.add_output_products_(moments[1])
-            moments = [mirror(side) for side in moments]
-        inputs_basis, outputs_basis = (eigh(side, f"{state.name} (basis)")[1] for side in moments)
-        fixed = {"inputs": inputs_basis, "outputs": outputs_basis, "A": A, "B": B}
-        sums = {"eigenvalues": like.new_zeros(sizes(state.blocks)), "weights": like.new_zeros(A.shape[:2])}
-        facts = {"kept": sum(map(len, state.waiting))}
-        return State(state.blocks, state.plan, sums, fixed, phase=state.phase + 1, facts=facts)
+            moments = [mirror(moment) for moment in moments]
+        inputs_basis, outputs_basis = (eigh(moment, f"{state.name} (basis)")[1] for moment in moments)
+        return Parts(
+            state.blocks,
+            state.plan,
+            phase=state.phase + 1,
+            eigenvalues=like.new_zeros(sizes(state.blocks)),
+            weights=like.new_zeros(A.shape[:2]),
+            inputs=inputs_basis,
+            outputs=outputs_basis,
+            A=A,
+            B=B,
+            kept=kept,
+        )
 
-    def finish(self, state: State) -> Prototyped | Eigen:
+    def finish(self, state: Parts) -> Prototyped | Eigen:
         state.checked()
         scale = reciprocal(state.count)
-        U = KroneckerBasis(state.fixed["inputs"], state.fixed["outputs"])
-        values = (state.sums["eigenvalues"] * scale).clamp_min(0).flatten()  # a difference of sums: zero to rounding
+        U = KroneckerBasis(state.inputs, state.outputs)
+        values = (state.eigenvalues * scale).clamp_min(0).flatten()  # a difference of sums: zero to rounding
         rest = Eigen(U, values, name=state.name)
-        if not state.fixed["A"].shape[1]:
+        if not state.A.shape[1]:
             return rest
-        return Prototyped(rest, state.fixed["A"] @ U.A, state.fixed["B"] @ U.B, state.sums["weights"] * scale)
+        return Prototyped(rest, state.A @ U.A, state.B @ U.B, state.weights * scale)
 
-    def notes(self, state: State) -> str:
-        kept = state.facts.get("kept")
-        if not kept:
+    def notes(self, state: Parts) -> str:
+        if not state.kept:
             return "" if self.number(state.blocks) else "O or I is one: its eigenvectors are exact"
-        own, rest = state.sums["weights"].sum(), state.sums["eigenvalues"].sum()
+        own, rest = state.weights.sum(), state.eigenvalues.sum()
         share = (own / (own + rest).clamp_min(torch.finfo(own.dtype).tiny)).item()
-        return f"prototypes from {kept} samples hold {share:.1%} of the trace"
+        return f"prototypes from {state.kept} samples hold {share:.1%} of the trace"
 
 
 def _along(a: Tensor, g: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -229,20 +267,20 @@ def _parted(samples: Samples, A: Tensor, B: Tensor) -> tuple[Samples, Tensor, Te
     return replace(samples, activations=Dense(a), gradients=g, mask=None), along, nearest
 
 
-def _add_parts_(state: State, use: Samples) -> None:
+def _add_parts_(state: Parts, use: Samples) -> None:
     """Add the two parts of every sample to the sums of the second pass."""
-    A, B, sums = state.fixed["A"], state.fixed["B"], state.sums
+    A, B = state.A, state.B
     groups, outputs, inputs = use.shape
     if not A.shape[1]:
-        for piece in use.rotated(state.fixed["inputs"], state.fixed["outputs"]):
-            sums["eigenvalues"] += piece.squares()
+        for piece in use.rotated(state.inputs, state.outputs):
+            state.eigenvalues += piece.squares()
         return
     size = 3 * groups * (use.positions + 1) * (outputs + inputs + A.shape[1]) * use.gradients.element_size()
     for low, high in chunks(len(use), size, use.workspace):
         rest, along, nearest = _parted(use.part(low, high), A, B)
-        sums["weights"].scatter_add_(1, nearest, along.square().to(sums["weights"]))
-        for piece in rest.rotated(state.fixed["inputs"], state.fixed["outputs"]):
-            sums["eigenvalues"] += _squares(piece)
+        state.weights.scatter_add_(1, nearest, along.square().to(state.weights))
+        for piece in rest.rotated(state.inputs, state.outputs):
+            state.eigenvalues += _squares(piece)
 
 
 def _squares(samples: Samples) -> Tensor:
@@ -322,4 +360,4 @@ def _greedy(norms: Tensor, explained: Tensor, number: int) -> Tensor:
     return torch.stack(chosen)
 
 
-register("prototypes", Prototypes)
+register("prototypes", Prototypes, "multiples of a few products, and EKFAC of the rest", "prototypes")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalError
-from kronfisher.fits.fit import State
 from kronfisher.fits.rearrangement import norm, over, products, times, truncated
+from kronfisher.fits.state import State
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Kronecker
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.fits.fit import Shapes, elements, has_diagonal
 from kronfisher.fits.rearrangement import (
     Diagonals,
     Explicit,
@@ -30,6 +29,7 @@ from kronfisher.fits.rearrangement import (
     times,
     truncated,
 )
+from kronfisher.fits.shapes import Shapes, elements, has_diagonal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.factors import Factor
 
@@ -68,7 +68,7 @@ class TermSearch:
                 f"{why}. Use method='lanczos', for this parameter or for all."
             )
 
-    def found(
+    def leading(
         self, piece: list[Samples], sides: Shapes, terms: int, odd: bool, less: Terms | None = None
     ) -> tuple[Tensor, Tensor, float, float] | None:
         """The leading terms of a piece of one kind, after another sum was taken away; None if there are none.

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import MAX_DIM, Fit, Plan, State, checked_max_dim, elements, reciprocal, register, side_shapes
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import over
+from kronfisher.fits.registry import register
+from kronfisher.fits.shapes import MAX_DIM, checked_max_dim, elements, factor_shapes
+from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
 from kronfisher.operators.factors import Factor
@@ -20,11 +24,11 @@ class TKFAC(Fit):
 
     For T = 1 this is TKFAC (Gao et al. 2020): ``B ∝ Σ ‖a_k‖² g gᵀ`` and ``A ∝ Σ ‖g_k‖² a aᵀ``, at K-FAC's cost. For
     shared weights it keeps the cross terms between the positions of a sample, which TKFAC drops; these sums over the
-    gradients of single data are what Shampoo takes of mini-batch gradients, without its square root. Exact wherever the
+    per-example gradients are what Shampoo takes of mini-batch gradients, without its square root. Exact wherever the
     block is one Kronecker product. Each group of a convolution keeps its own trace.
 
     Args:
-        max_dim: sides beyond this size are kept as their diagonals, as those of lookups in a table are; the trace is
+        max_dim: factors beyond this size are kept as their diagonals, as those of lookups in a table are; the trace is
             the same.
 
     Raises:
@@ -44,25 +48,25 @@ class TKFAC(Fit):
         checked_max_dim(self)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        return Plan(2 * element * sum(elements(*side) for side in side_shapes(group, self.max_dim)))
+        return Plan(2 * element * sum(elements(*shape) for shape in factor_shapes(group, self.max_dim)))
 
-    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        inputs, outputs = side_shapes(group, self.max_dim)
-        return State(group, plan, {"inputs": like.new_zeros(inputs), "outputs": like.new_zeros(outputs)})
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FactorSums:
+        inputs, outputs = factor_shapes(group, self.max_dim)
+        return FactorSums(group, plan, inputs=like.new_zeros(inputs), outputs=like.new_zeros(outputs))
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        use.add_input_products_(state.sums["inputs"])
-        use.add_output_products_(state.sums["outputs"])
+        use.add_input_products_(state.inputs)
+        use.add_output_products_(state.outputs)
         return state
 
-    def finish(self, state: State) -> Kronecker:
+    def finish(self, state: FactorSums) -> Kronecker:
         state.checked()
-        inputs = Factor.of(state.sums["inputs"]).mirror()
-        outputs = Factor.of(state.sums["outputs"]).mirror(reciprocal(state.count))
+        inputs = Factor.of(state.inputs).mirror()
+        outputs = Factor.of(state.outputs).mirror(reciprocal(state.count))
         return Kronecker(over(inputs.tensor, inputs.diagonal().sum(1)), outputs.tensor, name=state.name)
 
 
-register("tkfac", TKFAC)
+register("tkfac", TKFAC, "one Kronecker product with the right trace", "TKFAC")

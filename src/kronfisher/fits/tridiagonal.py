@@ -3,18 +3,39 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fits.fit import Fit, Plan, State, named, reciprocal, register
+from kronfisher.fits.fit import Fit
 from kronfisher.fits.kfac import KFAC
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import named, register
+from kronfisher.fits.state import State, Totals, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
 
 __all__ = ["BlockTridiagonal"]
+
+
+@dataclass(kw_only=True)
+class Chain(State):
+    """Second moments of the layers of a chain, and of neighbours with each other.
+
+    Attributes:
+        inputs: ``Σ a_i a_iᵀ`` of every layer, the upper triangle.
+        outputs: ``Σ g_i g_iᵀ``, likewise.
+        input_links: ``Σ a_i a_{i+1}ᵀ`` of every layer but the last.
+        output_links: ``Σ g_i g_{i+1}ᵀ``.
+    """
+
+    inputs: Totals
+    outputs: Totals
+    input_links: Totals
+    output_links: Totals
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class BlockTridiagonal(Fit):
         if block.onehot:
             return f"{block.name} is looked up"
         if max(outputs, inputs) > self.basis.max_dim:
-            return f"{block.name} has a side of {max(outputs, inputs)}, kept as its diagonal"
+            return f"{block.name} has a factor of {max(outputs, inputs)}, kept as its diagonal"
         return ""
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
@@ -97,17 +118,18 @@ class BlockTridiagonal(Fit):
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         if len(group) == 1:
             return self.basis.init(group, plan, like)
-        sums = {}
-        for k, block in enumerate(group):
-            inputs, outputs = self.basis.sides((block,))
-            sums |= {f"inputs {k}": like.new_zeros(inputs), f"outputs {k}": like.new_zeros(outputs)}
-        for k, (x, y) in enumerate(pairwise(group)):
-            (_, outputs, inputs), (_, later_outputs, later_inputs) = x.shape, y.shape
-            sums[f"inputs {k}, {k + 1}"] = like.new_zeros(inputs, later_inputs)
-            sums[f"outputs {k}, {k + 1}"] = like.new_zeros(outputs, later_outputs)
-        return State(group, plan, sums)
+        shapes = [self.basis.shapes((block,)) for block in group]
+        links = [(x.shape, y.shape) for x, y in pairwise(group)]
+        return Chain(
+            group,
+            plan,
+            inputs=tuple(like.new_zeros(inputs) for inputs, _ in shapes),
+            outputs=tuple(like.new_zeros(outputs) for _, outputs in shapes),
+            input_links=tuple(like.new_zeros(x[2], y[2]) for x, y in links),
+            output_links=tuple(like.new_zeros(x[1], y[1]) for x, y in links),
+        )
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def update(self, state: Any, samples: tuple[Samples, ...]) -> State:
         if len(samples) == 1:
             return self.basis.update(state, samples)
         if len({(use.first, len(use) * use.positions) for use in samples}) > 1:
@@ -119,32 +141,36 @@ class BlockTridiagonal(Fit):
             samples = tuple(use.reduced() for use in samples)
         for k, use in enumerate(samples):
             if use.first:
-                use.add_input_covariance_(state.sums[f"inputs {k}"])
-            use.add_output_covariance_(state.sums[f"outputs {k}"])
+                use.add_input_covariance_(state.inputs[k])
+            use.add_output_covariance_(state.outputs[k])
         for k, (use, later) in enumerate(pairwise(samples)):
             if use.first:
-                use.add_input_products_with_(later, state.sums[f"inputs {k}, {k + 1}"])
-            use.add_output_products_with_(later, state.sums[f"outputs {k}, {k + 1}"])
+                use.add_input_products_with_(later, state.input_links[k])
+            use.add_output_products_with_(later, state.output_links[k])
         if samples[0].first:
             state.rows = state.rows + samples[0].rows
         return state
 
-    def finish(self, state: State) -> Operator:
+    def finish(self, state: Any) -> Operator:
         if len(state.blocks) == 1:
             return self.basis.finish(state)
         state.checked()
-        rows, count, sums = reciprocal(state.rows), reciprocal(state.count), state.sums
+        rows, count = reciprocal(state.rows), reciprocal(state.count)
         layers = tuple(
-            Kronecker(mirror(sums[f"inputs {k}"], rows), mirror(sums[f"outputs {k}"], count), block.name)
-            for k, block in enumerate(state.blocks)
+            Kronecker(mirror(inputs, rows), mirror(outputs, count), block.name)
+            for inputs, outputs, block in zip(state.inputs, state.outputs, state.blocks, strict=True)
         )
-        links = range(len(layers) - 1)
         return Tridiagonal(
             layers,
-            tuple(sums[f"inputs {k}, {k + 1}"] * rows for k in links),
-            tuple(sums[f"outputs {k}, {k + 1}"] * count for k in links),
+            tuple(link * rows for link in state.input_links),
+            tuple(link * count for link in state.output_links),
             state.name,
         )
 
 
-register("block-tridiagonal", BlockTridiagonal)
+register(
+    "block-tridiagonal",
+    BlockTridiagonal,
+    "K-FAC, neighbouring layers tied: of a whole chain",
+    "block-tridiagonal K-FAC",
+)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.fit import Fit, Plan, State
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.state import State
 
 __all__ = ["Visitor"]
 
@@ -20,4 +22,4 @@ class Visitor(Fit):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         """No sums."""
-        return State(group, plan, {})
+        return State(group, plan)

@@ -14,8 +14,7 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher import Fisher, Info
-from kronfisher.fits import Diagonal, Fit, Full
-from kronfisher.fits.fit import named
+from kronfisher.fits import Diagonal, Fit, Full, named
 from kronfisher.likelihoods import Categorical, Gaussian
 from kronfisher.linalg import plain_arithmetic
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fits.fit import State
+from kronfisher.fits import State
 from kronfisher.fits.visitor import Visitor
 from kronfisher.laplace.precision import Group
 from kronfisher.laplace.quadratic_forms import products, quadratics

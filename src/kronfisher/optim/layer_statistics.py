@@ -9,7 +9,7 @@ from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
-from kronfisher.optim.moving_average import AverageState, MovingAverage, scaled
+from kronfisher.optim.moving_average import AverageState, MovingAverage
 
 __all__ = ["LayerStatistics", "periods"]
 
@@ -77,7 +77,7 @@ class LayerStatistics:
         self.merge(keep)
         assert self.average is not None
         # The eigenvalues are to see this batch in their new basis: continue from the average without it.
-        self.average.states[1:] = [scaled(state, keep) for state in before]
+        self.average.states[1:] = [state.times(keep) for state in before]
         self.average = self.fit.renew_basis(self.average)
         assert self.average is not None
         self.empty()
@@ -116,37 +116,17 @@ class LayerStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as tensors, numbers and strings."""
-        states = self.average.states if self.average is not None else []
         return {
             "blocks": [asdict(block) for block in self.blocks],
-            "average": [
-                {key: getattr(state, key) for key in ("sums", "fixed", "count", "rows", "phase", "facts")}
-                for state in states
-            ],
+            "average": None if self.average is None else self.average.to_dict(),
             "basis_due": self.basis_due,
             "basis_renewed": self.basis_renewed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
         """Take over what `state_dict` gave."""
-        average = self.group.state
-        assert isinstance(average, AverageState)
         if saved := state["average"]:
-            first = average.states[0]
-            states = [
-                type(first)(
-                    self.blocks,
-                    first.plan,
-                    {key: t.to(device) for key, t in one["sums"].items()},
-                    {key: t.to(device) for key, t in one["fixed"].items()},
-                    one["count"],
-                    one["rows"],
-                    one["phase"],
-                    facts=dict(one["facts"]),
-                )
-                for one in saved
-            ]
-            self.average = AverageState(self.blocks, average.plan, {}, states=states)
+            self.average = AverageState.from_dict(saved, self.blocks, device)
         self.empty()
         self.basis_due, self.basis_renewed = state["basis_due"], state["basis_renewed"]
 

@@ -12,7 +12,7 @@ from kronfisher.fits import Fit, Plan, State
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
 
-__all__ = ["AverageState", "MovingAverage", "scaled"]
+__all__ = ["AverageState", "MovingAverage"]
 
 
 @dataclass
@@ -63,14 +63,14 @@ class MovingAverage(Fit):
         return replace(plan, bytes=3 * plan.bytes)  # the average, the batch's own, the inverse
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> AverageState:
-        return AverageState(group, plan, {}, states=[self.fit.init(group, plan, like)])
+        return AverageState(group, plan, states=[self.fit.init(group, plan, like)])
 
     def fresh(self, average: AverageState) -> AverageState:
         """Empty states in the bases of the average."""
         first, *rest = average.states
-        like = next(iter(first.sums.values()))
-        states = [self.fit.init(average.blocks, average.plan, like.new_empty(0)), *(_emptied(state) for state in rest)]
-        return AverageState(average.blocks, average.plan, {}, states=states)
+        begun = self.fit.init(average.blocks, average.plan, first.like.new_empty(0))
+        states = [begun, *(state.empty() for state in rest)]
+        return AverageState(average.blocks, average.plan, states=states)
 
     def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
         state.states = [self.fit.update(one, samples) for one in state.states]
@@ -89,14 +89,3 @@ class MovingAverage(Fit):
 
     def finish(self, state: Any) -> Operator:
         return self.fit.finish(state.states[-1])
-
-
-def scaled(state: State, factor: float) -> State:
-    """A state of plain sums times a number."""
-    sums = {name: factor * value for name, value in state.sums.items()}
-    return replace(state, sums=sums, count=factor * state.count, rows=factor * state.rows)
-
-
-def _emptied(state: State) -> State:
-    sums = {name: value.new_zeros(value.shape) for name, value in state.sums.items()}
-    return replace(state, sums=sums, count=0.0, rows=0.0)

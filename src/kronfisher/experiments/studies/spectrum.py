@@ -5,7 +5,7 @@ With one batch of n samples a true block is ``F = Σ_k vec(G_k) vec(G_k)ᵀ / N`
 the span of their inputs and gradients: in orthonormal bases of the two spans its factors have at most n rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from kronfisher.errors import UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
-from kronfisher.fits.fit import State
+from kronfisher.fisher.blocks import Block
+from kronfisher.fits import Plan, State
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker, KroneckerSum, Operator
@@ -24,11 +25,23 @@ __all__ = ["Spectrum", "leading_eigenvalues", "spectra"]
 WRITTEN_OUT = 600  # up to this dimension of the compressed matrix a dense eigendecomposition is faster
 
 
+@dataclass(kw_only=True)
+class Collected(State):
+    """Inputs ``a [n, I]`` and output gradients ``g [n, O]`` of every backward pass so far."""
+
+    a: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+
+
 @dataclass(frozen=True, eq=False)
 class Collect(Visitor):
     """A fit that makes no operator: it keeps the inputs and gradients of layers without shared positions."""
 
-    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Collected:
+        """No samples yet."""
+        return Collected(group, plan)
+
+    def update(self, state: Collected, samples: tuple[Samples, ...]) -> Collected:
         """Keep them."""
         (use,) = samples
         if use.positions > 1 or use.shape[0] > 1:
@@ -36,9 +49,9 @@ class Collect(Visitor):
                 f"{state.name}: spectra are measured for layers without shared positions or groups, and this one has "
                 f"{use.positions} positions and {use.shape[0]} groups."
             )
-        new = {"a": use.activations.dense()[0, :, 0], "g": use.gradients[0, :, 0]}
-        sums = {key: torch.cat([state.sums[key], rows]) if state.sums else rows for key, rows in new.items()}
-        return State(state.blocks, state.plan, sums, count=state.count)
+        state.a.append(use.activations.dense()[0, :, 0])
+        state.g.append(use.gradients[0, :, 0])
+        return state
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +99,8 @@ def spectra(recipe: Recipe, data: Any, leading: int) -> dict[str, Spectrum]:
     run = Accumulator(recipe, Collect())
     run.read(data)
     count = float(run.count)
-    return {
-        group.state.name: Spectrum.of(group.state.sums["a"], group.state.sums["g"], count, leading)
-        for group in run.groups
-    }
+    states = [group.state for group in run.groups if isinstance(group.state, Collected)]
+    return {state.name: Spectrum.of(torch.cat(state.a), torch.cat(state.g), count, leading) for state in states}
 
 
 def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from kronfisher.fits.rearrangement.joint import Joint, Terms
 from kronfisher.fits.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.fits.rearrangement.projected import Projected
 from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged
-from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearranged, squared_products
-from kronfisher.fits.rearrangement.rows import Explicit, Rows
+from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearranged
+from kronfisher.fits.rearrangement.rows import Explicit, Rows, squared_products
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.span import Span, spans
 from kronfisher.fits.rearrangement.spectrum import Triplets, deflated, lanczos

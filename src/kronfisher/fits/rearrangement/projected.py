@@ -98,6 +98,15 @@ class Projected:
             self.steps, self.change = self.steps + 1, _change(old, self.right)
         return weight
 
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        """``‖F‖² = ‖Σ_k vec(G_k) vec(G_k)ᵀ‖²`` in float64; None where it is too expensive.
+
+        Args:
+            samples: those of the block.
+            limit: multiplications it may take.
+        """
+        return None
+
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""
         _, outputs, width = self.shape

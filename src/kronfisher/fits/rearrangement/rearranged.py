@@ -12,12 +12,14 @@ both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.scales import norm, over, times
+from kronfisher.layers.samples import Samples
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
@@ -139,6 +141,15 @@ class Rearranged(ABC):
     def part(self) -> "Rearranged":
         """ℛ of those samples that it is largest for, which tell directions."""
         return self
+
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        """``‖F‖² = ‖Σ_k vec(G_k) vec(G_k)ᵀ‖²`` in float64; None where it is too expensive.
+
+        Args:
+            samples: those of the block.
+            limit: multiplications it may take.
+        """
+        return None
 
 
 def _noise(like: Tensor, number: int) -> Tensor:

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.parts import DIRECTIONS
 from kronfisher.fits.rearrangement.projected import PART, Projected
 from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.fits.rearrangement.rows import Explicit, Rows
-from kronfisher.fits.rearrangement.scales import reciprocal
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_
 
-__all__ = ["ROUTES", "cheapest", "costs", "rearranged", "squared_products"]
+__all__ = ["ROUTES", "cheapest", "costs", "rearranged"]
 
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
@@ -92,14 +89,3 @@ def rearranged(
     if any(several.positions > 1 for several in samples):
         raise ValueError(f"route={route!r} is for one position per sample; use 'rows' or 'explicit'.")
     return Gram(samples) if route == "gram" else Weights(samples)
-
-
-def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
-    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
-    rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
-    scale = torch.stack(rows.aminmax()).abs().amax()
-    rows *= reciprocal(scale)
-    products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
-    squares = products.triu_().square_()
-    same, fourth = squares.diagonal().sum(dtype=torch.float64), scale.double() ** 4
-    return same * fourth, 2 * (squares.sum(dtype=torch.float64) - same) * fourth

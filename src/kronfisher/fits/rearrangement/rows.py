@@ -8,10 +8,11 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement.parts import largest, share
 from kronfisher.fits.rearrangement.rearranged import Rearranged
+from kronfisher.fits.rearrangement.scales import reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE, add_symmetric_product_, complete_, multiply_rows
 
-__all__ = ["Explicit", "Rows", "dense_pieces"]
+__all__ = ["Explicit", "Rows", "dense_pieces", "explicit_norm", "squared_products"]
 
 
 def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,6 +51,9 @@ class Rows(Rearranged):
 
     def part(self) -> Rearranged:
         return Rows(largest(self.samples))
+
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        return explicit_norm(samples, limit)
 
 
 class Explicit(Rearranged):
@@ -99,3 +103,31 @@ class Explicit(Rearranged):
         places = [size.topk(share(len(size), total)).indices for size in sizes]
         part._kept = [G[:, :, some] for G, some in zip(self._kept, places, strict=True)]
         return part
+
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        if _pairs(samples) > limit:
+            return None
+        same, pairs = squared_products(self)
+        return same + pairs
+
+
+def squared_products(source: Explicit) -> tuple[Tensor, Tensor]:
+    """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together) of gradients written out, in float64."""
+    rows = torch.cat([G.permute(2, 0, 1, 3).flatten(1) for G in source.pieces()])
+    scale = torch.stack(rows.aminmax()).abs().amax()
+    rows *= reciprocal(scale)
+    products = add_symmetric_product_(rows.new_zeros(1, len(rows), len(rows)), rows.mT[None])[0]  # the upper triangle
+    squares = products.triu_().square_()
+    same, fourth = squares.diagonal().sum(dtype=torch.float64), scale.double() ** 4
+    return same * fourth, 2 * (squares.sum(dtype=torch.float64) - same) * fourth
+
+
+def explicit_norm(samples: Sequence[Samples], limit: int) -> Tensor | None:
+    """``‖Σ_k vec(G_k) vec(G_k)ᵀ‖²`` by gradients written out; None where that takes more multiplications."""
+    return Explicit(samples).squared_norm(samples, limit) if _pairs(samples) <= limit else None
+
+
+def _pairs(samples: Sequence[Samples]) -> int:
+    """Multiplications that the products of all pairs of gradients take."""
+    n, (groups, outputs, inputs) = sum(map(len, samples)), samples[0].shape
+    return n * groups * outputs * inputs * n

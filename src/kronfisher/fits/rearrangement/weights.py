@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged, mixture
+from kronfisher.fits.rearrangement.rows import explicit_norm
 from kronfisher.fits.rearrangement.scales import over, reciprocal
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
@@ -39,6 +40,9 @@ class Weights(Rearranged):
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
         return _summed(a, torch.linalg.vecdot(self.g @ B, self.g))
+
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        return explicit_norm(samples, limit)
 
 
 def _summed(rows: Tensor, weights: Tensor) -> Tensor:
@@ -112,6 +116,10 @@ class Gram(Weights):
             scale = (largest[0].double() * largest[1].double()).square()
         same = products.diagonal().sum(dtype=torch.float64)
         return same * scale, (products.sum(dtype=torch.float64) - same) * scale
+
+    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
+        same, pairs = self.squared_products()
+        return same + pairs
 
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
         w, u, sigma, steps, change = self.weights(tolerance, iterations)
