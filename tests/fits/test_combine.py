@@ -8,7 +8,7 @@ from kronfisher.capture.isolation import isolated
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits import FITS, named
+from kronfisher.fits import FITS, choose, named
 from tests.fits.pieces import gradients_of, random_samples
 from tests.helpers.networks import sequences
 
@@ -90,3 +90,9 @@ def test_errors_of_weighted_states_are_those_of_what_they_weigh(rank, wx, wy):
         assert fit.error(both, operator) is None  # one term a half does not tell
     else:
         torch.testing.assert_close(fit.error(both, operator), float(error), rtol=0.02, atol=0)
+
+
+def test_parameters_with_the_same_choice_have_the_same_instance():
+    own = kf.KFOC()
+    chosen = choose({"a": "kfac", "b": "kfac", "c": own, "d": own, "e": kf.KFOC()}, dict.fromkeys("abcde"))
+    assert chosen["a"] is chosen["b"] and chosen["c"] is chosen["d"] and chosen["e"] is not own

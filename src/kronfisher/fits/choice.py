@@ -15,6 +15,8 @@ Choice = Fit | str | Mapping[str, Fit | str]
 def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
     """The fit of every parameter, by the first pattern that its name matches.
 
+    Parameters that were given the same fit, as an object or by name, get the same instance.
+
     Parameters that were given one fit object, or one name, get one and the same object: fits treat these together.
 
     Raises:
