@@ -79,3 +79,11 @@ def test_the_glossary_has_each_word_once_and_says_where_it_is_in_the_code():
     words = [word for word, _, _ in rows if word != "word"]
     assert len(words) == len(set(words)) > 50
     assert sum("`kronfisher." in where for _, _, where in rows) > 40
+
+
+def test_modules_are_where_the_changelog_says():
+    rows = re.findall(r"^\| (`.+?`) \| (`.+?`) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for _, new in rows:
+        for name in re.findall(r"`(.+?)`", new):
+            assert pkgutil.resolve_name(f"kronfisher.{name.removesuffix('.*')}") is not None
