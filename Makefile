@@ -44,4 +44,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install --disable-pip-version-check -r constraints.txt
 	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	# laplace-torch brings torchvision. Nothing here needs it, and one built for another torch stops whatever imports it.
+	$(PYTHON) -m pip uninstall --disable-pip-version-check --yes torchvision
 	@touch $@
