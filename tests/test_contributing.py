@@ -13,7 +13,7 @@ from kronfisher.fits import FITS
 from kronfisher.layers import OPERATORS, REWRITES
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Operator
-from tests.helpers.layout import ROOT
+from tests.helpers.layout import FLOOR, ROOT
 
 REGISTRIES = (OPERATORS, REWRITES, FITS, REGISTRY, Damping.kinds, Operator.kinds, LOADERS)
 SEAMS = {
@@ -41,6 +41,11 @@ def restored_registries():
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(entries)
+
+
+def test_the_rooms_are_those_of_the_layout():
+    rows = re.findall(r"^\| (\d+) \| (`.+?`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {room: int(floor) - 1 for floor, rooms in rows for room in re.findall(r"`(\w+)/?`", rooms)} == FLOOR
 
 
 def test_every_seam_has_an_example():
