@@ -7,7 +7,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.per_sample import per_sample_block, per_sample_gradients, written_out
-from kronfisher.fits import named
+from kronfisher.fits import resolve
 from tests.helpers.checks import SETTLED, assert_fallback
 from tests.helpers.networks import Written
 from tests.helpers.truth import exact_fisher
@@ -88,7 +88,7 @@ def test_recurrent_layers_between_others(kind):
 
 
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
-@pytest.mark.parametrize("fit", [name for name in SETTLED if not named(name).by_batch])
+@pytest.mark.parametrize("fit", [name for name in SETTLED if not resolve(name).by_batch])
 def test_batches_do_not_matter(fit, labels):
     model = recurrent()
     x, y = words()

@@ -7,7 +7,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
-from kronfisher.fits import FITS, named
+from kronfisher.fits import FITS, resolve
 from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written, linears
 
@@ -57,7 +57,7 @@ def test_a_weight_in_two_roles_has_a_term_for_each():
     assert kf.estimate(model, x, kf.Gaussian(), fit="ekfac")["w"].trace() > 0
 
 
-@pytest.mark.parametrize("fit", [name for name in FITS if not named(name).exact])
+@pytest.mark.parametrize("fit", [name for name in FITS if not resolve(name).exact])
 def test_roles_add_up_whatever_the_fit(fit):
     """The block of a tied weight is the sum of those that two weights of the same values have."""
     model, x = autoencoder(), torch.randn(6, 3)

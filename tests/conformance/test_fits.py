@@ -15,7 +15,7 @@ from torch import Tensor
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.layout import gather
-from kronfisher.fits import FITS, named
+from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.operators.factors import Factor
@@ -47,9 +47,9 @@ TURNS = [turn for turn in TURNS if turn[:2] != ("attention, more keys", "ekfac")
 # Auto makes six fits of every block: a third of the uses are enough.
 TURNS = [turn for turn in TURNS if turn[1] != "auto" or EXAMPLES_IN_ORDER.index(turn[0]) % 3 == 0]
 # The tests of one turn run one after the other and share estimates: hence the scope, and the same places in both lists.
-TURNS.sort(key=lambda turn: named(turn[1]).by_batch)
+TURNS.sort(key=lambda turn: resolve(turn[1]).by_batch)
 turns = pytest.mark.parametrize("turn", TURNS, ids="-".join, scope="module")
-BATCHED = [turn for turn in TURNS if not named(turn[1]).by_batch]
+BATCHED = [turn for turn in TURNS if not resolve(turn[1]).by_batch]
 free_of_batches = pytest.mark.parametrize("turn", BATCHED, ids="-".join, scope="module")
 
 
@@ -283,7 +283,7 @@ def test_batches_do_not_matter(turn):
         one, parts = whole(turn, labels), estimate(p, fit, labels, loader)
         assert parts.count == one.count
         # Iterations to a tolerance magnify the rounding of sums in another order; Auto's positive terms most.
-        tolerance = 1e-10 if named(fit).linear else 5e-3 if fit == "auto" else 1e-6
+        tolerance = 1e-10 if resolve(fit).linear else 5e-3 if fit == "auto" else 1e-6
         close(parts.to_dense(), one.to_dense(), tolerance, what=f"{labels}, {len(loader)} batches")
 
 
@@ -297,7 +297,7 @@ def test_order_does_not_matter(turn):
             whole(turn, labels),
             estimate(p, fit, labels, (p.x[order], p.targets[order])),
         )
-        close(permuted.to_dense(), one.to_dense(), 1e-10 if named(fit).linear else 5e-3, what=labels)
+        close(permuted.to_dense(), one.to_dense(), 1e-10 if resolve(fit).linear else 5e-3, what=labels)
 
 
 @turns

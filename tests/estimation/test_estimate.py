@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
-from kronfisher.fits import named
+from kronfisher.fits import resolve
 from tests.helpers.checks import SETTLED, assert_exact
 from tests.helpers.close import close
 from tests.helpers.networks import Written, perceptron
@@ -34,7 +34,7 @@ def convolutional(size=12, channels=6):
 # Scale and batching ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", [name for name in FIT_NAMES if not named(name).by_batch])
+@pytest.mark.parametrize("fit", [name for name in FIT_NAMES if not resolve(name).by_batch])
 @pytest.mark.parametrize("labels", ["exact", "sampled", "observed"])
 def test_batching_changes_nothing(fit, labels):
     model, x = normalised(), X.double()

@@ -9,7 +9,7 @@ from kronfisher.layers.samples import Samples
 SHARP = {"tolerance": 1e-13, "iterations": 5000}
 
 
-def rearrange(G):
+def rearranged_matrix(G):
     """``ℛ(F) [O², I²]`` of ``[n, O, I]``."""
     return torch.einsum("koi,kpj->opij", G, G).flatten(2).flatten(0, 1)
 
@@ -17,7 +17,7 @@ def rearrange(G):
 def best(G, diagonal=False):
     """The best product ``[O·I, O·I]`` for gradients ``[n, O, I]``, and the singular values; perhaps with diagonal A."""
     outputs, inputs = G.shape[1:]
-    matrix = rearrange(G)
+    matrix = rearranged_matrix(G)
     if diagonal:
         matrix = matrix.view(-1, inputs, inputs) * torch.eye(inputs, dtype=G.dtype)
     U, S, V = torch.linalg.svd(matrix.view(outputs**2, inputs**2))
@@ -43,7 +43,7 @@ def gradients_of(samples):
 def excess(operator, samples):
     """By how much the relative error exceeds that of the best product."""
     G = gradients_of(samples)[0]
-    rows, sigma = G.flatten(1), torch.linalg.svdvals(rearrange(G))
+    rows, sigma = G.flatten(1), torch.linalg.svdvals(rearranged_matrix(G))
     block = rows.mT @ rows
     return float(((block - operator.to_dense()).norm() - (block.norm() ** 2 - sigma[0] ** 2).sqrt()) / block.norm())
 

@@ -8,11 +8,11 @@ from kronfisher.capture.isolation import isolated
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits import FITS, choose, named
+from kronfisher.fits import FITS, choose, resolve
 from tests.fits.pieces import gradients_of, random_samples
 from tests.helpers.networks import sequences
 
-LINEAR = [name for name in FITS if named(name).linear]
+LINEAR = [name for name in FITS if resolve(name).linear]
 ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
 
 

@@ -9,10 +9,10 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import kfoc
-from kronfisher.fits.rearrangement import ROUTES, cheapest, nearest_kronecker, rearranged
+from kronfisher.fits.rearrangement import ROUTES, cheapest, nearest_kronecker, rearrange
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import SEED, problem
-from tests.fits.pieces import SHARP, best, excess, fitted, gradients_of, random_samples, rearrange, samples_of
+from tests.fits.pieces import SHARP, best, excess, fitted, gradients_of, random_samples, rearranged_matrix, samples_of
 from tests.helpers.networks import grouped_images
 
 
@@ -48,7 +48,7 @@ def test_routes_agree_and_the_error_comes_with_the_answer(T, H, dtype):
     samples = random_samples(T=T, H=H, dtype=dtype)
     truth = [best(group.double()) for group in gradients_of(samples)]
     for name in ("gram", "weights", "rows", "explicit") if T == 1 else ("rows", "explicit"):
-        pair = rearranged([samples.part(0, 13), samples.part(13, 40)], name).leading(**SHARP)
+        pair = rearrange([samples.part(0, 13), samples.part(13, 40)], name).leading(**SHARP)
         for h, (matrix, S) in enumerate(truth):
             X = torch.kron(pair.B[h], pair.A[h]).double() * pair.sigma[h].double()
             assert (X - matrix).norm() <= (1e-8 if dtype == torch.float64 else 1e-4) * matrix.norm()
@@ -67,7 +67,7 @@ def test_routes_agree_and_the_error_comes_with_the_answer(T, H, dtype):
 
 def test_every_half_step_tells_its_error():
     samples = random_samples(T=3)
-    source, A = rearranged([samples], "rows"), torch.eye(7, dtype=torch.float64)[None]
+    source, A = rearrange([samples], "rows"), torch.eye(7, dtype=torch.float64)[None]
     G = gradients_of(samples)[0]
     block = torch.einsum("koi,kpj->oipj", G, G).flatten(2).flatten(0, 1)
     before = float("inf")
@@ -134,7 +134,7 @@ def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monk
     assert abs(excess(fitted(kf.KFOC("running"), *batches)[0], samples)) <= 0.02
     approx = fitted(kf.KFOC("approx", **SHARP), *batches)[0]
     assert excess(approx, samples) <= 0.1
-    pairs = [rearranged([batch], cheapest(batch.shape, 40, T)).leading(**SHARP) for batch in batches]
+    pairs = [rearrange([batch], cheapest(batch.shape, 40, T)).leading(**SHARP) for batch in batches]
     A = sum(pair.A[0] * pair.sigma.sqrt() for pair in pairs)
     B = sum(pair.B[0] * pair.sigma.sqrt() for pair in pairs) / len(pairs)
     torch.testing.assert_close(approx.to_dense(), torch.kron(B, A), rtol=1e-8, atol=1e-10)  # the mean of the factors
@@ -185,7 +185,7 @@ def test_running_is_the_best_product_for_the_last_one_and_the_new_batch():
     B, A = one.view(5, 7, 5, 7).diagonal(dim1=1, dim2=3).sum(-1), one.view(5, 7, 5, 7).diagonal(dim1=0, dim2=2).sum(-1)
     A, B = A.flatten(), B.flatten()
     product = torch.outer(B, A) * one.norm() / (A.norm() * B.norm())
-    U, S, V = torch.linalg.svd(product + rearrange(gradients_of(second)[0]))
+    U, S, V = torch.linalg.svd(product + rearranged_matrix(gradients_of(second)[0]))
     truth = S[0] * torch.kron(U[:, 0].view(5, 5), V[0].view(7, 7))
     found = fitted(kf.KFOC("running", **SHARP), first, second)[0].to_dense()
     torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
@@ -194,7 +194,7 @@ def test_running_is_the_best_product_for_the_last_one_and_the_new_batch():
 @pytest.mark.parametrize("route", ["rows", "explicit"])
 def test_half_steps_keep_the_sign_of_antisymmetric_matrices(route):
     samples = random_samples(n=6, T=3)
-    G, source = gradients_of(samples)[0], rearranged([samples], route)
+    G, source = gradients_of(samples)[0], rearrange([samples], route)
     generator = torch.Generator().manual_seed(2)
     for odd in (False, True):
         A, B = (torch.randn(size, size, generator=generator, dtype=torch.float64) for size in (7, 5))
@@ -212,10 +212,10 @@ def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_bes
     samples = random_samples(n=n, T=T, H=groups, dtype=getattr(torch, dtype))
     samples = samples_of(samples.activations.dense(), samples.gradients * scale)
     close = 1e-6 if dtype == "float64" else 1e-4
-    _, *sides = rearranged([samples], route).leading_terms(4, tolerance=close / 10)
+    _, *sides = rearrange([samples], route).leading_terms(4, tolerance=close / 10)
     A, B = (side.double() for side in sides)
     for h in range(groups):
-        truth = rearrange(gradients_of(samples)[h].double())
+        truth = rearranged_matrix(gradients_of(samples)[h].double())
         found = B[:, h].flatten(1).T @ A[:, h].flatten(1)
         torch.testing.assert_close((found * truth).sum(), found.square().sum(), rtol=close, atol=0)
         sigma = torch.linalg.svdvals(truth)
@@ -238,8 +238,8 @@ def test_a_few_heavy_samples_are_among_those_that_tell_the_other_terms(route, wo
     heavy = torch.ones(256, 1, 1, dtype=torch.float64)
     heavy[1::32] = 6
     samples = replace(samples, gradients=samples.gradients * heavy, workspace=workspace)
-    _, A, B = rearranged([samples], route).leading_terms(4, tolerance=1e-10)
-    truth = rearrange(gradients_of(samples)[0])
+    _, A, B = rearrange([samples], route).leading_terms(4, tolerance=1e-10)
+    truth = rearranged_matrix(gradients_of(samples)[0])
     left = (truth - B.flatten(1).T @ A.flatten(1)).square().sum() - torch.linalg.svdvals(truth)[4:].square().sum()
     assert left <= 0.03 * truth.square().sum()  # .008 with the largest, .05 with every fourth
 
@@ -247,8 +247,8 @@ def test_a_few_heavy_samples_are_among_those_that_tell_the_other_terms(route, wo
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_other_terms_are_found_from_few_samples_too(n):
     samples = random_samples(n=n, T=3)
-    _, A, B = rearranged([samples], "explicit").leading_terms(4, tolerance=1e-10)
-    truth = rearrange(gradients_of(samples)[0])
+    _, A, B = rearrange([samples], "explicit").leading_terms(4, tolerance=1e-10)
+    truth = rearranged_matrix(gradients_of(samples)[0])
     even = (truth.view(5, 5, -1) + truth.view(5, 5, -1).transpose(0, 1)).view_as(truth) / 2  # the rest is in no term
     left, sigma = (even - B.flatten(1).T @ A.flatten(1)).square().sum(), torch.linalg.svdvals(even)
     assert left <= sigma[4:].square().sum() + 0.02 * truth.square().sum() <= 0.7 * sigma[1:].square().sum()
@@ -352,9 +352,9 @@ def test_nearest_kronecker_is_the_truncated_svd(shapes):
 def test_directions_do_not_fade_from_piece_to_piece():
     a = torch.randn(600, 3).relu() @ torch.randn(3, 300)  # of rank three, where there are 32 directions
     samples = samples_of(a[None, :, None], torch.randn(1, 600, 1, 3) @ torch.randn(3, 280))
-    source = rearranged([samples], "projected")
+    source = rearrange([samples], "projected")
     for _ in range(60):
-        source = rearranged([samples], "projected", start=(source.right, source.left))
+        source = rearrange([samples], "projected", start=(source.right, source.left))
     for side in (source.right, source.left):
         sizes = side.abs().amax(dim=-2)
         assert sizes.min() > 1e-12 * sizes.max()  # numbers below 1e-38 would make every product ten times slower

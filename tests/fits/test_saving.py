@@ -8,7 +8,7 @@ import torch
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits import FITS, State, named
+from kronfisher.fits import FITS, State, resolve
 from kronfisher.layers.convolution import Geometry, Patches
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
@@ -57,7 +57,7 @@ def agree(fit, batches, waiting=None):
 @pytest.mark.parametrize("fit", FITS)
 def test_every_fit_goes_on_from_a_file_after_every_update(fit, positions, waiting):
     whole = random_samples(n=36, T=positions, I=4, O=3)
-    agree(named(fit), [(whole.part(low, low + 12),) for low in (0, 12, 24)], waiting)
+    agree(resolve(fit), [(whole.part(low, low + 12),) for low in (0, 12, 24)], waiting)
 
 
 @pytest.mark.parametrize("fit", [kf.KroneckerSum(2), kf.KroneckerSum(2, "nonnegative"), kf.KFACCorrected(), kf.KFOC()])

@@ -6,8 +6,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits import named
-from kronfisher.fits.rearrangement import truncated
+from kronfisher.fits import resolve
+from kronfisher.fits.rearrangement import truncate
 from tests.fits.pieces import fitted, gradients_of, random_samples, samples_of
 
 SUMS = [
@@ -84,8 +84,8 @@ def test_shorter_sums_do_not_depend_on_how_terms_are_split(groups):
     left, right = (torch.randn(4, groups, n, n, generator=generator, dtype=torch.float64) for n in (3, 5))
     split = torch.tensor([1e12, 1.0, 1e-12, 0.0], dtype=torch.float64)[:, None, None, None]
     right[3] = 0
-    B, A, sigma = truncated(left, right, 2)
-    other_B, other_A, other = truncated(left * split, right / split.where(split > 0, 1), 2)
+    B, A, sigma = truncate(left, right, 2)
+    other_B, other_A, other = truncate(left * split, right / split.where(split > 0, 1), 2)
     torch.testing.assert_close(other, sigma, rtol=1e-8, atol=1e-12)
     one, two = (torch.einsum("rhij,rhkl->hijkl", *pair) for pair in ((B, A), (other_B, other_A)))
     torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-12)
@@ -94,7 +94,7 @@ def test_shorter_sums_do_not_depend_on_how_terms_are_split(groups):
         best = (truth.U[:, :2] * truth.S[:2]) @ truth.Vh[:2]
         for more in (None, (left[1:], right[1:])):
             kept = slice(None) if more is None else slice(1)
-            B, A, _ = truncated(left[kept], right[kept], 2, more)
+            B, A, _ = truncate(left[kept], right[kept], 2, more)
             torch.testing.assert_close(B[:, h].flatten(1).T @ A[:, h].flatten(1), best, rtol=1e-8, atol=1e-10)
             assert (A[:, h].diagonal(dim1=1, dim2=2).sum(1) >= 0).all()
 
@@ -147,7 +147,7 @@ def test_gradients_that_are_not_finite_are_named(fit, n):
     model = Fragile()
     model.broken = True
     with pytest.raises(kf.NumericalError, match=r"first\.weight"):
-        kf.estimate(model, torch.randn(n, 4), kf.Categorical(), fit=named(fit))
+        kf.estimate(model, torch.randn(n, 4), kf.Categorical(), fit=resolve(fit))
 
 
 def by_class(T, tail, columns=8, n=128):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kronfisher as kf
-from kronfisher.fits import FITS, named
+from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import Draws
 from tests.helpers.networks import perceptron, shake
 from tests.helpers.truth import dense_fisher, positions
@@ -219,7 +219,7 @@ def sequences() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], tuple[Tensor, T
     return model, ragged, (x, y)
 
 
-@pytest.mark.parametrize("fit", [name for name in FITS if not named(name).by_batch])
+@pytest.mark.parametrize("fit", [name for name in FITS if not resolve(name).by_batch])
 @pytest.mark.parametrize("labels", ["exact", "observed"])
 def test_padding_changes_nothing(fit, labels):
     model, ragged, padded = sequences()

@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.layout import gather
-from kronfisher.fits import named
+from kronfisher.fits import resolve
 from kronfisher.operators import Kronecker, Tridiagonal
 from tests.helpers.close import close
 from tests.helpers.networks import Written, perceptron
@@ -216,7 +216,7 @@ def test_masked_positions_do_not_count():
 def test_settings():
     with pytest.raises(ValueError, match="KFAC"):
         kf.BlockTridiagonal(kf.KFOC())  # pyright: ignore[reportArgumentType]
-    assert named("block-tridiagonal") == kf.BlockTridiagonal(kf.KFAC())
+    assert resolve("block-tridiagonal") == kf.BlockTridiagonal(kf.KFAC())
     layer = nn.Linear(3, 2).double()
     fisher = kf.estimate(layer, torch.randn(9, 3).double(), kf.Gaussian(), fit="block-tridiagonal")
     assert isinstance(fisher["weight"], Kronecker)

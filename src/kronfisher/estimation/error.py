@@ -228,7 +228,7 @@ class CrossTerms(Fit):
         own = float(operator.frobenius_norm().double())
         if state is None:
             return 0.0, own
-        state.checked()
+        state.check()
         if self._written_out(group):
             truth = mirror(state.products, reciprocal(state.count)).double()
             return float(truth.norm()), float((truth - operator.to_dense().double()).norm())

@@ -18,7 +18,7 @@ from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits import Plan
 from kronfisher.fits.quadratic import squared_norm
-from kronfisher.fits.rearrangement import Rearranged, cheapest, lanczos, rearranged
+from kronfisher.fits.rearrangement import Rearranged, cheapest, lanczos, rearrange
 from kronfisher.fits.state import WaitingState
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
@@ -189,7 +189,7 @@ class Keep(Visitor):
 def _spectrum(samples: Sequence[Samples], rank: int, tolerance: float, iterations: int) -> Spectrum:
     n, positions = sum(map(len, samples)), max(several.positions for several in samples)
     route = cheapest(samples[0].shape, n, positions)
-    source = rearranged(samples, "weights" if route == "gram" else route)
+    source = rearrange(samples, "weights" if route == "gram" else route)
     assert isinstance(source, Rearranged)
     total = squared_norm(samples).sqrt()
     values, kinds, residual = [], [], 0.0

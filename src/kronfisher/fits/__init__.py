@@ -13,7 +13,7 @@ from kronfisher.fits.kl import KL
 from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.prototypes import Prototypes
-from kronfisher.fits.registry import FITS, Registered, named, register
+from kronfisher.fits.registry import FITS, Registered, register, resolve
 from kronfisher.fits.state import Fixed, Stack, State, Total, Totals
 from kronfisher.fits.tkfac import TKFAC
 from kronfisher.fits.tridiagonal import BlockTridiagonal
@@ -43,6 +43,6 @@ __all__ = [
     "Total",
     "Totals",
     "choose",
-    "named",
     "register",
+    "resolve",
 ]

@@ -91,10 +91,10 @@ class Chosen(WaitingState):
         """Those of the fit that was chosen."""
         return {} if self.inner is None else self.inner.sums
 
-    def checked(self) -> Self:
+    def check(self) -> Self:
         """Itself, if every sum of the fit that was chosen is finite; NumericalError otherwise."""
         if self.inner is not None:
-            self.inner.checked()
+            self.inner.check()
         return self
 
     def release(self) -> None:

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kronfisher.fits.fit import Fit
-from kronfisher.fits.registry import named
+from kronfisher.fits.registry import resolve
 
 __all__ = ["Choice", "choose"]
 
@@ -27,9 +27,9 @@ def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
         {'fc.weight': KFAC(mode='expand'), 'fc.bias': Diagonal()}
     """
     if not isinstance(fit, Mapping):
-        return dict.fromkeys(parameters, named(fit))
-    names = {choice: named(choice) for choice in fit.values() if isinstance(choice, str)}
-    patterns = {p: names[choice] if isinstance(choice, str) else named(choice) for p, choice in fit.items()}
+        return dict.fromkeys(parameters, resolve(fit))
+    names = {choice: resolve(choice) for choice in fit.values() if isinstance(choice, str)}
+    patterns = {p: names[choice] if isinstance(choice, str) else resolve(choice) for p, choice in fit.items()}
     idle = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in parameters)]
     if idle:
         raise ValueError(f"fit: the patterns {idle} match no trainable parameter; there are {list(parameters)}.")

@@ -49,7 +49,7 @@ class Diagonal(Fit):
         return state
 
     def finish(self, state: Squares) -> DiagonalOperator:
-        state.checked()
+        state.check()
         return DiagonalOperator((state.squares * reciprocal(state.count)).flatten(), name=state.name)
 
 

@@ -10,7 +10,7 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfoc import KFOC
 from kronfisher.fits.plan import Plan
-from kronfisher.fits.registry import named, register
+from kronfisher.fits.registry import register, resolve
 from kronfisher.fits.shapes import elements, sizes
 from kronfisher.fits.state import Fixed, State, Total, reciprocal
 from kronfisher.layers.samples import Samples
@@ -60,7 +60,7 @@ class EKFAC(Fit):
     basis: Fit = field(default_factory=KFAC)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "basis", named(self.basis))
+        object.__setattr__(self, "basis", resolve(self.basis))
 
     @property
     def linear(self) -> bool:
@@ -130,7 +130,7 @@ class EKFAC(Fit):
         return replace(after, eigenvalues=rows, count=before.count, rows=before.rows)
 
     def finish(self, state: Eigenvalues) -> Eigen:
-        state.checked()
+        state.check()
         basis = KroneckerBasis(state.inputs, state.outputs)
         return Eigen(basis, (state.eigenvalues * reciprocal(state.count)).flatten(), name=state.name)
 

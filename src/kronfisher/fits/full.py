@@ -75,7 +75,7 @@ class Full(Fit):
         return state
 
     def finish(self, state: Products) -> Dense:
-        state.checked()
+        state.check()
         return Dense(mirror(state.products, reciprocal(state.count)), name=state.name)
 
 

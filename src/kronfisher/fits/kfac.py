@@ -9,7 +9,7 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.registry import register
-from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes
+from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes
 from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Kronecker
@@ -49,7 +49,7 @@ class KFAC(Fit):
     def __post_init__(self) -> None:
         if self.mode not in ("expand", "reduce"):
             raise ValueError(f"KFAC(mode={self.mode!r}): use 'expand' or 'reduce'.")
-        checked_max_dim(self)
+        check_max_dim(self)
 
     def __repr__(self) -> str:
         own = f", max_dim={self.max_dim}" if self.max_dim != KFAC.max_dim else ""
@@ -78,7 +78,7 @@ class KFAC(Fit):
         return state
 
     def finish(self, state: FactorSums) -> Kronecker:
-        state.checked()
+        state.check()
         inputs = Factor.of(state.inputs).mirror(reciprocal(state.rows))
         outputs = Factor.of(state.outputs).mirror(reciprocal(state.count))
         return Kronecker(inputs.tensor, outputs.tensor, name=state.name)

@@ -83,7 +83,7 @@ class KFACCorrected(KroneckerSum):
         A, B = state.even
         first = self._product(state)
         if not state.exact:
-            A, B = self.search.shortened(torch.cat([A, first[0]]), torch.cat([B, -first[1]]), 1)
+            A, B = self.search.shorten(torch.cat([A, first[0]]), torch.cat([B, -first[1]]), 1)
         odd, other = False, (state.odd_inputs[:1], state.odd_outputs[:1])
         if len(other[0]) and squares(other[0][0], other[1][0]) > squares(A[0], B[0]):
             A, B, odd = *other, True

@@ -11,10 +11,10 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.products import HalfStep, InputsStep, OutputsStep, ProductSums
-from kronfisher.fits.rearrangement import ROUTES, Diagonals, Projected, cheapest, norm, over, rearranged
+from kronfisher.fits.rearrangement import ROUTES, Diagonals, Projected, cheapest, norm, over, rearrange
 from kronfisher.fits.registry import register
-from kronfisher.fits.running_sum import added, balanced, leading, named, pieces
-from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes, has_diagonal
+from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
+from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE
@@ -77,7 +77,7 @@ class KFOC(Fit):
     route: str | None = None
 
     def __post_init__(self) -> None:
-        checked_max_dim(self)
+        check_max_dim(self)
         if self.aggregation not in ("memory", "running", "approx", "exact"):
             raise ValueError(f"aggregation={self.aggregation!r}: use 'memory', 'exact', 'running' or 'approx'.")
         if self.rank_memory < 1 or self.iterations < 1 or not self.tolerance >= 0:
@@ -167,7 +167,7 @@ class KFOC(Fit):
         )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
-            with named(state):
+            with naming_errors(state):
                 merging.add_(state, piece)
 
     def _size(self, state: ProductSums) -> int:
@@ -190,7 +190,7 @@ class KFOC(Fit):
             if route is None:
                 best = cheapest(use.shape, len(use), use.positions, steps=1)
                 route = "weights" if best == "gram" else best
-            source = rearranged([use], route)
+            source = rearrange([use], route)
         assert not isinstance(source, Projected)
         if isinstance(state, OutputsStep):
             state.outputs += source.outputs(state.inputs)
@@ -214,7 +214,7 @@ class KFOC(Fit):
         both.norm = wx**2 * x.norm + wy**2 * y.norm
         if terms == 1 and self.aggregation != "running":
             return both  # sums of pieces' factors
-        both.inputs, both.outputs, inner = added((x.inputs, wx * x.outputs), (y.inputs, wy * y.outputs), terms)
+        both.inputs, both.outputs, inner = add_terms((x.inputs, wx * x.outputs), (y.inputs, wy * y.outputs), terms)
         both.norm += 2 * inner
         return both
 
@@ -223,14 +223,14 @@ class KFOC(Fit):
             return None
         if isinstance(state, ProductSums):
             self._flush(state)
-            state.checked()
+            state.check()
             alone = float(state.pieces) <= 1 and state.route != "projected"
             if alone and float(state.change) <= self.tolerance:
                 return None
             A, B = state.terms()
             first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
             return self._outputs_step(state, over(first, norm(first)))
-        state.checked()
+        state.check()
         if isinstance(state, OutputsStep):
             B, A = over(state.outputs, norm(state.outputs)), state.inputs
             inputs = B.new_zeros(self.shapes(state.blocks[0])[0])
@@ -262,19 +262,19 @@ class KFOC(Fit):
 
     def finish(self, state: ProductSums | InputsStep) -> Kronecker:
         if isinstance(state, InputsStep):
-            state.checked()
-            return balanced(state.inputs, state.outputs, reciprocal(state.count), state.name)
+            state.check()
+            return balance(state.inputs, state.outputs, reciprocal(state.count), state.name)
         if single := self._single(state):
             state.single = single  # the samples go on waiting: with more to come terms are needed
             state = single
         self._flush(state)
-        state.checked()
+        state.check()
         A, B, scale = state.inputs[0], state.outputs[0], reciprocal(state.count)
         if len(state.inputs) > 1 and not (state.route == "projected" and float(state.pieces) == 1):
             A, B = leading(state.inputs, state.outputs, state.name)  # else one term, semidefinite as it was made
         if len(state.inputs) == 1 and self.aggregation != "running":
             scale = scale * torch.where(state.weight > 0, 1 / state.weight, 0)
-        return balanced(A, B, scale, state.name)
+        return balance(A, B, scale, state.name)
 
     def error(self, state: ProductSums | HalfStep, operator: Operator) -> float | None:
         """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""

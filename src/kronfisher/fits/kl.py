@@ -11,7 +11,7 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import norm, over, times
 from kronfisher.fits.registry import register
-from kronfisher.fits.shapes import MAX_DIM, checked_max_dim, elements, factor_shapes, sizes
+from kronfisher.fits.shapes import MAX_DIM, check_max_dim, elements, factor_shapes, sizes
 from kronfisher.fits.state import Fixed, State, Total, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
@@ -104,7 +104,7 @@ class KL(Fit):
     max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
-        checked_max_dim(self)
+        check_max_dim(self)
         nonnegative(self.damping, "KL: the damping λ")
         nonnegative(self.tolerance, "KL: the tolerance")
         if not isinstance(self.iterations, int) or self.iterations < 1:
@@ -162,7 +162,7 @@ class KL(Fit):
 
     def _factors(self, state: HalfStep) -> tuple[Tensor, Tensor]:
         """A and B after the pass: the factor that was summed is new, where a group has not come to rest."""
-        state.checked()
+        state.check()
         _, outputs, inputs = sizes(state.blocks)
         scale = reciprocal(state.count)
         shift = self.damping * state.root.square().flatten(1).sum(1)  # λ tr of the other factor's inverse

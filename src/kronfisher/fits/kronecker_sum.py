@@ -11,8 +11,8 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
 from kronfisher.fits.registry import register
-from kronfisher.fits.running_sum import balanced, inner, named, pieces
-from kronfisher.fits.shapes import MAX_DIM, Shapes, checked_max_dim, elements, factor_shapes, has_diagonal
+from kronfisher.fits.running_sum import balance, inner, naming_errors, pieces
+from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import Stack, Total, WaitingState, reciprocal
 from kronfisher.fits.term_search import METHODS, Method, TermSearch, squared_norm, squares
 from kronfisher.layers.samples import Samples
@@ -120,7 +120,7 @@ class KroneckerSum(Fit):
     max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
-        checked_max_dim(self)
+        check_max_dim(self)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: use 'lanczos', 'deflation', 'gram' or 'nonnegative'.")
         if self.rank < 1 or self.iterations < 1 or not self.tolerance >= 0:
@@ -185,21 +185,21 @@ class KroneckerSum(Fit):
         A, B = (torch.cat(factors) for factors in zip(x, y, strict=True))
         weights = torch.tensor([wx] * len(x[0]) + [wy] * len(y[0]))
         B = B * weights.to(B).view(-1, *[1] * (B.dim() - 1))
-        return self.search.shortened(A, B, self.carried)
+        return self.search.shorten(A, B, self.carried)
 
     def next_pass(self, state: TermSums) -> None:
         self._flush(state, last=True)
 
     def finish(self, state: TermSums) -> Operator:
         self._flush(state)  # in training this state goes on, and needs all the terms it can carry
-        state.checked()
+        state.check()
         A, B, odd = self._terms(state)
         scale = reciprocal(state.count)
         A, B = A.clone(), B.clone()
         A[0] = Factor.of(A[0]).nearest_semidefinite(state.name).tensor
         B[0] = Factor.of(B[0]).nearest_semidefinite(state.name).tensor
         if len(A) == 1:
-            return balanced(A[0], B[0], scale, state.name)
+            return balance(A[0], B[0], scale, state.name)
         ratio = _balance(A[0], B[0])
         A, B = (torch.stack([times(factor, by) for factor in s]) for s, by in ((A, ratio), (B, scale / ratio)))
         positive = self.method == "nonnegative"
@@ -240,10 +240,10 @@ class KroneckerSum(Fit):
     def _flush(self, state: TermSums, last: bool = False) -> None:
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
         if state.waiting:
-            state.checked()
+            state.check()
         waiting, state.waiting = state.waiting, []
         alone = last and not float(state.pieces) and sum(map(len, waiting)) <= PIECE
-        with named(state):
+        with naming_errors(state):
             if alone and waiting:
                 self._merge_alone(state, waiting)
             else:
@@ -280,7 +280,7 @@ class KroneckerSum(Fit):
         state.norm += 2 * inner(new, before)
         A, B = torch.cat([before[0], new[0]]), torch.cat([before[1], new[1]])
         if self.method != "nonnegative" or len(A) > 2 * terms:  # shortening costs the most there
-            return self.search.shortened(A, B, terms)
+            return self.search.shorten(A, B, terms)
         return A, B
 
     def _most(self, shape: tuple[int, ...]) -> int:
@@ -293,9 +293,9 @@ class KroneckerSum(Fit):
             A, B = (factor.new_zeros(self.rank, *factor.shape[1:]) for factor in state.even)
             return A, B, (False,) * self.rank
         most = min(self.rank, self._most(state.blocks[0].shape))
-        A, B = self.search.shortened(state.inputs, state.outputs, most)
+        A, B = self.search.shorten(state.inputs, state.outputs, most)
         if self.method == "nonnegative" and len(A) < len(state.inputs):
-            A, B, change = self.search.polished(state.even, A, B)
+            A, B, change = self.search.polish(state.even, A, B)
             state.accuracy = max(change, state.accuracy)
         ranked = [(float(squares(A[r], B[r])), False, A[r], B[r]) for r in range(len(A))]
         ranked += [(float(squares(a, b)), True, a, b) for a, b in zip(*state.odd, strict=True)]

@@ -21,11 +21,11 @@ from kronfisher.fits.rearrangement import (
     cheapest,
     norm,
     over,
-    rearranged,
+    rearrange,
     times,
-    truncated,
+    truncate,
 )
-from kronfisher.fits.running_sum import added
+from kronfisher.fits.running_sum import add_terms
 from kronfisher.fits.shapes import Shapes, has_diagonal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
@@ -71,7 +71,7 @@ class Merging:
             if route == "projected" and positions > 1 and self.warm_start and not state.begun:
                 state.narrow()  # half steps on running sums come closer than one term of each piece
             running = self.warm_start and self._one(state)
-            source = rearranged(piece, route, self.tolerance, self.iterations, start, running)
+            source = rearrange(piece, route, self.tolerance, self.iterations, start, running)
         if self.aggregation == "running" and not isinstance(source, Projected) and state.begun:
             before = Terms(*state.terms())
             start = before.A[0] if self.warm_start else None
@@ -145,10 +145,10 @@ class Merging:
         terms = len(state.inputs)
         if not state.begun and len(A) <= terms:  # of zeros nothing comes
             if len(A) > 1 and not orthogonal:
-                B, A, _ = truncated(B, A, len(A))
+                B, A, _ = truncate(B, A, len(A))
             state.outputs[: len(B)], state.inputs[: len(A)] = B, A
             return
-        state.inputs, state.outputs, inner = added((state.inputs, state.outputs), (A, B), terms)
+        state.inputs, state.outputs, inner = add_terms((state.inputs, state.outputs), (A, B), terms)
         state.norm += 2 * inner  # of the pieces, this one and those before
 
     def _replace(self, state: ProductSums, pair: Pair) -> None:
@@ -180,7 +180,7 @@ def check_gradients(state: ProductSums) -> None:
     ends = [end for samples in state.waiting if len(samples) for end in samples.gradients.aminmax()]
     largest = float(torch.stack(ends).abs().max()) if ends else 0.0
     if not math.isfinite(largest):
-        state.checked()
+        state.check()
     if 0 < largest < tiny**0.5:
         warnings.warn(
             f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "

@@ -192,7 +192,7 @@ class Prototypes(Fit):
     def next_pass(self, state: Kept | FactorSums | Parts) -> Parts | None:
         if isinstance(state, Parts):
             return None
-        state.checked()
+        state.check()
         groups, outputs, inputs = sizes(state.blocks)
         like, kept = state.like, 0
         if isinstance(state, FactorSums):
@@ -224,7 +224,7 @@ class Prototypes(Fit):
         )
 
     def finish(self, state: Parts) -> Prototyped | Eigen:
-        state.checked()
+        state.check()
         scale = reciprocal(state.count)
         U = KroneckerBasis(state.inputs, state.outputs)
         values = (state.eigenvalues * scale).clamp_min(0).flatten()  # a difference of sums: zero to rounding

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kronfisher.fits.fit import Fit
 
-__all__ = ["FITS", "Registered", "named", "register"]
+__all__ = ["FITS", "Registered", "register", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def register(name: str, build: Callable[[], Fit], description: str = "", label: 
     FITS[name] = Registered(build, description, label or name)
 
 
-def named(fit: "Fit | str") -> Fit:
+def resolve(fit: "Fit | str") -> Fit:
     """The fit itself, or a new one with the settings known by that name.
 
     Example:
         >>> import kronfisher as kf
-        >>> named("kfac")
+        >>> resolve("kfac")
         KFAC(mode='expand')
     """
     if isinstance(fit, Fit):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalError
-from kronfisher.fits.rearrangement import norm, over, products, times, truncated
+from kronfisher.fits.rearrangement import norm, over, products, times, truncate
 from kronfisher.fits.state import State
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Kronecker
 
-__all__ = ["added", "balanced", "inner", "leading", "named", "pieces"]
+__all__ = ["add_terms", "balance", "inner", "leading", "naming_errors", "pieces"]
 
 _DOUBLE_STEPS = 1000  # after which a term smaller than the first by a hundredth has no share left
 
@@ -40,12 +40,12 @@ def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def named(state: State) -> Iterator[None]:
+def naming_errors(state: State) -> Iterator[None]:
     """Decompositions that fail say of which block they were."""
     try:
         yield
     except (NumericalError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        state.checked()
+        state.check()
         raise NumericalError(
             f"{state.name}: products of its inputs and gradients are not finite though they are themselves; "
             "scale the loss down, look at the weights, or use float64."
@@ -57,11 +57,11 @@ def inner(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
     return (products(x[0], y[0]) * products(x[1], y[1])).sum()
 
 
-def added(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], terms: int) -> tuple[Tensor, Tensor, Tensor]:
+def add_terms(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], terms: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best sum of so many terms for two sums of A and B together, A and B, and the `inner` product of the two."""
     (A, B), (more_A, more_B) = x, y
     across = products(B, more_B), products(A, more_A)
-    B, A, _ = truncated(B, A, terms, (more_B, more_A), across)
+    B, A, _ = truncate(B, A, terms, (more_B, more_A), across)
     return A, B, (across[0] * across[1]).sum()
 
 
@@ -80,7 +80,7 @@ def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
         yield piece
 
 
-def balanced(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecker:
+def balance(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecker:
     """``scale · B ⊗ A`` with ``tr A / I = tr B / O``, as every damping rule wants it; reads upper triangles."""
 
     def mean(side: Tensor) -> Tensor:

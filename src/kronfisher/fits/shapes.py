@@ -6,7 +6,7 @@ from typing import Any
 from kronfisher.fisher.blocks import Block
 from kronfisher.operators import Factor
 
-__all__ = ["MAX_DIM", "Shapes", "checked_max_dim", "elements", "factor_shapes", "has_diagonal", "sizes"]
+__all__ = ["MAX_DIM", "Shapes", "check_max_dim", "elements", "factor_shapes", "has_diagonal", "sizes"]
 
 MAX_DIM = 10240  # of a factor that is a matrix: 400 MiB in float32
 
@@ -19,7 +19,7 @@ def sizes(group: tuple[Block, ...]) -> tuple[int, int, int]:
     return block.shape
 
 
-def checked_max_dim(fit: Any) -> None:
+def check_max_dim(fit: Any) -> None:
     """ValueError unless its `max_dim` is a size."""
     if not isinstance(fit.max_dim, int) or fit.max_dim < 0:
         raise ValueError(

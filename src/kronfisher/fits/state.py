@@ -76,7 +76,7 @@ class State:
         """A tensor of the dtype and device of the sums."""
         return next(iter(self.sums.values()))
 
-    def checked(self) -> Self:
+    def check(self) -> Self:
         """Itself, if every sum and all that waits to be added is finite.
 
         Raises:

@@ -18,16 +18,16 @@ from kronfisher.fits.rearrangement import (
     Triplets,
     cheapest,
     clusters,
-    deflated,
+    deflate,
     lanczos,
     nonnegative_weights,
     norm,
     positive_terms,
-    rearranged,
+    rearrange,
     spans,
     squared_products,
     times,
-    truncated,
+    truncate,
 )
 from kronfisher.fits.shapes import Shapes, elements, has_diagonal
 from kronfisher.layers.samples import Samples
@@ -91,18 +91,18 @@ class TermSearch:
             return self._positive(piece, sides, terms, positions)
         if self.method == "gram":
             span = Span(piece)
-            found = span.expanded(span.spectrum(terms))
+            found = span.expand(span.spectrum(terms))
         else:
             found = self._in_span(piece, sides, terms, less) if positions == 1 else None
             if found is None:
                 source = _source(piece, sides)
                 source = source if less is None else Joint(source, less)
                 found = self._find(source, terms, odd)
-        A, B = _rooted(found.A, found.B, found.sigma)
+        A, B = _share_sigma(found.A, found.B, found.sigma)
         return A, B, float(found.steps), float(found.change)
 
     def _find(self, source: Rearranged, terms: int, odd: bool) -> Triplets:
-        find = lanczos if self.method == "lanczos" else deflated
+        find = lanczos if self.method == "lanczos" else deflate
         return find(source, terms, odd, self.tolerance, self.iterations)
 
     def _in_span(self, piece: list[Samples], sides: Shapes, terms: int, less: Terms | None) -> Triplets | None:
@@ -113,7 +113,7 @@ class TermSearch:
         taken = None if less is None else span.within(less)
         if less is not None and taken is None:
             return None
-        return span.expanded(self._find(span if taken is None else Joint(span, taken), terms, odd=False))
+        return span.expand(self._find(span if taken is None else Joint(span, taken), terms, odd=False))
 
     def _positive(
         self, piece: list[Samples], sides: Shapes, terms: int, positions: int
@@ -122,10 +122,10 @@ class TermSearch:
         groups, outputs, inputs = piece[0].shape
         if terms == 1:  # the best product is semidefinite by itself
             pair = _source(piece, sides).leading(None, self.tolerance, self.iterations)
-            A, B = _rooted(pair.A[None], pair.B[None], pair.sigma[None])
+            A, B = _share_sigma(pair.A[None], pair.B[None], pair.sigma[None])
             return A, B, float(pair.steps), float(pair.change)
         if positions == 1 and not has_diagonal(sides):
-            source = rearranged(piece, "gram")
+            source = rearrange(piece, "gram")
             assert isinstance(source, Gram)
             W, U, _, steps = nonnegative_weights(source.inputs_gram, source.outputs_gram, terms, self.tolerance)
             a = source.activations.dense()[:, :, 0]
@@ -141,28 +141,28 @@ class TermSearch:
                 for cluster in clusters(piece, 4 * terms)
             ]
             A, B = (torch.stack([getattr(pair, name) for pair in found]) for name in "AB")
-            A, B = _rooted(A, B, torch.stack([pair.sigma for pair in found]))
+            A, B = _share_sigma(A, B, torch.stack([pair.sigma for pair in found]))
             steps = sum(float(pair.steps) for pair in found)
-            A, B = self.shortened(A, B, terms)
+            A, B = self.shorten(A, B, terms)
         # What is only carried need not be the best of its length: it is going to be shortened.
         most = _SWEEPS if terms == self.rank else _FEW
         A, B, sweeps, change = positive_terms(_source(piece, sides), A, B, self.tolerance, most)
         A, B = ordered(A, B)
         return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
 
-    def shortened(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    def shorten(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
         """The best shorter sum of the same kind for a longer one."""
         if len(A) <= terms:
             return A, B
         if self.method != "nonnegative" or terms == 1:
-            B, A, _ = truncated(B, A, terms)
+            B, A, _ = truncate(B, A, terms)
             return A, B
         KA, KB = (torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B))
         W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
         A = torch.einsum("hsr,sh...->rh...", W.to(A), A)
         return ordered(A, torch.einsum("hsr,sh...->rh...", U.to(B), B))
 
-    def polished(self, whole: tuple[Tensor, Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    def polish(self, whole: tuple[Tensor, Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
         """The best positive sum for a longer one, from a good start A and B; and its last change."""
         A, B, _, change = positive_terms(Terms(*whole), A, B, self.tolerance, _SWEEPS)
         return *ordered(A, B), change
@@ -178,12 +178,12 @@ def _route(piece: list[Samples]) -> str:
 def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
     if has_diagonal(sides):
         return Diagonals(piece, sides)
-    source = rearranged(piece, _route(piece))
+    source = rearrange(piece, _route(piece))
     assert isinstance(source, Rearranged)
     return source
 
 
-def _rooted(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _share_sigma(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """σ shared between the sides; the trace of A at least zero."""
     terms = [(times(a, s), times(b, s)) for a, b, s in zip(A, B, _signed_roots(A, sigma), strict=True)]
     return torch.stack([a for a, _ in terms]), torch.stack([b for _, b in terms])

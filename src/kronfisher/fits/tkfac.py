@@ -9,7 +9,7 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import over
 from kronfisher.fits.registry import register
-from kronfisher.fits.shapes import MAX_DIM, checked_max_dim, elements, factor_shapes
+from kronfisher.fits.shapes import MAX_DIM, check_max_dim, elements, factor_shapes
 from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
@@ -45,7 +45,7 @@ class TKFAC(Fit):
     max_dim: int = MAX_DIM
 
     def __post_init__(self) -> None:
-        checked_max_dim(self)
+        check_max_dim(self)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         return Plan(2 * element * sum(elements(*shape) for shape in factor_shapes(group, self.max_dim)))
@@ -63,7 +63,7 @@ class TKFAC(Fit):
         return state
 
     def finish(self, state: FactorSums) -> Kronecker:
-        state.checked()
+        state.check()
         inputs = Factor.of(state.inputs).mirror()
         outputs = Factor.of(state.outputs).mirror(reciprocal(state.count))
         return Kronecker(over(inputs.tensor, inputs.diagonal().sum(1)), outputs.tensor, name=state.name)

@@ -12,7 +12,7 @@ from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.plan import Plan
-from kronfisher.fits.registry import named, register
+from kronfisher.fits.registry import register, resolve
 from kronfisher.fits.state import State, Totals, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
@@ -75,7 +75,7 @@ class BlockTridiagonal(Fit):
     basis: KFAC = field(default_factory=KFAC)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "basis", named(self.basis))
+        object.__setattr__(self, "basis", resolve(self.basis))
         if not isinstance(self.basis, KFAC):
             raise ValueError(
                 f"BlockTridiagonal(basis={self.basis!r}): the basis must be KFAC(...), whose factors are second "
@@ -154,7 +154,7 @@ class BlockTridiagonal(Fit):
     def finish(self, state: Any) -> Operator:
         if len(state.blocks) == 1:
             return self.basis.finish(state)
-        state.checked()
+        state.check()
         rows, count = reciprocal(state.rows), reciprocal(state.count)
         layers = tuple(
             Kronecker(mirror(inputs, rows), mirror(outputs, count), block.name)

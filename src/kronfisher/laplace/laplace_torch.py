@@ -14,7 +14,7 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher import Fisher, Info
-from kronfisher.fits import Diagonal, Fit, Full, named
+from kronfisher.fits import Diagonal, Fit, Full, resolve
 from kronfisher.likelihoods import Categorical, Gaussian
 from kronfisher.linalg import plain_arithmetic
 
@@ -50,7 +50,7 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
     except ImportError as error:
         raise ImportError('laplace-torch is missing; pip install "kronfisher[laplace]"') from error
 
-    chosen = named(fit)
+    chosen = resolve(fit)
 
     class KronfisherGGN(GGNInterface):
         """Curvature by kronfisher."""

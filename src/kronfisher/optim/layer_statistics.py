@@ -70,7 +70,7 @@ class LayerStatistics:
     def renew_basis(self, keep: float) -> bool:
         """Begin the second pass of the fit anew, from the average of the first; False if the batch is not finite."""
         try:
-            self.group.state.checked()
+            self.group.state.check()
         except NumericalError:
             return False
         before = self.average.states[1:] if self.average is not None else []

@@ -21,10 +21,10 @@ class AverageState(State):
 
     states: list[State] = field(default_factory=list)
 
-    def checked(self) -> "AverageState":
+    def check(self) -> "AverageState":
         """Itself, if every sum of every pass is finite; NumericalError otherwise."""
         for state in self.states:
-            state.checked()
+            state.check()
         return self
 
 

@@ -216,7 +216,7 @@ class Statistics:
         with plain_arithmetic(self._run.device):
             try:
                 for layer in self.layers:
-                    layer.group.state.checked()
+                    layer.group.state.check()
             except NumericalError:
                 self.discard()
             else:

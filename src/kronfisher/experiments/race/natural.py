@@ -80,5 +80,5 @@ def _build(module: Any, given: Any) -> Any:
 register(Competitor("natural", Natural, {"batch_size": 512}, takes=OPTIONS))
 for fit in fits.FITS:
     # Matrices of whole layers are for networks smaller than any here.
-    if fit != "full" and fits.named(fit).trains:
+    if fit != "full" and fits.resolve(fit).trains:
         register(Competitor(f"natural-{fit}", Natural, {"batch_size": 512, "fit": fit}, takes=OPTIONS))

@@ -6,12 +6,12 @@ from kronfisher.fits.rearrangement.joint import Joint, Terms
 from kronfisher.fits.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.fits.rearrangement.projected import Projected
 from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged
-from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearranged
+from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearrange
 from kronfisher.fits.rearrangement.rows import Explicit, Rows, squared_products
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.span import Span, spans
-from kronfisher.fits.rearrangement.spectrum import Triplets, deflated, lanczos
-from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncated
+from kronfisher.fits.rearrangement.spectrum import Triplets, deflate, lanczos
+from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncate
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "cheapest",
     "clusters",
     "costs",
-    "deflated",
+    "deflate",
     "lanczos",
     "nearest_kronecker",
     "nonnegative_weights",
@@ -39,9 +39,9 @@ __all__ = [
     "over",
     "positive_terms",
     "products",
-    "rearranged",
+    "rearrange",
     "spans",
     "squared_products",
     "times",
-    "truncated",
+    "truncate",
 ]

@@ -17,7 +17,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
 
     Seeds are far from one another and the samples go to the nearest; groups of a convolution are parted alike.
     """
-    rows = torch.cat([_sketched(several) for several in samples], dim=1)
+    rows = torch.cat([_sketch(several) for several in samples], dim=1)
     products = (rows @ rows.mT).square().sum(0)
     size = products.diagonal().sqrt()
     near = products / (size[:, None] * size).clamp_min(torch.finfo(size.dtype).tiny)
@@ -39,7 +39,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
     return found
 
 
-def _sketched(samples: Samples) -> Tensor:
+def _sketch(samples: Samples) -> Tensor:
     """``[H, n, ·]`` in float64: gradients, projected at random from both sides where they are wide."""
     groups, outputs, width = samples.shape
     sides = (_projection(groups, size, samples.gradients) for size in (width, outputs))

@@ -23,21 +23,21 @@ class Diagonals(Rearranged):
     """
 
     def __init__(self, samples: Sequence[Samples], sides: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        self.samples, self._sides = samples, sides
+        self.samples, self._factor_shapes = samples, sides
         self.shape = samples[0].shape
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self._sides
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._factor_shapes
 
     def like(self) -> Tensor:
         return self.samples[0].gradients
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        total, right = Factor.of(self.like().new_zeros(self.sides[1])), Factor.of(A)
+        total, right = Factor.of(self.like().new_zeros(self.factor_shapes[1])), Factor.of(A)
         for several in self.samples:
             if right.is_diagonal and isinstance(several.activations, Indices):
-                for places, rows in _gathered(several):
+                for places, rows in _nonzero_columns(several):
                     total.add_product_(A[:, places][..., None] * rows, rows)
                 continue
             for a, g in dense_pieces(several):
@@ -46,10 +46,10 @@ class Diagonals(Rearranged):
         return total.complete_().tensor
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        total, left = Factor.of(self.like().new_zeros(self.sides[0])), Factor.of(B)
+        total, left = Factor.of(self.like().new_zeros(self.factor_shapes[0])), Factor.of(B)
         for several in self.samples:
             if total.is_diagonal and isinstance(several.activations, Indices):
-                for places, rows in _gathered(several):
+                for places, rows in _nonzero_columns(several):
                     total.tensor.index_add_(1, places, (left.rotate(rows[:, None])[:, 0] * rows).sum(-1))
                 continue
             for a, g in dense_pieces(several):
@@ -58,7 +58,7 @@ class Diagonals(Rearranged):
         return total.complete_().tensor
 
 
-def _gathered(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+def _nonzero_columns(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     """Columns of the gradients G_k that are not zero, some samples at a time: places ``[R]`` and they ``[1, R, O]``."""
     assert isinstance(samples.activations, Indices)
     several = samples.activations.values.shape[2]

@@ -22,7 +22,7 @@ class Terms(Rearranged):
         self.shape = (A.shape[1], B.shape[-1], A.shape[-1])
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(self.A.shape[1:]), tuple(self.B.shape[1:])
 
     def like(self) -> Tensor:
@@ -43,8 +43,8 @@ class Joint(Rearranged):
         self.shape = parts[0].shape
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.parts[0].sides
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.parts[0].factor_shapes
 
     def like(self) -> Tensor:
         return self.parts[0].like()

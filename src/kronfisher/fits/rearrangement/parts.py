@@ -57,10 +57,10 @@ def sizes(samples: Samples) -> Tensor:
 
 def noise(like: Tensor, width: int) -> Tensor:
     """Random directions ``[H, D, ρ]``, the same at every call."""
-    return _drawn(len(like), width, like.dtype, like.device)
+    return _random(len(like), width, like.dtype, like.device)
 
 
 @lru_cache(maxsize=64)
-def _drawn(groups: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _random(groups: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     shape = (groups, width, min(DIRECTIONS, width))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)

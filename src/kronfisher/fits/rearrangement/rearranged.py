@@ -67,14 +67,14 @@ class Rearranged(ABC):
         """Some tensor with the dtype and device of the numbers."""
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` where a side is kept as its diagonal."""
         groups, outputs, width = self.shape
         return (groups, width, width), (groups, outputs, outputs)
 
     def first(self) -> Tensor:
         """The identity in place of A."""
-        shape = self.sides[0]
+        shape = self.factor_shapes[0]
         return Factor.type_of(shape).identity(shape, self.like())
 
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:

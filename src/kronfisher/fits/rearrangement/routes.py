@@ -11,7 +11,7 @@ from kronfisher.fits.rearrangement.rows import Explicit, Rows
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
 
-__all__ = ["ROUTES", "cheapest", "costs", "rearranged"]
+__all__ = ["ROUTES", "cheapest", "costs", "rearrange"]
 
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
@@ -65,7 +65,7 @@ def cheapest(
     return "projected" if loose and wide and projected < found[best] else best
 
 
-def rearranged(
+def rearrange(
     samples: Sequence[Samples],
     route: str,
     tolerance: float = 1e-3,

@@ -36,14 +36,14 @@ class Rows(Rearranged):
         return self.samples[0].gradients
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[1])
+        total = self.like().new_zeros(self.factor_shapes[1])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = multiply_rows(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
             add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
         return complete_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[0])
+        total = self.like().new_zeros(self.factor_shapes[0])
         for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
             W = multiply_rows(g, B) @ g.mT
             add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
@@ -84,13 +84,13 @@ class Explicit(Rearranged):
         yield from self._written_out() if self._kept is None else self._kept
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[1])
+        total = self.like().new_zeros(self.factor_shapes[1])
         for G in self.pieces():
             add_symmetric_product_(total, multiply_rows(G, A).flatten(2).mT, G.flatten(2).mT)
         return complete_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        total = self.like().new_zeros(self.sides[0])
+        total = self.like().new_zeros(self.factor_shapes[0])
         for G in self.pieces():
             add_symmetric_product_(total, G.flatten(1, 2), (B @ G.flatten(2)).view(G.shape).flatten(1, 2))
         return complete_(total, odd)

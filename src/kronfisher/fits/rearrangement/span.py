@@ -53,7 +53,7 @@ class Span(Rearranged):
         self._first = root.sum(1)  # of Σ_k a_k a_kᵀ
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         groups, rows, columns = self.matrix.shape
         return (groups, columns), (groups, rows)
 
@@ -90,7 +90,7 @@ class Span(Rearranged):
                 return None
         return Terms(sides[0], sides[1], terms.sign)
 
-    def expanded(self, found: Triplets) -> Triplets:
+    def expand(self, found: Triplets) -> Triplets:
         """Triplets in coordinates as matrices ``[R, H, I, I]`` and ``[R, H, O, O]``."""
         like = self.g
         sides = []

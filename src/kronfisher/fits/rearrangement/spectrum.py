@@ -15,7 +15,7 @@ from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.operators.factors import Factor
 
-__all__ = ["Triplets", "deflated", "lanczos"]
+__all__ = ["Triplets", "deflate", "lanczos"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Triplets:
 
 def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
     """A ``[H, I, I]`` of norm one of the kind, in general position; the same at every call."""
-    noise = torch.randn(source.sides[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(source.factor_shapes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = _of_kind(noise, -1 if antisymmetric else 1).to(source.like())
     return over(noise, norm(noise))
 
@@ -62,8 +62,8 @@ class OfKind(Rearranged):
         self.shape = source.shape
 
     @property
-    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.source.sides
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.source.factor_shapes
 
     def like(self) -> Tensor:
         return self.source.like()
@@ -91,12 +91,12 @@ def lanczos(
         iterations: double steps at most; at least R + 1 are taken.
     """
     source, sign = OfKind(source, antisymmetric), -1 if antisymmetric else 1
-    groups, dimensions = source.shape[0], [_dimension(shape, sign) for shape in source.sides]
+    groups, dimensions = source.shape[0], [_dimension(shape, sign) for shape in source.factor_shapes]
     room = min(dimensions)
     limit = min(max(iterations, rank + 1), room)
     like = source.like()
     if limit < 1:
-        A, B = (like.new_zeros(rank, *shape) for shape in source.sides)
+        A, B = (like.new_zeros(rank, *shape) for shape in source.factor_shapes)
         zero = like.new_zeros(())
         return Triplets(A, B, like.new_zeros(rank, groups), zero, zero)
     v = start_of(source, antisymmetric)
@@ -154,7 +154,7 @@ def _bidiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
     return wide + above[:, : wide.shape[1]]
 
 
-def deflated(
+def deflate(
     source: Rearranged, rank: int, antisymmetric: bool = False, tolerance: float = 1e-3, iterations: int = 50
 ) -> Triplets:
     """One after the other by power iteration on what the triplets before leave: ``B ← ℛ A − Σ_j ⟨A_j, A⟩ B_j``.

@@ -7,7 +7,7 @@ from kronfisher.errors import DataError
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
-__all__ = ["nearest_kronecker", "products", "truncated"]
+__all__ = ["nearest_kronecker", "products", "truncate"]
 
 _PIECE = 2**14  # numbers of each matrix that are taken to float64 at once
 
@@ -45,11 +45,11 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
         )
     if not 1 <= rank <= len(left):
         raise DataError(f"rank={rank}: a sum of {len(left)} products has a rank from 1 to {len(left)}.")
-    B, A, sigma = truncated(left[:, None], right[:, None], rank)
+    B, A, sigma = truncate(left[:, None], right[:, None], rank)
     return B[:, 0], A[:, 0], sigma[:, 0]
 
 
-def truncated(
+def truncate(
     left: Tensor,
     right: Tensor,
     rank: int,
