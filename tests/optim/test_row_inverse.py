@@ -1,5 +1,7 @@
 """Inverses applied to rows give the steps that inverses applied to gradients give."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -28,19 +30,24 @@ def spd(n):
     return root @ root.mT + torch.eye(n)
 
 
-@pytest.mark.parametrize("rows", [2, 10, 14, 40, 200])
-@pytest.mark.parametrize("sizes", [(12, 30), (30, 12), (1, 40), (20, 20)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_every_route_gives_the_product(rows, sizes, bias):
-    model = nn.Linear(sizes[1], sizes[0], bias=bias).double()
+# Rows, outputs, inputs and whether there is a bias: wherever rows pay.
+SHAPES = [
+    (rows, outputs, inputs, bias)
+    for rows, (outputs, inputs), bias in product((2, 10, 14, 40, 200), ((12, 30), (30, 12), (1, 40), (20, 20)), (0, 1))
+    if route(rows, outputs, inputs + bias) != "matrix"
+]
+assert len(SHAPES) == 12
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "bias"), SHAPES)
+def test_every_route_gives_the_product(rows, outputs, inputs, bias):
+    model = nn.Linear(inputs, outputs, bias=bool(bias)).double()
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
-    x = torch.randn(rows, sizes[1], dtype=torch.float64)
-    optimizer.step(lambda: model(x), torch.randn(rows, sizes[0], dtype=torch.float64))
+    x = torch.randn(rows, inputs, dtype=torch.float64)
+    optimizer.step(lambda: model(x), torch.randn(rows, outputs, dtype=torch.float64))
     (layer,) = optimizer.parts.direction.inverses
-    groups, outputs, inputs = layer.blocks[0].shape
-    assert groups == 1
-    if route(rows, outputs, inputs) == "matrix":
-        pytest.skip("rows do not pay")
+    inputs += bias
+    assert layer.blocks[0].shape == (1, outputs, inputs)
     B, A = spd(outputs), spd(inputs)
     layer.inverse = Kronecker(A[None], B[None])
     a, g = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
