@@ -6,7 +6,7 @@ and their order do not matter, sums are N means.
 """
 
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +25,7 @@ from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import DRAWS, SEED, Problem, problem
 from tests.conformance.taps import Tap
 from tests.helpers.close import close
+from tests.helpers.pairs import missing_pairs
 from tests.helpers.truth import positions
 
 LABELS = ("exact", "observed", "sampled")
@@ -70,9 +71,7 @@ free_of_batches = pytest.mark.parametrize("turn", BATCHED, ids="-".join, scope="
 def test_every_two_choices_meet_in_some_turn(some):
     present = [fit for fit in FITS if some is TURNS or not resolve(fit).by_batch]
     missing = {(e, f) for f, those in SOME.items() for e in EXAMPLES if e not in those} | UNDEFINED
-    met = {pair for turn in some for pair in product(turn, turn)}
-    for x, y in combinations((list(EXAMPLES), present, FEW, LABELS), 2):
-        assert set(product(x, y)) - met <= missing
+    assert missing_pairs(some, EXAMPLES, present, FEW, LABELS) <= missing
     assert {turn[1:] for turn in some} == set(product(present, FEW, LABELS))
 
 
@@ -248,8 +247,7 @@ FORMS = [
 
 
 def test_every_two_choices_meet_in_some_formula():
-    met = {pair for form in FORMS for pair in product(form, form)}
-    assert all(set(product(x, y)) <= met for x, y in combinations((EXAMPLES, FORMULAS, REGISTRY, LABELS), 2))
+    assert not missing_pairs(FORMS, EXAMPLES, FORMULAS, REGISTRY, LABELS)
     assert {(e, f, labels) for e, f, _, labels in FORMS} == set(product(EXAMPLES, FORMULAS, LABELS))
     assert {form[1:] for form in FORMS} == set(product(FORMULAS, REGISTRY, LABELS))
 

@@ -1,5 +1,6 @@
 """The exactness theorems of K-FAC, EKFAC, the diagonal and the full matrix, in float64."""
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import kronfisher as kf
 from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import Draws
 from tests.helpers.networks import perceptron, shake
+from tests.helpers.pairs import missing_pairs
 from tests.helpers.truth import dense_fisher, positions
 
 RANK_ONE = ("kfac", "kfac-reduce", "ekfac", "tkfac", "kfoc", "kpsvd", "full")
@@ -56,18 +58,33 @@ def labelled(likelihood: str, data: int) -> Tensor:
 # Theorem 1: one datum, or copies of it, and T = 1 ------------------------------------------------------------------
 
 
-@activations
-@likelihoods
-@reductions
-@pytest.mark.parametrize("fit", RANK_ONE)
-@pytest.mark.parametrize("copies", [1, 3])
-def test_one_datum_is_exact(activation, likelihood, reduction, fit, copies):
+@cache
+def one_datum(activation: str, likelihood: str, copies: int) -> tuple[nn.Module, tuple[Tensor, Tensor], dict]:
+    """A model, copies of one datum, and the truth for every kind of labels."""
     model, chosen = with_activation(activation), LIKELIHOODS[likelihood]()
     x = torch.randn(1, 3).double().expand(copies, -1)
     y = labelled(likelihood, copies)
-    for labels in ("exact", "sampled", "observed"):  # of the sampled and the observed labels' own matrix
-        fisher = kf.estimate(model, (x, y), chosen, fit=fit, labels=labels, samples=3, seed=2, reduction=reduction)
-        truth = by_layer(model, dense_fisher(model, x, y, chosen, labels, samples=3, seed=2))
+    kinds = ("exact", "sampled", "observed")  # of the sampled and the observed labels' own matrix
+    truths = {labels: dense_fisher(model, x, y, chosen, labels, samples=3, seed=2) for labels in kinds}
+    return model, (x, y), {labels: by_layer(model, truth) for labels, truth in truths.items()}
+
+
+FITTED = [
+    (fit, likelihood, list(ACTIVATIONS)[(i + j) % len(ACTIVATIONS)])
+    for i, fit in enumerate(RANK_ONE)
+    for j, likelihood in enumerate(LIKELIHOODS)
+]
+assert not missing_pairs(FITTED, RANK_ONE, LIKELIHOODS, ACTIVATIONS)
+
+
+@pytest.mark.parametrize(("fit", "likelihood", "activation"), FITTED)
+@reductions
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_datum_is_exact(fit, likelihood, activation, reduction, copies):
+    model, (x, y), truths = one_datum(activation, likelihood, copies)
+    options = {"fit": fit, "samples": 3, "seed": 2, "reduction": reduction}
+    for labels, truth in truths.items():
+        fisher = kf.estimate(model, (x, y), LIKELIHOODS[likelihood](), labels=labels, **options)
         assert distance(fisher.to_dense(), truth * (copies if reduction == "sum" else 1)) < 1e-10, labels
         assert fisher.error((x, y)).relative < 1e-10, labels
 
