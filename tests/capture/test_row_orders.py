@@ -320,14 +320,14 @@ def test_the_probe_reads_every_number(samples, dtype):
     factors = probe.factors().to(dtype)
     assert torch.isfinite(factors).all() and (factors > 0).all()
     plain = torch.randn(samples, 3, dtype=dtype)
-    passes = [probe.projected((plain * factor[:, None]).float()) for factor in factors]
+    passes = [probe.project((plain * factor[:, None]).float()) for factor in factors]
     assert probe.examples(passes).tolist() == list(range(samples))
 
 
 def test_the_probe_sees_mixtures_and_silence():
     probe = Probe(4, torch.float32)
     factors, plain = probe.factors(), torch.randn(4, 7)
-    passes = [probe.projected(plain * factor[:, None]) for factor in factors]
+    passes = [probe.project(plain * factor[:, None]) for factor in factors]
     assert probe.examples(passes).tolist() == [0, 1, 2, 3]
     quiet = [rows * torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None] for rows in passes]
     assert probe.examples(quiet).tolist() == [0, -1, 2, 3]
@@ -335,7 +335,7 @@ def test_the_probe_sees_mixtures_and_silence():
     mixed = plain + 0.02 * plain.roll(1, 0)
     scaled = [plain * f[:, None] + 0.02 * (plain * f[:, None]).roll(1, 0) for f in factors]
     assert torch.allclose(scaled[0], mixed)
-    assert probe.examples([probe.projected(rows) for rows in scaled]) is None
+    assert probe.examples([probe.project(rows) for rows in scaled]) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -43,9 +43,9 @@ def test_written_out_by_a_loop(several):
     close(inputs.times(matrix), truth @ matrix[:, None], 1e-12)
     close(inputs.times(matrix, 2, 4), truth[:, 2:4] @ matrix[:, None], 1e-12)
     close(inputs.part(1, 5).dense(), truth[:, 1:5], 1e-12)
-    close(inputs.taken(torch.tensor([4, 1])).dense(), truth[:, [4, 1]], 1e-12)
-    copy = inputs.copied()
-    assert copy.values.data_ptr() != inputs.values.data_ptr() and copy.stored == inputs.stored == 2 * N * T * several
+    close(inputs.select(torch.tensor([4, 1])).dense(), truth[:, [4, 1]], 1e-12)
+    copy = inputs.copy()
+    assert copy.values.data_ptr() != inputs.values.data_ptr() and copy.numel == inputs.numel == 2 * N * T * several
     close(copy.dense(), truth, 1e-12)
 
 
@@ -61,8 +61,8 @@ def test_second_moments(several, workspace):
     flat = a.flatten(1, 2)
     close(mirror(total - start), flat.mT @ flat, 1e-12)
     close(diagonal - first, flat.square().sum(1), 1e-12)
-    close(inputs.reduced().dense(), a.sum(2, keepdim=True), 1e-12)
-    close(inputs.summed(workspace), a.sum(2, keepdim=True), 1e-12)
+    close(inputs.reduce().dense(), a.sum(2, keepdim=True), 1e-12)
+    close(inputs.sum_positions(workspace), a.sum(2, keepdim=True), 1e-12)
 
 
 @several
@@ -75,10 +75,10 @@ def test_samples(several, workspace):
     close(looked_up.squares(), dense.squares(), 1e-12)
     close(torch.cat(list(looked_up.per_sample()), 1), torch.cat(list(dense.per_sample()), 1), 1e-12)
     close(looked_up.inner(dense), dense.inner(looked_up), 1e-12)
-    for one, other in ((looked_up, dense), (looked_up.masked(mask), dense.masked(mask))):
-        close(one.counted.dense(), other.counted.dense(), 1e-12)
-        close(one.reduced().activations.dense(), other.reduced().activations.dense(), 1e-12)
-        close(one.reduced().squares(), other.reduced().squares(), 1e-12)
+    for one, other in ((looked_up, dense), (looked_up.apply_mask(mask), dense.apply_mask(mask))):
+        close(one.masked_activations.dense(), other.masked_activations.dense(), 1e-12)
+        close(one.reduce().activations.dense(), other.reduce().activations.dense(), 1e-12)
+        close(one.reduce().squares(), other.reduce().squares(), 1e-12)
         for shape in ((1, I, I), (1, I)):
             sums = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
             one.add_input_covariance_(sums[0])
@@ -98,7 +98,7 @@ def test_rotations(inputs, outputs, workspace):
     for activations in (lookups(1), lookups(3), Dense(randn(1, N, T, I)), Dense(randn(1, N, T, I - 1), bias=True)):
         samples = Samples(activations, randn(1, N, T, O), workspace=workspace)
         G = torch.cat(list(samples.per_sample()), 1)
-        found = torch.cat([G for part in samples.rotated(**given) for G in part.per_sample()], 1)
+        found = torch.cat([G for part in samples.rotate(**given) for G in part.per_sample()], 1)
         close(found, full["outputs"].mT[:, None] @ G @ full["inputs"][:, None], 1e-12)
 
 

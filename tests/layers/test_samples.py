@@ -71,7 +71,7 @@ def test_inputs(kind, positions, workspace):
     a = activations.dense()
     assert torch.equal(torch.cat([activations.dense(k, k + 1) for k in range(N)], dim=1), a)
     assert torch.equal(activations.dense(3), a[:, 3:])
-    close(activations.summed(workspace), a.sum(2, keepdim=True), 1e-12)
+    close(activations.sum_positions(workspace), a.sum(2, keepdim=True), 1e-12)
     start = randn(H, a.shape[-1], a.shape[-1])
     total = start.clone()
     activations.add_covariance_(total, workspace)
@@ -93,7 +93,7 @@ def test_a_bias_is_one_where_it_counts():
     inputs, counted = Dense(randn(H, N, 3, I), bias=True), mask(3)
     assert (inputs.dense()[..., -1] == 1).all()
     assert torch.equal(Masked(inputs, counted).dense()[0, :, :, -1], counted)
-    assert torch.equal(inputs.summed()[..., -1], torch.full((H, N, 1), 3.0, dtype=torch.float64))
+    assert torch.equal(inputs.sum_positions()[..., -1], torch.full((H, N, 1), 3.0, dtype=torch.float64))
 
 
 @kinds
@@ -108,7 +108,7 @@ def test_contractions(kind, positions, workspace):
 
     inputs, outputs = randn(H, G.shape[-1], G.shape[-1]), randn(H, O, O)
     turned = outputs.mT.unsqueeze(1) @ G @ inputs.unsqueeze(1)
-    close(gathered(part for piece in samples.rotated(inputs, outputs) for part in piece.per_sample()), turned, 1e-12)
+    close(gathered(part for piece in samples.rotate(inputs, outputs) for part in piece.per_sample()), turned, 1e-12)
 
     other, G2 = make(kind, positions, workspace)
     assert float(samples.inner(other)) == pytest.approx(float((G * G2).sum()), rel=1e-12)
@@ -136,7 +136,7 @@ def test_chunks_cover_everything_within_the_workspace():
 def test_masks_count_inputs_and_rows_but_leave_the_gradients_whole(kind):
     samples, G = make(kind, 3)
     positions = mask(3).bool()
-    masked = samples.masked(positions)
+    masked = samples.apply_mask(positions)
     close(gathered(masked.per_sample()), G, 1e-12)
     close(masked.squares(), G.square().sum(1), 1e-12)
     assert int(masked.rows) == int(positions.sum()) and samples.rows == 3 * N
@@ -151,24 +151,27 @@ def test_masks_of_another_length_count_samples_whole(other):
     samples, _ = make("dense", 3)
     positions = torch.zeros(N, other, dtype=torch.bool)
     positions[[0, 3], -1] = True
-    masked = samples.masked(positions)
+    masked = samples.apply_mask(positions)
     assert int(masked.rows) == 6
-    assert masked.counted.dense()[:, [0, 3]].ne(0).all() and masked.counted.dense()[:, [1, 2, 4]].eq(0).all()
+    assert (
+        masked.masked_activations.dense()[:, [0, 3]].ne(0).all()
+        and masked.masked_activations.dense()[:, [1, 2, 4]].eq(0).all()
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense with bias", "ones", "patches"])
 def test_reduced(kind):
     samples, _ = make(kind, 3)
-    reduced = samples.reduced()
+    reduced = samples.reduce()
     close(reduced.activations.dense(), samples.activations.dense().sum(2, keepdim=True), 1e-12)
     close(reduced.gradients, samples.gradients.mean(2, keepdim=True), 1e-12)
     assert reduced.rows == N
 
     positions = mask(3).bool()
-    reduced = samples.masked(positions).reduced()
+    reduced = samples.apply_mask(positions).reduce()
     count = positions.sum(1)
     a = (samples.activations.dense() * positions[:, :, None]).sum(2, keepdim=True)
-    close(reduced.counted.dense(), a, 1e-12)
+    close(reduced.masked_activations.dense(), a, 1e-12)
     close(reduced.gradients, samples.gradients.sum(2, keepdim=True) / count.clamp_min(1)[:, None, None], 1e-12)
     assert int(reduced.rows) == int((count > 0).sum()) == 3
 
@@ -187,11 +190,11 @@ def test_joined_uses_add_their_gradients():
 def test_joined_masks():
     one, two = make("dense", 3)[0], make("dense", 2)[0]
     positions = mask(3).bool()
-    for uses in ([one.masked(positions), two], [two, one.masked(positions)]):
+    for uses in ([one.apply_mask(positions), two], [two, one.apply_mask(positions)]):
         assert int(join(uses).rows) == int(positions.sum()) + 2 * N
-    both = join([one.masked(positions), two.masked(positions[:, :1])])
+    both = join([one.apply_mask(positions), two.apply_mask(positions[:, :1])])
     assert int(both.rows) == int(positions.sum() + 2 * positions[:, 0].sum())
-    close(both.counted.dense()[:, :, :3], one.activations.dense() * positions[:, :, None], 1e-12)
+    close(both.masked_activations.dense()[:, :, :3], one.activations.dense() * positions[:, :, None], 1e-12)
 
 
 @kinds
@@ -232,5 +235,5 @@ def test_products_with_patches_of_transposed_convolutions():
 def test_combined_positions(kind, T):
     activations, weights = KINDS[kind](T), randn(H, N, T, 2)
     truth = torch.einsum("hntr,hnti->hnri", weights, activations.dense().expand(H, N, T, -1))
-    torch.testing.assert_close(activations.combined(weights), truth)
-    torch.testing.assert_close(activations.combined(weights[:, 1:3], 1, 3), truth[:, 1:3])
+    torch.testing.assert_close(activations.weighted_sums(weights), truth)
+    torch.testing.assert_close(activations.weighted_sums(weights[:, 1:3], 1, 3), truth[:, 1:3])

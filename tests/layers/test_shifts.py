@@ -91,6 +91,6 @@ def test_gradients_of_samples_from_windows_on_lines(problem, high, wide, frames)
     images = torch.randn(4 * frames, 2 * groups, *size, generator=generator, dtype=torch.float64)
     patches = Patches(images, window, groups, 4, bias)
     weights = torch.randn(groups, 4, 3, patches.shape[2], generator=generator, dtype=torch.float64).mT
-    torch.testing.assert_close(patches.combined(weights), Activations.combined(patches, weights))
+    torch.testing.assert_close(patches.weighted_sums(weights), Activations.weighted_sums(patches, weights))
     part = weights[:, 1:3]
-    torch.testing.assert_close(patches.combined(part, 1, 3), Activations.combined(patches, part, 1, 3))
+    torch.testing.assert_close(patches.weighted_sums(part, 1, 3), Activations.weighted_sums(patches, part, 1, 3))

@@ -86,7 +86,7 @@ class Observation:
 
         def receive(call: Call, gradient: Tensor) -> None:
             for key in wanted.get(call.index, ()):
-                passes[key].append(probe.projected(uses[key].rows(promote(gradient))))
+                passes[key].append(probe.project(uses[key].rows(promote(gradient))))
 
         for vector in self._probing(probe):
             self.backward((self.outputs * vector).sum(), receive, retain=True)
@@ -108,7 +108,7 @@ class Observation:
                     rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
                     chosen = torch.Generator("cpu").manual_seed(len(rows))
                     some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
-                    each.append(probe.projected(rows[some.to(rows.device), None]))
+                    each.append(probe.project(rows[some.to(rows.device), None]))
         return [place for place, each in enumerate(passes) if each and probe.examples(each) is None]
 
     def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:

@@ -121,4 +121,4 @@ def _without_probe(rule: RowOrder | None, lead: tuple[int, ...], examples: int, 
         return RowOrder(1)
     if rule is None:
         return None
-    return rule.fitted(lead, examples) if sort else RowOrder(prod(lead))
+    return rule.adapt(lead, examples) if sort else RowOrder(prod(lead))

@@ -66,7 +66,7 @@ class Stream:
                 )
                 self._counted.add((call.index, number))
                 if self._mask is not None:
-                    samples = samples.masked(self._mask)
+                    samples = samples.apply_mask(self._mask)
                 if group.state.plan.by_example or len(group.blocks) > 1:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: uses of one weight need not wait for each other

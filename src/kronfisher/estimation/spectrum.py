@@ -182,7 +182,7 @@ class Keep(Visitor):
                 f"{self.room.budget:,} there are. Pass fewer data to fisher.spectrum(...), name one block, or allow a "
                 "larger memory_budget."
             )
-        state.waiting.append(use.copied())
+        state.waiting.append(use.copy())
         return state
 
 

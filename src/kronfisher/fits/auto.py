@@ -206,9 +206,9 @@ class Auto(Fit):
             part = (
                 use
                 if state.stride == 1
-                else use.taken(torch.arange(begin, len(use), state.stride, device=use.gradients.device))
+                else use.select(torch.arange(begin, len(use), state.stride, device=use.gradients.device))
             )
-            state.waiting.append(replace(part, first=True).copied())
+            state.waiting.append(replace(part, first=True).copy())
         most = self._most(state.blocks, use.positions, use.gradients.element_size())
         while sum(map(len, state.waiting)) > most:
             state.stride *= 2
@@ -345,7 +345,7 @@ def _halved(samples: Samples, number: int) -> list[Samples]:
     """Every second sample."""
     begin = int(number * _GOLDEN % 1 * 2)
     return (
-        [samples.taken(torch.arange(begin, len(samples), 2, device=samples.gradients.device))]
+        [samples.select(torch.arange(begin, len(samples), 2, device=samples.gradients.device))]
         if begin < len(samples)
         else []
     )

@@ -84,7 +84,7 @@ class EKFAC(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        for part in use.rotated(state.inputs, state.outputs):
+        for part in use.rotate(state.inputs, state.outputs):
             state.eigenvalues += part.squares()
         return state
 

@@ -70,7 +70,7 @@ class KFAC(Fit):
     def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples
         if self.mode == "reduce":
-            use = use.reduced()
+            use = use.reduce()
         if use.first:
             use.add_input_covariance_(state.inputs)
             state.rows = state.rows + use.rows

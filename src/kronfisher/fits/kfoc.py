@@ -139,7 +139,7 @@ class KFOC(Fit):
             self._flush(state)
         state.waiting.append(use)
         if self.by_batch or not self._enough(state):
-            state.waiting[-1] = use.copied()
+            state.waiting[-1] = use.copy()
         else:
             self._flush(state)
         return state

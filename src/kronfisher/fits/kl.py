@@ -125,10 +125,10 @@ class KL(Fit):
         if use.first:
             state.rows = state.rows + use.rows
         if isinstance(state, FlipOutputs):
-            for part in use.rotated(state.root if state.phase else None, None):
+            for part in use.rotate(state.root if state.phase else None, None):
                 part.add_output_products_(state.outputs)
         else:
-            for part in use.rotated(None, state.root):
+            for part in use.rotate(None, state.root):
                 part.add_input_products_(state.inputs)
         return state
 

@@ -164,7 +164,7 @@ class KroneckerSum(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        state.waiting.append(use.copied())
+        state.waiting.append(use.copy())
         if sum(map(len, state.waiting)) > PIECE:
             self._flush(state)
         return state

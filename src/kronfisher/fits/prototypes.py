@@ -163,8 +163,8 @@ class Prototypes(Fit):
         chosen = (number < state.share).nonzero()[:, 0]
         if len(chosen):
             state.numbers.append(number[chosen])
-            part = use if len(chosen) == len(use) else use.taken(chosen.to(use.gradients.device))
-            state.waiting.append(replace(part, first=True, mask=None).copied())
+            part = use if len(chosen) == len(use) else use.select(chosen.to(use.gradients.device))
+            state.waiting.append(replace(part, first=True, mask=None).copy())
         state.longest = max(state.longest, use.positions)
         groups, outputs, inputs = use.shape
         each = groups * state.longest * (outputs + inputs) * use.gradients.element_size()
@@ -173,7 +173,7 @@ class Prototypes(Fit):
             state.share /= 2
             kept = [(n < state.share).nonzero()[:, 0] for n in state.numbers]
             state.waiting = [
-                w.taken(k.to(w.gradients.device)) for w, k in zip(state.waiting, kept, strict=True) if len(k)
+                w.select(k.to(w.gradients.device)) for w, k in zip(state.waiting, kept, strict=True) if len(k)
             ]
             state.numbers = [n[k] for n, k in zip(state.numbers, kept, strict=True) if len(k)]
 
@@ -272,14 +272,14 @@ def _add_parts_(state: Parts, use: Samples) -> None:
     A, B = state.A, state.B
     groups, outputs, inputs = use.shape
     if not A.shape[1]:
-        for piece in use.rotated(state.inputs, state.outputs):
+        for piece in use.rotate(state.inputs, state.outputs):
             state.eigenvalues += piece.squares()
         return
     size = 3 * groups * (use.positions + 1) * (outputs + inputs + A.shape[1]) * use.gradients.element_size()
     for low, high in chunks(len(use), size, use.workspace):
         rest, along, nearest = _parted(use.part(low, high), A, B)
         state.weights.scatter_add_(1, nearest, along.square().to(state.weights))
-        for piece in rest.rotated(state.inputs, state.outputs):
+        for piece in rest.rotate(state.inputs, state.outputs):
             state.eigenvalues += _squares(piece)
 
 

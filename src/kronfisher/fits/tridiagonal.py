@@ -138,7 +138,7 @@ class BlockTridiagonal(Fit):
                 "neighbours do not belong together. Choose a fit that treats layers apart, such as 'kfac'."
             )
         if self.basis.mode == "reduce":
-            samples = tuple(use.reduced() for use in samples)
+            samples = tuple(use.reduce() for use in samples)
         for k, use in enumerate(samples):
             if use.first:
                 use.add_input_covariance_(state.inputs[k])

@@ -27,7 +27,7 @@ def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group
             parts.append((rows * precision.solves(rows)).sum(1))
         return torch.cat(parts)
     basis, weights = factored
-    for piece in samples[0].rotated(basis.A, basis.B):
+    for piece in samples[0].rotate(basis.A, basis.B):
         if _is_lookup(piece):
             parts.append(_lookup_pairs([piece.gradients], piece, weights)[:, 0, 0])
         elif piece.positions == 1:
@@ -46,10 +46,10 @@ def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) 
         basis, weights = factored
         gradients = [basis.output_factor.rotate(use.gradients) for (use,) in kept]
         if _is_lookup(first) and basis.input_factor.is_diagonal:
-            scaled = replace(first, activations=first.activations.scaled(basis.A))
+            scaled = replace(first, activations=first.activations.scale(basis.A))
             return _lookup_pairs(gradients, scaled, weights)
         if first.positions == 1:
-            pieces = [piece.activations.dense()[:, :, 0].square() for piece in first.rotated(basis.A, None)]
+            pieces = [piece.activations.dense()[:, :, 0].square() for piece in first.rotate(basis.A, None)]
             middle = torch.cat(pieces, dim=1) @ weights.mT  # [H, n, O]
             g = torch.cat(gradients, dim=2)  # [H, n, C, O]
             return ((g * middle[:, :, None]) @ g.mT).sum(0)

@@ -22,7 +22,7 @@ class Activations:
     shape: tuple[int, int, int, int]
 
     @property
-    def stored(self) -> int:
+    def numel(self) -> int:
         """How many numbers are held."""
         return prod(self.shape)
 
@@ -34,7 +34,7 @@ class Activations:
         """The inputs of samples low to high, in as compact a form."""
         return Dense(self.dense(low, high))
 
-    def taken(self, index: Tensor) -> "Activations":
+    def select(self, index: Tensor) -> "Activations":
         """The inputs of some samples ``[m]``, in as compact a form."""
         return Dense(self.dense()[:, index])
 
@@ -42,11 +42,11 @@ class Activations:
         """``a M`` of samples low to high for M ``[H, I, R]``: ``[H, high − low, T, R]``."""
         return multiply_rows(self.dense(low, high), matrix)
 
-    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+    def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``Σ_t w[k, t] a[k, t]`` of samples low to high for weights ``[H, n', T, R]``: ``[H, n', R, I]``."""
         return weights.mT @ self.dense(low, high)
 
-    def copied(self) -> "Activations":
+    def copy(self) -> "Activations":
         """The same in memory of its own, for samples that have to outlive their batch."""
         return Dense(self.dense().clone())
 
@@ -72,23 +72,23 @@ class Activations:
         rows = self.dense()[:, :, 0]
         return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
 
-    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+    def sum_positions(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
         groups, n, positions, width = self.shape
         ranges = chunks(n, groups * positions * width * 8, workspace)
         return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
 
-    def reduced(self, workspace: int = WORKSPACE) -> "Activations":
+    def reduce(self, workspace: int = WORKSPACE) -> "Activations":
         """The same as inputs of T = 1."""
-        return Dense(self.summed(workspace))
+        return Dense(self.sum_positions(workspace))
 
-    def masked(self, mask: Tensor) -> "Activations":
+    def apply_mask(self, mask: Tensor) -> "Activations":
         """Zero at positions where ``mask [n, T]`` is."""
         return Masked(self, mask)
 
-    def scaled(self, side: Tensor) -> "Activations":
+    def scale(self, factor: Tensor) -> "Activations":
         """``a`` times a vector ``[H, I]``, elementwise."""
-        return Dense(self.dense() * side[:, None, None])
+        return Dense(self.dense() * factor[:, None, None])
 
     def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
         """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
@@ -99,14 +99,14 @@ class Activations:
         return None
 
     @staticmethod
-    def joined(several: "list[Activations]") -> "Activations":
+    def join(several: "list[Activations]") -> "Activations":
         """Positions of all, side by side along T."""
         kinds = {type(each) for each in several}
-        together = kinds.pop().side_by_side(several) if len(kinds) == 1 else None
+        together = kinds.pop().concatenate(several) if len(kinds) == 1 else None
         return together or Dense(torch.cat([each.dense() for each in several], dim=2))
 
     @classmethod
-    def side_by_side(cls, several: "list[Any]") -> "Activations | None":
+    def concatenate(cls, several: "list[Any]") -> "Activations | None":
         """As `joined`, where all are of this kind and need not be written out."""
         return None
 
@@ -129,7 +129,7 @@ class Dense(Activations):
         return groups, n, positions, width + self.bias
 
     @property
-    def stored(self) -> int:
+    def numel(self) -> int:
         return self.values.numel()
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -139,7 +139,7 @@ class Dense(Activations):
     def part(self, low: int, high: int) -> "Dense":
         return replace(self, values=self.values[:, low:high])
 
-    def taken(self, index: Tensor) -> "Dense":
+    def select(self, index: Tensor) -> "Dense":
         return replace(self, values=self.values[:, index])
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
@@ -147,11 +147,11 @@ class Dense(Activations):
         product = multiply_rows(self.values[:, low:high], matrix[:, :width])
         return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
 
-    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+    def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         product = weights.mT @ self.values[:, low:high]
         return torch.cat([product, weights.sum(2).unsqueeze(-1)], dim=-1) if self.bias else product
 
-    def copied(self) -> "Dense":
+    def copy(self) -> "Dense":
         return replace(self, values=self.values.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
@@ -175,7 +175,7 @@ class Dense(Activations):
         found = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
         return found.add_(1) if self.bias else found
 
-    def summed(self, workspace: int = WORKSPACE) -> Tensor:
+    def sum_positions(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
         positions = values.new_full((), self.values.shape[2]).expand(*values.shape[:3], 1)
         return torch.cat([values, positions], dim=-1) if self.bias else values
@@ -198,7 +198,7 @@ class Ones(Activations):
         return (*self.sizes, 1)
 
     @property
-    def stored(self) -> int:
+    def numel(self) -> int:
         return 0
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -208,10 +208,10 @@ class Ones(Activations):
     def part(self, low: int, high: int) -> "Ones":
         return replace(self, sizes=(self.sizes[0], high - low, self.sizes[2]))
 
-    def taken(self, index: Tensor) -> "Ones":
+    def select(self, index: Tensor) -> "Ones":
         return replace(self, sizes=(self.sizes[0], len(index), self.sizes[2]))
 
-    def copied(self) -> "Ones":
+    def copy(self) -> "Ones":
         return replace(self, like=self.like.new_empty(0))
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:

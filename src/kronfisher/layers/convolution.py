@@ -39,14 +39,14 @@ class Geometry:
         before = [low for low, _ in self.padding]
         return pair(size, 1), pair(self.kernel, 1), pair(before, 0), pair(self.steps(size), 1), pair(self.dilation, 1)
 
-    def padded(self, images: Tensor) -> Tensor:
+    def pad(self, images: Tensor) -> Tensor:
         """``[R, C, *size]`` with the zeros around them."""
         pads = [amount for pair in reversed(self.padding) for amount in pair]
         return F.pad(images, pads) if any(pads) else images
 
     def windows(self, images: Tensor) -> Tensor:
         """``[R, C, *size] → [R, C, *positions, *kernel]``, a view on the padded images."""
-        images = self.padded(images)
+        images = self.pad(images)
         for axis, (size, step, spread) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             images = images.unfold(axis + 2, (size - 1) * spread + 1, step)[..., ::spread]
         return images
@@ -77,7 +77,7 @@ class Patches(Activations):
         return self.groups, self.samples, len(self.images) // self.samples * positions, width + self.bias
 
     @property
-    def stored(self) -> int:
+    def numel(self) -> int:
         return self.images.numel()
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -99,7 +99,7 @@ class Patches(Activations):
         images = self.images.unflatten(0, (self.samples, -1))[low:high]
         return replace(self, images=images.flatten(0, 1), samples=len(images))
 
-    def taken(self, index: Tensor) -> "Patches":
+    def select(self, index: Tensor) -> "Patches":
         images = self.images.unflatten(0, (self.samples, -1))[index]
         return replace(self, images=images.flatten(0, 1), samples=len(images))
 
@@ -108,7 +108,7 @@ class Patches(Activations):
         groups, samples, positions, width = self.shape
         rank, high = matrix.shape[-1], samples if high is None else min(high, samples)
         frames = len(self.images) // samples
-        images = self.window.padded(self.images[low * frames : high * frames])
+        images = self.window.pad(self.images[low * frames : high * frames])
         channels = images.shape[1] // groups
         kernels = matrix[:, : width - self.bias].mT.reshape(groups * rank, channels, *self.window.kernel)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
@@ -117,7 +117,7 @@ class Patches(Activations):
         found = found.reshape(groups, high - low, positions, rank)
         return found + matrix[:, None, width - 1 :] if self.bias else found
 
-    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+    def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``Σ_t w[k, t] a[k, t]ᵀ [H, n', R, I]`` for weights ``[H, n', T, R]``.
 
         Patches are written out along one axis only: along the other they are windows on the same lines.
@@ -126,8 +126,8 @@ class Patches(Activations):
         high = samples if high is None else min(high, samples)
         _, kernel, _, (_, across), (spread, _) = self.window.planar(self.images.shape[2:])
         if len(self.images) > samples or len(self.window.kernel) > 2 or self.window.stride[0] > 1 or kernel[0] == 1:
-            return super().combined(weights, low, high)
-        images = self.window.padded(self.images[low:high])
+            return super().weighted_sums(weights, low, high)
+        images = self.window.pad(self.images[low:high])
         if len(self.window.kernel) == 1:
             lines = images[:, :, None]
         else:
@@ -145,7 +145,7 @@ class Patches(Activations):
             found[..., -1] = weights.sum(2)
         return found
 
-    def copied(self) -> "Patches":
+    def copy(self) -> "Patches":
         return replace(self, images=self.images.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
@@ -197,7 +197,7 @@ class ConvolutionUse(Use):
         if not weight:
             groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(promote(gradient), (groups, samples, positions))
-        images = order.group(self._batched(promote(self.checked_inputs())), 1)
+        images = order.group(self._batched(promote(self.cast_inputs())), 1)
         return Patches(images.flatten(0, 1), self.window, self.groups, order.samples, bias)
 
 

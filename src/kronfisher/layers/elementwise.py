@@ -64,7 +64,7 @@ class ElementwiseUse(Use):
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         gradient = gradient if self.sign == 1 else gradient * self.sign
         if self.factor is not None:
-            gradient = gradient * self.factor(self.checked_inputs())
+            gradient = gradient * self.factor(self.cast_inputs())
         rows = self.rows(gradient)
         summed = order.group(rows, rows.dim() - 1).sum(dim=1)
         if self.part is not None:
@@ -93,7 +93,7 @@ def _uses(view: Windows, x: object, p: object, multiply: bool, sign: float = 1.0
     if not multiply and isinstance(x, Tensor) and isinstance(p, Tensor) and not (left or right):
         for value, onto, signed in ((x, p, 1.0), (p, x, sign)):
             if lookup := view.lookup(value):
-                yield from lookup.added(value.shape, signed, torch.broadcast_shapes(value.shape, onto.shape))
+                yield from lookup.addition_uses(value.shape, signed, torch.broadcast_shapes(value.shape, onto.shape))
     if bool(left) == bool(right):
         return
     other, window = (x, right) if right else (p, left)

@@ -42,7 +42,7 @@ class LookupUse(Use):
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Indices and weights, ``[*lead, J]``."""
-        indices = self.unchanged_inputs().long()
+        indices = self.original_inputs().long()
         weights = torch.ones_like(indices, dtype=self.dtype) if self.factors is None else self.factors.to(self.dtype)
         if self.ignored is not None:
             weights = weights * (indices != self.ignored)
@@ -65,7 +65,7 @@ class LookupUse(Use):
         values, weights = (order.group(each, each.dim() - 1) for each in map(self._rows, self.entries()))
         return Indices(values, weights, self.width)
 
-    def added(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
+    def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
         """The use of its output, which is the same for all data, by adding it onto tensors where that broadcasts it."""
         aligned = [1] * (len(onto) - len(shape)) + list(shape)
         if self.onehot and prod(onto) > prod(shape) and all(n in (1, m) for n, m in zip(aligned, onto, strict=True)):

@@ -38,7 +38,7 @@ class RowUse(Use):
         if not weight:
             groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(gradient, (groups, samples, positions))
-        rows = self._rows(self.checked_inputs())
+        rows = self._rows(self.cast_inputs())
         return Dense(order.group(rows, rows.dim() - 1).unsqueeze(0), bias)
 
 

@@ -37,13 +37,13 @@ class Indices(Activations):
         return 1, samples, positions, self.width
 
     @property
-    def stored(self) -> int:
+    def numel(self) -> int:
         return self.values.numel() + self.weights.numel()
 
     def part(self, low: int, high: int) -> "Indices":
         return replace(self, values=self.values[low:high], weights=self.weights[low:high])
 
-    def taken(self, index: Tensor) -> "Indices":
+    def select(self, index: Tensor) -> "Indices":
         return replace(self, values=self.values[index], weights=self.weights[index])
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class Indices(Activations):
         values, weights = self.values[low:high], self.weights[low:high].to(matrix.dtype)
         return (matrix[0][values] * weights[..., None]).sum(dim=2)[None]
 
-    def copied(self) -> "Indices":
+    def copy(self) -> "Indices":
         return replace(self, values=self.values.clone(), weights=self.weights.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
@@ -68,14 +68,14 @@ class Indices(Activations):
         ones = self.weights.new_ones(()).expand(*self.values.shape, 1)
         self._add_squares(total[0, :, None], positions.expand_as(self.values), ones, slice(None))
 
-    def reduced(self, workspace: int = WORKSPACE) -> "Indices":
+    def reduce(self, workspace: int = WORKSPACE) -> "Indices":
         return Indices(self.values.flatten(1)[:, None], self.weights.flatten(1)[:, None], self.width)
 
-    def masked(self, mask: Tensor) -> "Indices":
+    def apply_mask(self, mask: Tensor) -> "Indices":
         return replace(self, weights=self.weights * mask.to(self.weights.dtype)[..., None])
 
-    def scaled(self, side: Tensor) -> "Indices":
-        return replace(self, weights=self.weights * side[0].to(self.weights.dtype)[self.values])
+    def scale(self, factor: Tensor) -> "Indices":
+        return replace(self, weights=self.weights * factor[0].to(self.weights.dtype)[self.values])
 
     def squares(self, gradients: Tensor, workspace: int) -> Tensor:
         total = gradients.new_zeros(self.width, gradients.shape[-1])
@@ -104,7 +104,7 @@ class Indices(Activations):
         total.index_add_(0, places % self.width, sums.square())
 
     @classmethod
-    def side_by_side(cls, several: Sequence["Indices"]) -> "Indices | None":
+    def concatenate(cls, several: Sequence["Indices"]) -> "Indices | None":
         if len({each.values.shape[2] for each in several}) > 1:
             return None
         values = torch.cat([each.values for each in several], dim=1)

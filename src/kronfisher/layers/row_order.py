@@ -60,7 +60,7 @@ class RowOrder:
         examples[rows.flatten()] = torch.arange(self.samples, device="cpu").repeat_interleave(rows.shape[1])
         return examples.reshape(lead)
 
-    def fitted(self, lead: tuple[int, ...], samples: int) -> "RowOrder | None":
+    def adapt(self, lead: tuple[int, ...], samples: int) -> "RowOrder | None":
         """The same rule for a batch of another size, or None where it does not say how that lies."""
         if self.places is not None or self.axis >= len(lead) or lead[self.axis] % samples:
             return None
@@ -122,7 +122,7 @@ class Probe:
         digit = torch.arange(self.samples, device="cpu") // places[:, None] % self.base
         return torch.cat([torch.ones(1, self.samples, device="cpu"), 2.0 ** (digit - self.base // 2)])
 
-    def projected(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor) -> Tensor:
         """``[*lead, F] → [*lead, min(F, width)]``: the gradient of every row, in short."""
         features = rows.shape[-1]
         if features <= self.width:

@@ -70,18 +70,22 @@ class Samples:
         return len(self) * self.positions if self.mask is None else self.mask.sum()
 
     @property
-    def counted(self) -> Activations:
+    def masked_activations(self) -> Activations:
         """The inputs, zero at positions that do not count."""
-        return self.activations if self.mask is None else self.activations.masked(self.mask)
+        return self.activations if self.mask is None else self.activations.apply_mask(self.mask)
 
     @property
     def bytes(self) -> int:
         """Memory that the samples take while they are kept."""
-        return (self.activations.stored + self.gradients.numel()) * self.gradients.element_size()
+        return (self.activations.numel + self.gradients.numel()) * self.gradients.element_size()
 
     def add_input_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
-        add = self.counted.add_squares_ if Factor.of(total).is_diagonal else self.counted.add_covariance_
+        add = (
+            self.masked_activations.add_squares_
+            if Factor.of(total).is_diagonal
+            else self.masked_activations.add_covariance_
+        )
         add(total, self.workspace)
 
     def add_output_covariance_(self, total: Tensor) -> None:
@@ -90,7 +94,7 @@ class Samples:
 
     def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
         """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""
-        pair = (self.counted, len(self)), (later.counted, len(later))
+        pair = (self.masked_activations, len(self)), (later.masked_activations, len(later))
         parts = gcd(len(self), len(later))  # positions may count as samples in one of them
         size = len(self) * self.positions // max(parts, 1) * sum(total.shape) * total.element_size()
         for low, high in chunks(parts, size, self.workspace):
@@ -152,7 +156,7 @@ class Samples:
         for low, high in chunks(len(self), size, room):
             g = self.gradients[:, low:high]
             if self.positions > 1:
-                yield self.activations.combined(g, low, high)
+                yield self.activations.weighted_sums(g, low, high)
             else:
                 yield g.squeeze(2).unsqueeze(-1) * self.activations.dense(low, high)
 
@@ -174,15 +178,15 @@ class Samples:
         mask, gradients = None if self.mask is None else self.mask[low:high], self.gradients[:, low:high]
         return replace(self, activations=self.activations.part(low, high), gradients=gradients, mask=mask)
 
-    def taken(self, index: Tensor) -> "Samples":
+    def select(self, index: Tensor) -> "Samples":
         """Some samples ``[m]``."""
         mask, gradients = None if self.mask is None else self.mask[index], self.gradients[:, index]
-        return replace(self, activations=self.activations.taken(index), gradients=gradients, mask=mask)
+        return replace(self, activations=self.activations.select(index), gradients=gradients, mask=mask)
 
-    def copied(self) -> "Samples":
+    def copy(self) -> "Samples":
         """The same in memory of its own: the batch may be gone, or refilled, when it is used."""
         mask = None if self.mask is None else self.mask.clone()
-        return replace(self, activations=self.activations.copied(), gradients=self.gradients.clone(), mask=mask)
+        return replace(self, activations=self.activations.copy(), gradients=self.gradients.clone(), mask=mask)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         groups, outputs, width = self.shape
@@ -195,7 +199,7 @@ class Samples:
             activations = Dense(self.activations.dense(low, high))
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
 
-    def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
+    def rotate(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator["Samples"]:
         """Samples of ``U_Bᵀ G_k U_A``, a few at a time.
 
         Args:
@@ -204,14 +208,14 @@ class Samples:
         """
         A, B = (None if given is None else Factor.of(given) for given in (inputs, outputs))
         if A is None or A.is_diagonal:  # they need not be written out
-            activations = self.activations if A is None else self.activations.scaled(A.tensor)
-            yield replace(self, activations=activations, gradients=_rotated(self.gradients, B), mask=None)
+            activations = self.activations if A is None else self.activations.scale(A.tensor)
+            yield replace(self, activations=activations, gradients=_rotate(self.gradients, B), mask=None)
             return
         narrow = A.tensor.shape[-1] < A.tensor.shape[-2]  # then there may be a shorter way than to write them out
         for low, high in self._ranges():
             rows = self.activations.times(A.tensor, low, high) if narrow else None
             activations = Dense(A.rotate(self.activations.dense(low, high)) if rows is None else rows)
-            yield replace(self, activations=activations, gradients=_rotated(self.gradients[:, low:high], B), mask=None)
+            yield replace(self, activations=activations, gradients=_rotate(self.gradients[:, low:high], B), mask=None)
 
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
@@ -223,7 +227,7 @@ class Samples:
             total += (mine * theirs).sum(dtype=torch.float64)
         return total
 
-    def reduced(self) -> "Samples":
+    def reduce(self) -> "Samples":
         """Positions summed out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
         gradients = self.gradients.sum(dim=2, keepdim=True)
         if self.mask is None:
@@ -231,9 +235,9 @@ class Samples:
         else:
             lengths = self.mask.sum(dim=1, keepdim=True)
             mask, gradients = (lengths > 0).to(lengths.dtype), gradients / lengths.clamp_min(1)[..., None]
-        return replace(self, activations=self.counted.reduced(self.workspace), gradients=gradients, mask=mask)
+        return replace(self, activations=self.masked_activations.reduce(self.workspace), gradients=gradients, mask=mask)
 
-    def masked(self, positions: Tensor) -> "Samples":
+    def apply_mask(self, positions: Tensor) -> "Samples":
         """Samples that know which positions count.
 
         Args:
@@ -245,7 +249,7 @@ class Samples:
         return replace(self, mask=positions.to(self.gradients.dtype))
 
 
-def _rotated(rows: Tensor, factor: Factor | None) -> Tensor:
+def _rotate(rows: Tensor, factor: Factor | None) -> Tensor:
     return rows if factor is None else factor.rotate(rows)
 
 
@@ -262,6 +266,6 @@ def join(uses: list[Samples]) -> Samples:
     if any(use.mask is not None for use in uses):
         every = uses[0].gradients.new_ones(()).expand
         mask = torch.cat([every(len(use), use.positions) if use.mask is None else use.mask for use in uses], dim=1)
-    activations = Activations.joined([use.activations for use in uses])
+    activations = Activations.join([use.activations for use in uses])
     gradients = torch.cat([use.gradients for use in uses], dim=2)
     return replace(uses[0], activations=activations, gradients=gradients, mask=mask)

@@ -29,8 +29,8 @@ class FlippedPatches(Patches):
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         return Activations.times(self, matrix, low, high)  # its kernels lie the other way round
 
-    def combined(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
-        return Activations.combined(self, weights, low, high)  # likewise
+    def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        return Activations.weighted_sums(self, weights, low, high)  # likewise
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         Activations.add_covariance_(self, total, workspace)
@@ -49,7 +49,7 @@ class TransposedUse(ConvolutionUse):
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
             return super().activations(order, gradient, weight, bias)
-        images = order.group(self._batched(promote(self.checked_inputs())), 1).flatten(0, 1)
+        images = order.group(self._batched(promote(self.cast_inputs())), 1).flatten(0, 1)
         size = [(n - 1) * step + 1 for n, step in zip(images.shape[2:], self.steps, strict=True)]
         spread = images.new_zeros(*images.shape[:2], *size)
         spread[(..., *(slice(None, None, step) for step in self.steps))] = images

@@ -117,7 +117,7 @@ class Use:
         """The output gradients ``[H, n, T, O]``."""
         raise NotImplementedError
 
-    def added(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
+    def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
         """The use of its output by adding it onto tensors of a shape; none where nothing is known of that."""
         return ()
 
@@ -125,11 +125,11 @@ class Use:
         """Let go of the inputs once nobody asks for them again: the backward pass frees what it has done with too."""
         self.inputs = None
 
-    def checked_inputs(self) -> Tensor:
+    def cast_inputs(self) -> Tensor:
         """The inputs in the dtype of the samples, if nobody has written over them since."""
-        return self.unchanged_inputs().to(self.dtype)
+        return self.original_inputs().to(self.dtype)
 
-    def unchanged_inputs(self) -> Tensor:
+    def original_inputs(self) -> Tensor:
         """The inputs as they were, if nobody has written over them since."""
         assert self.inputs is not None
         if self.inputs._version != self._version:

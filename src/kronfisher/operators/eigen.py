@@ -214,7 +214,7 @@ class Eigen(Spectral, kind="eigen"):
         if self.product_basis is None:
             return super().quadratic(samples)
         A, B = (factor.tensor for factor in self.product_basis)
-        squares = torch.stack([part.squares().double() for part in samples.rotated(A, B)]).sum(dim=0)
+        squares = torch.stack([part.squares().double() for part in samples.rotate(A, B)]).sum(dim=0)
         return (squares.flatten() * self.values.double()).sum()
 
     def factored_damping(self, damping: float) -> Operator:

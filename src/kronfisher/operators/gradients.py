@@ -28,7 +28,7 @@ class Gradients(Protocol):
         """Some samples at a time."""
         ...
 
-    def rotated(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator[Self]:
+    def rotate(self, inputs: Tensor | None, outputs: Tensor | None) -> Iterator[Self]:
         """``U_Bᵀ G_k U_A`` in the pieces of `pieces`, or all at once where U_A is a diagonal."""
         ...
 

@@ -165,10 +165,10 @@ class Kronecker(Operator, kind="kronecker"):
         """``Σ_k ⟨G_k, B G_k A⟩``, from the factors of the gradients."""
         A, B = self.input_factor.mT.tensor, self.output_factor.mT.tensor
         if self.input_factor.is_diagonal:
-            (product,) = samples.rotated(A, B)
+            (product,) = samples.rotate(A, B)
             return samples.inner(product)
         total = samples.gradients.new_zeros((), dtype=torch.float64)
-        for plain, product in zip(samples.pieces(), samples.rotated(A, B), strict=True):
+        for plain, product in zip(samples.pieces(), samples.rotate(A, B), strict=True):
             total += plain.inner(product)
         return total
 

@@ -34,7 +34,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
             index = (owner[offset : offset + len(several)] == label).nonzero()[:, 0]
             offset += len(several)
             if len(index):
-                part.append(several.taken(index))
+                part.append(several.select(index))
         found.append(part)
     return found
 
@@ -43,7 +43,7 @@ def _sketch(samples: Samples) -> Tensor:
     """``[H, n, ·]`` in float64: gradients, projected at random from both sides where they are wide."""
     groups, outputs, width = samples.shape
     sides = (_projection(groups, size, samples.gradients) for size in (width, outputs))
-    return torch.cat([part.flatten(2) for piece in samples.rotated(*sides) for part in piece.per_sample()], 1).double()
+    return torch.cat([part.flatten(2) for piece in samples.rotate(*sides) for part in piece.per_sample()], 1).double()
 
 
 def _projection(groups: int, size: int, like: Tensor) -> Tensor | None:

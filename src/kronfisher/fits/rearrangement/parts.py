@@ -24,7 +24,7 @@ def share(number: int, total: int) -> int:
 def largest(samples: Sequence[Samples]) -> list[Samples]:
     """Those with the largest gradients, about."""
     total = sum(map(len, samples))
-    return [several.taken(sizes(several).topk(share(len(several), total)).indices) for several in samples]
+    return [several.select(sizes(several).topk(share(len(several), total)).indices) for several in samples]
 
 
 def some(samples: Sequence[Samples], number: int) -> list[Samples]:
@@ -40,7 +40,7 @@ def some(samples: Sequence[Samples], number: int) -> list[Samples]:
         order = sizes(several).argsort(descending=True, stable=True)
         large, rest = order.tensor_split([-(-len(order) // (step * _LARGE))])
         spread = rest[::step]
-        part = several.taken(torch.cat([large, spread]))
+        part = several.select(torch.cat([large, spread]))
         weights = part.gradients.new_ones(len(part), 1, 1)
         weights[len(large) :] = (len(rest) / max(len(spread), 1)) ** 0.5
         found.append(replace(part, gradients=part.gradients * weights))

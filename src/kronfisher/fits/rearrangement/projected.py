@@ -191,7 +191,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
     for low, high in chunks(len(samples), size, samples.workspace // 8):
         g = samples.gradients[:, low:high]
         if transposed:
-            yield samples.activations.combined(multiply_rows(g, L), low, high).flatten(1, 2)
+            yield samples.activations.weighted_sums(multiply_rows(g, L), low, high).flatten(1, 2)
         else:
             yield (samples.activations.times(L, low, high).mT @ g).flatten(1, 2)
 
