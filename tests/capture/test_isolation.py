@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 import kronfisher as kf
-from kronfisher.capture.batches import tensors_in
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.containers import tensors_in
+from kronfisher.capture.isolation import isolate
 from kronfisher.fisher.parameters import trainable, unwrapped
 from tests.helpers.networks import Written
 from tests.helpers.optional import require
@@ -405,13 +405,13 @@ def test_what_is_no_module():
 
 def test_isolation_by_itself():
     model = nn.BatchNorm1d(3)
-    with isolated(model, 0):
+    with isolate(model, 0):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         model(torch.randn(4, 3))
         assert model.num_batches_tracked == 1
         first = torch.rand(2)
     assert model.num_batches_tracked == 0 and isinstance(model._buffers, dict)
-    with isolated(model, 0):
+    with isolate(model, 0):
         model(torch.randn(4, 3))
         assert torch.equal(torch.rand(2), first)
 

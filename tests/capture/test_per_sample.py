@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.capture.per_sample import per_sample_block, per_sample_gradients, written_out
+from kronfisher.capture.per_sample import per_sample_block, per_sample_gradients, samples_of_gradients
 from kronfisher.fits import resolve
 from tests.helpers.checks import SETTLED, assert_fallback
 from tests.helpers.networks import Written
@@ -54,13 +54,15 @@ def test_gradients_of_single_data(workspace):
         for name, gradient in zip(leaves, own, strict=True):
             torch.testing.assert_close(rows[name][k], gradient, rtol=1e-10, atol=1e-12)
     for name, p in leaves.items():  # in the form of samples they are the same again
-        (G,) = written_out(rows[name]).per_sample()
+        (G,) = samples_of_gradients(rows[name]).per_sample()
         block = per_sample_block(name, p)
         assert G.shape[1:2] == (N,) and (G.shape[0], *G.shape[2:]) == block.shape
         found = {name: torch.zeros_like(rows[name])}
         block.scatter(G[0].flatten(1), found)
         torch.testing.assert_close(found[name], rows[name])
-        torch.testing.assert_close(written_out(rows[name]).squares().flatten(), rows[name].square().sum(0).flatten())
+        torch.testing.assert_close(
+            samples_of_gradients(rows[name]).squares().flatten(), rows[name].square().sum(0).flatten()
+        )
 
 
 def test_against_vmap_of_grad():
@@ -192,7 +194,7 @@ def test_coupled_below_what_is_not_understood():
         lambda m, x: (lambda h: h.cumsum(0))(Scaled.apply(x, m.s)),
     ):
         model = Written(forward, s=torch.ones(3))
-        with pytest.raises(kf.UnsupportedError, match="mix several data"):
+        with pytest.raises(kf.UnsupportedError, match="mixes several examples"):
             kf.estimate(model, torch.randn(N, 3), kf.Gaussian())
         assert kf.estimate(model, torch.randn(1, 3), kf.Gaussian()).trace() >= 0
 

@@ -222,7 +222,7 @@ def test_what_meets_no_data_is_left_to_the_fallback(rows):
         return m.l1(x + m.l0(torch.linspace(-1, 1, 3 * rows).view(rows, 3)).mean(0))
 
     model = Written(forward, l0=nn.Linear(3, 3), l1=nn.Linear(3, 2))
-    assert_fallback(model, torch.randn(N, 3), r"l0\.weight: used by linear before it meets the data")
+    assert_fallback(model, torch.randn(N, 3), r"l0\.weight: used by linear before any data enter")
 
 
 def test_a_convolution_along_the_data():
@@ -253,7 +253,7 @@ def test_unequal_numbers_of_rows():
 
 def test_elements_for_each_datum_are_no_parameters_of_a_model():
     model = Written(lambda m, x: x + m.p, p=torch.randn(N, 3))
-    with pytest.raises(kf.UnsupportedError, match=r"p \(used by add\).*elements of its own for each datum"):
+    with pytest.raises(kf.UnsupportedError, match=r"p \(used by add\).*elements of its own for each example"):
         kf.estimate(model, torch.randn(N, 3), kf.Gaussian())
     table = Written(lambda m, x: x + m.p, p=torch.randn(4, 3))
     assert_exact(table, torch.randn(N, 4, 3))

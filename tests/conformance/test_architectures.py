@@ -172,6 +172,6 @@ def test_rows_that_hear_of_each_other_are_refused_by_name():
 
     model.function = forward
     with pytest.raises(
-        kf.UnsupportedError, match=r"l\.weight \(used by linear\).* mix several data.*nodes of one graph"
+        kf.UnsupportedError, match=r"l\.weight \(used by linear\).* mixes several examples.*nodes of one graph"
     ):
         kf.estimate(model, IMAGES[0, 0, :5, :4], kf.Gaussian())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.capture.batches import passes_over, run
+from kronfisher.capture.batches import as_batches
+from kronfisher.capture.forward import run
 from tests.helpers.optional import require
 
 transformers = require("transformers")
@@ -67,7 +68,7 @@ def built(make):
 def test_the_loss_is_the_models_own(make, kind):
     """What is run and what the labels are: the mean of our loss over counted positions is the loss of the model."""
     model, batch = built(make), encoding(kind)
-    assert passes_over(batch) == ([batch], True)
+    assert as_batches(batch) == ([batch], True)
     outputs, targets = run(model, batch, None, torch.device("cpu"), "batch 0")
     likelihood = kf.Categorical()
     likelihood.check(outputs.detach(), targets, labels="observed")

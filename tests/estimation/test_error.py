@@ -205,7 +205,7 @@ def test_budget(model, x, monkeypatch):
 
 def test_numbers_that_are_none(model, x):
     fisher = kf.estimate(model, x, kf.Gaussian())
-    with pytest.raises(kf.NumericalError, match="batch 0: the batch holds 1 values"):
+    with pytest.raises(kf.NumericalError, match="batch 0: the batch contains 1 values"):
         fisher.error(torch.where(x == x[0, 0], float("nan"), x))
 
 

@@ -175,11 +175,14 @@ def test_masked_data_count_for_nothing_under_any_likelihood(name):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ("mask", r"mask='mask' is no key of the batch or its inputs \(keys \['x', 'attention_mask'\]\). Name one"),
-        (lambda b: [1, 0], "the mask is list, and there are 4 data; it must be a tensor"),
-        (lambda b: torch.ones(3, 6), r"the mask is \[3, 6\], and there are 4 data"),
-        (lambda b: torch.tensor(True), r"the mask is \[\], and there are 4 data"),
-        (lambda b: torch.ones(4, 6) / 2, r"the mask holds 0.5, and it must be true \(or 1\) where a position counts"),
+        ("mask", r"mask='mask' is not a key of the batch or its inputs \(keys \['x', 'attention_mask'\]\). Name one"),
+        (lambda b: [1, 0], "the mask is list, and there are 4 examples; it must be a tensor"),
+        (lambda b: torch.ones(3, 6), r"the mask is \[3, 6\], and there are 4 examples"),
+        (lambda b: torch.tensor(True), r"the mask is \[\], and there are 4 examples"),
+        (
+            lambda b: torch.ones(4, 6) / 2,
+            r"the mask contains 0.5, and it must be true \(or 1\) where a position",
+        ),
         (
             lambda b: torch.ones(4, 5),
             r"the mask has 5 positions for each example, and outputs \[4, 6, 2\] have another",
@@ -192,7 +195,7 @@ def test_messages(mask, message):
 
 
 def test_keys_need_mappings():
-    with pytest.raises(kf.DataError, match=r"is no key of the batch or its inputs, which are no mappings. Name one"):
+    with pytest.raises(kf.DataError, match=r"is not a key of the batch or its inputs, which are not mappings"):
         kf.estimate(nn.Linear(3, 2), torch.randn(4, 3), kf.Gaussian(), mask="attention_mask")
 
 

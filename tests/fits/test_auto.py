@@ -141,7 +141,7 @@ def test_large_layers_are_not_tried_densely():
 
 
 def test_states_combine_after_the_same_choice_only():
-    from kronfisher.capture.isolation import isolated
+    from kronfisher.capture.isolation import isolate
     from kronfisher.estimation.accumulator import Accumulator
     from kronfisher.estimation.recipe import Recipe
 
@@ -149,7 +149,7 @@ def test_states_combine_after_the_same_choice_only():
     runs = []
     for data in (x[:12], x[12:]):
         run = Accumulator(Recipe(model, kf.Gaussian(), labels="exact"), kf.Auto(candidates=[kf.KFAC()]))
-        with isolated(model, 0):
+        with isolate(model, 0):
             run.add((data, None), "batch 0")
         runs.append(run)
     one, other = (next(iter(run.groups)) for run in runs)
@@ -158,7 +158,7 @@ def test_states_combine_after_the_same_choice_only():
     for run, data in zip(runs, (x[:12], x[12:]), strict=True):
         assert run.next_pass()
         run.start_pass()
-        with isolated(model, 0):
+        with isolate(model, 0):
             run.add((data, None), "batch 0")
     joined = one.fit.finish(one.fit.combine(one.state, other.state))
     torch.testing.assert_close(joined.to_dense(), estimate(model, x, "kfac")["0.weight"].to_dense())

@@ -34,7 +34,7 @@ def layer(kind: str) -> tuple[nn.Module, torch.Tensor]:
 def test_one_byte_too_little_is_refused_with_the_number_and_enough_gives_the_same(kind):
     model, x = layer(kind)
     options = {"likelihood": kf.Categorical(), "labels": "exact"}
-    with pytest.raises(kf.MemoryBudgetError, match="matrices and one datum") as refusal:
+    with pytest.raises(kf.MemoryBudgetError, match="matrices and one example") as refusal:
         kf.estimate(model, x, **options, memory_budget=1)
     found = re.search(r"needs ([\d,]+) bytes", str(refusal.value))
     needed = int(found[1].replace(",", ""))

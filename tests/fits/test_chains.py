@@ -72,13 +72,13 @@ def autoencoder(m, x):
     ("function", "members", "shape", "groups", "message"),
     [
         (residual, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "goes to l1.weight.*l2.weight"),
-        (branches, linear((3, 4), (4, 2), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "what l0.weight.* gives goes to"),
+        (branches, linear((3, 4), (4, 2), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "output of l0.weight.* goes to"),
         (leaving, linear((3, 4), (4, 2)), (6, 3), [["l0"], ["l1"]], "goes to l1.weight and the outputs"),
-        (shuffled, linear((3, 4), (4, 2)), (30, 3), [["l0"], ["l1"]], "rows change their order"),
+        (shuffled, linear((3, 4), (4, 2)), (30, 3), [["l0"], ["l1"]], "rows are reordered"),
         (tied, linear((3, 4), (4, 4), (4, 2)), (6, 3), [["l0"], ["l1"], ["l2"]], "l1.weight is used 2 times"),
-        (transposed_tokens, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows change their order"),
-        (transposed_tokens, linear((3, 4), (4, 2)), (5, 5, 3), [["l0"], ["l1"]], "rows change their order"),
-        (swapped_positions, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows change their order"),
+        (transposed_tokens, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows are reordered"),
+        (transposed_tokens, linear((3, 4), (4, 2)), (5, 5, 3), [["l0"], ["l1"]], "rows are reordered"),
+        (swapped_positions, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "rows are reordered"),
         (pooled, linear((3, 4), (4, 2)), (6, 5, 3), [["l0"], ["l1"]], "l0.weight has 30 rows, l1.weight 6 "),
     ],
 )
@@ -175,7 +175,7 @@ def test_rows_that_are_picked_by_index_are_looked_at_in_every_batch():
     x = x[x[:, 0].argsort()]  # in order, by chance
     fisher = kf.estimate(model, [x, x + 1], kf.Gaussian(), fit=kf.BlockTridiagonal())
     assert isinstance(fisher["l0.weight"], Tridiagonal)
-    with pytest.raises(kf.UnsupportedError, match="rows change their order"):
+    with pytest.raises(kf.UnsupportedError, match="rows are reordered"):
         kf.estimate(model, [x, x.flip(0)], kf.Gaussian(), fit=kf.BlockTridiagonal())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kronfisher as kf
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.isolation import isolate
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Window
@@ -18,7 +18,7 @@ ONE_PASS = [name for name in LINEAR if name not in ("ekfac", "kl")]
 
 def states(model, data, fit):
     run = Accumulator(Recipe(model, kf.Categorical(), labels="exact"), fit)
-    with isolated(model, 0):
+    with isolate(model, 0):
         run.add((data, None), "batch 0")
     return run.groups
 

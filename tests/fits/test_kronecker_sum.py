@@ -197,14 +197,14 @@ def test_what_vanishes_or_has_few_terms(method):
 def test_states_combine():
     model, x = with_inputs(True)
     whole = estimate(model, x, kf.KroneckerSum(2))
-    from kronfisher.capture.isolation import isolated
+    from kronfisher.capture.isolation import isolate
     from kronfisher.estimation.accumulator import Accumulator
     from kronfisher.estimation.recipe import Recipe
 
     states = []
     for data in (x[:5], x[5:]):
         run = Accumulator(Recipe(model, kf.Gaussian(), labels="exact"), kf.KroneckerSum(2, memory=20))
-        with isolated(model, 0):
+        with isolate(model, 0):
             run.add((data, None), "batch 0")
         states.append(run.groups)
     for one, other in zip(*states, strict=True):

@@ -219,7 +219,7 @@ def test_class_weights_and_ignored_labels_reach_the_matrix():
         assert trace == pytest.approx(float(weight[label] * exact(model, (x, y), plain).trace()))
         ignoring = exact(model, (x.expand(2, -1), torch.tensor([label, 9])), kf.Categorical(9, weight))
         assert ignoring.trace() == pytest.approx(float(trace)) and ignoring.count == 1
-    with pytest.raises(kf.DataError, match="No datum counts"):
+    with pytest.raises(kf.DataError, match="No example counts"):
         exact(model, (x, torch.tensor([9])), kf.Categorical(9))
 
 

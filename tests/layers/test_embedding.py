@@ -216,7 +216,7 @@ def test_positions_in_all_the_ways_people_add_them():
     minus = Written(lambda m, x: (m.e(x) - m.p(torch.arange(x.shape[1]))).sin().flatten(1), e=e, p=p)
     assert_exact(minus, x, fit=ACROSS)
     other = Written(lambda m, x: (m.e(x) * m.p(torch.arange(x.shape[1]))).flatten(1), e=e, p=p)
-    assert_fallback(other, x, r"p\.weight: used by embedding before it meets the data")
+    assert_fallback(other, x, r"p\.weight: used by embedding before any data enter")
 
     def twice(m, x):
         positions = m.p(torch.arange(x.shape[1]))

@@ -1,9 +1,10 @@
 """Records one forward pass, then streams output gradients of backward passes; the model is not changed.
 
-Operators are seen, not modules: a mode of torch's function protocol receives every call with the very parameters. For
-each use the gradient edge of its output is kept and a hook waits there, so that in-place activations and views later on
-do no harm. The backward pass asks only for the outputs of the earliest uses: no parameter gradient is ever computed.
-Coverage is proved on the autograd graph: every edge into a trainable parameter must have been claimed by a use.
+It records operators, not modules: a mode of torch's function protocol receives every call with the parameters
+themselves. For each use the gradient edge of its output is kept and a hook is registered there, so that later in-place
+activations and views are harmless. The backward pass stops at the outputs of the earliest uses: no parameter gradient
+is ever computed. Coverage is proved on the autograd graph: every edge into a trainable parameter must be claimed by a
+use.
 """
 
 import sys
@@ -29,7 +30,7 @@ __all__ = ["Capture", "Receiver"]
 
 Receiver = Callable[[Call, Tensor], None]
 
-# New tensors with the elements of an old one, in the same order: the parameter seen through a change of dtype.
+# Operators that return a new tensor with the same elements in the same order, such as a cast to another dtype.
 COPIES = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as,
     Tensor.contiguous, Tensor.clone, torch.clone,
@@ -41,8 +42,8 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
-        constants: buffers and other tensors that are the same whatever the data.
-        lenient: what an operator's handler refuses counts as not understood: its parameters stay unclaimed.
+        constants: buffers and other tensors that do not depend on the data.
+        lenient: an operator whose handler raises counts as not understood: its parameters stay unclaimed.
 
     Attributes:
         recording: the record of the forward pass.
@@ -63,12 +64,12 @@ class Capture(TorchFunctionMode):
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
-        self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses that no data went into
+        self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses without data
         self._receiver: Receiver | None = None
 
     @property
     def calls(self) -> list[Call]:
-        """In the order of the forward pass."""
+        """Calls in the order of the forward pass."""
         return self.recording.calls
 
     @property
@@ -77,18 +78,18 @@ class Capture(TorchFunctionMode):
         return self.recording.parameters
 
     def view(self, tensor: Any) -> Window | None:
-        """The window on a trainable parameter that the tensor is, or None."""
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad or _cut(tensor):
+        """The window on a trainable parameter that the tensor represents, or None."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad or _is_detached_view(tensor):
             return None
-        found = self._root(tensor)
-        return Window.of(*found, tensor) if found else None
+        root = self._root(tensor)
+        return Window.of(*root, tensor) if root else None
 
     def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The trainable parameter, or the copy of it, that the tensor is a view of."""
-        found = self._roots.get(id(tensor))
-        if found is None and (base := tensor._base) is not None:
-            found = self._roots.get(id(base))
-        return found
+        """Name and tensor of the trainable parameter, or of the copy of it, that the tensor is or is a view of."""
+        root = self._roots.get(id(tensor))
+        if root is None and (base := tensor._base) is not None:
+            root = self._roots.get(id(base))
+        return root
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -103,13 +104,13 @@ class Capture(TorchFunctionMode):
             views = {id(tensor): self.view(tensor) for tensor in tensors}
             lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
             if all(map(self._is_constant, tensors)):
-                lookups = {}  # they do not meet data here
+                lookups = {}  # no data enter here
             if uses := self._uses(handler, args, kwargs, tensors, Windows(views, lookups)):
                 for tensor in tensors:
                     if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
                         views[id(tensor)] = lookups[id(tensor)].weight
                 made = [tensor for tensor in tensors if tensor.grad_fn is not None]
-                bases = (tensor._base for tensor in made)  # from which an operator in place goes on
+                bases = (tensor._base for tensor in made)  # an in-place operator continues from the base
                 operands: dict[Any, Window | None] = {base.grad_fn: None for base in bases if base is not None}
                 operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
                 return self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
@@ -128,13 +129,13 @@ class Capture(TorchFunctionMode):
         tensors: list[Tensor],
         view: Windows,
     ) -> tuple[Use, ...]:
-        """What an operator does with trainable parameters; nothing unless each that it is given is accounted for."""
+        """The uses that an operator makes of trainable parameters; none unless they account for all it receives."""
         try:
             uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
             if _accepts(handler, view, *args, **kwargs):
                 raise
-            return ()  # a form of the operator that the handler does not know; the graph will show what is unclaimed
+            return ()  # a form that the handler does not know; the walk over the graph finds the unclaimed parameter
         except UnsupportedError:
             if not self._lenient:
                 raise
@@ -157,8 +158,8 @@ class Capture(TorchFunctionMode):
     ) -> Tensor:
         if is_functorch_wrapped_tensor(result):
             raise UnsupportedError(
-                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where single data "
-                "cannot be told apart. Write the model without it, or freeze the parameter with requires_grad_(False)."
+                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where examples "
+                "cannot be separated. Write the model without it, or freeze the parameter with requires_grad_(False)."
             )
         constant = all(map(self._is_constant, tensors))
         if not result.requires_grad:
@@ -166,7 +167,7 @@ class Capture(TorchFunctionMode):
             return result
         anchor, window = result, None
         if result._is_view():
-            # A view that is changed in place later gets a new history; its base keeps the one this operator gave it.
+            # A view that is modified in place later gets a new history; its base keeps the history from this operator.
             base = result._base
             if base is not None and base.is_contiguous():
                 offset = int(result.storage_offset() - base.storage_offset())
@@ -179,19 +180,19 @@ class Capture(TorchFunctionMode):
         self.calls.append(call)
         if constant and len(uses) == 1:
             self._lookups[id(result)] = (result, uses[0])
-        capture = ref(self)  # the graph must not own what owns the graph: such a cycle is never freed
+        capture = ref(self)  # a strong reference would form a cycle with the graph that is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
         call.hooks = anchor._backward_hooks or {}
         for use in uses:
             use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
         for node, view in operands.items():
             if view is not None:
-                self._chain(node, view.parameter)
+                self._note_chain(node, view.parameter)
         self._claim(call, views, operands)
         return result
 
     def _claim(self, call: Call, views: Mapping[int, Window | None], operands: Mapping[Node, Window | None]) -> None:
-        """Note the nodes that one operator made as its own, and their edges into its trainable operands."""
+        """Note the nodes that one operator created, and claim their edges into its trainable operands."""
         stack = [call.edge.node]
         self.recording.makers[call.edge.node] = call.index
         while stack:
@@ -207,7 +208,8 @@ class Capture(TorchFunctionMode):
                     self.recording.makers[child] = call.index
                     stack.append(child)
 
-    def _chain(self, node: Node | None, name: str) -> None:
+    def _note_chain(self, node: Node | None, name: str) -> None:
+        """Note the nodes between a parameter and its use as a chain of views and casts."""
         while node is not None and node not in self.recording.chains:
             self.recording.chains[node] = name
             node = node.next_functions[0][0] if node.next_functions else None
@@ -216,7 +218,7 @@ class Capture(TorchFunctionMode):
         return id(tensor) in self.recording.constant or id(tensor) in self._roots
 
     def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
-        """Keep what is made of constants alone: where a parameter meets no data no row belongs to a datum."""
+        """Keep results that depend on constants alone: without data no row belongs to an example."""
         for tensor in results:
             if constant:
                 self.recording.constant[id(tensor)] = tensor
@@ -224,7 +226,7 @@ class Capture(TorchFunctionMode):
                 self.recording.constant.pop(id(tensor), None)  # overwritten in place
 
     def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Follow copies of parameters, and remember which operators, not understood, saw which parameter."""
+        """Follow copies of parameters, and remember which operators, not understood, received which parameter."""
         results = [result] if isinstance(result, Tensor) else list(_tensors((result,), {}))
         if not results:
             return
@@ -237,10 +239,10 @@ class Capture(TorchFunctionMode):
         if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
             self.recording.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
         for tensor in operands:
-            found = self._root(tensor)
-            if found is None or id(result) in self._roots:
+            entry = self._root(tensor)
+            if entry is None or id(result) in self._roots:
                 continue
-            name, root = found
+            name, root = entry
             if not grad:
                 if function := _running_function():
                     self.recording.hidden.setdefault(name, set()).add(function)
@@ -251,24 +253,24 @@ class Capture(TorchFunctionMode):
                 self.recording.touched.setdefault(name, set()).add(_name(func) + form)
 
     def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
-        """Go backward from a number and hand output gradients to `receive` as they arrive.
+        """Back-propagate from a scalar and pass output gradients to `receive` as they arrive.
 
         Args:
-            product: of the outputs of the captured forward pass with a vector, which is their gradient then. Handing
-                the vector to autograd instead would import half a second's worth of symbolic algebra at the first call.
+            product: inner product of the captured outputs with the vector that is to be their gradient. Passing the
+                vector to autograd instead would import symbolic algebra at the first call, which takes half a second.
             receive: called with a call and the gradient of its output, in reverse order of the forward pass.
-            sources: indices of the earliest calls that are wanted (`Graph.sources`); the pass ends there.
+            sources: indices of the earliest calls that are needed (`Graph.sources`); the pass ends there.
             retain: whether another backward pass follows.
         """
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
         if not edges:
             return
-        with self.listening(receive):
+        with self.listen(receive):
             torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
 
     @contextmanager
-    def listening(self, receive: Receiver) -> Iterator[None]:
-        """Hand output gradients of any backward pass through the captured graph to `receive`."""
+    def listen(self, receive: Receiver) -> Iterator[None]:
+        """Pass output gradients of any backward pass through the captured graph to `receive`."""
         self._receiver = receive
         try:
             yield
@@ -286,8 +288,8 @@ def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
         capture._receive(index, gradient)
 
 
-def _cut(tensor: Tensor) -> bool:
-    """Whether the tensor is a view made under ``torch.no_grad()``: it claims to require a gradient, and gets none."""
+def _is_detached_view(tensor: Tensor) -> bool:
+    """Whether the tensor is a view made under ``torch.no_grad()``: it claims to require a gradient but gets none."""
     return tensor.grad_fn is None and tensor._base is not None
 
 

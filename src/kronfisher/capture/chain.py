@@ -1,9 +1,9 @@
 """Chains of layers: which block follows which, for fits that treat neighbours together, and where a chain is cut.
 
-Two blocks are neighbours where the first feeds the second and nothing else does or is fed, as the autograd graph
-tells, and where row r of the one comes before row r of the other. The latter is tested: a gradient that is nonzero in
-a few rows only is carried from the one back to the other and has to arrive in these rows. Shapes alone would not show
-a transposition between the two, which would pair inputs of one position with inputs of another.
+Two blocks are neighbours if, in the autograd graph, the output of the first is the only input of the second and goes
+nowhere else, and if row r of the first feeds row r of the second. The latter is tested: a gradient that is nonzero in
+a few rows only is carried back from the second to the first and has to arrive in the same rows. Shapes alone would not
+reveal a transposition between the two, which would pair inputs of one position with inputs of another.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from kronfisher.capture.parts import Part
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.layers import RowOrder
 
-__all__ = ["Chains", "chains"]
+__all__ = ["Chains", "find_chains"]
 
 
 @dataclass
@@ -36,22 +36,22 @@ class Chains:
     cuts: dict[Key, str] = field(default_factory=dict)
 
 
-def chains(
+def find_chains(
     observation: Observation,
     parts: Mapping[int, list[Part]],
     orders: Mapping[tuple[int, int], RowOrder],
-    apart: Callable[[Block, Block], str],
+    why_apart: Callable[[Block, Block], str],
 ) -> Chains:
-    """The neighbours in a forward pass.
+    """Find the neighbours in a forward pass.
 
     Args:
         observation: of the forward pass.
         parts: index of a call → its blocks.
-        orders: (index of a call, number of the part) → how rows are sorted.
-        apart: why the fit of two blocks does not take them together; empty if it does.
+        orders: (index of a call, number of the part) → which example each row belongs to.
+        why_apart: why no fit treats two blocks together; empty if one does.
     """
     graph, calls, answer = observation.graph, observation.calls, Chains()
-    uses = Counter(part.block.key for several in parts.values() for part in several)
+    uses = Counter(part.block.key for members in parts.values() for part in members)
     windows = Counter(name for key in uses for name in {view.parameter for view in key if view is not None})
     following = Counter(graph.last)
     for before in graph.before.values():
@@ -60,10 +60,10 @@ def chains(
     def names(indices: Iterable[int]) -> str:
         return ", ".join(dict.fromkeys(use.name for index in indices for use in calls[index].uses))
 
-    def lone(index: int) -> str:
+    def obstacle(index: int) -> str:
         own = parts.get(index, [])
         if len(own) != 1:
-            why = "has several parameters that are treated apart" if own else "is left to the fallback"
+            why = "has several parameters that are treated separately" if own else "is left to the fallback"
             return f"{calls[index].operator} of {names((index,))} {why}"
         (part,) = own
         if uses[part.block.key] > 1:
@@ -78,65 +78,67 @@ def chains(
             return f"its inputs come from {names(sorted(before))}"
         (earlier,) = before
         if following[earlier] > 1:
-            every = names(sorted(k for k, several in graph.before.items() if earlier in several))
-            return f"what {names(before)} gives goes to {every}{' and the outputs' if earlier in graph.last else ''}"
-        if why := lone(earlier) or lone(index):
+            every = names(sorted(k for k, sources in graph.before.items() if earlier in sources))
+            return f"the output of {names(before)} goes to {every}{' and the outputs' if earlier in graph.last else ''}"
+        if why := obstacle(earlier) or obstacle(index):
             return why
         first, second = parts[earlier][0], parts[index][0]
-        if why := apart(first.block, second.block):
+        if why := why_apart(first.block, second.block):
             return why
-        return unlike(
+        return order_difference(
             observation,
             (calls[earlier], first, orders[earlier, 0]),
             (calls[index], second, orders[index, 0]),
         )
 
-    for index, several in sorted(parts.items()):
-        if not several or not graph.before[index]:
+    for index, members in sorted(parts.items()):
+        if not members or not graph.before[index]:
             continue
         if why := reason(index):
-            answer.cuts.update(dict.fromkeys((part.block.key for part in several), why))
+            answer.cuts.update(dict.fromkeys((part.block.key for part in members), why))
         else:
-            answer.after[parts[min(graph.before[index])][0].block.key] = several[0].block.key
+            answer.after[parts[min(graph.before[index])][0].block.key] = members[0].block.key
     return answer
 
 
 Place = tuple[Call, Part, RowOrder]
 
 
-def unlike(observation: Observation, earlier: Place, later: Place) -> str:
-    """Why rows of two uses do not belong together; empty if they do."""
+def order_difference(observation: Observation, earlier: Place, later: Place) -> str:
+    """Why row r of one use does not feed row r of the other; empty if it does."""
     first, second = _rows(*earlier), _rows(*later)
     total = len(first)
     if total != len(second):
-        return f"{earlier[1].block.name} has {total} rows, {later[1].block.name} {len(second)} (data times positions)"
+        return (
+            f"{earlier[1].block.name} has {total} rows, {later[1].block.name} {len(second)} (examples times positions)"
+        )
     generator = torch.Generator("cpu").manual_seed(total)
 
-    def alive(rows: Tensor) -> Tensor:
-        """Rows of the earlier use at which a random gradient of some rows of the later one arrives."""
+    def arrivals(rows: Tensor) -> Tensor:
+        """Rows of the earlier use that a random gradient at some rows of the later use reaches."""
         places = second[rows].flatten()
         vector = torch.zeros(prod(later[0].shape), device="cpu")
         vector[places] = torch.randn(len(places), generator=generator, device="cpu")
-        back = observation.between(later[0], earlier[0], vector.reshape(later[0].shape))
+        back = observation.carry_back(later[0], earlier[0], vector.reshape(later[0].shape))
         return torch.zeros(total, dtype=torch.bool) if back is None else (back.flatten().cpu()[first] != 0).any(dim=1)
 
     order = torch.randperm(total, generator=generator, device="cpu")
-    able, some = alive(order), max(1, total // _SHARE)  # units may be dead in a row
+    able, some = arrivals(order), max(1, total // _SHARE)  # a row may have dead units only
     hits = chances = 0
     for rows in order[: _PASSES * some].split(some):
-        found = alive(rows)
-        hits += int(found[rows].sum())
-        chances += min(int(found.sum()), int(able[rows].sum()))
+        reached = arrivals(rows)
+        hits += int(reached[rows].sum())
+        chances += min(int(reached.sum()), int(able[rows].sum()))
     if not chances:
         return f"no gradient passes from {later[1].block.name} to {earlier[1].block.name}"
     if hits < _SURE * chances:
-        return f"between {earlier[1].block.name} and {later[1].block.name} rows change their order"
+        return f"rows are reordered between {earlier[1].block.name} and {later[1].block.name}"
     return ""
 
 
-_SHARE = 64  # one row of so many is looked at in a pass: where positions mix nearby, most others get nothing
+_SHARE = 64  # a pass tests one row in this many, so that rows mixed with nearby positions seldom interfere
 _PASSES = 4
-_SURE = 0.9  # the share of rows that have to arrive in their own places
+_SURE = 0.9  # the share of gradients that must arrive in their own rows
 
 
 def _rows(call: Call, part: Part, order: RowOrder) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a forward pass recorded, and a walk over its autograd graph that proves that nothing was missed.
+"""The record of a forward pass, and a walk over its autograd graph that proves that no use was missed.
 
-Every edge of the graph into a trainable parameter must have been claimed by a use of it.
+Every edge of the graph into a trainable parameter must be claimed by a use of that parameter.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,14 @@ from kronfisher.layers import Use
 __all__ = ["Call", "Graph", "Recording", "walk"]
 
 _NONE: frozenset[int] = frozenset()
-_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that pick rows by content
-_DIMS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_shifts")  # what axes a node works on
+_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that select rows by index
+_DIMS = (
+    "_saved_dim",
+    "_saved_dim0",
+    "_saved_dim1",
+    "_saved_dims",
+    "_saved_shifts",
+)  # a node's axes
 
 
 @dataclass
@@ -28,12 +34,12 @@ class Call:
     Attributes:
         index: position in the order of the forward pass.
         operator: the operator's name.
-        uses: what it did with them.
+        uses: its uses of them.
         shape: the output's shape.
         edge: where the output's gradient arrives.
-        window: size, strides and offset of the output in what the edge is the gradient of, where that is more.
-        constant: whether no data went in, only parameters, buffers and constants.
-        hooks: of the output tensor, ours among them.
+        window: size, strides and offset of the output within the edge's tensor, if the output is only a part of it.
+        constant: whether the inputs are only parameters, buffers and constants, no data.
+        hooks: of the output tensor, including our own.
     """
 
     index: int
@@ -46,29 +52,29 @@ class Call:
     hooks: Mapping[int, Any] = field(default_factory=dict)
 
     def gradient(self, arriving: Tensor) -> Tensor:
-        """The gradient of the call's output, out of that which arrives at its edge."""
+        """Extract the gradient of the call's output from the gradient that arrives at its edge."""
         if self.window is not None:
             size, stride, offset = self.window
-            arriving = arriving.contiguous()  # perhaps still a part of a larger gradient, somewhere inside it
+            arriving = arriving.contiguous()  # it may be a view of a larger gradient
             arriving = arriving.as_strided(size, stride, arriving.storage_offset() + offset)
         return arriving.reshape(self.shape)
 
 
 @dataclass
 class Graph:
-    """An autograd graph, as a walk from the outputs saw it.
+    """An autograd graph, summarised by a walk from the outputs.
 
     Attributes:
         reached: names of trainable parameters that the outputs depend on.
-        unclaimed: name → operators that use it and that no use accounts for.
-        hidden: name → autograd functions that use it inside, where no graph shows what they do with it.
-        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
+        unclaimed: name → operators that use it without a use that accounts for them.
+        hidden: name → autograd functions that use it internally, where no graph shows its gradient.
+        meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
         alive: indices of the calls that the outputs depend on.
-        sources: indices of those below which no other call lies.
-        before: index of a call → those that its inputs are made of, with no other call in between.
-        last: indices of the calls that the outputs are made of, with no other call in between.
-        gathers: whether rows are picked by index somewhere, in an order that may change from batch to batch.
-        signature: a number that stands for the graph's nodes: another one means another computation.
+        sources: indices of the calls that depend on no other call.
+        before: index of a call → calls that its inputs depend on directly, with no other call in between.
+        last: indices of the calls that the outputs depend on directly, with no other call in between.
+        gathers: whether rows are selected by index anywhere, in an order that may change from batch to batch.
+        signature: a hash of the graph's nodes; a different value means a different computation.
     """
 
     reached: set[str] = field(default_factory=set)
@@ -89,14 +95,14 @@ class Recording:
 
     Attributes:
         parameters: name → trainable parameter.
-        constant: id → tensor that is the same whatever the data.
+        constant: id → tensor that does not depend on the data.
         calls: in their order.
         claims: (node, child) for the edges into parameters that a call accounts for → its index.
-        makers: node that a call made → its index.
+        makers: node created by a call → the call's index.
         chains: node between a parameter and its uses, a view or a cast → the parameter's name.
-        meetings: where data meet parameters in operators that are not understood: (operator, edge of its output).
-        touched: name → operators, not understood, that saw the parameter.
-        hidden: name → autograd functions that use it inside, where no graph is made.
+        meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
+        touched: name → operators, not understood, that received the parameter.
+        hidden: name → autograd functions that use it internally, where no graph is recorded.
     """
 
     parameters: dict[str, Tensor]
@@ -111,17 +117,17 @@ class Recording:
 
 
 def walk(recording: Recording, outputs: Tensor) -> Graph:
-    """Walk the graph from the outputs and compare every edge into a trainable parameter with what was claimed.
+    """Walk the graph from the outputs and compare every edge into a trainable parameter with the claims.
 
     Raises:
-        UnsupportedError: the graph holds a reentrant checkpoint, inside which nothing can be seen.
+        UnsupportedError: the graph contains a reentrant checkpoint, which hides the operators inside it.
     """
     graph = Graph(hidden={name: set(functions) for name, functions in recording.hidden.items()})
     if not outputs.requires_grad:
         return graph
     leaves = {id(p): name for name, p in recording.parameters.items()}
     constant = {tensor.grad_fn for tensor in recording.constant.values() if tensor.grad_fn is not None}
-    # A lookup that is the same for all data lies between a parameter and the use by which it meets them.
+    # A lookup that does not depend on the data lies between a parameter and the use that combines it with data.
     calls = {call.edge.node: call.index for call in recording.calls if call.edge.node not in recording.chains}
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
@@ -146,12 +152,12 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if isinstance(node, BackwardCFunction):
-            _look_into(recording, node, graph, leaves, constant)
+            _note_arguments(recording, node, graph, leaves, constant)
         for child in children:
             maker = recording.makers.get(child)
             known = child in calls or child in recording.chains
             if maker is not None and not known and maker != recording.makers.get(node):
-                # a second derivative, say, which meets the weight in the midst of the operator's nodes
+                # for example a second derivative, which uses the weight within the operator's own nodes
                 for use in recording.calls[maker].uses:
                     graph.unclaimed.setdefault(use.name, set()).add(node.name())
             name = recording.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
@@ -165,7 +171,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
             else:
                 graph.unclaimed.setdefault(name, set()).update(recording.touched.get(name) or {node.name()})
     graph.alive = {index for node, index in calls.items() if node in below}
-    for index in claimed - graph.alive:  # its output was replaced behind our back, its gradient would never arrive
+    for index in claimed - graph.alive:  # its output was replaced later, so that its gradient would never arrive
         for use in recording.calls[index].uses:
             operator = f"{recording.calls[index].operator}, whose output is a view that was modified in place"
             graph.unclaimed.setdefault(use.name, set()).add(operator)
@@ -175,13 +181,15 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.hidden = {name: functions for name, functions in graph.hidden.items() if functions}
     graph.meetings += recording.meetings
     graph.signature = hash(tuple(nodes))
-    picking = (node.name() for node in below if recording.makers.get(node) not in graph.alive)
-    graph.gathers = any(name.startswith(_GATHERING) for name in picking)  # a lookup in a weight picks no data
+    selecting = (node.name() for node in below if recording.makers.get(node) not in graph.alive)
+    graph.gathers = any(name.startswith(_GATHERING) for name in selecting)  # a lookup in a weight does not select data
     return graph
 
 
-def _look_into(recording: Recording, node: Any, graph: Graph, leaves: Mapping[int, str], constant: set[Node]) -> None:
-    """Note which parameters a function written in Python was given: to these it passes gradients of its own."""
+def _note_arguments(
+    recording: Recording, node: Any, graph: Graph, leaves: Mapping[int, str], constant: set[Node]
+) -> None:
+    """Note the parameters that a function written in Python received: it computes their gradients itself."""
     below, stack, names = set(), [child for child, _ in node.next_functions], set()
     while stack:
         child = stack.pop()

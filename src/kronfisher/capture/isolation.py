@@ -1,4 +1,4 @@
-"""Leaving no trace: random state, buffers, hooks and flags are the same after an estimate as before it."""
+"""Isolate a run of the model: random state, buffers, hooks and flags are the same afterwards as before."""
 
 import random
 import sys
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["isolated", "replaced", "without_weight_cache"]
+__all__ = ["isolate", "replace_contents", "without_weight_cache"]
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run the model without a trace: eagerly, with gradients on, from a random state of our own.
+def isolate(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run the model without side effects: eagerly, with gradients enabled, from a random state given by the seed.
 
-    It meets copies of its buffers, and neither its own backward hooks nor global ones: they would be called with
-    gradients that are not those of the user's loss, and may change them.
+    The model works on copies of its buffers. Its backward hooks and global ones are disabled: they would be called with
+    gradients that are not those of the user's loss, and might change them.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -28,7 +28,7 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         stack.enter_context(without_weight_cache())
         if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(replaced(_backward_hooks(model), {}))
+        stack.enter_context(replace_contents(_backward_hooks(model), {}))
         copies: dict[int, Tensor] = {}
         for module in model.modules():
             buffers = {
@@ -36,13 +36,13 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
                 for name, b in module._buffers.items()
                 if b is not None
             }
-            stack.enter_context(replaced([module._buffers], {**module._buffers, **buffers}))
+            stack.enter_context(replace_contents([module._buffers], {**module._buffers, **buffers}))
         yield
 
 
 @contextmanager
 def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
-    """Torch's generators on the model's devices, NumPy's and Python's: seeded, and put back at the end."""
+    """Seed the generators of Torch (on the model's devices), NumPy and Python, and restore them at the end."""
     tensors = (*model.parameters(), *model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     python, arrays = random.getstate(), np.random.get_state()
@@ -52,7 +52,7 @@ def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
             stack.enter_context(torch.random.fork_rng(devices=[device.index], device_type=device.type))
             state = torch.Generator(device).manual_seed(seed).get_state()
             torch.get_device_module(device).set_rng_state(state, device)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are none of our business
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed other devices
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
@@ -64,7 +64,7 @@ def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def without_weight_cache() -> Iterator[None]:
-    """Autocast keeps its copies of weights for the next call; then uses of one weight could not be told apart."""
+    """Disable autocast's cache of cast weights, which would make several uses of one weight share one copy."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -74,8 +74,8 @@ def without_weight_cache() -> Iterator[None]:
 
 
 @contextmanager
-def replaced(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
-    """Other contents for some dictionaries, the old ones at the end."""
+def replace_contents(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[Any, Any]) -> Iterator[None]:
+    """Replace the contents of some dictionaries and restore the old contents at the end."""
     saved = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
     try:
         for dictionary, _ in saved:

@@ -1,4 +1,4 @@
-"""One forward pass, understood: a single record of what ran, that later steps ask and that nobody changes."""
+"""One forward pass, understood: a single immutable record of the operators that ran."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kronfisher.capture.batches import Batches, Forward, run
+from kronfisher.capture.batches import Batches
 from kronfisher.capture.capture import Capture, Receiver
+from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, walk
-from kronfisher.capture.refusals import detached, hidden, refuse
+from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
 from kronfisher.layers import Probe, Use
 from kronfisher.linalg import promote
 
@@ -20,16 +21,16 @@ __all__ = ["Observation", "observe", "observe_all"]
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A forward pass with the graph that it left, for as long as the graph is there.
+    """A forward pass together with its autograd graph, as long as that graph exists.
 
     Attributes:
         model: unwrapped.
         capture: the record of its operators.
-        graph: what a walk from the outputs found; every edge into a trainable parameter is accounted for.
+        graph: the result of a walk from the outputs; every edge into a trainable parameter is accounted for.
         outputs: ``[N, ...]``, with their graph.
-        targets: as the likelihood takes them, or None.
+        targets: in the form that the likelihood expects, or None.
         where: the batch's name in messages.
-        batch: as the loader gave it, from which masks are read.
+        batch: as the loader returned it; masks are read from it.
     """
 
     model: nn.Module
@@ -52,8 +53,8 @@ class Observation:
         """
         graph = walk(capture.recording, outputs)
         if not graph.reached and not graph.hidden:
-            raise detached(where)
-        refuse({name: hidden(name, functions) for name, functions in graph.hidden.items()}, where)
+            raise detached_outputs_error(where)
+        refuse({name: hidden_use_message(name, functions) for name, functions in graph.hidden.items()}, where)
         return cls(model, capture, graph, outputs, targets, where, batch)
 
     def __len__(self) -> int:
@@ -66,17 +67,17 @@ class Observation:
         return self.capture.calls
 
     def backward(self, product: Tensor, receive: Receiver, *, retain: bool) -> None:
-        """Go backward from a number made of the outputs; see `Capture.backward`."""
+        """Back-propagate from a scalar function of the outputs; see `Capture.backward`."""
         self.capture.backward(product, receive, self.graph.sources, retain=retain)
 
     def examples_of_rows(self, uses: Mapping[tuple[int, Hashable], Use]) -> dict[Any, Tensor | None]:
         """The example that each row of some uses belongs to, by a probe: a few backward passes.
 
         Args:
-            uses: (index of a call, anything) → a use made by it.
+            uses: (index of a call, any key) → a use made by that call.
 
         Returns:
-            The same keys → the example of every row, −1 where no gradient tells; None where rows mix examples.
+            The same keys → the example of every row, −1 where the gradient is zero; None if rows mix examples.
         """
         probe = Probe(len(self), self.outputs.dtype)
         passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
@@ -88,19 +89,15 @@ class Observation:
             for key in wanted.get(call.index, ()):
                 passes[key].append(probe.project(uses[key].rows(promote(gradient))))
 
-        for vector in self._probing(probe):
+        for vector in self._probe_vectors(probe):
             self.backward((self.outputs * vector).sum(), receive, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.examples(each) if each else unknown[key] for key, each in passes.items()}
 
-    def mixing(self, edges: Sequence[GradientEdge]) -> list[int]:
-        """Places among some edges of the graph at which the gradient of a single element comes from several examples.
-
-        Args:
-            edges: where to look.
-        """
+    def mixing_places(self, edges: Sequence[GradientEdge]) -> list[int]:
+        """Indices of those edges of the graph where the gradient of a single element comes from several examples."""
         probe, passes = Probe(len(self), self.outputs.dtype), [[] for _ in edges]
-        for vector in self._probing(probe):
+        for vector in self._probe_vectors(probe):
             product = (self.outputs * vector).sum()
             gradients = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
             for each, gradient in zip(passes, gradients, strict=True):
@@ -111,22 +108,22 @@ class Observation:
                     each.append(probe.project(rows[some.to(rows.device), None]))
         return [place for place, each in enumerate(passes) if each and probe.examples(each) is None]
 
-    def between(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
-        """Carry `vector`, a gradient of the output of one call, back to the output of a call before it.
+    def carry_back(self, later: Call, earlier: Call, vector: Tensor) -> Tensor | None:
+        """Carry `vector`, a gradient of the output of one call, back to the output of an earlier call.
 
-        None where no path leads from the one to the other.
+        None if no path connects the two.
         """
-        arrives = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
-        start = vector.to(arrives.device, arrives.dtype)
+        end = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+        start = vector.to(end.device, end.dtype)
         if later.window is not None:
             size, stride, offset = later.window
-            start = start.new_zeros(tuple(arrives.shape))
+            start = start.new_zeros(tuple(end.shape))
             start.as_strided(size, stride, offset).copy_(vector)
         (gradient,) = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)
         return None if gradient is None else earlier.gradient(gradient)
 
-    def _probing(self, probe: Probe) -> Iterator[Tensor]:
-        """The vectors of a probe's passes."""
+    def _probe_vectors(self, probe: Probe) -> Iterator[Tensor]:
+        """The vectors that the passes of a probe back-propagate."""
         generator = torch.Generator("cpu").manual_seed(0)
         drawn = promote(self.outputs.detach().new_empty(0)).dtype
         vector = torch.randn(self.outputs.shape, generator=generator, dtype=drawn, device="cpu").to(self.outputs)
@@ -142,8 +139,8 @@ def observe(
     Args:
         model: unwrapped.
         parameters: name → trainable parameter.
-        batch: as the loader gave it.
-        forward: ``forward(model, batch) -> (outputs, targets)`` for batches of a form of its own.
+        batch: as the loader returned it.
+        forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
         where: the batch's name in messages.
 
     Raises:
@@ -159,6 +156,6 @@ def observe(
 def observe_all(
     model: nn.Module, parameters: Mapping[str, Tensor], batches: Batches, forward: Forward | None, number: int
 ) -> Iterator[Observation]:
-    """`observe` every batch of the pass of this number, each when it is asked for."""
+    """`observe` every batch of the pass with this number, lazily."""
     for where, batch in batches.read(number):
         yield observe(model, parameters, batch, forward, where)

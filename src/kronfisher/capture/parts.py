@@ -1,4 +1,4 @@
-"""What a use of a weight contributes to a block."""
+"""Contributions of uses to blocks."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ __all__ = ["Part"]
 
 @dataclass(frozen=True)
 class Part:
-    """What one use contributes to one block: its weight, its bias, or both."""
+    """The contribution of one use to one block: its weight, its bias, or both."""
 
     use: Use
     block: Block

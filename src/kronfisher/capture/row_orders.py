@@ -1,4 +1,4 @@
-"""Which example each row of each use belongs to, as shapes tell, or else a probe."""
+"""Which example each row of each use belongs to, according to shapes known from earlier batches, or else a probe."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from kronfisher.capture.graph import Call
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
 from kronfisher.layers import RowOrder, Use
-from kronfisher.layers.row_order import coupled, scattered
+from kronfisher.layers.row_order import irregular_rows_message, mixed_rows_message
 
 __all__ = ["Guesses", "Place", "RowOrders", "row_orders"]
 
 Place = tuple[int, int]  # index of a call, number of the part
 Guesses = Mapping[int, Mapping[tuple, RowOrder]]  # graph → (call, block, sorted by example) → rule
 
-# Model → graph → (call, block, sorted by example) → rule. A model that is gone takes its rules with it.
+# Model → graph → (call, block, sorted by example) → rule. Rules are dropped together with their model.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, RowOrder]]] = WeakKeyDictionary()
 
 
@@ -28,10 +28,10 @@ class RowOrders:
 
     Attributes:
         orders: (index of a call, number of the part) → which example each row belongs to.
-        refused: block → why no example has a gradient of its own there.
+        refused: block → why its examples have no gradients of their own.
         problems: parameter → why per-example gradients exist, but not row by row.
-        mixed: in training, names of blocks whose rows mix examples and are taken as they are.
-        guesses: rules that only the shape of a use without any gradient suggests: they hold for this estimate alone.
+        mixed: in training, names of blocks whose rows mix examples and are used regardless.
+        guesses: rules based only on the shape of a use without any gradient; they are valid for this estimate alone.
     """
 
     orders: dict[Place, RowOrder] = field(default_factory=dict)
@@ -51,15 +51,15 @@ def row_orders(
 ) -> RowOrders:
     """The order of the rows of every part.
 
-    A probe looks once at every use; what it finds holds for the same graph of the same model, in later estimates too.
-    Where rows need not be sorted by example, each stands for itself, if it belongs to a single example at all.
+    A probe examines every use once; its result is valid for the same graph of the same model, in later estimates too.
+    Rows that need not be sorted by example are treated one by one, if each belongs to a single example.
 
     Args:
         observation: of the forward pass.
         parts: index of a call → its blocks.
         sorts: whether a part's rows have to be sorted by example.
         guesses: of earlier batches with the same graph.
-        training: rows that mix examples are taken as they are where a fit treats rows apart.
+        training: rows that mix examples are used regardless if a fit treats rows independently.
     """
     graph, examples = observation.graph, len(observation)
     answer = RowOrders(guesses=dict(guesses))
@@ -85,7 +85,7 @@ def row_orders(
             continue
         rule, sure = RowOrder.by_examples(rows, examples) if sort else (RowOrder(rows.numel()), True)
         if rule is None:
-            reason = scattered(_named(call, part), tuple(rows.shape), examples)
+            reason = irregular_rows_message(_describe(call, part), tuple(rows.shape), examples)
             answer.problems |= dict.fromkeys(part.block.parameters, reason)
             continue
         answer.orders[index, number] = rule
@@ -97,11 +97,11 @@ def row_orders(
 def _note_mixed(
     answer: RowOrders, call: Call, part: Part, place: Place, key: tuple, *, training: bool, sort: bool
 ) -> None:
-    """Rows that belong to several examples: refused, left to the fallback, or taken as they are."""
-    block, reason = part.block, coupled(_named(call, part))
+    """Refuse rows that belong to several examples, leave them to the fallback, or use them regardless."""
+    block, reason = part.block, mixed_rows_message(_describe(call, part))
     if call.constant:
         for name in block.parameters:
-            answer.problems[name] = f"{name}: used by {call.operator} before it meets the data"
+            answer.problems[name] = f"{name}: used by {call.operator} before any data enter"
     elif not training:
         answer.refused[block.name] = reason
     elif sort:
@@ -111,12 +111,12 @@ def _note_mixed(
         answer.orders[place] = answer.guesses[key] = RowOrder(prod(part.use.lead(call.shape)))
 
 
-def _named(call: Call, part: Part) -> str:
+def _describe(call: Call, part: Part) -> str:
     return f"{part.block.name} (used by {call.operator})"
 
 
 def _without_probe(rule: RowOrder | None, lead: tuple[int, ...], examples: int, sort: bool) -> RowOrder | None:
-    """The order that is known without a probe."""
+    """The order of rows if it is known without a probe."""
     if examples == 1:
         return RowOrder(1)
     if rule is None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Batches, not_finite, positions_of
+from kronfisher.capture.batches import Batches, positions_of
 from kronfisher.capture.capture import Receiver
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.forward import not_finite_error
+from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.capture.refusals import refuse, unknown
+from kronfisher.capture.refusals import refuse, strict_error
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
 from kronfisher.estimation.groups import Fits, Groups, plan_groups, rows_of_example
@@ -122,7 +123,7 @@ class Accumulator:
         try:
             while True:
                 self.start_pass()
-                with isolated(self.model, self.recipe.seed):
+                with isolate(self.model, self.recipe.seed):
                     for observation in observe_all(self.model, self.parameters, batches, self.recipe.forward, number):
                         self._absorb(observation)
                         if self.passes > 1:
@@ -169,7 +170,7 @@ class Accumulator:
         except NumericalError as error:
             if bool(torch.isfinite(observation.outputs).all()):  # a gradient was not; the block is named
                 raise
-            raise not_finite(observation.batch, observation.where) from error
+            raise not_finite_error(observation.batch, observation.where) from error
 
     def absorb(
         self,
@@ -199,7 +200,7 @@ class Accumulator:
         steps = self._steps(values, targets, where)
         assignment = self.assign(observation, masked=mask is not None)
         if self.recipe.strict and assignment.known.fallback:
-            raise unknown(assignment.known.fallback, where)
+            raise strict_error(assignment.known.fallback, where)
         self._take_on(observation, assignment)
         entries, singles = self.groups.open(assignment.parts, assignment.singles)
         if singles:

@@ -11,14 +11,14 @@ from torch import nn
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
 from kronfisher.capture.per_sample import per_sample_block
-from kronfisher.capture.refusals import unclaimed
+from kronfisher.capture.refusals import unclaimed_use_message
 from kronfisher.capture.row_orders import Guesses, RowOrders, row_orders
 from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
 from kronfisher.estimation.neighbours import Neighbours, find_neighbours
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.windows import settle
 from kronfisher.layers import RowOrder
-from kronfisher.layers.row_order import coupled
+from kronfisher.layers.row_order import mixed_rows_message
 
 __all__ = ["Assignment", "Known", "Refusals", "assign"]
 
@@ -113,7 +113,7 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
         fallback.update(new)
         return {name: f"{reason}. {_LATE}" for name, reason in new.items() if name in counted}
 
-    if late := give_up({name: unclaimed(name, operators) for name, operators in graph.unclaimed.items()}):
+    if late := give_up({name: unclaimed_use_message(name, operators) for name, operators in graph.unclaimed.items()}):
         return Refusals(late)
     while True:
         parts = _parts(observation, fits, fallback, apart)
@@ -187,7 +187,7 @@ def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], ap
         own = parts.setdefault(index, [])
         for use in call.uses:
             weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
-            if weight and bias and fits.join(weight.parameter, bias.parameter, apart):
+            if weight and bias and fits.joins(weight.parameter, bias.parameter, apart):
                 own.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
                 continue
             if weight:
@@ -243,8 +243,8 @@ def _mixing(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -
         call = observation.calls[index]
         if not call.constant and any(use.name in fallback for use in call.uses):
             edges.append((call.operator, call.edge))
-    if places := observation.mixing([edge for _, edge in edges]) if edges else []:
+    if places := observation.mixing_places([edge for _, edge in edges]) if edges else []:
         names = ", ".join(sorted({edges[place][0] for place in places}))
-        return coupled(f"{names} (with {', '.join(fallback)})")
+        return mixed_rows_message(f"{names} (with {', '.join(fallback)})")
     fine.add(graph.signature)
     return ""

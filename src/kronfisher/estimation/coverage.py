@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from kronfisher.capture.batches import Batches, Forward
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.batches import Batches
+from kronfisher.capture.forward import Forward
+from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import observe
 from kronfisher.capture.per_sample import per_sample_block
 from kronfisher.errors import DataError
@@ -107,7 +108,7 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
     """
     run = Accumulator(Recipe(unwrapped(model), Categorical(), forward=forward), fit)  # any: no label is drawn
     batches = Batches(batch)
-    with isolated(run.model, 0):
+    with isolate(run.model, 0):
         _, first = next(batches.read(0), ("", None))
         if first is None:
             raise DataError("The data hold no batch, so there is nothing to run the model on.")

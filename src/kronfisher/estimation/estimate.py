@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kronfisher.capture.batches import Forward, Mask
+from kronfisher.capture.batches import Mask
+from kronfisher.capture.forward import Forward
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.error import Origin

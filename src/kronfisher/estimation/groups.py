@@ -48,11 +48,11 @@ class Fits:
         """Parameters of which every element must have one place only: they may not have two roles."""
         return [name for name, fit in self.given.items() if self.training or fit.exact]
 
-    def join(self, weight: str, bias: str, apart: AbstractSet[str]) -> bool:
+    def joins(self, weight: str, bias: str, apart: AbstractSet[str]) -> bool:
         """Whether a weight and its bias make one block."""
         return self.given[weight] is self.given[bias] and not apart & {weight, bias}
 
-    def apart(self, earlier: Block, later: Block) -> str:
+    def why_apart(self, earlier: Block, later: Block) -> str:
         """Why no fit takes two neighbours together; empty if one does."""
         first, second = self.of(earlier), self.of(later)
         if first is not second:

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kronfisher.capture.chain import chains
+from kronfisher.capture.chain import find_chains
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
 from kronfisher.estimation.groups import Fits
@@ -62,7 +62,7 @@ def find_neighbours(
     blocks = {part.block.key: part.block for own in parts.values() for part in own}
     if graph.signature in known.examined or not any(fits.of(block).chained for block in blocks.values()):
         return known
-    chain = chains(observation, parts, orders, fits.apart)
+    chain = find_chains(observation, parts, orders, fits.why_apart)
     broken = [
         (key, later)
         for key, later in known.after.items()

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from kronfisher.capture.batches import Forward, Mask
+from kronfisher.capture.batches import Mask
+from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError
 from kronfisher.fisher.parameters import trainable
 from kronfisher.likelihoods import Likelihood
@@ -25,7 +26,7 @@ class Recipe:
         likelihood: which vectors are back-propagated.
         labels: exact columns of the output Hessian's root, labels drawn from the model, or the observed ones.
         samples: label draws per example.
-        forward: how a batch goes through the model, if not as `capture.batches.run` does it.
+        forward: how a batch goes through the model, if not as `capture.forward.run` does it.
         seed: of the label draws.
         memory_budget: bytes for states and temporaries; None: what is free.
         exact_limit: backward passes per batch beyond which exact labels are refused.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronfisher.capture.graph import Call
 from kronfisher.capture.parts import Part
-from kronfisher.capture.per_sample import per_sample_gradients, written_out
+from kronfisher.capture.per_sample import per_sample_gradients, samples_of_gradients
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.layers import RowOrder
@@ -87,7 +87,7 @@ class Stream:
         for rows in per_sample_gradients(outputs, vector, leaves, None if whole else workspace):
             with full_precision(outputs.device.type):
                 for name, (group, position) in self._singles.items():
-                    samples = replace(written_out(rows[name]), workspace=group.state.plan.workspace)
+                    samples = replace(samples_of_gradients(rows[name]), workspace=group.state.plan.workspace)
                     if whole:
                         self._arrive(group, position, samples)
                     else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward
+from kronfisher.capture.forward import Forward
 from kronfisher.estimation.coverage import Coverage, coverage
 from kronfisher.experiments.networks import resnet
 from kronfisher.experiments.networks.attention import gpt, separable, vit

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.batches import passes_over, split
+from kronfisher.capture.batches import as_batches, split
 from kronfisher.errors import DataError
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.predictions import predict
@@ -26,7 +26,7 @@ def best_scale(posterior: Posterior, data: Any, predictor: str, samples: int, se
     Raises:
         DataError: there are no validation data, a batch has no targets, or they cannot be read twice.
     """
-    batches, again = passes_over(data)
+    batches, again = as_batches(data)
     batches = batches if again else list(batches)
     coarse = torch.logspace(-4, 4, 17, dtype=torch.float64)
     best = coarse[_log_densities(posterior, batches, coarse.tolist(), predictor, samples, seed).argmax()]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.batches import run
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.forward import run
+from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
 from kronfisher.fisher.layout import gather
 from kronfisher.laplace.posterior import Posterior
@@ -92,7 +92,7 @@ def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
             "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
         )
     total, outputs = 0.0, 0
-    with isolated(posterior.model, 0), torch.no_grad():
+    with isolate(posterior.model, 0), torch.no_grad():
         for k, batch in enumerate(data):
             values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
             posterior.likelihood.check(values, targets, f"batch {k}", "observed")

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward
+from kronfisher.capture.forward import Forward
 from kronfisher.fisher import Fisher
 from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data

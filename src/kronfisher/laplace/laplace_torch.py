@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Labels, Recipe
@@ -92,7 +92,7 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
             run.log_likelihood, outputs = None, run.outputs
             regression = self.likelihood == "regression"
             y = y if regression else y.long()
-            with isolated(self.model, seed):
+            with isolate(self.model, seed):
                 run.add(x if isinstance(x, MutableMapping) else (x, y), "the batch")
             if run.passes > 1:
                 raise UnsupportedError(

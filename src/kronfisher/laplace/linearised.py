@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.forward import Forward
+from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
@@ -57,7 +57,7 @@ class Linearised:
             fits.update(dict.fromkeys(names, fit))
         recipe = Recipe(self.model, columns, "exact", forward=self.forward, exact_limit=sys.maxsize)
         run = Accumulator(recipe, fits, parameters)
-        with isolated(self.model, 0):
+        with isolate(self.model, 0):
             run.add(batch, "the batch to predict")
         assert columns.outputs is not None
         if strange := [group for group in run.groups if not isinstance(group.fit, PerOutput)]:

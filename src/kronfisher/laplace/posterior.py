@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward
+from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter

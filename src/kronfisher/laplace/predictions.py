@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.batches import run
-from kronfisher.capture.isolation import isolated
+from kronfisher.capture.forward import run
+from kronfisher.capture.isolation import isolate
 from kronfisher.laplace.linearised import covariances, variances
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.precision import Group, Precision
@@ -103,7 +103,7 @@ def run_drawn_networks(
     network = deepcopy(posterior.model)
     parameters = dict(network.named_parameters())
     outputs = []
-    with isolated(network, seed), torch.no_grad():
+    with isolate(network, seed), torch.no_grad():
         for k in range(samples):  # one after the other: a few thousand draws of a large network would not fit
             draw = posterior.by_name(posterior.draws(1, seed * 1_000_003 + k, precisions))
             for name, delta in draw.items():

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.batches import Forward
+from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError
 from kronfisher.fisher import files
 from kronfisher.laplace.posterior import Posterior

@@ -1,8 +1,9 @@
-"""Which sample owns a row of a layer's inputs and outputs.
+"""Which sample each row of a layer's inputs and outputs belongs to.
 
-Most layers keep data along their first axis; some see sequence-first tensors or batch and time flattened into one axis,
-and some mix data. Shapes cannot tell for sure, so a probe does: multiply the back-propagated vector of every datum by a
-power of two of its own and see by which one each row's gradient grew. Powers of two are exact, so even noise tells.
+Most layers have examples along their first axis; some receive sequence-first tensors or batch and time flattened into
+one axis, and some mix examples. Shapes are ambiguous, so a probe decides: it multiplies the back-propagated vector of
+every example by its own power of two and observes by which one each row's gradient grew. Powers of two are exact, so
+that even a gradient of rounding errors suffices.
 """
 
 from dataclasses import dataclass, replace
@@ -11,19 +12,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Probe", "RowOrder"]
+__all__ = ["Probe", "RowOrder", "irregular_rows_message", "mixed_rows_message"]
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """A rule that sorts rows by the sample that owns them.
+    """A rule that sorts rows by the sample that they belong to.
 
     Attributes:
         samples: n.
         axis: the leading axis along which samples lie.
         folded: whether that axis holds several rows of each sample.
-        major: then: they stand together (else samples alternate).
-        places: ``[R]`` places along the axis sorted by sample, where they lie in no regular order.
+        major: if folded, whether the rows of a sample are contiguous (otherwise samples alternate).
+        places: ``[R]`` places along the axis sorted by sample, if they follow no regular pattern.
 
     Example:
         >>> rows = torch.arange(6).reshape(3, 2)  # three positions of two samples, sequence first
@@ -61,26 +62,28 @@ class RowOrder:
         return examples.reshape(lead)
 
     def adapt(self, lead: tuple[int, ...], samples: int) -> "RowOrder | None":
-        """The same rule for a batch of another size, or None where it does not say how that lies."""
+        """Adapt the rule to a batch of another size; None if it does not determine the order there."""
         if self.places is not None or self.axis >= len(lead) or lead[self.axis] % samples:
             return None
-        if lead[self.axis] > samples and not self.folded:  # one row of each sample does not show how several lie
+        if (
+            lead[self.axis] > samples and not self.folded
+        ):  # one row per sample does not show how several rows are ordered
             return None
         return replace(self, samples=samples)
 
     @staticmethod
     def candidates(lead: tuple[int, ...], samples: int) -> "list[RowOrder]":
-        """The rules that shapes allow, the likeliest first."""
+        """The rules that the shape allows, the likeliest first."""
         exact = [RowOrder(samples, axis) for axis, size in enumerate(lead) if size == samples]
         folded = [axis for axis, size in enumerate(lead) if size > samples and size % samples == 0]
         return exact + [RowOrder(samples, axis, True, major) for axis in folded for major in (True, False)]
 
     @staticmethod
     def by_examples(examples: Tensor, samples: int) -> "tuple[RowOrder | None, bool]":
-        """The rule that explains the examples of rows, and whether nothing else could.
+        """The rule that explains which example each row belongs to, and whether it is the only one.
 
         Args:
-            examples: the sample of every row, shaped as the leading axes; −1 where nobody knows.
+            examples: the sample of every row, shaped as the leading axes; −1 where unknown.
             samples: n.
         """
         lead, known = tuple(examples.shape), examples >= 0
@@ -88,7 +91,7 @@ class RowOrder:
         fitting = [rule for rule in rules if torch.equal(rule.examples(lead)[known], examples[known])]
         if fitting:
             return fitting[0], len(fitting) == 1
-        for axis in range(len(lead)):  # data in another order, such as sorted by length
+        for axis in range(len(lead)):  # examples in another order, such as sorted by length
             lines = examples.movedim(axis, 0).reshape(lead[axis], -1)
             line = lines.amax(dim=1)
             counts = torch.bincount(line.clamp_min(0), minlength=samples)
@@ -98,16 +101,16 @@ class RowOrder:
 
 
 class Probe:
-    """Reads off the gradients of rows which sample owns them.
+    """Determines from the gradients of rows which sample they belong to.
 
-    The number of every datum is written in digits; in the pass of its place a digit d multiplies its vector by 2^d.
+    The number of every example is written in digits; in the pass for its place, a digit d multiplies the vector by 2^d.
 
     Args:
         samples: n.
-        dtype: of the outputs; half precisions with a small range take fewer powers, and more passes.
+        dtype: of the outputs; a half precision with a small range allows fewer powers and takes more passes.
     """
 
-    width = 4  # a row's gradient is known by so many random projections of it
+    width = 4  # the number of random projections that represent a row's gradient
 
     def __init__(self, samples: int, dtype: torch.dtype) -> None:
         self.samples = samples
@@ -117,13 +120,13 @@ class Probe:
             self.digits += 1
 
     def factors(self) -> Tensor:
-        """``[1 + digits, n]``: by what to multiply the vector of each datum, pass by pass; the first pass is plain."""
+        """``[1 + digits, n]``: the factor of each example's vector in each pass; it is one in the first pass."""
         places = self.base ** torch.arange(self.digits, device="cpu")
         digit = torch.arange(self.samples, device="cpu") // places[:, None] % self.base
         return torch.cat([torch.ones(1, self.samples, device="cpu"), 2.0 ** (digit - self.base // 2)])
 
     def project(self, rows: Tensor) -> Tensor:
-        """``[*lead, F] → [*lead, min(F, width)]``: the gradient of every row, in short."""
+        """``[*lead, F] → [*lead, min(F, width)]``: project the gradient of every row onto a few directions."""
         features = rows.shape[-1]
         if features <= self.width:
             return rows.double()
@@ -131,7 +134,7 @@ class Probe:
         return (rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)).double()
 
     def examples(self, passes: list[Tensor]) -> Tensor | None:
-        """The sample of every row, −1 where its gradient is zero; None if a row belongs to several samples.
+        """The sample of every row, −1 where its gradient is zero; None if any row belongs to several samples.
 
         Args:
             passes: ``[*lead, width]`` projections of each pass.
@@ -140,34 +143,35 @@ class Probe:
         if not plain.numel():
             return torch.full(plain.shape[:-1], -1, device="cpu")
         energy = plain.square().sum(-1)
-        alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions say nothing
-        energy, owner, clean = energy.where(alive, 1), torch.zeros_like(energy), torch.ones_like(alive)
-        for place, turned in enumerate(scaled):
-            ratio = (plain * turned).sum(-1) / energy
-            missed = (turned - ratio.unsqueeze(-1) * plain).norm(dim=-1) / energy.sqrt()
+        alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions carry no information
+        energy, example, clean = energy.where(alive, 1), torch.zeros_like(energy), torch.ones_like(alive)
+        for place, product in enumerate(scaled):
+            ratio = (plain * product).sum(-1) / energy
+            missed = (product - ratio.unsqueeze(-1) * plain).norm(dim=-1) / energy.sqrt()
             power = ratio.clamp_min(2.0**-40).log2()
             digit = power.round() + self.base // 2
             clean &= (missed < 1e-3 * ratio) & ((power - power.round()).abs() < 1e-3)
             clean &= (digit >= 0) & (digit < self.base)
-            owner += digit * self.base**place
-        if not bool((clean & (owner < self.samples) | ~alive).all()):
+            example += digit * self.base**place
+        if not bool((clean & (example < self.samples) | ~alive).all()):
             return None
-        return owner.where(alive, -1).long().cpu()
+        return example.where(alive, -1).long().cpu()
 
 
-def coupled(what: str) -> str:
-    """What to say of a use whose rows belong to several data."""
+def mixed_rows_message(what: str) -> str:
+    """The message for a use whose rows belong to several examples each."""
     return (
-        f"{what}: the gradients of single rows mix several data, so no per-datum gradient exists. Data are coupled "
-        "(normalisation over the batch, attention across it, rows that are nodes of one graph), the parameter acts "
-        "before it meets the data, or it has elements of its own for each datum. Put such layers in eval mode, let a "
-        "datum be all rows that act on each other, or freeze it with requires_grad_(False)."
+        f"{what}: the gradient of a single row mixes several examples, so per-example gradients do not exist. Either "
+        "examples are coupled (normalisation over the batch, attention across it, rows that are nodes of one graph), "
+        "or the parameter is used before any data enter, or it has elements of its own for each example. Put such "
+        "layers in eval mode, let an example be all rows that act on each other, or freeze it with "
+        "requires_grad_(False)."
     )
 
 
-def scattered(what: str, lead: tuple[int, ...], samples: int) -> str:
-    """What to say of a use whose rows belong to data in no order that is known."""
+def irregular_rows_message(what: str, lead: tuple[int, ...], samples: int) -> str:
+    """The message for a use whose rows belong to examples in no known order."""
     return (
-        f"{what}: rows of shape {list(lead)} belong to the {samples} data in unequal numbers or in no pattern that is "
-        "known. Pad the sequences of a batch to one length, or freeze the parameter with requires_grad_(False)."
+        f"{what}: rows of shape {list(lead)} belong to the {samples} examples in unequal numbers or in no known "
+        "pattern. Pad the sequences of a batch to one length, or freeze the parameter with requires_grad_(False)."
     )

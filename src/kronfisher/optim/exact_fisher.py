@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kronfisher.capture.isolation import replaced
+from kronfisher.capture.isolation import replace_contents
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.replay import ForwardPass
@@ -227,7 +227,7 @@ def _in_place_of_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> 
         for module in model.modules():
             if module._parameters:
                 own = {name: tensors.get(id(p), p) for name, p in module._parameters.items()}
-                stack.enter_context(replaced([module._parameters], own))  # pyright: ignore[reportArgumentType]
+                stack.enter_context(replace_contents([module._parameters], own))  # pyright: ignore[reportArgumentType]
         yield
 
 

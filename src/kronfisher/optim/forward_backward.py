@@ -154,7 +154,7 @@ class ForwardBackward:
             self._backward_observed(capture, outputs, targets, scaled, statistics, step)
         else:
             self._rows = rows(capture)
-            with nullcontext() if self._rows is None else capture.listening(self._rows.receive):
+            with nullcontext() if self._rows is None else capture.listen(self._rows.receive):
                 if self._rows is None or due or again:
                     scaled.backward(retain_graph=due)
                 else:
@@ -171,7 +171,7 @@ class ForwardBackward:
         """Fill ``.grad`` and collect statistics in one backward pass; neither if the outputs are not finite."""
 
         def listen(receive: Receiver, count: float | Tensor) -> None:
-            with capture.listening(lambda call, gradient: receive(call, gradient * count)):
+            with capture.listen(lambda call, gradient: receive(call, gradient * count)):
                 loss.backward(retain_graph=statistics.needs_second_backward(step))
 
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
-from kronfisher.capture.isolation import replaced, without_weight_cache
+from kronfisher.capture.isolation import replace_contents, without_weight_cache
 
 __all__ = ["ForwardPass", "Snapshot"]
 
@@ -46,14 +46,14 @@ class Snapshot:
         with ExitStack() as stack:
             stack.enter_context(without_weight_cache())  # it may hold the weights as they were before a step
             for attributes, values in self._attributes:
-                stack.enter_context(replaced([attributes], values))
+                stack.enter_context(replace_contents([attributes], values))
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for buffers, values in self._buffers:
                 copies = {name: value if value is None else value.clone() for name, value in values.items()}
-                stack.enter_context(replaced([buffers], copies))
+                stack.enter_context(replace_contents([buffers], copies))
             _set_random_state(self._random)
             try:
                 yield

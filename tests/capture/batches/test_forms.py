@@ -140,11 +140,11 @@ def test_arrays(model):
         def __iter__(self):
             return iter(next(batches))
 
-    with pytest.raises(kf.DataError, match="batch 0 of pass 2 is not the one of the first pass"):
+    with pytest.raises(kf.DataError, match="batch 0 of pass 2 differs from that of the first pass"):
         dense(model, Changing(), fit="ekfac")
     bad = x.copy()
     bad[3, 1] = float("nan")
-    with pytest.raises(kf.NumericalError, match="batch 0: the batch holds 1 values that are NaN"):
+    with pytest.raises(kf.NumericalError, match="batch 0: the batch contains 1 values that are NaN"):
         dense(model, (bad, y))
 
 
@@ -210,7 +210,7 @@ def test_iterable_data_sets(model, workers):
 def test_data_sets_that_are_no_loaders(model):
     for data in (TensorDataset(X, Y), Items(FORMS["tuple"])):
         with pytest.raises(
-            kf.DataError, match=r"holds single data; pass torch.utils.data.DataLoader\(data, batch_size=N"
+            kf.DataError, match=r"holds single examples; pass torch.utils.data.DataLoader\(data, batch_size=N"
         ):
             kf.estimate(model, data, kf.Categorical())
     with pytest.raises((kf.DataError, kf.UnsupportedError)):
@@ -271,7 +271,7 @@ def test_forward_for_any_other_form(model):
     data = [Record(X[:5], Y[:5]), Record(X[5:], Y[5:])]
     expected = dense(model, [(X[:5], Y[:5]), (X[5:], Y[5:])], fit="ekfac")
     assert torch.equal(dense(model, data, forward=forward, fit="ekfac"), expected)
-    with pytest.raises(kf.DataError, match="batch 0: forward returned list for the outputs, not a tensor"):
+    with pytest.raises(kf.DataError, match="batch 0: forward returned list as outputs, not a tensor"):
         dense(model, data, forward=lambda m, b: ([m(b.inputs)], b.labels))
     for wrong in (lambda m, b: m(b.inputs), lambda m, b: (m(b.inputs), b.labels, 0)):
         with pytest.raises(kf.DataError, match=r"batch 0: forward must return \(outputs, targets\)"):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kronfisher as kf
-from kronfisher.capture.batches import checksum, ordinary, passes_over
+from kronfisher.capture.batches import as_batches, checksum
+from kronfisher.capture.containers import without_inference_tensors
 from tests.capture.batches.data import X, Y, dense
 from tests.helpers.networks import Written
 
@@ -54,7 +55,7 @@ def test_loaders_that_shuffle(model, fit):
     torch.rand(7)
     assert torch.equal(dense(model, loader, fit=fit, seed=2, labels="sampled"), first)
     own = DataLoader(TensorDataset(X, Y), 5, shuffle=True, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(kf.DataError, match=r"batch 0 of pass 2 is not the one of the first pass.*generator of its own"):
+    with pytest.raises(kf.DataError, match=r"batch 0 of pass 2 differs from .* first pass.*generator of its own"):
         dense(model, own, fit=fit)
     whole = DataLoader(TensorDataset(X, Y), 12, shuffle=True, generator=torch.Generator().manual_seed(0))
     with pytest.raises(kf.DataError, match="batch 0 of pass 2"):  # the same data in one batch, in another order
@@ -62,7 +63,7 @@ def test_loaders_that_shuffle(model, fit):
 
 
 def test_loaders_that_change(model):
-    with pytest.raises(kf.DataError, match="batch 0 of pass 2 is not the one of the first pass"):
+    with pytest.raises(kf.DataError, match="batch 0 of pass 2 differs from that of the first pass"):
         dense(model, Reading(shuffle=True), fit="ekfac")
     with pytest.raises(kf.DataError, match="Pass 2 read 1 batches, the first one 2"):
         dense(model, Reading(shrink=True), fit="ekfac")
@@ -104,19 +105,19 @@ def test_inference_tensors_are_copied_and_others_are_not():
         made = X.clone()
     pair = namedtuple("pair", "x y")
     for value in (made, [made], {"x": made}, (made, X), pair(made, X)):
-        found = ordinary(value)
+        found = without_inference_tensors(value)
         assert isinstance(found, type(value))
         first = next(iter(found.values())) if isinstance(found, dict) else found if value is made else found[0]
         assert not first.is_inference() and torch.equal(first, X)
-    assert ordinary((made, X))[1] is X
+    assert without_inference_tensors((made, X))[1] is X
     plain = (X, {"y": Y})
-    assert ordinary(plain) is plain
+    assert without_inference_tensors(plain) is plain
 
 
 def test_what_is_one_batch_and_what_are_many():
-    assert passes_over(X) == ([X], True)
-    assert passes_over((X, Y)) == ([(X, Y)], True)
-    assert passes_over([X, Y]) == ([X, Y], True)
+    assert as_batches(X) == ([X], True)
+    assert as_batches((X, Y)) == ([(X, Y)], True)
+    assert as_batches([X, Y]) == ([X, Y], True)
     loader = DataLoader(TensorDataset(X))
-    assert passes_over(loader) == (loader, True)
-    assert passes_over(iter([X]))[1] is False
+    assert as_batches(loader) == (loader, True)
+    assert as_batches(iter([X]))[1] is False

@@ -45,7 +45,7 @@ def test_batches_of_no_known_form(model, batch, message):
         (lambda m, x: {"scores": m.l(x)}, r"returned dict with keys \['scores'\], not a tensor. Give forward="),
         (lambda m, x: {"logits": None}, r"returned dict with keys \['logits'\], not a tensor. Give forward="),
         (lambda m, x: None, "returned NoneType, not a tensor"),
-        (lambda m, x: m.l(x).sum(), r"torch.float32 \[\].*one row per datum \(not a loss\)"),
+        (lambda m, x: m.l(x).sum(), r"torch.float32 \[\].*one row per example \(not a loss\)"),
         (lambda m, x: m.l(x).argmax(1), "torch.int64"),
     ],
 )
@@ -55,11 +55,11 @@ def test_outputs_of_no_known_form(function, message):
 
 
 def test_other_devices(model):
-    with pytest.raises(kf.DataError, match=r"batch 1 lies on meta, the model on cpu. Move one: batch.to\('cpu'\)"):
+    with pytest.raises(kf.DataError, match=r"batch 1 is on meta, the model on cpu. Move one: batch.to\('cpu'\)"):
         kf.estimate(model, [(X, Y), (X.to("meta"), Y)], kf.Categorical())
     with pytest.raises(kf.DataError, match="batch 0: targets are on meta, outputs on cpu"):
         kf.estimate(model, (X, Y.to("meta")), kf.Categorical())
-    with pytest.raises(kf.DataError, match="lies on meta"):
+    with pytest.raises(kf.DataError, match="is on meta"):
         kf.coverage(model, X.to("meta"))
 
 
@@ -101,15 +101,15 @@ def test_numbers_that_are_none(model, bad):
     x[3, 1] = bad
     if bad != bad:
         with pytest.raises(
-            kf.NumericalError, match=r"batch 1: the batch holds 1 values that are NaN or Inf.*\[12, 3\]"
+            kf.NumericalError, match=r"batch 1: the batch contains 1 values that are NaN or Inf.*\[12, 3\]"
         ):
             kf.estimate(model, [(X, Y), (x, Y)], kf.Categorical())
     linear = nn.Linear(3, 2)
-    with pytest.raises(kf.NumericalError, match="batch 0: the batch holds 1 values"):
+    with pytest.raises(kf.NumericalError, match="batch 0: the batch contains 1 values"):
         kf.estimate(linear, x, kf.Gaussian())
     linear.weight.data[0, 0] = bad
     with pytest.raises(
-        kf.NumericalError, match="batch 0: the model's outputs hold NaN or Inf although the batch is finite"
+        kf.NumericalError, match="batch 0: the model's outputs contain NaN or Inf although the batch is finite"
     ):
         kf.estimate(linear, X, kf.Gaussian())
 
