@@ -114,7 +114,7 @@ COUPLED = {
 def test_coupled_data_are_refused(name, fit):
     model = COUPLED[name]()
     for run in (lambda: kf.coverage(model, X, fit=fit), lambda: kf.estimate(model, X, kf.Gaussian(), fit=fit)):
-        with pytest.raises(kf.UnsupportedError, match="several data"):
+        with pytest.raises(kf.UnsupportedError, match="several examples"):
             run()
 
 

@@ -255,7 +255,8 @@ class Accumulator:
         assert self.recipe.mask is not None
         joint_dim, where = self.recipe.likelihood.joint_dim(values, observation.targets), observation.where
         given = positions_of(observation.batch, self.recipe.mask, values, where)
-        return masked_positions(given, mask, where), along_outputs(given, values, joint_dim, where)
+        kept = along_outputs(given, values, joint_dim, where)
+        return masked_positions(given, mask, where), kept
 
     def _steps(self, outputs: Tensor, targets: Any, where: str) -> int:
         """How many backward passes the batch takes."""
