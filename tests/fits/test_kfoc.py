@@ -10,7 +10,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import kfoc
-from kronfisher.fits.rearrangement import ROUTES, cheapest, nearest_kronecker, rearrange
+from kronfisher.fits.rearrangement import ROUTES, cheapest, make_source, nearest_kronecker, rearrange
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import SEED, problem
 from tests.fits.pieces import SHARP, best, excess, fitted, gradients_of, random_samples, rearranged_matrix, samples_of
@@ -372,9 +372,9 @@ def test_nearest_kronecker_is_the_truncated_svd(shapes):
 def test_directions_do_not_fade_from_piece_to_piece():
     a = torch.randn(600, 3).relu() @ torch.randn(3, 300)  # of rank three, where there are 32 directions
     samples = samples_of(a[None, :, None], torch.randn(1, 600, 1, 3) @ torch.randn(3, 280))
-    source = rearrange([samples], "projected")
+    source = make_source([samples], "projected")
     for _ in range(60):
-        source = rearrange([samples], "projected", start=(source.right, source.left))
+        source = make_source([samples], "projected", start=(source.right, source.left))
     for side in (source.right, source.left):
         sizes = side.abs().amax(dim=-2)
         assert sizes.min() > 1e-12 * sizes.max()  # numbers below 1e-38 would make every product ten times slower

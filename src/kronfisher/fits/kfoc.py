@@ -11,7 +11,7 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.products import HalfStep, InputsStep, OutputsStep, ProductSums
-from kronfisher.fits.rearrangement import ROUTES, Diagonals, Projected, cheapest, norm, over, rearrange
+from kronfisher.fits.rearrangement import ROUTES, Diagonals, cheapest, norm, over, rearrange
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
@@ -191,7 +191,6 @@ class KFOC(Fit):
                 best = cheapest(use.shape, len(use), use.positions, steps=1)
                 route = "weights" if best == "gram" else best
             source = rearrange([use], route)
-        assert not isinstance(source, Projected)
         if isinstance(state, OutputsStep):
             state.outputs += source.outputs(state.inputs)
         else:

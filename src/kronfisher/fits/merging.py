@@ -12,23 +12,19 @@ from kronfisher.errors import NumericalWarning
 from kronfisher.fits.products import ProductSums
 from kronfisher.fits.rearrangement import (
     Diagonals,
-    Gram,
     Joint,
     Pair,
-    Projected,
     Rearranged,
+    Source,
     Terms,
     cheapest,
-    norm,
-    over,
-    rearrange,
+    make_source,
     times,
     truncate,
 )
 from kronfisher.fits.running_sum import add_terms
 from kronfisher.fits.shapes import Shapes, has_diagonal
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import mirror
 from kronfisher.operators.factors import Factor
 
 __all__ = ["BY_BATCH", "Aggregation", "Merging", "check_gradients"]
@@ -61,84 +57,63 @@ class Merging:
 
     def add_(self, state: ProductSums, piece: list[Samples]) -> None:
         """Take a piece into the sums of a state."""
-        shape, n = piece[0].shape, sum(map(len, piece))
-        positions = max(samples.positions for samples in piece)
-        if has_diagonal(self.shapes):
-            route, source = "rows", Diagonals(piece, self.shapes)
+        route = self._route(piece)
+        source = self._source(state, piece, route)
+        if len(state.inputs) == 1 and self.aggregation != "running":
+            steps, change = self._add_pair(state, source, sum(map(len, piece)))
         else:
-            route = self.route or cheapest(shape, n, positions, tolerance=self.tolerance)
-            start = state.directions if self.warm_start and self.aggregation not in BY_BATCH else None
-            if route == "projected" and positions > 1 and self.warm_start and not state.begun:
-                state.narrow()  # half steps on running sums come closer than one term of each piece
-            running = self.warm_start and self._one(state)
-            source = rearrange(piece, route, self.tolerance, self.iterations, start, running)
-        if self.aggregation == "running" and not isinstance(source, Projected) and state.begun:
-            before = Terms(*state.terms())
-            start = before.A[0] if self.warm_start else None
-            pair = Joint(before, source).leading(start, self.tolerance, self.iterations)
-            self._replace(state, pair)
-        elif isinstance(source, Projected):
-            pair = self._add_projected(state, source, n)
-            state.directions = (source.right, source.left)
-        elif isinstance(source, Gram) and len(state.inputs) == 1 and self.aggregation != "running":
-            w, u, sigma, steps, change = source.weights(self.tolerance, self.iterations)
-            root = self._share(sigma, n)
-            source.add_inputs_(state.inputs[0], times(w, root))  # straight into the sum
-            source.add_outputs_(state.outputs[0], times(u, root))
-            state.weight += self._weight(sigma, n)
-            pair = Pair(sigma, sigma, sigma, steps, change)
-        else:
-            warm = state.begun and self.warm_start and not isinstance(source, Gram)
-            if (terms := len(state.inputs)) > 1:
-                before = state.inputs if warm else None
-                pair, A, B = source.leading_terms(terms, before, self.tolerance, self.iterations)
-                self._recompress(state, A, B, orthogonal=isinstance(source, Gram))
-            else:
-                start = Factor.of(state.inputs[0]).mirror().tensor if warm else None
-                pair = source.leading(start, self.tolerance, self.iterations)
-                self._add(state, pair, n)
+            pair = self._merge(state, source)
+            steps, change = pair.steps, pair.change
+        state.directions = source.directions or state.directions
         self._certify(state, source, piece)
         state.route = route
         state.pieces += 1
-        state.steps += pair.steps
-        state.change = torch.maximum(state.change, pair.change.double())
+        state.steps += steps
+        state.change = torch.maximum(state.change, change.double())
 
-    def _add_projected(self, state: ProductSums, source: Projected, n: int) -> Pair:
-        """Half steps on both factors: straight into the sum where there is one term and pieces weigh as they are."""
-        if self._one(state):
-            sigma = source.add_(state.inputs[0], state.outputs[0])
-            state.weight += sigma
-            return Pair(sigma, sigma, sigma, source.steps, source.change)
-        A, B = torch.zeros_like(state.inputs[0]), torch.zeros_like(state.outputs[0])
-        weight = source.add_(A, B)
-        A, B = mirror(A), mirror(B)
-        sizes = norm(A), norm(B)
-        sigma = over(sizes[0] * sizes[1], weight)
-        pair = Pair(over(A, sizes[0]), over(B, sizes[1]), sigma, source.steps, source.change)
-        self._add(state, pair, n)
+    def _route(self, piece: list[Samples]) -> str:
+        if has_diagonal(self.shapes):
+            return "rows"
+        n, positions = sum(map(len, piece)), max(samples.positions for samples in piece)
+        return self.route or cheapest(piece[0].shape, n, positions, tolerance=self.tolerance)
+
+    def _source(self, state: ProductSums, piece: list[Samples], route: str) -> Source:
+        if has_diagonal(self.shapes):
+            return Diagonals(piece, self.shapes)
+        start = state.directions if self.warm_start and self.aggregation not in BY_BATCH else None
+        shared = max(samples.positions for samples in piece) > 1
+        if route == "projected" and shared and self.warm_start and not state.begun:
+            state.narrow()  # half steps on running sums come closer than one term of each piece
+        running = self.warm_start and len(state.inputs) == 1 and self.aggregation not in BY_BATCH
+        return make_source(piece, route, self.tolerance, self.iterations, start, running)
+
+    def _add_pair(self, state: ProductSums, source: Source, n: int) -> tuple[Tensor, Tensor]:
+        """Add the pair of n samples to the sums of its factors over everything so far; steps and change."""
+        warm = state.begun and self.warm_start and source.starts
+        start = Factor.of(state.inputs[0]).mirror().tensor if warm else None
+        by_size = self.aggregation == "approx"  # the factors of a batch's mean are those of its sum over √n
+        weigh = (lambda sigma: (sigma * n).sqrt()) if by_size else None
+        sigma, steps, change = source.add_leading_(
+            state.inputs[0], state.outputs[0], weigh, start, self.tolerance, self.iterations
+        )
+        state.weight += torch.full_like(sigma, n) if by_size else sigma
+        return steps, change
+
+    def _merge(self, state: ProductSums, source: Source) -> Pair:
+        """Recompress the terms carried together with those of a piece; its leading pair."""
+        if self.aggregation == "running" and state.begun and isinstance(source, Rearranged):
+            before = Terms(*state.terms())
+            start = before.A[0] if self.warm_start else None
+            pair = Joint(before, source).leading(start, self.tolerance, self.iterations)
+            state.inputs, state.outputs = _as_term(pair)
+        elif len(state.inputs) > 1:
+            before = state.inputs if state.begun and self.warm_start and source.starts else None
+            pair, A, B = source.leading_terms(len(state.inputs), before, self.tolerance, self.iterations)
+            self._recompress(state, A, B, source.orthogonal)
+        else:
+            pair = source.leading(None, self.tolerance, self.iterations)
+            self._recompress(state, *_as_term(pair))
         return pair
-
-    def _one(self, state: ProductSums) -> bool:
-        """Whether one product is carried, as the sums of its factors over everything so far."""
-        return len(state.inputs) == 1 and self.aggregation not in BY_BATCH
-
-    def _share(self, sigma: Tensor, n: int) -> Tensor:
-        # The factors of a batch's mean are those of its sum over √n, and batches count by their size.
-        return (sigma * n).sqrt() if self.aggregation == "approx" else sigma
-
-    def _weight(self, sigma: Tensor, n: int) -> Tensor:
-        return torch.full_like(sigma, n) if self.aggregation == "approx" else sigma
-
-    def _add(self, state: ProductSums, pair: Pair, n: int) -> None:
-        """One more pair into the sum that is carried."""
-        if len(state.inputs) == 1 and self.aggregation != "running":
-            root = self._share(pair.sigma, n)
-            state.inputs[0] += times(pair.A, root)
-            state.outputs[0] += times(pair.B, root)
-            state.weight += self._weight(pair.sigma, n)
-            return
-        root = pair.sigma.sqrt()
-        self._recompress(state, times(pair.A, root)[None], times(pair.B, root)[None])
 
     def _recompress(self, state: ProductSums, A: Tensor, B: Tensor, orthogonal: bool = False) -> None:
         """The best sum of as many terms as before for what is carried and some more."""
@@ -151,12 +126,7 @@ class Merging:
         state.inputs, state.outputs, inner = add_terms((state.inputs, state.outputs), (A, B), terms)
         state.norm += 2 * inner  # of the pieces, this one and those before
 
-    def _replace(self, state: ProductSums, pair: Pair) -> None:
-        root = pair.sigma.sqrt()
-        state.inputs = times(pair.A, root)[None]
-        state.outputs = times(pair.B, root)[None]
-
-    def _certify(self, state: ProductSums, source: Rearranged | Projected, piece: list[Samples]) -> None:
+    def _certify(self, state: ProductSums, source: Source, piece: list[Samples]) -> None:
         """‖F‖² of a piece, where it costs no more than a few half steps; between pieces it comes from their terms.
 
         With one term a piece, too little is left of a piece to tell about the others; and what connects the groups of a
@@ -169,6 +139,12 @@ class Merging:
             state.norm += squared
         else:
             state.uncertain = True
+
+
+def _as_term(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A ``[1, H, I, I]`` and B, which share the root of σ."""
+    root = pair.sigma.sqrt()
+    return times(pair.A, root)[None], times(pair.B, root)[None]
 
 
 def check_gradients(state: ProductSums) -> None:

@@ -125,8 +125,7 @@ class TermSearch:
             A, B = _share_sigma(pair.A[None], pair.B[None], pair.sigma[None])
             return A, B, float(pair.steps), float(pair.change)
         if positions == 1 and not has_diagonal(sides):
-            source = rearrange(piece, "gram")
-            assert isinstance(source, Gram)
+            source = Gram(piece)
             W, U, _, steps = nonnegative_weights(source.inputs_gram, source.outputs_gram, terms, self.tolerance)
             a = source.activations.dense()[:, :, 0]
             W, U = W.to(a), U.to(a)
@@ -178,9 +177,7 @@ def _route(piece: list[Samples]) -> str:
 def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
     if has_diagonal(sides):
         return Diagonals(piece, sides)
-    source = rearrange(piece, _route(piece))
-    assert isinstance(source, Rearranged)
-    return source
+    return rearrange(piece, _route(piece))
 
 
 def _share_sigma(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ from kronfisher.fits.rearrangement.diagonals import Diagonals
 from kronfisher.fits.rearrangement.joint import Joint, Terms
 from kronfisher.fits.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.fits.rearrangement.projected import Projected
-from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged
-from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, rearrange
+from kronfisher.fits.rearrangement.rearranged import Rearranged
+from kronfisher.fits.rearrangement.routes import ROUTES, cheapest, costs, make_source, rearrange
 from kronfisher.fits.rearrangement.rows import Explicit, Rows, squared_products
 from kronfisher.fits.rearrangement.scales import norm, over, times
+from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.fits.rearrangement.span import Span, spans
 from kronfisher.fits.rearrangement.spectrum import Triplets, deflate, lanczos
 from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncate
@@ -24,6 +25,7 @@ __all__ = [
     "Projected",
     "Rearranged",
     "Rows",
+    "Source",
     "Span",
     "Terms",
     "Triplets",
@@ -33,6 +35,7 @@ __all__ = [
     "costs",
     "deflate",
     "lanczos",
+    "make_source",
     "nearest_kronecker",
     "nonnegative_weights",
     "norm",

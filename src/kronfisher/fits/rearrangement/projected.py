@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.parts import noise, some
-from kronfisher.fits.rearrangement.scales import norm, over
+from kronfisher.fits.rearrangement.scales import norm, over, times
+from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.fits.rearrangement.weights import Gram
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, chunks, mirror_, multiply_rows
+from kronfisher.linalg import add_symmetric_product_, chunks, mirror, mirror_, multiply_rows
 
 __all__ = ["PART", "Projected"]
 
@@ -26,7 +27,7 @@ _SETTLED = 0.03  # change of A after which the half steps over everything do the
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
 
 
-class Projected:
+class Projected(Source):
     """The leading pair of ℛ(F) through the leading `DIRECTIONS` of A and B.
 
     Args:
@@ -43,6 +44,8 @@ class Projected:
         change: of A in the last step over the part of the samples.
         steps: double steps over that part.
     """
+
+    starts = False  # `start` does, when it is made
 
     def __init__(
         self,
@@ -64,6 +67,41 @@ class Projected:
             found = self._from_part()
         self.running = running and not self.single
         self.right, self.left, self.steps, self.change = found
+
+    @property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.right, self.left
+
+    def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
+        """A half step on each factor, to the tolerance that it was made with."""
+        groups, outputs, width = self.shape
+        A, B = self.right.new_zeros(groups, width, width), self.right.new_zeros(groups, outputs, outputs)
+        weight = self.add_(A, B)
+        A, B = mirror(A), mirror(B)
+        sizes = norm(A), norm(B)
+        return Pair(over(A, sizes[0]), over(B, sizes[1]), over(sizes[0] * sizes[1], weight), self.steps, self.change)
+
+    def leading_terms(
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+    ) -> tuple[Pair, Tensor, Tensor]:
+        """The pair alone, as one term."""
+        pair = self.leading()
+        root = pair.sigma.sqrt()
+        return pair, times(pair.A, root)[None], times(pair.B, root)[None]
+
+    def add_leading_(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        start: Tensor | None = None,
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if weigh is not None:
+            return super().add_leading_(inputs, outputs, weigh)
+        sigma = self.add_(inputs, outputs)  # half steps straight into the sums, which are in the scale of σ
+        return sigma, self.steps, self.change
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Add a half step on each side to sums ``[H, I, I]`` and ``[H, O, O]``, upper triangles.
@@ -97,15 +135,6 @@ class Projected:
             old, self.right = self.right, _of_sum(inputs, self.right)
             self.steps, self.change = self.steps + 1, _change(old, self.right)
         return weight
-
-    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
-        """``‖F‖² = ‖Σ_k vec(G_k) vec(G_k)ᵀ‖²`` in float64; None where it is too expensive.
-
-        Args:
-            samples: those of the block.
-            limit: multiplications it may take.
-        """
-        return None
 
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""

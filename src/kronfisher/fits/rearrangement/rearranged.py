@@ -11,48 +11,21 @@ both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step 
 - projected: through the leading directions of A and B alone (`kronfisher.fits.rearrangement.projected`).
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.scales import norm, over, times
-from kronfisher.layers.samples import Samples
+from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
-__all__ = ["Pair", "Rearranged", "mixture"]
+__all__ = ["Rearranged", "mixture"]
 
 
-@dataclass
-class Pair:
-    """A leading singular pair ``σ B ⊗ A``, where A and B have norm one (zero for a zero matrix).
-
-    Attributes:
-        A: ``[H, I, I]``.
-        B: ``[H, O, O]``.
-        sigma: σ ``[H]``, in the scale of ``Σ_k vec(G_k) vec(G_k)ᵀ``.
-        steps: double steps taken, a 0-dim tensor.
-        change: of A in the last one, ``‖A − A'‖``, the largest over the groups.
-    """
-
-    A: Tensor
-    B: Tensor
-    sigma: Tensor
-    steps: Tensor
-    change: Tensor
-
-
-class Rearranged(ABC):
-    """ℛ(F) of one block, one map per group.
-
-    Attributes:
-        shape: H, O, I.
-    """
-
-    shape: tuple[int, int, int]
+class Rearranged(Source):
+    """ℛ(F) of one block, one map per group, that takes any matrix."""
 
     @abstractmethod
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
@@ -141,15 +114,6 @@ class Rearranged(ABC):
     def part(self) -> "Rearranged":
         """ℛ of those samples that it is largest for, which tell directions."""
         return self
-
-    def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
-        """``‖F‖² = ‖Σ_k vec(G_k) vec(G_k)ᵀ‖²`` in float64; None where it is too expensive.
-
-        Args:
-            samples: those of the block.
-            limit: multiplications it may take.
-        """
-        return None
 
 
 def _noise(like: Tensor, number: int) -> Tensor:

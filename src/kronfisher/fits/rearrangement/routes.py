@@ -8,10 +8,11 @@ from kronfisher.fits.rearrangement.parts import DIRECTIONS
 from kronfisher.fits.rearrangement.projected import PART, Projected
 from kronfisher.fits.rearrangement.rearranged import Rearranged
 from kronfisher.fits.rearrangement.rows import Explicit, Rows
+from kronfisher.fits.rearrangement.source import Source
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
 
-__all__ = ["ROUTES", "cheapest", "costs", "rearrange"]
+__all__ = ["ROUTES", "cheapest", "costs", "make_source", "rearrange"]
 
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
@@ -65,26 +66,35 @@ def cheapest(
     return "projected" if loose and wide and projected < found[best] else best
 
 
-def rearrange(
+def make_source(
     samples: Sequence[Samples],
     route: str,
     tolerance: float = 1e-3,
     iterations: int = 50,
     start: tuple[Tensor, Tensor] | None = None,
     running: bool = False,
-) -> Rearranged | Projected:
-    """ℛ(F) of some samples; projections are found to a tolerance, or from other samples, see `Projected`.
+) -> Source:
+    """Samples as a source of their leading pair, by any route; all but the first two arguments are for `Projected`.
 
     Raises:
         ValueError: the route is not known or not for so many positions.
     """
-    if route == "projected":
-        return Projected(samples, tolerance, iterations, start, running)
+    return (
+        Projected(samples, tolerance, iterations, start, running) if route == "projected" else rearrange(samples, route)
+    )
+
+
+def rearrange(samples: Sequence[Samples], route: str) -> Rearranged:
+    """ℛ(F) of some samples, by a route that takes half steps on any matrix: all but ``"projected"``.
+
+    Raises:
+        ValueError: the route is not known or not for so many positions.
+    """
     if route == "rows":
         return Rows(samples)
     if route == "explicit":
         return Explicit(samples, samples[0].workspace)
-    if route not in ROUTES:
+    if route not in ("gram", "weights"):
         raise ValueError(f"route={route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
     if any(several.positions > 1 for several in samples):
         raise ValueError(f"route={route!r} is for one position per sample; use 'rows' or 'explicit'.")

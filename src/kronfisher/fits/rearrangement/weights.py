@@ -1,14 +1,15 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kronfisher.fits.rearrangement.rearranged import Pair, Rearranged, mixture
+from kronfisher.fits.rearrangement.rearranged import Rearranged, mixture
 from kronfisher.fits.rearrangement.rows import explicit_norm
-from kronfisher.fits.rearrangement.scales import over, reciprocal
+from kronfisher.fits.rearrangement.scales import over, reciprocal, times
+from kronfisher.fits.rearrangement.source import Pair
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
@@ -74,6 +75,9 @@ class Gram(Weights):
         outputs_gram: K_g ``[H, n, n]``, the largest entry one.
     """
 
+    starts = False
+    orthogonal = True
+
     def __init__(self, samples: Sequence[Samples]) -> None:
         super().__init__(samples)
         self.inputs_gram, self._a_scale = _squared(self.activations.products())
@@ -128,6 +132,21 @@ class Gram(Weights):
         self.add_inputs_(A, w)
         self.add_outputs_(B, u)
         return Pair(mirror(A), mirror(B), sigma, steps, change)
+
+    def add_leading_(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+        start: Tensor | None = None,
+        tolerance: float = 1e-3,
+        iterations: int = 50,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w, u, sigma, steps, change = self.weights(tolerance, iterations)
+        weight = sigma if weigh is None else weigh(sigma)
+        self.add_inputs_(inputs, times(w, weight))  # straight into the sums: A and B are not formed
+        self.add_outputs_(outputs, times(u, weight))
+        return sigma, steps, change
 
     def leading_terms(
         self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
