@@ -23,7 +23,6 @@ from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import elements, sizes
 from kronfisher.fits.state import State, WaitingState, reciprocal
 from kronfisher.layers.activations import Dense
-from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
 
@@ -34,7 +33,6 @@ _SHARED = 4  # where positions share the weight, so many times fewer say as much
 _LEAST = 16  # samples, however large their gradients are
 _ROOM = 2**29  # bytes that gradients of the samples written out may take
 _LARGE = 2**30  # bytes of an estimate beyond which a structure is not tried
-_SMALL = 1024  # rows up to which the exact block is a candidate
 _GOLDEN = 0.6180339887498949
 _CANDIDATES = (
     Diagonal(),
@@ -179,7 +177,7 @@ class Auto(Fit):
     def _eligible(self, group: tuple[Block, ...], element: int) -> list[Fit]:
         """Candidates that are worth a trial; one, where all are too large."""
         bytes = {fit: fit.plan(group, element).bytes for fit in self.candidates}
-        small = [fit for fit in self.candidates if not isinstance(fit, Full) or group[0].dim <= _SMALL]
+        small = [fit for fit in self.candidates if group[0].dim <= fit.largest_tried]
         found = [fit for fit in small if bytes[fit] <= _LARGE]
         return found or [min(self.candidates, key=lambda fit: bytes[fit])]
 
@@ -314,7 +312,7 @@ def _joined(samples: list[Samples]) -> list[Samples]:
     """All in one, inputs written out, where that takes little room: every candidate goes through them many times."""
     size = sum(prod(each.activations.shape) for each in samples) * samples[0].gradients.element_size()
     alike = len({(each.positions, each.mask is None) for each in samples}) == 1
-    if not alike or size > samples[0].workspace or any(isinstance(each.activations, Indices) for each in samples):
+    if not alike or size > samples[0].workspace or any(each.activations.onehot for each in samples):
         return samples
     activations = Dense(torch.cat([each.activations.dense() for each in samples], dim=1))
     mask = None if samples[0].mask is None else torch.cat([each.mask for each in samples if each.mask is not None])

@@ -14,7 +14,7 @@ from kronfisher.fits.registry import register, resolve
 from kronfisher.fits.shapes import elements, sizes
 from kronfisher.fits.state import Fixed, State, Total, reciprocal
 from kronfisher.layers.samples import Samples
-from kronfisher.operators import Eigen, Kronecker, KroneckerBasis
+from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.operators.factors import Factor, sandwich
 
 __all__ = ["EKFAC"]
@@ -98,16 +98,17 @@ class EKFAC(Fit):
         again = self.basis.next_pass(state)
         if again is not None:
             return again
-        product = self.basis.finish(state)
-        if not isinstance(product, Kronecker):
+        factors = self.basis.finish(state).product
+        if factors is None:
             raise ValueError(f"EKFAC(basis={self.basis}): the basis must be a fit of one Kronecker product.")
-        input_values, inputs = product.input_factor.eigh(f"{state.name} (input factor)")
-        output_values, outputs = product.output_factor.eigh(f"{state.name} (output factor)")
+        A, B = factors
+        input_values, inputs = A.eigh(f"{state.name} (input factor)")
+        output_values, outputs = B.eigh(f"{state.name} (output factor)")
         return Eigenvalues(
             state.blocks,
             state.plan,
             phase=state.phase + 1,
-            eigenvalues=product.A.new_zeros(sizes(state.blocks)),
+            eigenvalues=A.tensor.new_zeros(sizes(state.blocks)),
             inputs=inputs.tensor,
             outputs=outputs.tensor,
             input_values=input_values,

@@ -30,10 +30,12 @@ class Fit:
     Attributes:
         exact: what it stores is exact, whatever the source of the gradients.
         trains: moving averages of its states can be kept, as in training.
+        largest_tried: rows of the block up to which `Auto` tries it.
     """
 
     exact: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    largest_tried: ClassVar[float] = float("inf")
 
     @property
     def linear(self) -> bool:

@@ -44,6 +44,7 @@ class Full(Fit):
 
     across_layers: bool = False
     exact = True
+    largest_tried = 1024
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
         if self.across_layers:

@@ -1,8 +1,9 @@
 """Inputs of layers ``a [H, n, T, I]`` as samples have them, written out or not, and products of rows with matrices."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ class Activations:
     """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
 
     Attributes:
+        onehot: rows of the identity, or sums of a few of them: written out they are mostly zeros.
         shape: H, n, T, I; I counts the homogeneous coordinate of a bias.
     """
+
+    onehot: ClassVar[bool] = False
 
     shape: tuple[int, int, int, int]
 
@@ -66,6 +70,24 @@ class Activations:
     def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
         """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
         add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
+
+    def column_pieces(self, gradients: Tensor, workspace: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """As `columns`, a few samples at a time."""
+        return None
+
+    @staticmethod
+    def append(parts: "Sequence[Activations]") -> "Activations":
+        """The inputs of all samples of several parts, one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        kinds = {type(part) for part in parts}
+        compact = kinds.pop().append_alike(parts) if len(kinds) == 1 else None
+        return compact or Dense(torch.cat([part.dense() for part in parts], dim=1))
+
+    @classmethod
+    def append_alike(cls, parts: "Sequence[Any]") -> "Activations | None":
+        """As `append`, where all are of this kind and need not be written out."""
+        return None
 
     def products(self) -> Tensor:
         """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
@@ -169,6 +191,10 @@ class Dense(Activations):
         if self.bias:
             total[:, :width, width:] += rows.mT @ root
             total[:, width, width] += weights.sum(1)
+
+    @classmethod
+    def append_alike(cls, parts: "Sequence[Dense]") -> "Dense":
+        return replace(parts[0], values=torch.cat([part.values for part in parts], dim=1))
 
     def products(self) -> Tensor:
         rows = self.values[:, :, 0]

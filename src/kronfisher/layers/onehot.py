@@ -1,6 +1,6 @@
 """Inputs that are rows of the identity, or sums of a few: what a lookup in a table sees, never written out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,8 @@ class Indices(Activations):
         >>> inputs.dense()[0, 0].tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
+
+    onehot = True
 
     values: Tensor
     weights: Tensor
@@ -62,6 +64,11 @@ class Indices(Activations):
             self.add_squares_(total.diagonal(dim1=1, dim2=2), workspace)
         else:
             super().add_covariance_(total, workspace)
+
+    def column_pieces(self, gradients: Tensor, workspace: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size = 4 * gradients.element_size() * gradients[0, 0].numel() * self.values.shape[2]
+        ranges = chunks(len(self.values), size, workspace)
+        return (self.part(low, high).columns(gradients[:, low:high]) for low, high in ranges)
 
     def add_squares_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         positions = torch.arange(self.values[..., 0].numel(), device=self.values.device).view(*self.values.shape[:2], 1)

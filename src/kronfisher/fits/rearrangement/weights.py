@@ -1,7 +1,6 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Weights(Rearranged):
     """
 
     def __init__(self, samples: Sequence[Samples]) -> None:
-        self.activations = _joined([several.activations for several in samples])
+        self.activations = Activations.append([use.activations for use in samples])
         self.g = torch.cat([several.gradients[:, :, 0] for several in samples], dim=1)
         self.shape = samples[0].shape
 
@@ -53,15 +52,6 @@ def _summed(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return complete_(add_symmetric_product_(total, rows, rows * weights[..., None]))
-
-
-def _joined(activations: Sequence[Activations]) -> Activations:
-    if len(activations) == 1:
-        return activations[0]
-    dense = [several for several in activations if isinstance(several, Dense)]
-    if len(dense) == len(activations):
-        return replace(dense[0], values=torch.cat([several.values for several in dense], dim=1))
-    return Dense(torch.cat([several.dense() for several in activations], dim=1))
 
 
 class Gram(Weights):
