@@ -8,10 +8,11 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit
+from kronfisher.fits.half_steps import HalfStep, OutputsStep
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
 from kronfisher.fits.plan import Plan
-from kronfisher.fits.products import HalfStep, InputsStep, OutputsStep, ProductSums
-from kronfisher.fits.rearrangement import ROUTES, Diagonals, cheapest, norm, over, rearrange
+from kronfisher.fits.products import ProductSums
+from kronfisher.fits.rearrangement import ROUTES, Diagonals, Rearranged, cheapest, norm, over, rearrange
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
@@ -133,8 +134,9 @@ class KFOC(Fit):
             state.rows = state.rows + use.rows
         if not len(use):
             return state
-        if not isinstance(state, ProductSums):
-            return self._half_step(state, use)
+        if isinstance(state, HalfStep):
+            state.add_(self._rearrange(use, self.shapes(state.blocks[0])))
+            return state
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
             self._flush(state)
         state.waiting.append(use)
@@ -180,28 +182,18 @@ class KFOC(Fit):
             size //= 2
         return size
 
-    def _half_step(self, state: HalfStep, use: Samples) -> HalfStep:
-        """Half a step over all data: one factor is fixed, the other is summed."""
-        shapes = self.shapes(state.blocks[0])
-        route = self.route if self.route in ("weights", "rows", "explicit") else None
+    def _rearrange(self, use: Samples, shapes: Shapes) -> Rearranged:
+        """ℛ(F) of some samples, for a single half step."""
         if has_diagonal(shapes):
-            source = Diagonals([use], shapes)
-        else:
-            if route is None:
-                best = cheapest(use.shape, len(use), use.positions, steps=1)
-                route = "weights" if best == "gram" else best
-            source = rearrange([use], route)
-        if isinstance(state, OutputsStep):
-            state.outputs += source.outputs(state.inputs)
-        else:
-            state.inputs += source.inputs(state.outputs)
-        return state
+            return Diagonals([use], shapes)
+        if self.route in ("weights", "rows", "explicit"):
+            return rearrange([use], self.route)
+        route = cheapest(use.shape, len(use), use.positions, steps=1)
+        return rearrange([use], "weights" if route == "gram" else route)  # a Gram matrix pays only over many half steps
 
     def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> ProductSums | HalfStep:
-        if not (isinstance(x, ProductSums) and isinstance(y, ProductSums)):
-            both = x.plus(y, wx, wy)
-            both.route, both.change = y.route or x.route, x.change if y.change is None else y.change
-            return both
+        if isinstance(x, HalfStep) or isinstance(y, HalfStep):
+            return x.plus(y, wx, wy)
         for state in (x, y):
             self._flush(state)
         terms = max(len(state.inputs) for state in (x, y))
@@ -220,34 +212,18 @@ class KFOC(Fit):
     def next_pass(self, state: ProductSums | HalfStep) -> HalfStep | None:
         if self.aggregation != "exact":
             return None
-        if isinstance(state, ProductSums):
-            self._flush(state)
+        shapes = self.shapes(state.blocks[0])
+        if isinstance(state, HalfStep):
             state.check()
-            alone = float(state.pieces) <= 1 and state.route != "projected"
-            if alone and float(state.change) <= self.tolerance:
-                return None
-            A, B = state.terms()
-            first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
-            return self._outputs_step(state, over(first, norm(first)))
+            return state.following(shapes, self.tolerance, last=state.phase >= 2 * self.iterations)
+        self._flush(state)
         state.check()
-        if isinstance(state, OutputsStep):
-            B, A = over(state.outputs, norm(state.outputs)), state.inputs
-            inputs = B.new_zeros(self.shapes(state.blocks[0])[0])
-            after = InputsStep(state.blocks, state.plan, phase=state.phase + 1, inputs=inputs, outputs=B, before=A)
-            after.route, after.change = state.route, state.change
-            return after
-        A = over(state.inputs, norm(state.inputs))
-        state.change = float(norm(A - state.before).max())
-        if state.change <= self.tolerance or state.phase >= 2 * self.iterations:
+        alone = float(state.pieces) <= 1 and state.route != "projected"
+        if alone and float(state.change) <= self.tolerance:
             return None
-        after = self._outputs_step(state, A)
-        after.change = state.change
-        return after
-
-    def _outputs_step(self, state: ProductSums | InputsStep, A: Tensor) -> OutputsStep:
-        outputs = A.new_zeros(self.shapes(state.blocks[0])[1])
-        phase = state.phase + 1
-        return OutputsStep(state.blocks, state.plan, phase=phase, outputs=outputs, inputs=A, route=state.route)
+        A, B = state.terms()
+        first = leading(A, B, state.name)[0] if len(A) > 1 else A[0]
+        return OutputsStep.around(state, over(first, norm(first)), shapes, state.route)
 
     def _single(self, state: ProductSums) -> ProductSums | None:
         """What waits, as the one piece that it is where nothing came before: its leading pair is all that is needed."""
@@ -259,8 +235,8 @@ class KFOC(Fit):
         fit._flush(single)
         return single if float(single.pieces) == 1 else None
 
-    def finish(self, state: ProductSums | InputsStep) -> Kronecker:
-        if isinstance(state, InputsStep):
+    def finish(self, state: ProductSums | HalfStep) -> Kronecker:
+        if isinstance(state, HalfStep):
             state.check()
             return balance(state.inputs, state.outputs, reciprocal(state.count), state.name)
         if single := self._single(state):
@@ -277,7 +253,7 @@ class KFOC(Fit):
 
     def error(self, state: ProductSums | HalfStep, operator: Operator) -> float | None:
         """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
-        if not isinstance(state, ProductSums):
+        if isinstance(state, HalfStep):
             return None
         state = state.single or state
         if state.uncertain or not float(state.pieces):
@@ -287,9 +263,8 @@ class KFOC(Fit):
         return max(1 - held / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
     def notes(self, state: ProductSums | HalfStep) -> str:
-        if not isinstance(state, ProductSums):
-            text = f"by {state.route}, then {state.phase} half steps over all data"
-            return text if state.change is None else f"{text}; the last changed A by {state.change:.0e}"
+        if isinstance(state, HalfStep):
+            return state.notes
         state = state.single or state
         pieces, change = float(state.pieces), float(state.change)
         if not pieces:

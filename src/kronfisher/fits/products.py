@@ -1,4 +1,4 @@
-"""The states of K-FOC: a sum of Kronecker products over pieces of the samples, and half steps over all data."""
+"""The state of K-FOC: a sum of Kronecker products over pieces of the samples."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kronfisher.fits.rearrangement import over
-from kronfisher.fits.state import Fixed, State, Total, WaitingState
+from kronfisher.fits.state import Total, WaitingState
 from kronfisher.operators import Factor
 
-__all__ = ["HalfStep", "InputsStep", "OutputsStep", "ProductSums"]
+__all__ = ["ProductSums"]
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class ProductSums(WaitingState):
         steps: how many double steps they took.
         change: the largest last change of A in one of them.
         route: how half steps were taken in the last piece; None before the first one.
-        directions: the last piece's directions on both sides, where they were projected, to start from.
+        directions: the last piece's directions of A and of B, where they were projected, to start from.
         uncertain: whether `norm` misses something.
         single: the state of one term that `finish` made of samples that still wait, which the report describes.
     """
@@ -74,42 +74,3 @@ class ProductSums(WaitingState):
         )
         weight = torch.zeros_like(self.weight)
         return replace(self, inputs=inputs, outputs=outputs, weight=weight, uncertain=True)
-
-
-@dataclass(kw_only=True)
-class OutputsStep(State):
-    """Half a step over all data: B around a fixed A.
-
-    Attributes:
-        outputs: ``Σ_k G_k A G_kᵀ``, ``[H, O, O]`` or a diagonal.
-        inputs: A, of norm one.
-        route: how the pieces were treated before.
-        change: of A in the last double step; None before the first has ended.
-    """
-
-    outputs: Total
-    inputs: Fixed
-    route: str | None = None
-    change: float | None = None
-
-
-@dataclass(kw_only=True)
-class InputsStep(State):
-    """Half a step over all data: A around a fixed B.
-
-    Attributes:
-        inputs: ``Σ_k G_kᵀ B G_k``, ``[H, I, I]`` or a diagonal.
-        outputs: B, of norm one.
-        before: A, of norm one, that B was made around.
-        route: how the pieces were treated before.
-        change: of A in the last double step; None before the first has ended.
-    """
-
-    inputs: Total
-    outputs: Fixed
-    before: Fixed
-    route: str | None = None
-    change: float | None = None
-
-
-HalfStep = OutputsStep | InputsStep
