@@ -55,16 +55,16 @@ class KFAC(Fit):
         own = f", max_dim={self.max_dim}" if self.max_dim != KFAC.max_dim else ""
         return f"KFAC(mode={self.mode!r}{own})"
 
-    def shapes(self, group: tuple[Block, ...]) -> Shapes:
+    def sides(self, group: tuple[Block, ...]) -> Shapes:
         """Shapes of the input and of the output factor: ``[H, n, n]``, or ``[H, n]`` for a diagonal."""
         return factor_shapes(group, self.max_dim, summed=self.mode == "reduce")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        inputs, outputs = self.shapes(group)
+        inputs, outputs = self.sides(group)
         return Plan(2 * element * (elements(*inputs) + elements(*outputs)), by_example=self.mode == "reduce")
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FactorSums:
-        inputs, outputs = self.shapes(group)
+        inputs, outputs = self.sides(group)
         return FactorSums(group, plan, inputs=like.new_zeros(inputs), outputs=like.new_zeros(outputs))
 
     def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:

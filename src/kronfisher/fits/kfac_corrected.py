@@ -53,7 +53,7 @@ class KFACCorrected(KroneckerSum):
             raise ValueError(f"{self!r}: K-FAC and one correction are two terms, by 'lanczos' or 'deflation'.")
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> CorrectedSums:
-        inputs, outputs = (like.new_zeros(shape) for shape in self.shapes(group))
+        inputs, outputs = (like.new_zeros(shape) for shape in self.sides(group))
         nothing = self._nothing(group, like)
         return CorrectedSums(group, plan, input_covariance=inputs, output_covariance=outputs, **nothing)
 

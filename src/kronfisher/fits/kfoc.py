@@ -96,17 +96,17 @@ class KFOC(Fit):
 
     def _terms(self, block: Block) -> int:
         """Products that are carried."""
-        shapes = self.shapes(block)
+        shapes = self.sides(block)
         room = _WIDE // sum(elements(*shape) for shape in shapes)
         many = self.aggregation in ("memory", "exact") and not has_diagonal(shapes)
         return min(self.rank_memory, room) if many and room >= min(self.rank_memory, _SOME) else 1
 
-    def shapes(self, block: Block) -> Shapes:
+    def sides(self, block: Block) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
         return factor_shapes((block,), self.max_dim)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        numbers, terms = [elements(*shape) for shape in self.shapes(group[0])], self._terms(group[0])
+        numbers, terms = [elements(*shape) for shape in self.sides(group[0])], self._terms(group[0])
         # Terms are merged with new ones, and a leading pair is iterated on a few matrices of the larger factor's size.
         temporary = 4 * terms * sum(numbers) if terms > 1 else 2 * max(numbers)
         passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
@@ -115,7 +115,7 @@ class KFOC(Fit):
         return Plan(bytes, passes, temporary=temporary * element, waits=_PIECE, waiting=room)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> ProductSums:
-        (inputs, outputs), terms = self.shapes(group[0]), self._terms(group[0])
+        (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
         numbers: dict[str, Any] = {
             name: like.new_zeros((), dtype=torch.float64) for name in ("norm", "pieces", "steps", "change")
         }
@@ -135,7 +135,7 @@ class KFOC(Fit):
         if not len(use):
             return state
         if isinstance(state, HalfStep):
-            state.add_(self._rearrange(use, self.shapes(state.blocks[0])))
+            state.add_(self._rearrange(use, self.sides(state.blocks[0])))
             return state
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
             self._flush(state)
@@ -165,7 +165,7 @@ class KFOC(Fit):
             iterations=self.iterations,
             warm_start=self.warm_start,
             route=self.route,
-            shapes=self.shapes(state.blocks[0]),
+            shapes=self.sides(state.blocks[0]),
         )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
         for piece in [waiting] if whole else pieces(waiting, self._size(state)):
@@ -212,7 +212,7 @@ class KFOC(Fit):
     def next_pass(self, state: ProductSums | HalfStep) -> HalfStep | None:
         if self.aggregation != "exact":
             return None
-        shapes = self.shapes(state.blocks[0])
+        shapes = self.sides(state.blocks[0])
         if isinstance(state, HalfStep):
             state.check()
             return state.following(shapes, self.tolerance, last=state.phase >= 2 * self.iterations)

@@ -22,44 +22,73 @@ __all__ = ["KL"]
 
 
 @dataclass(kw_only=True)
-class FlipOutputs(State):
-    """Half a step for B, whose sum is taken around a fixed A.
+class FlipStep(State):
+    """Half a step of the flip-flop: one factor is summed around the other, which is fixed.
 
     Attributes:
-        outputs: ``Σ_k G_k A⁻¹ G_kᵀ``, the upper triangle ``[H, O, O]``, or diagonal.
         A: the input factor.
-        B: the output factor of the double step before; None in the first one.
-        root: R with ``R Rᵀ = A⁻¹``.
+        root: R with ``R Rᵀ`` the inverse of the fixed one.
         going: groups that have not come to rest, ``[H]``.
     """
 
-    outputs: Total
     A: Fixed
-    B: Fixed | None = None
     root: Fixed
     going: Fixed
+
+    def add_(self, use: Samples) -> None:
+        """Add the half step over some samples."""
+        raise NotImplementedError
+
+    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
+        """A and B after the pass: the factor that was summed is new, where a group has not come to rest."""
+        raise NotImplementedError
+
+    def _damped(self, total: Tensor, damping: float, width: int) -> Tensor:
+        """The mean of a sum with λ tr of the other factor's inverse on its diagonal, over the other factor's width."""
+        shift = damping * self.root.square().flatten(1).sum(1)
+        return Factor.of(total).mirror(reciprocal(self.count)).shift(shift).tensor / width
 
 
 @dataclass(kw_only=True)
-class FlipInputs(State):
-    """Half a step for A, whose sum is taken around a fixed B.
+class FlipOutputs(FlipStep):
+    """Half a step for B around a fixed A.
 
     Attributes:
-        inputs: ``Σ_k G_kᵀ B⁻¹ G_k``, the upper triangle ``[H, I, I]``, or diagonal.
-        A: the input factor of the double step before.
-        B: the output factor.
-        root: R with ``R Rᵀ = B⁻¹``.
-        going: groups that have not come to rest, ``[H]``.
+        B: of the double step before; None in the first one.
+        outputs: ``Σ_k G_k A⁻¹ G_kᵀ``, the upper triangle ``[H, O, O]``, or diagonal.
     """
 
-    inputs: Total
-    A: Fixed
+    B: Fixed | None = None
+    outputs: Total
+
+    def add_(self, use: Samples) -> None:
+        for part in use.rotate(self.root if self.phase else None, None):
+            part.add_output_products_(self.outputs)
+
+    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
+        B = self._damped(self.outputs, damping, sizes(self.blocks)[2])
+        return self.A, _select(self.going, B, B if self.B is None else self.B)
+
+
+@dataclass(kw_only=True)
+class FlipInputs(FlipStep):
+    """Half a step for A, which is that of the double step before, around a fixed B.
+
+    Attributes:
+        B: the output factor.
+        inputs: ``Σ_k G_kᵀ B⁻¹ G_k``, the upper triangle ``[H, I, I]``, or diagonal.
+    """
+
     B: Fixed
-    root: Fixed
-    going: Fixed
+    inputs: Total
 
+    def add_(self, use: Samples) -> None:
+        for part in use.rotate(None, self.root):
+            part.add_input_products_(self.inputs)
 
-HalfStep = FlipOutputs | FlipInputs
+    def factors(self, damping: float) -> tuple[Tensor, Tensor]:
+        A = self._damped(self.inputs, damping, sizes(self.blocks)[1])
+        return _select(self.going, A, self.A), self.B
 
 
 @dataclass(frozen=True)
@@ -120,20 +149,15 @@ class KL(Fit):
         going = torch.ones(inputs[0], dtype=torch.bool, device=like.device)
         return FlipOutputs(group, plan, outputs=like.new_zeros(outputs), A=identity, root=identity, going=going)
 
-    def update(self, state: HalfStep, samples: tuple[Samples, ...]) -> HalfStep:
+    def update(self, state: FlipStep, samples: tuple[Samples, ...]) -> FlipStep:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        if isinstance(state, FlipOutputs):
-            for part in use.rotate(state.root if state.phase else None, None):
-                part.add_output_products_(state.outputs)
-        else:
-            for part in use.rotate(None, state.root):
-                part.add_input_products_(state.inputs)
+        state.add_(use)
         return state
 
-    def next_pass(self, state: HalfStep) -> HalfStep | None:
-        A, B = self._factors(state)
+    def next_pass(self, state: FlipStep) -> FlipStep | None:
+        A, B = state.check().factors(self.damping)
         inputs, outputs = factor_shapes(state.blocks, self.max_dim)
         blocks, plan, phase, going = state.blocks, state.plan, state.phase + 1, state.going
         if isinstance(state, FlipOutputs):
@@ -145,32 +169,20 @@ class KL(Fit):
         root = self._root(A, state.name)
         return FlipOutputs(blocks, plan, phase=phase, outputs=A.new_zeros(outputs), A=A, B=B, root=root, going=going)
 
-    def finish(self, state: HalfStep) -> Kronecker:
-        A, B = self._factors(state)
+    def finish(self, state: FlipStep) -> Kronecker:
+        A, B = state.check().factors(self.damping)
         # Damping both factors alike makes sense only where their traces are alike.
         even = (Factor.of(B).diagonal().mean(1) / Factor.of(A).diagonal().mean(1)).sqrt()
         return Kronecker(times(A, even), times(B, 1 / even), name=state.name, definite=self.damping > 0)
 
-    def notes(self, state: HalfStep) -> str:
+    def notes(self, state: FlipStep) -> str:
         steps = (state.phase + 1) // 2
         if isinstance(state, FlipOutputs):
             return "KL: half a step only"
-        change = float(_change(self._factors(state)[0], state.A).max())
+        change = float(_change(state.check().factors(self.damping)[0], state.A).max())
         done = "converged" if change <= self.tolerance else "NOT converged"
         plural = "" if steps == 1 else "s"
         return f"KL: {done} after {steps} double step{plural} (last change {change:.0e}), fits F + {self.damping:g}"
-
-    def _factors(self, state: HalfStep) -> tuple[Tensor, Tensor]:
-        """A and B after the pass: the factor that was summed is new, where a group has not come to rest."""
-        state.check()
-        _, outputs, inputs = sizes(state.blocks)
-        scale = reciprocal(state.count)
-        shift = self.damping * state.root.square().flatten(1).sum(1)  # λ tr of the other factor's inverse
-        if isinstance(state, FlipOutputs):
-            B = Factor.of(state.outputs).mirror(scale).shift(shift).tensor / inputs
-            return state.A, _chosen(state.going, B, B if state.B is None else state.B)
-        A = Factor.of(state.inputs).mirror(scale).shift(shift).tensor / outputs
-        return _chosen(state.going, A, state.A), state.B
 
     def _root(self, factor: Tensor, name: str) -> Tensor:
         """R ``[H, n, n]`` with ``R Rᵀ = factor⁻¹``, or its diagonal."""
@@ -183,7 +195,7 @@ class KL(Fit):
             ) from error
 
 
-def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def _select(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Group by group the new factor or the old one."""
     return torch.where(which.view(-1, *[1] * (new.dim() - 1)), new, old)
 

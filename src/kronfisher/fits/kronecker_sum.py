@@ -144,9 +144,9 @@ class KroneckerSum(Fit):
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         terms = 2 * self.carried + self.rank
-        return Plan(terms * element * sum(elements(*shape) for shape in self.shapes(group)))
+        return Plan(terms * element * sum(elements(*shape) for shape in self.sides(group)))
 
-    def shapes(self, group: tuple[Block, ...]) -> Shapes:
+    def sides(self, group: tuple[Block, ...]) -> Shapes:
         """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` for a diagonal."""
         return factor_shapes(group, self.max_dim)
 
@@ -155,7 +155,7 @@ class KroneckerSum(Fit):
 
     def _nothing(self, group: tuple[Block, ...], like: Tensor) -> dict[str, Any]:
         """Fields of a state that has seen no samples."""
-        inputs, outputs = self.shapes(group)
+        inputs, outputs = self.sides(group)
         numbers = {name: like.new_zeros((), dtype=torch.float64) for name in ("norm", "pieces", "steps")}
         stacks = {kind: like.new_zeros(0, *inputs) for kind in ("inputs", "odd_inputs")}
         return numbers | stacks | {kind: like.new_zeros(0, *outputs) for kind in ("outputs", "odd_outputs")}
@@ -254,7 +254,7 @@ class KroneckerSum(Fit):
         self._merge(state, piece, self.rank)
 
     def _merge(self, state: TermSums, piece: list[Samples], terms: int, less: Terms | None = None) -> None:
-        shapes, steps, accuracy = self.shapes(state.blocks), 0.0, 0.0
+        shapes, steps, accuracy = self.sides(state.blocks), 0.0, 0.0
         self.search.require(piece, shapes, state.name)
         terms = min(terms, self._most(piece[0].shape))
         norm = squared_norm(piece)

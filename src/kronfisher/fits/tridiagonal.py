@@ -118,7 +118,7 @@ class BlockTridiagonal(Fit):
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         if len(group) == 1:
             return self.basis.init(group, plan, like)
-        shapes = [self.basis.shapes((block,)) for block in group]
+        shapes = [self.basis.sides((block,)) for block in group]
         links = [(x.shape, y.shape) for x, y in pairwise(group)]
         return Chain(
             group,
