@@ -125,7 +125,7 @@ def test_rules_do_not_outlive_what_they_were_found_for():
     model.axis = 1
     assert_exact(model, x)
     model.axis = 0
-    with pytest.raises(kf.UnsupportedError, match="several data"):
+    with pytest.raises(kf.UnsupportedError, match="several examples"):
         kf.estimate(model, x, kf.Gaussian(), fit="full")
     layer, sequences = nn.Linear(3, 2), torch.randn(N, 2 * N, 3)
     for axis in (1, 0):
@@ -207,9 +207,9 @@ KINDS = ["centred", "slightly", "normalised", "attention", "rolled and added"]
 def test_coupled_data_are_refused(kind, fit):
     model = Written(coupled(kind), l0=nn.Linear(3, 3), l1=nn.Linear(3, 2))
     x = torch.randn(N, 3)
-    with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several data"):
+    with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several examples"):
         kf.estimate(model, x, kf.Gaussian(), fit=fit)
-    with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several data"):
+    with pytest.raises(kf.UnsupportedError, match=r"(?s)l0\.weight \(used by linear\).*several examples"):
         kf.coverage(model, x, fit=fit)
     assert kf.estimate(model, x[:1], kf.Gaussian(), fit=fit).trace() >= 0  # a single datum is coupled to nobody
 
@@ -228,7 +228,7 @@ def test_what_meets_no_data_is_left_to_the_fallback(rows):
 def test_a_convolution_along_the_data():
     sums = nn.Conv1d(3, 2, 2)  # a convolution along the data
     along = Written(lambda m, x: F.pad(m.c(x.t()[None])[0].t(), (0, 0, 0, 1)), c=sums)
-    with pytest.raises(kf.UnsupportedError, match=r"c\.weight \(used by conv1d\).*several data"):
+    with pytest.raises(kf.UnsupportedError, match=r"c\.weight \(used by conv1d\).*several examples"):
         kf.estimate(along, torch.randn(N, 3), kf.Gaussian(), fit="kfac")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -22,15 +23,15 @@ __all__ = ["Fits", "Group", "Groups", "Planned", "plan_groups", "rows_of_example
 
 @dataclass(frozen=True, eq=False)
 class Fits:
-    """The fit that every parameter was given.
+    """The fit of every parameter.
 
-    Blocks are treated together only under one and the same fit object: two that are merely equal stay apart.
+    Blocks are treated together only if they have the same fit object; equal but distinct fits stay separate.
 
     Attributes:
         given: parameter → fit.
         parameters: name → trainable parameter.
-        training: leave out what only the fallback can treat.
-        fallback: for parameters whose own fit has no use for per-example gradients.
+        training: leave out parameters that only the fallback can treat.
+        fallback: for parameters whose own fit cannot use per-example gradients.
     """
 
     given: Mapping[str, Fit]
@@ -39,26 +40,26 @@ class Fits:
     fallback: Fit = field(default_factory=Diagonal)
 
     def of(self, block: Block) -> Fit:
-        """The fit that the block's parameters were given, if it can treat the block."""
+        """The fit of the block's parameters, or the fallback's fit if that cannot treat the block."""
         fit = self.given[block.parameters[0]]
         return self.fallback if block.operator == FALLBACK and not fit.exact else fit
 
     @property
     def whole(self) -> list[str]:
-        """Parameters of which every element must have one place only: they may not have two roles."""
+        """Parameters whose elements must each occur in one block only: they may not have two roles."""
         return [name for name, fit in self.given.items() if self.training or fit.exact]
 
     def joins(self, weight: str, bias: str, apart: AbstractSet[str]) -> bool:
-        """Whether a weight and its bias make one block."""
+        """Whether a weight and its bias form one block."""
         return self.given[weight] is self.given[bias] and not apart & {weight, bias}
 
     def why_apart(self, earlier: Block, later: Block) -> str:
-        """Why no fit takes two neighbours together; empty if one does."""
+        """Why no fit treats two neighbours together; empty if one does."""
         first, second = self.of(earlier), self.of(later)
         if first is not second:
             return f"{earlier.name} has another fit"
         if not first.chained:
-            return "their fit treats layers apart"
+            return "their fit treats layers independently"
         dtypes = [self.parameters[block.parameters[0]].dtype for block in (earlier, later)]
         if dtypes[0] != dtypes[1]:
             return f"{earlier.name} is {dtypes[0]}, {later.name} {dtypes[1]}"
@@ -93,12 +94,12 @@ class Planned:
 def plan_groups(
     blocks: Iterable[Block], fits: Fits, begun: Sequence[Group], after: Mapping[Key, Key]
 ) -> list[Planned] | str:
-    """Groups for blocks that come for the first time, or why they cannot be added to those that were begun.
+    """Plan groups for blocks that occur for the first time, or say why they cannot be added to existing groups.
 
     Args:
         blocks: the new ones.
         fits: which fit treats which block.
-        begun: groups that earlier batches filled.
+        begun: groups that earlier batches contributed to.
         after: key of a block → key of the one after it.
     """
     new: dict[int, tuple[Fit, list[Block]]] = {}
@@ -112,8 +113,8 @@ def plan_groups(
         if any(group not in groups for group in filled):
             return (
                 f"{', '.join(block.name for block in members)} is used here for the first time, and {fit!r} treats it "
-                "together with layers that earlier batches have been counted for. Put a batch that uses every "
-                "parameter first, or choose a fit that treats layers apart."
+                "together with layers that earlier batches already contributed to. Put a batch that uses every "
+                "parameter first, or choose a fit that treats layers independently."
             )
         for group in groups:
             if group not in filled:
@@ -123,7 +124,7 @@ def plan_groups(
 
 
 class Groups:
-    """All groups with their states, in the order in which batches brought them.
+    """All groups with their states, in the order of their first batches.
 
     Args:
         device: of the model.
@@ -141,10 +142,22 @@ class Groups:
     def __len__(self) -> int:
         return len(self._groups)
 
+    @contextmanager
+    def only(self, chosen: Iterable[Group]) -> Iterator[None]:
+        """Let only the chosen groups read data within the context; afterwards all groups do."""
+        reading = {id(group) for group in chosen}
+        for group in self._groups:
+            group.done = id(group) not in reading
+        try:
+            yield
+        finally:
+            for group in self._groups:
+                group.done = False
+
     def open(
         self, parts: Mapping[int, list[Part]], singles: Mapping[str, Block]
     ) -> tuple[dict[int, list[tuple[Part, Group, int]]], dict[str, tuple[Group, int]]]:
-        """The parts of a batch that go to groups which still read data, with the group and the block's place in it.
+        """The parts of a batch whose groups still read data, with the group and the block's place in it.
 
         Args:
             parts: index of a call → its blocks.
@@ -161,12 +174,12 @@ class Groups:
     def add(
         self, planned: Iterable[Planned], rows: Mapping[Key, int] | None = None, count: float | Tensor = 0.0
     ) -> None:
-        """Make states for groups that come for the first time.
+        """Create states for groups that occur for the first time.
 
         Args:
             planned: the groups.
-            rows: block → rows that an example has of it, about.
-            count: examples before this batch, in which the blocks had no part.
+            rows: block → approximate number of its rows per example.
+            count: examples before this batch, which did not use the blocks.
 
         Raises:
             MemoryBudgetError: they do not fit.
@@ -183,7 +196,7 @@ class Groups:
             self._places.update({block.key: (group, position) for position, block in enumerate(entry.blocks)})
 
     def _workspace(self, plans: Sequence[Plan]) -> int:
-        """Bytes left for temporaries, once matrices and waiting samples have theirs."""
+        """Bytes left for temporaries after matrices and waiting samples."""
         standing = sum(plan.standing for plan in plans) + max(plan.temporary for plan in plans)
         needed = sum(plan.standing for plan in plans) + max(plan.least for plan in plans)
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
@@ -198,7 +211,7 @@ class Groups:
 
 
 def rows_of_example(observation: Observation, parts: Mapping[int, list[Part]]) -> dict[Key, int]:
-    """Block → positions of an example times groups, over all its uses, by the sizes of their outputs."""
+    """Block → positions per example times groups, over all its uses, from the sizes of their outputs."""
     rows: dict[Key, int] = {}
     for index, own in parts.items():
         for part in own:
@@ -208,7 +221,7 @@ def rows_of_example(observation: Observation, parts: Mapping[int, list[Part]]) -
 
 
 def _with_sample(entry: Planned, rows: Mapping[Key, int]) -> Planned:
-    """With the bytes that an example takes."""
+    """Add the bytes that an example takes to the plan."""
     widths = {b.key: b.shape[1] if b.onehot else b.shape[1] + b.shape[2] for b in entry.blocks}
     numbers = sum(rows.get(key, 1) * width for key, width in widths.items())
     return replace(entry, plan=replace(entry.plan, sample=entry.like.element_size() * numbers))

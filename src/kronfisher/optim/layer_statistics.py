@@ -103,7 +103,7 @@ class LayerStatistics:
         """Forget the batch's statistics, those of a renewed second pass among them."""
         state = self.group.state
         assert isinstance(state, AverageState)
-        self.group.state, self.group.done = self.fit.fresh(state), False
+        self.group.state = self.fit.fresh(state)
 
     def operator(self) -> Operator:
         """The curvature as the average has it.

@@ -181,11 +181,8 @@ class Statistics:
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
-            for group in run.groups:
-                group.done = all(group is not layer.group for layer in renewed)
-            run.absorb(observation, retain=retain)
-            for group in run.groups:
-                group.done = False
+            with run.groups.only(layer.group for layer in renewed):
+                run.absorb(observation, retain=retain)
             for layer in renewed:
                 layer.merge_second_pass(step)
 
