@@ -166,12 +166,12 @@ def test_muon_has_the_kernels_of_convolutions():
 def test_muon_in_single_precision_is_torchs_muon():
     from torch.optim import _muon
 
-    from kronfisher.experiments.race.baselines import orthogonalized
+    from kronfisher.experiments.race.baselines import orthogonalize
 
     for shape in ((12, 30), (30, 12)):
         gradient, arguments = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
         theirs = _muon._zeropower_via_newtonschulz(gradient, *arguments).float()
-        assert (orthogonalized(gradient, *arguments) - theirs).norm() < 0.03 * theirs.norm()  # theirs is bfloat16
+        assert (orthogonalize(gradient, *arguments) - theirs).norm() < 0.03 * theirs.norm()  # theirs is bfloat16
 
 
 def test_numbers_that_fade_do_not_slow_a_run_down(tmp_path, task, monkeypatch):
