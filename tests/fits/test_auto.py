@@ -1,6 +1,7 @@
 """The structure chosen for a layer: the cheapest that is close enough, by errors that are those of dense matrices."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ def told(fisher, name):
     return {candidate: (float(error), int(size.replace(",", ""))) for candidate, error, size in found}
 
 
-def truths(model, x):
+@cache
+def truths(shared):
     """Block → candidate → (error, bytes), each measured on its own, densely."""
+    model, x = small(shared)
     found = {}
     full = estimate(model, x, "full")
     for text, fit in CANDIDATES.items():
@@ -51,7 +54,7 @@ def test_errors_and_bytes_are_those_of_each_candidate_by_itself(shared, monkeypa
     monkeypatch.setattr(auto, "_PIECE", 2**20)  # all samples are kept
     model, x = small(shared)
     fisher = estimate(model, x, kf.Auto())
-    for name, expected in truths(model, x).items():
+    for name, expected in truths(shared).items():
         found = told(fisher, name)
         assert found.keys() == expected.keys()
         for candidate, (error, size) in found.items():
@@ -63,7 +66,7 @@ def test_errors_and_bytes_are_those_of_each_candidate_by_itself(shared, monkeypa
 def test_the_choice_is_the_smallest_that_is_close_enough(shared, monkeypatch):
     monkeypatch.setattr(auto, "_PIECE", 2**20)
     model, x = small(shared)
-    expected, chosen = truths(model, x), set()
+    expected, chosen = truths(shared), set()
     for goal in (0.02, 0.1, 0.2, 0.35, 0.6, 0.95):
         fisher = estimate(model, x, kf.Auto(error=goal))
         for name, entries in expected.items():
@@ -80,7 +83,7 @@ def test_the_choice_is_the_smallest_that_is_close_enough(shared, monkeypatch):
 def test_with_a_budget_the_choice_is_the_closest(shared, monkeypatch):
     monkeypatch.setattr(auto, "_PIECE", 2**20)
     model, x = small(shared)
-    expected = truths(model, x)
+    expected = truths(shared)
     for memory in (1000, 2000, 4000, 10**6):
         fisher = estimate(model, x, kf.Auto(memory=memory))
         for name, entries in expected.items():
@@ -115,9 +118,9 @@ def test_samples_of_many_are_spread_over_all_of_them(batch):
     fisher = estimate(layer, loader, kf.Auto(candidates=[kf.KFAC(), kf.Diagonal()]), labels="exact")
     number = int(re.search(r"on (\d+) samples", fisher.info.blocks["weight"].notes)[1])
     assert 200 <= number <= 512  # of 2,400
-    full = estimate(layer, loader, "full")
+    full = estimate(layer, x, "full")
     for candidate, fit in (("KFAC()", "kfac"), ("Diagonal()", "diagonal")):
-        truth, found = full.to_dense(), estimate(layer, loader, fit).to_dense()
+        truth, found = full.to_dense(), estimate(layer, x, fit).to_dense()
         error = float((found - truth).norm() / truth.norm())
         assert told(fisher, "weight")[candidate][0] == pytest.approx(error, abs=0.06)
 

@@ -28,6 +28,19 @@ def positions(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def derivative(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x, and the gradient of the loss there, which can be differentiated again."""
+    x = x.detach().requires_grad_()
+    return x, torch.autograd.grad(loss(x, y), x, create_graph=True)[0]
+
+
+def second_derivative(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """``[*shape, *shape]``, row by row: for few numbers several times as fast as functions of functions."""
+    x, gradient = derivative(loss, x, y)
+    rows = [torch.autograd.grad(g, x, retain_graph=True, materialize_grads=True)[0] for g in gradient.flatten()]
+    return torch.stack(rows).reshape(*x.shape, *x.shape)
+
+
 def output_vectors(
     likelihood: Likelihood,
     outputs: Tensor,
@@ -51,14 +64,12 @@ def output_vectors(
 
     if labels == "observed":
         pairs = zip(outputs, targets, strict=True)
-        return torch.stack([torch.func.grad(loss)(x, y) for x, y in pairs])[None]
+        return torch.stack([derivative(loss, x, y)[1].detach() for x, y in pairs])[None]
     size = outputs[0].numel()
     roots = []
     several = averaged(outputs, targets) if averaged else [targets]
     for x, *ys in zip(outputs, *several, strict=True):
-        hessian = torch.stack([torch.func.jacrev(torch.func.jacrev(loss))(x, y).reshape(size, size) for y in ys]).mean(
-            0
-        )
+        hessian = torch.stack([second_derivative(loss, x, y).reshape(size, size) for y in ys]).mean(0)
         values, vectors = torch.linalg.eigh(hessian)
         roots.append((vectors * values.clamp_min(0).sqrt()).T.reshape(size, *x.shape))
     return torch.stack(roots, dim=1)
