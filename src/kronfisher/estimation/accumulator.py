@@ -1,4 +1,4 @@
-"""Batches in, states out: reads data as often as the fits need and streams samples of every block into its fit."""
+"""Reads the data as often as the fits need and streams the samples of every block into its fit's state."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -39,18 +39,18 @@ class Accumulator:
         recipe: the settings of the estimate.
         fit: one fit for all parameters, or parameter-name patterns → fit.
         parameters: name → trainable parameter; None: all of the model.
-        training: take what is cheap: parameters that only the fallback can treat are left out, and rows that mix
-            examples (normalisation over the batch) are taken as they are where a fit treats rows apart.
+        training: avoid expensive passes: parameters that only the fallback can treat are left out, and rows that mix
+            examples (normalisation over the batch) are used regardless if a fit treats rows independently.
         score: whether to sum the log likelihood of the observed targets.
 
     Attributes:
-        known: what batches were counted by; later ones have to agree with it.
+        known: the assignment of earlier batches; later ones have to agree with it.
         groups: of blocks, with their states; filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
-        tell: receives a line on what is about to take long.
-        log_likelihood: its sum so far; None if there were no targets, or a mask that the likelihood does not know.
-        outputs: how many numbers the model gave for them.
+        tell: receives a line before anything that takes long.
+        log_likelihood: its sum so far; None if there were no targets, or a mask unknown to the likelihood.
+        outputs: the number of output elements that it covers.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Accumulator:
         self.start_pass()
 
     def start_pass(self, seed: int | None = None) -> None:
-        """Begin to read the data (again): the label draws start over, so that every pass sees the same.
+        """Begin to read the data (again): the label draws start over, so that every pass draws the same labels.
 
         Args:
             seed: of the draws; None: the recipe's.
@@ -85,7 +85,7 @@ class Accumulator:
         self.outputs = 0
 
     def resume(self, known: Known, groups: Iterable[tuple[Block, ...]]) -> None:
-        """Take up what an earlier run knew, with empty states for its groups, in their order."""
+        """Continue from the knowledge of an earlier run, with empty states for its groups, in their order."""
         self.known = known
         order = {blocks: place for place, blocks in enumerate(groups)}
         planned = plan_groups([block for blocks in order for block in blocks], self.fits, (), known.neighbours.after)
@@ -94,7 +94,7 @@ class Accumulator:
         self.known = replace(known, groups=tuple(self.groups))
 
     def next_pass(self) -> bool:
-        """Let every fit say whether it needs the data once more; True if one does."""
+        """Ask every fit whether it needs the data once more; True if one does."""
         for group in self.groups:
             again = None if group.done else group.fit.next_pass(group.state)
             group.state, group.done = again or group.state, again is None
@@ -102,11 +102,11 @@ class Accumulator:
 
     @property
     def passes(self) -> int:
-        """How many times the data are read, at most."""
+        """The maximum number of passes over the data."""
         return max((group.state.plan.passes for group in self.groups), default=1)
 
     def notes(self, blocks: Iterable[Block]) -> list[str]:
-        """What a report says of these blocks: where a chain of layers is cut before one, and why."""
+        """Notes for a report on these blocks: where a chain of layers is cut before one, and why."""
         return self.known.neighbours.notes(blocks, self.fits)
 
     # Data -------------------------------------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ class Accumulator:
                         self._absorb(observation)
                         if self.passes > 1:
                             batches.recognise(observation.batch)
-                        del observation  # or its tensors would stay while the next batch runs forward
+                        del observation  # or its tensors would stay alive during the next forward pass
                         tell(
                             f"pass {number + 1}/{self.passes}, {batches.index} batches, "
                             f"{self.backward_passes} backward passes"
                         )
                 batches.require_same_number()
                 if not float(self.count):
-                    raise DataError("No example counts: all positions are masked, or have the target that is ignored.")
+                    raise DataError("No example counts: all positions are masked, or their targets are ignored.")
                 with plain_arithmetic(self.device):
                     more = self.next_pass()
                 if not more:
@@ -145,8 +145,8 @@ class Accumulator:
             if not isinstance(error, Exception):  # interrupted from outside
                 error.add_note(
                     f"kronfisher stopped after {batches.index} batches of pass {number + 1}; no estimate was made. The "
-                    "model, its gradients and buffers and the random state are as before. Estimate on fewer data, or "
-                    "with a cheaper fit."
+                    "model, its gradients and buffers and the random state are as before. Estimate on fewer "
+                    "examples, or with a cheaper fit."
                 )
             raise
         finally:
@@ -164,11 +164,11 @@ class Accumulator:
         self._absorb(observe(self.model, self.parameters, batch, self.recipe.forward, where))
 
     def _absorb(self, observation: Observation) -> None:
-        """`absorb` of a batch whose data may be to blame for numbers that are not finite."""
+        """`absorb`, with an error that says whether values that are not finite come from the batch."""
         try:
             self.absorb(observation)
         except NumericalError as error:
-            if bool(torch.isfinite(observation.outputs).all()):  # a gradient was not; the block is named
+            if bool(torch.isfinite(observation.outputs).all()):  # a gradient was not; the error names the block
                 raise
             raise not_finite_error(observation.batch, observation.where) from error
 
@@ -184,8 +184,8 @@ class Accumulator:
         Args:
             observation: of the forward pass.
             retain: whether the caller goes backward through the same graph afterwards.
-            own: in place of our backward passes, ``own(receive, count)`` runs the caller's, and hands on every gradient
-                of a call's output as that of each example's own loss.
+            own: replaces our backward passes: ``own(receive, count)`` runs the caller's and passes on every gradient of
+                a call's output, scaled as that of each example's own loss.
         """
         outputs, targets, where = observation.outputs, observation.targets, observation.where
         values, likelihood = outputs.detach(), self.recipe.likelihood
@@ -212,11 +212,11 @@ class Accumulator:
             stream.flush()
         left = steps
         for vector in () if own else self._vectors(values, targets):  # enumerate would hold on to the vectors
-            vector, left = vector if kept is None else vector * kept, left - 1  # what is masked has no loss
+            vector, left = vector if kept is None else vector * kept, left - 1  # masked positions have no loss
             again = retain or left > 0 or bool(singles)
             stream.last = not again
             product = (outputs * vector).sum()
-            vector = vector if singles else None  # it may go while the pass is on
+            vector = vector if singles else None  # free it during the pass
             observation.backward(product, stream.receive, retain=again)
             self.backward_passes += 1
             if vector is not None:
@@ -232,10 +232,10 @@ class Accumulator:
                 group.state.count = group.state.count + size
 
     def assign(self, observation: Observation, *, masked: bool = False) -> Assignment:
-        """How the batch is treated, given what batches before it were counted by.
+        """Assign the batch to fits, given the assignment of earlier batches.
 
         Raises:
-            UnsupportedError: examples are coupled, or earlier batches were counted in another way.
+            UnsupportedError: examples are coupled, or earlier batches were treated in another way.
         """
         answer = assign(observation, self.fits, self.known, masked=masked)
         if isinstance(answer, Refusals):
@@ -244,7 +244,7 @@ class Accumulator:
         return answer
 
     def _take_on(self, observation: Observation, assignment: Assignment) -> None:
-        """Remember what the batch is counted by, with states for the groups that are new."""
+        """Remember the assignment of the batch, and create states for new groups."""
         self.groups.add(assignment.new, rows_of_example(observation, assignment.parts), self.count)
         self.known = replace(assignment.known, groups=tuple(self.groups))
 
@@ -259,7 +259,7 @@ class Accumulator:
         return masked_positions(given, mask, where), kept
 
     def _steps(self, outputs: Tensor, targets: Any, where: str) -> int:
-        """How many backward passes the batch takes."""
+        """The number of backward passes that the batch takes."""
         recipe = self.recipe
         if recipe.labels != "exact":
             return recipe.samples if recipe.labels == "sampled" else 1

@@ -28,15 +28,15 @@ _APART: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Known:
-    """What earlier batches were counted by: later ones may only add to it.
+    """The assignment of earlier batches: later ones may only add to it.
 
     Attributes:
-        groups: of blocks, in the order in which batches brought them.
+        groups: of blocks, in the order of their first batches.
         fallback: parameter → reason why only its per-example gradients cover it.
-        apart: names of weights and biases that have several partners and are treated without them.
+        apart: names of weights and biases that have several partners and are treated separately.
         mixed: in training, names of blocks whose rows mix examples.
         neighbours: which block follows which.
-        guesses: row orders that only shapes suggest.
+        guesses: row orders based on shapes alone.
     """
 
     groups: tuple[Group, ...] = ()
@@ -52,10 +52,10 @@ class Known:
         return {block.key: block for group in self.groups for block in group.blocks}
 
     @classmethod
-    def saved(
+    def restore(
         cls, fallback: Mapping[str, str], apart: set[str], mixed: set[str], groups: Iterable[tuple[Block, ...]]
     ) -> "Known":
-        """What a saved run knew, before its groups have states again."""
+        """The knowledge of a saved run, before its groups have states again."""
         after = {x.key: y.key for blocks in groups for x, y in pairwise(blocks)}  # fits that form no chains ignore it
         return cls((), dict(fallback), frozenset(apart), frozenset(mixed), Neighbours(after))
 
@@ -72,11 +72,11 @@ class Assignment:
     """How one batch is treated.
 
     Attributes:
-        parts: index of a call → what each use contributes to which block.
+        parts: index of a call → contributions of its uses to blocks.
         orders: (index of a call, number of the part) → which example each row belongs to.
         singles: parameter that the fallback treats → its block.
-        new: groups of blocks that come for the first time, with their plans.
-        known: what later batches have to agree with, without the new groups.
+        new: groups of blocks that occur for the first time, with their plans.
+        known: the assignment that later batches have to agree with, without the new groups.
     """
 
     parts: Mapping[int, list[Part]]
@@ -92,15 +92,15 @@ class Assignment:
 
 
 def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool = False) -> Assignment | Refusals:
-    """Decide how a batch is treated; nothing is changed, the answer says what later batches have to agree with.
+    """Decide how a batch is treated, without side effects.
 
-    Each round leaves more parameters to the fallback, or treats more biases apart, so that the rounds end.
+    Each round leaves more parameters to the fallback or treats more biases separately, so that the loop terminates.
 
     Args:
         observation: of the batch's forward pass.
-        fits: which fit every parameter was given.
+        fits: the fit of every parameter.
         known: by earlier batches.
-        masked: whether positions are going to be masked, so that rows have to be sorted by example.
+        masked: whether positions will be masked, so that rows have to be sorted by example.
     """
     graph, before = observation.graph, known.blocks
     counted = {name for block in before.values() for name in block.parameters}
@@ -108,7 +108,7 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
     guesses: Mapping[tuple, RowOrder] = known.guesses.get(graph.signature, {})
 
     def give_up(problems: Mapping[str, str]) -> dict[str, str]:
-        """Leave parameters to the fallback; those that earlier batches were counted for in another way are refused."""
+        """Leave parameters to the fallback; return those that earlier batches treated in another way, with reasons."""
         new = {name: reason for name, reason in problems.items() if name not in fallback}
         fallback.update(new)
         return {name: f"{reason}. {_LATE}" for name, reason in new.items() if name in counted}
@@ -142,7 +142,7 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
             break
         if late := give_up(rows.problems):
             return Refusals(late)
-    if reason := _mixing(observation, fits, fallback):
+    if reason := _mixing_reason(observation, fits, fallback):
         return Refusals({"": reason})
     neighbours = find_neighbours(observation, parts, rows.orders, fits, known.neighbours, before)
     if not isinstance(neighbours, Neighbours):
@@ -168,22 +168,22 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
 
 
 _LATE = (
-    "Earlier batches used it in another way and were counted so: put a batch like this one first, or freeze the "
-    "parameter with requires_grad_(False)."
+    "Earlier batches used it in another way and are already accumulated: put a batch like this one first, or freeze "
+    "the parameter with requires_grad_(False)."
 )
 _PARTNERS = (
-    "is used with another bias, or without one, than in earlier batches, which were counted together with it. Put a "
-    "batch first in which it is used in all ways."
+    "is used with another bias than in earlier batches, or without one; its gradients there are already accumulated "
+    "together with that bias. Put a batch first that uses it in all these ways."
 )
 
 
 def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], apart: set[str]) -> dict[int, list[Part]]:
-    """Index of a call → blocks of its uses: weight and bias together where one fit treats both, else each alone."""
+    """Index of a call → parts of its uses: weight and bias together if one fit treats both, else each alone."""
     parts: dict[int, list[Part]] = {}
     for index in sorted(observation.graph.alive):
         call = observation.calls[index]
         if not prod(call.shape):
-            continue  # no positions at all: it adds nothing
+            continue  # no positions: it contributes nothing
         own = parts.setdefault(index, [])
         for use in call.uses:
             weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
@@ -217,7 +217,7 @@ def _row_orders(
     guesses: Mapping[tuple, RowOrder],
     masked: bool,
 ) -> RowOrders:
-    """Which example each row belongs to, sorted where the fit, the mask or the use itself needs it."""
+    """Which example each row belongs to; rows are sorted if the fit, the mask or the use needs it."""
     plans = [
         *((group.blocks, group.state.plan) for group in known.groups),
         *((entry.blocks, entry.plan) for entry in planned),
@@ -230,8 +230,8 @@ def _row_orders(
     return row_orders(observation, parts, sorts, guesses, training=fits.training)
 
 
-def _mixing(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:
-    """Why per-example gradients would tell nothing: an operator mixes examples where they meet a parameter."""
+def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:
+    """Why per-example gradients do not exist: an operator mixes examples where they meet a parameter; or empty."""
     if not fallback or fits.training or len(observation) == 1:
         return ""
     fine = _APART.setdefault(observation.model, set())

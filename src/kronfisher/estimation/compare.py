@@ -1,4 +1,4 @@
-"""How well, and at what cost, each fit approximates the Fisher of one network on one set of data."""
+"""Compare the error and the cost of fits on one network and one data set."""
 
 import math
 import sys
@@ -34,16 +34,16 @@ def compare(
 ) -> Comparison:
     """Estimate the Fisher of `model` with every fit and measure each against the exact blocks.
 
-    The errors cost more than the estimates: they take the inner products of all pairs of per-sample gradients, so some
-    hundreds of data are plenty.
+    The errors cost more than the estimates: they take the inner products of all pairs of per-example gradients, so a
+    few hundred examples are enough.
 
     Args:
-        model: as for `kronfisher.estimate`; put it in the mode that you mean (eval, as a rule).
+        model: as for `kronfisher.estimate`; put it in the desired mode first (usually eval).
         data: batches that can be iterated repeatedly and always come in the same order; or one batch.
         likelihood: what the outputs mean.
         fits: names or fit objects (default: every registered one).
         labels: "sampled", "exact" or "observed".
-        samples: label draws a datum, for sampled labels.
+        samples: label draws per example, for sampled labels.
         seed: of the draws, the same for all fits.
         memory_budget: bytes; a fit that would take more is reported as refused.
         progress: print a line on standard error as each fit is done.
@@ -88,12 +88,12 @@ def measure(
     if first is None:
         raise DataError("compare was given no batches: the data are empty")
     options["progress"] = progress
-    # The first estimate in a process pays for loading and allocating; it also shows early what cannot be treated.
+    # The first estimate in a process pays for loading and allocating; it also raises early if the model is refused.
     estimate(model, first, likelihood, fit="diagonal", **options)
-    exact = _timed(model, data, likelihood, "diagonal", options)  # has the exact trace
+    exact = _time_estimate(model, data, likelihood, "diagonal", options)  # has the exact trace
     for fit in fits if fits is not None else tuple(FITS):
         try:
-            fisher, seconds = exact if fit == "diagonal" else _timed(model, data, likelihood, fit, options)
+            fisher, seconds = exact if fit == "diagonal" else _time_estimate(model, data, likelihood, fit, options)
         except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
             yield Row(_label(fit), failure=str(reason))
             continue
@@ -112,8 +112,8 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _timed(model: nn.Module, data: Any, likelihood: Likelihood, fit: str | Fit, options: dict[str, Any]) -> Any:
-    """The estimate and its wall time; the shortest of three if it is short, for a busy machine adds to it."""
+def _time_estimate(model: nn.Module, data: Any, likelihood: Likelihood, fit: str | Fit, options: dict[str, Any]) -> Any:
+    """The estimate and its wall time: the shortest of three for short ones, because a busy machine adds to it."""
     best, began = math.inf, time.perf_counter()
     for _ in range(3):
         start = time.perf_counter()
@@ -130,7 +130,7 @@ def _label(fit: str | Fit) -> str:
 
 
 def _shown(fisher: Any) -> tuple[str, Tensor] | None:
-    """The largest block that is small enough to look at."""
+    """The largest block that is small enough to be shown."""
     small = {name: block.dim for name, block in fisher.blocks.items() if block.dim <= SHOWN}
     if not small:
         return None

@@ -1,4 +1,4 @@
-"""What a comparison of fits found: one row per fit, as tables for people and as JSON for programs."""
+"""The results of a comparison of fits: one row per fit, as tables for people and as JSON for programs."""
 
 import math
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ __all__ = ["Comparison", "Row"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one fit reached.
+    """The results of one fit.
 
     Attributes:
         fit: its name, or its settings where it was given as an object.
-        count: N, the data it was estimated from.
-        seconds: wall time of the estimate alone, warmed up; the shortest of three where that costs nothing.
+        count: N, the number of examples.
+        seconds: wall time of the estimate alone, warmed up; the shortest of three if it is short.
         bytes: of the operator.
         error: ‖F̂ − F‖ / ‖F‖ in the Frobenius norm over all blocks, F the exact blocks of the same data and labels.
         blocks: the same for every block, by name.
         trace: tr F̂ / tr F.
         shown: the name and the dense matrix ``[D, D]`` of one small block, the same for all
             fits; None if there is none.
-        failure: why there is no result, or no error; the numbers missing are NaN or 0.
+        failure: why there is no result, or no error; missing numbers are NaN or 0.
     """
 
     fit: str
@@ -52,7 +52,7 @@ class Comparison:
 
     Attributes:
         rows: one per fit, in the order asked for.
-        settings: what the numbers depend on: labels, samples, seed, number of parameters, …
+        settings: everything that the numbers depend on: labels, samples, seed, number of parameters, …
         finished: whether every fit asked for is there.
     """
 
@@ -64,8 +64,8 @@ class Comparison:
         """The overview, and the error of every block if any fit has one."""
         done, s = [row for row in self.rows if row.blocks], self.settings
         where = f" of {s['network']} on {s['data']}" if "network" in s and "data" in s else ""
-        draws = f", {s['samples']} a datum" if s["labels"] == "sampled" else ""
-        count = f"{done[0].count:,} data, " if done else ""
+        draws = f", {s['samples']} per example" if s["labels"] == "sampled" else ""
+        count = f"{done[0].count:,} examples, " if done else ""
         title = f"Fisher matrix{where}: {s['parameters']:,} parameters, {count}{s['labels']} labels{draws}"
         overview = Table(title, ("fit", "what it is", "relative error", "trace ratio", "time", "memory"), text=2)
         for row in self.rows:

@@ -1,4 +1,4 @@
-"""What an estimate would cover, before any work."""
+"""The parameters that an estimate would cover, before any work."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,8 @@ class CoverageRow:
         shape: its shape.
         numel: how many numbers it holds.
         operators: the operators of torch that use it.
-        treatment: the fit, ``"unused"``, or ``"fallback: "`` and what is made of the gradients of single data.
-        reason: why only the fallback can treat it, if so.
+        treatment: the fit, ``"unused"``, or ``"fallback: "`` and the fit of the per-example gradients.
+        reason: why only the fallback can treat it; empty otherwise.
     """
 
     parameter: str
@@ -58,13 +58,13 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the trainable numbers that `estimate` treats by the structure asked for."""
+        """The share of the trainable elements that `estimate` treats with the requested fit."""
         total = sum(row.numel for row in self.rows)
         return sum(row.numel for row in self.rows if not row.reason) / total
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to the fallback; else ``estimate(..., strict=True)`` raises."""
+        """Whether no parameter needs the fallback; otherwise ``estimate(..., strict=True)`` raises."""
         return not any(row.reason for row in self.rows)
 
     def __str__(self) -> str:
@@ -82,19 +82,19 @@ class Coverage:
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
-    """What `estimate` would cover and how: parameters that only the fallback can treat are listed with the reason.
+    """List how `estimate` would treat each parameter, with the reason for those that only the fallback can treat.
 
-    It takes one forward pass, and a few backward where it has to be found out which datum owns a row.
+    It takes one forward pass, and a few backward passes if it is not known which example each row belongs to.
 
     Args:
         model: as for `estimate`.
-        batch: one batch (or a loader, whose first batch is taken); targets are not needed.
+        batch: one batch (or a loader, whose first batch is used); targets are not needed.
         fit: as for `estimate`.
         forward: as for `estimate`.
 
     Raises:
-        UnsupportedError: the model cannot be treated at all (data coupled, as by BatchNorm in train mode; scripted
-            parts or reentrant checkpoints, which cannot be seen; no trainable parameter on the way to the outputs).
+        UnsupportedError: the model cannot be treated at all (coupled examples, as by BatchNorm in train mode; scripted
+            parts or reentrant checkpoints, which hide operators; outputs that depend on no trainable parameter).
         DataError: there is no batch, or it does not fit the model.
 
     Example:
@@ -106,12 +106,14 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         bias       2      25.0 %  linear   KFAC(mode='expand')
         100.0 % of 8 trainable numbers covered
     """
-    run = Accumulator(Recipe(unwrapped(model), Categorical(), forward=forward), fit)  # any: no label is drawn
+    run = Accumulator(
+        Recipe(unwrapped(model), Categorical(), forward=forward), fit
+    )  # any likelihood: no label is drawn
     batches = Batches(batch)
     with isolate(run.model, 0):
         _, first = next(batches.read(0), ("", None))
         if first is None:
-            raise DataError("The data hold no batch, so there is nothing to run the model on.")
+            raise DataError("The data contain no batch, so there is nothing to run the model on.")
         observation = observe(run.model, run.parameters, first, forward, "the batch")
         assignment = run.assign(observation)
     graph, known = observation.graph, assignment.known

@@ -1,4 +1,4 @@
-"""What an experiment writes beside its pictures: JSON with everything that the numbers depend on."""
+"""JSON documents of results, with everything that the numbers depend on."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["document", "finite"]
+__all__ = ["document", "replace_nonfinite"]
 
 
 def document(settings: Mapping[str, Any], finished: bool, **parts: Any) -> str:
@@ -21,13 +21,13 @@ def document(settings: Mapping[str, Any], finished: bool, **parts: Any) -> str:
     """
     versions = {"kronfisher": version("kronfisher"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     whole = {"finished": finished, "settings": dict(settings), "versions": versions, **parts}
-    return json.dumps(finite(whole), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(replace_nonfinite(whole), indent=2, ensure_ascii=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+def replace_nonfinite(value: Any) -> Any:
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [replace_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
-"""How far an approximation is from the true blocks, without writing these out.
+"""The Frobenius distance of an approximation from the true blocks, without writing these out.
 
 ``‖F − X‖² = ‖F‖² − 2⟨F, X⟩ + ‖X‖²`` with ``‖F‖² = Σ_{k,l} ⟨G_k, G_l⟩² / N²`` and
-``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs all pairs of samples, so samples are kept; small blocks are
-written out after all, which is cheaper and more precise.
+``⟨F, X⟩ = Σ_k vec(G_k)ᵀ X vec(G_k) / N``. The first needs all pairs of samples, so that samples are kept; small blocks
+are written out, which is cheaper and more precise for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
-from kronfisher.estimation.spectrum import Spectrum, leading
+from kronfisher.estimation.spectrum import Spectrum, leading_spectra
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits import Fit, Plan, State
@@ -38,9 +38,9 @@ class Distance:
     """Frobenius distances from the true blocks; in float32 relative ones below 5e-4 are noise for large blocks.
 
     Attributes:
-        distances: block name → ``‖F − X‖`` (mean or sum over data, as the matrix measured).
+        distances: block name → ``‖F − X‖`` (mean or sum over examples, as the matrix measured).
         norms: block name → ``‖F‖`` of the true block.
-        count: N, data that the true blocks were taken over.
+        count: N, the number of examples in the true blocks.
     """
 
     distances: Mapping[str, float]
@@ -65,7 +65,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a Fisher matrix comes from: its ``error(data)`` and ``spectrum(data)`` ask for the same labels there."""
+    """The recipe of a Fisher matrix, so that its ``error(data)`` and ``spectrum(data)`` use the same labels."""
 
     recipe: Recipe
 
@@ -76,8 +76,8 @@ class Origin:
     def spectrum(
         self, fisher: Fisher, data: Any, block: str | None = None, rank: int = 8, **options: Any
     ) -> dict[str, Spectrum]:
-        """See `kronfisher.estimation.spectrum.leading`."""
-        return leading(fisher, data, self.recipe, block, rank, **options)
+        """See `kronfisher.estimation.spectrum.leading_spectra`."""
+        return leading_spectra(fisher, data, self.recipe, block, rank, **options)
 
 
 def measure(
@@ -87,18 +87,18 @@ def measure(
 
     Args:
         fisher: the approximation.
-        data: as for `estimate`; the same loader gives the very samples that were fitted.
+        data: as for `estimate`; the same loader gives exactly the samples of the estimate.
         recipe: model, likelihood and labels of the truth.
-        memory_budget: bytes for the samples that have to be kept; None: what is free.
+        memory_budget: bytes for the kept samples; None: the free memory.
         progress: as for `estimate`.
 
     Raises:
-        MemoryBudgetError: so many samples do not fit; pass fewer data.
+        MemoryBudgetError: the samples do not fit; pass fewer examples.
         DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its
             parameters are not those of the matrix.
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
-        raise DataError(f"this matrix is no approximation of the Fisher matrix any more ({', '.join(sorted(odd))}).")
+        raise DataError(f"this matrix is no longer an approximation of the Fisher matrix ({', '.join(sorted(odd))}).")
     parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
@@ -139,9 +139,9 @@ class Kept:
     """Samples of large blocks, until all their pairs have been multiplied.
 
     Attributes:
-        budget: bytes that they may take.
+        budget: bytes that they may occupy.
         rows: blocks → samples, some at a time, in the form of `_rows`.
-        bytes: that they take.
+        bytes: that they occupy.
     """
 
     budget: int
@@ -149,17 +149,17 @@ class Kept:
     bytes: int = 0
 
     def add(self, state: State, rows: Rows) -> None:
-        """Keep some more, or refuse."""
-        several = self.rows.setdefault(state.blocks, [])
-        last = {tensor.untyped_storage().data_ptr() for entry in several[-1:] for part in entry for tensor in part}
+        """Keep some more samples, or raise a MemoryBudgetError."""
+        kept = self.rows.setdefault(state.blocks, [])
+        last = {tensor.untyped_storage().data_ptr() for entry in kept[-1:] for part in entry for tensor in part}
         new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in rows for t in part}
         self.bytes += sum(size for place, size in new.items() if place not in last)  # parts of one batch share storage
         if self.bytes > self.budget:
             raise MemoryBudgetError(
                 f"{state.name}: the exact error needs {self.bytes:,} bytes for the samples so far, more than the "
-                f"{self.budget:,} there are. Pass fewer data to fisher.error(...), or a larger memory_budget."
+                f"{self.budget:,} there are. Pass fewer examples to fisher.error(...), or a larger memory_budget."
             )
-        several.append(rows)
+        kept.append(rows)
 
 
 @dataclass(kw_only=True)
@@ -172,10 +172,10 @@ class CrossSums(State):
 
 @dataclass(frozen=True, eq=False)
 class CrossTerms(Fit):
-    """A fit that makes no operator: it sums what the distances from given ones are made of.
+    """A fit that builds no operator: it sums the terms of the distances from given operators.
 
     Attributes:
-        operators: blocks → X, of the mean over data; the blocks of all share parameters.
+        operators: blocks → X, of the mean over examples; all these blocks share parameters.
         kept: samples of all blocks.
     """
 
@@ -204,7 +204,7 @@ class CrossTerms(Fit):
         return Plan(4 * element * self.operators[group].dim ** 2 if self._written_out(group) else 0)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
-        """Sums of the route."""
+        """Empty sums."""
         if self._written_out(group):
             return Full().init(group, plan, like)
         zero = like.new_zeros((), dtype=torch.float64)
@@ -223,7 +223,7 @@ class CrossTerms(Fit):
         return state
 
     def norms(self, group: tuple[Block, ...], state: Any) -> tuple[float, float]:
-        """``‖F‖`` and ``‖F − X‖`` of the mean over data; F is zero where there is no state."""
+        """``‖F‖`` and ``‖F − X‖`` of the mean over examples; F is zero if there is no state."""
         operator = self.operators[group]
         own = float(operator.frobenius_norm().double())
         if state is None:

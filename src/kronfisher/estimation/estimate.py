@@ -46,7 +46,7 @@ def estimate(
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
 
-    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one datum's own negative log-likelihood, summed
+    ``F = (1/N) Σ_k vec(G_k) vec(G_k)ᵀ`` where G_k is the gradient of one example's own negative log-likelihood, summed
     over its positions and not divided by anything. The model is run as it is (call ``model.eval()`` first if dropout
     should be off); its parameters, gradients, buffers, hooks and modes and the global random state are the same
     afterwards as before. Its backward hooks are not called.
@@ -65,29 +65,30 @@ def estimate(
             labels drawn from the model, a Monte-Carlo estimate of the same; ``"observed"``: the given targets (the
             empirical Fisher, which is another matrix). The first two need no targets, except for masks and class
             weights.
-        samples: label draws per datum; F is their mean.
+        samples: label draws per example; F is their mean.
         forward: ``forward(model, batch) -> (outputs, targets)`` for batches of any other form.
         mask: which positions count, bool ``[N, P]``: a function of the batch, or the name of the key of the batch (or
             of its inputs) that holds it, such as ``"attention_mask"``. What does not count is left out of both factors
             and of the number of rows, as are positions whose target is ignored (``ignore_index``): padding a batch
             changes nothing (with sampled labels: but the numbers drawn). Layers with another number of positions, such
-            as a head on pooled features, count for data of which any position does. That a masked position acts on no
-            other is up to the model, which gets its inputs as they are.
-        reduction: ``"mean"`` or ``"sum"`` over the N data. A datum whose positions are all ignored does not count.
+            as a head on pooled features, count for examples of which any position does. The model gets its inputs unchanged and
+            must itself keep masked positions from affecting others.
+        reduction: ``"mean"`` or ``"sum"`` over the N examples. An example whose positions are all ignored does not
+            count.
         seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
             thread count give the same bits.
-        memory_budget: bytes for matrices and temporaries; None: what is free. Temporaries are chunked to fit, matrices
+        memory_budget: bytes for matrices and temporaries; None: the free memory. Temporaries are chunked to fit, matrices
             that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
-        strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is taken from
-            the gradients of single data, one backward pass each, and the report says so.
+        strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is computed
+            from per-example gradients, one backward pass each, and the report says so.
         progress: True writes a line to standard error; a function receives the same text.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: data are coupled, or parts of the model cannot be seen; with ``strict=True`` also wherever a
+        UnsupportedError: examples are coupled, or parts of the model cannot be recorded; with ``strict=True`` also wherever a
             trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
@@ -124,7 +125,7 @@ def estimate(
             notes = [
                 group.fit.notes(group.state),
                 *run.notes(group.blocks),
-                *(_why(name, run.known.fallback[name], len(group.blocks)) for name in alone),
+                *(_fallback_note(name, run.known.fallback[name], len(group.blocks)) for name in alone),
             ]
             info = BlockInfo(
                 method,
@@ -134,9 +135,9 @@ def estimate(
                 "; ".join(filter(None, notes)),
             )
             entries.append((group.blocks, operator, info))
-            group.state.release()  # the sums of all layers and the operators never stand side by side
-        entries = _joined(entries)
-        entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused(run)]
+            group.state.release()  # so that the sums of all layers and all operators are never held at once
+        entries = _merge_roles(entries)
+        entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused_blocks(run)]
     order = {name: place for place, name in enumerate(run.parameters)}
     entries.sort(key=lambda entry: order[entry[0][0].parameters[0]])
     info = Info(
@@ -156,32 +157,32 @@ def estimate(
     return fisher if reduction == "mean" else fisher.reduced("sum")
 
 
-def _why(name: str, reason: str, among: int) -> str:
+def _fallback_note(name: str, reason: str, among: int) -> str:
     return "fallback: " + (reason if among > 1 else reason.removeprefix(f"{name}: "))
 
 
 Entry = tuple[tuple[Block, ...], Operator, BlockInfo]
 
 
-def _joined(entries: list[Entry]) -> list[Entry]:
-    """One entry for a weight in two roles: the sum of a term for each, products between the roles left out."""
-    joined: list[Entry] = []
+def _merge_roles(entries: list[Entry]) -> list[Entry]:
+    """Merge the entries of a weight in two roles: the sum of one term each, without products between the roles."""
+    merged: list[Entry] = []
     for blocks, operator, info in entries:
-        for k, (others, other, before) in enumerate(joined):
+        for k, (others, other, before) in enumerate(merged):
             windows = [block.weight for block in (*others, *blocks) if block.weight and not block.bias]
             if len(windows) == len(others) + len(blocks) == 2 and swapped(windows):
                 (_, *own), (_, *theirs) = blocks[0].shape, others[0].shape
                 first = (others, other + operator.transposed(*own))
                 chosen = first if windows[0].whole else (blocks, operator + other.transposed(*theirs))
-                joined[k] = (*chosen, _both(before, info))
+                merged[k] = (*chosen, _merge_info(before, info))
                 break
         else:
-            joined.append((blocks, operator, info))
-    return joined
+            merged.append((blocks, operator, info))
+    return merged
 
 
-def _both(first: BlockInfo, second: BlockInfo) -> BlockInfo:
-    """What is known of both roles: the error of either tells nothing of what is left out."""
+def _merge_info(first: BlockInfo, second: BlockInfo) -> BlockInfo:
+    """The merged info of both roles, without an error: neither role's covers the products left out."""
     methods, notes = (dict.fromkeys((getattr(first, key), getattr(second, key))) for key in ("method", "notes"))
     left_out = "a weight in two roles: each has a term of its own, products between them are left out"
     return BlockInfo(
@@ -193,8 +194,8 @@ def _both(first: BlockInfo, second: BlockInfo) -> BlockInfo:
     )
 
 
-def _unused(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
-    """Parameters, or parts of them, that the outputs never depended on: their Fisher matrix is exactly zero."""
+def _unused_blocks(run: Accumulator) -> Iterator[tuple[Block, Diagonal]]:
+    """Parameters, or parts of them, that the outputs do not depend on: their Fisher matrix is exactly zero."""
     seen: dict[str, list[Window]] = {}
     for group in run.groups:
         for view in (view for block in group.blocks for view in block.views):

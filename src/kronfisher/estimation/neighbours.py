@@ -15,12 +15,12 @@ __all__ = ["Neighbours", "find_neighbours"]
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Blocks that follow each other; chains that earlier batches were counted for have to hold.
+    """Blocks that follow each other; chains of earlier batches have to hold in later ones.
 
     Attributes:
         after: key of a block → key of the one after it, where a fit treats them together.
-        cuts: key of a block → why it is not treated together with the one before, where its fit might do so.
-        examined: graphs that were examined; one that picks rows by index is examined in every batch.
+        cuts: key of a block → why it is not treated together with the one before, although its fit could do so.
+        examined: graphs examined so far; one that selects rows by index is examined in every batch.
     """
 
     after: Mapping[Key, Key] = field(default_factory=dict)
@@ -44,19 +44,19 @@ def find_neighbours(
     known: Neighbours,
     counted: Container[Key],
 ) -> Neighbours | dict[str, str]:
-    """The neighbours once a batch is seen.
+    """Find the neighbours, including those of this batch.
 
     Args:
         observation: of the batch's forward pass.
         parts: index of a call → its blocks.
-        orders: (index of a call, number of the part) → how rows are sorted.
+        orders: (index of a call, number of the part) → which example each row belongs to.
         fits: which fit treats which block.
         known: the neighbours of earlier batches.
-        counted: keys of blocks that earlier batches were counted for.
+        counted: keys of blocks that earlier batches contributed to.
 
     Returns:
-        The neighbours, or why the batch is refused: layers that earlier batches were counted for as neighbours are
-        none here.
+        The neighbours, or why the batch is refused: layers that were neighbours in earlier
+        batches are not neighbours here.
     """
     graph = observation.graph
     blocks = {part.block.key: part.block for own in parts.values() for part in own}

@@ -1,4 +1,4 @@
-"""Telling how far a long estimate is."""
+"""Progress reports of long estimates."""
 
 import sys
 from collections.abc import Callable

@@ -30,7 +30,7 @@ class Stream:
         singles: parameter that the fallback treats → the group of its block, and its place in it.
 
     Attributes:
-        last: whether no other backward pass comes, so that inputs may go when their gradients have come.
+        last: whether this is the last backward pass, so that inputs are released once their gradients have arrived.
     """
 
     last = False
@@ -50,10 +50,10 @@ class Stream:
         self._groups |= {id(group): group for group, _ in self._singles.values()}
         self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
-        self._counted: set[tuple[int, int]] = set()  # uses whose activations a fit has seen, in whatever column it was
+        self._counted: set[tuple[int, int]] = set()  # uses whose activations were counted, in any column
 
     def receive(self, call: Call, gradient: Tensor) -> None:
-        """Turn the gradient of a call's output into samples."""
+        """Convert the gradient of a call's output to samples."""
         with full_precision(gradient.device.type):
             for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
                 began = time.perf_counter()
@@ -69,7 +69,7 @@ class Stream:
                     samples = samples.apply_mask(self._mask)
                 if group.state.plan.by_example or len(group.blocks) > 1:
                     self._arrive(group, position, samples)
-                else:  # sums over rows: uses of one weight need not wait for each other
+                else:  # sums over rows: each use of a weight can be added by itself
                     group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
         if self.last:
@@ -77,10 +77,10 @@ class Stream:
                 part.use.forget()
 
     def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
-        """Back-propagate one example after the other, for parameters that the fallback treats."""
+        """Back-propagate one example at a time, for parameters that the fallback treats."""
         leaves = {name: parameters[name] for name in self._singles}
         groups = [group for group, _ in self._singles.values()]
-        # A group of several blocks needs all examples at once; the sums of others take as many as there is room for.
+        # A group of several blocks needs all examples at once; others take as many as fit the workspace.
         whole = any(len(group.blocks) > 1 for group in groups)
         workspace = min(group.state.plan.workspace for group in groups)
         began = time.perf_counter()
@@ -96,7 +96,7 @@ class Stream:
             group.seconds += (time.perf_counter() - began) / len(groups)
 
     def flush(self) -> None:
-        """Pass on samples that wait for uses whose gradient was zero everywhere and never came."""
+        """Pass on samples that wait for uses whose gradient was zero and never arrived."""
         for key, position in list(self._arrived):
             self._complete(self._groups[key], position)
         for key in list(self._ready):
@@ -104,7 +104,7 @@ class Stream:
             some = next(iter(ready.values()))
             for position, block in enumerate(group.blocks):
                 if position not in ready:
-                    ready[position] = _nothing(block, some)
+                    ready[position] = _zero_samples(block, some)
             self._update(group)
 
     def _arrive(self, group: Group, position: int, samples: Samples) -> None:
@@ -125,7 +125,7 @@ class Stream:
         group.state = group.fit.update(group.state, samples)
 
 
-def _nothing(block: Block, like: Samples) -> Samples:
+def _zero_samples(block: Block, like: Samples) -> Samples:
     groups, outputs, inputs = block.shape
     zeros = like.gradients.new_zeros
     return Samples(Dense(zeros(groups, len(like), 1, inputs)), zeros(groups, len(like), 1, outputs), first=False)

@@ -1,4 +1,4 @@
-"""How much of a true block the best sums of Kronecker products hold: the spectrum of its rearrangement.
+"""The spectrum of rearranged true blocks: the errors of the best sums of Kronecker products.
 
 ``‖F − Σ_{r≤R} B_r ⊗ A_r‖² = ‖F‖² − Σ_{r≤R} σ_r²`` for the best sum of R products, σ the singular values of ℛ(F)
 (Koroko et al. 2022). Samples are kept, neither F nor ℛ(F) is formed.
@@ -25,7 +25,7 @@ from kronfisher.layers.samples import Samples
 from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators.memory import available_memory
 
-__all__ = ["Spectrum", "leading"]
+__all__ = ["Spectrum", "leading_spectra"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Spectrum:
         values: ``σ_r / ‖F‖ [R]``, descending, float64 on the CPU. Groups of a convolution have rearrangements of their
             own, and a term of the sum is one product in each: then it is the root of their sum of squares, and F has
             the groups' cross terms, which no product holds.
-        antisymmetric: of which values both sides are antisymmetric; there are none where no positions share the weight.
+        antisymmetric: whether both factors of each value are antisymmetric; never without several positions.
         residual: of the triplets, the largest, relative to the first singular value.
-        samples: data times draws or columns.
+        samples: examples times draws or columns.
 
     Example:
         >>> found = Spectrum(torch.tensor([0.8, 0.6], dtype=torch.float64), (False, True), 1e-9, 10)
@@ -67,7 +67,7 @@ class Spectrum:
         )
 
 
-def leading(
+def leading_spectra(
     fisher: Fisher,
     data: Any,
     recipe: Recipe,
@@ -82,20 +82,20 @@ def leading(
     """The spectra of the true blocks on `data`, with the recipe's labels and seed.
 
     Args:
-        fisher: whose blocks are meant; what approximates them does not matter.
+        fisher: only the partition into blocks matters, not their approximation.
         data: as for `estimate`.
         recipe: model, likelihood and labels of the truth.
-        block: name of one block; None: all whose samples are known.
+        block: name of one block; None: all blocks that have samples.
         rank: R, how many values.
         tolerance: of the residuals of the triplets, relative to the first singular value.
         iterations: Lanczos steps at most, of each kind.
-        memory_budget: bytes for the samples that have to be kept; None: what is free.
+        memory_budget: bytes for the kept samples; None: the free memory.
         progress: as for `estimate`.
 
     Raises:
         ValueError: `rank` is no number of values.
-        DataError: there is no such block, or its samples are not known, only the gradients of single data.
-        MemoryBudgetError: so many samples do not fit; pass fewer data.
+        DataError: there is no such block, or it has no samples, only per-example gradients.
+        MemoryBudgetError: the samples do not fit; pass fewer examples.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: ask for at least one singular value.")
@@ -106,7 +106,7 @@ def leading(
     device = next(iter(parameters.values())).device
     room = Room(available_memory(device) if memory_budget is None else memory_budget)
     wanted = frozenset(known if block is None else [block])
-    run = accumulated(fisher, data, recipe, Keep(wanted, room), progress)
+    run = collect_samples(fisher, data, recipe, Keep(wanted, room), progress)
     found = {}
     with plain_arithmetic(device):
         for name, samples in run.items():
@@ -114,15 +114,15 @@ def leading(
     if missing := [name for name in wanted if name not in found and block is not None]:
         raise DataError(
             f"{missing[0]}: no samples of inputs and output gradients are known, because the model does not use the "
-            "parameter on this data, or uses it in a way that only gradients of single data tell about."
+            "parameter on this data, or uses it in a way that only per-example gradients cover."
         )
     return found
 
 
-def accumulated(
+def collect_samples(
     fisher: Fisher, data: Any, recipe: Recipe, keep: "Keep", progress: bool
 ) -> Mapping[str, Sequence[Samples]]:
-    """Block name → its samples, for blocks parted as those of the matrix are."""
+    """Block name → its samples, for the blocks of the matrix."""
     fits: dict[str, Keep] = {}
     for blocks, _ in fisher.entries:
         names = {parameter for each in blocks for parameter in each.parameters}
@@ -138,7 +138,7 @@ def accumulated(
 
 @dataclass
 class Room:
-    """Bytes that samples of all blocks may take, and those that they take."""
+    """Bytes that the samples of all blocks may occupy, and those that they do occupy."""
 
     budget: int
     bytes: int = field(default=0)
@@ -146,11 +146,11 @@ class Room:
 
 @dataclass(frozen=True, eq=False)
 class Keep(Visitor):
-    """A fit that makes no operator: it keeps the samples of some blocks.
+    """A fit that builds no operator: it keeps the samples of some blocks.
 
     Attributes:
-        wanted: names of these.
-        room: for all of them.
+        wanted: names of these blocks.
+        room: memory for all of them.
     """
 
     wanted: frozenset[str]
@@ -161,7 +161,7 @@ class Keep(Visitor):
         return WaitingState(group, plan)
 
     def update(self, state: WaitingState, samples: tuple[Samples, ...]) -> WaitingState:
-        """Keep them, or refuse."""
+        """Keep the samples, or raise a MemoryBudgetError."""
         (use,) = samples
         if state.name not in self.wanted:
             return state
@@ -179,15 +179,15 @@ class Keep(Visitor):
         if self.room.bytes > self.room.budget:
             raise MemoryBudgetError(
                 f"{state.name}: the spectrum needs {self.room.bytes:,} bytes for the samples so far, more than the "
-                f"{self.room.budget:,} there are. Pass fewer data to fisher.spectrum(...), name one block, or allow a "
-                "larger memory_budget."
+                f"{self.room.budget:,} there are. Pass fewer examples to fisher.spectrum(...), name one block, or "
+                "allow a larger memory_budget."
             )
         state.waiting.append(use.copy())
         return state
 
 
 def _spectrum(samples: Sequence[Samples], rank: int, tolerance: float, iterations: int) -> Spectrum:
-    n, positions = sum(map(len, samples)), max(several.positions for several in samples)
+    n, positions = sum(map(len, samples)), max(use.positions for use in samples)
     route = cheapest(samples[0].shape, n, positions)
     source = rearrange(samples, "weights" if route == "gram" else route)
     assert isinstance(source, Rearranged)
@@ -201,7 +201,7 @@ def _spectrum(samples: Sequence[Samples], rank: int, tolerance: float, iteration
         first = torch.cat(values)[0] * total
         share = found.sigma.double().max() / first.clamp_min(torch.finfo(first.dtype).tiny)
         residual = max(residual, float(found.change * share))
-    joined = torch.cat(values)
-    order = joined.argsort(descending=True, stable=True)[:rank]
+    all_values = torch.cat(values)
+    order = all_values.argsort(descending=True, stable=True)[:rank]
     antisymmetric = tuple(kinds[k] for k in order.tolist())
-    return Spectrum(joined[order].cpu(), antisymmetric, residual, n)
+    return Spectrum(all_values[order].cpu(), antisymmetric, residual, n)

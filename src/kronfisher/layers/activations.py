@@ -1,4 +1,4 @@
-"""Inputs of layers ``a [H, n, T, I]`` as samples have them, written out or not, and products of rows with matrices."""
+"""Inputs of layers ``a [H, n, T, I]`` in compact or dense form, and the contractions that fits need of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ __all__ = ["Activations", "Dense", "Masked", "Ones"]
 
 
 class Activations:
-    """Layer inputs ``a [H, n, T, I]``, perhaps not written out: subclasses hold what they are made of.
+    """Layer inputs ``a [H, n, T, I]``, possibly in a compact form that subclasses define.
 
     Attributes:
         onehot: rows of the identity, or sums of a few of them: written out they are mostly zeros.
@@ -27,7 +27,7 @@ class Activations:
 
     @property
     def numel(self) -> int:
-        """How many numbers are held."""
+        """The number of stored elements."""
         return prod(self.shape)
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
@@ -51,7 +51,7 @@ class Activations:
         return weights.mT @ self.dense(low, high)
 
     def copy(self) -> "Activations":
-        """The same in memory of its own, for samples that have to outlive their batch."""
+        """A copy in separate memory, for samples that have to outlive their batch."""
         return Dense(self.dense().clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
@@ -101,11 +101,11 @@ class Activations:
         return torch.cat([self.dense(low, high).sum(dim=2, keepdim=True) for low, high in ranges], dim=1)
 
     def reduce(self, workspace: int = WORKSPACE) -> "Activations":
-        """The same as inputs of T = 1."""
+        """Reduce to inputs of T = 1 by summing positions."""
         return Dense(self.sum_positions(workspace))
 
     def apply_mask(self, mask: Tensor) -> "Activations":
-        """Zero at positions where ``mask [n, T]`` is."""
+        """Set inputs to zero where ``mask [n, T]`` is zero."""
         return Masked(self, mask)
 
     def scale(self, factor: Tensor) -> "Activations":
@@ -113,33 +113,33 @@ class Activations:
         return Dense(self.dense() * factor[:, None, None])
 
     def squares(self, gradients: Tensor, workspace: int) -> Tensor | None:
-        """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` where there is a shorter way than by the gradients of samples."""
+        """``Σ_k (g_kᵀ a_k)∘²`` ``[H, O, I]`` if there is a cheaper way than by the gradients of samples; else None."""
         return None
 
     def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where the G_k have few columns that are not zero: their places ``[R]`` in I and they ``[1, R, O]``."""
+        """The nonzero columns ``[1, R, O]`` of the G_k and their places ``[R]`` in I, if there are few; else None."""
         return None
 
     @staticmethod
-    def join(several: "list[Activations]") -> "Activations":
-        """Positions of all, side by side along T."""
-        kinds = {type(each) for each in several}
-        together = kinds.pop().concatenate(several) if len(kinds) == 1 else None
-        return together or Dense(torch.cat([each.dense() for each in several], dim=2))
+    def join(inputs: "list[Activations]") -> "Activations":
+        """Concatenate the positions of all along T."""
+        kinds = {type(each) for each in inputs}
+        together = kinds.pop().concatenate(inputs) if len(kinds) == 1 else None
+        return together or Dense(torch.cat([each.dense() for each in inputs], dim=2))
 
     @classmethod
-    def concatenate(cls, several: "list[Any]") -> "Activations | None":
-        """As `joined`, where all are of this kind and need not be written out."""
+    def concatenate(cls, inputs: "list[Any]") -> "Activations | None":
+        """As `join`, for inputs that are all of this class; None if they have to be written out."""
         return None
 
 
 @dataclass(frozen=True)
 class Dense(Activations):
-    """Inputs that are there as a tensor.
+    """Inputs stored as a tensor.
 
     Attributes:
         values: ``[H, n, T, I]`` without the bias coordinate.
-        bias: whether a last coordinate of one belongs to them.
+        bias: whether a last coordinate of one is appended.
     """
 
     values: Tensor
@@ -167,7 +167,7 @@ class Dense(Activations):
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         width = self.values.shape[-1]
         product = multiply_rows(self.values[:, low:high], matrix[:, :width])
-        return product.add_(matrix[:, None, width:]) if self.bias else product  # without a copy of the rest
+        return product.add_(matrix[:, None, width:]) if self.bias else product  # without copying the rest
 
     def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         product = weights.mT @ self.values[:, low:high]
@@ -198,8 +198,8 @@ class Dense(Activations):
 
     def products(self) -> Tensor:
         rows = self.values[:, :, 0]
-        found = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
-        return found.add_(1) if self.bias else found
+        products = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return products.add_(1) if self.bias else products
 
     def sum_positions(self, workspace: int = WORKSPACE) -> Tensor:
         values = self.values.sum(dim=2, keepdim=True)
@@ -212,7 +212,7 @@ class Ones(Activations):
     """The constant input of a bias or of an elementwise scale: I = 1.
 
     Attributes:
-        like: a tensor that gives dtype and device.
+        like: a tensor with the dtype and device.
         sizes: H, n, T.
     """
 
@@ -249,10 +249,10 @@ class Ones(Activations):
 
 @dataclass(frozen=True)
 class Masked(Activations):
-    """Inputs of which some positions do not count: zero there, the bias coordinate too.
+    """Inputs with positions that do not count, which are zero there, including the bias coordinate.
 
     Attributes:
-        inner: all of them.
+        inner: the inputs without a mask.
         mask: ``[n, T]``, one where the position counts.
     """
 

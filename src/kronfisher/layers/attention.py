@@ -1,4 +1,4 @@
-"""Attention as torch's modules call it: one function, run again under observation so that its projections appear."""
+"""Attention as torch's modules call it: one function, replaced by a copy whose projections can be recorded."""
 
 from collections.abc import Callable
 from types import FunctionType
@@ -18,8 +18,8 @@ def _projections(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor |
     return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weight.chunk(3), biases, strict=True)]
 
 
-def _seen_inside(function: Any, **replaced: Any) -> Callable:
-    """A function of torch as it is, but for some of the names it looks up: one that stops handing itself to modes."""
+def _observable_copy(function: Any, **replaced: Any) -> Callable:
+    """A copy of a function of torch that looks up other objects for some names and does not dispatch to modes."""
     names = {**function.__globals__, "has_torch_function": lambda tensors: False, **replaced}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -27,5 +27,5 @@ def _seen_inside(function: Any, **replaced: Any) -> Callable:
 
 
 rewrites(F.multi_head_attention_forward)(
-    _seen_inside(F.multi_head_attention_forward, _in_projection_packed=_projections)
+    _observable_copy(F.multi_head_attention_forward, _in_projection_packed=_projections)
 )

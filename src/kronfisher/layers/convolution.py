@@ -13,7 +13,7 @@ from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
-__all__ = ["ConvolutionUse", "Geometry", "Patches", "each"]
+__all__ = ["ConvolutionUse", "Geometry", "Patches", "per_axis"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Geometry:
         return tuple((n + sum(pad) - (k - 1) * spread - 1) // step + 1 for n, k, step, pad, spread in axes)
 
     def planar(self, size: Sequence[int]) -> shifts.Shape:
-        """What `shifts` has to know, by rows and columns; a single axis gets a second one of size one."""
+        """The geometry as `shifts` needs it, by rows and columns; a single axis gets a second one of size one."""
 
         def pair(values: Sequence[int], fill: int) -> tuple[int, int]:
             return values[0], values[1] if len(values) > 1 else fill
@@ -40,7 +40,7 @@ class Geometry:
         return pair(size, 1), pair(self.kernel, 1), pair(before, 0), pair(self.steps(size), 1), pair(self.dilation, 1)
 
     def pad(self, images: Tensor) -> Tensor:
-        """``[R, C, *size]`` with the zeros around them."""
+        """Pad images ``[R, C, *size]`` with zeros."""
         pads = [amount for pair in reversed(self.padding) for amount in pair]
         return F.pad(images, pads) if any(pads) else images
 
@@ -54,14 +54,14 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Patches(Activations):
-    """Patches of images, unfolded when asked for.
+    """Patches of images, unfolded on demand.
 
     Attributes:
-        images: ``[n·F, C, *size]``, the images of a sample together.
+        images: ``[n·F, C, *size]``, the images of a sample next to each other.
         window: how the kernel moves over them.
         groups: H; channels are split evenly.
         samples: n.
-        bias: whether a last coordinate of one belongs to them.
+        bias: whether a last coordinate of one is appended.
     """
 
     images: Tensor
@@ -112,10 +112,10 @@ class Patches(Activations):
         channels = images.shape[1] // groups
         kernels = matrix[:, : width - self.bias].mT.reshape(groups * rank, channels, *self.window.kernel)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.window.kernel) - 1]
-        found = convolve(images, kernels, None, self.window.stride, 0, self.window.dilation, groups)
-        found = found.view(high - low, frames, groups, rank, -1).permute(2, 0, 1, 4, 3)  # [H, n', F, T/F, R]
-        found = found.reshape(groups, high - low, positions, rank)
-        return found + matrix[:, None, width - 1 :] if self.bias else found
+        product = convolve(images, kernels, None, self.window.stride, 0, self.window.dilation, groups)
+        product = product.view(high - low, frames, groups, rank, -1).permute(2, 0, 1, 4, 3)  # [H, n', F, T/F, R]
+        product = product.reshape(groups, high - low, positions, rank)
+        return product + matrix[:, None, width - 1 :] if self.bias else product
 
     def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """``Σ_t w[k, t] a[k, t]ᵀ [H, n', R, I]`` for weights ``[H, n', T, R]``.
@@ -134,22 +134,22 @@ class Patches(Activations):
             size, step, apart = kernel[1], self.window.stride[1], self.window.dilation[1]
             lines = images.unfold(3, (size - 1) * apart + 1, step)[..., ::apart].permute(0, 1, 4, 2, 3).contiguous()
         lines = lines.flatten(3).unflatten(1, (groups, -1)).flatten(2, 3)  # [n', H, C/H · columns, rows · across]
-        found = weights.new_empty(groups, high - low, weights.shape[-1], width)
-        cells = found[..., : width - self.bias].unflatten(-1, (-1, *kernel))  # [H, n', R, C/H, *kernel]
+        sums = weights.new_empty(groups, high - low, weights.shape[-1], width)
+        cells = sums[..., : width - self.bias].unflatten(-1, (-1, *kernel))  # [H, n', R, C/H, *kernel]
         for group in range(groups):
             for row in range(kernel[0]):
                 first = row * spread * across
                 part = weights[group].mT @ lines[:, group, :, first : first + positions].mT
                 cells[group, ..., row, :] = part.unflatten(-1, (-1, kernel[1]))
         if self.bias:
-            found[..., -1] = weights.sum(2)
-        return found
+            sums[..., -1] = weights.sum(2)
+        return sums
 
     def copy(self) -> "Patches":
         return replace(self, images=self.images.clone())
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
-        """Without writing patches out where that is faster (`shifts`)."""
+        """As for all activations, without writing patches out if that is faster (`shifts`)."""
         size, window, axes = self.images.shape[2:], self.window, len(self.window.kernel)
         channels, route = self.images.shape[1] // self.groups, "patches"
         shape = window.planar(size)
@@ -212,12 +212,12 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Iterator[Use]:
-    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; other padding modes pad beforehand."""
+    """Any stride, padding (numbers, 'valid', 'same'), dilation and groups; modules apply other padding modes."""
     kernel, shift = view(weight), view(bias)
     if not (kernel or shift):
         return
     axes = weight.dim() - 2
-    stride, dilation = each(stride, axes), each(dilation, axes)
+    stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     size = tuple(weight.shape[2:])
     window = Geometry(size, stride, _padding(padding, size, dilation), dilation)
     yield ConvolutionUse(
@@ -229,7 +229,7 @@ def convolution(
     )
 
 
-def each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     """A setting for each of some spatial axes."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values
@@ -238,9 +238,9 @@ def each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 def _padding(
     padding: int | str | Sequence[int], kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    if padding == "same":  # torch puts the odd one behind
+    if padding == "same":  # torch puts an odd zero at the end
         totals = [spread * (size - 1) for size, spread in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     if isinstance(padding, str):
         return ((0, 0),) * len(kernel)
-    return tuple((amount, amount) for amount in each(padding, len(kernel)))
+    return tuple((amount, amount) for amount in per_axis(padding, len(kernel)))

@@ -25,7 +25,7 @@ class ElementwiseUse(Use):
 
     Attributes:
         aligned: p's shape with its axes at those of y (counted from the last), one where it is broadcast.
-        factor: what the output gradient is multiplied by, computed when needed from the checked inputs; None: one.
+        factor: what the output gradient is multiplied by, computed from the inputs when needed; None: one.
         sign: of p in the output.
         part: the window on p that was used, where the rest of p is not; the canonical weight is all of p.
         slab: (axis, start, length) of the only part of the output that p enters.
@@ -41,7 +41,7 @@ class ElementwiseUse(Use):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bias is not None and self.bias.numel < prod(self.bias.shape):
-            # Tables are cut to the length of a batch; the next one may be longer.
+            # Tables are cut to the length of a batch; the next batch may be longer.
             self.part, self.bias = self.bias, self.bias.all
 
     def _axes(self, dimensions: int) -> tuple[list[int], list[int]]:
@@ -82,7 +82,7 @@ def broadcast(view: Window) -> Window:
     size = (1, *(1 if step == 0 else n for n, step in zip(view.size, view.stride, strict=True)))
     stride, following = [], 1
     for n, step in zip(reversed(size), (*reversed(view.stride), 0), strict=True):
-        # The stride along a single element means nothing, and differs between a batch of one datum and one of several.
+        # The stride along a single element means nothing, and differs between a batch of one example and a larger one.
         stride.append(following if n == 1 else step)
         following = stride[-1] * n
     return replace(view, size=size, stride=tuple(reversed(stride)))
@@ -103,7 +103,7 @@ def _uses(view: Windows, x: object, p: object, multiply: bool, sign: float = 1.0
         yield ElementwiseUse(None, shared, None, shared.size[1:], sign=sign if right else 1.0)
     elif isinstance(other, Tensor):
         yield ElementwiseUse(None, shared, other, shared.size[1:], factor=lambda inputs: inputs)
-    # a parameter times a number meets no data here
+    # a parameter times a number involves no data
 
 
 @handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
@@ -154,7 +154,7 @@ def cat(view: Windows, tensors: Sequence[Tensor], dim: int = 0) -> Iterator[Use]
 
 @handles(Tensor.repeat)
 def repeat(view: Windows, input: Tensor, *sizes: int | Sequence[int]) -> Iterator[Use]:
-    """A parameter repeated along axes that it does not have, once for each datum."""
+    """A parameter repeated along axes that it does not have, once for each example."""
     repeats = [n for size in sizes for n in ([size] if isinstance(size, int) else size)]
     window = view(input)
     if window and all(n == 1 or k == 1 for n, k in zip(window.size[::-1], repeats[::-1], strict=False)):

@@ -25,7 +25,7 @@ class LookupUse(Use):
 
     Attributes:
         factors: w, shaped like the indices; None: ones.
-        ignored: an index that counts for nothing and whose row gets no gradient.
+        ignored: an index that contributes nothing and whose row gets no gradient.
     """
 
     factors: Tensor | None = None
@@ -66,7 +66,7 @@ class LookupUse(Use):
         return Indices(values, weights, self.width)
 
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
-        """The use of its output, which is the same for all data, by adding it onto tensors where that broadcasts it."""
+        """The use of the lookup's output, which is independent of the data, by an addition that broadcasts it."""
         aligned = [1] * (len(onto) - len(shape)) + list(shape)
         if self.onehot and prod(onto) > prod(shape) and all(n in (1, m) for n, m in zip(aligned, onto, strict=True)):
             yield AddedLookupUse(self.weight, None, None, tuple(shape), sign=sign, table=self)
@@ -74,10 +74,10 @@ class LookupUse(Use):
 
 @dataclass
 class AddedLookupUse(ElementwiseUse):
-    """``y = x + lookup`` where the lookup is the same for all data, such as positions: what broadcasts is summed out.
+    """``y = x + lookup`` with a lookup independent of the data, such as positions: broadcast axes are summed out.
 
     Attributes:
-        table: the use that looked it up, with output shape `aligned`.
+        table: the use that made the lookup, with output shape `aligned`.
     """
 
     table: LookupUse | None = None
@@ -104,8 +104,8 @@ def _table(view: Windows, weight: Tensor, max_norm: float | None, scale_grad_by_
     if max_norm is not None or scale_grad_by_freq:
         option = "max_norm, which changes the weights" if max_norm is not None else "scale_grad_by_freq"
         raise UnsupportedError(
-            f"{table.parameter}: this embedding uses {option} by what else is in the batch, so no gradient belongs to "
-            "a single datum. Build it without that option, or freeze it with requires_grad_(False)."
+            f"{table.parameter}: this embedding uses {option} depending on the rest of the batch, so that "
+            "per-example gradients do not exist. Build it without that option, or freeze it with requires_grad_(False)."
         )
     return table.permuted(1, 0).reshaped(1, *table.size[::-1])
 
@@ -143,7 +143,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Iterator[Use]:
-    """Sums or means of rows, bags of one length ``[n, J]`` or of any, told apart by where each begins."""
+    """Sums or means of rows, bags of equal length ``[n, J]``, or of any length with the offset of each."""
     table = _table(view, weight, max_norm, scale_grad_by_freq)
     if not table or mode not in ("sum", "mean"):
         return

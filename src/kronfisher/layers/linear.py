@@ -44,7 +44,7 @@ class RowUse(Use):
 
 @handles(F.linear)
 def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Use]:
-    """``F.linear(x [..., I], W [O, I], b [O])``, whatever leads; a weight ``[I]`` has one output."""
+    """``F.linear(x [..., I], W [O, I], b [O])`` with any leading axes; a weight ``[I]`` has one output."""
     matrix, vector = view(weight), view(bias)
     if weight.dim() != 2 or not (matrix or vector) or (vector and vector.size != weight.shape[:1]):
         return
@@ -57,7 +57,7 @@ def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = N
 
 @handles(torch.mm, Tensor.mm)
 def mm(view: Windows, input: Tensor, mat2: Tensor) -> Iterator[Use]:
-    """As `matmul`, which calls its second argument otherwise."""
+    """As `matmul`, whose second argument has another name."""
     yield from matmul(view, input, mat2)
 
 

@@ -102,13 +102,13 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterator[Use]:
-    """In eval mode an affine map by channel; in train mode data are coupled and no per-datum gradient exists."""
+    """In eval mode an affine map by channel; in train mode per-example gradients do not exist."""
     if training:
         where = next((f" of {view.parameter}" for view in map(view, (weight, bias)) if view), "")
         raise UnsupportedError(
-            f"BatchNorm{where} is in train mode, or keeps no running statistics: it couples the data of a batch, so "
-            "no gradient belongs to a single datum and the Fisher matrix is not defined. Call model.eval() (or .eval() "
-            "on the BatchNorm layers) first."
+            f"BatchNorm{where} is in train mode, or keeps no running statistics: it couples the examples of a batch, "
+            "so that per-example gradients do not exist and the Fisher matrix is not defined. Call model.eval() (or "
+            ".eval() on the BatchNorm layers) first."
         )
 
     def normalise(x: Tensor) -> Tensor:  # x may be wider than the statistics

@@ -1,4 +1,4 @@
-"""Inputs that are rows of the identity, or sums of a few: what a lookup in a table sees, never written out."""
+"""Inputs that are rows of the identity, or weighted sums of a few, as of a lookup in a table; stored as indices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class Indices(Activations):
 
     Attributes:
         values: the indices i, ``[n, T, J]``.
-        weights: w, ``[n, T, J]``; zero for what does not count.
+        weights: w, ``[n, T, J]``; zero for entries that do not count.
         width: I, the rows of the table.
 
     Example:
@@ -86,19 +86,19 @@ class Indices(Activations):
 
     def squares(self, gradients: Tensor, workspace: int) -> Tensor:
         total = gradients.new_zeros(self.width, gradients.shape[-1])
-        samples, _, several = self.values.shape
-        for low, high in chunks(samples, 3 * several * gradients[0, 0].numel() * gradients.element_size(), workspace):
+        samples, _, entries = self.values.shape
+        for low, high in chunks(samples, 3 * entries * gradients[0, 0].numel() * gradients.element_size(), workspace):
             some = slice(low, high)
             examples = torch.arange(high - low, device=self.values.device).view(-1, 1, 1).expand_as(self.values[some])
-            rows = gradients[0, some, :, None].expand(-1, -1, several, -1)
+            rows = gradients[0, some, :, None].expand(-1, -1, entries, -1)
             self._add_squares(total, examples, rows, some)
         return total.mT[None]
 
     def columns(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        n, _, several = self.values.shape
+        n, _, entries = self.values.shape
         examples = torch.arange(n, device=self.values.device).view(-1, 1, 1).expand_as(self.values)
         places, inverse = (examples * self.width + self.values).flatten().unique(return_inverse=True)
-        rows = gradients[0, :, :, None].expand(-1, -1, several, -1) * self.weights[..., None].to(gradients.dtype)
+        rows = gradients[0, :, :, None].expand(-1, -1, entries, -1) * self.weights[..., None].to(gradients.dtype)
         sums = rows.new_zeros(len(places), rows.shape[-1]).index_add_(0, inverse, rows.flatten(0, 2))
         return places % self.width, sums[None]
 
@@ -111,8 +111,8 @@ class Indices(Activations):
         total.index_add_(0, places % self.width, sums.square())
 
     @classmethod
-    def concatenate(cls, several: Sequence["Indices"]) -> "Indices | None":
-        if len({each.values.shape[2] for each in several}) > 1:
+    def concatenate(cls, inputs: Sequence["Indices"]) -> "Indices | None":
+        if len({each.values.shape[2] for each in inputs}) > 1:
             return None
-        values = torch.cat([each.values for each in several], dim=1)
-        return Indices(values, torch.cat([each.weights for each in several], dim=1), several[0].width)
+        values = torch.cat([each.values for each in inputs], dim=1)
+        return Indices(values, torch.cat([each.weights for each in inputs], dim=1), inputs[0].width)

@@ -3,7 +3,7 @@
 A layer is ``y[k, t] = W a[k, t]`` for samples k and positions t. With inputs ``a [H, n, T, I]`` and output gradients
 ``g [H, n, T, O]`` the gradient of sample k is ``G_k = Σ_t g[k, t] a[k, t]ᵀ``, shape ``[O, I]``. Nothing below this file
 knows what a convolution is, nothing above it what a Kronecker product is. H counts groups of a convolution and is 1
-otherwise. A sample is one datum under one label draw or one column of the output Hessian's root.
+otherwise. A sample is one example under one label draw or one column of the output Hessian's root.
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,17 @@ from kronfisher.operators.factors import Factor
 
 __all__ = ["Samples", "join"]
 
-_CACHE = 2**22  # bytes of gradients that a processor writes out at once; more is no faster and takes more memory
+_CACHE = 2**22  # bytes of gradients written out at once on a CPU; more is no faster and takes more memory
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All that a fit sees of a block in one backward pass.
+    """The samples of a block that a fit receives from one backward pass.
 
     Attributes:
         activations: ``a [H, n, T, I]``.
-        gradients: ``g [H, n, T, O]`` of each datum's own negative log-likelihood.
-        first: False for the second and further columns or draws of the same data: their activations were counted
-            already.
+        gradients: ``g [H, n, T, O]`` of each example's own negative log-likelihood.
+        first: False for further columns or draws of the same examples, whose activations were counted already.
         mask: ``[n, T]``, one where the position counts; None: all of them. Products of a and g are not masked: where a
             position that does not count still acts on others (through a convolution, say) its g is not zero and
             belongs to the gradient.
@@ -76,7 +75,7 @@ class Samples:
 
     @property
     def bytes(self) -> int:
-        """Memory that the samples take while they are kept."""
+        """Memory that the samples occupy."""
         return (self.activations.numel + self.gradients.numel()) * self.gradients.element_size()
 
     def add_input_covariance_(self, total: Tensor) -> None:
@@ -184,7 +183,7 @@ class Samples:
         return replace(self, activations=self.activations.select(index), gradients=gradients, mask=mask)
 
     def copy(self) -> "Samples":
-        """The same in memory of its own: the batch may be gone, or refilled, when it is used."""
+        """A copy in separate memory: the batch may have been freed or overwritten when it is used."""
         mask = None if self.mask is None else self.mask.clone()
         return replace(self, activations=self.activations.copy(), gradients=self.gradients.clone(), mask=mask)
 
@@ -194,7 +193,7 @@ class Samples:
         return chunks(len(self), size, self.workspace)
 
     def pieces(self) -> Iterator["Samples"]:
-        """A few samples at a time, their inputs written out."""
+        """A few samples at a time, with their inputs written out."""
         for low, high in self._ranges():
             activations = Dense(self.activations.dense(low, high))
             yield replace(self, activations=activations, gradients=self.gradients[:, low:high], mask=None)
@@ -207,11 +206,11 @@ class Samples:
             outputs: ``U_B [H, O, O]``, or ``[H, O]``; None: one.
         """
         A, B = (None if given is None else Factor.of(given) for given in (inputs, outputs))
-        if A is None or A.is_diagonal:  # they need not be written out
+        if A is None or A.is_diagonal:  # no need to write them out
             activations = self.activations if A is None else self.activations.scale(A.tensor)
             yield replace(self, activations=activations, gradients=_rotate(self.gradients, B), mask=None)
             return
-        narrow = A.tensor.shape[-1] < A.tensor.shape[-2]  # then there may be a shorter way than to write them out
+        narrow = A.tensor.shape[-1] < A.tensor.shape[-2]  # then `times` may be cheaper than writing them out
         for low, high in self._ranges():
             rows = self.activations.times(A.tensor, low, high) if narrow else None
             activations = Dense(A.rotate(self.activations.dense(low, high)) if rows is None else rows)
@@ -228,7 +227,7 @@ class Samples:
         return total
 
     def reduce(self) -> "Samples":
-        """Positions summed out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
+        """Sum positions out: ``a ← Σ_t a_t``, ``g ← (1/T_k) Σ_t g_t`` (Eschenhagen et al. 2023, K-FAC-reduce)."""
         gradients = self.gradients.sum(dim=2, keepdim=True)
         if self.mask is None:
             mask, gradients = None, gradients / self.positions
@@ -238,7 +237,7 @@ class Samples:
         return replace(self, activations=self.masked_activations.reduce(self.workspace), gradients=gradients, mask=mask)
 
     def apply_mask(self, positions: Tensor) -> "Samples":
-        """Samples that know which positions count.
+        """Mark the positions that count.
 
         Args:
             positions: bool ``[n, P]``. Where P is this use's T it holds position by position; else a sample counts with
@@ -254,13 +253,13 @@ def _rotate(rows: Tensor, factor: Factor | None) -> Tensor:
 
 
 def join(uses: list[Samples]) -> Samples:
-    """Uses of one weight by the same samples as one: positions side by side along T."""
+    """Join several uses of one weight by the same samples into one: positions are concatenated along T."""
     if len(uses) == 1:
         return uses[0]
     if len({use.first for use in uses}) > 1:
         raise UnsupportedError(
-            "A layer that is applied several times got its first gradients in different label draws or columns, so its "
-            "inputs cannot be counted once each. Use labels='sampled' with samples=1."
+            "A layer that is applied several times received its first gradients in different label draws or columns, "
+            "so that its inputs cannot be counted once each. Use labels='sampled' with samples=1."
         )
     mask = None
     if any(use.mask is not None for use in uses):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronfisher.layers.activations import Activations
-from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, each
+from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, per_axis
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
@@ -27,7 +27,7 @@ class FlippedPatches(Patches):
         return rows
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
-        return Activations.times(self, matrix, low, high)  # its kernels lie the other way round
+        return Activations.times(self, matrix, low, high)  # its kernels are flipped
 
     def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         return Activations.weighted_sums(self, weights, low, high)  # likewise
@@ -74,7 +74,7 @@ def transposed_convolution(
         return
     size = tuple(weight.shape[2:])
     axes = len(size)
-    options = (each(option, axes) for option in (stride, padding, output_padding, dilation))
+    options = (per_axis(option, axes) for option in (stride, padding, output_padding, dilation))
     steps, cut, extra, spread = options
     margins = [d * (k - 1) - p for d, k, p in zip(spread, size, cut, strict=True)]
     pads = tuple((margin, margin + more) for margin, more in zip(margins, extra, strict=True))

@@ -1,8 +1,17 @@
 """A use: one call of an operator with a trainable weight, and the registry of operators that are understood.
 
-A handler stands for an operator of torch and takes the same arguments after ``view``, which tells whether a tensor is a
-window on a trainable parameter (`Window`) or not (None). It answers with the uses that the call makes; none where it
-does not understand the call, in which case coverage by the graph finds the parameter unclaimed.
+A handler is registered for an operator of torch and takes the same arguments after ``view``, which returns the window
+on a trainable parameter that a tensor represents (`Window`), or None. It yields the uses that the call makes, none if
+it does not understand the call: then the walk over the graph finds the parameter unclaimed, and the fallback treats it.
+
+Example:
+    A handler for ``y = x Wᵀ`` in a file of its own. `Use` says what a new kind of use has to provide: `lead` and `rows`
+    for the probe, `activations` and `gradients` for the fits. ::
+
+        @handles(F.linear)
+        def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Use]:
+            if (window := view(weight)) and bias is None and weight.dim() == 2:
+                yield RowUse(window.reshaped(1, *window.size), None, input)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,11 +30,11 @@ __all__ = ["OPERATORS", "REWRITES", "Use", "Windows", "handles", "rewrites"]
 
 
 class Windows:
-    """Tells a handler what its arguments are.
+    """Answers a handler which of its arguments are trainable parameters.
 
     Args:
-        views: id of a tensor → the window on a trainable parameter that it is.
-        lookups: id of a tensor → the use that made it, where it is a lookup that is the same for all data.
+        views: id of a tensor → the window on a trainable parameter that it represents.
+        lookups: id of a tensor → the use that made it, if it is a lookup that does not depend on the data.
     """
 
     def __init__(self, views: Mapping[int, Window | None], lookups: "Mapping[int, Use]") -> None:
@@ -46,11 +55,11 @@ OPERATORS: dict[Callable, Handler] = {}
 
 
 REWRITES: dict[Callable, Callable] = {}
-"""Operator of torch → the same made of operators that have handlers."""
+"""Operator of torch → an equivalent function made of operators that have handlers."""
 
 
 def rewrites(operator: Callable) -> Callable[[Callable], Callable]:
-    """Register what is run in place of an operator that hides its uses of weights."""
+    """Register the replacement of an operator that hides its uses of weights."""
 
     def register(function: Callable) -> Callable:
         REWRITES[operator] = function
@@ -83,7 +92,7 @@ class Use:
     bias: Window | None
     inputs: Tensor | None
 
-    dtype = torch.float32  # of the samples: the parameter's, or better
+    dtype = torch.float32  # of the samples: the parameter's, at least float32
     onehot = False  # inputs are rows of the identity
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
 
@@ -94,7 +103,7 @@ class Use:
 
     @property
     def lookup(self) -> "Use | None":
-        """The use whose output went in, where the weight itself did not."""
+        """The lookup whose output is the operand, if that is not the weight itself; else None."""
         return None
 
     @property
@@ -118,19 +127,23 @@ class Use:
         raise NotImplementedError
 
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
-        """The use of its output by adding it onto tensors of a shape; none where nothing is known of that."""
+        """The uses that arise when the output, of this shape, is added to tensors of shape `onto`."""
         return ()
 
     def forget(self) -> None:
-        """Let go of the inputs once nobody asks for them again: the backward pass frees what it has done with too."""
+        """Release the inputs when they are no longer needed, as the backward pass releases its own tensors."""
         self.inputs = None
 
     def cast_inputs(self) -> Tensor:
-        """The inputs in the dtype of the samples, if nobody has written over them since."""
+        """The original inputs in the dtype of the samples; see `original_inputs`."""
         return self.original_inputs().to(self.dtype)
 
     def original_inputs(self) -> Tensor:
-        """The inputs as they were, if nobody has written over them since."""
+        """The inputs of the call.
+
+        Raises:
+            UnsupportedError: they have been modified in place since.
+        """
         assert self.inputs is not None
         if self.inputs._version != self._version:
             raise UnsupportedError(

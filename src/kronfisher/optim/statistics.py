@@ -265,7 +265,7 @@ class Statistics:
         written: dict[tuple[Block, ...], Any] = {
             tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
         }
-        known = Known.saved(state["uncovered"], set(state["apart"]), set(state["coupled"]), written)
+        known = Known.restore(state["uncovered"], set(state["apart"]), set(state["coupled"]), written)
         run.resume(known, written)
         self._run, self._trained = run, frozenset(state["trained"])
         self.layers = [LayerStatistics(group) for group in run.groups]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from warnings import WarningMessage
 
-from kronfisher.estimation.documents import finite
+from kronfisher.estimation.documents import replace_nonfinite
 from kronfisher.tables import duration
 
 __all__ = ["Plan", "Point", "Progress", "Result", "read", "write"]
@@ -157,7 +157,7 @@ def write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """JSON, all of it or nothing: a reader never sees half a file, nor does a crash leave one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
+    new.write_text(json.dumps(replace_nonfinite(content), indent=1, ensure_ascii=False) + "\n")
     new.replace(path)
 
 
