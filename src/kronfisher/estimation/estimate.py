@@ -71,14 +71,14 @@ def estimate(
             of its inputs) that holds it, such as ``"attention_mask"``. What does not count is left out of both factors
             and of the number of rows, as are positions whose target is ignored (``ignore_index``): padding a batch
             changes nothing (with sampled labels: but the numbers drawn). Layers with another number of positions, such
-            as a head on pooled features, count for examples of which any position does. The model gets its inputs unchanged and
-            must itself keep masked positions from affecting others.
+            as a head on pooled features, count for examples of which any position does. The model gets its
+            inputs unchanged and must itself keep masked positions from affecting others.
         reduction: ``"mean"`` or ``"sum"`` over the N examples. An example whose positions are all ignored does not
             count.
         seed: of the label draws and of whatever the model and the loader draw (dropout, shuffling). The same seed and
             thread count give the same bits.
-        memory_budget: bytes for matrices and temporaries; None: the free memory. Temporaries are chunked to fit, matrices
-            that do not fit are refused early.
+        memory_budget: bytes for matrices and temporaries; None: the free memory. Temporaries are chunked to fit,
+            matrices that do not fit are refused early.
         exact_limit: backward passes per batch beyond which exact labels are refused.
         strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is computed
             from per-example gradients, one backward pass each, and the report says so.
@@ -88,8 +88,8 @@ def estimate(
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: examples are coupled, or parts of the model cannot be recorded; with ``strict=True`` also wherever a
-            trainable parameter is used in a way that is not understood.
+        UnsupportedError: examples are coupled, or parts of the model cannot be recorded; with ``strict=True`` also wherever
+            a trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
         ValueError: another option makes no sense.
