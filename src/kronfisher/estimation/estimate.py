@@ -88,7 +88,7 @@ def estimate(
         A symmetric positive semidefinite linear operator over the parameters.
 
     Raises:
-        UnsupportedError: examples are coupled, or parts of the model cannot be recorded; with ``strict=True`` also wherever
+        UnsupportedError: examples are coupled, or parts of the model are hidden; with ``strict=True`` also wherever
             a trainable parameter is used in a way that is not understood.
         DataError: no data, or a batch that does not fit the model or the likelihood; it names the batch.
         TypeError: `model` is no module or `likelihood` no likelihood.
