@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.laplace.predictions import draw_outputs
 from kronfisher.likelihoods import Likelihood
 from tests.helpers.close import close
 from tests.helpers.truth import jacobian
@@ -161,7 +162,70 @@ def test_the_least_predicts_by_draws_and_says_what_it_lacks(lifetimes):
     assert torch.equal(posterior.predict(x).mean, full.predict(x, predictor="mc").mean)
     with pytest.raises(ValueError, match="Least has mc, sampled"):
         posterior.predict(x, predictor="lognormal")
-    with pytest.raises(kf.UnsupportedError, match=r"define Least\.log_predictive_density"):
-        posterior.calibrate([(x, y)])
+    with pytest.raises(
+        kf.UnsupportedError, match=r"define Least\.log_predictive_density.* predictor='mc' or predictor='s"
+    ):
+        posterior.likelihood.log_predictive_density(posterior.predict(x), y)
+    for predictor in ("mc", "sampled"):  # as it says
+        density = kf.Laplace(model, posterior.fisher, 2.0).log_predictive_density(x, y, predictor=predictor)
+        assert density.shape == (40,) and density.isfinite().all()
+        kf.Laplace(model, posterior.fisher, 2.0).calibrate([(x, y)], predictor=predictor, samples=10)
     with pytest.raises(kf.UnsupportedError, match=r"define Least\.predict_from_variances"):
         posterior.likelihood.predict_from_variances(x, x)
+
+
+class Closed(Lifetimes):
+    """A closed form of the prediction, and none of its density."""
+
+    log_predictive_density = Likelihood.log_predictive_density
+
+
+class Bare(Likelihood):
+    """The two methods that are required."""
+
+    log_prob, sample = Lifetimes.log_prob, Lifetimes.sample
+
+
+class Loud(Normal):
+    """Gaussian noise without a density of predictions."""
+
+    log_predictive_density = Likelihood.log_predictive_density
+
+
+def test_without_a_density_of_its_own_it_has_the_mean_over_draws(lifetimes):
+    model, x, y = lifetimes
+    fisher = kf.estimate(model, (x, y), Closed(), labels="exact")
+    posterior = kf.Laplace(model, fisher, 2.0)
+    for call in (lambda: posterior.log_predictive_density(x, y), lambda: posterior.calibrate([(x, y)])):
+        with pytest.raises(
+            kf.UnsupportedError, match=r"define Closed\.log_predictive_density, or .* predictor='mc' or"
+        ):
+            call()
+    density = posterior.log_predictive_density(x, y, predictor="mc", samples=50, seed=3)
+    draws = draw_outputs(*posterior.functional_covariance(x), 50, 3)
+    truth = [
+        math.log(math.fsum(math.exp(p) for p in logs) / 50)
+        for logs in torch.stack([Lifetimes().log_prob(f, y) for f in draws]).T.tolist()
+    ]
+    close(density, torch.tensor(truth, dtype=torch.float64), 1e-12)
+    assert posterior.calibrate([(x, y)], predictor="mc").calibrated_for == "mc"
+    best = posterior.log_predictive_density(x, y).sum()
+    for factor in (0.1, 10.0):
+        precision = {name: float(value) * factor for name, value in posterior.prior_precision.items()}
+        other = kf.Laplace(model, fisher, precision)
+        assert other.log_predictive_density(x, y, predictor="mc").sum() <= best + 1e-3
+    bare = kf.Laplace(model, kf.estimate(model, (x, y), Bare(), labels="sampled"), 2.0)
+    assert bare.optimize_prior().calibrate([(x, y)]).log_predictive_density(x, y).isfinite().all()
+
+
+def test_another_noise_counts_in_the_mean_over_draws(lifetimes):
+    model, x, _ = lifetimes
+    y = model(x).detach() + 0.3 * torch.randn(40, 2).double()
+    posterior = kf.Laplace(model, kf.estimate(model, (x, y), Loud(), labels="exact"), noise=0.1)
+    draws = draw_outputs(*posterior.functional_covariance(x), 20, 0)
+    truth = torch.stack([kf.Gaussian(0.1).log_prob(f, y) for f in draws]).exp().mean(0).log()
+    close(posterior.log_predictive_density(x, y, predictor="mc", samples=20), truth, 1e-12)
+    posterior.noise = 0.5
+    draws = draw_outputs(*posterior.functional_covariance(x), 20, 0)
+    truth = torch.stack([Normal().log_prob(f, y) for f in draws]).exp().mean(0).log()
+    close(posterior.log_predictive_density(x, y, predictor="mc", samples=20), truth, 1e-12)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.batches import as_batches, split
+from kronfisher.capture.batches import as_batches
 from kronfisher.errors import DataError
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.predictions import predict
+from kronfisher.laplace.predictions import log_densities
+from kronfisher.laplace.targets import read_targets
 
 __all__ = ["best_scale"]
 
@@ -24,7 +25,7 @@ def best_scale(posterior: Posterior, data: Any, predictor: str, samples: int, se
         seed: of the draws.
 
     Raises:
-        DataError: there are no validation data, a batch has no targets, or they cannot be read twice.
+        DataError: there are no validation data, or a batch has no targets, or none that fit.
     """
     batches, again = as_batches(data)
     batches = batches if again else list(batches)
@@ -42,16 +43,9 @@ def _log_densities(
     total = torch.zeros(len(factors), dtype=torch.float64)
     read = 0
     for read, batch in enumerate(batches, 1):
-        where = f"validation batch {read - 1}"
-        if posterior.forward is None:
-            inputs, targets = split(batch, where)
-            batch = (inputs, None)
-        else:
-            targets = posterior.forward(posterior.model, batch)[1]
-        if targets is None:
-            raise DataError(f"{where} has no targets; calibration needs (inputs, targets).")
-        for k, prediction in enumerate(predict(posterior, batch, candidates, predictor, samples, seed)):
-            density = posterior.likelihood.log_predictive_density(prediction, targets)
+        inputs, labels = read_targets(posterior, batch, f"validation batch {read - 1}")
+        densities = log_densities(posterior, inputs, labels, candidates, predictor, samples, seed)
+        for k, density in enumerate(densities):
             total[k] += float(density.sum(dtype=torch.float64))
     if not read:
         raise DataError("the validation data hold no batch.")

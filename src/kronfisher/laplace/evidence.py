@@ -69,6 +69,7 @@ def best_factors(posterior: Posterior, *, per_block: bool, noise: bool, steps: i
     own = blocks if per_block else 1
     start = torch.zeros(own + noise, dtype=torch.float64, device=posterior.fisher.device)
     if noise:
+        posterior.require_single_noise("optimize_prior(noise=True)", "leave out noise=True to tune the prior alone")
         require_residuals(*posterior.training_score(), posterior.own_noise)
         start[-1] = log(posterior.noise or posterior.own_noise)
 
@@ -92,9 +93,10 @@ def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
             "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
         )
     total, outputs = 0.0, 0
-    with isolate(posterior.model, 0), torch.no_grad():
+    with isolate(posterior.model, 0):  # with gradients: the forward pass may take derivatives of its own
         for k, batch in enumerate(data):
             values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
+            values = values.detach()
             posterior.likelihood.check(values, targets, f"batch {k}", "observed")
             total += float(posterior.likelihood.log_likelihood(values, targets))
             outputs += values.numel()

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.forward import Forward
@@ -12,9 +13,10 @@ from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
 from kronfisher.laplace.linearised import covariances, directions, variances
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.predictions import choose_predictor, predict
+from kronfisher.laplace.predictions import choose_predictor, draw, is_drawn, log_densities, predict, standard_error
 from kronfisher.laplace.prior import PriorPrecision, read_prior
 from kronfisher.laplace.storage import load, save
+from kronfisher.laplace.targets import Labelled, read_targets
 from kronfisher.likelihoods import Likelihood, Prediction
 
 __all__ = ["Laplace"]
@@ -89,7 +91,7 @@ class Laplace(Posterior):
             tensor(True)
         """
         if noise is not None:
-            self._read_noise(float(noise.detach() if isinstance(noise, Tensor) else noise))
+            self._read_noise(noise.detach() if isinstance(noise, Tensor) else noise)
         if prior_precision is None:
             return log_evidence(self, noise=noise)
         return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
@@ -125,6 +127,7 @@ class Laplace(Posterior):
 
         Raises:
             DataError: the likelihood of the training data is unknown (`score` reads it), or its residuals are zero.
+            UnsupportedError: `noise` is asked for, and the likelihood has no single noise variance.
             NumericalError: the marginal likelihood is not finite where the search starts.
         """
         factors, sigma = best_factors(self, per_block=per_block, noise=noise, steps=steps)
@@ -148,7 +151,7 @@ class Laplace(Posterior):
             DataError: the likelihood of the training data is unknown, or their residuals are zero.
             UnsupportedError: the likelihood has no single noise variance.
         """
-        self._read_noise(self._noise if self._noise is not None else 1.0)
+        self.require_single_noise("fit_noise", "keep the noise of the likelihood")
         self.noise = require_residuals(*self.training_score(), self.own_noise)
         return self
 
@@ -196,22 +199,52 @@ class Laplace(Posterior):
         return outputs + changes
 
     def log_predictive_density(
-        self, x: Any, targets: Tensor, *, predictor: str | None = None, samples: int = 100, seed: int = 0
+        self, x: Any, targets: Any = None, *, predictor: str | None = None, samples: int = 100, seed: int = 0
     ) -> Tensor:
         """``log p(targets | x)`` ``[n]`` in nats under the prediction; positions that do not count are left out.
 
+        Where the likelihood has no closed form for it (counts, predicted variances, likelihoods of your own without
+        `log_predictive_density`), it is the Monte-Carlo mean ``log 1/S Σ_s p(targets | f_s)`` over draws of the
+        outputs; `log_predictive_error` is its standard error.
+
         Args:
             x: as in `predict`.
-            targets: as the likelihood takes them.
+            targets: as an estimate takes them; None: x is a batch of inputs and targets, as for `estimate`.
             predictor: as in `predict`.
             samples: as in `predict`.
             seed: as in `predict`.
 
         Raises:
-            UnsupportedError: the likelihood defines no `log_predictive_density`.
+            DataError: there are no targets, or they do not fit.
+            UnsupportedError: the likelihood defines no `log_predictive_density`, and the predictor draws nothing.
         """
-        prediction = self.predict(x, predictor=predictor, samples=samples, seed=seed)
-        return self.likelihood.log_predictive_density(prediction, targets)
+        predictor = choose_predictor(self, predictor)
+        batch, labels = self._labelled(x, targets)
+        candidates = {group: [precision] for group, precision in self.precisions.items()}
+        (density,) = log_densities(self, batch, labels, candidates, predictor, samples, seed)
+        return density
+
+    def log_predictive_error(
+        self, x: Any, targets: Any = None, *, predictor: str | None = None, samples: int = 100, seed: int = 0
+    ) -> Tensor:
+        """The standard error of `log_predictive_density` that comes from drawing, ``[n]`` in nats.
+
+        The jackknife over 20 groups of the draws, with the arguments of `log_predictive_density`. Zero for predictors
+        in closed form, infinite for a single draw.
+        """
+        predictor = choose_predictor(self, predictor)
+        batch, labels = self._labelled(x, targets)
+        candidates = {group: [precision] for group, precision in self.precisions.items()}
+        if not is_drawn(self, predictor):
+            (density,) = log_densities(self, batch, labels, candidates, predictor, samples, seed)
+            return torch.zeros_like(density)
+        (draws,) = draw(self, batch, candidates, predictor, samples, seed)
+        return standard_error(labels.likelihood, draws, labels.targets, self.noise_ratio)
+
+    def _labelled(self, x: Any, targets: Any) -> tuple[Any, Labelled]:
+        """A batch for predictions, and its targets; see `log_predictive_density`."""
+        batch = x if self.forward is not None or targets is None else (x, targets)
+        return read_targets(self, batch, "the batch to predict", targets if self.forward is not None else None)
 
     def calibrate(self, data: Any, *, predictor: str | None = None, samples: int = 100, seed: int = 0) -> "Laplace":
         """Scale the prior precision so that predictions of validation data are best, in log density.
@@ -220,17 +253,25 @@ class Laplace(Posterior):
         best. A prior tuned for one predictor does not suit another: `predict` refuses that until it is set anew.
 
         Args:
-            data: batches of inputs and targets that the network was not trained on.
+            data: batches of inputs and targets, as for `estimate`, that the network was not trained on.
             predictor: which will be used, as in `predict`.
             samples: as in `predict`.
             seed: as in `predict`.
 
         Returns:
             Itself.
+
+        Raises:
+            DataError: there are no targets, or they do not fit; the posterior is as it was before.
+            UnsupportedError: as `log_predictive_density`.
         """
-        self.calibrated_for = None
-        predictor = choose_predictor(self, predictor)
-        calibrated = best_scale(self, data, predictor, samples, seed)
+        before, self.calibrated_for = self.calibrated_for, None
+        try:
+            predictor = choose_predictor(self, predictor)
+            calibrated = best_scale(self, data, predictor, samples, seed)
+        except BaseException:
+            self.calibrated_for = before
+            raise
         self._set_precisions({group: precision.times(calibrated) for group, precision in self.precisions.items()})
         self.calibrated_for = predictor
         return self

@@ -143,7 +143,7 @@ class Posterior:
         assert single is not None
         return single
 
-    def _read_noise(self, noise: float | None) -> float | None:
+    def _read_noise(self, noise: float | Tensor | None) -> float | None:
         """The noise variance as given, by default the likelihood's own.
 
         Raises:
@@ -152,12 +152,22 @@ class Posterior:
         """
         if noise is None:
             return self.likelihood.single_noise
-        if self.likelihood.single_noise is None:
-            raise UnsupportedError(
-                f"noise={noise}: only a Gaussian likelihood with one variance for all outputs can take another noise; "
-                f"this is {self.likelihood}. Estimate the Fisher matrix anew under the noise that is meant."
+        self.require_single_noise(f"noise={noise}", "leave out noise=")
+        if isinstance(noise, Tensor) and noise.numel() != 1:
+            raise ValueError(
+                f"noise must be one positive number, the variance of all outputs; found a tensor {list(noise.shape)}. "
+                "For a variance of each output estimate the Fisher matrix under Gaussian(variance=...)."
             )
         return _positive(noise, "noise")
+
+    def require_single_noise(self, where: str, remedy: str) -> None:
+        """UnsupportedError if the likelihood has no single noise variance that could be replaced or learned."""
+        if self.likelihood.single_noise is None:
+            raise UnsupportedError(
+                f"{where}: only the noise of a Gaussian likelihood with one variance for all outputs can be replaced "
+                f"or learned; this is {self.likelihood}. Estimate the Fisher matrix anew under the noise that is "
+                f"meant (Gaussian(variance) with one number, to learn it), or {remedy}."
+            )
 
     # Parameters -----------------------------------------------------------------------------------------------------
 
@@ -270,7 +280,7 @@ class Posterior:
         )
 
 
-def _positive(value: float, what: str) -> float:
+def _positive(value: float | Tensor, what: str) -> float:
     number = nonnegative(value, what)
     if number == 0:
         raise ValueError(f"{what} must be positive; it is {value}")

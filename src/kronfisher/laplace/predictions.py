@@ -1,6 +1,6 @@
 """Predictions of a posterior, for one or several candidates of its prior at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,10 +12,22 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.laplace.linearised import covariances, variances
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.precision import Group, Precision
-from kronfisher.likelihoods import Prediction
+from kronfisher.laplace.targets import Labelled
+from kronfisher.likelihoods import Likelihood, Prediction
 from kronfisher.linalg import promote
 
-__all__ = ["choose_predictor", "draw_outputs", "predict", "run_drawn_networks"]
+__all__ = [
+    "choose_predictor",
+    "draw",
+    "draw_outputs",
+    "is_drawn",
+    "log_densities",
+    "predict",
+    "run_drawn_networks",
+    "standard_error",
+]
+
+_GROUPS = 20  # of draws; the relative error of a standard error from them is 1/√40
 
 
 def choose_predictor(posterior: Posterior, predictor: str | None) -> str:
@@ -43,7 +55,7 @@ def predict(
     predictor: str,
     samples: int,
     seed: int,
-) -> list[Prediction]:
+) -> Iterator[Prediction]:
     """One prediction for every candidate, from one capture of the network where it is linearised.
 
     Args:
@@ -54,28 +66,95 @@ def predict(
         samples: draws, for predictors that need them.
         seed: of the draws.
 
-    Returns:
+    Yields:
         K predictions.
     """
     likelihood, factor = posterior.likelihood, posterior.noise_ratio
     basis = likelihood.predictors[predictor]
-    if basis == "networks":
-        count = len(next(iter(candidates.values())))
-        chosen = [{group: options[k] for group, options in candidates.items()} for k in range(count)]
-        return [
-            likelihood.predict_from_draws(run_drawn_networks(posterior, batch, one, samples, seed), factor)
-            for one in chosen
-        ]
-    network = posterior.network()
     if basis == "variances":
-        outputs, each = variances(network, batch, candidates)
-        return [likelihood.predict_from_variances(outputs, variance, factor) for variance in each]
-    outputs, each = covariances(network, batch, candidates)
-    if basis == "covariances":
-        return [likelihood.predict_from_covariances(outputs, covariance) for covariance in each]
-    return [
-        likelihood.predict_from_draws(draw_outputs(outputs, covariance, samples, seed), factor) for covariance in each
-    ]
+        outputs, each = variances(posterior.network(), batch, candidates)
+        yield from (likelihood.predict_from_variances(outputs, variance, factor) for variance in each)
+    elif basis == "covariances":
+        outputs, each = covariances(posterior.network(), batch, candidates)
+        yield from (likelihood.predict_from_covariances(outputs, covariance) for covariance in each)
+    else:
+        for draws in draw(posterior, batch, candidates, predictor, samples, seed):
+            yield likelihood.predict_from_draws(draws, factor)
+
+
+def log_densities(
+    posterior: Posterior,
+    batch: Any,
+    labels: Labelled,
+    candidates: Mapping[Group, Sequence[Precision]],
+    predictor: str,
+    samples: int,
+    seed: int,
+) -> Iterator[Tensor]:
+    """The log density of the targets of a batch under every candidate; see `predict`.
+
+    Args:
+        posterior: whose network is meant.
+        batch: as its `forward` takes it.
+        labels: targets, and the likelihood that reads them.
+        candidates: blocks → K candidates of their precision.
+        predictor: a name in ``posterior.likelihood.predictors``.
+        samples: draws, for predictors that need them.
+        seed: of the draws.
+
+    Yields:
+        K times ``[n]``.
+    """
+    if is_drawn(posterior, predictor):
+        for draws in draw(posterior, batch, candidates, predictor, samples, seed):
+            yield labels.likelihood.log_density_from_draws(draws, labels.targets, posterior.noise_ratio)
+    else:
+        for prediction in predict(posterior, batch, candidates, predictor, samples, seed):
+            yield labels.likelihood.log_predictive_density(prediction, labels.targets)
+
+
+def is_drawn(posterior: Posterior, predictor: str) -> bool:
+    """Whether a predictor is computed from draws, and not in closed form."""
+    return posterior.likelihood.predictors[predictor] in ("draws", "networks")
+
+
+def draw(
+    posterior: Posterior,
+    batch: Any,
+    candidates: Mapping[Group, Sequence[Precision]],
+    predictor: str,
+    samples: int,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Draws of the outputs ``[S, n, ...]`` for every candidate, one candidate at a time; see `predict`."""
+    if posterior.likelihood.predictors[predictor] == "networks":
+        for k in range(len(next(iter(candidates.values())))):
+            chosen = {group: options[k] for group, options in candidates.items()}
+            yield run_drawn_networks(posterior, batch, chosen, samples, seed)
+    else:
+        outputs, each = covariances(posterior.network(), batch, candidates)
+        yield from (draw_outputs(outputs, covariance, samples, seed) for covariance in each)
+
+
+def standard_error(likelihood: Likelihood, draws: Tensor, targets: Any, noise_factor: float) -> Tensor:
+    """The standard error of `Likelihood.log_density_from_draws`, ``[n]``: the jackknife over (at most) 20 groups.
+
+    Args:
+        likelihood: that reads the targets.
+        draws: of the outputs, ``[S, n, ...]``.
+        targets: as the likelihood takes them.
+        noise_factor: on the noise variance.
+
+    Returns:
+        Infinity where there is a single draw.
+    """
+    count = min(len(draws), _GROUPS)
+    groups = draws.tensor_split(count)
+    if count < 2:
+        return torch.full_like(likelihood.log_density_from_draws(draws, targets, noise_factor), torch.inf)
+    rests = [torch.cat([*groups[:k], *groups[k + 1 :]]) for k in range(count)]
+    left_out = torch.stack([likelihood.log_density_from_draws(rest, targets, noise_factor) for rest in rests])
+    return ((count - 1) * left_out.var(0, correction=0)).sqrt()
 
 
 def draw_outputs(outputs: Tensor, covariances: Tensor, samples: int, seed: int) -> Tensor:
@@ -100,13 +179,14 @@ def run_drawn_networks(
 ) -> Tensor:
     """Outputs ``[S, n, ...]`` of networks with parameters drawn from the posterior; the model itself is not touched."""
     posterior.check_parameters()
-    network = deepcopy(posterior.model)
+    network = deepcopy(posterior.model).requires_grad_(False)
     parameters = dict(network.named_parameters())
     outputs = []
-    with isolate(network, seed), torch.no_grad():
+    with isolate(network, seed):  # with gradients: the forward pass may take derivatives of its own
         for k in range(samples):  # one after the other: a few thousand draws of a large network would not fit
-            draw = posterior.by_name(posterior.draws(1, seed * 1_000_003 + k, precisions))
-            for name, delta in draw.items():
+            drawn = posterior.by_name(posterior.draws(1, seed * 1_000_003 + k, precisions))
+            for name, delta in drawn.items():
                 parameters[name].copy_(posterior.mean[name] + delta[0])
-            outputs.append(run(network, batch, posterior.forward, posterior.fisher.device, "the batch to predict")[0])
+            output, _ = run(network, batch, posterior.forward, posterior.fisher.device, "the batch to predict")
+            outputs.append(output.detach())
     return torch.stack(outputs)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
-from kronfisher.likelihoods.prediction import Prediction, Predictors
+from kronfisher.likelihoods.prediction import Prediction, Predictors, log_mean_exp, mixture
 from kronfisher.likelihoods.probit import probit
 from kronfisher.likelihoods.registry import register
 from kronfisher.linalg import promote
@@ -61,10 +61,20 @@ class Bernoulli(Likelihood):
         """Probabilities by the probit link; see the base class."""
         return probit(self.mean, outputs, variances, lambda p: (p * (1 - p)).square() * variances)
 
+    def predict_from_draws(self, outputs: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """The mean probabilities, with their logits from log space; see the base class."""
+        wide = promote(outputs)
+        logits = log_mean_exp(functional.logsigmoid(wide)) - log_mean_exp(functional.logsigmoid(-wide))
+        return mixture(self.mean, self.noise_variance, outputs, noise_factor, logits)
+
     def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
         """`Σ y log p + (1 - y) log(1 - p)` with the predicted p, `[n]`; see the base class."""
-        mean = prediction.mean
-        return self.log_prob(torch.logit(mean, eps=torch.finfo(mean.dtype).eps), targets)
+        return sum_per_example(self.log_predictive_densities(prediction, targets))
+
+    def log_predictive_densities(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`y log p + (1 - y) log(1 - p)` of every entry; see the base class."""
+        mean, logits = prediction.mean, prediction.logits
+        return self.log_probs(torch.logit(mean, eps=torch.finfo(mean.dtype).eps) if logits is None else logits, targets)
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`√(p(1-p))` for every entry of the outputs; see the base class."""

@@ -1,5 +1,7 @@
 """The Laplace bridge: a Dirichlet distribution of class probabilities from a Gaussian over the logits."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,15 +34,17 @@ def bridge(outputs: Tensor, covariances: Tensor, axis: int) -> Prediction:
     logits = logits - rows * logits.sum(-1, keepdim=True) * inverse
     spread = cov.diagonal(dim1=-2, dim2=-1) - rows.square() * inverse
     spread = spread.clamp_min(torch.finfo(spread.dtype).tiny ** 0.5)
-    shifted = logits.exp() * (-logits).exp().sum(-1, keepdim=True)
-    alpha = (1 - 2 / classes + shifted / classes**2) / spread
-    strength = alpha.sum(-1, keepdim=True)
-    mean = alpha / strength
+    # α = (1 − 2/C + exp(f) Σ exp(−f) / C²) / σ² by its logarithm: exponentials of logits overflow.
+    constant = torch.full_like(logits, 1 - 2 / classes).log()
+    shifted = logits + (-logits).logsumexp(-1, keepdim=True) - 2 * math.log(classes)
+    log_alpha = torch.logaddexp(constant, shifted) - spread.log()
+    mean = log_alpha.softmax(-1)
+    strength = log_alpha.logsumexp(-1, keepdim=True).exp()
 
     def restore_layout(tensor: Tensor) -> Tensor:
         return tensor.reshape(last.shape).movedim(-1, axis)
 
     variance = mean * (1 - mean)
     epistemic = variance / (strength + 1)
-    parts = (mean, variance, epistemic, variance - epistemic)
+    parts = (mean, variance, epistemic, variance - epistemic, log_alpha.log_softmax(-1))
     return Prediction(*[restore_layout(part) for part in parts])

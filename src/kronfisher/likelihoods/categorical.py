@@ -13,7 +13,7 @@ from kronfisher.likelihoods.checks import require_shape, sum_per_example
 from kronfisher.likelihoods.class_targets import check_classes, check_logits, find_classes, is_soft
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
-from kronfisher.likelihoods.prediction import Prediction, Predictors
+from kronfisher.likelihoods.prediction import Prediction, Predictors, log_mean_exp, mixture
 from kronfisher.likelihoods.probit import probit
 from kronfisher.likelihoods.registry import register
 from kronfisher.likelihoods.softmax import (
@@ -134,10 +134,22 @@ class Categorical(Likelihood):
         """Class probabilities by the Laplace bridge; see the base class."""
         return bridge(outputs, covariances, self._axis(outputs, None))
 
+    def predict_from_draws(self, outputs: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """The mean probabilities of the classes, with their logarithms from log space; see the base class."""
+        axis = self._axis(outputs[0], None)
+        logits = log_mean_exp(promote(outputs).log_softmax(axis + 1))
+        return mixture(self.mean, self.noise_variance, outputs, noise_factor, logits)
+
     def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
         """`Σ w_y log p_y` with the predicted p, `[n]`; see the base class."""
-        mean = prediction.mean  # logarithms of probabilities are logits of the same probabilities
-        return self.log_prob(mean.clamp_min(torch.finfo(mean.dtype).tiny).log(), targets)
+        return sum_per_example(self.log_predictive_densities(prediction, targets))
+
+    def log_predictive_densities(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
+        mean, logits = prediction.mean, prediction.logits
+        if logits is None:  # logarithms of probabilities are logits of the same probabilities
+            logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        return self.log_probs(logits, targets)
 
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""

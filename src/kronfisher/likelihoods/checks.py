@@ -56,6 +56,20 @@ def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where
     return targets
 
 
+def refuse_booleans(targets: Tensor, name: str, where: str) -> None:
+    """Refuses boolean targets of a likelihood of numbers: they are likely a mask.
+
+    Raises:
+        DataError: They are boolean.
+    """
+    if targets.dtype == torch.bool:
+        fail(
+            where,
+            f"{name} needs targets that are numbers, found {targets.dtype}",
+            "if they are what the outputs should be, convert them with targets.float(); if a mask, give it by mask=",
+        )
+
+
 def fail(where: str, what: str, remedy: str) -> NoReturn:
     """Raises a `DataError` that says where, the problem and the remedy."""
     raise DataError(f"{where}: {what}; {remedy}")

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import fail, refuse_booleans, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.prediction import Prediction, Predictors
@@ -86,9 +86,13 @@ class Gaussian(Likelihood):
 
     def log_predictive_density(self, prediction: Prediction, targets: Tensor) -> Tensor:
         """The log density of independent normal targets, `[n]`; see the base class."""
+        return sum_per_example(self.log_predictive_densities(prediction, targets))
+
+    def log_predictive_densities(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """The log density of every entry; see the base class."""
+        residual = require_shape(targets, prediction.mean.shape, "Gaussian") - prediction.mean
         variance = prediction.variance.reshape(prediction.mean.shape)
-        terms = (targets - prediction.mean).square() / variance + (2 * math.pi * variance).log()
-        return -0.5 * sum_per_example(terms)
+        return -0.5 * (residual.square() / variance + (2 * math.pi * variance).log())
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`1/σ` for every entry of the outputs; see the base class."""
@@ -116,6 +120,7 @@ class Gaussian(Likelihood):
             )
         if targets is not None:
             require_shape(targets, outputs.shape, "Gaussian", where)
+            refuse_booleans(targets, "Gaussian", where)
             if targets.is_complex() or not torch.isfinite(targets).all():
                 fail(
                     where,

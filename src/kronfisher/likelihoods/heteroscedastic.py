@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import fail, refuse_booleans, require_exponentials, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.registry import register
@@ -98,6 +98,7 @@ class HeteroscedasticGaussian(Likelihood):
         require_exponentials(log_variance.abs(), "HeteroscedasticGaussian", "log-variances of a size", where)
         if targets is not None:
             self._targets(targets, mean, where)
+            refuse_booleans(targets, "HeteroscedasticGaussian", where)
             if targets.is_complex() or not torch.isfinite(targets).all():
                 fail(
                     where,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
-from kronfisher.likelihoods.checks import check_outputs, check_targets
+from kronfisher.likelihoods.checks import check_outputs, check_targets, require_shape
 from kronfisher.likelihoods.draws import Draws
-from kronfisher.likelihoods.prediction import Prediction, Predictors, mixture
+from kronfisher.likelihoods.prediction import Prediction, Predictors, log_mean_exp, mixture
 from kronfisher.linalg import promote
 
 
@@ -32,9 +32,9 @@ class Likelihood(ABC):
     - exact labels: `root` if the entries of the outputs are independent, else `columns` and `exact`;
     - predictions of a posterior from draws: `mean` and `noise_variance`;
     - predictions in closed form: `predict_from_variances` or `predict_from_covariances`, named in `predictors`;
-    - calibration of a posterior: `log_predictive_density`;
+    - the density of such predictions, where it is not the mean over draws: `log_predictive_density`;
     - a noise that a posterior may learn: `single_noise`;
-    - weights per position: `log_probs`;
+    - weights per position: `log_probs`, and `log_predictive_densities` in predictions;
     - positions that do not count: `positions`, and zeros there in `sampled` and `exact`.
 
     Examples:
@@ -210,7 +210,61 @@ class Likelihood(ABC):
         Raises:
             UnsupportedError: The likelihood does not say which distribution has this mean and variance.
         """
-        raise self._undefined("log_predictive_density", "the density of a prediction")
+        error = self._undefined("log_predictive_density", "the density of a prediction")
+        drawn = [name for name, basis in self.predictors.items() if basis in ("draws", "networks")]
+        if drawn:
+            error = UnsupportedError(
+                f"{error}, or let the posterior average over draws: its calibrate and log_predictive_density with "
+                + " or ".join(f"predictor={name!r}" for name in drawn)
+            )
+        raise error
+
+    def log_predictive_densities(self, prediction: Prediction, targets: Tensor) -> Tensor:
+        """`log p` of every position under a prediction, where they are independent: weights per position need it.
+
+        Args:
+            prediction: Mean and variances `[n, ...]`.
+            targets: The labels, as `sample` makes them.
+
+        Returns:
+            The shape of `log_probs`; its sum over an example is `log_predictive_density`.
+
+        Raises:
+            UnsupportedError: The likelihood does not define it.
+        """
+        raise self._undefined("log_predictive_densities", "the density of a prediction with weights per position")
+
+    def log_density_from_draws(self, outputs: Tensor, targets: Tensor, noise_factor: float = 1.0) -> Tensor:
+        """`log p(targets)` from draws of the outputs.
+
+        The `log_predictive_density` of their prediction, where the likelihood defines it. Else the Monte-Carlo mean
+        `log 1/S Σ_s p(targets | f_s)`, for each example jointly over its positions. Its standard error is the standard
+        deviation of the `p_s` over their mean and `√S`, and as a logarithm it is too low by half the square of that.
+
+        Args:
+            outputs: `[S, n, ...]`, S draws.
+            targets: The labels, as `sample` makes them; those that do not count are left out.
+            noise_factor: On the noise variance; one unless the likelihood has a `single_noise`.
+
+        Returns:
+            `[n]`.
+
+        Raises:
+            UnsupportedError: The likelihood has a `log_predictive_density`, but no prediction from draws.
+        """
+        if not self.averages_over_draws:
+            return self.log_predictive_density(self.predict_from_draws(outputs, noise_factor), targets)
+        if noise_factor == 1 or self.single_noise is None:
+            return log_mean_exp(torch.stack([self.log_prob(promote(draw), targets) for draw in outputs]))
+        noise = self.single_noise * noise_factor  # around the outputs, as single_noise promises
+        squares = (require_shape(targets, outputs.shape[1:], type(self).__name__) - promote(outputs)).square()
+        terms = squares / noise + math.log(2 * math.pi * noise)
+        return log_mean_exp(-0.5 * terms.unsqueeze(-1).flatten(2).sum(2))
+
+    @property
+    def averages_over_draws(self) -> bool:
+        """Whether the density of predictions is the mean over draws, for want of one by mean and variance."""
+        return type(self).log_predictive_density is Likelihood.log_predictive_density
 
     def _undefined(self, method: str, purpose: str = "predictions") -> UnsupportedError:
         name = type(self).__name__

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_exponentials, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import fail, refuse_booleans, require_exponentials, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.registry import register
@@ -68,6 +68,7 @@ class Poisson(Likelihood):
         if targets is None:
             return
         require_shape(targets, outputs.shape, "Poisson", where)
+        refuse_booleans(targets, "Poisson", where)
         if targets.is_complex() or not bool(((targets >= 0) & torch.isfinite(targets)).all()):
             fail(
                 where,

@@ -27,7 +27,8 @@ def probit(
         squared_slopes: probabilities p at the unshrunk logits to ``Σ_j (∂p_i/∂f_j)² σ_j²`` ``[n, ...]``.
     """
     outputs = promote(outputs)
-    mean = link(outputs / (1 + pi / 8 * variances).sqrt())
+    logits = outputs / (1 + pi / 8 * variances).sqrt()
+    mean = link(logits)
     linear, total = squared_slopes(link(outputs)), mean * (1 - mean)
     epistemic = torch.minimum(linear, total)
-    return Prediction(mean, total, epistemic, total - epistemic)
+    return Prediction(mean, total, epistemic, total - epistemic, logits)

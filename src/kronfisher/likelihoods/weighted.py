@@ -11,6 +11,7 @@ from kronfisher.likelihoods.checks import fail, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.positions import masked_positions, spread
+from kronfisher.likelihoods.prediction import Prediction, log_mean_exp
 from kronfisher.linalg import promote
 
 
@@ -81,6 +82,31 @@ class Weighted(Likelihood):
         """That of the base."""
         return self.base.noise_variance(outputs)
 
+    def predict_from_draws(self, outputs: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """That of the base."""
+        return self.base.predict_from_draws(outputs, noise_factor)
+
+    def log_predictive_density(self, prediction: Prediction, targets: Any) -> Tensor:
+        """`Σ w log p` over the positions of an example, `[n]`; see the base class."""
+        targets, weight = _pair(targets)
+        if weight.ndim == 1:
+            return _weighed(weight, self.base.log_predictive_density(prediction, targets))
+        return sum_per_example(self.log_predictive_densities(prediction, (targets, weight)))
+
+    def log_predictive_densities(self, prediction: Prediction, targets: Any) -> Tensor:
+        """`w log p` of every position; see the base class."""
+        targets, weight = _pair(targets)
+        return _weighed(weight, self.base.log_predictive_densities(prediction, targets))
+
+    def log_density_from_draws(self, outputs: Tensor, targets: Any, noise_factor: float = 1.0) -> Tensor:
+        """That of the base times w; where it is a mean over draws of all positions, `log 1/S Σ_s Π p_s^w` over them."""
+        labels, weight = _pair(targets)
+        if weight.ndim == 1:
+            return _weighed(weight, self.base.log_density_from_draws(outputs, labels, noise_factor))
+        if self.base.averages_over_draws and noise_factor == 1:
+            return log_mean_exp(torch.stack([self.log_prob(promote(draw), targets) for draw in outputs]))
+        return self.log_predictive_density(self.predict_from_draws(outputs, noise_factor), targets)
+
     def positions(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
         """Bool `[N, P]`, False where the weight is zero or the base says so; see the base class."""
         targets, weight = _pair(targets)
@@ -142,6 +168,12 @@ class Weighted(Likelihood):
     def _times(self, vector: Tensor, weight: Tensor, outputs: Tensor, targets: Any) -> Tensor:
         weight = spread(weight, outputs, self.base.joint_dim(outputs, targets))
         return (promote(vector) * weight).to(vector.dtype)
+
+
+def _weighed(weight: Tensor, terms: Tensor) -> Tensor:
+    """Terms times weights of leading dimensions; what weighs nothing is nothing, even minus infinity."""
+    weight = weight.reshape(*weight.shape, *[1] * (terms.ndim - weight.ndim)).to(terms.dtype)
+    return torch.where(weight > 0, weight * terms, 0)
 
 
 def _pair(targets: Any, where: str = "targets") -> tuple[Any, Tensor]:

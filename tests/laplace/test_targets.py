@@ -1,0 +1,351 @@
+"""Targets are read and refused by calibration and densities as by an estimate: cases × entry points."""
+
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.laplace.predictions import draw_outputs
+from kronfisher.likelihoods.prediction import log_mean_exp
+from tests.helpers.close import close
+
+
+class Named(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.layer = nn.Linear(3, outputs).double()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+Answer = namedtuple("Answer", "logits")
+
+
+class Wrapped(Named):
+    def forward(self, x):
+        return Answer(self.layer(x))
+
+
+class TinyForCausalLM(nn.Module):
+    """Its labels come unshifted, as the name says."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4).double(), nn.Linear(4, 7).double()
+
+    def forward(self, input_ids):
+        return self.head(self.table(input_ids))
+
+
+torch.manual_seed(0)
+X = torch.randn(6, 3, dtype=torch.float64)
+IDS = torch.randint(7, (2, 5))
+NUMBERS, LABELS = torch.randn(6, 1, dtype=torch.float64), torch.randint(3, (6,))
+CATEGORICAL, TOKENS = kf.Categorical(), kf.Categorical(class_dim=-1)
+Pair = namedtuple("Pair", "x labels")
+
+# Name → model, likelihood, batch, and the error of all entry points, or None where all accept.
+CASES = {
+    "numbers": (Named(1), kf.Gaussian(), (X, NUMBERS), None),
+    "numbers of float32": (Named(1), kf.Gaussian(), (X, NUMBERS.float()), None),
+    "integers for numbers": (Named(1), kf.Gaussian(), (X, NUMBERS.long()), None),
+    "a missing dimension": (Named(1), kf.Gaussian(), (X, NUMBERS[:, 0]), r"targets of shape \[6, 1\], found \[6\]"),
+    "one number for all": (Named(1), kf.Gaussian(), (X, NUMBERS[:1]), "differ in the number of examples"),
+    "a number": (Named(1), kf.Gaussian(), (X, 1.0), "needs the targets to be a tensor, found float"),
+    "not finite": (Named(1), kf.Gaussian(), (X, NUMBERS / 0), "needs real, finite targets"),
+    "a mask for numbers": (Named(1), kf.Gaussian(), (X, NUMBERS > 0), "targets that are numbers, found torch.bool"),
+    "a mask for means": (Named(2), kf.HeteroscedasticGaussian(), (X, NUMBERS > 0), "numbers, found torch.bool"),
+    "a mask for counts": (Named(1), kf.Poisson(), (X, NUMBERS > 0), "numbers, found torch.bool"),
+    "means": (Named(2), kf.HeteroscedasticGaussian(), (X, NUMBERS), None),
+    "means without their dimension": (Named(2), kf.HeteroscedasticGaussian(), (X, NUMBERS[:, 0]), None),
+    "counts": (Named(1), kf.Poisson(), (X, NUMBERS.square().round()), None),
+    "negative counts": (Named(1), kf.Poisson(), (X, -NUMBERS.square()), "targets that are counts"),
+    "booleans": (Named(1), kf.Bernoulli(), (X, NUMBERS > 0), None),
+    "binary, a missing dimension": (Named(1), kf.Bernoulli(), (X, (NUMBERS > 0)[:, 0]), r"found \[6\]"),
+    "binary, -1 and 1": (Named(1), kf.Bernoulli(), (X, NUMBERS.sign()), r"Bernoulli needs targets in \[0, 1\]"),
+    "classes": (Named(3), CATEGORICAL, (X, LABELS), None),
+    "classes in a row": (Named(3), CATEGORICAL, (X, LABELS[:, None]), r"targets of shape \[6\], found \[6, 1\]"),
+    "classes as floats": (Named(3), CATEGORICAL, (X, LABELS.double()), "needs integer class indices"),
+    "a mask for classes": (Named(3), CATEGORICAL, (X, LABELS > 0), "needs integer class indices, found torch.bool"),
+    "out of range": (Named(3), CATEGORICAL, (X, LABELS + 1), "label 3 is out of range"),
+    "negative": (Named(3), CATEGORICAL, (X, LABELS * 0 - 1), "label -1 is out of range"),
+    "ignored": (Named(3), CATEGORICAL, (X, LABELS.where(LABELS > 0, -100)), None),
+    "probabilities": (Named(3), CATEGORICAL, (X, torch.rand(6, 3).softmax(1)), None),
+    "not normalised": (Named(3), CATEGORICAL, (X, torch.ones(6, 3)), "sum to one"),
+    "weights": (Named(3), kf.Weighted(CATEGORICAL), (X, (LABELS, torch.rand(6))), None),
+    "no weights": (Named(3), kf.Weighted(CATEGORICAL), (X, LABELS), r"targets \(targets, weight\)"),
+    "too few weights": (Named(3), kf.Weighted(CATEGORICAL), (X, (LABELS, torch.rand(5))), "do not fit outputs"),
+    "arrays": (Named(3), CATEGORICAL, (X.numpy(), LABELS.numpy()), None),
+    "arrays of float32": (Named(1), kf.Gaussian(), (X.numpy().astype(np.float32), NUMBERS.numpy()), None),
+    "an array that does not fit": (Named(1), kf.Gaussian(), (X.numpy(), NUMBERS.numpy()[:, 0]), r"found \[6\]"),
+    "a list": (Named(3), CATEGORICAL, [X, LABELS], None),
+    "a mapping": (Named(3), CATEGORICAL, {"x": X, "labels": LABELS}, None),
+    "a named tuple": (Named(3), CATEGORICAL, Pair(X, LABELS), None),
+    "a mapping without labels": (Named(3), CATEGORICAL, {"x": X}, "needs targets|no targets"),
+    "an output object": (Wrapped(3), CATEGORICAL, (X, LABELS), None),
+    "no targets": (Named(3), CATEGORICAL, (X, None), "needs targets|no targets"),
+    "inputs alone": (Named(3), CATEGORICAL, X, "needs targets|no targets"),
+    "tokens": (TinyForCausalLM(), TOKENS, {"input_ids": IDS, "labels": IDS}, None),
+    "tokens of another length": (
+        TinyForCausalLM(),
+        TOKENS,
+        {"input_ids": IDS, "labels": IDS[:, 1:]},
+        r"found \[2, 4\]",
+    ),
+    "three parts": (Named(3), CATEGORICAL, (X, LABELS, X), r"pass \(inputs, targets\)"),
+}
+
+
+@pytest.fixture
+def posterior(request):
+    model, likelihood, batch, error = CASES[request.param]
+    inputs = IDS if isinstance(model, TinyForCausalLM) else X
+    given = inputs
+    if isinstance(likelihood, kf.Weighted):
+        given = inputs, (None, torch.ones(len(inputs)))
+    fisher = kf.estimate(model, given, likelihood, labels="exact", fit="diagonal")
+    return kf.Laplace(model, fisher, 2.0), batch, error
+
+
+def entries(posterior, batch):
+    """Every way in for a batch with targets."""
+    model, likelihood = posterior.model, posterior.likelihood
+    yield lambda: kf.estimate(model, [batch], likelihood, labels="observed", fit="diagonal")
+    yield lambda: posterior.calibrate([batch], samples=3)
+    yield lambda: posterior.log_predictive_density(batch, samples=3)
+    yield lambda: posterior.log_predictive_error(batch, samples=3)
+    yield lambda: posterior.score([batch])
+    if isinstance(batch, tuple) and len(batch) == 2 and not hasattr(batch, "_fields") and batch[1] is not None:
+        yield lambda: posterior.log_predictive_density(*batch, samples=3)
+
+
+@pytest.mark.parametrize("posterior", CASES, indirect=True)
+def test_all_accept_or_all_refuse(posterior):
+    posterior, batch, error = posterior
+    prior = {name: value.clone() for name, value in posterior.prior_precision.items()}
+    for _ in range(2):
+        for call in entries(posterior, batch):
+            if error is None:
+                call()
+            else:
+                with pytest.raises(kf.DataError, match=error):
+                    call()
+    if error is not None:
+        assert posterior.calibrated_for is None
+        assert all(torch.equal(value, prior[name]) for name, value in posterior.prior_precision.items())
+
+
+def test_a_refused_calibration_leaves_the_one_before():
+    model = Named(1)
+    posterior = kf.Laplace(model, kf.estimate(model, X, kf.Gaussian(), labels="exact")).calibrate([(X, NUMBERS)])
+    with pytest.raises(kf.DataError, match=r"^validation batch 1: "):
+        posterior.calibrate([(X, NUMBERS), (X, NUMBERS[:, 0])], predictor="mc")
+    assert posterior.calibrated_for == "linearized"
+
+
+def test_the_smallest_broadcast():
+    """It gave -2772 for 0.81: every target was compared with every output."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64).unsqueeze(1)
+    y = 2 * x + 0.1 * torch.randn_like(x)
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        model.bias.zero_()
+    posterior = kf.Laplace(model, kf.estimate(model, (x, y), kf.Gaussian(0.01), labels="exact"))
+    prediction = posterior.predict(x)
+    truth = torch.distributions.Normal(prediction.mean, prediction.variance.sqrt()).log_prob(y)[:, 0]
+    close(posterior.log_predictive_density(x, y), truth)
+    for call in (posterior.log_predictive_density, lambda *batch: posterior.calibrate([batch])):
+        with pytest.raises(kf.DataError, match=r"targets of shape \[50, 1\], found \[50\]"):
+            call(x, y[:, 0])
+
+
+def test_every_form_of_a_batch_has_the_same_density():
+    model = Named(3)
+    posterior = kf.Laplace(model, kf.estimate(model, X, CATEGORICAL, labels="exact"), 2.0)
+    truth = posterior.log_predictive_density(X, LABELS)
+    p = posterior.predict(X).mean
+    close(truth, p.gather(1, LABELS[:, None])[:, 0].log())
+    for batch in ((X, LABELS), [X, LABELS], {"x": X, "labels": LABELS}, Pair(X, LABELS), (X.numpy(), LABELS.numpy())):
+        assert torch.equal(posterior.log_predictive_density(batch), truth)
+    assert torch.equal(posterior.log_predictive_density(X.numpy(), LABELS.numpy()), truth)
+    assert torch.equal(posterior.log_predictive_density({"x": X}, LABELS), truth)
+
+
+def test_labels_of_tokens_are_shifted_as_in_an_estimate():
+    model = TinyForCausalLM()
+    posterior = kf.Laplace(model, kf.estimate(model, IDS, TOKENS, labels="exact", fit="diagonal"), 2.0)
+    shifted = torch.cat([IDS[:, 1:], torch.full((2, 1), -100)], 1)
+    batch = {"input_ids": IDS, "labels": IDS}
+    assert torch.equal(posterior.log_predictive_density(batch), posterior.log_predictive_density(IDS, shifted))
+    one = posterior.calibrate([batch]).prior_precision["head.weight"]
+    posterior.prior_precision = 2.0
+    other = posterior.calibrate([(IDS, shifted)]).prior_precision["head.weight"]
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("likelihood", [TOKENS, kf.Gaussian(0.5), kf.Poisson()], ids=["classes", "means", "counts"])
+def test_positions_outside_the_mask_of_the_estimate_do_not_count(likelihood):
+    torch.manual_seed(0)
+    model, mask = Named(3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    x = torch.randn(3, 4, 3, dtype=torch.float64)
+    y = torch.randint(3, (3, 4) if likelihood is TOKENS else (3, 4, 3))
+    given = {"x": x, "mask": mask, "labels": y}
+
+    def forward(model, batch):
+        return model(batch["x"]), batch["labels"]
+
+    fisher = kf.estimate(model, given, likelihood, mask="mask", labels="exact", forward=forward)
+    posterior = kf.Laplace(model, fisher, 2.0)
+    found = posterior.log_predictive_density(given, predictor="mc")
+    whole = kf.Laplace(model, kf.estimate(model, given, likelihood, labels="exact", forward=forward), 2.0)
+    whole.fisher, whole.precisions = posterior.fisher, posterior.precisions  # the same posterior without the mask
+    outputs, covariance = posterior.functional_covariance(given)
+    draws = draw_outputs(outputs, covariance, 100, 0)
+    for k in range(3):
+        kept = mask[k]
+        truth = likelihood.log_density_from_draws(draws[:, k : k + 1, kept], y[k : k + 1, kept])
+        close(found[k : k + 1], truth, 1e-10)
+    assert posterior.calibrate([given], predictor="mc", samples=10).calibrated_for == "mc"
+    weighted = kf.Weighted(likelihood)
+    weight = 0.5 + torch.rand(3, 4, dtype=torch.float64)
+    pairs = {**given, "labels": (y, weight)}
+    other = kf.estimate(model, pairs, weighted, mask="mask", labels="exact", forward=forward)
+    found = kf.Laplace(model, other, 2.0).log_predictive_density(pairs, predictor="mc")
+    pairs["labels"] = y, weight * mask
+    alone = kf.estimate(model, pairs, weighted, labels="exact", forward=forward)
+    close(found, kf.Laplace(model, alone, 2.0).log_predictive_density(pairs, predictor="mc"), 1e-10)
+
+
+MONTE_CARLO = {
+    "counts": (kf.Poisson(), torch.tensor([[2.0], [0.0], [7.0]], dtype=torch.float64)),
+    "variances": (kf.HeteroscedasticGaussian(), torch.tensor([[0.3], [-1.0], [2.0]], dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", MONTE_CARLO)
+def test_means_over_draws_converge_to_the_integral_within_their_standard_error(name):
+    torch.manual_seed(1)
+    likelihood, y = MONTE_CARLO[name]
+    model = nn.Linear(2, y.shape[1] * (2 if name == "variances" else 1)).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    posterior = kf.Laplace(model, kf.estimate(model, (x, y), likelihood, labels="exact", fit="full"), 3.0)
+    outputs, covariance = posterior.functional_covariance(x)
+    grid = torch.linspace(-7, 7, 401, dtype=torch.float64)
+    points = torch.cartesian_prod(*[grid] * outputs.shape[1]).reshape(-1, outputs.shape[1])
+    logs = -0.5 * points.square().sum(1)
+    for k in range(3):
+        values, vectors = torch.linalg.eigh(covariance[k])
+        f = outputs[k] + points @ (vectors * values.clamp_min(0).sqrt()).mT
+        terms = likelihood.log_prob(f, y[k : k + 1].expand(len(f), -1)) + logs
+        truth = terms.logsumexp(0) - logs.logsumexp(0)
+        errors = []
+        for seed in range(2):
+            given = {"samples": 400, "seed": seed}
+            found = posterior.log_predictive_density(x, y, **given)[k]
+            error = posterior.log_predictive_error(x, y, **given)[k]
+            assert abs(found - truth) < 4.5 * error < 2
+            errors.append(float(error))
+        assert max(errors) < 4 * min(errors)
+
+
+def test_the_standard_error_is_that_of_the_delta_method():
+    torch.manual_seed(0)
+    model, y = nn.Linear(3, 2).double(), torch.randint(4, (6, 2)).double()
+    posterior = kf.Laplace(model, kf.estimate(model, (X, y), kf.Poisson(), labels="exact"), 3.0)
+    draws = draw_outputs(*posterior.functional_covariance(X), 1000, 0)
+    logs = torch.stack([kf.Poisson().log_prob(f, y) for f in draws])
+    density = posterior.log_predictive_density(X, y, samples=1000)
+    close(density, log_mean_exp(logs), 1e-12)
+    delta = (logs - density).exp().std(0) / 1000**0.5
+    found = posterior.log_predictive_error(X, y, samples=1000)
+    ratio = found / delta
+    assert float(ratio.min()) > 0.5 and float(ratio.max()) < 1.7
+    assert posterior.log_predictive_error(X, y, samples=1).isinf().all()
+    gaussian = kf.Laplace(model, kf.estimate(model, (X, y), kf.Gaussian(), labels="exact"))
+    assert torch.equal(gaussian.log_predictive_error(X, y), torch.zeros(6, dtype=torch.float64))
+    assert (gaussian.log_predictive_error(X, y, predictor="mc") > 0).all()
+
+
+@pytest.mark.parametrize(
+    "likelihood, y",
+    [
+        (kf.Poisson(), torch.randint(4, (6, 2)).double()),
+        (kf.HeteroscedasticGaussian(), NUMBERS),
+        (kf.Weighted(kf.Categorical()), (torch.randint(2, (6,)), torch.rand(6))),
+        (kf.Weighted(kf.Poisson()), (torch.randint(4, (6, 2)).double(), torch.rand(6, 2))),
+        (kf.Weighted(kf.HeteroscedasticGaussian()), (NUMBERS, torch.rand(6))),
+    ],
+    ids=["counts", "variances", "weighted classes", "weighted positions of counts", "weighted variances"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("predictor", [None, "mc", "sampled"])
+def test_no_likelihood_is_a_dead_end(likelihood, y, dtype, predictor):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).to(dtype), X.to(dtype)
+    y = y.to(dtype) if isinstance(y, torch.Tensor) else tuple(t.to(dtype) if t.is_floating_point() else t for t in y)
+    posterior = kf.Laplace(model, kf.estimate(model, (x, y), likelihood, labels="exact"))
+    assert posterior.optimize_prior().log_marginal_likelihood().isfinite()
+    given = {"predictor": predictor, "samples": 20}
+    before = posterior.log_predictive_density(x, y, **given)
+    posterior.calibrate([(x, y)], **given)
+    best = posterior.log_predictive_density(x, y, **given)
+    assert best.dtype == dtype and best.shape == (6,) and best.isfinite().all()
+    assert torch.equal(best, posterior.log_predictive_density(x, y, **given))
+    assert posterior.log_predictive_error(x, y, **given).isfinite().all()
+    assert best.sum() >= before.sum() - 1e-4 * best.sum().abs()
+
+
+NOISES = {
+    "vector": kf.Gaussian(torch.tensor([0.1, 0.2])),
+    "counts": kf.Poisson(),
+    "predicted": kf.HeteroscedasticGaussian(),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_that_is_not_one_number(name):
+    model, y = nn.Linear(3, 2).double(), torch.ones(6, 1 if name == "predicted" else 2).double()
+    posterior = kf.Laplace(model, kf.estimate(model, (X, y), NOISES[name], labels="exact"))
+    problem = "only the noise of a Gaussian likelihood with one variance for all outputs can be replaced or learned"
+    with pytest.raises(
+        kf.UnsupportedError, match=rf"^optimize_prior\(noise=True\): {problem}; this is .* leave out no"
+    ):
+        posterior.optimize_prior(noise=True)
+    with pytest.raises(kf.UnsupportedError, match=f"^fit_noise: {problem}"):
+        posterior.fit_noise()
+    for noise in (0.3, torch.tensor([0.1, 0.2])):
+        with pytest.raises(kf.UnsupportedError, match=problem):
+            posterior.noise = noise
+        with pytest.raises(kf.UnsupportedError, match=problem):
+            posterior.log_marginal_likelihood(noise=noise)
+    assert posterior.optimize_prior().log_marginal_likelihood().isfinite()  # as it says
+    learned = kf.Laplace(model, kf.estimate(model, (X, torch.randn(6, 2).double()), kf.Gaussian(), labels="exact"))
+    assert learned.optimize_prior(noise=True).noise > 0
+    with pytest.raises(ValueError, match=r"noise must be one positive number, .*found a tensor \[2\]"):
+        learned.noise = torch.tensor([0.1, 0.2])
+    with pytest.raises(ValueError, match=r"noise must be one positive number"):
+        learned.log_marginal_likelihood(noise=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"noise must be one positive number"):
+        kf.Laplace(model, learned.fisher, noise=torch.tensor([0.1, 0.2]))
+
+
+def test_a_forward_pass_that_takes_derivatives_of_its_own():
+    """Forces are gradients of an energy: densities run under gradients."""
+    torch.manual_seed(0)
+    energy = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def forward(model, batch):
+        x = batch[0].clone().requires_grad_()
+        return torch.autograd.grad(model(x).sum(), x, create_graph=True)[0], batch[1]
+
+    y = torch.randn(6, 3).double()
+    fisher = kf.estimate(energy, (X, y), kf.Gaussian(), labels="exact", fit="diagonal", forward=forward)
+    posterior = kf.Laplace(energy, fisher).score([(X, y)])
+    for predictor in ("linearized", "mc", "sampled"):
+        assert posterior.log_predictive_density((X, y), predictor=predictor, samples=3).isfinite().all()
