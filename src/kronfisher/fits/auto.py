@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from math import prod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import MemoryBudgetError
 from kronfisher.fisher.blocks import Block
+from kronfisher.fits.auto_state import Chosen
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import Fit
@@ -21,8 +21,8 @@ from kronfisher.fits.plan import Plan
 from kronfisher.fits.quadratic import squared_norm
 from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import elements, sizes
-from kronfisher.fits.state import State, WaitingState, reciprocal
-from kronfisher.layers.activations import Dense
+from kronfisher.fits.state import State
+from kronfisher.fits.trial import Trial, join_parts, try_fit
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Operator
 
@@ -33,7 +33,6 @@ _SHARED = 4  # where positions share the weight, so many times fewer say as much
 _LEAST = 16  # samples, however large their gradients are
 _ROOM = 2**29  # bytes that gradients of the samples written out may take
 _LARGE = 2**30  # bytes of an estimate beyond which a structure is not tried
-_GOLDEN = 0.6180339887498949
 _CANDIDATES = (
     Diagonal(),
     KFAC(),
@@ -43,63 +42,6 @@ _CANDIDATES = (
     KroneckerSum(4, "nonnegative"),
     Full(),
 )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate on the samples kept.
-
-    Attributes:
-        candidate: its place in `Auto.candidates`.
-        error: relative, against the true block of these samples.
-        bytes: of its operator.
-    """
-
-    candidate: int
-    error: float
-    bytes: int
-
-
-@dataclass(kw_only=True)
-class Chosen(WaitingState):
-    """Samples kept while there is no choice yet, then the state of the fit that was chosen.
-
-    Attributes:
-        nothing: a tensor without elements, of the dtype and device of the sums.
-        inner: the state of the fit that was chosen.
-        choice: its place in `Auto.candidates`.
-        trials: of all candidates that were tried, in their order.
-        kept: how many samples they were tried on.
-        uses: how many backward passes brought samples.
-        seen: how many samples there were.
-        stride: of how many samples one is kept.
-    """
-
-    nothing: Tensor
-    inner: State | None = None
-    choice: int | None = None
-    trials: tuple[Trial, ...] = ()
-    kept: int = 0
-    uses: int = 0
-    seen: int = 0
-    stride: int = 1
-
-    @property
-    def sums(self) -> dict[str, Tensor]:
-        """Those of the fit that was chosen."""
-        return {} if self.inner is None else self.inner.sums
-
-    def check(self) -> Self:
-        """Itself, if every sum of the fit that was chosen is finite; NumericalError otherwise."""
-        if self.inner is not None:
-            self.inner.check()
-        return self
-
-    def release(self) -> None:
-        """Let go of the samples and of the sums of the fit that was chosen."""
-        super().release()
-        if self.inner is not None:
-            self.inner.release()
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -178,8 +120,8 @@ class Auto(Fit):
         """Candidates that are worth a trial; one, where all are too large."""
         bytes = {fit: fit.plan(group, element).bytes for fit in self.candidates}
         small = [fit for fit in self.candidates if group[0].dim <= fit.largest_tried]
-        found = [fit for fit in small if bytes[fit] <= _LARGE]
-        return found or [min(self.candidates, key=lambda fit: bytes[fit])]
+        fitting = [fit for fit in small if bytes[fit] <= _LARGE]
+        return fitting or [min(self.candidates, key=lambda fit: bytes[fit])]
 
     def _most(self, group: tuple[Block, ...], positions: int, element: int) -> int:
         """How many samples are kept."""
@@ -197,20 +139,7 @@ class Auto(Fit):
             return state
         if use.first:
             state.rows = state.rows + use.rows
-        state.uses += 1
-        state.seen += len(use)
-        begin = int(state.uses * _GOLDEN % 1 * state.stride)  # no period of the batches meets that of the stride
-        if begin < len(use):
-            part = (
-                use
-                if state.stride == 1
-                else use.select(torch.arange(begin, len(use), state.stride, device=use.gradients.device))
-            )
-            state.waiting.append(replace(part, first=True).copy())
-        most = self._most(state.blocks, use.positions, use.gradients.element_size())
-        while sum(map(len, state.waiting)) > most:
-            state.stride *= 2
-            state.waiting = [each for k, part in enumerate(state.waiting) for each in _halved(part, k)]
+        state.keep(use, self._most(state.blocks, use.positions, use.gradients.element_size()))
         return state
 
     def _fit(self, state: Chosen) -> Fit:
@@ -229,17 +158,17 @@ class Auto(Fit):
                 f"{x.name}: states of {self!r} combine only after the same fit was chosen for both. Choose once, by an "
                 "estimate, and use the fit that its report names."
             )
-        inner = self._fit(x).combine(_inner(x), _inner(y), wx, wy)
+        inner = self._fit(x).combine(x.chosen, y.chosen, wx, wy)
         return replace(x, inner=inner, count=inner.count, rows=inner.rows)
 
     def next_pass(self, state: Chosen) -> Chosen | None:
         choice, trials, kept = state.choice, state.trials, state.kept
         if choice is None:
             kept = sum(map(len, state.waiting))
-            choice, trials = self._choice(state)
+            choice, trials = self._choose(state)
             inner = self._begin(state, self.candidates[choice])
         else:
-            inner = self.candidates[choice].next_pass(_inner(state))
+            inner = self.candidates[choice].next_pass(state.chosen)
             if inner is None:
                 return None
         after = Chosen(state.blocks, replace(inner.plan, passes=1 + inner.plan.passes), nothing=state.nothing)
@@ -252,14 +181,19 @@ class Auto(Fit):
         plan = replace(fit.plan(state.blocks, state.nothing.element_size()), workspace=state.plan.workspace)
         return fit.init(state.blocks, plan, state.nothing)
 
-    def _choice(self, state: Chosen) -> tuple[int, tuple[Trial, ...]]:
+    def _choose(self, state: Chosen) -> tuple[int, tuple[Trial, ...]]:
+        """The place of the candidate to take, and the trials of all."""
         element = state.nothing.element_size()
         eligible = self._eligible(state.blocks, element)
         if not state.waiting:  # nothing ever came: all are zero
             return self.candidates.index(eligible[0]), ()
-        state.waiting = _joined(state.waiting)
+        state.waiting = join_parts(state.waiting)
         squared = squared_norm(state.waiting)
-        trials = tuple(self._tried(fit, state, squared) for fit in eligible)
+        count = state.count * (sum(map(len, state.waiting)) / state.seen)
+        trials = tuple(
+            try_fit(fit, self.candidates.index(fit), self._begin(state, fit), state.waiting, count, squared)
+            for fit in eligible
+        )
         small = [trial for trial in trials if self.memory is None or trial.bytes <= self.memory]
         if not small:
             least = min(trial.bytes for trial in trials)
@@ -271,82 +205,35 @@ class Auto(Fit):
         goal = max(self.goal, 2 * torch.finfo(state.nothing.dtype).eps ** 0.5)
         return min(small, key=lambda trial: (max(trial.error, goal), trial.bytes)).candidate, trials
 
-    def _tried(self, fit: Fit, state: Chosen, squared: Tensor) -> Trial:
-        """A candidate on the samples kept, in the scale of the whole."""
-        share = sum(map(len, state.waiting)) / state.seen
-        trial: State | None = self._begin(state, fit)
-        last = trial
-        while trial is not None:
-            for samples in state.waiting:
-                trial = fit.update(trial, (samples,))
-            trial.count = state.count * share
-            last, trial = trial, fit.next_pass(trial)
-        operator = fit.finish(last)
-        scale = reciprocal(last.count)
-        cross = sum(operator.quadratic(samples) for samples in state.waiting) * scale
-        whole = squared * scale**2
-        missed = whole - 2 * cross + operator.frobenius_norm().double() ** 2
-        error = float(missed.clamp_min(0).sqrt() / whole.sqrt()) if float(whole) > 0 else 0.0
-        return Trial(self.candidates.index(fit), error, operator.bytes)
-
     def finish(self, state: Chosen) -> Operator:
-        return self._fit(state).finish(_inner(state))
+        return self._fit(state).finish(state.chosen)
 
     def error(self, state: Chosen, operator: Operator) -> float | None:
-        return self._fit(state).error(_inner(state), operator)
+        return self._fit(state).error(state.chosen, operator)
 
     def notes(self, state: Chosen) -> str:
         tried = ", ".join(
-            f"{_short(self.candidates[trial.candidate])} {trial.error:.2g} ({trial.bytes:,} bytes)"
+            f"{_describe(self.candidates[trial.candidate])} {trial.error:.2g} ({trial.bytes:,} bytes)"
             for trial in state.trials
         )
         error = next((trial.error for trial in state.trials if trial.candidate == state.choice), 0.0)
         missed = "" if error <= self.goal or not self.goal else f", none reaches {self.goal:g}"
         fit = self._fit(state)
-        own = fit.notes(_inner(state))
-        chosen = f"chose {_short(fit)}{missed}; errors on {state.kept} samples: {tried}"
+        own = fit.notes(state.chosen)
+        chosen = f"chose {_describe(fit)}{missed}; errors on {state.kept} samples: {tried}"
         return f"{chosen}; {own}" if own else chosen
 
 
-def _joined(samples: list[Samples]) -> list[Samples]:
-    """All in one, inputs written out, where that takes little room: every candidate goes through them many times."""
-    size = sum(prod(each.activations.shape) for each in samples) * samples[0].gradients.element_size()
-    alike = len({(each.positions, each.mask is None) for each in samples}) == 1
-    if not alike or size > samples[0].workspace or any(each.activations.onehot for each in samples):
-        return samples
-    activations = Dense(torch.cat([each.activations.dense() for each in samples], dim=1))
-    mask = None if samples[0].mask is None else torch.cat([each.mask for each in samples if each.mask is not None])
-    gradients = torch.cat([each.gradients for each in samples], dim=1)
-    return [replace(samples[0], activations=activations, gradients=gradients, mask=mask)]
-
-
-def _short(fit: Fit) -> str:
-    """As one would write it: without what is left at its default."""
-    own = [entry for entry in fields(fit) if entry.repr and getattr(fit, entry.name) != _usual(entry)]
+def _describe(fit: Fit) -> str:
+    """The call that makes it, without arguments left at their defaults."""
+    own = [entry for entry in fields(fit) if entry.repr and getattr(fit, entry.name) != _default(entry)]
     values = ((entry.name, getattr(fit, entry.name)) for entry in own)
-    text = ", ".join(f"{name}={_short(value) if isinstance(value, Fit) else repr(value)}" for name, value in values)
+    text = ", ".join(f"{name}={_describe(value) if isinstance(value, Fit) else repr(value)}" for name, value in values)
     return f"{type(fit).__name__}({text})"
 
 
-def _usual(entry: Field[Any]) -> Any:
+def _default(entry: Field[Any]) -> Any:
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
-
-
-def _inner(state: Chosen) -> State:
-    """The state of the fit that was chosen, which knows the number of data that the other was told."""
-    assert state.inner is not None
-    state.inner.count = state.count
-    return state.inner
-
-
-def _halved(samples: Samples, number: int) -> list[Samples]:
-    """Every second sample."""
-    begin = int(number * _GOLDEN % 1 * 2)
-    return (
-        [samples.select(torch.arange(begin, len(samples), 2, device=samples.gradients.device))]
-        if begin < len(samples)
-        else []
-    )
 
 
 register("auto", Auto, "the smallest structure within .1, layer by layer", "chosen by layer")
