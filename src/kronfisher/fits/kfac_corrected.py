@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.kronecker_sum import KroneckerSum, TermSums
+from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms
 from kronfisher.fits.registry import register
 from kronfisher.fits.state import Total, reciprocal
 from kronfisher.fits.term_search import squares
+from kronfisher.fits.term_sums import TermSums
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Factor, Operator
 

@@ -13,8 +13,9 @@ from kronfisher.fits.rearrangement import Terms, times
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import balance, inner, naming_errors, pieces
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
-from kronfisher.fits.state import Stack, Total, WaitingState, reciprocal
+from kronfisher.fits.state import reciprocal
 from kronfisher.fits.term_search import METHODS, Method, TermSearch, squared_norm, squares
+from kronfisher.fits.term_sums import Factors, TermSums
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import KroneckerSum as KroneckerSumOperator
 from kronfisher.operators import Operator
@@ -22,53 +23,7 @@ from kronfisher.operators.factors import Factor
 
 __all__ = ["KroneckerSum"]
 
-Pair = tuple[Tensor, Tensor]  # A and B of terms
 PIECE = 512  # samples that are treated at once
-
-
-@dataclass(kw_only=True)
-class TermSums(WaitingState):
-    """A sum of Kronecker products over the pieces so far.
-
-    Attributes:
-        inputs: A of the symmetric terms ``[R, H, I, I]``, or diagonals.
-        outputs: B of the same.
-        odd_inputs: A of the antisymmetric terms.
-        odd_outputs: B of the same.
-        norm: ``‖F‖²`` of what was summed, as far as it is known.
-        pieces: how many pieces were merged.
-        steps: how many steps they took.
-        accuracy: the worst of all pieces.
-        uncertain: whether `norm` misses something.
-    """
-
-    inputs: Stack
-    outputs: Stack
-    odd_inputs: Stack
-    odd_outputs: Stack
-    norm: Total
-    pieces: Total
-    steps: Total
-    accuracy: float = 0.0
-    uncertain: bool = False
-
-    @property
-    def even(self) -> tuple[Tensor, Tensor]:
-        """A and B of the symmetric terms."""
-        return self.inputs, self.outputs
-
-    @even.setter
-    def even(self, pair: tuple[Tensor, Tensor]) -> None:
-        self.inputs, self.outputs = pair
-
-    @property
-    def odd(self) -> tuple[Tensor, Tensor]:
-        """A and B of the antisymmetric terms."""
-        return self.odd_inputs, self.odd_outputs
-
-    @odd.setter
-    def odd(self, pair: tuple[Tensor, Tensor]) -> None:
-        self.odd_inputs, self.odd_outputs = pair
 
 
 @dataclass(frozen=True)
@@ -78,9 +33,9 @@ class KroneckerSum(Fit):
     The terms are the leading singular triplets of the rearranged block; the squared error is the sum of the other
     squared singular values. Only the first term is positive semidefinite by itself: the sum may be indefinite, and
     then says so when it is inverted (`operators.KroneckerSum`). For shared weights some of the best terms may be pairs
-    of antisymmetric matrices; they are found apart and take their place by size (over all groups together).
+    of antisymmetric matrices; these are searched for separately and take their place by size (over all groups together).
 
-    Up to 512 samples (data times draws or columns) are treated at once and exactly. Over more of them a sum of `memory`
+    Up to 512 samples (examples times draws or columns) are treated at once and exactly. Over more of them a sum of `memory`
     terms is carried from piece to piece and recompressed.
 
     Args:
@@ -180,7 +135,7 @@ class KroneckerSum(Fit):
         both.odd = self._join(x.odd, y.odd, wx, wy)
         return both
 
-    def _join(self, x: Pair, y: Pair, wx: float, wy: float) -> Pair:
+    def _join(self, x: Factors, y: Factors, wx: float, wy: float) -> Factors:
         """The terms of a weighted sum of two sums, no more than are carried."""
         A, B = (torch.cat(factors) for factors in zip(x, y, strict=True))
         weights = torch.tensor([wx] * len(x[0]) + [wy] * len(y[0]))
@@ -215,8 +170,8 @@ class KroneckerSum(Fit):
             return None
         if number > 1 and not self._tells:
             return None
-        found = (float(operator.frobenius_norm()) * float(state.count)) ** 2
-        return max(1 - found / squared, 0.0) ** 0.5 if squared > 0 else 0.0
+        held = (float(operator.frobenius_norm()) * float(state.count)) ** 2
+        return max(1 - held / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
     @property
     def _tells(self) -> bool:
@@ -273,7 +228,7 @@ class KroneckerSum(Fit):
         state.steps += steps
         state.accuracy = max(accuracy, state.accuracy)
 
-    def _add(self, state: TermSums, before: Pair, new: Pair, terms: int) -> Pair:
+    def _add(self, state: TermSums, before: Factors, new: Factors, terms: int) -> Factors:
         """Terms of a new piece and those before it, with their inner product in the norm."""
         if not len(before[0]):
             return new
