@@ -33,10 +33,11 @@ class KroneckerSum(Fit):
     The terms are the leading singular triplets of the rearranged block; the squared error is the sum of the other
     squared singular values. Only the first term is positive semidefinite by itself: the sum may be indefinite, and
     then says so when it is inverted (`operators.KroneckerSum`). For shared weights some of the best terms may be pairs
-    of antisymmetric matrices; these are searched for separately and take their place by size (over all groups together).
+    of antisymmetric matrices; these are searched for separately and take their place by size (over all groups
+    together).
 
-    Up to 512 samples (examples times draws or columns) are treated at once and exactly. Over more of them a sum of `memory`
-    terms is carried from piece to piece and recompressed.
+    Up to 512 samples (examples times draws or columns) are treated at once and exactly. Over more of them a sum of
+    `memory` terms is carried from piece to piece and recompressed.
 
     Args:
         rank: R.
