@@ -57,7 +57,7 @@ def test_is_the_leading_pair_of_the_dense_block(example, route, labels):
         A = A if A.dim() == 3 else torch.diag_embed(A)
         assert torch.linalg.eigvalsh(A).min() >= -1e-14 * A.norm()
         assert torch.linalg.eigvalsh(B).min() >= -1e-14 * B.norm()
-        left, right = (side.diagonal(dim1=1, dim2=2).mean(1) for side in (A, B))
+        left, right = (factor.diagonal(dim1=1, dim2=2).mean(1) for factor in (A, B))
         torch.testing.assert_close(left, right)  # the scale is split evenly
 
 
@@ -232,8 +232,8 @@ def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_bes
     samples = random_samples(n=n, T=T, H=groups, dtype=getattr(torch, dtype))
     samples = samples_of(samples.activations.dense(), samples.gradients * scale)
     close = 1e-6 if dtype == "float64" else 1e-4
-    _, *sides = rearrange([samples], route).leading_terms(4, tolerance=close / 10)
-    A, B = (side.double() for side in sides)
+    _, *factors = rearrange([samples], route).leading_terms(4, tolerance=close / 10)
+    A, B = (factor.double() for factor in factors)
     for h in range(groups):
         truth = rearranged_matrix(gradients_of(samples)[h].double())
         found = B[:, h].flatten(1).T @ A[:, h].flatten(1)
@@ -243,7 +243,7 @@ def test_terms_of_a_piece_are_its_block_behind_a_projection_and_close_to_the_bes
         assert left <= sigma[4:].square().sum() + 0.01 * truth.square().sum()
         assert left <= 0.7 * sigma[1:].square().sum()
         if route == "gram":
-            sizes = [side[:, h].flatten(1) @ side[:, h].flatten(1).T for side in (A, B)]
+            sizes = [factor[:, h].flatten(1) @ factor[:, h].flatten(1).T for factor in (A, B)]
             for gram in sizes:
                 torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=close * float(gram.max()))
                 assert (gram.diagonal().diff() <= 0).all()
@@ -375,6 +375,6 @@ def test_directions_do_not_fade_from_piece_to_piece():
     source = make_source([samples], "projected")
     for _ in range(60):
         source = make_source([samples], "projected", start=(source.right, source.left))
-    for side in (source.right, source.left):
-        sizes = side.abs().amax(dim=-2)
+    for factor in (source.right, source.left):
+        sizes = factor.abs().amax(dim=-2)
         assert sizes.min() > 1e-12 * sizes.max()  # numbers below 1e-38 would make every product ten times slower

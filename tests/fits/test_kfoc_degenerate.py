@@ -24,8 +24,8 @@ def close_to_the_optimum(fit, *batches, slack=1e-3):
     squared = float(truth.norm() ** 2)
     error = float((truth - operator.to_dense().double()).norm()) ** 2 / squared
     assert error <= 1 - sigma**2 / squared + slack
-    for side in (operator.A, operator.B):
-        assert torch.linalg.eigvalsh(side).min() >= -1e-6 * side.norm()
+    for factor in (operator.A, operator.B):
+        assert torch.linalg.eigvalsh(factor).min() >= -1e-6 * factor.norm()
     reported = fit.error(state, fit.finish(state))
     assert reported is None or reported == pytest.approx(error**0.5, abs=0.02)
     return operator
@@ -62,7 +62,7 @@ def test_zero_gradients_give_zero_and_are_no_news(aggregation, T):
 @each
 @positions
 @pytest.mark.parametrize(("I", "O"), [(1, 5), (5, 1), (1, 1), (1, 40), (40, 1)])
-def test_a_side_of_one_is_exact_in_several_batches(aggregation, T, I, O):
+def test_a_factor_of_one_row_is_exact_in_several_batches(aggregation, T, I, O):
     """Seen: all of it counted twice, with an error of zero reported, where a second term was rounding noise."""
     batches = [random_samples(n, T, I, O, seed=n) for n in (24, 7)]
     slack = 0.1 if aggregation == "approx" else 1e-6
@@ -74,7 +74,7 @@ def test_a_side_of_one_is_exact_in_several_batches(aggregation, T, I, O):
 @positions
 @pytest.mark.parametrize("apart", [False, True])
 def test_equal_singular_values_give_a_positive_product(aggregation, T, apart):
-    """Seen: an indefinite side, of the many that lead then."""
+    """Seen: an indefinite factor, of the many that lead then."""
     e = torch.eye(5, dtype=torch.float64)[None, :, None].expand(1, 5, T, 5)
     whole = samples_of(e / T, e)
     batches = [whole.part(k, k + 1) for k in range(5)] if apart else [whole]
@@ -82,7 +82,7 @@ def test_equal_singular_values_give_a_positive_product(aggregation, T, apart):
         close_to_the_optimum(kf.KFOC(aggregation), *batches)
     else:
         operator, _, _ = fitted(kf.KFOC(aggregation), *batches)
-        assert all(torch.linalg.eigvalsh(side).min() >= -1e-6 * side.norm() for side in (operator.A, operator.B))
+        assert all(torch.linalg.eigvalsh(factor).min() >= -1e-6 * factor.norm() for factor in (operator.A, operator.B))
 
 
 def test_the_leading_pair_of_equal_terms_is_the_positive_mixture():

@@ -41,20 +41,20 @@ def test_it_is_the_minimum(damping, groups):
 
         A, B = X.A.clone().requires_grad_(), X.B.clone().requires_grad_()
         here = value(A, B)
-        for side, slope in zip((A, B), torch.autograd.grad(here, (A, B)), strict=True):
-            assert slope.norm() * side.norm() < 1e-8 * here.abs().clamp_min(1), name  # stationary
+        for factor, slope in zip((A, B), torch.autograd.grad(here, (A, B)), strict=True):
+            assert slope.norm() * factor.norm() < 1e-8 * here.abs().clamp_min(1), name  # stationary
         for seed in range(10):
             noise = torch.Generator().manual_seed(seed)
             moved = []
-            for side in (X.A, X.B):
-                step = torch.randn(side.shape, generator=noise, dtype=side.dtype) * 0.03
-                turn = torch.eye(side.shape[-1]).double() + step
-                moved.append(turn @ side @ turn.mT)
+            for factor in (X.A, X.B):
+                step = torch.randn(factor.shape, generator=noise, dtype=factor.dtype) * 0.03
+                turn = torch.eye(factor.shape[-1]).double() + step
+                moved.append(turn @ factor @ turn.mT)
             assert value(*moved) > here
         if groups == 1:
             kfac = kf.estimate(model, x, kf.Gaussian(), fit="kfac", labels="exact") + kf.FactoredTikhonov(damping)
             assert here < divergence(F, kfac[name].to_dense())
-        sizes = [side.diagonal(dim1=1, dim2=2).mean(1) for side in (X.A, X.B)]
+        sizes = [factor.diagonal(dim1=1, dim2=2).mean(1) for factor in (X.A, X.B)]
         torch.testing.assert_close(*sizes)
 
 

@@ -138,8 +138,8 @@ def test_every_term_of_a_nonnegative_sum_is_positive(shared, rank):
     for name, R in rearranged(model, x).items():
         operator = fisher[name]
         A, B = (operator.A, operator.B) if rank > 1 else (operator.A[None], operator.B[None])
-        for side in (A, B):
-            values = torch.linalg.eigvalsh(side)
+        for factor in (A, B):
+            values = torch.linalg.eigvalsh(factor)
             assert (values[..., 0] >= -1e-12 * values[..., -1].clamp_min(1e-30)).all()
         missed = (R - written_out(operator)).norm(dim=(1, 2))
         best, one = tails(R, rank), tails(R, 1)

@@ -19,11 +19,11 @@ def data(n, inputs=5):
 
 
 def gradients(model, x, name):
-    """Scaled rows of the exact Fisher of a Gaussian with variance 1/2, one for each datum and output."""
+    """Scaled rows of the exact Fisher of a Gaussian with variance 1/2, one for each example and output."""
     weights = [p for n, p in model.named_parameters() if n.startswith(name)]
     rows = []
-    for datum in x:
-        for output in model(datum):
+    for example in x:
+        for output in model(example):
             W, b = torch.autograd.grad(output / 0.5**0.5, weights, retain_graph=True)
             rows.append(torch.cat([W, b[:, None]], 1))
     return torch.stack(rows)
@@ -68,7 +68,7 @@ def test_exact_where_there_are_no_more_samples_than_prototypes():
         )
 
 
-def test_exact_where_a_side_is_one_whatever_is_kept():
+def test_exact_where_a_factor_has_one_row_whatever_is_kept():
     torch.manual_seed(0)
     model, x = (
         nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 1)).double(),

@@ -187,7 +187,7 @@ def test_the_reported_error_of_groups_is_of_one_piece_or_none():
 
 
 def test_a_small_last_batch_counts_by_its_size():
-    """Seen: the trace 10 % too small because six of 506 data were the last batch."""
+    """Seen: the trace 10 % too small because six of 506 examples were the last batch."""
     samples = random_samples(506)
     batches = [samples.part(low, min(low + 100, 506)) for low in range(0, 506, 100)]
     operator, _, _ = fitted(kf.KFOC("approx"), *batches)
@@ -195,14 +195,14 @@ def test_a_small_last_batch_counts_by_its_size():
     assert float(operator.trace() / best.trace()) == pytest.approx(1, abs=0.02)
 
 
-def test_an_average_of_two_states_has_positive_sides():
+def test_an_average_of_two_states_has_positive_factors():
     """Weights of .95 and .05 on two pieces are one piece by number, and two all the same."""
     fit = kf.KFOC()
     x, y = (random_samples(30, seed=seed) for seed in (1, 2))
     state = fit.combine(begun(fit, x), begun(fit, y), 0.95, 0.05)
     operator = fit.finish(state)
-    for side in (operator.A, operator.B):
-        values = torch.linalg.eigvalsh(side)
+    for factor in (operator.A, operator.B):
+        values = torch.linalg.eigvalsh(factor)
         assert float(values.min()) >= -1e-14 * float(values.max())
     truth = 0.95 * 30 * mean_block(x) + 0.05 * 50 * mean_block(y) * 30 / 50
     found = operator * (0.95 * 30 + 0.05 * 30)

@@ -55,12 +55,12 @@ def labelled(likelihood: str, data: int) -> Tensor:
     return torch.randn(data, 3).double() if likelihood == "gaussian" else torch.randint(2, (data, 3)).double()
 
 
-# Theorem 1: one datum, or copies of it, and T = 1 ------------------------------------------------------------------
+# Theorem 1: one example, or copies of it, and T = 1 ----------------------------------------------------------------
 
 
 @cache
-def one_datum(activation: str, likelihood: str, copies: int) -> tuple[nn.Module, tuple[Tensor, Tensor], dict]:
-    """A model, copies of one datum, and the truth for every kind of labels."""
+def one_example(activation: str, likelihood: str, copies: int) -> tuple[nn.Module, tuple[Tensor, Tensor], dict]:
+    """A model, copies of one example, and the truth for every kind of labels."""
     model, chosen = with_activation(activation), LIKELIHOODS[likelihood]()
     x = torch.randn(1, 3).double().expand(copies, -1)
     y = labelled(likelihood, copies)
@@ -80,8 +80,8 @@ assert not missing_pairs(FITTED, RANK_ONE, LIKELIHOODS, ACTIVATIONS)
 @pytest.mark.parametrize(("fit", "likelihood", "activation"), FITTED)
 @reductions
 @pytest.mark.parametrize("copies", [1, 3])
-def test_one_datum_is_exact(fit, likelihood, activation, reduction, copies):
-    model, (x, y), truths = one_datum(activation, likelihood, copies)
+def test_one_example_is_exact(fit, likelihood, activation, reduction, copies):
+    model, (x, y), truths = one_example(activation, likelihood, copies)
     options = {"fit": fit, "samples": 3, "seed": 2, "reduction": reduction}
     for labels, truth in truths.items():
         fisher = kf.estimate(model, (x, y), LIKELIHOODS[likelihood](), labels=labels, **options)
@@ -89,7 +89,7 @@ def test_one_datum_is_exact(fit, likelihood, activation, reduction, copies):
         assert fisher.error((x, y)).relative < 1e-10, labels
 
 
-def test_two_data_are_not_exact():
+def test_two_examples_are_not_exact():
     """The theorem above would otherwise say nothing."""
     model = with_activation("tanh")
     x = torch.randn(2, 3).double()
@@ -231,7 +231,7 @@ def sequences() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], tuple[Tensor, T
                 torch.cat([y, torch.full((1, waste), IGNORED)], dim=1),
             )
         )
-    padded.insert(1, (torch.randn(1, 4, 3).double(), torch.full((1, 4), IGNORED)))  # a datum that does not count at all
+    padded.insert(1, (torch.randn(1, 4, 3).double(), torch.full((1, 4), IGNORED)))  # an example that counts nowhere
     x, y = (torch.cat(parts) for parts in zip(*padded, strict=True))
     return model, ragged, (x, y)
 

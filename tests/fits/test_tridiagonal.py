@@ -112,8 +112,8 @@ def test_the_neighbouring_blocks_are_better_than_none():
     assert chain.error(x).relative == pytest.approx(float(near / truth.norm()))
 
 
-def test_one_datum_is_exact():
-    """With one datum rows of the Jacobian are products, and all gradients are linear in those of the next layer."""
+def test_one_example_is_exact():
+    """With one example, rows of the Jacobian are products, and all gradients are linear in those of the next layer."""
     torch.manual_seed(0)
     for case, (likelihood, draw) in CASES.items():
         model, x, y = perceptron(4, 5, 4, 3), torch.randn(1, 4).double(), draw(1)

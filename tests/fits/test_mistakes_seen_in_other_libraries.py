@@ -208,7 +208,7 @@ def test_gradients_that_arrive_as_views(combine):
 
 
 def test_class_weights_and_ignored_labels_reach_the_matrix():
-    """Seen: class weights and ignore_index left out (the trace of one datum .977 instead of 4.886, or of 0)."""
+    """Seen: class weights and ignore_index left out (the trace of one example .977 instead of 4.886, or of 0)."""
     model = perceptron(3, 4, 3, shaken=True)
     x, weight = torch.randn(1, 3).double(), torch.tensor([5.0, 0.5, 2.0]).double()
     for label in range(3):

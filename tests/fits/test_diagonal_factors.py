@@ -50,7 +50,7 @@ cases = pytest.mark.parametrize("case", CASES)
 
 
 class Truth:
-    """The dense block, rearranged to ``[O², I²]`` and restricted to the sides that there are."""
+    """The dense block, rearranged to ``[O², I²]`` and restricted to the factors that there are."""
 
     def __init__(self, case: str) -> None:
         build, data, self.max_dim, self.diagonal = CASES[case]
@@ -84,7 +84,7 @@ class Truth:
         return float((operator.to_dense() - self.F).norm() / self.F.norm())
 
     def best(self, rank: int) -> float:
-        """The relative error of the best sum with such sides."""
+        """The relative error of the best sum with such factors."""
         return float((self.F.norm() ** 2 - self.sigma[:rank].square().sum()).clamp_min(0).sqrt() / self.F.norm())
 
     def halves(self, A, B):
@@ -92,13 +92,13 @@ class Truth:
         F = self.F.view(self.O, self.I, self.O, self.I)
         left, right = torch.einsum("oipj,ij->op", F, A), torch.einsum("oipj,op->ij", F, B)
         return tuple(
-            torch.diag(side.diagonal()) if diagonal else side
-            for side, diagonal in zip((left, right), reversed(self.diagonal), strict=True)
+            torch.diag(factor.diagonal()) if diagonal else factor
+            for factor, diagonal in zip((left, right), reversed(self.diagonal), strict=True)
         )
 
 
-def dense(side):
-    return torch.diag(side[0]) if side.dim() == 2 else side[0]
+def dense(factor):
+    return torch.diag(factor[0]) if factor.dim() == 2 else factor[0]
 
 
 def only(fisher):
@@ -107,12 +107,12 @@ def only(fisher):
 
 
 @cases
-def test_the_shapes_of_sides(case):
+def test_the_shapes_of_factors(case):
     truth = Truth(case)
     for fit in (kf.TKFAC, kf.KL, kf.KFOC, kf.KFAC, kf.KroneckerSum, kf.KFACCorrected):
         operator = only(truth.estimate(fit(max_dim=truth.max_dim)))
-        sides = (operator.A[0], operator.B[0]) if isinstance(operator, KroneckerSum) else (operator.A, operator.B)
-        assert tuple(side.dim() == 2 for side in sides) == truth.diagonal
+        factors = (operator.A[0], operator.B[0]) if isinstance(operator, KroneckerSum) else (operator.A, operator.B)
+        assert tuple(factor.dim() == 2 for factor in factors) == truth.diagonal
         assert operator.dtype == torch.float64
 
 
@@ -155,7 +155,7 @@ def test_kl_is_the_minimum(case, damping):
 @cases
 @pytest.mark.parametrize("method", ["lanczos", "deflation"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_sums_are_the_best_with_such_sides(case, method, rank):
+def test_sums_are_the_best_with_such_factors(case, method, rank):
     truth = Truth(case)
     fit = kf.KroneckerSum(rank, method, tolerance=1e-9, iterations=1000, max_dim=truth.max_dim)
     fisher = truth.estimate(fit)
@@ -172,7 +172,7 @@ def test_positive_terms_are_between_one_product_and_the_best_sum(case):
     found = only(truth.estimate(kf.KroneckerSum(2, "nonnegative", max_dim=truth.max_dim)))
     assert isinstance(found, KroneckerSum)
     for term in found.terms:
-        assert all(torch.linalg.eigvalsh(dense(side)).min() > -1e-12 for side in (term.A, term.B))
+        assert all(torch.linalg.eigvalsh(dense(factor)).min() > -1e-12 for factor in (term.A, term.B))
     assert truth.best(2) - 1e-9 <= truth.error(found) < truth.best(1) - 0.2 * (truth.best(1) - truth.best(2))
 
 
@@ -183,7 +183,7 @@ def test_the_correction_of_kfac_is_the_best_for_what_it_misses(case):
     assert isinstance(kfac, Kronecker)
     found = only(truth.estimate(kf.KFACCorrected(max_dim=truth.max_dim, tolerance=1e-9, iterations=1000)))
     rest = truth.F - kfac.to_dense()
-    inside = [side[0].flatten() if side.dim() == 3 else side[0] for side in (kfac.B, kfac.A)]
+    inside = [factor[0].flatten() if factor.dim() == 3 else factor[0] for factor in (kfac.B, kfac.A)]
     sigma = torch.linalg.svdvals(truth.R - torch.outer(*inside))
     best = float((rest.norm() ** 2 - sigma[0] ** 2).sqrt() / truth.F.norm())
     assert truth.error(found) == pytest.approx(best, rel=1e-6)
@@ -192,7 +192,7 @@ def test_the_correction_of_kfac_is_the_best_for_what_it_misses(case):
 
 @cases
 @pytest.mark.parametrize("aggregation", ["exact", "memory"])
-def test_one_product_is_the_best_with_such_sides(case, aggregation):
+def test_one_product_is_the_best_with_such_factors(case, aggregation):
     truth = Truth(case)
     fit = kf.KFOC(aggregation, tolerance=1e-10, iterations=500, max_dim=truth.max_dim)
     assert truth.error(only(truth.estimate(fit))) == pytest.approx(truth.best(1), rel=1e-6)
@@ -203,7 +203,7 @@ def test_one_product_is_the_best_with_such_sides(case, aggregation):
 def test_eigenvalues_in_such_a_basis(case, basis):
     truth = Truth(case)
     found = only(truth.estimate(kf.EKFAC(basis(max_dim=truth.max_dim))))
-    U = torch.kron(*(dense(side).contiguous() for side in (found.basis.B, found.basis.A)))
+    U = torch.kron(*(dense(factor).contiguous() for factor in (found.basis.B, found.basis.A)))
     torch.testing.assert_close(found.to_dense(), U @ torch.diag((U.T @ truth.F @ U).diagonal()) @ U.T)
 
 

@@ -1,4 +1,4 @@
-"""Corners where a number or its certificate was wrong once."""
+"""An error is reported only where it holds; zero gradients, unknown settings and lost damping have plain answers."""
 
 import warnings
 
