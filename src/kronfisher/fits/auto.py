@@ -124,7 +124,7 @@ class Auto(Fit):
         return fitting or [min(self.candidates, key=lambda fit: bytes[fit])]
 
     def _most(self, group: tuple[Block, ...], positions: int, element: int) -> int:
-        """How many samples are kept."""
+        """The largest number of samples that are kept."""
         most = _PIECE if positions == 1 else _PIECE // _SHARED
         return max(_LEAST, min(most, _ROOM // (element * elements(*sizes(group)))))
 

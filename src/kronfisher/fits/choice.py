@@ -1,4 +1,4 @@
-"""Which fit treats which parameter."""
+"""The choice of a fit for every parameter."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -15,9 +15,7 @@ Choice = Fit | str | Mapping[str, Fit | str]
 def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
     """The fit of every parameter, by the first pattern that its name matches.
 
-    Parameters that were given the same fit, as an object or by name, get the same instance.
-
-    Parameters that were given one fit object, or one name, get one and the same object: fits treat these together.
+    Parameters that were given the same fit, as an object or by name, get the same instance: fits treat these together.
 
     Raises:
         ValueError: a pattern matches nothing, or a parameter no pattern.

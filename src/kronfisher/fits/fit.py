@@ -53,7 +53,7 @@ class Fit:
         return False
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
-        """Which blocks are treated together.
+        """The groups of blocks that are treated together.
 
         Args:
             blocks: all that this fit is given, in the order of the forward pass.
@@ -91,7 +91,7 @@ class Fit:
         return None
 
     def carried(self, before: Any, after: Any) -> State:
-        """The empty state of a later pass that training begins anew, with what can be kept of the one before it."""
+        """The empty state of a later pass that training starts again, filled with what the previous one can pass on."""
         return after
 
     def finish(self, state: Any) -> Operator:
@@ -103,5 +103,5 @@ class Fit:
         return None
 
     def notes(self, state: Any) -> str:
-        """What the report says about this block besides its structure, such as iterations and convergence."""
+        """A line for the report about this block besides its structure, such as iterations and convergence."""
         return ""

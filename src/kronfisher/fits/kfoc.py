@@ -35,8 +35,8 @@ class KFOC(Fit):
     """``F ≈ B ⊗ A`` with the smallest Frobenius error, both semidefinite (Schnaus, Lee & Triebel 2021).
 
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
-    weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (data times draws or columns) are treated at once,
-    to `tolerance`; over more of them the aggregation decides.
+    weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns) are treated at
+    once, to `tolerance`; over more of them the aggregation decides.
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -226,7 +226,7 @@ class KFOC(Fit):
         return OutputsStep.around(state, over(first, norm(first)), shapes, state.route)
 
     def _single(self, state: ProductSums) -> ProductSums | None:
-        """What waits, as the one piece that it is where nothing came before: its leading pair is all that is needed."""
+        """The samples that wait, as one piece where nothing came before them: then only its leading pair is needed."""
         if not state.waiting or self.by_batch or state.begun or len(state.inputs) == 1:
             return None
         fit = replace(self, rank_memory=1)

@@ -95,7 +95,7 @@ class KroneckerSum(Fit):
 
     @property
     def search(self) -> TermSearch:
-        """How terms are found."""
+        """The way to find terms."""
         return TermSearch(self.method, self.rank, self.tolerance, self.iterations)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:

@@ -1,4 +1,4 @@
-"""How a piece of the samples goes into the sum of Kronecker products that K-FOC carries."""
+"""Merging a piece of the samples into the sum of Kronecker products that K-FOC carries."""
 
 import math
 import warnings

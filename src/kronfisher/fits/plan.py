@@ -1,4 +1,4 @@
-"""What a fit needs for a group of blocks, by static cost."""
+"""The memory and passes that a fit needs for a group of blocks, by static cost."""
 
 from dataclasses import dataclass
 

@@ -21,7 +21,7 @@ class ProductSums(WaitingState):
         inputs: A of the terms ``[R, H, I, I]``, or a diagonal ``[1, H, I]``. A single term is the sum of the pieces'
             own A, by their weights, upper triangle.
         outputs: B, likewise.
-        weight: of the pieces in a single term, ``[H]``; zero where there are several.
+        weight: of the pieces in a single term, ``[H]``; zero where there are more.
         norm: ``‖F‖²`` of what was summed, as far as it is known.
         pieces: how many pieces were merged.
         steps: how many double steps they took.

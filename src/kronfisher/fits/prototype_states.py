@@ -22,7 +22,7 @@ _PLASTIC = 1.32471795724474602596  # its powers spread numbers evenly in two dim
 
 @dataclass(frozen=True, eq=False)
 class PrototypeSet:
-    """Prototypes and the moments of what they leave of the samples that they were found from.
+    """Prototypes and the moments of what they leave of the samples that they come from.
 
     Attributes:
         A: a_c ``[H, m, I]``.
@@ -147,7 +147,7 @@ class Parts(State):
         outputs: U_B ``[H, O, O]``.
         A: a_c ``[H, m, I]``.
         B: b_c ``[H, m, O]``.
-        kept: how many samples the prototypes were found from.
+        kept: how many samples the prototypes come from.
     """
 
     eigenvalues: Total

@@ -68,7 +68,7 @@ class Prototypes(Fit):
         return False
 
     def number(self, group: tuple[Block, ...]) -> int:
-        """How many prototypes a group gets; none where one Kronecker product is exact."""
+        """The number of prototypes of a group; none where one Kronecker product is exact."""
         _, outputs, inputs = sizes(group)
         if min(outputs, inputs) == 1:
             return 0

@@ -27,7 +27,7 @@ def joint_quadratic(samples: Sequence[Samples], operator: Operator) -> Tensor:
 
 def squared_norm(samples: Sequence[Samples]) -> Tensor:
     """``‖Σ_k vec(G_k) vec(G_k)ᵀ‖² = Σ_{k,l} ⟨G_k, G_l⟩²`` with the cross terms of all groups, in float64."""
-    if all(several.positions == 1 for several in samples):
+    if all(use.positions == 1 for use in samples):
         return torch.stack(Gram(samples).squared_products()).sum()
     total = samples[0].gradients.new_zeros((), dtype=torch.float64)
     for left in _rows(samples):
@@ -38,6 +38,6 @@ def squared_norm(samples: Sequence[Samples]) -> Tensor:
 
 def _rows(samples: Sequence[Samples]) -> Iterator[Tensor]:
     """``vec(G_k) [n', H·O·I]``, some at a time."""
-    for several in samples:
-        for part in several.per_sample():
+    for use in samples:
+        for part in use.per_sample():
             yield part.transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""Sums of products that are carried from one piece of the samples to the next, and what becomes of them."""
+"""Sums of products that are carried from one piece of the samples to the next, and the product made of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +24,19 @@ def leading(A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
     Double steps from the identity multiply the share of a term by its squared singular value. They end in the first
     term; where others are as large, in the one mixture of them that is positive semidefinite, and not in any other.
     """
-    sizes = [torch.stack([norm(term) for term in side]).double() for side in (A, B)]
+    sizes = [torch.stack([norm(term) for term in factors]).double() for factors in (A, B)]
     sigma = sizes[0] * sizes[1]  # [R, H]
     traces = over(B.diagonal(dim1=-2, dim2=-1).sum(-1).double().flatten(), sizes[1].flatten()).view_as(sigma)
     share = traces * (sigma / sigma[0].clamp_min(torch.finfo(sigma.dtype).tiny)).clamp_max(1) ** _DOUBLE_STEPS
     share[0] = torch.where(share.abs().sum(0) > 0, share[0], 1)
     root = sigma[0].sqrt()
-    sides = []
-    for side, size in zip((A, B), sizes, strict=True):
+    pair = []
+    for factors, size in zip((A, B), sizes, strict=True):
         weights = over(share.flatten(), size.flatten()).view_as(share)
-        mixed = torch.einsum("rh,rhij->hij", weights.to(side), side)
-        factor = Factor.of(times(over(mixed, norm(mixed)), root.to(side)))
-        sides.append(factor.nearest_semidefinite(name, rounded=True).tensor)
-    return sides[0], sides[1]
+        mixed = torch.einsum("rh,rhij->hij", weights.to(factors), factors)
+        factor = Factor.of(times(over(mixed, norm(mixed)), root.to(factors)))
+        pair.append(factor.nearest_semidefinite(name, rounded=True).tensor)
+    return pair[0], pair[1]
 
 
 @contextmanager
@@ -72,19 +72,19 @@ def pieces(samples: list[Samples], size: int) -> Iterator[list[Samples]]:
     edges = [round(total * k / number) for k in range(number + 1)]
     for low, high in pairwise(edges):
         piece, offset = [], 0
-        for several in samples:
-            begin, end = max(low - offset, 0), min(high - offset, len(several))
+        for use in samples:
+            begin, end = max(low - offset, 0), min(high - offset, len(use))
             if begin < end:
-                piece.append(several if end - begin == len(several) else several.part(begin, end))
-            offset += len(several)
+                piece.append(use if end - begin == len(use) else use.part(begin, end))
+            offset += len(use)
         yield piece
 
 
 def balance(A: Tensor, B: Tensor, scale: float | Tensor, name: str) -> Kronecker:
     """``scale · B ⊗ A`` with ``tr A / I = tr B / O``, as every damping rule wants it; reads upper triangles."""
 
-    def mean(side: Tensor) -> Tensor:
-        return Factor.of(side).diagonal().mean(-1).clamp_min(0)
+    def mean(factor: Tensor) -> Tensor:
+        return Factor.of(factor).diagonal().mean(-1).clamp_min(0)
 
     left, right = mean(B) * scale, mean(A)
     some = (left > 0) & (right > 0)

@@ -50,5 +50,5 @@ def has_diagonal(shapes: Shapes) -> bool:
 
 
 def elements(*shape: int) -> int:
-    """How many numbers a tensor of that shape holds."""
+    """The number of entries of a tensor of that shape."""
     return prod(shape)

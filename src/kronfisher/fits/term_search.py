@@ -1,4 +1,4 @@
-"""How the leading terms of the rearranged block are found in one piece of the samples, and a sum of them shortened."""
+"""Search for the leading terms of the rearranged block in one piece of the samples, and shorter sums of them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -33,13 +33,13 @@ from kronfisher.fits.shapes import Shapes, elements, has_diagonal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.factors import Factor
 
-__all__ = ["METHODS", "Method", "TermSearch", "has_diagonal", "ordered", "squared_norm", "squares"]
+__all__ = ["METHODS", "Method", "TermSearch", "sort_terms", "squared_norm", "squares"]
 
 Method = Literal["lanczos", "deflation", "gram", "nonnegative"]
 METHODS = ("lanczos", "deflation", "gram", "nonnegative")
 _SWEEPS, _FEW = 30, 3  # of positive terms that stay, and of ones that are only carried
 _PAIRS = 2**28  # multiplications of gradients written out that the norm of a piece may take
-_WIDE = 2**18  # numbers in both sides of a term beyond which T = 1 stays with weights on the samples
+_WIDE = 2**18  # numbers in both factors of a term beyond which T = 1 stays with weights on the samples
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,24 @@ class TermSearch:
     tolerance: float
     iterations: int
 
-    def require(self, piece: list[Samples], sides: Shapes, name: str) -> None:
+    def require(self, piece: list[Samples], shapes: Shapes, name: str) -> None:
         """UnsupportedError where the method is not for such samples."""
-        positions, diagonal = max(several.positions for several in piece), has_diagonal(sides)
+        positions, diagonal = max(use.positions for use in piece), has_diagonal(shapes)
         if self.method == "gram" and (positions > 1 or diagonal):
-            why = f"this one has {positions}" if positions > 1 else "a side of this one is kept as its diagonal"
+            why = f"this one has {positions}" if positions > 1 else "a factor of this one is kept as its diagonal"
             raise UnsupportedError(
-                f"{name}: method='gram' is for weights with one position per sample and sides that are matrices; "
+                f"{name}: method='gram' is for weights with one position per sample and factors that are matrices; "
                 f"{why}. Use method='lanczos', for this parameter or for all."
             )
 
     def leading(
-        self, piece: list[Samples], sides: Shapes, terms: int, odd: bool, less: Terms | None = None
+        self, piece: list[Samples], shapes: Shapes, terms: int, odd: bool, less: Terms | None = None
     ) -> tuple[Tensor, Tensor, float, float] | None:
         """The leading terms of a piece of one kind, after another sum was taken away; None if there are none.
 
         Args:
             piece: samples.
-            sides: shapes of A and B.
+            shapes: of A and B.
             terms: how many.
             odd: antisymmetric ones, else symmetric ones.
             less: the sum that is taken away.
@@ -84,47 +84,49 @@ class TermSearch:
             A ``[R, H, I, I]`` and B ``[R, H, O, O]``, or diagonals; steps taken; how far they are from converged.
         """
         _, outputs, inputs = piece[0].shape
-        positions = max(several.positions for several in piece)
-        if odd and (positions == 1 or self.method == "nonnegative" or min(outputs, inputs) == 1 or has_diagonal(sides)):
+        positions = max(use.positions for use in piece)
+        if odd and (
+            positions == 1 or self.method == "nonnegative" or min(outputs, inputs) == 1 or has_diagonal(shapes)
+        ):
             return None
         if self.method == "nonnegative":
-            return self._positive(piece, sides, terms, positions)
+            return self._positive_terms(piece, shapes, terms, positions)
         if self.method == "gram":
             span = Span(piece)
-            found = span.expand(span.spectrum(terms))
+            triplets = span.expand(span.spectrum(terms))
         else:
-            found = self._in_span(piece, sides, terms, less) if positions == 1 else None
-            if found is None:
-                source = _source(piece, sides)
+            triplets = self._find_in_span(piece, shapes, terms, less) if positions == 1 else None
+            if triplets is None:
+                source = _source(piece, shapes)
                 source = source if less is None else Joint(source, less)
-                found = self._find(source, terms, odd)
-        A, B = _share_sigma(found.A, found.B, found.sigma)
-        return A, B, float(found.steps), float(found.change)
+                triplets = self._find(source, terms, odd)
+        A, B = _share_sigma(triplets.A, triplets.B, triplets.sigma)
+        return A, B, float(triplets.steps), float(triplets.change)
 
     def _find(self, source: Rearranged, terms: int, odd: bool) -> Triplets:
         find = lanczos if self.method == "lanczos" else deflate
         return find(source, terms, odd, self.tolerance, self.iterations)
 
-    def _in_span(self, piece: list[Samples], sides: Shapes, terms: int, less: Terms | None) -> Triplets | None:
+    def _find_in_span(self, piece: list[Samples], shapes: Shapes, terms: int, less: Terms | None) -> Triplets | None:
         """The same triplets for T = 1 between the spans of the samples; None where that is no cheaper or impossible."""
-        if has_diagonal(sides) or not spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
+        if has_diagonal(shapes) or not spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
             return None
         span = Span(piece)
-        taken = None if less is None else span.within(less)
+        taken = None if less is None else span.project(less)
         if less is not None and taken is None:
             return None
         return span.expand(self._find(span if taken is None else Joint(span, taken), terms, odd=False))
 
-    def _positive(
-        self, piece: list[Samples], sides: Shapes, terms: int, positions: int
+    def _positive_terms(
+        self, piece: list[Samples], shapes: Shapes, terms: int, positions: int
     ) -> tuple[Tensor, Tensor, float, float]:
-        """Positive terms of a piece: a start from weights, then descent among all positive semidefinite sides."""
+        """Positive terms of a piece: a start from weights, then descent among all positive semidefinite factors."""
         groups, outputs, inputs = piece[0].shape
         if terms == 1:  # the best product is semidefinite by itself
-            pair = _source(piece, sides).leading(None, self.tolerance, self.iterations)
+            pair = _source(piece, shapes).leading(None, self.tolerance, self.iterations)
             A, B = _share_sigma(pair.A[None], pair.B[None], pair.sigma[None])
             return A, B, float(pair.steps), float(pair.change)
-        if positions == 1 and not has_diagonal(sides):
+        if positions == 1 and not has_diagonal(shapes):
             source = Gram(piece)
             W, U, _, steps = nonnegative_weights(source.inputs_gram, source.outputs_gram, terms, self.tolerance)
             a = source.activations.dense()[:, :, 0]
@@ -132,21 +134,21 @@ class TermSearch:
             A = torch.stack([(a * W[..., r, None]).mT @ a for r in range(terms)])
             B = torch.stack([(source.g * U[..., r, None]).mT @ source.g for r in range(terms)])
             if terms > self.rank or groups * (inputs**2 + outputs**2) > _WIDE:
-                A, B = ordered(A, B)
+                A, B = sort_terms(A, B)
                 return A, B, float(steps), 0.0
         else:
-            found = [
-                _source(cluster, sides).leading(None, self.tolerance, self.iterations)
+            pairs = [
+                _source(cluster, shapes).leading(None, self.tolerance, self.iterations)
                 for cluster in clusters(piece, 4 * terms)
             ]
-            A, B = (torch.stack([getattr(pair, name) for pair in found]) for name in "AB")
-            A, B = _share_sigma(A, B, torch.stack([pair.sigma for pair in found]))
-            steps = sum(float(pair.steps) for pair in found)
+            A, B = (torch.stack([getattr(pair, name) for pair in pairs]) for name in "AB")
+            A, B = _share_sigma(A, B, torch.stack([pair.sigma for pair in pairs]))
+            steps = sum(float(pair.steps) for pair in pairs)
             A, B = self.shorten(A, B, terms)
         # What is only carried need not be the best of its length: it is going to be shortened.
         most = _SWEEPS if terms == self.rank else _FEW
-        A, B, sweeps, change = positive_terms(_source(piece, sides), A, B, self.tolerance, most)
-        A, B = ordered(A, B)
+        A, B, sweeps, change = positive_terms(_source(piece, shapes), A, B, self.tolerance, most)
+        A, B = sort_terms(A, B)
         return A, B, float(steps) + sweeps, change if terms == self.rank else 0.0
 
     def shorten(self, A: Tensor, B: Tensor, terms: int) -> tuple[Tensor, Tensor]:
@@ -156,32 +158,32 @@ class TermSearch:
         if self.method != "nonnegative" or terms == 1:
             B, A, _ = truncate(B, A, terms)
             return A, B
-        KA, KB = (torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B))
+        KA, KB = (torch.einsum("rh...,sh...->hrs", factor.double(), factor.double()) for factor in (A, B))
         W, U, _, _ = nonnegative_weights(KA, KB, terms, self.tolerance)
         A = torch.einsum("hsr,sh...->rh...", W.to(A), A)
-        return ordered(A, torch.einsum("hsr,sh...->rh...", U.to(B), B))
+        return sort_terms(A, torch.einsum("hsr,sh...->rh...", U.to(B), B))
 
     def polish(self, whole: tuple[Tensor, Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
         """The best positive sum for a longer one, from a good start A and B; and its last change."""
         A, B, _, change = positive_terms(Terms(*whole), A, B, self.tolerance, _SWEEPS)
-        return *ordered(A, B), change
+        return *sort_terms(A, B), change
 
 
 def _route(piece: list[Samples]) -> str:
     """The cheapest way to take many half steps on matrices that need not be positive."""
-    n, positions = sum(map(len, piece)), max(several.positions for several in piece)
-    found = cheapest(piece[0].shape, n, positions)
-    return "weights" if found == "gram" else found
+    n, positions = sum(map(len, piece)), max(use.positions for use in piece)
+    route = cheapest(piece[0].shape, n, positions)
+    return "weights" if route == "gram" else route
 
 
-def _source(piece: list[Samples], sides: Shapes) -> Rearranged:
-    if has_diagonal(sides):
-        return Diagonals(piece, sides)
+def _source(piece: list[Samples], shapes: Shapes) -> Rearranged:
+    if has_diagonal(shapes):
+        return Diagonals(piece, shapes)
     return rearrange(piece, _route(piece))
 
 
 def _share_sigma(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """σ shared between the sides; the trace of A at least zero."""
+    """σ shared between the factors; the trace of A at least zero."""
     terms = [(times(a, s), times(b, s)) for a, b, s in zip(A, B, _signed_roots(A, sigma), strict=True)]
     return torch.stack([a for a, _ in terms]), torch.stack([b for _, b in terms])
 
@@ -194,7 +196,7 @@ def _signed_roots(A: Tensor, sigma: Tensor) -> Tensor:
 
 def squared_norm(piece: list[Samples]) -> Tensor | None:
     """``‖Σ vec(G_k) vec(G_k)ᵀ‖²``; None where that costs more than the fit."""
-    if all(several.positions == 1 for several in piece):
+    if all(use.positions == 1 for use in piece):
         same, pairs = Gram(piece).squared_products()
     elif sum(map(len, piece)) ** 2 * elements(*piece[0].shape) <= _PAIRS:
         same, pairs = squared_products(Explicit(piece))
@@ -208,7 +210,7 @@ def squares(A: Tensor, B: Tensor) -> Tensor:
     return (norm(A).double() * norm(B).double()).square().sum()
 
 
-def ordered(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def sort_terms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Largest term first."""
     order = torch.stack([squares(a, b) for a, b in zip(A, B, strict=True)]).argsort(descending=True)
     return A[order], B[order]

@@ -1,4 +1,4 @@
-"""Fits that make no operator: they are shown the samples of every block and do with them what they like."""
+"""Fits that build no operator: they observe the samples of every block."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Visitor(Fit):
     """Base of fits that build no operator."""
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
-        """No bytes: what is kept, and how much, is known only to the subclass."""
+        """No bytes: only the subclass knows what it keeps."""
         return Plan(0)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:

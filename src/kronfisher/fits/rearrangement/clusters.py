@@ -17,7 +17,7 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
 
     Seeds are far from one another and the samples go to the nearest; groups of a convolution are parted alike.
     """
-    rows = torch.cat([_sketch(several) for several in samples], dim=1)
+    rows = torch.cat([_sketch(use) for use in samples], dim=1)
     products = (rows @ rows.mT).square().sum(0)
     size = products.diagonal().sqrt()
     near = products / (size[:, None] * size).clamp_min(torch.finfo(size.dtype).tiny)
@@ -26,24 +26,26 @@ def clusters(samples: Sequence[Samples], number: int) -> list[list[Samples]]:
     for _ in range(min(number, len(size)) - 1):
         seeds.append(((1 - closest).clamp_min(0) * size).argmax())
         closest = torch.maximum(closest, near[seeds[-1]])
-    owner = near[torch.stack(seeds)].argmax(0)
-    found = []
-    for label in owner.unique().tolist():
+    nearest = near[torch.stack(seeds)].argmax(0)
+    parts = []
+    for label in nearest.unique().tolist():
         part, offset = [], 0
-        for several in samples:
-            index = (owner[offset : offset + len(several)] == label).nonzero()[:, 0]
-            offset += len(several)
+        for use in samples:
+            index = (nearest[offset : offset + len(use)] == label).nonzero()[:, 0]
+            offset += len(use)
             if len(index):
-                part.append(several.select(index))
-        found.append(part)
-    return found
+                part.append(use.select(index))
+        parts.append(part)
+    return parts
 
 
 def _sketch(samples: Samples) -> Tensor:
-    """``[H, n, ·]`` in float64: gradients, projected at random from both sides where they are wide."""
+    """``[H, n, ·]`` in float64: gradients, projected at random from left and right where they are wide."""
     groups, outputs, width = samples.shape
-    sides = (_projection(groups, size, samples.gradients) for size in (width, outputs))
-    return torch.cat([part.flatten(2) for piece in samples.rotate(*sides) for part in piece.per_sample()], 1).double()
+    projections = (_projection(groups, size, samples.gradients) for size in (width, outputs))
+    return torch.cat(
+        [part.flatten(2) for piece in samples.rotate(*projections) for part in piece.per_sample()], 1
+    ).double()
 
 
 def _projection(groups: int, size: int, like: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Rearranged matrices without samples: a sum of Kronecker products, and the sum of several of any kind."""
+"""Rearranged matrices without samples: a sum of Kronecker products, and sums of any rearranged matrices."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Terms(Rearranged):
 
 
 class Joint(Rearranged):
-    """The sum of several."""
+    """The sum of rearranged matrices of any kind."""
 
     def __init__(self, *parts: Rearranged) -> None:
         self.parts = parts

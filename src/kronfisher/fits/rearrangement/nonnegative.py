@@ -1,6 +1,6 @@
 """Sums of Kronecker products whose every term is positive semidefinite.
 
-With both sides of every term in the cone spanned by given positive semidefinite matrices, ``A_i = Σ_k w_ki A'_k`` and
+With both factors of every term in the cone spanned by given positive semidefinite matrices, ``A_i = Σ_k w_ki A'_k`` and
 ``B_i = Σ_k u_ki B'_k`` with nonnegative weights, the distance from ``Σ_k B'_k ⊗ A'_k`` depends on the Gram matrices of
 the given ones alone. Inner products of positive semidefinite matrices are nonnegative, so that Lee and Seung's
 multiplicative updates (2001) descend and keep the weights nonnegative. For T = 1 the given matrices are those of single
@@ -52,7 +52,7 @@ def nonnegative_weights(
 
 
 class Descent:
-    """Multiplicative updates, and the best weights that they came by.
+    """Multiplicative updates, and the best weights so far.
 
     Args:
         KA: ``[H, s, s]``.
@@ -95,8 +95,8 @@ def positive_terms(
 ) -> tuple[Tensor, Tensor, int, float]:
     """A nearer sum of positive semidefinite terms, by block coordinate descent: every step is the exact minimum.
 
-    With all other sides fixed, the best A_j is ``(ℛᵀB_j − Σ_{i≠j} ⟨B_i, B_j⟩ A_i) / ‖B_j‖²``, and the best positive
-    semidefinite one is that without its negative eigenvalues. R half steps and R decompositions a side and sweep.
+    With all other factors fixed, the best A_j is ``(ℛᵀB_j − Σ_{i≠j} ⟨B_i, B_j⟩ A_i) / ‖B_j‖²``, and the best positive
+    semidefinite one is that without its negative eigenvalues. R half steps and R decompositions a factor and sweep.
 
     Args:
         source: ℛ(F).
@@ -112,12 +112,12 @@ def positive_terms(
     old = _size(A, B)
     for sweep in range(iterations):
         sweeps = sweep + 1
-        for sides, others, back in ((A, B, source.inputs), (B, A, source.outputs)):
-            _shift_scale_(others, sides)
-            for j in range(len(sides)):
+        for factors, others, back in ((A, B, source.inputs), (B, A, source.outputs)):
+            _shift_scale_(others, factors)
+            for j in range(len(factors)):
                 inner = torch.einsum("rh...,h...->rh", others, others[j])  # at most one: others[j] has norm one or zero
-                rest = back(others[j]) - torch.einsum("rh,rh...->h...", inner, sides) + times(sides[j], inner[j])
-                sides[j] = Factor.of(over(rest, inner[j])).nearest_semidefinite("a term of a sum").tensor
+                rest = back(others[j]) - torch.einsum("rh,rh...->h...", inner, factors) + times(factors[j], inner[j])
+                factors[j] = Factor.of(over(rest, inner[j])).nearest_semidefinite("a term of a sum").tensor
         new = _size(A, B)
         change = float(((new - old).abs() / new.clamp_min(torch.finfo(new.dtype).tiny)).max())
         old = new
@@ -135,17 +135,17 @@ def positive_terms(
     return A, B, sweeps, change
 
 
-def _shift_scale_(sides: Tensor, others: Tensor) -> None:
-    """Bring `sides` to norm one and leave the scale of every term to `others`, in place: no square of it vanishes."""
-    for side, other in zip(sides, others, strict=True):
-        size = norm(side)
-        side.copy_(over(side, size))
+def _shift_scale_(factors: Tensor, others: Tensor) -> None:
+    """Bring `factors` to norm one and leave the scale of every term to `others`, in place: no square of it vanishes."""
+    for factor, other in zip(factors, others, strict=True):
+        size = norm(factor)
+        factor.copy_(over(factor, size))
         other.copy_(times(other, size))
 
 
 def _size(A: Tensor, B: Tensor) -> Tensor:
     """``‖Σ B_r ⊗ A_r‖ [H]``, in float64."""
-    grams = [torch.einsum("rh...,sh...->hrs", side.double(), side.double()) for side in (A, B)]
+    grams = [torch.einsum("rh...,sh...->hrs", factor.double(), factor.double()) for factor in (A, B)]
     return (grams[0] * grams[1]).sum((1, 2)).clamp_min(0).sqrt()
 
 

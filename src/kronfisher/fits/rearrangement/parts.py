@@ -1,4 +1,4 @@
-"""Parts of the samples that stand for all of them where directions are looked for, and random directions."""
+"""Parts of the samples that represent all of them in a search for directions, and random directions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kronfisher.layers.samples import Samples
 
-__all__ = ["DIRECTIONS", "largest", "noise", "share", "some"]
+__all__ = ["DIRECTIONS", "largest", "noise", "share", "subset"]
 
 DIRECTIONS = 16
 _LARGE = 4  # so many times fewer are there besides, for their size
@@ -17,17 +17,17 @@ _MANY, _SHARE = 128, 4  # of so many samples at least, one of so many is among t
 
 
 def share(number: int, total: int) -> int:
-    """How many of `number` samples are in a part of a `total`: of heavy-tailed gradients few decide on the matrix."""
+    """The number of samples that a part takes of `number` of a `total`: of heavy-tailed gradients few decide."""
     return -(-number // _SHARE) if total >= _MANY else number
 
 
 def largest(samples: Sequence[Samples]) -> list[Samples]:
     """Those with the largest gradients, about."""
     total = sum(map(len, samples))
-    return [several.select(sizes(several).topk(share(len(several), total)).indices) for several in samples]
+    return [use.select(sizes(use).topk(share(len(use), total)).indices) for use in samples]
 
 
-def some(samples: Sequence[Samples], number: int) -> list[Samples]:
+def subset(samples: Sequence[Samples], number: int) -> list[Samples]:
     """The largest of the samples, and about so many of the others, evenly spread over sizes and standing for them all.
 
     Of heavy-tailed gradients a few decide on the leading pair, and directions that miss these miss it.
@@ -35,23 +35,23 @@ def some(samples: Sequence[Samples], number: int) -> list[Samples]:
     step = max(1, sum(map(len, samples)) // number)
     if step == 1:
         return list(samples)
-    found = []
-    for several in samples:
-        order = sizes(several).argsort(descending=True, stable=True)
+    parts = []
+    for use in samples:
+        order = sizes(use).argsort(descending=True, stable=True)
         large, rest = order.tensor_split([-(-len(order) // (step * _LARGE))])
         spread = rest[::step]
-        part = several.select(torch.cat([large, spread]))
+        part = use.select(torch.cat([large, spread]))
         weights = part.gradients.new_ones(len(part), 1, 1)
         weights[len(large) :] = (len(rest) / max(len(spread), 1)) ** 0.5
-        found.append(replace(part, gradients=part.gradients * weights))
-    return found
+        parts.append(replace(part, gradients=part.gradients * weights))
+    return parts
 
 
 def sizes(samples: Samples) -> Tensor:
     """About ``‖g_k‖ ‖a_k‖ [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
     a, g = samples.activations, samples.gradients
     rows = a.dense() if samples.positions == 1 else a.times(noise(g, a.shape[-1])[..., :1].contiguous())
-    inputs, outputs = (torch.linalg.vector_norm(side, dim=(2, 3)) for side in (rows, g))
+    inputs, outputs = (torch.linalg.vector_norm(each, dim=(2, 3)) for each in (rows, g))
     return torch.linalg.vector_norm(inputs * outputs, dim=0)
 
 

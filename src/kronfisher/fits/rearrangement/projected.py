@@ -2,9 +2,9 @@
 
 With ``A ≈ L Lᵀ``, L ``[I, ρ]``, a half step is ``Σ_k (G_k L)(G_k L)ᵀ``: ρ rows a sample instead of T, and for T = 1 the
 weights ``‖Lᵀ a_k‖²``. The step is an exact one from a nearby matrix, and the distance of that matrix from the leading
-one shrinks by σ₂/σ₁ in it. So a part of the samples tells the directions, and one half step on each side takes in all.
-Where positions share the weight, later samples go on from the directions of the sums so far: their half steps add up
-to half steps of all samples.
+one shrinks by σ₂/σ₁ in it. So the directions are found from a part of the samples, and one half step on each factor
+takes in all. Where positions share the weight, later samples start from the directions of the sums so far: their half
+steps add up to half steps of all samples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kronfisher.fits.rearrangement.parts import noise, some
+from kronfisher.fits.rearrangement.parts import noise, subset
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.fits.rearrangement.weights import Gram
@@ -57,16 +57,16 @@ class Projected(Source):
     ) -> None:
         self.samples = samples
         self.shape = samples[0].shape
-        self.single = all(several.positions == 1 for several in samples)
+        self.single = all(use.positions == 1 for use in samples)
         self._weights: list[Tensor] = []  # [H, n] of the samples in A, where a step over all of them left these
         if self.single:
-            found = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
+            directions = self._from_gram(tolerance, iterations) if start is None else self._from_all(start)
         elif start is not None and running:
-            found = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
+            directions = (*start, start[0].new_zeros((), dtype=torch.int64), start[0].new_zeros(()))
         else:
-            found = self._from_part()
+            directions = self._from_part()
         self.running = running and not self.single
-        self.right, self.left, self.steps, self.change = found
+        self.right, self.left, self.steps, self.change = directions
 
     @property
     def directions(self) -> tuple[Tensor, Tensor]:
@@ -104,42 +104,39 @@ class Projected(Source):
         return sigma, self.steps, self.change
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Add a half step on each side to sums ``[H, I, I]`` and ``[H, O, O]``, upper triangles.
+        """Add a half step on each factor to sums ``[H, I, I]`` and ``[H, O, O]``, upper triangles.
 
         Returns:
             The weight ``⟨B, ℛ(F) A⟩ [H]`` of what was added: the pair is ``B ⊗ A`` divided by it.
         """
         weight = self.right.new_zeros(len(self.right))
-        for place, several in enumerate(self.samples):
+        for place, use in enumerate(self.samples):
             if self.single:
-                right = several.activations.times(self.right)[:, :, 0].square().sum(-1)
-                if self._weights:
-                    left = self._weights[place]
-                else:
-                    left = (several.gradients[:, :, 0] @ self.left).square().sum(-1)
-                several.activations.add_weighted_(inputs, left)
-                add_symmetric_product_(outputs, several.gradients[:, :, 0] * right.sqrt()[..., None])
+                right = use.activations.times(self.right)[:, :, 0].square().sum(-1)
+                left = self._weights[place] if self._weights else (use.gradients[:, :, 0] @ self.left).square().sum(-1)
+                use.activations.add_weighted_(inputs, left)
+                add_symmetric_product_(outputs, use.gradients[:, :, 0] * right.sqrt()[..., None])
                 weight += torch.linalg.vecdot(left, right)
                 continue
-            for rows in _rows(several, self.right):
+            for rows in _rows(use, self.right):
                 add_symmetric_product_(outputs, rows)
         if self.single:
             return weight
         if self.running:
-            self.left = _of_sum(outputs, self.left)
-        for several in self.samples:
-            for rows in _rows(several, self.left, transposed=True):
+            self.left = _directions_of_sum(outputs, self.left)
+        for use in self.samples:
+            for rows in _rows(use, self.left, transposed=True):
                 add_symmetric_product_(inputs, rows)
                 weight += (rows @ self.right).square().sum((1, 2))
         if self.running:
-            old, self.right = self.right, _of_sum(inputs, self.right)
+            old, self.right = self.right, _directions_of_sum(inputs, self.right)
             self.steps, self.change = self.steps + 1, _change(old, self.right)
         return weight
 
     def _from_gram(self, tolerance: float, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pair of a part of the samples, exactly, then its directions."""
         _, outputs, width = self.shape
-        gram = Gram(some(self.samples, PART if outputs * width <= WIDER else PART // 2))
+        gram = Gram(subset(self.samples, PART if outputs * width <= WIDER else PART // 2))
         w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
         self.gram = gram
         a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]
@@ -148,21 +145,21 @@ class Projected(Source):
         return right, left, steps, change
 
     def _from_all(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One double step over all samples, each side through its directions."""
-        pairs = [(several.activations.dense()[:, :, 0], several.gradients[:, :, 0]) for several in self.samples]
-        right, left = map(_renewed, start)
+        """One double step over all samples, each factor through its directions."""
+        pairs = [(use.activations.dense()[:, :, 0], use.gradients[:, :, 0]) for use in self.samples]
+        right, left = map(_perturb, start)
         rows = [(g, (a @ right).square().sum(-1, keepdim=True)) for a, g in pairs]
-        left = _nystrom(lambda v: _weighted(rows, v), left)
+        left = _nystrom(lambda v: _multiply_weighted(rows, v), left)
         columns = [(a, (g @ left).square().sum(-1, keepdim=True)) for a, g in pairs]
         self._weights = [w.squeeze(-1) for _, w in columns]
-        right = _nystrom(lambda v: _weighted(columns, v), right)
+        right = _nystrom(lambda v: _multiply_weighted(columns, v), right)
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 
     def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Double steps over all samples, or over a part of many."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = some(self.samples, PART)
+        part = subset(self.samples, PART)
         right, left = noise(like, width), noise(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         for step in range(_STEPS):
@@ -175,17 +172,17 @@ class Projected(Source):
         return right, left, steps, change
 
 
-def _renewed(directions: Tensor) -> Tensor:
-    """With a little of another one: what a start has none of would never come back."""
+def _perturb(directions: Tensor) -> Tensor:
+    """With a little of a random one: a component that the start lacks would never appear."""
     other = noise(directions, directions.shape[1])[..., :1]
     return torch.cat([directions[..., :1] + 0.1 * over(other, norm(other)), directions[..., 1:]], dim=-1)
 
 
-def _of_sum(upper: Tensor, start: Tensor) -> Tensor:
+def _directions_of_sum(upper: Tensor, start: Tensor) -> Tensor:
     """Directions of a sum ``[H, D, D]`` of which the upper triangle is known."""
     above = upper.triu(1)
     diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
-    return _nystrom(lambda v: above @ v + above.mT @ v + diagonal * v, _renewed(start))
+    return _nystrom(lambda v: above @ v + above.mT @ v + diagonal * v, _perturb(start))
 
 
 def _change(old: Tensor, new: Tensor) -> Tensor:
@@ -193,7 +190,7 @@ def _change(old: Tensor, new: Tensor) -> Tensor:
     return (2 - 2 * norm(old.mT @ new).square()).clamp_min(0).sqrt().max()
 
 
-def _weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
+def _multiply_weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
     """``Σ_k w_k x_k x_kᵀ v`` for rows ``[H, n, D]`` and weights ``[H, n, 1]``."""
     return torch.stack([x.mT @ ((x @ v) * w) for x, w in rows]).sum(0)
 
@@ -201,13 +198,13 @@ def _weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
 def _half_step(
     width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool
 ) -> Callable[[Tensor], Tensor]:
-    """What multiplies by the matrix that a half step over some samples gives: it is not formed where rows are few."""
-    found = (rows for several in samples for rows in _rows(several, directions, transposed))
+    """The product with the matrix that a half step over some samples gives; it is not formed where rows are few."""
+    pieces = (rows for use in samples for rows in _rows(use, directions, transposed))
     if sum(map(len, samples)) * directions.shape[-1] <= width:
-        kept = list(found)
+        kept = list(pieces)
         return lambda v: torch.stack([rows.mT @ (rows @ v) for rows in kept]).sum(0)
     total = directions.new_zeros(len(directions), width, width)
-    for rows in found:
+    for rows in pieces:
         add_symmetric_product_(total, rows)
     total = mirror_(total)
     return lambda v: total @ v
@@ -228,7 +225,7 @@ def _rows(samples: Samples, L: Tensor, transposed: bool = False) -> Iterator[Ten
 def _directions(times: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """L ``[H, D, ρ]`` with ``L Lᵀ`` of norm one and close to the leading part of a positive semidefinite matrix.
 
-    From Y that M was multiply_rows to once (Halko et al. 2011).
+    From the product Y of M with the start (Halko et al. 2011).
     """
     return _nystrom(times, times(start))
 

@@ -2,7 +2,7 @@
 
 ``ℛ(F): M [I, I] ↦ Σ_k G_k M G_kᵀ [O, O]`` takes symmetric positive semidefinite matrices to such, and its transpose
 ``M [O, O] ↦ Σ_k G_kᵀ M G_k`` takes them back, so that alternating between the two finds the best product ``B ⊗ A`` with
-both sides positive semidefinite (Schnaus, Lee & Triebel 2021). How a half step is taken is a matter of cost alone:
+both factors positive semidefinite (Schnaus, Lee & Triebel 2021). The ways to take a half step differ in cost alone:
 
 - Gram (T = 1): everything in the span of the samples, by ``(a aᵀ)∘²`` and ``(g gᵀ)∘²``;
 - weights (T = 1): ``u_k = a_kᵀ A a_k``, then ``Σ u_k g_k g_kᵀ``;
@@ -41,7 +41,7 @@ class Rearranged(Source):
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` where a side is kept as its diagonal."""
+        """Shapes of A and B: ``[H, D, D]``, or ``[H, D]`` where a factor is kept as its diagonal."""
         groups, outputs, width = self.shape
         return (groups, width, width), (groups, outputs, outputs)
 
@@ -62,7 +62,7 @@ class Rearranged(Source):
         like, A = self.like(), self.first()
         groups = len(A)
         A = over(A, norm(A))
-        if start is not None:  # a little of the identity: what the start has none of would never come back
+        if start is not None:  # a little of the identity: a component that the start lacks would never appear
             A = A.mul_(0.01).add_(over(start, norm(start)))
             A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
@@ -98,7 +98,7 @@ class Rearranged(Source):
         A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
-        more = _spanned(self._others(pair, rank - 1, before), pair.B)
+        more = _basis_beside(self._others(pair, rank - 1, before), pair.B)
         others = torch.stack([self.inputs(each) for each in more])  # orthogonal to A, as ℛ of that is σ B
         return pair, torch.cat([A, others]), torch.cat([B, more])
 
@@ -106,10 +106,10 @@ class Rearranged(Source):
         """B of other terms ``[number, H, O, O]``, about, from those samples that tell them."""
         part = self.part()
         if before is None:
-            others = torch.stack([part.inputs(each) for each in _spanned(_noise(pair.B, number), pair.B)])
+            others = torch.stack([part.inputs(each) for each in _basis_beside(_noise(pair.B, number), pair.B)])
         else:
             others = before[1 : number + 1]
-        return torch.stack([part.outputs(each) for each in _spanned(others, pair.A)])
+        return torch.stack([part.outputs(each) for each in _basis_beside(others, pair.A)])
 
     def part(self) -> "Rearranged":
         """ℛ of those samples that it is largest for, which tell directions."""
@@ -130,12 +130,12 @@ def mixture(gram: Tensor) -> Tensor:
     return over(vectors * root.unsqueeze(1), scale.sqrt())
 
 
-def _spanned(matrices: Tensor, direction: Tensor) -> Tensor:
+def _basis_beside(matrices: Tensor, direction: Tensor) -> Tensor:
     """An orthonormal basis of what ``[R, H, D, D]`` span beside a direction ``[H, D, D]`` of norm one."""
-    return _orthonormal(_without(matrices, direction))
+    return _orthonormalise(_project_out(matrices, direction))
 
 
-def _without(matrices: Tensor, direction: Tensor) -> Tensor:
+def _project_out(matrices: Tensor, direction: Tensor) -> Tensor:
     """``[R, H, D, D]`` without their component along ``[H, D, D]`` of norm one; zero where that is all there is."""
     before = torch.stack([norm(each) for each in matrices])
     for _ in range(2):
@@ -145,7 +145,7 @@ def _without(matrices: Tensor, direction: Tensor) -> Tensor:
     return torch.where(noise[..., None, None], 0, matrices)
 
 
-def _orthonormal(matrices: Tensor) -> Tensor:
+def _orthonormalise(matrices: Tensor) -> Tensor:
     """An orthonormal basis of what ``[R, H, D, D]`` span, group by group."""
     sizes = torch.stack([norm(each) for each in matrices])
     matrices = torch.stack([over(each, size) for each, size in zip(matrices, sizes, strict=True)])

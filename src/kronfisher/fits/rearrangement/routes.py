@@ -1,4 +1,4 @@
-"""Which way the leading pair of a rearranged Fisher matrix is found, by static cost."""
+"""The cheapest way to find the leading pair of a rearranged Fisher matrix, by static cost."""
 
 from collections.abc import Sequence
 
@@ -38,32 +38,32 @@ def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STE
     groups, O, I = shape
     n, T = groups * n, positions
     squares, left, right = I**2 + O**2, min(DIRECTIONS, O), min(DIRECTIONS, I)
-    found: dict[str, float] = {
+    ways: dict[str, float] = {
         "rows": steps * n * (T * squares + T**2 * (I + O)),
         "explicit": n * O * I * (T + steps * (I + O)),
     }
     if T == 1:
         part = min(n, groups * PART)
-        found["gram"] = n * n / groups * ((I + O) / 2 + steps) + n * squares / 2
-        found["weights"] = steps * n * squares
-        found["projected"] = (
+        ways["gram"] = n * n / groups * ((I + O) / 2 + steps) + n * squares / 2
+        ways["weights"] = steps * n * squares
+        ways["projected"] = (
             part * part / groups * ((I + O) / 2 + steps) + n * (left + right) * (I + O) + n * squares / 2
         )
     else:
-        found["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
-    return found
+        ways["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
+    return ways
 
 
 def cheapest(
     shape: tuple[int, int, int], n: int, positions: int, *, steps: int = _STEPS, tolerance: float | None = None
 ) -> str:
     """The name of the route to take; projections only for a leading pair to a tolerance that they can reach."""
-    found = costs(shape, n, positions, steps)
-    projected = found.pop("projected")
-    best = min(found, key=lambda name: found[name])
+    ways = costs(shape, n, positions, steps)
+    projected = ways.pop("projected")
+    best = min(ways, key=lambda name: ways[name])
     loose = tolerance is not None and tolerance >= _LOOSE
-    wide = shape[1] * shape[2] > WIDE if positions == 1 else projected * _FASTER < found[best]
-    return "projected" if loose and wide and projected < found[best] else best
+    wide = shape[1] * shape[2] > WIDE if positions == 1 else projected * _FASTER < ways[best]
+    return "projected" if loose and wide and projected < ways[best] else best
 
 
 def make_source(
@@ -96,6 +96,6 @@ def rearrange(samples: Sequence[Samples], route: str) -> Rearranged:
         return Explicit(samples, samples[0].workspace)
     if route not in ("gram", "weights"):
         raise ValueError(f"route={route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
-    if any(several.positions > 1 for several in samples):
+    if any(use.positions > 1 for use in samples):
         raise ValueError(f"route={route!r} is for one position per sample; use 'rows' or 'explicit'.")
     return Gram(samples) if route == "gram" else Weights(samples)

@@ -37,14 +37,14 @@ class Rows(Rearranged):
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.factor_shapes[1])
-        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+        for a, g in (pair for use in self.samples for pair in dense_pieces(use)):
             W = multiply_rows(a, A) @ a.mT  # antisymmetric where A is: its transpose will not do
             add_symmetric_product_(total, g.flatten(1, 2), (W @ g).flatten(1, 2))
         return complete_(total, odd)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.factor_shapes[0])
-        for a, g in (pair for several in self.samples for pair in dense_pieces(several)):
+        for a, g in (pair for use in self.samples for pair in dense_pieces(use)):
             W = multiply_rows(g, B) @ g.mT
             add_symmetric_product_(total, a.flatten(1, 2), (W @ a).flatten(1, 2))
         return complete_(total, odd)
@@ -68,15 +68,15 @@ class Explicit(Rearranged):
         self.samples, self.workspace = samples, workspace
         self.shape = samples[0].shape
         groups, outputs, width = self.shape
-        size = groups * outputs * width * sum(len(several) for several in samples) * self.like().element_size()
+        size = groups * outputs * width * sum(len(use) for use in samples) * self.like().element_size()
         self._kept = list(self._written_out()) if size <= workspace else None
 
     def like(self) -> Tensor:
         return self.samples[0].gradients
 
     def _written_out(self) -> Iterator[Tensor]:
-        for several in self.samples:
-            for gradients in several.per_sample():
+        for use in self.samples:
+            for gradients in use.per_sample():
                 yield gradients.transpose(1, 2).contiguous()
 
     def pieces(self) -> Iterator[Tensor]:

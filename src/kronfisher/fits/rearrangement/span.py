@@ -2,7 +2,7 @@
 
 All singular pairs but those of zero are ``A = Σ_k w_k a_k a_kᵀ`` and ``B = Σ_k u_k g_k g_kᵀ``. In orthonormal bases of
 the two spans, which the roots of ``(a aᵀ)∘²`` and ``(g gᵀ)∘²`` give, ℛ(F) is one matrix ``[n, n]``: its whole spectrum,
-or many half steps, cost less than a few half steps on wide sides.
+or many half steps, cost less than a few half steps on wide factors.
 """
 
 from collections.abc import Sequence
@@ -79,26 +79,29 @@ class Span(Rearranged):
         zero = self.matrix.new_zeros(())
         return Triplets(A, B, sigma, zero, zero)
 
-    def within(self, terms: Terms) -> Terms | None:
+    def project(self, terms: Terms) -> Terms | None:
         """A sum of products of matrices ``Σ_k w_k a_k a_kᵀ`` and ``Σ_k u_k g_k g_kᵀ``, in coordinates; else None."""
-        sides = []
-        for rows, back, side in ((self.a, self._inputs, terms.A), (self.g, self._outputs, terms.B)):
-            products = torch.stack([torch.linalg.vecdot(rows @ term, rows) for term in side])  # ⟨X, x_k x_kᵀ⟩
-            sides.append(torch.einsum("hij,rhi->rhj", back, products.double()))
-            found, whole = torch.linalg.vector_norm(sides[-1], dim=-1), torch.stack([norm(term) for term in side])
-            if bool((found < (1 - _LOST) * whole).any()):
+        coordinates = []
+        for rows, back, factors in ((self.a, self._inputs, terms.A), (self.g, self._outputs, terms.B)):
+            products = torch.stack([torch.linalg.vecdot(rows @ term, rows) for term in factors])  # ⟨X, x_k x_kᵀ⟩
+            coordinates.append(torch.einsum("hij,rhi->rhj", back, products.double()))
+            inside = torch.linalg.vector_norm(coordinates[-1], dim=-1)
+            whole = torch.stack([norm(term) for term in factors])
+            if bool((inside < (1 - _LOST) * whole).any()):
                 return None
-        return Terms(sides[0], sides[1], terms.sign)
+        return Terms(coordinates[0], coordinates[1], terms.sign)
 
-    def expand(self, found: Triplets) -> Triplets:
+    def expand(self, triplets: Triplets) -> Triplets:
         """Triplets in coordinates as matrices ``[R, H, I, I]`` and ``[R, H, O, O]``."""
         like = self.g
-        sides = []
-        for rows, back, coordinates in ((self.a, self._inputs, found.A), (self.g, self._outputs, found.B)):
+        factors = []
+        for rows, back, coordinates in ((self.a, self._inputs, triplets.A), (self.g, self._outputs, triplets.B)):
             weights = torch.einsum("hij,rhj->rhi", back, coordinates)
             terms = torch.stack([(rows * w[..., None].to(like)).mT @ rows for w in weights])
-            sides.append(torch.stack([over(term, norm(term)) for term in terms]))
-        return Triplets(sides[0], sides[1], found.sigma.to(like), found.steps.to(like), found.change.to(like))
+            factors.append(torch.stack([over(term, norm(term)) for term in terms]))
+        return Triplets(
+            factors[0], factors[1], triplets.sigma.to(like), triplets.steps.to(like), triplets.change.to(like)
+        )
 
 
 def _root(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Several singular triplets of the rearranged Fisher matrix at once: the best sums of Kronecker products.
 
 ℛ(F) maps symmetric matrices to symmetric and antisymmetric ones to antisymmetric ones, so that each kind has a spectrum
-of its own and no iteration passes from one to the other: they are looked for apart, from a start of the kind. For T = 1
-the antisymmetric half is zero.
+of its own and no iteration passes from one to the other: they are found separately, each from a start of its kind. For
+T = 1 the antisymmetric half is zero.
 """
 
 from dataclasses import dataclass
@@ -37,20 +37,20 @@ class Triplets:
     change: Tensor
 
 
-def start_of(source: Rearranged, antisymmetric: bool) -> Tensor:
+def random_start(source: Rearranged, antisymmetric: bool) -> Tensor:
     """A ``[H, I, I]`` of norm one of the kind, in general position; the same at every call."""
     noise = torch.randn(source.factor_shapes[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = _of_kind(noise, -1 if antisymmetric else 1).to(source.like())
+    noise = _part_of_kind(noise, -1 if antisymmetric else 1).to(source.like())
     return over(noise, norm(noise))
 
 
-def _of_kind(side: Tensor, sign: int) -> Tensor:
+def _part_of_kind(factor: Tensor, sign: int) -> Tensor:
     """The symmetric or the antisymmetric part; a diagonal is symmetric."""
-    return Factor.of(side).part(sign).tensor
+    return Factor.of(factor).part(sign).tensor
 
 
 def _dimension(shape: tuple[int, ...], sign: int) -> int:
-    """Of the space of all sides ``[H, D, D]`` or ``[H, D]`` of a kind."""
+    """Of the space of all factors ``[H, D, D]`` or ``[H, D]`` of a kind."""
     return Factor.type_of(shape).dimension(shape[-1], sign)
 
 
@@ -69,10 +69,10 @@ class OfKind(Rearranged):
         return self.source.like()
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        return _of_kind(self.source.outputs(A, self.sign < 0), self.sign)
+        return _part_of_kind(self.source.outputs(A, self.sign < 0), self.sign)
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        return _of_kind(self.source.inputs(B, self.sign < 0), self.sign)
+        return _part_of_kind(self.source.inputs(B, self.sign < 0), self.sign)
 
 
 def lanczos(
@@ -99,16 +99,16 @@ def lanczos(
         A, B = (like.new_zeros(rank, *shape) for shape in source.factor_shapes)
         zero = like.new_zeros(())
         return Triplets(A, B, like.new_zeros(rank, groups), zero, zero)
-    v = start_of(source, antisymmetric)
+    v = random_start(source, antisymmetric)
     V, U = [v], []
     alphas, betas = [], []
     previous, change = None, like.new_full((), torch.inf)
     for step in range(limit):
-        u = _orthogonal(source.outputs(V[-1]), U)
+        u = _orthogonalise(source.outputs(V[-1]), U)
         alpha = norm(u)
         alphas.append(alpha)
         U.append(over(u, alpha))
-        v = _orthogonal(source.inputs(U[-1]), V)
+        v = _orthogonalise(source.inputs(U[-1]), V)
         beta = norm(v)
         P, sigma, _ = torch.linalg.svd(_bidiagonal(alphas, betas).double())
         largest = sigma[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -131,7 +131,7 @@ def lanczos(
     return Triplets(A, B, sizes, like.new_full((), previous or 0), change)
 
 
-def _orthogonal(matrix: Tensor, basis: list[Tensor]) -> Tensor:
+def _orthogonalise(matrix: Tensor, basis: list[Tensor]) -> Tensor:
     """Without its components along the basis; twice, which is enough."""
     if not basis:
         return matrix
@@ -176,7 +176,7 @@ def deflate(
         if As:
             scaled = torch.stack([times(B, sigma) for sigma, B in zip(sigmas, Bs, strict=True)])
             rest = Joint(source, Terms(torch.stack(As), scaled, sign=-1.0))
-        pair = rest.leading(None if first else start_of(source, antisymmetric), tolerance, iterations)
+        pair = rest.leading(None if first else random_start(source, antisymmetric), tolerance, iterations)
         As.append(pair.A)
         Bs.append(pair.B)
         sigmas.append(pair.sigma)

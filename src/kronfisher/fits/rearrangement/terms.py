@@ -58,22 +58,22 @@ def truncate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for every group: ``[s, H, p, q]``, ``[s, H, m, n]`` to ``[R, H, p, q]``, ``[R, H, m, n]``, ``[s, H]``.
 
-    Either side may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace. `more` are
+    Either factor may be diagonals, ``[s, H, p]``. Signs are such that no right matrix has a negative trace. `more` are
     further terms, left and right, of the sum: stacked with the others they would be there twice. `across` are
     the `products` of those with these, where they are known.
     """
-    sides = [(left,), (right,)] if more is None else [(left, more[0]), (right, more[1])]
-    grams = [_gram(side, known) for side, known in zip(sides, across or (None, None), strict=True)]
+    stacks = [(left,), (right,)] if more is None else [(left, more[0]), (right, more[1])]
+    grams = [_gram(stack, known) for stack, known in zip(stacks, across or (None, None), strict=True)]
     sizes = [gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in grams]
-    shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its sides must not matter
+    shared = (sizes[0] * sizes[1]).sqrt()  # how a term's size is split between its factors must not matter
     root_left, back_left = _root(grams[0], sizes[0], shared)
     root_right, back_right = _root(grams[1], sizes[1], shared)
     U, sigma, V = torch.linalg.svd(root_left.mT @ root_right)  # [H, s, s]
     keep = sigma[:, :rank].sqrt()
     mix_left = (back_left @ U[..., :rank]) * keep.unsqueeze(1)
     mix_right = (back_right @ V[:, :rank].mT) * keep.unsqueeze(1)
-    sign = torch.where(_traces(sides[1]) @ mix_right < 0, -1.0, 1.0)
-    return _mixed(sides[0], mix_left * sign), _mixed(sides[1], mix_right * sign), sigma.mT
+    sign = torch.where(_traces(stacks[1]) @ mix_right < 0, -1.0, 1.0)
+    return _mix(stacks[0], mix_left * sign), _mix(stacks[1], mix_right * sign), sigma.mT
 
 
 def _traces(stacks: tuple[Tensor, ...]) -> Tensor:
@@ -91,7 +91,7 @@ def _gram(stacks: tuple[Tensor, ...], across: Tensor | None) -> Tensor:
     return torch.cat([torch.cat([first, across], dim=2), torch.cat([across.mT, last], dim=2)], dim=1)
 
 
-def _mixed(stacks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+def _mix(stacks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     """``Σ_s weights[h, s, r] X_s[h]`` over all stacks, ``[R, H, ...]``."""
     total, at = None, 0
     for stack in stacks:
@@ -103,7 +103,7 @@ def _mixed(stacks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
 
 
 def _root(gram: Tensor, sizes: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """For matrices of this Gram matrix ``[H, s, s]``, brought from sizes ``[H, s]`` to those shared by both sides.
+    """For matrices of this Gram matrix ``[H, s, s]``, brought from sizes ``[H, s]`` to those shared by both factors.
 
     X with ``X Xᵀ`` their Gram matrix then, and Y that takes X's columns back to the given matrices.
     """
@@ -124,7 +124,7 @@ def products(x: Tensor, y: Tensor) -> Tensor:
     Piece by piece: a copy in float64 would be twice as large as what is there.
     """
     same = x is y
-    x, y = (side.transpose(0, 1).flatten(2) for side in (x, y))
+    x, y = (stack.transpose(0, 1).flatten(2) for stack in (x, y))
     total = x.new_zeros(len(x), x.shape[1], y.shape[1], dtype=torch.float64)
     for mine, theirs in zip(x.split(_PIECE, dim=2), y.split(_PIECE, dim=2), strict=True):
         mine = mine.double()

@@ -27,7 +27,7 @@ class Weights(Rearranged):
 
     def __init__(self, samples: Sequence[Samples]) -> None:
         self.activations = Activations.append([use.activations for use in samples])
-        self.g = torch.cat([several.gradients[:, :, 0] for several in samples], dim=1)
+        self.g = torch.cat([use.gradients[:, :, 0] for use in samples], dim=1)
         self.shape = samples[0].shape
 
     def like(self) -> Tensor:
@@ -35,22 +35,22 @@ class Weights(Rearranged):
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return _summed(self.g, torch.linalg.vecdot(a @ A, a))
+        return _weighted_sum(self.g, torch.linalg.vecdot(a @ A, a))
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return _summed(a, torch.linalg.vecdot(self.g @ B, self.g))
+        return _weighted_sum(a, torch.linalg.vecdot(self.g @ B, self.g))
 
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
         return explicit_norm(samples, limit)
 
 
-def _summed(rows: Tensor, weights: Tensor) -> Tensor:
+def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
     """``Σ_k w_k x_k x_kᵀ [H, D, D]`` for rows ``[H, n, D]`` and weights ``[H, n]`` of any sign."""
-    return _add_summed_(rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1]), rows, weights)
+    return _add_weighted_sum_(rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1]), rows, weights)
 
 
-def _add_summed_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+def _add_weighted_sum_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return complete_(add_symmetric_product_(total, rows, rows * weights[..., None]))
 
 
@@ -58,7 +58,7 @@ class Gram(Weights):
     """T = 1, with n no larger than a few times the layer: the pair is found in the span of the samples.
 
     ``A = aᵀ diag(w) a`` and ``B = gᵀ diag(u) g`` with ``u = K_a w``, ``w = K_g u``, where ``K_a = (a aᵀ)∘²`` and
-    ``K_g = (g gᵀ)∘²``: n² a half step, and one product for each side at the end.
+    ``K_g = (g gᵀ)∘²``: n² a half step, and one product for each factor at the end.
 
     Attributes:
         inputs_gram: K_a ``[H, n, n]``, the largest entry one.
@@ -70,8 +70,8 @@ class Gram(Weights):
 
     def __init__(self, samples: Sequence[Samples]) -> None:
         super().__init__(samples)
-        self.inputs_gram, self._a_scale = _squared(self.activations.products())
-        self.outputs_gram, self._g_scale = _squared(Dense(self.g.unsqueeze(2)).products())
+        self.inputs_gram, self._a_scale = _square(self.activations.products())
+        self.outputs_gram, self._g_scale = _square(Dense(self.g.unsqueeze(2)).products())
 
     def weights(self, tolerance: float = 1e-3, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The pair as weights of the samples: w and u ``[H, n]`` with A and B of norm one, σ, steps and change."""
@@ -81,11 +81,11 @@ class Gram(Weights):
         u, sigma = w, w.new_zeros(len(w))
         steps, change = w.new_zeros((), dtype=torch.int64), w.new_full((), torch.inf)
         for _ in range(max(iterations, 1)):
-            u, v = v, _times(Kg, v)
+            u, v = v, _multiply(Kg, v)
             size = torch.linalg.vecdot(u, v).sqrt()
             inverse = reciprocal(size)[:, None]
             u, w = u * inverse, v * inverse
-            v = _times(Ka, w)
+            v = _multiply(Ka, w)
             sigma = torch.linalg.vecdot(w, v).sqrt()
             inverse = reciprocal(sigma)[:, None]
             w, v = w * inverse, v * inverse
@@ -103,10 +103,10 @@ class Gram(Weights):
             products = self.inputs_gram[0] * self.outputs_gram[0]
             scale = (self._a_scale.double() * self._g_scale.double()).square()[0]
         else:
-            sides = self.activations.products(), self.g @ self.g.mT
-            largest = [side.abs().amax() for side in sides]
+            grams = self.activations.products(), self.g @ self.g.mT
+            largest = [gram.abs().amax() for gram in grams]
             inverse = [torch.where(size > 0, 1 / size, 0) for size in largest]
-            products = ((sides[0] * inverse[0]) * (sides[1] * inverse[1])).sum(0).square()
+            products = ((grams[0] * inverse[0]) * (grams[1] * inverse[1])).sum(0).square()
             scale = (largest[0].double() * largest[1].double()).square()
         same = products.diagonal().sum(dtype=torch.float64)
         return same * scale, (products.sum(dtype=torch.float64) - same) * scale
@@ -148,21 +148,21 @@ class Gram(Weights):
         W = torch.cat([w[..., None], noise.to(w)], dim=2)
         U = W
         for _ in range(_STEPS):
-            _, U = _spanned(Ka, W)
-            U, W = _spanned(Kg, U)  # the scales of both Gram matrices cancel
-        W, U = self._apart(W, U)
+            _, U = _orthonormalise(Ka, W)
+            U, W = _orthonormalise(Kg, U)  # the scales of both Gram matrices cancel
+        W, U = self._orthogonalise(W, U)
         a = self.activations.dense()[:, :, 0]
         (groups, outputs, width), new = self.shape, w.new_empty
         A, B = new(rank, groups, width, width), new(rank, groups, outputs, outputs)
         for r in range(rank):
-            _add_summed_(A[r].zero_(), a, W[..., r])
-            _add_summed_(B[r].zero_(), self.g, U[..., r])
+            _add_weighted_sum_(A[r].zero_(), a, W[..., r])
+            _add_weighted_sum_(B[r].zero_(), self.g, U[..., r])
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
-    def _apart(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the same sum with orthogonal A as well, both sides of a term as large, where B are orthonormal."""
+    def _orthogonalise(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the same sum with orthogonal A as well, both factors of a term of one norm, for orthonormal B."""
         gram = (W.mT @ (self.inputs_gram @ W)).double()
-        values, turn = (found.flip(-1) for found in eigh((gram + gram.mT) / 2, "products of terms"))
+        values, turn = (each.flip(-1) for each in eigh((gram + gram.mT) / 2, "products of terms"))
         root = (values.clamp_min(0).sqrt() * over(self._a_scale, self._g_scale).double()[:, None]).sqrt().to(W)
         W, U = W @ turn.to(W), U @ turn.to(U)
         traces = (self.inputs_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None] * W).sum(1)
@@ -178,18 +178,18 @@ class Gram(Weights):
         add_symmetric_product_(total, self.g * u.sqrt()[..., None])
 
 
-def _spanned(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormalise(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights ``[H, n, R]`` of matrices that are orthonormal, by their Gram matrix, and this times them."""
     mapped = gram @ weights
     mix = mixture((weights.mT @ mapped).double()).to(weights)
     return weights @ mix, mapped @ mix
 
 
-def _times(gram: Tensor, weights: Tensor) -> Tensor:
+def _multiply(gram: Tensor, weights: Tensor) -> Tensor:
     return (gram @ weights.unsqueeze(-1)).squeeze(-1)
 
 
-def _squared(products: Tensor) -> tuple[Tensor, Tensor]:
+def _square(products: Tensor) -> tuple[Tensor, Tensor]:
     """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
     largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
     return products.mul_(reciprocal(largest)[:, None, None]).square_(), largest
