@@ -116,6 +116,10 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         """The single products; all but the first may be indefinite."""
         return tuple(Kronecker(A, B, self.name) for A, B in zip(self.A, self.B, strict=True))
 
+    @property
+    def products(self) -> tuple[tuple[Factor, Factor], ...] | None:
+        return None if self.shift else tuple(term.product for term in self.terms)
+
     def matvecs(self, rows: Tensor) -> Tensor:
         """``Σ_r B_r W A_rᵀ + λ W`` for K rows W ``[K, D]``."""
         total = sum((term.matvecs(rows) for term in self.terms[1:]), start=self.terms[0].matvecs(rows))

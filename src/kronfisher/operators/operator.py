@@ -138,6 +138,11 @@ class Operator(Algebra["Operator"]):
         return None
 
     @property
+    def products(self) -> tuple[tuple[Factor, Factor], ...] | None:
+        """The factors of every term where the matrix is a sum of Kronecker products and nothing else, else None."""
+        return None if self.product is None else (self.product,)
+
+    @property
     def product_basis(self) -> tuple[Factor, Factor] | None:
         """``U_A, U_B`` where the eigenvectors are known to be their Kronecker product, else None."""
         return None

@@ -18,7 +18,7 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fits import Plan, State
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
-from kronfisher.operators import Kronecker, KroneckerSum, Operator
+from kronfisher.operators import Operator
 
 __all__ = ["Spectrum", "leading_eigenvalues", "spectra"]
 
@@ -35,7 +35,7 @@ class Collected(State):
 
 @dataclass(frozen=True, eq=False)
 class Collect(Visitor):
-    """A fit that makes no operator: it keeps the inputs and gradients of layers without shared positions."""
+    """Keeps the inputs and gradients of layers without shared positions."""
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Collected:
         """No samples yet."""
@@ -70,7 +70,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, a: Tensor, g: Tensor, count: float, leading: int) -> Self:
-        """At most so many `leading` eigenvalues of the mean over N = `count` data."""
+        """At most so many `leading` eigenvalues of the mean over N = `count` examples."""
         products = (a.double() @ a.double().mT) * (g.double() @ g.double().mT) / count
         values = torch.linalg.eigvalsh(products).flip(0)[:leading]
         return cls(a, g, values.clamp_min(0))  # what is below is rounding
@@ -112,12 +112,11 @@ def leading_eigenvalues(operator: Operator, k: int, a: Tensor, g: Tensor) -> Ten
         a: ``[n, I]`` inputs that the input factors were made from.
         g: ``[n, O]`` gradients that the output factors were made from.
     """
-    whole = operator.terms if isinstance(operator, KroneckerSum) and not operator.shift else (operator,)
-    terms = [term for term in whole if isinstance(term, Kronecker) and term.A.shape == (1, a.shape[1], a.shape[1])]
-    if len(terms) < len(whole):
+    products = operator.products
+    if products is None or any(A.groups > 1 or A.is_diagonal or A.width != a.shape[1] for A, _ in products):
         return operator.eigenvalues().double().topk(k).values
-    inputs = _compress(torch.cat([term.A for term in terms]).double(), a.double())
-    outputs = _compress(torch.cat([term.B for term in terms]).double(), g.double())
+    inputs = _compress(torch.cat([A.tensor for A, _ in products]).double(), a.double())
+    outputs = _compress(torch.cat([B.tensor for _, B in products]).double(), g.double())
     rows, columns = outputs.shape[-1], inputs.shape[-1]
     if len(inputs) == 1:
         values = torch.outer(torch.linalg.eigvalsh(outputs[0]), torch.linalg.eigvalsh(inputs[0])).flatten()
