@@ -189,6 +189,46 @@ def test_labels_of_tokens_are_shifted_as_in_an_estimate():
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("predictor", ["probit", "bridge", "mc", "sampled"])
+def test_the_shape_of_targets_shows_the_layout_as_in_an_estimate(axis, predictor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 12), nn.Unflatten(1, (4, 3) if axis == -1 else (3, 4))).double()
+    y = torch.randint(3, (6, 4))
+    posterior = kf.Laplace(model, kf.estimate(model, (X, y), kf.Categorical(), labels="exact", fit="diagonal"))
+    said = kf.Categorical(class_dim=axis)
+    told = kf.Laplace(model, kf.estimate(model, (X, y), said, labels="exact", fit="diagonal"))
+    given = {"predictor": predictor, "samples": 5}
+    assert torch.equal(posterior.log_predictive_density(X, y, **given), told.log_predictive_density(X, y, **given))
+    with pytest.raises(kf.DataError, match=r"class_dim=-1.*say Categorical\(class_dim=1\) or"):
+        posterior.predict(X, **given)
+    assert told.predict(X, **given).mean.shape == model(X).shape  # as it says
+    one, other = (each.calibrate([(X, y)], **given).prior_precision["0.weight"] for each in (posterior, told))
+    assert torch.equal(one, other)
+    if predictor in ("mc", "sampled"):
+        weight = torch.rand(6, 4).double()
+        pair = (X, (y, weight))
+        weighted = kf.estimate(model, pair, kf.Weighted(kf.Categorical()), labels="exact", fit="diagonal")
+        weighted = kf.Laplace(model, weighted)
+        half = weighted.log_predictive_density(X, (y, weight / 2), **given)
+        close(2 * half, weighted.log_predictive_density(*pair, **given))
+
+
+def test_one_batch_of_training_data_is_scored_as_it_was_estimated():
+    model = Named(1)
+    blind = kf.Laplace(model, kf.estimate(model, X, kf.Gaussian(), labels="exact"))
+    truth = kf.Laplace(model, kf.estimate(model, (X, NUMBERS), kf.Gaussian(), labels="exact"))
+    for data in (
+        (X, NUMBERS),
+        [(X, NUMBERS)],
+        {"x": X, "labels": NUMBERS},
+        [(X[:2], NUMBERS[:2]), (X[2:], NUMBERS[2:])],
+    ):
+        close(blind.score(data).log_marginal_likelihood(), truth.log_marginal_likelihood())
+    with pytest.raises(kf.DataError, match="no batch"):
+        blind.score([])
+
+
 @pytest.mark.parametrize("likelihood", [TOKENS, kf.Gaussian(0.5), kf.Poisson()], ids=["classes", "means", "counts"])
 def test_positions_outside_the_mask_of_the_estimate_do_not_count(likelihood):
     torch.manual_seed(0)
@@ -203,14 +243,17 @@ def test_positions_outside_the_mask_of_the_estimate_do_not_count(likelihood):
     fisher = kf.estimate(model, given, likelihood, mask="mask", labels="exact", forward=forward)
     posterior = kf.Laplace(model, fisher, 2.0)
     found = posterior.log_predictive_density(given, predictor="mc")
-    whole = kf.Laplace(model, kf.estimate(model, given, likelihood, labels="exact", forward=forward), 2.0)
-    whole.fisher, whole.precisions = posterior.fisher, posterior.precisions  # the same posterior without the mask
     outputs, covariance = posterior.functional_covariance(given)
     draws = draw_outputs(outputs, covariance, 100, 0)
     for k in range(3):
         kept = mask[k]
         truth = likelihood.log_density_from_draws(draws[:, k : k + 1, kept], y[k : k + 1, kept])
         close(found[k : k + 1], truth, 1e-10)
+    if likelihood is TOKENS:
+        ignored = {**given, "labels": y.where(mask, -100)}
+        for predictor in ("probit", "bridge"):
+            found = posterior.log_predictive_density(given, predictor=predictor)
+            close(found, posterior.log_predictive_density(ignored, predictor=predictor))
     assert posterior.calibrate([given], predictor="mc", samples=10).calibrated_for == "mc"
     weighted = kf.Weighted(likelihood)
     weight = 0.5 + torch.rand(3, 4, dtype=torch.float64)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.capture.batches import as_batches
 from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
@@ -85,6 +86,7 @@ def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
     """The log likelihood of training data at the mean of the posterior, and how many outputs they have.
 
     Raises:
+        DataError: there are no data, or a batch has no targets, or none that fit.
         UnsupportedError: the Fisher matrix was estimated with a mask.
     """
     if getattr(getattr(posterior.fisher.context, "recipe", None), "mask", None) is not None:
@@ -94,12 +96,14 @@ def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
         )
     total, outputs = 0.0, 0
     with isolate(posterior.model, 0):  # with gradients: the forward pass may take derivatives of its own
-        for k, batch in enumerate(data):
+        for k, batch in enumerate(as_batches(data)[0]):
             values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
             values = values.detach()
             posterior.likelihood.check(values, targets, f"batch {k}", "observed")
             total += float(posterior.likelihood.log_likelihood(values, targets))
             outputs += values.numel()
+    if not outputs:
+        raise DataError("the training data hold no batch.")
     return total, outputs
 
 

@@ -55,6 +55,7 @@ def predict(
     predictor: str,
     samples: int,
     seed: int,
+    likelihood: Likelihood | None = None,
 ) -> Iterator[Prediction]:
     """One prediction for every candidate, from one capture of the network where it is linearised.
 
@@ -65,12 +66,13 @@ def predict(
         predictor: a name in ``posterior.likelihood.predictors``.
         samples: draws, for predictors that need them.
         seed: of the draws.
+        likelihood: of the targets, in place of the posterior's.
 
     Yields:
         K predictions.
     """
-    likelihood, factor = posterior.likelihood, posterior.noise_ratio
-    basis = likelihood.predictors[predictor]
+    likelihood, factor = likelihood or posterior.likelihood, posterior.noise_ratio
+    basis = posterior.likelihood.predictors[predictor]
     if basis == "variances":
         outputs, each = variances(posterior.network(), batch, candidates)
         yield from (likelihood.predict_from_variances(outputs, variance, factor) for variance in each)
@@ -109,7 +111,7 @@ def log_densities(
         for draws in draw(posterior, batch, candidates, predictor, samples, seed):
             yield labels.likelihood.log_density_from_draws(draws, labels.targets, posterior.noise_ratio)
     else:
-        for prediction in predict(posterior, batch, candidates, predictor, samples, seed):
+        for prediction in predict(posterior, batch, candidates, predictor, samples, seed, labels.likelihood):
             yield labels.likelihood.log_predictive_density(prediction, labels.targets)
 
 
@@ -146,7 +148,7 @@ def standard_error(likelihood: Likelihood, draws: Tensor, targets: Any, noise_fa
         noise_factor: on the noise variance.
 
     Returns:
-        Infinity where there is a single draw.
+        Infinity where there is a single draw, or none of some group gives a density above zero.
     """
     count = min(len(draws), _GROUPS)
     groups = draws.tensor_split(count)
@@ -154,7 +156,8 @@ def standard_error(likelihood: Likelihood, draws: Tensor, targets: Any, noise_fa
         return torch.full_like(likelihood.log_density_from_draws(draws, targets, noise_factor), torch.inf)
     rests = [torch.cat([*groups[:k], *groups[k + 1 :]]) for k in range(count)]
     left_out = torch.stack([likelihood.log_density_from_draws(rest, targets, noise_factor) for rest in rests])
-    return ((count - 1) * left_out.var(0, correction=0)).sqrt()
+    error = ((count - 1) * left_out.var(0, correction=0)).sqrt()
+    return error.where(error.isfinite(), torch.inf)  # densities of zero leave it unknown
 
 
 def draw_outputs(outputs: Tensor, covariances: Tensor, samples: int, seed: int) -> Tensor:

@@ -14,7 +14,9 @@ __all__ = ["Labelled", "read_targets"]
 
 
 class Labelled(NamedTuple):
-    """Targets and the likelihood that reads them: that of the posterior, weighted where the estimate had a mask.
+    """Targets and the likelihood that reads them.
+
+    It is that of the posterior, with the layout that the targets show, and weighted where the estimate had a mask.
 
     Attributes:
         likelihood: of the targets.
@@ -49,6 +51,7 @@ def read_targets(posterior: Posterior, batch: Any, where: str, targets: Any = No
     if targets is None:
         raise DataError(f"{where} has no targets; give (inputs, targets).")
     likelihood.check(outputs, targets, where, "observed")
+    likelihood = likelihood.with_layout(outputs, targets)
     inputs = batch if forward is not None else (split(batch, where)[0], None)
     mask = getattr(getattr(posterior.fisher.context, "recipe", None), "mask", None)
     if mask is None:

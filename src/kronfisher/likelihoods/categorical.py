@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -101,6 +101,10 @@ class Categorical(Likelihood):
     def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """The dimension of the classes; see the base class."""
         return self._axis(outputs, targets)
+
+    def with_layout(self, outputs: Tensor, targets: Tensor) -> "Categorical":
+        """With the `class_dim` that the shape of the targets shows; see the base class."""
+        return replace(self, class_dim=1 if self._axis(outputs, targets) == 1 else -1)
 
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Class indices, int64, shaped like the outputs without the classes; see the base class."""

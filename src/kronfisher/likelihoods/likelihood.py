@@ -114,6 +114,10 @@ class Likelihood(ABC):
         """
         return None
 
+    def with_layout(self, outputs: Tensor, targets: Tensor) -> "Likelihood":
+        """This likelihood with the layout of the outputs that these targets show, for predictions, which have none."""
+        return self
+
     def mean(self, outputs: Tensor) -> Tensor:
         """Mean of the targets under the model: the inverse link. Predictions need it, Fisher matrices do not.
 

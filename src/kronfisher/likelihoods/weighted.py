@@ -1,7 +1,7 @@
 """Weights of examples or positions, around any likelihood."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ class Weighted(Likelihood):
         """Whether the pair has labels besides its weights."""
         return targets is not None and self.base.labelled(_pair(targets)[0])
 
+    def with_layout(self, outputs: Tensor, targets: Any) -> "Weighted":
+        """With that of the base."""
+        return replace(self, base=self.base.with_layout(outputs, _pair(targets)[0]))
+
     def sample(self, outputs: Tensor, draws: Draws) -> Any:
         """Labels of the base, each of weight one."""
         weight = torch.ones(
@@ -81,6 +85,14 @@ class Weighted(Likelihood):
     def noise_variance(self, outputs: Tensor) -> Tensor:
         """That of the base."""
         return self.base.noise_variance(outputs)
+
+    def predict_from_variances(self, outputs: Tensor, variances: Tensor, noise_factor: float = 1.0) -> Prediction:
+        """That of the base."""
+        return self.base.predict_from_variances(outputs, variances, noise_factor)
+
+    def predict_from_covariances(self, outputs: Tensor, covariances: Tensor) -> Prediction:
+        """That of the base."""
+        return self.base.predict_from_covariances(outputs, covariances)
 
     def predict_from_draws(self, outputs: Tensor, noise_factor: float = 1.0) -> Prediction:
         """That of the base."""
