@@ -27,7 +27,7 @@ _PIECE = 512  # samples that are treated at once
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms at most, where several are carried
 _ROUGH = 0.3  # of A by its directions, in a piece: half steps over everything follow
-_SOME = 4  # where not even so many fit, of those wanted, one is carried
+_SOME = 4  # with room for fewer terms than these, and than are wanted, a single one is carried
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class KFOC(Fit):
         for state in (x, y):
             self._flush(state)
         terms = max(len(state.inputs) for state in (x, y))
-        x, y = x.widened(terms), y.widened(terms)
+        x, y = x.widen(terms), y.widen(terms)
         both = x.plus(y, wx, wy)
         lost = x.begun and y.begun and (terms == 1 or len(x.weight) > 1)  # what they share beyond their terms
         both.uncertain = x.uncertain or y.uncertain or lost
@@ -252,7 +252,7 @@ class KFOC(Fit):
         return balance(A, B, scale, state.name)
 
     def error(self, state: ProductSums | HalfStep, operator: Operator) -> float | None:
-        """Over several pieces from the terms carried: what these miss is missing, and the error slightly too small."""
+        """Where ‖F‖ is known; over several pieces from the terms carried, and slightly too small by what these miss."""
         if isinstance(state, HalfStep):
             return None
         state = state.single or state

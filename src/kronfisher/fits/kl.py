@@ -43,7 +43,7 @@ class FlipStep(State):
         """A and B after the pass: the factor that was summed is new, where a group has not come to rest."""
         raise NotImplementedError
 
-    def _damped(self, total: Tensor, damping: float, width: int) -> Tensor:
+    def _damp(self, total: Tensor, damping: float, width: int) -> Tensor:
         """The mean of a sum with λ tr of the other factor's inverse on its diagonal, over the other factor's width."""
         shift = damping * self.root.square().flatten(1).sum(1)
         return Factor.of(total).mirror(reciprocal(self.count)).shift(shift).tensor / width
@@ -66,7 +66,7 @@ class FlipOutputs(FlipStep):
             part.add_output_products_(self.outputs)
 
     def factors(self, damping: float) -> tuple[Tensor, Tensor]:
-        B = self._damped(self.outputs, damping, sizes(self.blocks)[2])
+        B = self._damp(self.outputs, damping, sizes(self.blocks)[2])
         return self.A, _select(self.going, B, B if self.B is None else self.B)
 
 
@@ -87,7 +87,7 @@ class FlipInputs(FlipStep):
             part.add_input_products_(self.inputs)
 
     def factors(self, damping: float) -> tuple[Tensor, Tensor]:
-        A = self._damped(self.inputs, damping, sizes(self.blocks)[1])
+        A = self._damp(self.inputs, damping, sizes(self.blocks)[1])
         return _select(self.going, A, self.A), self.B
 
 

@@ -169,13 +169,13 @@ class KroneckerSum(Fit):
         squared, number = float(state.norm), float(state.pieces)
         if state.uncertain or not number:
             return None
-        if number > 1 and not self._tells:
+        if number > 1 and not self._terms_tell_error:
             return None
         held = (float(operator.frobenius_norm()) * float(state.count)) ** 2
         return max(1 - held / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 
     @property
-    def _tells(self) -> bool:
+    def _terms_tell_error(self) -> bool:
         """Whether the terms carried tell the error of several pieces."""
         return self.method != "nonnegative" and self.carried >= 2 * self.rank
 
@@ -189,7 +189,7 @@ class KroneckerSum(Fit):
         text = f"{self.method}, {steps:.0f} steps, accuracy {worst:.0e}{done}"
         if number == 1:
             return text
-        return f"{text}; {number:.0f} pieces{', error from their terms' if self._tells else ''}"
+        return f"{text}; {number:.0f} pieces{', error from their terms' if self._terms_tell_error else ''}"
 
     # Within -----------------------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ class Merging:
     def _recompress(self, state: ProductSums, A: Tensor, B: Tensor, orthogonal: bool = False) -> None:
         """The best sum of as many terms as before for what is carried and some more."""
         terms = len(state.inputs)
-        if not state.begun and len(A) <= terms:  # of zeros nothing comes
+        if not state.begun and len(A) <= terms:  # a sum of zeros adds nothing
             if len(A) > 1 and not orthogonal:
                 B, A, _ = truncate(B, A, len(A))
             state.outputs[: len(B)], state.inputs[: len(A)] = B, A
@@ -130,7 +130,7 @@ class Merging:
         """‖F‖² of a piece, where it costs no more than a few half steps; between pieces it comes from their terms.
 
         With one term a piece, too little is left of a piece to tell about the others; and what connects the groups of a
-        convolution is in no term. Pieces are no fair sample of each other either: columns and classes come in turn.
+        convolution is in no term. Nor does one piece stand for another, as data may be sorted by class or column.
         """
         groups = piece[0].shape[0]
         if state.begun and (len(state.inputs) == 1 or groups > 1):

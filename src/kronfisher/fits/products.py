@@ -65,7 +65,7 @@ class ProductSums(WaitingState):
         """Leave room for one term, in a state that holds nothing yet."""
         self.inputs, self.outputs = self.inputs[:1], self.outputs[:1]
 
-    def widened(self, terms: int) -> Self:
+    def widen(self, terms: int) -> Self:
         """One term, as the first of several."""
         if len(self.inputs) >= terms:
             return self
