@@ -96,3 +96,24 @@ def test_parameters_with_the_same_choice_have_the_same_instance():
     own = kf.KFOC()
     chosen = choose({"a": "kfac", "b": "kfac", "c": own, "d": own, "e": kf.KFOC()}, dict.fromkeys("abcde"))
     assert chosen["a"] is chosen["b"] and chosen["c"] is chosen["d"] and chosen["e"] is not own
+
+
+@pytest.mark.parametrize("aggregation", ["memory", "running", "approx", "exact"])
+def test_a_copy_is_finished_and_the_state_goes_on_as_if_nobody_had_looked(aggregation):
+    """Training renews the eigenvalues of EKFAC from the average so far, while samples of it wait to be merged."""
+    fit = kf.EKFAC(kf.KFOC(aggregation))
+    block = Block("w", "linear", Window.of("w", torch.zeros(1, 5, 7)))
+
+    def state(seed):
+        samples = random_samples(seed=seed)
+        begun = fit.init((block,), fit.plan((block,), 8), samples.gradients)
+        begun.count += len(samples)
+        return fit.update(begun, (samples,))
+
+    matrices = []
+    for looks in (False, True):
+        first = state(0)
+        if looks:
+            assert fit.next_pass(first.copy()) is not None
+        matrices.append(fit.basis.finish(fit.combine(first, state(1), 0.95)).to_dense())
+    assert torch.equal(*matrices) and matrices[0].norm() > 0.1

@@ -116,6 +116,10 @@ class State:
         sums = {name: _each(lambda x: factor * x, getattr(self, name)) for name in _names(type(self), Role.TOTAL)}
         return replace(self, **sums, count=factor * self.count, rows=factor * self.rows)
 
+    def copy(self) -> Self:
+        """The same state for `next_pass` or `finish` to work on, which leaves this one as it is."""
+        return replace(self)
+
     def empty(self) -> Self:
         """The same basis with sums of zero."""
         sums = {
@@ -174,6 +178,15 @@ class WaitingState(State):
         yield from super()._checkable()
         for samples in self.waiting:
             yield "gradients", samples.gradients
+
+    def copy(self) -> Self:
+        """Waiting samples are merged in place by whatever finishes a state, so sums are copied where some wait."""
+        if not self.waiting:
+            return super().copy()
+        names = (*_names(type(self), Role.TOTAL), *_names(type(self), Role.STACK))
+        return replace(
+            self, **{name: _each(Tensor.clone, getattr(self, name)) for name in names}, waiting=[*self.waiting]
+        )
 
     def release(self) -> None:
         """Let go of samples, too."""

@@ -82,7 +82,7 @@ class MovingAverage(Fit):
 
     def renew_basis(self, average: AverageState) -> AverageState | None:
         """The average with its second pass begun anew from the first; None for a fit of one pass."""
-        again = self.fit.next_pass(replace(average.states[0]))
+        again = self.fit.next_pass(average.states[0].copy())
         if again is not None and len(average.states) > 1:
             again = self.fit.carried(average.states[1], again)
         return None if again is None else replace(average, states=[average.states[0], again])
