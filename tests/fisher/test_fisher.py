@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -384,3 +385,22 @@ def test_error_asks_the_context_it_was_made_in(fisher):
     assert "0.375" in str(G.report())
     damped = G + 0.1
     assert damped.context is G.context and damped.report().error is None  # another matrix, another error
+
+
+@pytest.mark.parametrize("columns", [None, 1, 3, 0])
+def test_flat_vectors_over_parameters_of_any_shape(columns):
+    shapes = {"number": (), "vector": (3,), "one": (1, 1), "table": (2, 2)}
+    blocks = [Block(n, "add", None, Window.of(n, torch.zeros(s)).reshaped(1, prod(s))) for n, s in shapes.items()]
+    values = torch.arange(1.0, 10.0, dtype=torch.float64)
+    parts = values.split([block.dim for block in blocks])
+    F = Fisher([(b, Diagonal(part)) for b, part in zip(blocks, parts, strict=True)], shapes, Info(count=1))
+    v = torch.randn(9, dtype=torch.float64) if columns is None else torch.randn(9, columns, dtype=torch.float64)
+    factors = values if columns is None else values[:, None]
+    close(F @ v, v * factors, 1e-15)
+    close(F.solve(v), v / factors, 1e-15)
+    named = {
+        n: part.mT.reshape(*part.shape[1:], *shapes[n]) for n, part in zip(shapes, v.split([1, 3, 1, 4]), strict=True)
+    }
+    answer = F @ named
+    assert torch.equal(answer["number"], (v * factors)[0])
+    assert torch.equal(answer["table"].flatten(v.dim() - 1).mT, (v * factors)[5:])

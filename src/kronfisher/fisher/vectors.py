@@ -32,7 +32,7 @@ class Form:
 
 def flatten(rows: Mapping[str, Tensor]) -> Tensor:
     """``{name: [K, *shape]}`` as ``[K, P]``."""
-    return torch.cat([tensor.flatten(1) for tensor in rows.values()], dim=1)
+    return torch.cat([t.reshape(len(t), prod(t.shape[1:])) for t in rows.values()], dim=1)  # a number's t is [K]
 
 
 def read(v: Vector, shapes: Shapes) -> tuple[dict[str, Tensor], Form]:
