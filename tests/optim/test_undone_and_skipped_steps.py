@@ -150,3 +150,44 @@ def test_an_error_during_statistics_leaves_that_batch_out(training, monkeypatch)
     interrupted, expected = run(True), run(False)
     for mine, other in zip(interrupted, expected, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+class Forces(nn.Module):
+    """The gradient of a scalar with respect to the inputs, which the forward pass computes by autograd."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.calls, self.fails_at = [], fails_at
+
+    def forward(self, x):
+        self.calls.append(torch.is_grad_enabled())
+        if len(self.calls) == self.fails_at:
+            raise MemoryError("simulated")
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("options", [*({"fit": fit} for fit in FITS), {"labels": "observed"}], ids=str)
+def test_models_that_differentiate_within_their_forward_pass_are_trained(options):
+    model, generator = Forces(), torch.Generator().manual_seed(1)
+    x = torch.randn(16, 3, generator=generator)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), **options)
+    losses = [float(optimizer.step(lambda: model(x), torch.sin(x))) for _ in range(8)]
+    assert losses[-1] < losses[0] and optimizer.parts.step_size.exact
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_step_that_raises_moves_nothing(call):
+    model, x = Forces(fails_at=call), torch.ones(16, 3)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    for _ in range(4):
+        before = weights(model)
+        try:
+            optimizer.step(lambda: model(x), x)
+        except MemoryError:
+            assert torch.equal(weights(model), before)
+            break
+    optimizer.step(lambda: model(x), x)
+    assert torch.isfinite(weights(model)).all()

@@ -79,8 +79,9 @@ class ForwardBackward:
         change = 0.0
         for one in passes:
             assert one.loss is not None
-            with one.repeating():
-                loss, _ = self.mean_loss(one.forward(), one.targets)
+            with torch.enable_grad(), one.repeating():  # the model may differentiate within its forward pass
+                outputs = one.forward().detach()
+            loss, _ = self.mean_loss(outputs, one.targets)
             change += float(loss) - float(one.loss)
         return change
 

@@ -134,7 +134,11 @@ class Parts:
             trained.apply(descent, last, length)
         if length.predicted is not None and compares:
             with self._timed("model"):
-                change = trained.add_penalty(self.forward_backward.change(taken.passes), copies)
+                try:
+                    change = trained.add_penalty(self.forward_backward.change(taken.passes), copies)
+                except BaseException:  # an error or an interruption of the model: a step that raises moves nothing
+                    trained.restore(copies)
+                    raise
                 if self.judge.rejects(change, length.predicted, step):
                     trained.restore(copies)
                     self.step_size.solve_next(step + 1)
