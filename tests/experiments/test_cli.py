@@ -132,7 +132,7 @@ def test_a_real_interrupt_ends_a_real_process(tmp_path):
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         try:
-            assert "data to train on" in process.stderr.readline()
+            assert "examples to train on" in process.stderr.readline()
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)

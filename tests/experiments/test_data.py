@@ -319,7 +319,7 @@ def test_a_registered_data_set_is_loaded_by_its_name(parity):
 def test_a_registered_data_set_and_network_are_options_of_the_command_line(parity, capsys):
     options = ("--data", "parity", "--network", "perceptron", "--fits", "kfac", "--limit", "40", "--epochs", "1")
     code, out, err = run(capsys, "compare", *options)
-    assert code == 0 and "parity: 80 data to train on, 40 to test" in err and "perceptron on parity" in out
+    assert code == 0 and "parity: 80 examples to train on, 40 to test" in err and "perceptron on parity" in out
     code, out, _ = run(capsys, "compare", "--help")
     assert "parity" in out and "perceptron" in out
 

@@ -359,7 +359,7 @@ def test_report(fisher):
     for part in (
         "transposed",
         "kronecker 4x2",
-        "data: 20",
+        "examples: 20",
         "mean",
         "sampled",
         "Categorical()",

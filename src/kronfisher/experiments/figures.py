@@ -128,7 +128,7 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     right.set_xlim(low, high)
     right.set_xticks(ticks, map(duration, ticks))
     right.minorticks_off()
-    right.set_xlabel(f"wall time of the estimate, {rows[0].count:,} data")
+    right.set_xlabel(f"wall time of the estimate, {rows[0].count:,} examples")
     right.set_ylabel("relative error, all blocks")
     right.set_title("What it costs")
     for axes in (left, right):

@@ -118,7 +118,7 @@ class Study:
             One row per finished fit, the settings beside them.
         """
         learned = dataset.head(self.train_size)
-        say(f"{dataset.name}: {len(learned.train_inputs):,} data to train on, {len(dataset.test_inputs):,} to test")
+        say(f"{dataset.name}: {len(learned.train_inputs):,} examples to train on, {len(dataset.test_inputs):,} to test")
         start, settings = time.perf_counter(), self._settings(model)
         if self.epochs:
             what = f"training {self.network}"

@@ -388,7 +388,8 @@ class Fisher(Algebra["Fisher"]):
 
     def __repr__(self) -> str:
         blocks = f"{len(self.entries)} block{'s' if len(self.entries) > 1 else ''}"
-        return f"<Fisher of {self.dim} parameters in {blocks}, {self.dtype}, {self.reduction} over {self.count:g} data>"
+        over = f"{self.reduction} over {self.count:g} examples"
+        return f"<Fisher of {self.dim} parameters in {blocks}, {self.dtype}, {over}>"
 
     # Within -----------------------------------------------------------------------------------------------------------
 

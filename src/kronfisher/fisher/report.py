@@ -102,7 +102,7 @@ def report(
         w               3  100.0%  diagonal 3      –    12 B     0.00
         ─────────────────────────────────────────────────────────────
         total           3                          –    12 B     0.00
-        data: 8, reduction: mean, labels: sampled (1 per example), coverage: 75.0% of 4 trainable parameters
+        examples: 8, reduction: mean, labels: sampled (1 per example), coverage: 75.0% of 4 trainable parameters
     """
     rows, total = [], sum(operator.dim for operator in blocks.values())
     for name, operator in blocks.items():
@@ -112,7 +112,7 @@ def report(
         notes = "; ".join(filter(None, (block.notes, operator.notes)))
         made = (block.method, own, operator.bytes, block.seconds, notes)
         rows.append(Row(name, operator.dim, share, operator.structure, *made))
-    facts = {"data": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
+    facts = {"examples": f"{info.count:g}", "reduction": info.reduction, "labels": info.labels}
     if info.labels == "sampled":
         facts["labels"] += f" ({info.samples} per example)"
     if info.likelihood:

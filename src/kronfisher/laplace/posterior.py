@@ -276,7 +276,7 @@ class Posterior:
         noise = "" if self._noise is None else f", noise variance {self._noise:.3g}"
         return (
             f"<Laplace posterior of {self.fisher.dim} parameters in {len(self.precisions)} blocks, "
-            f"{self.fisher.count:g} data{noise}; {flat} directions without curvature>"
+            f"{self.fisher.count:g} examples{noise}; {flat} directions without curvature>"
         )
 
 

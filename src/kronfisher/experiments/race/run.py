@@ -67,7 +67,7 @@ class Run:
         self.step, sizes = 0, plan.settings["batch_size"]
         self.sizes: tuple[int, ...] = tuple(sizes) if isinstance(sizes, list | tuple) else (sizes, sizes, 1)
         if max(self.sizes[:2]) > len(self.inputs):
-            raise ValueError(f"{plan.competitor}: batch_size is {sizes}, there are {len(self.inputs)} data")
+            raise ValueError(f"{plan.competitor}: batch_size is {sizes}, there are {len(self.inputs)} examples")
         self.average, self.averages = None, False
         if "average" in plan.settings:
             from kronfisher.optim.averaging import IterateAverage
