@@ -191,3 +191,53 @@ def test_a_step_that_raises_moves_nothing(call):
             break
     optimizer.step(lambda: model(x), x)
     assert torch.isfinite(weights(model)).all()
+
+
+TRAINED = [
+    *FITS,
+    kf.KFOC("running"),
+    kf.KFOC("approx"),
+    kf.EKFAC(kf.KFOC("running")),
+    kf.TKFAC(),
+    kf.KFACCorrected(),
+    kf.BlockTridiagonal(kf.KFAC()),
+    "full",
+    "diagonal",
+]
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("fit", TRAINED, ids=str)
+def test_statistics_that_overflow_are_left_out_in_every_layer(fit, before):
+    data = batches(7)
+    poisoned = data[0][0].clone()
+    for size in (1e30, torch.inf):
+        poisoned[2] = size
+        model = network()
+        preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+        layers, truth = preconditioner.statistics, weights(model)
+
+        def step(x, y, preconditioner=preconditioner, model=model):
+            model.zero_grad()
+            nn.functional.cross_entropy(preconditioner(x), y).backward()
+            preconditioner.step()
+
+        for x, y in data[1 : 1 + before]:
+            step(x, y)
+        old = [layer.operator().to_dense() for layer in layers.layers if layer.average is not None]
+        step(poisoned, data[0][1])
+        new = [layer.operator().to_dense() for layer in layers.layers if layer.average is not None]
+        if layers.dropped:  # in gradients of saturated outputs, which are zero, nothing may overflow
+            assert len(new) == len(old) and all(map(torch.equal, new, old))
+        assert layers.dropped == 1 or (fit == "full" and size == 1e30)
+        for x, y in data[4:]:
+            step(x, y)
+        assert layers.dropped <= 1 and torch.equal(weights(model), truth)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh(1, 1, 1))
+    train(optimizer, model, data[1 : 1 + before])
+    poisoned[2] = 1e30
+    optimizer.step(lambda: model(poisoned), data[0][1])
+    train(optimizer, model, data[4:])
+    assert optimizer.report().dropped == (fit != "full") and torch.isfinite(weights(model)).all()

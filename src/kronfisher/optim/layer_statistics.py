@@ -1,12 +1,13 @@
 """The moving average of the curvature of one layer."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kronfisher.errors import NumericalError
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
+from kronfisher.fits.state import WaitingState
 from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.moving_average import AverageState, MovingAverage
@@ -23,12 +24,14 @@ class LayerStatistics:
         average: the moving average of the statistics.
         basis_due: the step at which a fit of two passes renews its basis.
         basis_renewed: the step at which it last did.
+        before: the average and `basis_renewed` from before a step's statistics, while these may yet be left out.
     """
 
     group: Group
     average: AverageState | None = None
     basis_due: int = 0
     basis_renewed: int = -1
+    before: tuple[AverageState | None, int] | None = None
 
     @property
     def fit(self) -> MovingAverage:
@@ -57,31 +60,62 @@ class LayerStatistics:
         """Whether the second pass of the fit begins anew with this step's batch."""
         return self.passes > 1 and self.basis_due <= step and self.basis_renewed != step
 
+    @property
+    def waits(self) -> bool:
+        """Whether samples wait to be summed, so that finite ones may still give sums that are not."""
+        assert isinstance(self.group.state, AverageState)
+        return any(isinstance(state, WaitingState) and bool(state.waiting) for state in self.group.state.states)
+
     def merge(self, keep: float) -> None:
-        """Take the batch's statistics into the average, of which the share `keep` stays."""
+        """Take the batch's statistics into the average, of which the share `keep` stays.
+
+        Raises:
+            NumericalError: products of samples are not finite; `discard` goes back to the average of before.
+        """
         state = self.group.state
         assert isinstance(state, AverageState)
         if not bool(state.count > 0):
             return
+        waits = self.waits
+        if waits:
+            self._remember()
         _count(state)
-        self.average = state if self.average is None else self.fit.combine(self.average, state, keep, 1.0)
+        if self.average is not None:
+            average = _copy(self.average) if waits else self.average  # summing what waits changes a state in place
+            self.average = self.fit.combine(average, state, keep, 1.0)
+            if waits:
+                self.average.check()
+        else:
+            if waits:  # they go on waiting, so that whether they can be summed is tried on a copy
+                self.fit.combine(self.fit.fresh(state), _copy(state)).check()
+            self.average = state
         self.empty()
 
     def renew_basis(self, keep: float) -> bool:
-        """Begin the second pass of the fit anew, from the average of the first; False if the batch is not finite."""
+        """Begin the second pass of the fit anew, from the average of the first; False if the batch is not finite.
+
+        Raises:
+            NumericalError: as in `merge`.
+        """
         try:
             self.group.state.check()
         except NumericalError:
             return False
         before = self.average.states[1:] if self.average is not None else []
+        self._remember()
         self.merge(keep)
         assert self.average is not None
         # The eigenvalues are to see this batch in their new basis: continue from the average without it.
-        self.average.states[1:] = [state.times(keep) for state in before]
+        self.average = replace(self.average, states=[self.average.states[0], *(state.times(keep) for state in before)])
         self.average = self.fit.renew_basis(self.average)
         assert self.average is not None
         self.empty()
         return True
+
+    def _remember(self) -> None:
+        """Keep what `discard` goes back to."""
+        if self.before is None:
+            self.before = self.average, self.basis_renewed
 
     def merge_second_pass(self, step: int) -> None:
         """Take the batch's statistics into the renewed second pass alone: the first already includes them."""
@@ -100,9 +134,14 @@ class LayerStatistics:
         self.group.state = self.fit.fresh(state)
 
     def discard(self) -> None:
-        """Forget the batch's statistics, those of a renewed second pass among them."""
-        state = self.group.state
+        """Forget the batch's statistics, those that this step's average has taken in among them."""
+        if self.before is not None:
+            self.average, self.basis_renewed = self.before
+            self.before = None
+        state = self.average or self.group.state
         assert isinstance(state, AverageState)
+        if self.average is None:  # a basis that this batch gave is forgotten, too
+            state = replace(state, states=state.states[:1])
         self.group.state = self.fit.fresh(state)
 
     def operator(self) -> Operator:
@@ -134,6 +173,10 @@ class LayerStatistics:
 def periods(refresh: Refresh, layers: Iterable[LayerStatistics]) -> Refresh:
     """Periods for the fits in use: shorter at the start if any has a basis that goes stale."""
     return refresh.careful() if any(layer.passes > 1 for layer in layers) else refresh
+
+
+def _copy(average: AverageState) -> AverageState:
+    return replace(average, states=[state.copy() for state in average.states])
 
 
 def _count(state: AverageState) -> None:

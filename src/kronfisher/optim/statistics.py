@@ -214,11 +214,13 @@ class Statistics:
             try:
                 for layer in self.layers:
                     layer.group.state.check()
+                for layer in sorted(self.layers, key=lambda layer: not layer.waits):  # the others cannot fail now
+                    layer.merge(self.refresh.average)
             except NumericalError:
                 self.discard()
             else:
                 for layer in self.layers:
-                    layer.merge(self.refresh.average)
+                    layer.before = None
                 self.next_due = periods(self.refresh, self.layers).after(step, self.refresh.statistics)
         self.seconds += time.perf_counter() - began
 
@@ -226,8 +228,10 @@ class Statistics:
         """Leave this step's statistics out."""
         self._open = False
         self.dropped += 1
-        for group in self._run.groups if self._run else ():
-            LayerStatistics(group).discard()
+        known = {id(layer.group) for layer in self.layers}
+        new = [LayerStatistics(group) for group in self._run.groups if id(group) not in known] if self._run else []
+        for layer in (*self.layers, *new):
+            layer.discard()
 
     def schedule_bases(self, due: Mapping[LayerStatistics, int]) -> None:
         """Renew the basis of each layer at the given step: with its next inverse."""
