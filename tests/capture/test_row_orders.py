@@ -260,7 +260,7 @@ def test_elements_for_each_datum_are_no_parameters_of_a_model():
 
 
 def test_which_passes_are_run():
-    """The probe looks once at a model and a graph; later batches and later estimates go by what it found."""
+    """The probe looks once at a graph and its shapes; later batches and later estimates go by what it found."""
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 3)
 
     def passes(fit, data, model=model):
@@ -273,11 +273,11 @@ def test_which_passes_are_run():
 
     assert passes("kfac", [x, x]) == 2 + 2
     assert passes("kfac", x) == 1
-    assert passes("diagonal", [x, x, x[:3], x[:1]]) == 4 + 2  # rows are sorted now; the rule holds for smaller batches
-    assert passes("ekfac", [x, x[:5]]) == 4
+    assert passes("diagonal", [x, x, x[:3], x[:1]]) == 4 + 2 + 2  # rows are sorted now; batches of another size are new
+    assert passes("ekfac", [x, x[:5], x[3:]]) == 6 + 2  # once for a size
     first = Written(lambda m, x: m.l(x.transpose(0, 1)).sum(0), l=nn.Linear(3, 2))
     sequences = torch.randn(8, 5, 3)
-    assert passes("ekfac", [sequences, sequences[:3, :2]], first) == 4 + 2
+    assert passes("ekfac", [sequences, sequences[:3, :2]], first) == 4 + 2 + 2
     assert passes("diagonal", torch.randn(40, 3), nn.Linear(3, 2)) == 1 + 3  # two digits
     gated = Written(lambda m, x: m.a(x) + 0 * m.b(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
     assert passes("diagonal", [x, x, x], gated) == 3 + 2  # a silent layer is not asked again and again,

@@ -15,7 +15,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
 from torch.autograd.graph import Node, get_gradient_edge
@@ -34,6 +34,12 @@ Receiver = Callable[[Call, Tensor], None]
 COPIES = {
     Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as,
     Tensor.contiguous, Tensor.clone, torch.clone,
+}  # fmt: skip
+
+# Products that combine the rows of one operand as the entries of the other say.
+_PRODUCTS = {
+    "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "einsum", "tensordot", "multi_dot",
+    "chain_matmul", "linear", "spmm", "inner", "dot", "vdot", "sparse_mm", "_sparse_mm", "hspmm", "smm", "sspaddmm",
 }  # fmt: skip
 
 
@@ -217,6 +223,10 @@ class Capture(TorchFunctionMode):
     def _is_constant(self, tensor: Tensor) -> bool:
         return id(tensor) in self.recording.constant or id(tensor) in self._roots
 
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter of the model, trainable or frozen, or a view of one."""
+        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
     def _remember(self, results: Iterable[Tensor], constant: bool) -> None:
         """Keep results that depend on constants alone: without data no row belongs to an example."""
         for tensor in results:
@@ -236,6 +246,8 @@ class Capture(TorchFunctionMode):
         alive = [t for t in results if t.requires_grad and t.grad_fn is not None and not is_functorch_wrapped_tensor(t)]
         if grad and not alive:
             return
+        if grad and _name(func) in _PRODUCTS and not all(t.requires_grad or self._is_parameter(t) for t in operands):
+            self.recording.combines = True
         if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
             self.recording.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
         for tensor in operands:

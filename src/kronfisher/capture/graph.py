@@ -17,14 +17,18 @@ from kronfisher.layers import Use
 __all__ = ["Call", "Graph", "Recording", "walk"]
 
 _NONE: frozenset[int] = frozenset()
-_GATHERING = ("Index", "Gather", "Scatter", "Take", "Masked", "Embedding", "Put")  # nodes that select rows by index
-_DIMS = (
-    "_saved_dim",
-    "_saved_dim0",
-    "_saved_dim1",
-    "_saved_dims",
-    "_saved_shifts",
-)  # a node's axes
+# Nodes that select rows by index, or at places that they do not show.
+_GATHERING = (
+    "Index",
+    "Gather",
+    "Scatter",
+    "Take",
+    "Masked",
+    "Embedding",
+    "Put",
+    "CopySlices",
+)  # their places are not saved
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {}  # type of a node → its saved sizes, axes and flags
 
 
 @dataclass
@@ -74,7 +78,9 @@ class Graph:
         before: index of a call → calls that its inputs depend on directly, with no other call in between.
         last: indices of the calls that the outputs depend on directly, with no other call in between.
         gathers: whether rows are selected by index anywhere, in an order that may change from batch to batch.
-        signature: a hash of the graph's nodes; a different value means a different computation.
+        combines: whether a matrix that is no parameter may combine rows, in a way that may change from batch to batch.
+        signature: a hash of the graph's nodes, their edges, shapes and saved sizes; a different value means a different
+            computation.
     """
 
     reached: set[str] = field(default_factory=set)
@@ -87,6 +93,7 @@ class Graph:
     last: frozenset[int] = frozenset()
     signature: int = 0
     gathers: bool = False
+    combines: bool = False
 
 
 @dataclass
@@ -103,6 +110,7 @@ class Recording:
         meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
         touched: name → operators, not understood, that received the parameter.
         hidden: name → autograd functions that use it internally, where no graph is recorded.
+        combines: whether a product with a tensor that is no parameter may combine rows, as its entries say.
     """
 
     parameters: dict[str, Tensor]
@@ -114,6 +122,7 @@ class Recording:
     meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     touched: dict[str, set[str]] = field(default_factory=dict)
     hidden: dict[str, set[str]] = field(default_factory=dict)
+    combines: bool = False
 
 
 def walk(recording: Recording, outputs: Tensor) -> Graph:
@@ -132,6 +141,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
     nodes: list[tuple] = []
+    numbers: dict[Node, int] = {}
     end = get_gradient_edge(outputs).node
     stack: list[tuple[Node, bool]] = [(end, False)]
     while stack:
@@ -145,7 +155,8 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
             continue
         below[node] = _NONE
         stack.append((node, True))
-        nodes.append((node.name(), len(children), *(getattr(node, name, None) for name in _DIMS)))
+        edges = tuple((numbers.setdefault(child, len(numbers)), place) for child, place in node.next_functions if child)
+        nodes.append((node.name(), edges, *_describe(node)))
         if "CheckpointFunction" in nodes[-1][0]:
             raise UnsupportedError(
                 "The model uses reentrant checkpointing, which hides its layers from the graph. "
@@ -183,7 +194,21 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.signature = hash(tuple(nodes))
     selecting = (node.name() for node in below if recording.makers.get(node) not in graph.alive)
     graph.gathers = any(name.startswith(_GATHERING) for name in selecting)  # a lookup in a weight does not select data
+    graph.combines = recording.combines
     return graph
+
+
+def _describe(node: Any) -> tuple:
+    """The shapes and dtypes of a node's outputs and all that it saved but tensors: sizes, axes, places, flags."""
+    names = _ATTRIBUTES.get(type(node))
+    if names is None:
+        saved = [name for name in dir(node) if name.startswith("_saved_")]
+        names = tuple(name for name in saved if not hasattr(type(node), f"_raw{name}"))  # a tensor has both
+        if type(node).__name__ == "AccumulateGrad" or isinstance(node, BackwardCFunction):
+            names = ()
+        _ATTRIBUTES[type(node)] = names
+    outputs = tuple((repr(output.shape), output.dtype) for output in getattr(node, "_input_metadata", ()))
+    return outputs, *(repr(getattr(node, name, None)) for name in names)
 
 
 def _note_arguments(

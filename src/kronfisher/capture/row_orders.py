@@ -70,8 +70,8 @@ def row_orders(
         for number, part in enumerate(parts_of_call):
             sort = sorts(part)
             rule = rules.get(key := (index, part.block.key, sort)) or guesses.get(key)
-            if sort and graph.gathers:
-                rule = None  # the next batch may come in another order
+            if (sort and graph.gathers) or (graph.combines and (sort or not training)):
+                rule = None  # the next batch may come in another order, or combine other rows
             if order := _without_probe(rule, part.use.lead(shape), examples, sort):
                 answer.orders[index, number] = order
             else:

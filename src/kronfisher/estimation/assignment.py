@@ -246,5 +246,6 @@ def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, 
     if places := observation.mixing_places([edge for _, edge in edges]) if edges else []:
         names = ", ".join(sorted({edges[place][0] for place in places}))
         return mixed_rows_message(f"{names} (with {', '.join(fallback)})")
-    fine.add(graph.signature)
+    if not (graph.gathers or graph.combines):  # else the next batch may meet in another way
+        fine.add(graph.signature)
     return ""

@@ -77,5 +77,5 @@ def find_neighbours(
             for other in ["another comes between" if {key, later} <= blocks.keys() else "one of them is not used"]
         }
     new = {key: later for key, later in chain.after.items() if key not in counted and later not in counted}
-    examined = known.examined if graph.gathers else known.examined | {graph.signature}
+    examined = known.examined if graph.gathers or graph.combines else known.examined | {graph.signature}
     return Neighbours({**known.after, **new}, {**chain.cuts, **known.cuts}, examined)
