@@ -136,6 +136,8 @@ class Capture(TorchFunctionMode):
         view: Windows,
     ) -> tuple[Use, ...]:
         """The uses that an operator makes of trainable parameters; none unless they account for all it receives."""
+        if any(tensor.is_complex() for tensor in tensors):
+            return ()  # factors are real: the gradient of the real parameter is a sum of two products
         try:
             uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
@@ -241,6 +243,8 @@ class Capture(TorchFunctionMode):
         if not results:
             return
         operands, grad = list(_tensors(args, kwargs)), torch.is_grad_enabled()
+        if func in COPIES:
+            operands = operands[:1]  # of another tensor only the dtype and the device are taken
         constant = all(map(self._is_constant, operands))
         self._remember(results, constant)
         alive = [t for t in results if t.requires_grad and t.grad_fn is not None and not is_functorch_wrapped_tensor(t)]

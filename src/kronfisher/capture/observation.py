@@ -102,7 +102,8 @@ class Observation:
             gradients = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
             for each, gradient in zip(passes, gradients, strict=True):
                 if gradient is not None:
-                    rows = promote(gradient.to_dense() if gradient.layout is not torch.strided else gradient).flatten()
+                    dense = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+                    rows = promote(torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
                     chosen = torch.Generator("cpu").manual_seed(len(rows))
                     some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
                     each.append(probe.project(rows[some.to(rows.device), None]))
