@@ -97,10 +97,13 @@ def test_damaged_and_foreign_files_are_refused(fisher, model, path, tmp_path):
         load(tmp_path / "missing.safetensors", model)
 
 
-def rewrite(path, change):
+def rewrite(path, change, earlier=True):
+    """Change a file; an `earlier` version wrote no checksum."""
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["kronfisher"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if earlier:
+        del header["checksum"], header["conventions"]["checksum"]
     change(header, tensors)
     safetensors.torch.save_file(tensors, path, metadata={"kronfisher": json.dumps(header)})
 
@@ -147,3 +150,91 @@ def test_wrappers_around_the_model_do_not_matter(tmp_path):
     fisher.save(tmp_path / "fisher")
     loaded = kf.load(tmp_path / "fisher", torch.nn.DataParallel(model))
     assert torch.equal(loaded.to_dense(), fisher.to_dense()) and loaded.names == ("weight", "bias")
+
+
+def leaves(value, place=()):
+    """Where the values of a header are that hold no others."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [leaf for key, one in inner for leaf in leaves(one, (*place, key))]
+    return found or [place]
+
+
+def replace_at(place, new):
+    def change(header, tensors):
+        for key in place[:-1]:
+            header = header[key]
+        header[place[-1]] = new(header[place[-1]])
+
+    return change
+
+
+def test_files_of_earlier_versions_are_read(fisher, model, path):
+    fisher[0].save(path)
+    rewrite(path, lambda header, tensors: None)
+    assert torch.equal(load(path, model).to_dense(), fisher[0].to_dense())
+
+
+def another(value):
+    if isinstance(value, bool) or value is None:
+        return 1 if not value else None
+    return value + 1 if isinstance(value, int | float) else f"{value}x" if isinstance(value, str) else 7
+
+
+def test_a_changed_header_is_refused(fisher, model, path):
+    fisher[0].save(path)
+    content = path.read_bytes()
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kronfisher"])
+    places = leaves(header)
+    assert len(places) > 100
+    for place in places:
+        path.write_bytes(content)
+        rewrite(path, replace_at(place, another), earlier=False)
+        with pytest.raises(DataError):
+            load(path, model)
+    for gone in header:
+        path.write_bytes(content)
+        rewrite(path, lambda header, tensors, gone=gone: header.pop(gone), earlier=False)
+        with pytest.raises(DataError):
+            load(path, model)
+
+
+def test_a_flipped_bit_of_any_tensor_is_refused(fisher, model, path):
+    fisher[0].save(path)
+    content = bytearray(path.read_bytes())
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    start = 8 + int.from_bytes(content[:8], "little")
+    spans = json.loads(content[8:start])
+    assert len(names) >= 7
+    for name in names:
+        low, high = spans[name]["data_offsets"]
+        for place in (low, (low + high) // 2, high - 1):
+            content[start + place] ^= 1
+            path.write_bytes(content)
+            with pytest.raises(DataError, match="checksum"):
+                load(path, model)
+            content[start + place] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(load(path, model).to_dense(), fisher[0].to_dense())
+
+
+@pytest.mark.parametrize("field", ["shape", "layout", "size", "stride", "offset"])
+@pytest.mark.parametrize("new", [0, 1, 2, 3, 5, 1000, 2**62, -1, 0.5, None, "1", [], [[1]]])
+def test_windows_without_a_checksum_never_reach_outside(fisher, model, path, field, new):
+    fisher[0].save(path)
+    content = path.read_bytes()
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kronfisher"])
+    truth = fisher[0].to_dense()
+    places = [place for place in leaves(header["entries"]) if field in place and place[1] == "blocks"]
+    assert places
+    for place in places:
+        path.write_bytes(content)
+        rewrite(path, replace_at(("entries", *place), lambda old: new))
+        try:
+            loaded = load(path, model)
+        except DataError:
+            continue
+        # Only what makes no difference is accepted: strides of axes of length one, and the value that was there.
+        assert torch.equal(loaded.to_dense(), truth)

@@ -1,10 +1,12 @@
 """A Fisher matrix in a file: safetensors, with everything but the numbers as JSON in its header."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.info import Info
-from kronfisher.fisher.layout import Blocks
+from kronfisher.fisher.layout import Blocks, require_cover
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fisher.vectors import Shapes
 from kronfisher.operators.operator import Operator
@@ -27,6 +29,7 @@ _CONVENTIONS = {
     "vec": "row-major of W [H, O, I]; I ends with the bias column where there is a bias",
     "kronecker": "B [H, O, O] (x) A [H, I, I]",
     "scale": "sum of outer products of per-example negative log-likelihood gradients; a mean divides by count",
+    "checksum": "SHA-256 of the rest of this header and of all tensors",
 }
 
 
@@ -78,9 +81,11 @@ def write(
         "entries": entries,
         **(notes or {}),
     }
+    owned = _owned({**tensors, **(more or {})})
+    header["checksum"] = checksum(header, owned)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        safetensors.torch.save_file(_owned({**tensors, **(more or {})}), temporary, metadata={_KEY: json.dumps(header)})
+        safetensors.torch.save_file(owned, temporary, metadata={_KEY: json.dumps(header)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,11 +111,18 @@ def read(path: str | Path, model: torch.nn.Module) -> tuple[Contents, dict[str, 
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             _require_format(path, header)
-            device = _require_match(path, header["shapes"], model)
-            tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        return _build(header, tensors), tensors, header
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged, or not a kronfisher file ({error}); estimate and save it again") from error
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        device = _require_match(path, header["shapes"], model)
+        _require_checksum(header, tensors)
+        tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+        contents = _build(header, tensors)
+        require_cover(contents.entries, contents.shapes)
+        _require_windows(contents)
+        return contents, tensors, header
+    except (DataError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a header may be damaged anywhere, so that any line may fail on it
+        raise _damaged(path, error) from error
 
 
 def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Contents:
@@ -135,6 +147,56 @@ def _view(values: Mapping[str, Any] | None) -> Window | None:
         return None
     shape, layout, size, stride = (tuple(values[key]) for key in ("shape", "layout", "size", "stride"))
     return Window(values["parameter"], shape, layout, size, stride, values["offset"])
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a header without its checksum, as JSON with sorted keys, and of all tensors by name."""
+    rest = {key: value for key, value in json.loads(json.dumps(header)).items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _require_checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError if the file is not as it was written; files of earlier versions have no checksum."""
+    earlier = "checksum" not in header and "checksum" not in header["conventions"]
+    if not earlier and header.get("checksum") != checksum(header, tensors):
+        raise ValueError("its checksum is another one: bytes of it were changed")
+
+
+def _require_windows(contents: Contents) -> None:
+    """ValueError unless windows stay within their parameters, and together show every element once."""
+    counts: dict[str, Tensor] = {}
+    for view in (view for blocks, _ in contents.entries for block in blocks for view in block.views):
+        numbers = (*view.shape, *view.layout, *view.size, *view.stride, view.offset)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"a window on {view.parameter} has numbers that are no sizes")
+        if len(view.shape) != len(view.layout) or len(view.size) != len(view.stride):
+            raise ValueError(f"a window on {view.parameter} has not one stride for each axis")
+        # The memory of a vector has one place for each element of the parameter.
+        if max(_last(view.shape, view.layout), view.offset + _last(view.size, view.stride)) >= prod(view.shape):
+            raise ValueError(f"a window on {view.parameter} reaches beyond its {prod(view.shape)} elements")
+        if view.parameter not in counts:
+            counts[view.parameter] = torch.zeros(prod(view.shape), dtype=torch.int32)
+            places = torch.zeros_like(counts[view.parameter])
+            places.as_strided(view.shape, view.layout).add_(1)
+            if not bool((places == 1).all()):
+                raise ValueError(f"{view.parameter} has a layout in which elements share their place")
+        counts[view.parameter].as_strided(view.size, view.stride, view.offset).add_(1)
+    for name, count in counts.items():
+        if not bool((count == 1).all()):
+            raise ValueError(f"the windows on {name} do not show each element exactly once")
+
+
+def _last(size: Sequence[int], stride: Sequence[int]) -> int:
+    """The place of the last element."""
+    return sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: damaged, or not a kronfisher file ({error}); estimate and save it again")
 
 
 def _require_format(path: Path, header: Any) -> None:
