@@ -228,3 +228,28 @@ def test_projections_see_the_few_samples_that_decide(T, n):
 def test_every_fit_says_how_many_rows_it_saw(fit):
     fisher = kf.estimate(nn.Linear(3, 2), torch.randn(30, 3), kf.Gaussian(), fit=fit, labels="exact")
     assert fisher.rows["weight"] == 30
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_one_matrix_over_parameters_of_two_dtypes_has_the_wider_one(dtypes):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(3, 2).to(dtypes[0]), torch.nn.Linear(2, 2).to(dtypes[1])
+
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            return second(torch.tanh(first(x.to(dtypes[0]))).to(dtypes[1]))
+
+    model, x = Mixed(), torch.randn(6, 3)
+    fisher = kf.estimate(model, list(x.split(2)), kf.Gaussian(), fit=kf.Full(across_layers=True), labels="exact")
+    truth = torch.zeros(fisher.dim, fisher.dim, dtype=torch.float64)
+    for row in x.split(1):
+        for output in model(row)[0]:
+            gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+            gradient = torch.cat([part.double().flatten() for part in gradients])
+            truth += torch.outer(gradient, gradient) / len(x)
+    assert fisher.dtype == torch.float64
+    assert (fisher.to_dense() - truth).norm() < 1e-6 * truth.norm()

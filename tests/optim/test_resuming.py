@@ -45,6 +45,39 @@ def test_a_resumed_training_gives_the_same_bits(options):
     assert resumed.report().damping == optimizer.report().damping
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    "fit",
+    [
+        *FITS,
+        kf.KFOC("running"),
+        kf.KFOC("approx"),
+        kf.EKFAC(kf.KFOC("running")),
+        kf.TKFAC(),
+        kf.KFACCorrected(),
+        kf.BlockTridiagonal(kf.KFAC()),
+        "full",
+        "diagonal",
+    ],
+    ids=str,
+)
+def test_saving_after_any_step_changes_nothing(fit, steps):
+    data, refresh = batches(7), kf.Refresh(statistics=2, inverse=2, model=2)
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=refresh)
+    train(optimizer, model, data[:steps])
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    again = network()
+    resumed = kf.NaturalGradient(again, kf.Categorical(), fit=fit, refresh=refresh)
+    for target, state in zip((again, resumed), torch.load(file, weights_only=True), strict=True):
+        target.load_state_dict(state)
+    train(optimizer, model, data[steps:])
+    train(resumed, again, data[steps:])
+    assert torch.equal(weights(model), weights(again))
+
+
 def test_a_resumed_training_from_rows_gives_the_same_bits():
     data, model = batches(40, n=6), wide()
     optimizer = kf.NaturalGradient(model, kf.Categorical())

@@ -72,7 +72,9 @@ class Full(Fit):
                 add_symmetric_product_(state.products, gradients.transpose(0, 1).flatten(1))
             return state
         rows = [torch.cat([part.transpose(0, 1).flatten(1) for part in use.per_sample()]) for use in samples]
-        add_symmetric_product_(state.products, torch.cat(rows, dim=1))
+        joint = torch.cat(rows, dim=1)  # of the widest dtype among the layers
+        state.products = state.products.to(torch.promote_types(state.products.dtype, joint.dtype))
+        add_symmetric_product_(state.products, joint.to(state.products.dtype))
         return state
 
     def finish(self, state: Products) -> Dense:
