@@ -1,6 +1,6 @@
 """Which example each row of each use belongs to, according to shapes known from earlier batches, or else a probe."""
 
-from collections.abc import Callable, Container, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from weakref import WeakKeyDictionary
@@ -48,7 +48,6 @@ def row_orders(
     guesses: Mapping[tuple, RowOrder],
     *,
     training: bool,
-    counted: Container[str] = (),
 ) -> RowOrders:
     """The order of the rows of every part.
 
@@ -61,7 +60,6 @@ def row_orders(
         sorts: whether a part's rows have to be sorted by example.
         guesses: of earlier batches with the same graph.
         training: rows that mix examples are used regardless if a fit treats rows independently.
-        counted: names of parameters that earlier batches contributed to.
     """
     graph, examples = observation.graph, len(observation)
     answer = RowOrders(guesses=dict(guesses))
@@ -71,13 +69,6 @@ def row_orders(
         shape = observation.calls[index].shape
         for number, part in enumerate(parts_of_call):
             sort = sorts(part)
-            if (
-                examples == 1
-                and observation.calls[index].constant
-                and not any(name in counted for name in part.block.parameters)
-            ):
-                _note_constant(answer, observation.calls[index], part)  # as in a batch of several examples
-                continue
             rule = rules.get(key := (index, part.block.key, sort)) or guesses.get(key)
             if (sort and graph.gathers) or (graph.combines and (sort or not training)):
                 rule = None  # the next batch may come in another order, or combine other rows
@@ -109,7 +100,8 @@ def _note_mixed(
     """Refuse rows that belong to several examples, leave them to the fallback, or use them regardless."""
     block, reason = part.block, mixed_rows_message(_describe(call, part))
     if call.constant:
-        _note_constant(answer, call, part)
+        for name in block.parameters:
+            answer.problems[name] = f"{name}: used by {call.operator} before any data enter"
     elif not training:
         answer.refused[block.name] = reason
     elif sort:
@@ -117,12 +109,6 @@ def _note_mixed(
     else:
         answer.mixed.add(block.name)
         answer.orders[place] = answer.guesses[key] = RowOrder(prod(part.use.lead(call.shape)))
-
-
-def _note_constant(answer: RowOrders, call: Call, part: Part) -> None:
-    """Leave parameters to the fallback that are used where no data enter."""
-    for name in part.block.parameters:
-        answer.problems[name] = f"{name}: used by {call.operator} before any data enter"
 
 
 def _describe(call: Call, part: Part) -> str:

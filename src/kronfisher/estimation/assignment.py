@@ -222,13 +222,12 @@ def _row_orders(
         *((group.blocks, group.state.plan) for group in known.groups),
         *((entry.blocks, entry.plan) for entry in planned),
     ]
-    counted = {name for group in known.groups for block in group.blocks for name in block.parameters}
     by_example = {block.key for blocks, plan in plans if plan.by_example for block in blocks}
 
     def sorts(part: Part) -> bool:
         return part.use.summing or masked or part.block.key in by_example
 
-    return row_orders(observation, parts, sorts, guesses, training=fits.training, counted=counted)
+    return row_orders(observation, parts, sorts, guesses, training=fits.training)
 
 
 def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@
 are written out, which is cheaper and more precise for them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import hypot, inf
 from typing import Any
@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
-from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.spectrum import Spectrum, leading_spectra
 from kronfisher.fisher import Fisher
@@ -116,7 +114,6 @@ def measure(
             names |= {name for name, fit in fits.items() if fit is other}
         fits.update(dict.fromkeys(names, joined))
     run = Accumulator(replace(recipe, memory_budget=memory_budget, strict=False), fits)
-    run.known = Known(fallback=_fallback(groups))
     run.read(data, progress)
     count = float(run.count)
     found = {group.blocks: group.state for group in run.groups}
@@ -128,12 +125,6 @@ def measure(
             norm, distance = fit.norms(group, found.get(group))
         distances[name], norms[name] = distance * scale, norm * scale
     return Distance(distances, norms, count)
-
-
-def _fallback(groups: Iterable[tuple[Block, ...]]) -> dict[str, str]:
-    """Parameters that the fallback treated in the estimate: the truth's blocks are to have the same form."""
-    blocks = [block for group in groups for block in group if block.operator == FALLBACK]
-    return {name: f"{name}: treated by {FALLBACK} in the estimate" for block in blocks for name in block.parameters}
 
 
 def _ratio(distance: float, norm: float) -> float:
