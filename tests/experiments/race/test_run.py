@@ -136,7 +136,7 @@ def test_progress_is_reported(tmp_path, task, monkeypatch):
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, task):
-    with pytest.raises(ValueError, match="batch_size is 500, there are 200 data"):
+    with pytest.raises(ValueError, match="batch_size is 500, there are 200 examples"):
         race(tmp_path, "sgd", options={"sgd": {"batch_size": 500}}).go(task)
 
 
