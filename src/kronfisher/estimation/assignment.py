@@ -85,11 +85,6 @@ class Assignment:
     new: tuple[Planned, ...]
     known: Known
 
-    @property
-    def blocks(self) -> dict[Key, Block]:
-        """Those of the batch."""
-        return _blocks(self.parts) | {block.key: block for block in self.singles.values()}
-
 
 def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool = False) -> Assignment | Refusals:
     """Decide how a batch is treated, without side effects.
