@@ -1,24 +1,19 @@
 """Run a model on a batch and obtain its outputs and the batch's targets."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfisher.capture.batches import LABELS, as_keyed, split
 from kronfisher.capture.containers import as_tensors, tensors_in, without_inference_tensors
+from kronfisher.capture.language_models import shift_labels, with_decoder_inputs
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
 __all__ = ["Forward", "not_finite_error", "run"]
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
-
-_IGNORED = -100
-# The output of these models at a token predicts the next token, while their labels are those of the same tokens.
-_PREDICTS_NEXT_TOKEN = re.compile(r"(ForCausalLM|(?<!XLNet)(?<!With)LMHeadModel)$")
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device, where: str) -> tuple[Tensor, Any]:
@@ -28,6 +23,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
     its ``"labels"``. NumPy arrays become tensors on the model's device, floating-point arrays in its dtype. If the
     model does not return a tensor, the tensor ``logits`` of its answer is used. For a causal language model the labels
     in a mapping are those of the same tokens, as is customary; they are shifted here as the model's own loss would do.
+    The decoder of an encoder-decoder model reads its labels shifted, as there, unless its inputs are given.
 
     Raises:
         DataError: the batch is on another device, or the outputs are not a single floating-point tensor.
@@ -48,14 +44,14 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
                         f"{where} is on {tensor.device}, the model on {device}. Move one: batch.to({str(device)!r})."
                     )
             if isinstance(inputs, Mapping):
-                outputs = model(**inputs)
+                outputs = model(**with_decoder_inputs(inputs, targets, model, where))
             elif isinstance(inputs, tuple | list):
                 outputs = model(*inputs)
             else:
                 outputs = model(inputs)
             outputs = _logits_of(outputs, where)
             if isinstance(targets, Tensor) and not (isinstance(as_keyed(batch), tuple | list) and len(batch) == 2):
-                targets = _shift_labels(targets, outputs, model)
+                targets = shift_labels(targets, outputs, model)
     except (DataError, NumericalError, UnsupportedError):
         raise
     except Exception as error:
@@ -102,17 +98,6 @@ def _logits_of(answer: Any, where: str) -> Tensor:
         f"{where}: the model returned {type(answer).__name__}{keys}, not a tensor. "
         "Give forward=lambda model, batch: (outputs, targets)."
     )
-
-
-def _shift_labels(labels: Tensor, outputs: Tensor, model: nn.Module) -> Tensor:
-    """Move each label of a causal language model to the preceding token; labels of other models are unchanged."""
-    if outputs.ndim != 3 or labels.shape != outputs.shape[:2]:
-        return labels
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return labels  # its decoder gets shifted labels as inputs
-    if not any(_PREDICTS_NEXT_TOKEN.search(type(module).__name__) for module in model.modules()):
-        return labels
-    return F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
 
 
 def not_finite_error(batch: Any, where: str) -> NumericalError:
