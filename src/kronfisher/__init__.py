@@ -36,6 +36,7 @@ from kronfisher.fits import (
     Prototypes,
 )
 from kronfisher.fits.rearrangement import nearest_kronecker
+from kronfisher.influence import Influence, Scores, Share
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,
@@ -76,6 +77,7 @@ __all__ = [
     "Gaussian",
     "HeteroscedasticGaussian",
     "IndefiniteError",
+    "Influence",
     "IterateAverage",
     "KFACCorrected",
     "KroneckerSum",
@@ -92,6 +94,8 @@ __all__ = [
     "Prototypes",
     "Refresh",
     "Schedule",
+    "Scores",
+    "Share",
     "SingularError",
     "Tikhonov",
     "UnsupportedError",

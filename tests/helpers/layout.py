@@ -14,7 +14,7 @@ FLOORS = [
     {"layers"},
     {"capture", "fits"},
     {"estimation"},
-    {"optim", "laplace"},
+    {"optim", "laplace", "influence"},
     {"__init__"},
     {"experiments"},
     {"__main__"},

@@ -13,7 +13,7 @@ from kronfisher.errors import UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.info import Info
-from kronfisher.laplace.precision import Precision
+from kronfisher.fisher.precision import Precision
 from kronfisher.layers.activations import Dense as DenseActivations
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Dense, Diagonal, Operator

@@ -29,11 +29,13 @@ class Fit:
 
     Attributes:
         exact: what it stores is exact, whatever the source of the gradients.
+        additive: what it makes of a weight in two roles is a sum over the roles, so that it needs no products of them.
         trains: moving averages of its states can be kept, as in training.
         largest_tried: rows of the block up to which `Auto` tries it.
     """
 
     exact: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     largest_tried: ClassVar[float] = float("inf")
 

@@ -12,8 +12,8 @@ from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
 from kronfisher.fisher.layout import gather
+from kronfisher.fisher.precision import logdet
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.precision import logdet
 
 __all__ = ["best_factors", "log_evidence", "mean_square", "require_residuals", "score_training_data"]
 

@@ -17,9 +17,9 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.precision import Group, Precision
+from kronfisher.fits.quadratic_forms import pairs
 from kronfisher.laplace.per_output import Columns, Directions, Kept, PerOutput, Variances
-from kronfisher.laplace.precision import Group, Precision
-from kronfisher.laplace.quadratic_forms import pairs
 from kronfisher.linalg import plain_arithmetic
 
 __all__ = ["Linearised", "covariances", "directions", "variances"]

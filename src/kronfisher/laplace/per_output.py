@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.precision import Group
 from kronfisher.fits import State
+from kronfisher.fits.quadratic_forms import products, quadratics
 from kronfisher.fits.visitor import Visitor
-from kronfisher.laplace.precision import Group
-from kronfisher.laplace.quadratic_forms import products, quadratics
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Draws, Likelihood

@@ -12,8 +12,8 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter
 from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.precision import Group, Precision
 from kronfisher.laplace.linearised import Linearised
-from kronfisher.laplace.precision import Group, Precision
 from kronfisher.laplace.prior import PriorPrecision, entries, read_mean, read_prior
 from kronfisher.likelihoods import Likelihood
 from kronfisher.operators.algebra import nonnegative

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
+from kronfisher.fisher.precision import Group, Precision
 from kronfisher.laplace.linearised import covariances, variances
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.precision import Group, Precision
 from kronfisher.laplace.targets import Labelled
 from kronfisher.likelihoods import Likelihood, Prediction
 from kronfisher.linalg import promote

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronfisher.laplace.precision import Group, Precision
+from kronfisher.fisher.precision import Group, Precision
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks

@@ -1,4 +1,4 @@
-"""The posterior precision of one block, ``Λ = c·X + diag(p)``, its products, draws and determinant."""
+"""A block read as a precision, ``Λ = c·X + diag(p)``: of a posterior, or damped. Solutions, draws, determinant."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ Group = tuple[Block, ...]
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """``Λ = c·X + diag(p)``, the inverse covariance of a block's parameters under the posterior.
+    """``Λ = c·X + diag(p)``: the inverse covariance of a block's parameters under a posterior, or X damped.
 
     Where p is one number, Λ shares the eigenvectors of X. Where it is not, ``Λ = R (c·X̃ + 1) R`` with
     ``R = diag(√p)`` and ``X̃ = R⁻¹ X R⁻¹``, which has the structure of X if that is diagonal or small enough to be

@@ -1,0 +1,178 @@
+"""Measurements of a network's outputs, and their gradients in the form in which likelihoods send theirs backwards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.likelihoods import Bernoulli, Categorical, Draws, Likelihood, Weighted
+from kronfisher.likelihoods.checks import check_outputs, sum_per_example
+from kronfisher.linalg import promote
+
+__all__ = ["Measured", "Measurement", "measured"]
+
+Function = Callable[[Tensor, Any], Tensor]
+Measurement = str | tuple[str, int] | Function
+"""``"loss"``, ``"margin"``, ``"logit"`` of the target, ``("logit", class)``, or a function of (outputs, targets)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured(Likelihood):
+    """A likelihood by name only: what it sends backwards is the gradient of a measurement, one number an example.
+
+    Attributes:
+        base: whose positions count.
+        function: ``function(outputs, targets) -> [n]``, differentiable with respect to the outputs.
+        name: of the measurement, for messages.
+        targeted: whether the measurement cannot be taken without targets.
+    """
+
+    base: Likelihood
+    function: Function
+    name: str
+    targeted: bool
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError("a measurement is no probability")
+
+    def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
+        raise NotImplementedError("a measurement is no probability")
+
+    def positions(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
+        """None: what counts in a measurement is the measurement's own affair."""
+        return None
+
+    def joint_dim(self, outputs: Tensor, targets: Any = None) -> int | None:
+        """That of the base."""
+        return self.base.joint_dim(outputs, targets)
+
+    def observed(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The gradient of every example's measurement with respect to its own outputs.
+
+        Raises:
+            DataError: the function does not give one number for each example, or mixes examples.
+        """
+        with torch.enable_grad():
+            leaf = promote(outputs.detach()).requires_grad_()
+            values = self.function(leaf, targets)
+            if not isinstance(values, Tensor) or values.shape != leaf.shape[:1]:
+                found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise DataError(
+                    f"measurement={self.name}: it must give one number for each of the {len(leaf)} queries, "
+                    f"[{len(leaf)}]; found {found}."
+                )
+            (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise DataError(f"measurement={self.name}: it does not depend on the outputs of the model.")
+        return gradient.to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Any, where: str = "batch 0", labels: str = "sampled") -> None:
+        """Outputs as always; targets as the base checks them, where the measurement needs them."""
+        if self.targeted and targets is None:
+            raise DataError(
+                f"{where}: measurement={self.name} needs the targets of the queries, found none; give "
+                "(inputs, targets), or a measurement of the outputs alone, such as ('logit', 0)."
+            )
+        if self.targeted:
+            self.base.check(outputs, targets, where, "observed")
+        else:
+            check_outputs(outputs, f"measurement={self.name}", where)
+
+
+def measured(measurement: Measurement, likelihood: Likelihood) -> Likelihood:
+    """What sends the gradient of a measurement backwards.
+
+    Raises:
+        ValueError: there is no such measurement.
+        UnsupportedError: the likelihood has none of that name.
+    """
+    if measurement == "loss":
+        return likelihood
+    if callable(measurement):
+        return Measured(likelihood, measurement, getattr(measurement, "__name__", "function"), False)
+    if measurement == "margin":
+        return Measured(likelihood, _margin(likelihood), "'margin'", True)
+    if measurement == "logit":
+        return Measured(likelihood, _target_logit(likelihood), "'logit'", True)
+    if isinstance(measurement, tuple) and len(measurement) == 2 and measurement[0] == "logit":
+        return Measured(likelihood, _logit(likelihood, measurement[1]), repr(measurement), False)
+    raise ValueError(
+        f"measurement={measurement!r}: use 'loss', 'margin', 'logit', ('logit', class), or a function of "
+        "(outputs, targets) that gives one number for each example."
+    )
+
+
+def _plain(likelihood: Likelihood, name: str) -> Categorical | Bernoulli:
+    """The likelihood of classes inside."""
+    inner = likelihood.base if isinstance(likelihood, Weighted) else likelihood
+    if not isinstance(inner, Categorical | Bernoulli):
+        raise UnsupportedError(
+            f"measurement={name}: {type(inner).__name__} has no classes. Use 'loss', or a function of "
+            "(outputs, targets) that gives one number for each example."
+        )
+    return inner
+
+
+def _labels(likelihood: Likelihood, targets: Any) -> Tensor:
+    return targets[0] if isinstance(likelihood, Weighted) else targets
+
+
+def _of_classes(likelihood: Categorical, outputs: Tensor, targets: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits with the classes last, the target's class, and whether the position counts."""
+    if targets.is_floating_point():
+        raise DataError(f"measurement={name}: it needs class indices as targets, found {targets.dtype}.")
+    index = targets.long()
+    counts = index != likelihood.ignore_index
+    logits = promote(outputs).movedim(likelihood.joint_dim(outputs, targets), -1)
+    return logits, index.where(counts, 0).unsqueeze(-1), counts
+
+
+def _margin(likelihood: Likelihood) -> Function:
+    """``log p / (1 − p)`` of the target, summed over the positions of an example that count."""
+    inner = _plain(likelihood, "'margin'")
+
+    def margin(outputs: Tensor, targets: Any) -> Tensor:
+        targets = _labels(likelihood, targets)
+        if isinstance(inner, Bernoulli):
+            return sum_per_example(promote(outputs) * (2 * targets.to(promote(outputs).dtype) - 1))
+        logits, index, counts = _of_classes(inner, outputs, targets, "'margin'")
+        own = logits.gather(-1, index).squeeze(-1)
+        others = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
+        return sum_per_example((own - others).where(counts, 0))
+
+    return margin
+
+
+def _target_logit(likelihood: Likelihood) -> Function:
+    """The logit of the target, summed over the positions of an example that count."""
+    inner = _plain(likelihood, "'logit'")
+
+    def logit(outputs: Tensor, targets: Any) -> Tensor:
+        targets = _labels(likelihood, targets)
+        if isinstance(inner, Bernoulli):
+            return sum_per_example(promote(outputs) * targets.to(promote(outputs).dtype))
+        logits, index, counts = _of_classes(inner, outputs, targets, "'logit'")
+        return sum_per_example(logits.gather(-1, index).squeeze(-1).where(counts, 0))
+
+    return logit
+
+
+def _logit(likelihood: Likelihood, chosen: int) -> Function:
+    """The logit of one class, summed over all positions of an example."""
+    inner = _plain(likelihood, f"('logit', {chosen})")
+
+    def logit(outputs: Tensor, targets: Any) -> Tensor:
+        outputs = promote(outputs)
+        if isinstance(inner, Bernoulli):
+            outputs, axis = outputs.unsqueeze(-1).flatten(1), 1
+        else:
+            axis = inner.joint_dim(outputs, _labels(likelihood, targets) if targets is not None else None)
+        size = outputs.shape[axis]
+        if not -size <= chosen < size:
+            raise DataError(f"measurement=('logit', {chosen}): the model has {size} of them.")
+        return sum_per_example(outputs.select(axis, chosen))
+
+    return logit

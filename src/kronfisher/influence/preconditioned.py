@@ -1,0 +1,139 @@
+"""Preconditioned queries ``P = (F + λ)⁻¹ ∇m`` and self-scores, through the structure of every block of F."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.layout import Blocks, gather, scatter
+from kronfisher.fisher.precision import Precision
+from kronfisher.fits.quadratic_forms import quadratics
+from kronfisher.influence.contractions import LowRank
+from kronfisher.layers.samples import Samples
+from kronfisher.linalg import chunks
+
+__all__ = ["Damped", "Queries", "add_gradients_", "written_out"]
+
+Rows = dict[str, Tensor]
+"""Parameter → ``[K, *shape]``."""
+
+
+class Damped:
+    """``F + λ`` of every block.
+
+    Args:
+        fisher: F, a mean over examples.
+        damping: λ of every entry.
+
+    Attributes:
+        fisher: F.
+        damping: λ of every entry.
+    """
+
+    def __init__(self, fisher: Fisher, damping: Sequence[float]) -> None:
+        self.fisher, self.damping = fisher, tuple(damping)
+        self.precisions = [
+            Precision(op, 1.0, torch.tensor(value, dtype=op.dtype, device=op.device), op.name)
+            for (_, op), value in zip(fisher.entries, damping, strict=True)
+        ]
+
+    def solve(self, rows: Mapping[str, Tensor]) -> Rows:
+        """``(F + λ)⁻¹`` times K vectors ``{name: [K, *shape]}``.
+
+        Raises:
+            SingularError: λ is zero, and a block has no inverse. IndefiniteError: nor has a sum of products that is
+                indefinite.
+        """
+        found = {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
+        for (blocks, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
+            if bool((vectors := gather(blocks, rows)).any()):  # a parameter that nothing depends on has no inverse
+                scatter(blocks, precision.solves(vectors.to(precision.operator.dtype)).to(vectors.dtype), found)
+        return found
+
+    def together(self, blocks: Sequence[Block]) -> list[Blocks]:
+        """Groups of blocks whose gradients an operator of F, or several that share parameters, treat together."""
+        keys = {block.key: block for block in blocks}
+        alike = [mine for mine, _ in self.fisher.entries if all(block.key in keys for block in mine)]
+        while True:  # an operator whose parameters other blocks use as well is not enough for their products
+            covered = {block.key for mine in alike for block in mine}
+            left = [block for key, block in keys.items() if key not in covered]
+            shared = {name for block in left for name in block.parameters}
+            alone = [mine for mine in alike if not shared & _names(mine)]
+            if len(alone) == len(alike):
+                break
+            alike = alone
+        parts = [(_names((block,)), [block]) for block in left]
+        for mine, _ in self.fisher.entries:
+            met = [part for part in parts if part[0] & _names(mine)]
+            if len(met) > 1:  # one operator ties them together
+                parts = [part for part in parts if part not in met]
+                parts.append((set().union(*(names for names, _ in met)), [block for _, some in met for block in some]))
+        matched = [tuple(keys[block.key] for block in mine) for mine in alike]
+        return [*matched, *(tuple(some) for _, some in parts)]
+
+    def self_products(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
+        """``vec(G_k)ᵀ (F + λ)⁻¹ vec(G_k)`` ``[n]`` of a group that `together` made."""
+        keys = [block.key for block in blocks]
+        for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
+            if [block.key for block in mine] == keys:
+                return quadratics(samples, precision, mine)
+        names = _names(blocks)
+        like = samples[0].gradients
+        size = 4 * like.element_size() * sum(self.fisher.shapes[name].numel() for name in names)
+        parts = []
+        for low, high in chunks(len(samples[0]), size, samples[0].workspace):
+            rows = {name: like.new_zeros(high - low, *self.fisher.shapes[name]) for name in names}
+            for block, use in zip(blocks, samples, strict=True):
+                add_gradients_(rows, block, written_out(use.part(low, high)))
+            total = like.new_zeros(high - low)
+            for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
+                if _names(mine) <= names:
+                    vectors = gather(mine, rows).to(precision.operator.dtype)
+                    if bool(vectors.any()):
+                        total += (vectors * precision.solves(vectors)).sum(1).to(total.dtype)
+            parts.append(total)
+        return torch.cat(parts)
+
+    def inner(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+        """``⟨x_k, y_k⟩`` ``[K]``."""
+        return torch.stack([(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]).sum(0)
+
+
+def _names(blocks: Sequence[Block]) -> set[str]:
+    return {name for block in blocks for name in block.parameters}
+
+
+def written_out(samples: Samples) -> Tensor:
+    """``vec(G_k)`` ``[n, H·O·I]``."""
+    return torch.cat([G.transpose(0, 1).flatten(1) for G in samples.per_sample()])
+
+
+def add_gradients_(rows: Rows, block: Block, vectors: Tensor) -> None:
+    """Add canonical rows ``[K, D]`` of a block to parameter vectors; a weight in two roles has two blocks."""
+    own = {name: torch.zeros_like(rows[name]) for name in block.parameters}
+    block.scatter(vectors.to(next(iter(own.values())).dtype), own)
+    for name, values in own.items():
+        rows[name] += values
+
+
+class Queries:
+    """Preconditioned queries, in the canonical form of whichever block asks.
+
+    Args:
+        rows: ``{name: [Q, *shape]}``.
+        rank: truncates the matrix of every query and block to it; None: whole.
+    """
+
+    def __init__(self, rows: Rows, rank: int | None = None) -> None:
+        self.rows, self.rank = rows, rank
+        self._made: dict[Key, Tensor | LowRank] = {}
+
+    def of(self, block: Block) -> Tensor | LowRank:
+        """``[Q, H, O, I]``, or of low rank where that is less than full."""
+        if block.key not in self._made:
+            matrices = block.gather(self.rows).unflatten(1, block.shape)
+            low = self.rank is not None and self.rank < min(block.shape[1:])
+            self._made[block.key] = LowRank.of(matrices, self.rank) if low and self.rank else matrices
+        return self._made[block.key]

@@ -1,0 +1,163 @@
+"""Readings of data under capture: answers about the gradient of every example's own loss or measurement."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.capture.batches import Batches, Mask
+from kronfisher.capture.forward import Forward
+from kronfisher.capture.isolation import isolate
+from kronfisher.capture.observation import observe
+from kronfisher.errors import DataError
+from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.progress import Progress, writer
+from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.layout import Blocks
+from kronfisher.fits import State
+from kronfisher.fits.visitor import Visitor
+from kronfisher.layers.samples import Samples
+from kronfisher.likelihoods import Likelihood
+
+__all__ = ["Answers", "Network", "Reading", "read"]
+
+Question = Callable[[Blocks, tuple[Samples, ...]], Tensor]
+"""Blocks treated together and their samples → ``[n, ...]``, one answer an example."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and how batches go through it.
+
+    Attributes:
+        model: unwrapped.
+        names: of the parameters that count.
+        forward: as for `kronfisher.estimate`.
+        mask: as for `kronfisher.estimate`.
+        seed: of whatever the model draws.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    forward: Forward | None = None
+    mask: Mask | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Answers(Visitor):
+    """Puts questions to the samples of every group of blocks and keeps the answers of one batch.
+
+    Attributes:
+        questions: name → question.
+        together: puts blocks into groups.
+        kept: (name, blocks) → answers that came so far; per-example gradients come a few at a time.
+    """
+
+    questions: Mapping[str, Question]
+    together: Callable[[Sequence[Block]], list[Blocks]] | None = None
+    kept: dict[tuple[str, Blocks], list[Tensor]] = field(default_factory=dict)
+
+    exact = True  # for any source of gradients, per-example ones included
+    additive = True
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[Blocks]:
+        """One block at a time, unless the questions ask for more."""
+        return super().groups(blocks, after) if self.together is None else self.together(blocks)
+
+    def update(self, state: State, samples: tuple[Samples, ...]) -> State:
+        """Put every question."""
+        for name, question in self.questions.items():
+            self.kept.setdefault((name, state.blocks), []).append(question(state.blocks, samples))
+        return state
+
+    def take(self, name: str) -> dict[Blocks, Tensor]:
+        """The answers to one question, ``[n, ...]`` for every group of blocks, which are then forgotten."""
+        found = {blocks: self.kept.pop((asked, blocks)) for asked, blocks in list(self.kept) if asked == name}
+        return {blocks: parts[0] if len(parts) == 1 else torch.cat(parts) for blocks, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One batch that was read.
+
+    Attributes:
+        where: its name in messages.
+        size: n, its examples.
+        batch: as the loader returned it.
+        answers: question → blocks → ``[n, ...]``.
+        fallback: parameter → why only per-example gradients cover it.
+    """
+
+    where: str
+    size: int
+    batch: Any
+    answers: Mapping[str, Mapping[Blocks, Tensor]]
+    fallback: Mapping[str, str]
+
+
+def read(
+    network: Network,
+    likelihood: Likelihood,
+    data: Any,
+    questions: Mapping[str, Question],
+    together: Callable[[Sequence[Block]], list[Blocks]] | None = None,
+    *,
+    what: str = "batch",
+    progress: Progress = False,
+    skip: Callable[[int, Any], bool] | None = None,
+) -> Iterator[Reading]:
+    """Read data once, batch by batch, with questions about the gradient of ``-log p(targets)`` of every example.
+
+    Args:
+        network: the model, and how batches go through it.
+        likelihood: whose observed vectors are sent backwards.
+        data: as for `kronfisher.estimate`.
+        questions: name → question.
+        together: puts blocks into groups; None: every block alone.
+        what: a batch is called in messages.
+        progress: as for `kronfisher.estimate`.
+        skip: number and batch → whether it is passed over.
+
+    Raises:
+        DataError: there are no data, or they do not fit.
+        UnsupportedError: examples are coupled.
+        NumericalError: outputs are not finite.
+    """
+    parameters = {name: p for name, p in network.model.named_parameters() if name in network.names}
+    if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
+        raise DataError(f"{', '.join(frozen)}: frozen now, but part of the Fisher; call requires_grad_(True) on them.")
+    visitor = Answers(questions, together)
+    recipe = Recipe(
+        network.model,
+        likelihood,
+        "observed",
+        forward=network.forward,
+        mask=network.mask,
+        exact_limit=sys.maxsize,
+        seed=network.seed,
+    )
+    run = Accumulator(recipe, visitor, parameters)
+    batches, tell = Batches(data), writer(progress)
+    run.tell = tell
+    try:
+        for where, batch in batches.read(0):
+            where = where.replace("batch", what, 1)
+            if skip is not None and skip(batches.index - 1, batch):
+                continue
+            with isolate(network.model, network.seed + batches.index):
+                observation = observe(network.model, parameters, batch, network.forward, where)
+                run.absorb(observation)
+                size = len(observation)
+                del observation
+            answers = {name: visitor.take(name) for name in questions}
+            tell(f"{batches.index} batches")
+            yield Reading(where, size, batch, answers, run.known.fallback)
+    finally:
+        tell("")
+    if not batches.index:
+        raise DataError(f"The data contain no {what}. Pass a loader with at least one; a generator is read only once.")
