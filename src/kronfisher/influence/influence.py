@@ -1,35 +1,34 @@
 """Influence functions: which training data are behind a prediction."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from kronfisher.capture.batches import Mask
+from kronfisher.capture.batches import Batches, Mask, checksum
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError, NumericalError
+from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
-from kronfisher.fisher.blocks import Block
-from kronfisher.fisher.layout import Blocks, block_name
 from kronfisher.fisher.parameters import unwrapped
-from kronfisher.influence.contractions import LowRank, by_position, gradient_norms, inner_products
 from kronfisher.influence.damping import DampingChoice, read_damping
+from kronfisher.influence.files import RowFile, digest, fingerprint
 from kronfisher.influence.measurements import Measurement, measured
 from kronfisher.influence.preconditioned import Damped, Queries, Rows, add_gradients_, written_out
-from kronfisher.influence.readings import Network, Question, Reading, read
+from kronfisher.influence.readings import Network, Question, read, require_finite
+from kronfisher.influence.refinement import refine as refined
 from kronfisher.influence.scores import Scores
-from kronfisher.layers.samples import Samples
+from kronfisher.influence.scoring import Per, Scorer, self_scores
+from kronfisher.influence.streams import collect, write
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
 
 __all__ = ["Influence"]
 
-Per = Literal["block", "group", "position"]
 Normalization = Literal["cosine", "relative"]
 _SPECTRUM = ("clamped", "absolute")  # changes after which it is still an approximation of the Fisher matrix
 
@@ -52,6 +51,8 @@ class Influence:
             mean eigenvalue.
         normalize: "cosine": in the inner product of ``(F + λ)⁻¹``; "relative": divided by the root of the example's
             self-score (Barshan et al. 2020, arXiv:2003.11630).
+        refine: steps of conjugate gradients on the exact Gauss-Newton matrix, preconditioned by the Fisher; each reads
+            the training data once more and takes two backward passes a query and batch.
         forward: as for `kronfisher.estimate`, of which it is the default.
         mask: likewise.
 
@@ -83,6 +84,7 @@ class Influence:
         *,
         damping: DampingChoice | None = None,
         normalize: Normalization | None = None,
+        refine: int = 0,
         forward: Forward | None = None,
         mask: Mask | None = None,
     ) -> None:
@@ -95,7 +97,10 @@ class Influence:
                 f"the Fisher was changed since its estimate ({', '.join(odd)}); pass it as estimated, and what is to "
                 "be added to it as damping=."
             )
+        if not isinstance(refine, int) or refine < 0:
+            raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
+        self.refine = refine
         parameters = dict(self.model.named_parameters())
         for name, shape in fisher.shapes.items():
             if name not in parameters or parameters[name].shape != shape:
@@ -130,9 +135,10 @@ class Influence:
         measurement: Measurement = "loss",
         per: Per | None = None,
         rank: int | None = None,
+        path: str | Path | None = None,
         progress: Progress = False,
     ) -> Scores:
-        """Score every training example for every query; the training data are read once.
+        """Score every training example for every query; the training data are read once (and once a step of `refine`).
 
         Args:
             train: batches of inputs and targets in a fixed order, as for `kronfisher.estimate`.
@@ -144,13 +150,16 @@ class Influence:
                 by block, "position" by position of the training example.
             rank: truncates the matrix of every preconditioned query in every block, so that no gradient of a training
                 example is formed; ``scores.bounds`` says what that may change.
+            path: of a memory-mapped file that takes the scores batch by batch. A run that was interrupted or killed
+                goes on where it was, if model, Fisher, queries, settings and batches are the same.
             progress: as for `kronfisher.estimate`.
 
         Returns:
             ``[Q, N]``, or with a last axis for `per`.
 
         Raises:
-            DataError: data do not fit, are shuffled, or lack the targets that are needed.
+            DataError: data do not fit, are shuffled, or lack the targets that are needed; the file at `path` was
+                written with other settings or batches, and is left as it is.
             UnsupportedError: examples are coupled, or `per` has no meaning for this network.
             SingularError: λ is zero where F has no inverse. IndefiniteError: a sum of products is indefinite.
             NumericalError: something is not finite; it names the batch.
@@ -162,20 +171,38 @@ class Influence:
             raise ValueError(f"rank={rank!r}: use an integer of at least 1, or None.")
         if per == "position" and rank is not None:
             raise ValueError("per='position' takes whole queries; leave out rank=.")
+        if per == "position" and path is not None:
+            raise ValueError("per='position': batches may have different positions; leave out path=.")
         _require_order(train, "train")
-        solved, own = self.preconditioned(queries, measurement, progress)
-        asked = Queries(solved, rank)
-        parts = [part for part, _ in self._parts(train, asked, own, per, rank, progress)]
-        names = tuple(dict.fromkeys(name for part in parts for name in part.values))
-        values = _join([_stack(part.values, names, per) for part in parts])
-        bounds = torch.cat([part.bounds for part in parts]) if rank is not None else None
-        return Scores(
-            values.transpose(0, 1),
-            per,
-            names if per in ("block", "group") else (),
-            None if bounds is None else bounds.mT,
-            parts[-1].fallback,
-        )
+        file = None if path is None else RowFile(path, self._settings(queries, measurement, per, rank))
+        batches, residuals = Batches(train), None
+        gradients = self.gradients(queries, measurement, progress)
+        if self.refine:
+            solved, residuals = refined(
+                self.network, self.likelihood, self.damped, gradients, batches, self.refine, progress
+            )
+        else:
+            with plain_arithmetic(self.fisher.device):
+                solved = self.damped.solve(gradients)
+        own = self.damped.inner(gradients, solved)
+        scorer = Scorer(self.network, self.likelihood, self.damped, Queries(solved, rank), own, self.normalize, per)
+        if file is None:
+            return collect(scorer, batches, self.refine, residuals, progress)
+        return write(scorer, batches, self.refine, residuals, file, progress)
+
+    def _settings(self, queries: Any, measurement: Measurement, per: Per | None, rank: int | None) -> dict[str, str]:
+        """Name → hash or text of everything that scores depend on besides the training data."""
+        code = getattr(measurement, "__code__", None)
+        batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
+        return {
+            "model": fingerprint(self.model),
+            "Fisher": fingerprint(self.fisher),
+            "likelihood": repr(self.likelihood),
+            "damping": repr(self.damped.damping),
+            "queries": digest(*batches),
+            "measurement": repr(measurement) if code is None else digest(code.co_code, code.co_consts, code.co_names),
+            "options": repr((per, rank, self.normalize, self.refine, self.fisher.count)),
+        }
 
     def self_scores(self, train: Any, *, progress: Progress = False) -> Tensor:
         """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``: how much the loss of an example rises if it is left out.
@@ -188,25 +215,7 @@ class Influence:
             DataError, UnsupportedError, SingularError, IndefiniteError, NumericalError: as `scores`.
         """
         _require_order(train, "train")
-        questions: dict[str, Question] = {"self": self.damped.self_products}
-        readings = read(self.network, self.likelihood, train, questions, self.damped.together, progress=progress)
-        parts = []
-        for reading in readings:
-            parts.append(_require_finite(self._self_scores(reading), reading.where))
-        return torch.cat(parts)
-
-    def preconditioned(
-        self, queries: Any, measurement: Measurement = "loss", progress: Progress = False
-    ) -> tuple[Rows, Tensor]:
-        """``(F + λ)⁻¹ ∇m`` of every query, ``{name: [Q, *shape]}``, and ``∇mᵀ (F + λ)⁻¹ ∇m`` ``[Q]``.
-
-        Raises:
-            DataError, UnsupportedError, SingularError, IndefiniteError, NumericalError: as `scores`.
-        """
-        gradients = self.gradients(queries, measurement, progress)
-        with plain_arithmetic(self.fisher.device):
-            solved = self.damped.solve(gradients)
-            return solved, self.damped.inner(gradients, solved)
+        return self_scores(self.network, self.likelihood, self.damped, train, progress)
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:
         """``∇m`` of every query, ``{name: [Q, *shape]}``."""
@@ -225,142 +234,9 @@ class Influence:
             }
             with plain_arithmetic(self.fisher.device):
                 for blocks, answer in reading.answers["gradient"].items():
-                    add_gradients_(rows, blocks[0], _require_finite(answer, reading.where))
+                    add_gradients_(rows, blocks[0], require_finite(answer, reading.where))
             found.append(rows)
         return {name: torch.cat([rows[name] for rows in found]) for name in self.fisher.shapes}
-
-    # One batch of training data ---------------------------------------------------------------------------------------
-
-    def _parts(
-        self, train: Any, asked: Queries, own: Tensor, per: Per | None, rank: int | None, progress: Progress
-    ) -> "Iterator[tuple[_Part, Reading]]":
-        """Scores of one batch after the other."""
-        owners = self._owners()
-
-        def products(blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
-            answers = []
-            for block, use in zip(blocks, samples, strict=True):
-                queries = asked.of(block)
-                if per == "position":
-                    assert isinstance(queries, Tensor)
-                    answers.append(by_position(use, queries).transpose(1, 2))
-                else:
-                    answers.append(inner_products(use, queries))
-            return torch.stack(answers, dim=-1) if per == "block" else sum(answers[1:], answers[0])
-
-        def bounds(blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
-            total = None
-            for block, use in zip(blocks, samples, strict=True):
-                queries = asked.of(block)
-                if isinstance(queries, LowRank):
-                    bound = gradient_norms(use)[:, None] * queries.discarded.to(use.gradients)
-                    total = bound if total is None else total + bound
-            return samples[0].gradients.new_zeros(len(samples[0]), len(own)) if total is None else total
-
-        questions: dict[str, Question] = {"score": products}
-        if rank is not None:
-            questions["bound"] = bounds
-        if self.normalize:
-            questions["self"] = self.damped.self_products
-        together = self.damped.together if self.normalize or per == "group" else None
-        for reading in read(self.network, self.likelihood, train, questions, together, progress=progress):
-            with plain_arithmetic(self.fisher.device):
-                if per == "position":
-                    _require_positions(reading)
-                scale = self._scale(reading, own)
-                values: dict[str, Tensor] = {}
-                for blocks, answer in reading.answers["score"].items():
-                    for name, part in _named(blocks, answer, per, owners):
-                        part = part * (scale if part.dim() == 2 else scale.unsqueeze(-1))
-                        values[name] = part + values[name] if name in values else part
-                if not values:
-                    values[""] = own.new_zeros(reading.size, len(own))
-                for part in values.values():
-                    _require_finite(part, reading.where)
-                bound = own.new_zeros(reading.size, len(own))
-                for answer in reading.answers.get("bound", {}).values():
-                    bound += answer.to(bound.dtype)
-                yield _Part(values, bound * scale, reading.fallback), reading
-
-    def _scale(self, reading: Reading, own: Tensor) -> Tensor:
-        """What products of one batch are multiplied with, ``[n, Q]`` or of one column."""
-        count = self.fisher.count
-        if self.normalize is None:
-            return own.new_full((1, 1), 1 / count)
-        each = self._self_scores(reading).to(own.dtype)[:, None]  # with 1/N
-        scale = torch.where(each > 0, each.rsqrt(), 0) / count
-        if self.normalize == "cosine":
-            scale = scale * torch.where(own > 0, (own / count).rsqrt(), 0)
-        return scale
-
-    def _self_scores(self, reading: Reading) -> Tensor:
-        total = None
-        for answer in reading.answers["self"].values():
-            total = answer if total is None else total + answer.to(total.dtype)
-        if total is None:
-            total = torch.zeros(reading.size, dtype=self.fisher.dtype, device=self.fisher.device)
-        return total / self.fisher.count
-
-    def _owners(self) -> dict[Any, str]:
-        """Key of a block, or parameter → the name of the group of blocks that covers it."""
-        owners: dict[Any, str] = {}
-        for blocks, _ in self.fisher.entries:
-            for block in blocks:
-                owners[block.key] = block_name(blocks)
-                owners |= {name: block_name(blocks) for name in block.parameters if name not in owners}
-        return owners
-
-
-class _Part:
-    """Scores of one batch: name → ``[n, Q]`` (or ``[n, Q, T]``), bounds ``[n, Q]``."""
-
-    def __init__(self, values: dict[str, Tensor], bounds: Tensor, fallback: Any) -> None:
-        self.values, self.bounds, self.fallback = values, bounds, fallback
-
-
-def _named(blocks: Blocks, answer: Tensor, per: Per | None, owners: dict[Any, str]) -> Sequence[tuple[str, Tensor]]:
-    if per == "block":
-        return [(block.name, answer[..., place]) for place, block in enumerate(blocks)]
-    if per == "group":
-        return [(_owner(blocks[0], owners), answer)]
-    return [("", answer)]
-
-
-def _owner(block: Block, owners: dict[Any, str]) -> str:
-    return owners.get(block.key) or owners[block.parameters[0]]
-
-
-def _stack(values: dict[str, Tensor], names: Sequence[str], per: Per | None) -> Tensor:
-    if per in ("block", "group"):
-        like = next(iter(values.values()))
-        return torch.stack([values.get(name, torch.zeros_like(like)) for name in names], dim=-1)
-    return values[""]
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Batches one after the other; where they have fewer positions, the rest is zero."""
-    if parts[0].dim() == 3:
-        longest = max(part.shape[2] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts]
-    return torch.cat(list(parts))
-
-
-def _require_positions(reading: Reading) -> None:
-    """DataError unless all blocks have the same positions."""
-    sizes = {blocks[0].name: answer.shape[-1] for blocks, answer in reading.answers["score"].items()}
-    if len(set(sizes.values())) > 1 or reading.fallback:
-        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise DataError(
-            f"{reading.where}: per='position' needs the same positions in all layers; {listed}"
-            + (f", and {', '.join(reading.fallback)} has per-example gradients only" if reading.fallback else "")
-            + ". Ask without it, or freeze the other layers."
-        )
-
-
-def _require_finite(values: Tensor, where: str) -> Tensor:
-    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
-        raise NumericalError(f"{where}: a gradient holds NaN or Inf; drop the example, or look at the weights.")
-    return values
 
 
 def _require_order(data: Any, what: str) -> None:

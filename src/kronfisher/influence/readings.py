@@ -12,7 +12,7 @@ from kronfisher.capture.batches import Batches, Mask
 from kronfisher.capture.forward import Forward
 from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import observe
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, NumericalError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
@@ -23,7 +23,7 @@ from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Likelihood
 
-__all__ = ["Answers", "Network", "Reading", "read"]
+__all__ = ["Answers", "Network", "Question", "Reading", "read", "require_finite"]
 
 Question = Callable[[Blocks, tuple[Samples, ...]], Tensor]
 """Blocks treated together and their samples → ``[n, ...]``, one answer an example."""
@@ -108,6 +108,7 @@ def read(
     together: Callable[[Sequence[Block]], list[Blocks]] | None = None,
     *,
     what: str = "batch",
+    number: int = 0,
     progress: Progress = False,
     skip: Callable[[int, Any], bool] | None = None,
 ) -> Iterator[Reading]:
@@ -116,10 +117,11 @@ def read(
     Args:
         network: the model, and how batches go through it.
         likelihood: whose observed vectors are sent backwards.
-        data: as for `kronfisher.estimate`.
+        data: as for `kronfisher.estimate`, or `Batches` of which this is not the first reading.
         questions: name → question.
         together: puts blocks into groups; None: every block alone.
         what: a batch is called in messages.
+        number: of the reading, from zero; later ones must read the same batches.
         progress: as for `kronfisher.estimate`.
         skip: number and batch → whether it is passed over.
 
@@ -142,11 +144,13 @@ def read(
         seed=network.seed,
     )
     run = Accumulator(recipe, visitor, parameters)
-    batches, tell = Batches(data), writer(progress)
+    batches, tell = data if isinstance(data, Batches) else Batches(data), writer(progress)
     run.tell = tell
     try:
-        for where, batch in batches.read(0):
+        for where, batch in batches.read(number):
             where = where.replace("batch", what, 1)
+            if number:
+                batches.recognise(batch)
             if skip is not None and skip(batches.index - 1, batch):
                 continue
             with isolate(network.model, network.seed + batches.index):
@@ -159,5 +163,11 @@ def read(
             yield Reading(where, size, batch, answers, run.known.fallback)
     finally:
         tell("")
-    if not batches.index:
-        raise DataError(f"The data contain no {what}. Pass a loader with at least one; a generator is read only once.")
+    batches.require_same_number()
+
+
+def require_finite(values: Tensor, where: str) -> Tensor:
+    """The same values; NumericalError if one is NaN or Inf."""
+    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        raise NumericalError(f"{where}: a gradient holds NaN or Inf; drop the example, or look at the weights.")
+    return values

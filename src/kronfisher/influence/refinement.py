@@ -1,0 +1,133 @@
+"""Queries solved with the exact Gauss-Newton matrix, by conjugate gradients that the Fisher preconditions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kronfisher.capture.batches import Batches, positions_of
+from kronfisher.capture.forward import run
+from kronfisher.capture.isolation import isolate
+from kronfisher.errors import DataError, NumericalError, SingularError
+from kronfisher.estimation.progress import Progress, writer
+from kronfisher.fisher.layout import scatter
+from kronfisher.influence.preconditioned import Damped, Rows
+from kronfisher.influence.readings import Network
+from kronfisher.likelihoods import Likelihood, along_outputs
+from kronfisher.linalg import plain_arithmetic, promote
+
+__all__ = ["refine"]
+
+
+def refine(
+    network: Network,
+    likelihood: Likelihood,
+    damped: Damped,
+    gradients: Rows,
+    batches: Batches,
+    steps: int,
+    progress: Progress = False,
+) -> tuple[Rows, Tensor]:
+    """``(GGN + λ)⁻¹ v`` for K vectors, by some steps of conjugate gradients from zero; one reading of the data each.
+
+    Args:
+        network: the model, and how batches go through it.
+        likelihood: whose Hessian of the outputs is taken.
+        damped: F + λ, which preconditions; λ is that of each of its blocks.
+        gradients: v, ``{name: [K, *shape]}``.
+        batches: the training data; readings 0 to `steps` − 1 are made here.
+        steps: of conjugate gradients.
+        progress: as for `kronfisher.estimate`.
+
+    Returns:
+        Solutions, and their relative residuals ``[K]``.
+
+    Raises:
+        SingularError: λ is zero, and a direction has no curvature.
+        NumericalError: something is not finite.
+    """
+    shift = _shifts(damped, gradients)
+    device = damped.fisher.device
+    with plain_arithmetic(device):
+        answer = {name: torch.zeros_like(v) for name, v in gradients.items()}
+        residual = {name: v.clone() for name, v in gradients.items()}
+        direction = damped.solve(residual)
+        product, norm = damped.inner(residual, direction), damped.inner(residual, residual)
+    for number in range(steps):
+        image = _gauss_newton(network, likelihood, direction, batches, number, damped.fisher.count, progress)
+        with plain_arithmetic(device):
+            image = {name: image[name] + shift[name] * direction[name] for name in image}
+            curvature = damped.inner(direction, image)
+            active = product > 0
+            if not bool(torch.isfinite(curvature).all()):
+                raise NumericalError("refine: a product with the Gauss-Newton matrix holds NaN or Inf.")
+            if bool((active & (curvature <= 0)).any()):
+                raise SingularError("refine: a direction has no curvature, and λ is zero there; give a damping.")
+            step = torch.where(active, product / curvature, 0)
+            answer = _plus(answer, direction, step)
+            residual = _plus(residual, image, -step)
+            solved = damped.solve(residual)
+            new = damped.inner(residual, solved)
+            direction = _plus(solved, direction, torch.where(active, new / product, 0))
+            product = new
+    with plain_arithmetic(device):
+        missing = damped.inner(residual, residual)
+        return answer, torch.where(norm > 0, missing / norm, 0).sqrt()
+
+
+def _plus(x: Mapping[str, Tensor], y: Mapping[str, Tensor], factor: Tensor) -> Rows:
+    """``x_k + factor_k · y_k``."""
+    return {name: x[name] + y[name] * factor.reshape(-1, *[1] * (y[name].dim() - 1)) for name in x}
+
+
+def _shifts(damped: Damped, like: Mapping[str, Tensor]) -> Rows:
+    """λ of every parameter ``[1, *shape]``."""
+    found = {name: v.new_zeros(1, *v.shape[1:]) for name, v in like.items()}
+    some = next(iter(found.values()))
+    for (blocks, operator), value in zip(damped.fisher.entries, damped.damping, strict=True):
+        scatter(blocks, some.new_full((1, operator.dim), value), found)
+    return found
+
+
+def _gauss_newton(
+    network: Network,
+    likelihood: Likelihood,
+    directions: Rows,
+    batches: Batches,
+    number: int,
+    count: float,
+    progress: Progress,
+) -> Rows:
+    """The exact Gauss-Newton matrix, a mean over `count` examples, times K directions; one reading of the data."""
+    parameters = {name: p for name, p in network.model.named_parameters() if name in directions}
+    device = next(iter(parameters.values())).device
+    total, tell = {name: torch.zeros_like(d) for name, d in directions.items()}, writer(progress)
+    leaves, size = list(parameters.values()), len(next(iter(directions.values())))
+    for where, batch in batches.read(number):
+        batches.recognise(batch)
+        with isolate(network.model, network.seed + batches.index), sdpa_kernel(SDPBackend.MATH):
+            outputs, targets = run(network.model, batch, network.forward, device, where)
+            likelihood.check(outputs.detach(), targets, where, "exact")
+            kept = None
+            if network.mask is not None:
+                joint = likelihood.joint_dim(outputs, targets)
+                given = positions_of(batch, network.mask, outputs, where)
+                kept = along_outputs(given, outputs, joint, where)
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            slopes = torch.autograd.grad(outputs, leaves, dummy, create_graph=True, materialize_grads=True)
+            for k in range(size):
+                along = [directions[name][k].to(p.dtype) for name, p in parameters.items()]
+                (tangent,) = torch.autograd.grad(slopes, dummy, along, retain_graph=True, materialize_grads=True)
+                vector = likelihood.hessian_product(outputs.detach(), tangent.detach(), targets).to(outputs.dtype)
+                vector = vector if kept is None else vector * kept
+                found = torch.autograd.grad(outputs, leaves, vector, retain_graph=True, materialize_grads=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    total[name][k] += promote(gradient).to(total[name].dtype)
+            del outputs, slopes, dummy
+        tell(f"conjugate gradients, step {number + 1}, {batches.index} batches")
+    tell("")
+    batches.require_same_number()
+    if not count:
+        raise DataError("the Fisher counts no example.")
+    return {name: value / count for name, value in total.items()}

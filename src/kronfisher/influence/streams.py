@@ -1,0 +1,83 @@
+"""Where scores go as they come: into memory, or into a memory-mapped file."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.capture.batches import Batches
+from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.estimation.progress import Progress
+from kronfisher.influence.files import RowFile
+from kronfisher.influence.scores import Scores
+from kronfisher.influence.scoring import Part, Scorer
+from kronfisher.operators.memory import available_memory
+
+__all__ = ["collect", "write"]
+
+
+def collect(
+    scorer: Scorer, batches: Batches, number: int, residuals: Tensor | None = None, progress: Progress = False
+) -> Scores:
+    """All scores in memory.
+
+    Args:
+        scorer: with its queries.
+        batches: the training data.
+        number: of their reading.
+        residuals: of refined queries.
+        progress: as for `kronfisher.estimate`.
+
+    Raises:
+        MemoryBudgetError: they do not fit.
+    """
+    parts: list[Part] = []
+    limit, taken = available_memory(scorer.own.device), 0
+    for part in scorer.read(batches, number, progress):
+        parts.append(part)
+        taken += sum(2 * t.numel() * t.element_size() for t in (part.values, part.bounds) if t is not None)
+        if taken > limit:
+            raise MemoryBudgetError(
+                f"{part.where}: the scores of {batches.index} batches take {taken:,} bytes, more than the free memory "
+                f"of {limit:,}. Give path=, ask for fewer queries, or, if the loader never ends, one that does."
+            )
+    values = [part.values for part in parts]
+    if scorer.per == "position":  # where a batch has fewer positions, the rest is zero
+        longest = max(part.shape[2] for part in values)
+        values = [torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in values]
+    bounds = [part.bounds for part in parts if part.bounds is not None]
+    return Scores(
+        torch.cat(values).transpose(0, 1),
+        scorer.per,
+        parts[0].names,
+        torch.cat(bounds).mT if bounds else None,
+        parts[-1].fallback,
+        residuals,
+    )
+
+
+def write(
+    scorer: Scorer, batches: Batches, number: int, residuals: Tensor | None, file: RowFile, progress: Progress = False
+) -> Scores:
+    """All scores in a file, which may have some of them already; see `collect`.
+
+    Raises:
+        DataError: the batches are not those that the file was written from.
+    """
+    for part in scorer.read(batches, number, progress, skip=file.skip):
+        parts = {"scores": part.values} | ({} if part.bounds is None else {"bounds": part.bounds})
+        notes: dict[str, Any] = {"names": list(part.names), "fallback": dict(part.fallback)}
+        if file.record.rows and file.record.notes["names"] != notes["names"]:
+            raise DataError(f"{part.where}: other blocks than in {file.path}; it is left as it is.")
+        file.add(parts, notes)
+    file.finish()
+    kept, notes = file.open(), file.record.notes
+    bounds = kept.get("bounds")
+    return Scores(
+        kept["scores"].transpose(0, 1),
+        scorer.per,
+        tuple(notes["names"]),
+        None if bounds is None else bounds.mT,
+        notes["fallback"],
+        residuals,
+    )

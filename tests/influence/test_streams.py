@@ -1,0 +1,209 @@
+"""Low rank, refinement by conjugate gradients, slices of queries, and files that survive being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import cycle
+
+import pytest
+import torch
+
+import kronfisher as kf
+from kronfisher.layers.samples import Samples
+from tests.helpers.close import close
+from tests.helpers.layout import ROOT
+from tests.helpers.networks import Tied, images, perceptron
+from tests.helpers.truth import dense_fisher, gradients
+
+
+def problem(model=None, shape=(4,), n=24, q=5, **options):
+    model = model or perceptron(4, 6, 5, 3, seed=1)
+    x = torch.randn(n + q, *shape).double()
+    y = torch.randint(3, model(x).shape[:-1])
+    train = [(x[k : k + 8], y[k : k + 8]) for k in range(0, n, 8)]
+    fisher = kf.estimate(model, train, kf.Categorical(), fit="ekfac", labels="exact")
+    return kf.Influence(model, fisher, kf.Categorical(), **options), train, (x[n:], y[n:])
+
+
+@pytest.mark.parametrize("build", [lambda: (None, (4,)), lambda: (images(), (2, 4, 4)), lambda: (Tied(), (2, 4))])
+def test_the_bound_of_truncated_queries_holds_and_full_rank_changes_nothing(build):
+    model, shape = build()
+    influence, train, queries = problem(model if model is None else model.double(), shape)
+    whole = influence.scores(train, queries).values
+    for rank in (1, 2):
+        truncated = influence.scores(train, queries, rank=rank)
+        error = (truncated.values - whole).abs()
+        assert bool((error <= truncated.bounds * (1 + 1e-9) + 1e-14).all()) and error.max() > 1e-8
+        assert truncated.bounds.min() > 0
+    close(influence.scores(train, queries, rank=40).values, whole)
+
+
+def test_queries_of_low_rank_never_form_the_gradient_of_an_example(monkeypatch):
+    influence, train, queries = problem(perceptron(4, 40, 3, seed=1), q=40)
+    expected, asked = influence.scores(train, queries, rank=1), influence.gradients(queries)
+    monkeypatch.setattr(influence, "gradients", lambda *options: asked)
+    monkeypatch.setattr(Samples, "per_sample", lambda self: pytest.fail("a gradient was formed"))
+    close(influence.scores(train, queries, rank=1).values, expected.values)
+    with pytest.raises(pytest.fail.Exception, match="a gradient was formed"):
+        influence.scores(train, queries)
+
+
+class Counted:
+    """A list of batches that counts its readings."""
+
+    def __init__(self, batches):
+        self.batches, self.readings = batches, 0
+
+    def __iter__(self):
+        self.readings += 1
+        return iter(self.batches)
+
+
+def test_training_data_are_read_once_and_once_more_for_each_refinement():
+    influence, train, queries = problem()
+    counted = Counted(train)
+    influence.scores(counted, queries)
+    assert counted.readings == 1
+    influence, train, queries = problem(refine=3)
+    counted = Counted(train)
+    influence.scores(counted, queries)
+    assert counted.readings == 4
+
+
+def test_refined_scores_converge_to_the_exact_matrix():
+    influence, train, queries = problem(damping=0.02, refine=60)
+    x, y = (torch.cat([batch[k] for batch in train]) for k in (0, 1))
+    exact = dense_fisher(influence.model, x, y, kf.Categorical())
+    vectors = [kf.Categorical().observed(influence.model(a).detach(), b)[None] for a, b in ((x, y), queries)]
+    rows, asked = gradients(influence.model, x, vectors[0])[0], gradients(influence.model, queries[0], vectors[1])[0]
+    truth = asked @ torch.linalg.solve(exact + 0.02 * torch.eye(len(exact)).double(), rows.T) / len(x)
+    scores = influence.scores(train, queries)
+    close(scores.values, truth, 1e-6)
+    assert scores.residuals.max() < 1e-6
+    errors = []
+    for steps in (1, 3, 9):
+        influence.refine = steps
+        few = influence.scores(train, queries)
+        errors.append(float((few.values - truth).norm() / truth.norm()))
+    influence.refine = 0
+    unrefined = float((influence.scores(train, queries).values - truth).norm() / truth.norm())
+    assert errors[2] < errors[1] < errors[0] < unrefined, (unrefined, errors)
+
+
+def test_refinement_keeps_ignored_positions_out():
+    model = Tied().double()
+    influence, train, queries = problem(model, (2, 4), refine=4)
+    for _, y in train:
+        y[2, 1] = -100
+    scores = influence.scores(train, queries).values
+    masked = kf.Influence(model, influence.fisher, kf.Categorical(), refine=4, mask=lambda b: b[1] != -100)
+    close(masked.scores(train, queries).values, scores)
+
+
+def test_data_that_change_between_readings_are_refused():
+    influence, train, queries = problem(refine=1)
+    with pytest.raises(kf.DataError, match="only once"):
+        influence.scores(iter(train), queries)
+
+    class Changing(Counted):
+        def __iter__(self):
+            self.readings += 1
+            return iter(self.batches[:: 1 if self.readings == 1 else -1])
+
+    with pytest.raises(kf.DataError, match="differs from that of the first pass"):
+        influence.scores(Changing(train), queries)
+
+
+def test_a_file_holds_the_scores_and_refuses_other_settings(tmp_path):
+    influence, train, queries = problem()
+    path = tmp_path / "scores"
+    for options in ({}, {"per": "block"}, {"rank": 1}):
+        kept = influence.scores(train, queries, path=tmp_path / str(len(str(options))), **options)
+        plain = influence.scores(train, queries, **options)
+        close(kept.values, plain.values, 1e-15)
+        assert kept.names == plain.names and kept.top(2).indices.equal(plain.top(2).indices)
+        if "rank" in options:
+            close(kept.bounds, plain.bounds, 1e-15)
+    influence.scores(train, queries, path=path)
+    before = path.read_bytes(), path.with_name("scores.json").read_bytes()
+
+    def refused(message, influence=influence, train=train, queries=queries, **options):
+        with pytest.raises(kf.DataError, match=message):
+            influence.scores(train, queries, path=path, **options)
+        assert before == (path.read_bytes(), path.with_name("scores.json").read_bytes())
+
+    refused("options", rank=1)
+    refused("measurement", measurement="margin")
+    refused("damping", kf.Influence(influence.model, influence.fisher, kf.Categorical(), damping=1.0))
+    refused("queries", queries=(queries[0] + 1, queries[1]))
+    refused("batches are not those", train=train[::-1])
+    refused("there are 2", train=train[:2])
+    with torch.no_grad():
+        influence.model[0].weight[0, 0] += 1
+    refused("model")
+    path.with_name("scores.json").unlink()
+    with pytest.raises(kf.DataError, match="no record"):
+        influence.scores(train, queries, path=path)
+    assert path.read_bytes() == before[0]
+
+
+PROBLEM = """
+import os, signal, sys, torch
+import kronfisher as kf
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = torch.nn.Linear(4, 3).double()
+x, y = torch.randn(40, 4).double(), torch.randint(3, (40,))
+train = [(x[k : k + 8], y[k : k + 8]) for k in range(0, 40, 8)]
+fisher = kf.estimate(model, train, kf.Categorical(), labels="exact")
+influence = kf.Influence(model, fisher, kf.Categorical())
+"""
+KILLED = """
+class Killing(list):
+    def __iter__(self):
+        yield from self[:2]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+influence.scores(Killing(train), (x[:5], y[:5]), path=sys.argv[1])
+"""
+
+
+def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_counted_twice(tmp_path):
+    path, record = tmp_path / "scores", tmp_path / "scores.json"
+    command = [sys.executable, "-c", PROBLEM + KILLED, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    assert json.loads(record.read_text())["rows"] == 16
+    with open(path, "ab") as file:  # rows that were written, but not counted
+        file.write(b"\xff" * 100)
+    names = {}
+    exec(PROBLEM, names)
+    influence, train, queries = names["influence"], names["train"], (names["x"][:5], names["y"][:5])
+    kept = influence.scores(train, queries, path=path).values
+    assert json.loads(record.read_text())["rows"] == 40
+    assert torch.equal(kept, influence.scores(train, queries).values)
+
+
+def test_loaders_that_shuffle_or_never_end_are_refused():
+    influence, train, queries = problem()
+    data = torch.utils.data.TensorDataset(*queries)
+    shuffled = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+    with pytest.raises(kf.DataError, match="train comes from a loader that shuffles"):
+        influence.scores(shuffled, queries)
+    with pytest.raises(kf.DataError, match="queries comes from a loader that shuffles"):
+        influence.scores(train, shuffled)
+    with pytest.raises(kf.DataError, match="never ends"):
+        influence.scores(cycle(train), queries)
+    with pytest.raises(kf.DataError, match="no batch"):
+        influence.scores([], queries)
+
+
+def test_rows_that_are_not_finite_are_named():
+    influence, train, queries = problem()
+    train[1][0][3, 2] = torch.nan
+    with pytest.raises(kf.NumericalError, match="batch 1"):
+        influence.scores(train, queries)
+    with pytest.raises(kf.NumericalError, match="query batch 0"):
+        influence.scores(train[:1], (queries[0] * torch.inf, queries[1]))
