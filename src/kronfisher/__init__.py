@@ -36,7 +36,7 @@ from kronfisher.fits import (
     Prototypes,
 )
 from kronfisher.fits.rearrangement import nearest_kronecker
-from kronfisher.influence import Influence, Scores, Share
+from kronfisher.influence import Influence, Scores, Share, attribution
 from kronfisher.laplace import Laplace, Prediction, laplace_backend
 from kronfisher.likelihoods import (
     Bernoulli,
@@ -100,6 +100,7 @@ __all__ = [
     "Tikhonov",
     "UnsupportedError",
     "Weighted",
+    "attribution",
     "batch_size_at",
     "compare",
     "coverage",

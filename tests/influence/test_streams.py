@@ -73,7 +73,7 @@ def test_training_data_are_read_once_and_once_more_for_each_refinement():
 
 
 def test_refined_scores_converge_to_the_exact_matrix():
-    influence, train, queries = problem(damping=0.02, refine=60)
+    influence, train, queries = problem(damping=0.02, refine=30)
     x, y = (torch.cat([batch[k] for batch in train]) for k in (0, 1))
     exact = dense_fisher(influence.model, x, y, kf.Categorical())
     vectors = [kf.Categorical().observed(influence.model(a).detach(), b)[None] for a, b in ((x, y), queries)]
@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_counted_twice(tmp_p
     influence, train, queries = names["influence"], names["train"], (names["x"][:5], names["y"][:5])
     kept = influence.scores(train, queries, path=path).values
     assert json.loads(record.read_text())["rows"] == 40
-    assert torch.equal(kept, influence.scores(train, queries).values)
+    close(kept, influence.scores(train, queries).values, 1e-14)
 
 
 def test_loaders_that_shuffle_or_never_end_are_refused():

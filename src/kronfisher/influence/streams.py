@@ -71,13 +71,13 @@ def write(
             raise DataError(f"{part.where}: other blocks than in {file.path}; it is left as it is.")
         file.add(parts, notes)
     file.finish()
-    kept, notes = file.open(), file.record.notes
+    kept, found = file.open(), file.record.notes
     bounds = kept.get("bounds")
     return Scores(
         kept["scores"].transpose(0, 1),
         scorer.per,
-        tuple(notes["names"]),
+        tuple(found["names"]),
         None if bounds is None else bounds.mT,
-        notes["fallback"],
+        found["fallback"],
         residuals,
     )

@@ -1,0 +1,128 @@
+"""Training again without some of the data, by a function of the user's: in parallel, and resumable."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import DataError
+from kronfisher.estimation.progress import Progress, writer
+from kronfisher.influence.files import digest
+
+__all__ = ["Job", "Retrain", "run_all"]
+
+Retrain = Callable[[Tensor, int], Any]
+"""``retrain(kept, seed)`` trains on the examples with the indices ``kept [n]`` and gives every query's measurement
+``[Q]``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        kept: sorted indices of the examples that are trained on.
+        seed: of the training.
+    """
+
+    kept: Tensor
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """A hash of both: a job that was done under this name is not done again."""
+        return digest(self.kept, self.seed)[:24]
+
+
+def run_all(
+    retrain: Retrain,
+    jobs: Sequence[Job],
+    *,
+    queries: int,
+    path: str | Path | None = None,
+    workers: int = 1,
+    progress: Progress = False,
+) -> Tensor:
+    """The measurements ``[jobs, Q]`` after every training.
+
+    Args:
+        retrain: see `Retrain`; with several workers it is sent to other processes, so that it must be a function of a
+            module (or an object of a class of one).
+        jobs: the trainings; equal ones are done once.
+        queries: Q.
+        path: of a file to which every result is appended as it comes, one line each. Jobs that are in it are not done
+            again; a line that was cut off by a kill is. It knows nothing of `retrain`: give another path for another.
+        workers: processes, with one thread each.
+        progress: as for `kronfisher.estimate`.
+
+    Raises:
+        DataError: a result is no ``[Q]``, or not finite; the file is damaged.
+    """
+    done = _read(path, queries)
+    left = list({job.key: job for job in jobs if job.key not in done}.values())
+    tell = writer(progress)
+    total = len({job.key for job in jobs})
+    for job, values in _results(retrain, left, workers):
+        done[job.key] = _checked(values, queries)
+        _append(path, job.key, done[job.key])
+        tell(f"trained {total - len(left) + sum(other.key in done for other in left)} of {total}")
+    tell("")
+    return torch.stack([done[job.key] for job in jobs])
+
+
+def _results(retrain: Retrain, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Any]]:
+    if workers <= 1 or len(jobs) < 2:
+        yield from ((job, retrain(job.kept, job.seed)) for job in jobs)
+        return
+    context = get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(retrain, job.kept, job.seed): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _checked(values: Any, queries: int) -> Tensor:
+    values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()  # a list would be rounded to float32
+    if values.shape != (queries,) or not bool(torch.isfinite(values).all()):
+        raise DataError(
+            f"retrain must give one finite number for each of the {queries} queries, [{queries}]; found "
+            f"{list(values.shape)}" + (" with NaN or Inf." if values.shape == (queries,) else ".")
+        )
+    return values
+
+
+def _read(path: str | Path | None, queries: int) -> dict[str, Tensor]:
+    if path is None or not Path(path).exists():
+        return {}
+    done = {}
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1]):  # the last one is empty, or was cut off
+        try:
+            entry = json.loads(line)
+            done[entry["key"]] = _checked(entry["values"], queries)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {number + 1} is damaged ({error}); remove it.") from error
+    if lines[-1]:
+        with open(path, "r+b") as file:
+            file.truncate(file.seek(0, os.SEEK_END) - len(lines[-1]))
+    return done
+
+
+def _append(path: str | Path | None, key: str, values: Tensor) -> None:
+    if path is None:
+        return
+    with open(path, "a") as file:
+        file.write(json.dumps({"key": key, "values": values.tolist()}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,116 @@
+"""Attribution against problems whose answer is known: a query's measurement is linear in what is kept."""
+
+import json
+
+import pytest
+import torch
+
+import kronfisher as kf
+from kronfisher import attribution
+from kronfisher.influence.statistics import mean_interval, share_interval, spearman
+from tests.helpers.close import close
+
+N, Q = 30, 4
+
+
+def effects():
+    torch.manual_seed(3)
+    return torch.randn(Q, N, dtype=torch.float64)
+
+
+class Linear:
+    """Measurements of which every kept example takes its effect; counts its trainings."""
+
+    def __init__(self, noise=0.0):
+        self.effects, self.noise, self.calls = effects(), noise, 0
+
+    def __call__(self, kept, seed):
+        self.calls += 1
+        noise = torch.randn(Q, generator=torch.Generator().manual_seed(seed + 7 * int(kept.sum())))
+        return 5 - self.effects[:, kept].sum(1) + self.noise * noise
+
+
+def test_scores_of_a_linear_problem_are_perfect_and_their_negatives_the_opposite():
+    for sign in (1, -1):
+        found = attribution.lds(sign * effects(), Linear(), subsets=12)
+        assert found.value == pytest.approx(sign) and found.by_query.shape == (Q,)
+        alone = attribution.leave_one_out(sign * effects(), Linear(), examples=6)
+        assert alone.value == pytest.approx(sign)
+    close(alone.actual, -alone.predicted)
+
+
+def test_noise_of_the_training_lowers_the_score_and_seeds_average_it():
+    one, many = (attribution.lds(effects(), Linear(noise=4.0), subsets=30, seeds=seeds) for seeds in (1, 9))
+    assert 0.1 < one.value < many.value < 1
+    assert one.interval.low < one.value < one.interval.high
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    covered = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        covered += (lambda i: i.low <= 1.0 <= i.high)(mean_interval(1 + torch.randn(60)))
+    assert covered >= 34
+    assert share_interval(0, 20).low == pytest.approx(0, abs=1e-12) and share_interval(0, 20).high < 0.2
+
+
+def test_ranks_of_ties_are_shared():
+    x = torch.tensor([[1.0], [2.0], [2.0], [3.0]])
+    assert float(spearman(x, torch.tensor([[1.0], [3.0], [2.0], [4.0]]))) == pytest.approx(0.9486833)
+    assert float(spearman(x, torch.ones(4, 1))) == 0.0
+
+
+def test_removing_the_highest_raises_what_is_measured_by_their_sum():
+    curve = attribution.removal(effects(), Linear(), counts=(2, 5))
+    expected = torch.stack([effects().topk(count, dim=1).values.sum(1) for count in (2, 5)])
+    close(curve.by_query, expected)
+    assert [i.value for i in curve.intervals] == pytest.approx(expected.mean(1).tolist())
+    lowest = attribution.removal(effects(), Linear(), counts=(2,), lowest=True)
+    assert lowest.intervals[0].value < 0
+    with pytest.raises(ValueError, match="between 1 and 29"):
+        attribution.removal(effects(), Linear(), counts=(30,))
+
+
+def test_predictions_flip_once_enough_is_removed():
+    margins = Linear()
+    start = margins(torch.arange(N), 0)
+    right = start > 0
+    curve = attribution.brittleness(effects(), margins, counts=(1, 4, 29))
+    lowest = effects().sort(dim=1).values.cumsum(1)
+    expected = torch.stack([(start + lowest[:, c - 1] < 0)[right] for c in (1, 4, 29)]).long().cummax(0).values
+    assert curve.by_query.equal(expected) and expected[0].sum() < expected[-1].sum()
+
+
+def test_wrong_labels_are_found_in_the_order_of_the_scores():
+    wrong = torch.arange(100) < 10
+    scores = torch.where(wrong, 2.0, 1.0) + torch.arange(100) / 1000
+    curve = attribution.mislabelled(scores, wrong, shares=(0.05, 0.1, 0.2))
+    assert [i.value for i in curve.intervals] == [0.5, 1.0, 1.0]
+    with pytest.raises(kf.DataError, match="some of them true"):
+        attribution.mislabelled(scores, torch.zeros(100, dtype=torch.bool))
+
+
+def test_trainings_that_were_done_are_not_done_again(tmp_path):
+    path, first = tmp_path / "runs.jsonl", Linear()
+    whole = attribution.lds(effects(), first, subsets=6, path=path)
+    assert first.calls == 6
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:20])  # killed while it wrote the fourth
+    second = Linear()
+    again = attribution.lds(effects(), second, subsets=6, path=path)
+    assert second.calls == 3
+    assert torch.equal(again.actual, whole.actual)
+    assert len(path.read_text().splitlines()) == 6 and all(map(json.loads, path.read_text().splitlines()))
+    third = Linear()
+    attribution.lds(-effects(), third, subsets=6, path=path)
+    assert third.calls == 0
+    path.write_text("not a line of results\n")
+    with pytest.raises(kf.DataError, match="line 1 is damaged"):
+        attribution.lds(effects(), first, subsets=6, path=path)
+
+
+def test_trainings_that_give_no_numbers_are_refused():
+    with pytest.raises(kf.DataError, match=r"one finite number for each of the 4 queries, \[4\]; found \[3\]"):
+        attribution.lds(effects(), lambda kept, seed: torch.zeros(3), subsets=2)
+    with pytest.raises(kf.DataError, match="NaN or Inf"):
+        attribution.lds(effects(), lambda kept, seed: torch.full((Q,), torch.nan), subsets=2)
