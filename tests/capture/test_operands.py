@@ -176,10 +176,6 @@ def test_sparse_inputs_are_named():
 
 
 UNSUPPORTED = {
-    "lstm": (lambda: nn.LSTM(4, 4), ["weight_ih_l0", "bias_hh_l0"]),
-    "gru": (lambda: nn.GRU(4, 4), ["weight_ih_l0", "bias_hh_l0"]),
-    "rnn_tanh": (lambda: nn.RNN(4, 4), ["weight_hh_l0"]),
-    "lstm_cell": (lambda: Cell(), ["cell.weight_ih"]),
     "_?weight_norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)),
         [r"parametrizations\.weight\.original0"],
@@ -191,27 +187,9 @@ UNSUPPORTED = {
 def test_modules_left_to_the_fallback_are_named_with_their_operator(operator):
     build, names = UNSUPPORTED[operator]
 
-    def forward(m, x):
-        answer = m.module(x.transpose(0, 1))
-        return (answer[0] if isinstance(answer, tuple) else answer).transpose(0, 1).flatten(1)
-
-    model, x = Written(forward, module=build()), torch.randn(2, 3, 4)
+    model, x = Written(lambda m, x: m.module(x).flatten(1), module=build()), torch.randn(2, 3, 4)
     for name in names:
         assert_fallback(model, x, rf"module\.{name}: used by .*{operator}")
-
-
-class Cell(nn.Module):
-    """A recurrent cell, called step by step."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.LSTMCell(4, 3)
-
-    def forward(self, x):
-        state = None
-        for step in x:
-            state = self.cell(step, state)
-        return state[0][None]
 
 
 def test_bilinear_forms():

@@ -15,6 +15,29 @@ from tests.helpers.truth import exact_fisher
 N = 6
 
 
+class Kernel(torch.autograd.Function):
+    """A recurrent kernel that a user wrote: it receives the weights, and nobody sees what it does with them."""
+
+    @staticmethod
+    def forward(ctx, kind, x, *weights):
+        ctx.kind = kind
+        ctx.save_for_backward(x, *weights)
+        return Kernel.run(kind, x, weights)
+
+    @staticmethod
+    def run(kind, x, weights):
+        module = kind(x.shape[-1], weights[1].shape[1], batch_first=True)
+        named = dict(zip(module._flat_weights_names, weights, strict=True))
+        return torch.func.functional_call(module, named, (x,))[0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            outputs = Kernel.run(ctx.kind, leaves[0], leaves[1:])
+        return None, *torch.autograd.grad(outputs, leaves, gradient)
+
+
 class Recurrent(nn.Module):
     """A recurrent layer, a table of words and a last layer; every second position may be ignored."""
 
@@ -23,7 +46,7 @@ class Recurrent(nn.Module):
         self.embed, self.rnn, self.out = nn.Embedding(9, 3), kind(3, 4, batch_first=True), nn.Linear(4, 5)
 
     def forward(self, x):
-        return self.out(self.rnn(self.embed(x))[0])
+        return self.out(Kernel.apply(type(self.rnn), self.embed(x), *self.rnn._flat_weights))
 
 
 def words(n=N, length=4):
@@ -131,11 +154,13 @@ def test_methods_and_notes():
     fisher = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit="kfac")
     rows = {row.name: row for row in fisher.report().rows}
     assert rows["rnn.weight_hh_l0"].method == "fallback: Diagonal()"
-    assert rows["rnn.weight_hh_l0"].notes == "fallback: used by gru" and rows["out.weight"].notes == ""
+    assert rows["rnn.weight_hh_l0"].notes == "fallback: used by KernelBackward" and rows["out.weight"].notes == ""
     assert "fallback: diagonal 48" in str(fisher.report())
     across = kf.estimate(model, x, kf.Categorical(class_dim=-1), fit=kf.Full(across_layers=True))
     (block,) = across.info.blocks.values()
-    assert block.method == "Full(across_layers=True)" and "fallback: rnn.bias_hh_l0: used by gru" in block.notes
+    assert (
+        block.method == "Full(across_layers=True)" and "fallback: rnn.bias_hh_l0: used by KernelBackward" in block.notes
+    )
 
 
 def test_the_error_of_what_is_left_out():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from tests.helpers.networks import Written
 from tests.helpers.training import batches, network
 
 
@@ -31,10 +32,10 @@ def test_misuse_is_refused_with_a_reason():
 
 def test_errors_of_the_first_step_name_their_cause():
     x, y = batches(1)[0]
-    lstm = nn.LSTM(4, 3, batch_first=True)
-    optimizer = kf.NaturalGradient(lstm, kf.Categorical())
+    squared = Written(lambda m, x: x @ m.w.square(), w=torch.randn(4, 3))
+    optimizer = kf.NaturalGradient(squared, kf.Categorical())
     with pytest.raises(kf.UnsupportedError, match="No block covers any of the parameters"):
-        optimizer.step(lambda: lstm(x[:, None])[0][:, 0], y)
+        optimizer.step(lambda: squared(x), y)
     model = network()
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     with pytest.raises(kf.DataError, match="label 7 is out of range"):

@@ -8,7 +8,7 @@ use.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -102,8 +102,9 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in REWRITES and torch.is_grad_enabled():
-            with self:
-                return REWRITES[func](*args, **kwargs)
+            result = REWRITES[func](self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         handler = OPERATORS.get(func)
         if handler is not None and torch.is_grad_enabled():
             tensors = list(_tensors(args, kwargs))
@@ -155,6 +156,12 @@ class Capture(TorchFunctionMode):
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
+    def understands(self, operands: Sequence[Tensor]) -> bool:
+        """Whether operators with these operands can be treated: real, strided, without overlaps and transforms."""
+        windows = filter(None, map(self.view, operands))
+        plain = all(t.layout is torch.strided and not t.is_complex() for t in operands)
+        return plain and not any(window.overlaps for window in windows)
+
     def _record(
         self,
         operator: str,
@@ -164,11 +171,7 @@ class Capture(TorchFunctionMode):
         operands: Mapping[Node, Window | None],
         result: Tensor,
     ) -> Tensor:
-        if is_functorch_wrapped_tensor(result):
-            raise UnsupportedError(
-                f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where examples "
-                "cannot be separated. Write the model without it, or freeze the parameter with requires_grad_(False)."
-            )
+        _refuse_transforms(operator, uses, (result,))
         constant = all(map(self._is_constant, tensors))
         if not result.requires_grad:
             self._remember((result,), constant)
@@ -183,26 +186,73 @@ class Capture(TorchFunctionMode):
             else:
                 anchor = result = result.clone()
         self._remember((result,), constant)
-        edge = get_gradient_edge(anchor)
-        call = Call(len(self.calls), operator, uses, tuple(result.shape), edge, constant, window)
-        self.calls.append(call)
+        call = self._add_call(operator, uses, anchor, tuple(result.shape), constant, window)
         if constant and len(uses) == 1:
             self._lookups[id(result)] = (result, uses[0])
+        self._claim(call, [call.edge.node], views, operands)
+        return result
+
+    def _add_call(
+        self,
+        operator: str,
+        uses: tuple[Use, ...],
+        anchor: Tensor,
+        shape: tuple[int, ...],
+        constant: bool,
+        window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None,
+    ) -> Call:
+        """A new call, whose output gradient arrives at the anchor."""
+        call = Call(len(self.calls), operator, uses, shape, get_gradient_edge(anchor), constant, window)
+        self.calls.append(call)
         capture = ref(self)  # a strong reference would form a cycle with the graph that is never freed
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
         call.hooks = anchor._backward_hooks or {}
         for use in uses:
             use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
+        return call
+
+    def record(
+        self,
+        operator: str,
+        noted: Sequence[tuple[Tensor, tuple[Use, ...]]],
+        operands: Sequence[Tensor],
+        results: Sequence[Tensor],
+    ) -> None:
+        """Record operators that were called out of sight; see `Recorder`."""
+        views = {id(tensor): self.view(tensor) for tensor in operands}
+        windows = [window for _, uses in noted for use in uses for window in (use.weight, use.bias) if window]
+        if len(windows) != sum(views[id(tensor)] is not None for tensor in operands):
+            return  # the walk over the graph finds the rest unclaimed
+        _refuse_transforms(operator, [use for _, uses in noted for use in uses], results)
+        constant = all(map(self._is_constant, operands))
+        self._remember(results, constant)
+        calls = [
+            self._add_call(operator, uses, anchor, tuple(anchor.shape), constant) for anchor, uses in noted if uses
+        ]
+        if calls:
+            nodes = [result.grad_fn for result in results if result.grad_fn is not None]
+            made = {tensor.grad_fn: views[id(tensor)] for tensor in operands if tensor.grad_fn is not None}
+            self._claim(calls[0], nodes, views, made)
+            exits = [get_gradient_edge(tensor) for tensor in operands if tensor.requires_grad]
+            edges = tuple((edge.node, edge.output_nr) for edge in (*(call.edge for call in calls), *exits))
+            self.recording.entrances.update(dict.fromkeys(nodes, edges))
+            self.recording.inside[calls[0].index] = {window.parameter for window in windows}
+            ends = [get_gradient_edge(tensor).node for tensor in operands if views[id(tensor)] is not None]
+            self.recording.claims.update({(node, end): calls[0].index for node in nodes for end in ends})
+
+    def _claim(
+        self,
+        call: Call,
+        nodes: Sequence[Node],
+        views: Mapping[int, Window | None],
+        operands: Mapping[Node, Window | None],
+    ) -> None:
+        """Note the nodes that one operator created above its operands, and claim their edges into trainable ones."""
         for node, view in operands.items():
             if view is not None:
                 self._note_chain(node, view.parameter)
-        self._claim(call, views, operands)
-        return result
-
-    def _claim(self, call: Call, views: Mapping[int, Window | None], operands: Mapping[Node, Window | None]) -> None:
-        """Note the nodes that one operator created, and claim their edges into its trainable operands."""
-        stack = [call.edge.node]
-        self.recording.makers[call.edge.node] = call.index
+        stack = list(nodes)
+        self.recording.makers.update(dict.fromkeys(nodes, call.index))
         while stack:
             node = stack.pop()
             for child, _ in node.next_functions:
@@ -302,6 +352,14 @@ class Capture(TorchFunctionMode):
 def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
     if capture is not None:
         capture._receive(index, gradient)
+
+
+def _refuse_transforms(operator: str, uses: Sequence[Use], results: Iterable[Tensor]) -> None:
+    if any(map(is_functorch_wrapped_tensor, results)):
+        raise UnsupportedError(
+            f"{uses[0].name}: {operator} runs inside vmap or another functional transform, where examples "
+            "cannot be separated. Write the model without it, or freeze the parameter with requires_grad_(False)."
+        )
 
 
 def _is_detached_view(tensor: Tensor) -> bool:

@@ -106,6 +106,9 @@ class Recording:
         calls: in their order.
         claims: (node, child) for the edges into parameters that a call accounts for → its index.
         makers: node created by a call → the call's index.
+        entrances: node that belongs to operators called out of sight, but whose result others may use → the edges that
+            lead out of these operators, or to where output gradients arrive within them.
+        inside: index of a call of such operators → the parameters that they use.
         chains: node between a parameter and its uses, a view or a cast → the parameter's name.
         meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
         touched: name → operators, not understood, that received the parameter.
@@ -118,6 +121,8 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     claims: dict[tuple[Node, Node], int] = field(default_factory=dict)
     makers: dict[Node, int] = field(default_factory=dict)
+    entrances: dict[Node, tuple[tuple[Node | None, int], ...]] = field(default_factory=dict)
+    inside: dict[int, set[str]] = field(default_factory=dict)
     chains: dict[Node, str] = field(default_factory=dict)
     meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     touched: dict[str, set[str]] = field(default_factory=dict)
@@ -146,7 +151,8 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     stack: list[tuple[Node, bool]] = [(end, False)]
     while stack:
         node, done = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
+        following = recording.entrances.get(node, node.next_functions)
+        children = [child for child, _ in following if child is not None]
         if done:
             nearest = {frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children}
             below[node] = nearest.pop() if len(nearest) == 1 else _NONE.union(*nearest)
@@ -155,7 +161,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
             continue
         below[node] = _NONE
         stack.append((node, True))
-        edges = tuple((numbers.setdefault(child, len(numbers)), place) for child, place in node.next_functions if child)
+        edges = tuple((numbers.setdefault(child, len(numbers)), place) for child, place in following if child)
         nodes.append((node.name(), edges, *_describe(node)))
         if "CheckpointFunction" in nodes[-1][0]:
             raise UnsupportedError(
@@ -166,11 +172,11 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
             _note_arguments(recording, node, graph, leaves, constant)
         for child in children:
             maker = recording.makers.get(child)
-            known = child in calls or child in recording.chains
+            known = child in calls or child in recording.chains or child in recording.entrances
             if maker is not None and not known and maker != recording.makers.get(node):
                 # for example a second derivative, which uses the weight within the operator's own nodes
-                for use in recording.calls[maker].uses:
-                    graph.unclaimed.setdefault(use.name, set()).add(node.name())
+                for name in recording.inside.get(maker) or {use.name for use in recording.calls[maker].uses}:
+                    graph.unclaimed.setdefault(name, set()).add(node.name())
             name = recording.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
             if name is None or node in recording.chains:
                 stack.append((child, False))

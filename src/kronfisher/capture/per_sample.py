@@ -1,7 +1,7 @@
 """The fallback: per-example gradients, one backward pass each, for parameters used in ways that are not understood.
 
 Unless examples are coupled, the gradient of one example's own outputs is that example's gradient, whatever the model
-does in between: recurrent kernels, functions written by the user, weights computed from other weights.
+does in between: functions written by the user, weights computed from other weights.
 """
 
 from collections.abc import Iterator, Mapping

@@ -58,10 +58,12 @@ class Stream:
             for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
                 began = time.perf_counter()
                 order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
+                exists = part.use.mask(order)
                 samples = Samples(
                     part.use.activations(order, own, part.weight, part.bias),
                     part.use.gradients(order, own),
                     (call.index, number) not in self._counted,
+                    exists if exists is None else exists.to(own),
                     workspace=group.state.plan.workspace,
                 )
                 self._counted.add((call.index, number))

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronfisher.layers.use import rewrites
+from kronfisher.layers.use import Recorder, rewrites
 
 __all__: list[str] = []
 
@@ -26,6 +26,11 @@ def _observable_copy(function: Any, **replaced: Any) -> Callable:
     return copy
 
 
-rewrites(F.multi_head_attention_forward)(
-    _observable_copy(F.multi_head_attention_forward, _in_projection_packed=_projections)
-)
+_observable = _observable_copy(F.multi_head_attention_forward, _in_projection_packed=_projections)
+
+
+@rewrites(F.multi_head_attention_forward)
+def attention(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+    """The same function, in the sight of the recorder."""
+    with recorder:
+        return _observable(*args, **kwargs)

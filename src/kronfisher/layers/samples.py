@@ -245,7 +245,8 @@ class Samples:
         """
         if positions.shape[1] != self.positions:
             positions = positions.any(dim=1, keepdim=True).expand(-1, self.positions)
-        return replace(self, mask=positions.to(self.gradients.dtype))
+        mask = positions.to(self.gradients.dtype)
+        return replace(self, mask=mask if self.mask is None else mask * self.mask)
 
 
 def _rotate(rows: Tensor, factor: Factor | None) -> Tensor:

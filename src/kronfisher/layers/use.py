@@ -14,9 +14,9 @@ Example:
                 yield RowUse(window.reshaped(1, *window.size), None, input)
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.row_order import RowOrder
 
-__all__ = ["OPERATORS", "REWRITES", "Use", "Windows", "handles", "rewrites"]
+__all__ = ["OPERATORS", "REWRITES", "Recorder", "Use", "Windows", "handles", "rewrites"]
 
 
 class Windows:
@@ -54,8 +54,42 @@ OPERATORS: dict[Callable, Handler] = {}
 """Operator of torch → handler."""
 
 
+class Recorder(Protocol):
+    """What the replacement of an operator needs of a capture; as a context it sees the operators called within."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: Any) -> Any: ...
+
+    def view(self, tensor: Any) -> Window | None:
+        """The window on a trainable parameter that the tensor represents, or None."""
+        ...
+
+    def understands(self, operands: Sequence[Tensor]) -> bool:
+        """Whether operators with these operands can be treated: real, strided, without overlaps and transforms."""
+        ...
+
+    def record(
+        self,
+        operator: str,
+        noted: Sequence[tuple[Tensor, tuple["Use", ...]]],
+        operands: Sequence[Tensor],
+        results: Sequence[Tensor],
+    ) -> None:
+        """Record operators that were called outside the context as one that led from operands to results.
+
+        Args:
+            operator: its name.
+            noted: tensors in between, each with the uses whose output gradients arrive there; these have to account
+                for all trainable operands.
+            operands: all tensors that entered.
+            results: those that others may use.
+        """
+        ...
+
+
 REWRITES: dict[Callable, Callable] = {}
-"""Operator of torch → an equivalent function made of operators that have handlers."""
+"""Operator of torch → an equivalent function of a `Recorder` and the same arguments, or NotImplemented."""
 
 
 def rewrites(operator: Callable) -> Callable[[Callable], Callable]:
@@ -129,6 +163,10 @@ class Use:
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
         """The uses that arise when the output, of this shape, is added to tensors of shape `onto`."""
         return ()
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        """``[n, T]``: which positions exist, if not all do."""
+        return None
 
     def forget(self) -> None:
         """Release the inputs when they are no longer needed, as the backward pass releases its own tensors."""
