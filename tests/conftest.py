@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers.device.process import device_process
+
 settings.register_profile("kronfisher", deadline=None, print_blob=True)  # time limits fail on busy machines only
 settings.load_profile("kronfisher")
 torch.set_num_threads(1)  # the problems are tiny: more threads cost more than they bring, and change the last bits
@@ -11,3 +13,10 @@ torch.set_num_threads(1)  # the problems are tiny: more threads cost more than t
 def seed():
     """Every test starts from the same global random state, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def on_device():
+    """Calls a function in a process that has a simulated device, which it gets first."""
+    with device_process() as call:
+        yield call

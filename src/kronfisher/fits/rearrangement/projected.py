@@ -15,6 +15,7 @@ from torch import Tensor
 from kronfisher.fits.rearrangement.parts import noise, subset
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
+from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.fits.rearrangement.weights import Gram
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, chunks, mirror, mirror_, multiply_rows
@@ -162,12 +163,15 @@ class Projected(Source):
         part = subset(self.samples, PART)
         right, left = noise(like, width), noise(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        done = change <= _SETTLED
         for step in range(_STEPS):
             old = right
-            left = _directions(_half_step(outputs, right, part, transposed=False), noise(like, outputs))
-            right = _directions(_half_step(width, left, part, transposed=True), noise(like, width))
-            steps, change = steps + 1, _change(old, right) if step else change
-            if like.device.type == "cpu" and bool(change <= _SETTLED):
+            left = kept(done, left, _directions(_half_step(outputs, right, part, False), noise(like, outputs)))
+            right = kept(done, old, _directions(_half_step(width, left, part, True), noise(like, width)))
+            steps = steps + ~done
+            change = kept(done, change, _change(old, right)) if step else change
+            done = change <= _SETTLED
+            if ended(done):
                 break
         return right, left, steps, change
 

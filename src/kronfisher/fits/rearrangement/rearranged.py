@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
+from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
@@ -55,8 +56,7 @@ class Rearranged(Source):
 
         Args:
             start: A ``[H, I, I]``, positive semidefinite; None: the identity.
-            tolerance: stop when A, of norm one, changes by no more. On an accelerator the host does not wait to see
-                that: iterations go on, and nothing changes any more.
+            tolerance: stop when A, of norm one, changes by no more.
             iterations: double steps at most.
         """
         like, A = self.like(), self.first()
@@ -66,17 +66,19 @@ class Rearranged(Source):
             A = A.mul_(0.01).add_(over(start, norm(start)))
             A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
-        B, sigma = like.new_zeros(()), like.new_zeros(groups)
+        done, B, sigma = change <= tolerance, like.new_zeros(()), like.new_zeros(groups)
         for _ in range(max(iterations, 1)):
             half = self.outputs(A)
-            B = over(half, norm(half))
+            B = kept(done, B, over(half, norm(half)))
             half = self.inputs(B)
-            sigma = norm(half)
+            size = norm(half)
             # As large as the factors, so in place.
-            half *= torch.where(sigma > torch.finfo(sigma.dtype).tiny, 1 / sigma, 0)[(..., *[None] * (half.dim() - 1))]
-            steps, change = steps + (change > tolerance), norm(A.sub_(half)).max()
-            A = half
-            if like.device.type == "cpu" and bool(change <= tolerance):
+            half *= torch.where(size > torch.finfo(size.dtype).tiny, 1 / size, 0)[(..., *[None] * (half.dim() - 1))]
+            half = kept(done, A, half)
+            steps, sigma = steps + ~done, kept(done, sigma, size)
+            change = kept(done, change, norm(A.sub_(half)).max())
+            A, done = half, change <= tolerance
+            if ended(done):
                 break
         return Pair(A, B, sigma, steps, change)
 

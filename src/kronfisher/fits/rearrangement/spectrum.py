@@ -116,7 +116,7 @@ def lanczos(
         previous = step + 1
         V.append(over(v, beta))
         betas.append(beta)
-        if step + 1 == limit or (step + 1 >= rank and like.device.type == "cpu" and bool(change <= tolerance)):
+        if step + 1 == limit or (step + 1 >= rank and bool(change <= tolerance)):
             break
     if len(U) == dimensions[1]:
         change = torch.zeros_like(change)  # all there is

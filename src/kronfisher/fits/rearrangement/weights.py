@@ -9,6 +9,7 @@ from kronfisher.fits.rearrangement.rearranged import Rearranged, mixture
 from kronfisher.fits.rearrangement.rows import explicit_norm
 from kronfisher.fits.rearrangement.scales import over, reciprocal, times
 from kronfisher.fits.rearrangement.source import Pair
+from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
@@ -80,19 +81,19 @@ class Gram(Weights):
         v = Ka.diagonal(dim1=-2, dim2=-1).sqrt()  # ‖a_k‖²: A is the identity
         u, sigma = w, w.new_zeros(len(w))
         steps, change = w.new_zeros((), dtype=torch.int64), w.new_full((), torch.inf)
+        done = change <= tolerance
         for _ in range(max(iterations, 1)):
-            u, v = v, _multiply(Kg, v)
-            size = torch.linalg.vecdot(u, v).sqrt()
-            inverse = reciprocal(size)[:, None]
-            u, w = u * inverse, v * inverse
+            new = _multiply(Kg, v)
+            inverse = reciprocal(torch.linalg.vecdot(v, new).sqrt())[:, None]
+            u, w = kept(done, u, v * inverse), new * inverse
             v = _multiply(Ka, w)
-            sigma = torch.linalg.vecdot(w, v).sqrt()
-            inverse = reciprocal(sigma)[:, None]
-            w, v = w * inverse, v * inverse
-            step = torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
-            steps, change = steps + (change > tolerance), step
-            old, mapped = w, v
-            if w.device.type == "cpu" and bool(change <= tolerance):
+            size = torch.linalg.vecdot(w, v).sqrt()
+            inverse = reciprocal(size)[:, None]
+            w, v = kept(done, old, w * inverse), kept(done, mapped, v * inverse)
+            steps, sigma = steps + ~done, kept(done, sigma, size)
+            change = kept(done, change, torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max())
+            old, mapped, done = w, v, change <= tolerance
+            if ended(done):
                 break
         scale = self._a_scale * self._g_scale
         return over(w, self._a_scale), over(u, self._g_scale), sigma * scale, steps, change

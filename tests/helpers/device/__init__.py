@@ -1,0 +1,1 @@
+"""A simulated device: another device's rules, in host memory."""
