@@ -40,14 +40,22 @@ def _app() -> Any:
     import rich  # noqa: F401
     import typer
 
-    from kronfisher.experiments.cli import comparison, race, uncertainty
+    from kronfisher.experiments.cli import comparison, race, suite, uncertainty
+
+    class Commands(typer.core.TyperGroup):
+        """Commands of one word, or of two."""
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            two = " ".join(args[:2])
+            return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
     app = typer.Typer(
+        cls=Commands,
         help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for commands in (comparison, uncertainty, race):
+    for commands in (comparison, uncertainty, race, suite):
         commands.add(app)
     return app

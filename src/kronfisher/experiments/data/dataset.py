@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian
+    from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 
-Task = Literal["classes", "values", "probabilities"]
+Task = Literal["classes", "values", "probabilities", "counts"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -20,10 +20,10 @@ class Dataset:
     Attributes:
         name: the name `load` knows it by.
         train_inputs: ``[N, *input_shape]``.
-        train_targets: ``[N]`` class indices (int64), of text ``[N, T]``, or ``[N, outputs]`` values or probabilities.
+        train_targets: ``[N]`` class indices (int64), of text ``[N, T]``, or ``[N, outputs]`` values, probabilities or counts.
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
-        task: what the targets are: "classes", real "values" or "probabilities" of ones.
+        task: what the targets are: "classes", real "values", "probabilities" of ones or "counts".
         outputs: how many numbers a network predicts for one example, or for one character of a text.
         scale: standard deviation of the targets in their own units, where they were standardised.
     """
@@ -52,11 +52,12 @@ class Dataset:
         return not self.train_inputs.is_floating_point()
 
     @property
-    def likelihood(self) -> "Categorical | Gaussian | Bernoulli":
-        """The likelihood that a network's outputs parametrise: categorical, Gaussian of unit variance, or Bernoulli."""
-        from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian
+    def likelihood(self) -> "Categorical | Gaussian | Bernoulli | Poisson":
+        """The likelihood of a network's outputs: categorical, Gaussian of unit variance, Bernoulli or Poisson."""
+        from kronfisher.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 
-        return {"classes": Categorical, "values": Gaussian, "probabilities": Bernoulli}[self.task]()
+        kinds = {"classes": Categorical, "values": Gaussian, "probabilities": Bernoulli, "counts": Poisson}
+        return kinds[self.task]()
 
     def batches(self, size: int = 128, limit: int | None = None, *, test: bool = False) -> list[tuple[Tensor, Tensor]]:
         """The first `limit` examples as a list of ``(inputs, targets)`` of `size` each; views, nothing is copied.

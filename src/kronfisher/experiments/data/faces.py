@@ -39,7 +39,7 @@ def faces(
         FileNotFoundError: the file is missing; the message says whose it is.
         DataError: the file is not what its name says.
     """
-    images = _originals(locate(data_dir, "faces/olivettifaces.mat", ORIGIN))
+    images = photographs(data_dir)
     last = PER_PERSON * TRAIN_PEOPLE
     train = _transform(images[:last], train_size, generator(seed, 1))
     test = _transform(images[last : last + PER_PERSON * TEST_PEOPLE], test_size, generator(seed, 2))
@@ -48,7 +48,9 @@ def faces(
     return Dataset("faces", train, train, test, test, "values", SIDE * SIDE)
 
 
-def _originals(path: Path) -> Tensor:
+def photographs(data_dir: str | Path | None = None) -> Tensor:
+    """The Olivetti faces ``[400, 64, 64]`` in [0, 1], ten of each person; errors as those of `faces`."""
+    path = locate(data_dir, "faces/olivettifaces.mat", ORIGIN)
     try:
         from scipy.io import loadmat
     except ImportError as error:

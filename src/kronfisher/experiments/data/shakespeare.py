@@ -30,13 +30,7 @@ def shakespeare(data_dir: str | Path | None = None) -> Dataset:
         FileNotFoundError: the file is missing; the message says whose it is.
         DataError: the file is not text, or too short.
     """
-    path = locate(data_dir, "shakespeare/input.txt", ORIGIN)
-    try:
-        text = read(path).decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}): fetch it again") from error
-    if len(text) <= 10 * LENGTH:
-        raise DataError(f"{path} has {len(text)} characters and needs more than {10 * LENGTH}: fetch it again")
+    text = shakespeare_text(data_dir)
     alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([alphabet[character] for character in text])
     pieces = (len(tokens) - 1) // LENGTH
@@ -44,3 +38,15 @@ def shakespeare(data_dir: str | Path | None = None) -> Dataset:
     last = pieces - pieces // 10
     parts = inputs[:last], targets[:last], inputs[last:], targets[last:]
     return Dataset("shakespeare", *parts, task="classes", outputs=len(alphabet))
+
+
+def shakespeare_text(data_dir: str | Path | None = None) -> str:
+    """The whole text; errors as those of `shakespeare`."""
+    path = locate(data_dir, "shakespeare/input.txt", ORIGIN)
+    try:
+        text = read(path).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}): fetch it again") from error
+    if len(text) <= 10 * LENGTH:
+        raise DataError(f"{path} has {len(text)} characters and needs more than {10 * LENGTH}: fetch it again")
+    return text

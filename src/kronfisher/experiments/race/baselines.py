@@ -45,20 +45,22 @@ class FirstOrder:
 
 
 class Flattened(FirstOrder):
-    """Muon for matrices, and another optimiser for the rest.
+    """Muon for matrices, and another optimiser for the rest, embeddings among them, as its authors advise.
 
     Kernels of convolutions are matrices ``[O, I]`` to Muon. On a CPU its Newton–Schulz iteration runs in float32:
     torch's is fixed to bfloat16, which takes a CPU five times as long (measured) and is less precise.
     """
 
     def __init__(self, model: nn.Module, task: Task, options: dict[str, Any]) -> None:
-        kernels = [p for p in model.parameters() if p.dim() > 1]
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        trained = _trained(model)
+        kernels = [p for p in trained if p.dim() > 1 and min(p.flatten(1).shape) > 1 and id(p) not in tables]
+        chosen = {id(p) for p in kernels}
         # A flat one shares the memory of its kernel, so that a step on it is a step on the kernel.
         self.flat = [(p, nn.Parameter(p.detach().flatten(1))) for p in kernels]
         muon = torch.optim.Muon([flat for _, flat in self.flat], adjust_lr_fn="match_rms_adamw", **options)
-        super().__init__(
-            model, task, muon, torch.optim.AdamW([p for p in model.parameters() if p.dim() <= 1], **options)
-        )
+        rest = [p for p in trained if id(p) not in chosen]
+        super().__init__(model, task, muon, *([torch.optim.AdamW(rest, **options)] if rest else []))
         muon.register_step_pre_hook(lambda *_: self._gradients())
 
     def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
@@ -97,20 +99,18 @@ def sgd(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrd
         "momentum": settings["momentum"],
         "weight_decay": settings.get("weight_decay", 0.0),
     }
-    return FirstOrder(
-        model, task, torch.optim.SGD(model.parameters(), nesterov=settings.get("nesterov", True), **options)
-    )
+    return FirstOrder(model, task, torch.optim.SGD(_trained(model), nesterov=settings.get("nesterov", True), **options))
 
 
 def adam(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
     """Adam, whose weight decay is part of the loss."""
     options: dict[str, Any] = {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
-    return FirstOrder(model, task, torch.optim.Adam(model.parameters(), **options))
+    return FirstOrder(model, task, torch.optim.Adam(_trained(model), **options))
 
 
 def adamw(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
     """AdamW."""
-    return FirstOrder(model, task, torch.optim.AdamW(model.parameters(), **_rates(task, settings)))
+    return FirstOrder(model, task, torch.optim.AdamW(_trained(model), **_rates(task, settings)))
 
 
 def muon(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
@@ -123,7 +123,7 @@ def muon(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOr
 def soap(model: nn.Module, task: Task, settings: Settings, seed: int) -> FirstOrder:
     """SOAP of pytorch_optimizer."""
     optimizer = _pytorch_optimizer("SOAP")(
-        model.parameters(), precondition_frequency=settings["frequency"], **_rates(task, settings)
+        _trained(model), precondition_frequency=settings["frequency"], **_rates(task, settings)
     )
     return FirstOrder(model, task, optimizer)
 
@@ -132,7 +132,7 @@ def shampoo(model: nn.Module, task: Task, settings: Settings, seed: int) -> Firs
     """The scalable Shampoo of pytorch_optimizer (Anil et al. 2020), grafted onto Adagrad."""
     frequency = settings["frequency"]
     optimizer = _pytorch_optimizer("ScalableShampoo")(
-        model.parameters(),
+        _trained(model),
         lr=settings["lr"],
         start_preconditioning_step=frequency,
         preconditioning_compute_steps=frequency,
@@ -146,8 +146,13 @@ def shampoo(model: nn.Module, task: Task, settings: Settings, seed: int) -> Firs
 ADAGRAD = 2  # of pytorch_optimizer's LayerWiseGrafting, which it does not export
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def _rates(task: Task, settings: Settings) -> dict[str, Any]:
-    return {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", task.problem.weight_decay)}
+    decay = settings["weight_decay"] if "weight_decay" in settings else task.problem.weight_decay
+    return {"lr": settings["lr"], "weight_decay": decay}
 
 
 def _pytorch_optimizer(name: str) -> Any:

@@ -1,0 +1,117 @@
+"""The whole suite: tune the baselines, run everything with every seed, keep all of it in one folder."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kronfisher.experiments.race.suite.contestants import BASELINES
+from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded
+from kronfisher.experiments.race.suite.run import Plan, Run, carry_out
+from kronfisher.experiments.race.suite.table import Results
+from kronfisher.experiments.race.suite.tune import tune
+
+__all__ = ["HORIZON", "Suite", "collect"]
+
+HORIZON = "-horizon"
+"""What the name of a run has at its end if the optimiser was told the number of steps."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The settings of a suite, and where its files are.
+
+    Attributes:
+        problems: names, of `PROBLEMS`.
+        folder: of all files; what it has is not done again.
+        seconds: CPU time of a run.
+        tuning: CPU time of a run of the baselines' searches.
+        seeds: of the runs; the searches have another.
+        ours: name → settings of `NaturalGradient`.
+        factor: the one rule for our batch: the baselines' first batch times this, at most all data.
+        baselines: names of the baselines to be run.
+        horizon: run ours also with the number of steps known beforehand.
+        again: make our runs again.
+        data_dir: folder of the data sets' files.
+    """
+
+    problems: tuple[str, ...]
+    folder: Path
+    seconds: float = 10.0
+    tuning: float = 4.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ours: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"natural": {}})
+    factor: float = 1.0
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    horizon: bool = True
+    again: bool = False
+    data_dir: Path | None = None
+
+    def check(self) -> None:
+        """ValueError if a setting is not possible."""
+        for what, names, known in (
+            ("problem", self.problems, PROBLEMS),
+            ("baseline", self.baselines, BASELINES),
+        ):
+            if odd := [name for name in names if name not in known]:
+                raise ValueError(f"there is no {what} {odd[0]!r} in the suite; there are {', '.join(known)}")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError("seeds must be numbers from 0 on, at least one")
+        if not min(self.seconds, self.tuning, self.factor) > 0:
+            raise ValueError("seconds, tuning-seconds and batch must be positive")
+        if taken := {*self.ours} & {*BASELINES}:
+            raise ValueError(f"options: {min(taken)} is the name of a baseline")
+
+    def go(self, say: Callable[[str], None] = lambda text: None) -> Results:
+        """Run what is not there yet, the first seed of every problem before the second; the results of all."""
+        runs: list[Run] = []
+        for seed in self.seeds:
+            for name in self.problems:
+                loaded = PROBLEMS[name].load(self.data_dir, self.folder)
+                runs += [_told(run, say) for run in self._runs(loaded, seed, say)]
+        return Results(tuple(runs), self.seconds)
+
+    def _runs(self, loaded: Loaded, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
+        for baseline in self.baselines:
+            chosen = tune(baseline, loaded, self.tuning, self.folder, say)
+            plan = self._plan(loaded, baseline, baseline, {"lr": chosen["lr"]}, chosen["batch"], seed)
+            yield carry_out(plan, loaded, self.folder)
+        batch = max(1, min(round(self.factor * loaded.batch), loaded.size))
+        for name, settings in self.ours.items():
+            run = carry_out(
+                self._plan(loaded, name, "natural", settings, batch, seed), loaded, self.folder, again=self.again
+            )
+            yield run
+            if self.horizon and run.steps:
+                plan = self._plan(loaded, name + HORIZON, "natural", settings, batch, seed, horizon=run.steps)
+                yield carry_out(plan, loaded, self.folder, again=self.again)
+
+    def _plan(
+        self, loaded: Loaded, name: str, base: str, settings: Mapping[str, Any], batch: int, seed: int, horizon: int = 0
+    ) -> Plan:
+        return Plan(loaded.problem.name, name, base, dict(settings), batch, seed, self.seconds, horizon)
+
+
+def collect(folder: Path, problems: tuple[str, ...], seconds: float) -> Results:
+    """What the folder has of these problems with this budget; of runs that differ in settings or batch, the newest.
+
+    Raises:
+        ValueError: it has nothing.
+    """
+    newest: dict[tuple[str, str, int], Run] = {}
+    for problem in problems:
+        for path in sorted((folder / "runs" / problem).glob("*.json"), key=lambda path: path.stat().st_mtime):
+            run = Run.read(path)
+            if run.plan.seconds == seconds and not run.plan.brief:
+                newest[problem, run.plan.name, run.plan.seed] = run
+    if not newest:
+        raise ValueError(f"{folder / 'runs'} has no results of {seconds:g} seconds yet")
+    return Results(tuple(newest.values()), seconds)
+
+
+def _told(run: Run, say: Callable[[str], None]) -> Run:
+    final = ", ".join(f"{name} {value:.4g}" for name, value in run.final.items())
+    outcome = f"{run.failure}; {final}" if run.failure else final
+    what = f"{run.plan.problem}: {run.plan.name}, seed {run.plan.seed}, batch {run.plan.batch}"
+    say(f"{what}, {run.steps:,} steps: {outcome}")
+    return run

@@ -1,0 +1,212 @@
+"""The results of the suite: a table by problem, and how often ours is better. Medians over seeds everywhere."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from kronfisher.experiments.race.suite.contestants import BASELINES
+from kronfisher.experiments.race.suite.lot import HALVES, half
+from kronfisher.experiments.race.suite.run import Run
+from kronfisher.tables import Table, count, number, significant
+
+__all__ = ["Results", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Ours on one problem.
+
+    Attributes:
+        below_adamw: whether the final training loss is lower than AdamW's.
+        below_all: than every baseline's.
+        share: time to the best baseline's final training loss, over the budget.
+        share_adamw: to AdamW's.
+        test_adamw: whether the test loss is no higher, or the test accuracy (test error) no worse, than AdamW's.
+        test_all: the same against the best of all baselines.
+    """
+
+    below_adamw: bool
+    below_all: bool
+    share: float
+    share_adamw: float
+    test_adamw: bool
+    test_all: bool
+
+
+@dataclass(frozen=True)
+class Results:
+    """Runs of equal time.
+
+    Attributes:
+        runs: in any order.
+        seconds: CPU time of each.
+    """
+
+    runs: tuple[Run, ...]
+    seconds: float
+
+    @cached_property
+    def grouped(self) -> dict[str, dict[str, list[Run]]]:
+        """Problem → name → runs."""
+        groups: dict[str, dict[str, list[Run]]] = {}
+        for run in self.runs:
+            groups.setdefault(run.plan.problem, {}).setdefault(run.plan.name, []).append(run)
+        return groups
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everybody but the baselines."""
+        return tuple(dict.fromkeys(run.plan.name for run in self.runs if run.plan.name not in BASELINES))
+
+    def median(self, problem: str, name: str, value: Callable[[Run], float]) -> float:
+        """Of the runs of one name on one problem."""
+        return median(value(run) for run in self.grouped[problem][name])
+
+    def verdict(self, problem: str, name: str) -> Verdict | None:
+        """Ours against the baselines on one problem; None if one of them is missing."""
+        groups = self.grouped[problem]
+        if name not in groups or any(baseline not in groups for baseline in BASELINES):
+            return None
+        metric = "accuracy" if "test_accuracy" in groups[name][0].final else "error"
+
+        def last(who: str, what: str) -> float:
+            return self.median(problem, who, lambda run: run.value(what))
+
+        losses = {baseline: last(baseline, "train_loss") for baseline in BASELINES}
+        best = min(losses.values())
+
+        def good(others: list[str]) -> bool:
+            sign = -1 if metric == "accuracy" else 1
+            loss = last(name, "test_loss") <= min(last(other, "test_loss") for other in others)
+            return loss or sign * last(name, f"test_{metric}") <= min(sign * last(o, f"test_{metric}") for o in others)
+
+        def share(loss: float) -> float:
+            return self.median(problem, name, lambda run: run.reach(loss)) / self.seconds
+
+        mine = last(name, "train_loss")
+        return Verdict(
+            mine < losses["adamw"],
+            mine < best,
+            share(best),
+            share(losses["adamw"]),
+            good(["adamw"]),
+            good([*BASELINES]),
+        )
+
+    def verdicts(self, name: str, which: str = "") -> dict[str, Verdict]:
+        """Problem → verdict, of one half or both."""
+        verdicts = {problem: self.verdict(problem, name) for problem in half(which) if problem in self.grouped}
+        return {problem: verdict for problem, verdict in verdicts.items() if verdict is not None}
+
+    def tables(self) -> list[Table]:
+        """Problem by problem, then the counts."""
+        return [self._problems(), *([self._counts()] if any(self.verdicts(name) for name in self.names) else [])]
+
+    def _problems(self) -> Table:
+        title = f"Medians of up to {self._seeds()} seeds after {self.seconds:g} s of CPU time"
+        header = ("train loss", "test loss", "test accuracy or error", "steps", "batch", "rate", "share", "of AdamW's")
+        table = Table(title, ("problem", "optimizer", *header), text=2)
+        for problem in half(""):
+            for name, runs in self.grouped.get(problem, {}).items():
+                metric = "accuracy" if "test_accuracy" in runs[0].final else "error"
+                verdict = None if name in BASELINES else self.verdict(problem, name)
+                failed = sum(bool(run.failure) for run in runs)
+                table.add(
+                    problem,
+                    name + (f" ({failed} failed)" if failed else ""),
+                    *(
+                        significant(self.median(problem, name, lambda run, w=what: run.value(w)))
+                        for what in ("train_loss", "test_loss", f"test_{metric}")
+                    ),
+                    count(self.median(problem, name, lambda run: run.steps)),
+                    str(runs[0].plan.batch),
+                    f"{runs[0].plan.settings['lr']:g}" if name in BASELINES else "",
+                    *(("", "") if verdict is None else (_share(verdict.share), _share(verdict.share_adamw))),
+                )
+        return table
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each of ours and each half, and both: how many problems, on how many it is better, median shares."""
+        rows = []
+        for name in self.names:
+            for which in (*HALVES, ""):
+                if verdicts := list(self.verdicts(name, which).values()):
+                    rows.append(
+                        {
+                            "name": name,
+                            "half": which or "both",
+                            "problems": len(verdicts),
+                            "below_adamw": sum(v.below_adamw for v in verdicts),
+                            "below_all": sum(v.below_all for v in verdicts),
+                            "share": median(v.share for v in verdicts),
+                            "share_adamw": median(v.share_adamw for v in verdicts),
+                            "test_adamw": sum(v.test_adamw for v in verdicts),
+                            "test_all": sum(v.test_all for v in verdicts),
+                        }
+                    )
+        return rows
+
+    def _counts(self) -> Table:
+        header = ("problems", "below AdamW", "below all", "median share", "of AdamW's", "test: AdamW", "test: all")
+        table = Table(
+            "Training loss at equal time, time to the baselines' losses, test no worse",
+            ("optimizer", "half", *header),
+            text=2,
+        )
+        for row in self.summary():
+            table.add(
+                row["name"],
+                row["half"],
+                *(str(row[key]) for key in ("problems", "below_adamw", "below_all")),
+                _share(row["share"]),
+                _share(row["share_adamw"]),
+                str(row["test_adamw"]),
+                str(row["test_all"]),
+            )
+        return table
+
+    def notes(self) -> list[str]:
+        """Failures, weights as they are beside those for evaluation, and warnings."""
+        lines = [f"{r.plan.problem}: {r.plan.name}, seed {r.plan.seed}: {r.failure}" for r in self.runs if r.failure]
+        for problem, groups in self.grouped.items():
+            for name, runs in groups.items():
+                last, plain = (
+                    median(each.get("train_loss", math.nan) for each in every)
+                    for every in ([r.final for r in runs], [r.plain for r in runs])
+                )
+                if name not in BASELINES and not math.isclose(last, plain, rel_tol=1e-3):
+                    values = f"training loss {significant(plain)} instead of {significant(last)}"
+                    lines.append(f"{problem}: {name} without eval(): {values}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and the final values of every run."""
+        runs = [
+            {
+                "problem": r.plan.problem,
+                "name": r.plan.name,
+                "seed": r.plan.seed,
+                "batch": r.plan.batch,
+                "settings": dict(r.plan.settings),
+                "steps": r.steps,
+                "start": r.start,
+                "failure": r.failure,
+                "final": r.final,
+                "plain": r.plain,
+            }
+            for r in self.runs
+        ]
+        return {"seconds": self.seconds, "summary": self.summary(), "runs": runs}
+
+    def __str__(self) -> str:
+        return "\n\n".join([*map(str, self.tables()), "\n".join(self.notes())])
+
+    def _seeds(self) -> int:
+        return max(len(runs) for groups in self.grouped.values() for runs in groups.values())
+
+
+def _share(value: float) -> str:
+    return number(value, 2) if math.isfinite(value) else "never"
