@@ -34,7 +34,7 @@ def add(app: Any) -> None:
         tuning_seconds: Annotated[float, option("CPU time of a run of the baselines' searches")] = Suite.tuning,
         seeds: Annotated[str, option("comma-separated")] = "0,1,2",
         optimizers: Annotated[
-            str, option(f"comma-separated, of {', '.join(BASELINES)}, natural and those of --options")
+            str, option(f"comma-separated, of {', '.join(BASELINES)}, natural, and of --options")
         ] = "",
         options: Annotated[str, option('others of ours, as JSON or a file: {"x": {"lr": 0.5}}')] = "{}",
         batch: Annotated[

@@ -20,7 +20,8 @@ class Dataset:
     Attributes:
         name: the name `load` knows it by.
         train_inputs: ``[N, *input_shape]``.
-        train_targets: ``[N]`` class indices (int64), of text ``[N, T]``, or ``[N, outputs]`` values, probabilities or counts.
+        train_targets: ``[N]`` class indices (int64), of text ``[N, T]``, of pixels ``[N, S, S]``, or
+            ``[N, outputs]`` values, probabilities or counts.
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
         task: what the targets are: "classes", real "values", "probabilities" of ones or "counts".

@@ -73,7 +73,7 @@ def letters(data_dir: str | Path | None = None, length: int = 64) -> Dataset:
 
 
 def words(data_dir: str | Path | None = None, length: int = 32, vocabulary: int = 1_024) -> Dataset:
-    """Tiny Shakespeare in pieces of `length` words, signs and ends of lines; all but the most frequent are one token."""
+    """Tiny Shakespeare in pieces of `length` words, signs and ends of lines; the rare ones are all one token."""
     tokens = re.findall(r"\w+|[^\w\s]|\n", shakespeare_text(data_dir))
     frequent = Counter(tokens).most_common(vocabulary - 1)
     number = {token: k for k, (token, _) in enumerate(sorted(frequent), start=1)}

@@ -51,7 +51,7 @@ class Inverted(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Patches, blocks of depthwise convolutions, a mean over positions and a linear layer (2201.03545), in one stage."""
+    """Patches, blocks of depthwise convolutions, a mean over positions and a linear layer (2201.03545)."""
 
     def __init__(self, channels: int, outputs: int, width: int, depth: int, patch: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ __all__ = ["VAE", "convolutional_autoencoder", "unet", "vae"]
 
 @with_seed
 def convolutional_autoencoder(code: int = 16) -> nn.Sequential:
-    """For images ``[1, 28, 28]``: convolutions of stride 2, a linear code, transposed convolutions; logits of pixels."""
+    """For images ``[1, 28, 28]``: convolutions of stride 2, a linear code, transposed convolutions."""
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(32 * 49, code), nn.Linear(code, 32 * 49), nn.ReLU(), nn.Unflatten(1, (32, 7, 7))),

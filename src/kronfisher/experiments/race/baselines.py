@@ -151,8 +151,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _rates(task: Task, settings: Settings) -> dict[str, Any]:
-    decay = settings["weight_decay"] if "weight_decay" in settings else task.problem.weight_decay
-    return {"lr": settings["lr"], "weight_decay": decay}
+    return {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", task.problem.weight_decay)}
 
 
 def _pytorch_optimizer(name: str) -> Any:

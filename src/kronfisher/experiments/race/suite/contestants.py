@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class Baseline:
     def __init__(
         self, build: Callable[..., Racer], extra: dict[str, Any], model: nn.Module, loaded: Loaded, plan: "Plan"
     ) -> None:
-        self.racer = build(model, _Penalised(loaded, model), {"weight_decay": 0.0, **extra, **plan.settings}, plan.seed)
+        self.racer = build(model, _Penalised(loaded, model), {**extra, **plan.settings}, plan.seed)
 
     def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
         """See `Contestant`."""
@@ -60,8 +61,10 @@ class _Penalised:
 
     def __init__(self, loaded: Loaded, model: nn.Module) -> None:
         self.loaded, self.model = loaded, model
+        self.problem = SimpleNamespace(weight_decay=0.0)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of an example."""
         loss, penalty = self.loaded.loss(outputs, targets), penalty_of(self.model)
         return loss if penalty is None else loss + penalty
 

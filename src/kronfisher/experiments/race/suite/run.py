@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.estimation.documents import replace_nonfinite
 from kronfisher.experiments.race.order import Order
-from kronfisher.experiments.race.suite.contestants import CONTESTANTS
+from kronfisher.experiments.race.suite.contestants import BASELINES, CONTESTANTS
 from kronfisher.experiments.race.suite.problem import Loaded
 
 __all__ = ["Plan", "Run", "carry_out"]
@@ -171,16 +171,16 @@ def _train(plan: Plan, loaded: Loaded) -> Run:
         except (NumericalError, UnsupportedError, DataError, ArithmeticError, RuntimeError) as error:
             run.failure = f"step {step + 1}: {type(error).__name__}: {' '.join(str(error).split())}"[:500]
         seconds, wall = time.process_time() - began, time.perf_counter() - began_wall
-        with racer.evaluated() if racer is not None else _as_it_is():
+        with racer.evaluated() if racer is not None else nullcontext():
             run.points.append({"seconds": seconds, "step": step, "train_loss": loaded.evaluate(model)[0]})
             if not math.isfinite(run.points[-1]["train_loss"]):
                 run.failure = run.failure or f"the loss is not finite after {step} steps"
             last = share == 1.0 or run.failure or (0 < plan.horizon <= step)
             if last:
-                run.final = _measure(loaded, model)
+                run.final = {"train_loss": run.points[-1]["train_loss"]} if plan.brief else _measure(loaded, model)
         if last:
             run.machine["wall"] = wall
-            run.plain = _measure(loaded, model)
+            run.plain = run.final if plan.base in BASELINES else _measure(loaded, model)
             run.report = racer.report() if racer is not None else ""
             break
     return run
@@ -204,11 +204,6 @@ def _matmul(size: int = 512, times: int = 10) -> float:
 def _cosine(share: float) -> float:
     """From one to a hundredth."""
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager
