@@ -198,7 +198,7 @@ def test_faces(faces_dir):
 def test_faces_are_turned_and_enlarged_as_published(faces_dir):
     from kronfisher.experiments.data import faces as module
 
-    originals = module._originals(faces_dir / "faces" / "olivettifaces.mat")
+    originals = module.photographs(faces_dir)
     assert torch.allclose(originals[20] * 255, 2.0 + 2 * torch.arange(64.0).expand(64, 64))  # rows are rows
     images = module._transform(originals, 700, torch.Generator().manual_seed(0)).reshape(-1, 25, 25)
     # The ramp rises 2/255 a pixel along x; a 25-pixel crop of 64/zoom pixels turned by φ shows its gradient.

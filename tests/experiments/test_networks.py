@@ -6,6 +6,12 @@ from torch import nn
 
 from kronfisher.experiments import data, networks, training
 from kronfisher.experiments.data import Dataset
+from kronfisher.experiments.networks.adapted import adapt_
+from kronfisher.experiments.networks.language import decoder, lstm
+from kronfisher.experiments.networks.normalised import convnext, normalised
+from kronfisher.experiments.networks.reconstructing import convolutional_autoencoder, unet, vae
+from kronfisher.experiments.networks.tabular import embedded, residual
+from tests.helpers.close import close
 
 
 def tiny(shape, outputs, name="tiny"):
@@ -129,3 +135,43 @@ def test_a_vision_transformer_takes_images_and_rows_of_pixels():
     assert networks.for_data("vit", tiny((64,), 7))(torch.zeros(2, 64)).shape == (2, 7)
     with pytest.raises(ValueError, match="a multiple of 4"):
         networks.for_data("vit", tiny((1, 10, 10), 7))
+
+
+def test_the_suite_s_networks_have_the_outputs_of_their_data():
+    images, tokens = torch.rand(3, 1, 28, 28), torch.randint(9, (3, 5))
+    for norm in ("batch", "group", "layer"):
+        assert normalised(norm, 1, 10)(images).shape == (3, 10)
+    assert convnext(1, 10)(images).shape == (3, 10) and convolutional_autoencoder()(images).shape == images.shape
+    assert unet(1, 11)(torch.rand(3, 1, 40, 40)).shape == (3, 11, 40, 40)
+    assert decoder(9, 5)(tokens).shape == lstm(9)(tokens).shape == (3, 5, 9)
+    assert embedded(5, 9, 4)(tokens).shape == (3, 4) and residual(7, 2)(torch.rand(3, 7)).shape == (3, 2)
+
+
+def test_a_decoder_sees_no_later_token():
+    tokens, model = torch.randint(9, (2, 5)), decoder(9, 5)
+    other = tokens.clone()
+    other[:, 3:] = 0
+    close(model(tokens)[:, :3], model(other)[:, :3])
+    assert not torch.allclose(model(tokens)[:, 4], model(other)[:, 4])
+
+
+def test_a_variational_autoencoder_has_its_divergence_as_penalty():
+    model, x = vae(6, hidden=4, code=2), torch.rand(5, 6)
+    model(x)
+    mean, logarithm = model.encoder(x).chunk(2, dim=1)
+    posterior = torch.distributions.Normal(mean, (0.5 * logarithm).exp())
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+    close(model.penalty, divergence)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_an_adapted_network_is_at_first_as_it_was_and_trains_only_what_was_added():
+    model, tokens = decoder(9, 5), torch.randint(9, (2, 5))
+    before = model(tokens)
+    adapt_(model, rank=2)
+    assert torch.equal(model(tokens), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    added = {name for name in trained if name.endswith(("down.weight", "up.weight")) and ".base." not in name}
+    assert trained - added == {"head.weight"} and len(added) == 2 * 2 * 7

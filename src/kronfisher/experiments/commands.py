@@ -19,12 +19,14 @@ from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.race.entry import enter
 from kronfisher.experiments.race.result import Progress
 from kronfisher.experiments.race.standings import Standings
+from kronfisher.experiments.race.suite.suite import Suite
+from kronfisher.experiments.race.suite.table import Results
 from kronfisher.experiments.studies import STUDIES, Findings
 from kronfisher.experiments.study import Study
 from kronfisher.experiments.uncertainty import STUDIES as POSTERIORS
 from kronfisher.experiments.uncertainty import UCIStudy
 
-__all__ = ["DEMO", "compare", "coverage", "demo", "race", "study", "uncertainty"]
+__all__ = ["DEMO", "compare", "coverage", "demo", "race", "study", "suite", "uncertainty"]
 
 DEMO = {
     network: Study(
@@ -163,6 +165,30 @@ def race(
     if not show:
         chosen.go(chosen.problem.load(data_dir, chosen.device), say, progress)
     return chosen.standings(target)
+
+
+def suite(*, show: bool = False, say: Say = ignore, **settings: Any) -> Results:
+    """Train on many problems of many kinds, seconds each, ours against tuned baselines.
+
+    What is in the folder already is not done again, and an interrupted suite continues where it was.
+
+    Args:
+        show: only collect what the folder holds.
+        say: called with a line of text for every run.
+        settings: those of `Suite`.
+
+    Returns:
+        Tables (``str``) and numbers (``to_json``) of everything that the folder holds of these problems.
+
+    Raises:
+        ValueError: a setting is not possible, or there is no result to show.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    chosen = Suite(**settings)
+    chosen.check()
+    if not show:
+        chosen.go(say)
+    return chosen.results()
 
 
 def uncertainty(

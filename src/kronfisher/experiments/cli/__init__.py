@@ -39,10 +39,11 @@ def _app() -> Any:
     import matplotlib  # noqa: F401
     import rich  # noqa: F401
     import typer
+    from typer.core import TyperGroup
 
     from kronfisher.experiments.cli import comparison, race, suite, uncertainty
 
-    class Commands(typer.core.TyperGroup):
+    class Commands(TyperGroup):
         """Commands of one word, or of two."""
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:

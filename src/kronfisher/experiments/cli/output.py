@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from kronfisher.estimation.comparison import Comparison
     from kronfisher.experiments.race.standings import Standings
+    from kronfisher.experiments.race.suite.table import Results
     from kronfisher.experiments.studies import Findings
 
 __all__ = ["Reports", "finish", "progress_bar", "show", "watch"]
@@ -105,7 +106,7 @@ def finish(
     return 0 if useful else 1
 
 
-def show(result: "Findings | Comparison | Standings") -> None:
+def show(result: "Findings | Comparison | Standings | Results") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -10,6 +10,7 @@ from kronfisher.experiments.cli.options import (
     refuse_bad_options,
     require_writable,
     settings,
+    stop,
     whole,
 )
 from kronfisher.experiments.cli.output import progress_bar
@@ -20,11 +21,14 @@ __all__ = ["add"]
 
 def add(app: Any) -> None:
     """Add the command."""
+    from rich.progress import TextColumn
+
+    from kronfisher.experiments import commands
     from kronfisher.experiments.race.result import write
     from kronfisher.experiments.race.suite import HALVES, PROBLEMS
     from kronfisher.experiments.race.suite import half as half_of
     from kronfisher.experiments.race.suite.contestants import BASELINES
-    from kronfisher.experiments.race.suite.suite import Suite, collect
+    from kronfisher.experiments.race.suite.suite import Suite
 
     @app.command("race suite")
     def suite(
@@ -51,35 +55,34 @@ def add(app: Any) -> None:
         What is in the folder already is not done again, and an interrupted suite continues where it was.
         """
         with refuse_bad_options():
-            chosen = names(problems) or half_of(half)
             known = {"natural": {}, **settings(options)}
             wanted = names(optimizers) or (*BASELINES, *(settings(options) or ("natural",)))
             if odd := [name for name in wanted if name not in known and name not in BASELINES]:
                 raise ValueError(f"there is no optimizer {odd[0]!r}; there are {', '.join([*BASELINES, *known])}")
-            ours = {name: known[name] for name in wanted if name in known}
-            others = tuple(name for name in wanted if name in BASELINES)
-            entered = Suite(
-                chosen,
-                output,
-                seconds,
-                tuning_seconds,
-                tuple(map(whole, names(seeds))),
-                ours,
-                batch,
-                others,
-                horizon,
-                again,
-                data_dir,
-            )
-            entered.check()
+            chosen = {
+                "problems": names(problems) or half_of(half),
+                "folder": output,
+                "seconds": seconds,
+                "tuning": tuning_seconds,
+                "seeds": tuple(map(whole, names(seeds))),
+                "ours": {name: known[name] for name in wanted if name in known},
+                "factor": batch,
+                "baselines": tuple(name for name in wanted if name in BASELINES),
+                "horizon": horizon,
+                "again": again,
+                "data_dir": data_dir,
+            }
+            Suite(**chosen).check()
             require_writable(output, folder=True)
-        if not show:
-            from rich.progress import TextColumn
-
+        if show:
+            with refuse_bad_options():
+                results = commands.suite(show=True, **chosen)
+        else:
             with progress_bar("suite", TextColumn("")) as reports:
-                entered.go(reports.say)
-        with refuse_bad_options():
-            results = collect(output, chosen, seconds)
+                try:
+                    results = commands.suite(say=reports.say, **chosen)
+                except KeyboardInterrupt:
+                    stop("interrupted; the same command continues from here", 130)
         print_tables(results)
         path = output / "suite.json"
         write(path, results.to_json())

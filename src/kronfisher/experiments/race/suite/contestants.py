@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kronfisher.experiments.race import baselines
 from kronfisher.experiments.race.competitors import Racer
+from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded, penalty_of
-
-if TYPE_CHECKING:
-    from kronfisher.experiments.race.suite.run import Plan
 
 __all__ = ["BASELINES", "CONTESTANTS", "Contestant"]
 
@@ -38,7 +36,7 @@ class Baseline:
     """A baseline of the races; its rate follows the cosine."""
 
     def __init__(
-        self, build: Callable[..., Racer], extra: dict[str, Any], model: nn.Module, loaded: Loaded, plan: "Plan"
+        self, build: Callable[..., Racer], extra: dict[str, Any], model: nn.Module, loaded: Loaded, plan: Plan
     ) -> None:
         self.racer = build(model, _Penalised(loaded, model), {**extra, **plan.settings}, plan.seed)
 
@@ -72,10 +70,10 @@ class _Penalised:
 class Natural:
     """`NaturalGradient` as it comes; without a schedule, unless it is told the number of steps."""
 
-    def __init__(self, model: nn.Module, loaded: Loaded, plan: "Plan") -> None:
+    def __init__(self, model: nn.Module, loaded: Loaded, plan: Plan) -> None:
         from kronfisher.optim import NaturalGradient
 
-        options = dict(plan.settings) | ({"total_steps": plan.horizon} if plan.horizon else {})
+        options: dict[str, Any] = dict(plan.settings) | ({"total_steps": plan.horizon} if plan.horizon else {})
         self.model = model
         self.optimizer: Any = NaturalGradient(model, loaded.likelihood, seed=plan.seed, **options)
         self.penalised = penalty_of(model) is not None

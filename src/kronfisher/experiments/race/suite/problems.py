@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kronfisher.experiments import data
-from kronfisher.experiments.data import Dataset, derived
+from kronfisher.experiments.data import Dataset, variants
 from kronfisher.experiments.networks.adapted import adapt_
 from kronfisher.experiments.networks.attention import gpt, vit
 from kronfisher.experiments.networks.feedforward import autoencoder, mlp
@@ -64,7 +64,7 @@ def small_tables(dataset: Dataset, seed: int) -> nn.Module:
 
 def pretrained(folder: Path | None) -> State:
     """The weights of a decoder after 600 steps of AdamW on Shakespeare; the same everywhere but for rounding."""
-    problem = Problem("letters", "", derived.letters, lambda dataset, seed: decoder(128, 64, seed=seed))
+    problem = Problem("letters", "", variants.letters, lambda dataset, seed: decoder(128, 64, seed=seed))
     loaded = problem.load(folder)
     model, order = loaded.model(0), Order(loaded.size, 0)
     optimizer, steps = torch.optim.AdamW(model.parameters(), lr=3e-3), 600
@@ -125,16 +125,16 @@ for problem in (
         evaluated=1_000,
     ),
     Problem("vit", "vision transformer", fashion, small_token, batch=64, evaluated=1_000),
-    Problem("gpt-tied", "GPT, tied embeddings", derived.letters, small_tables, batch=32, evaluated=500),
+    Problem("gpt-tied", "GPT, tied embeddings", variants.letters, small_tables, batch=32, evaluated=500),
     Problem(
         "gpt-untied",
         "GPT, untied embeddings",
-        derived.words,
+        variants.words,
         lambda d, seed: decoder(d.outputs, d.input_shape[0], seed=seed),
         batch=32,
         evaluated=500,
     ),
-    Problem("lstm", "recurrent text", derived.letters, lambda d, seed: lstm(128, seed=seed), batch=32, evaluated=500),
+    Problem("lstm", "recurrent text", variants.letters, lambda d, seed: lstm(128, seed=seed), batch=32, evaluated=500),
     Problem(
         "regression",
         "tabular regression",
@@ -144,14 +144,14 @@ for problem in (
     Problem(
         "categories",
         "tabular classification with embeddings",
-        derived.binned,
+        variants.binned,
         lambda d, seed: embedded(9, 32, 10, seed=seed),
     ),
-    Problem("counts", "counts", derived.ink, lambda d, seed: mlp(448, (256, 256), 21, seed=seed)),
+    Problem("counts", "counts", variants.ink, lambda d, seed: mlp(448, (256, 256), 21, seed=seed)),
     Problem(
         "segmentation",
         "segmentation",
-        derived.scenes,
+        variants.scenes,
         lambda d, seed: unet(1, 11, seed=seed),
         batch=16,
         evaluated=300,
@@ -171,14 +171,14 @@ for problem in (
     Problem(
         "coordinates",
         "an image as a function of coordinates",
-        derived.pixels,
+        variants.pixels,
         lambda d, seed: mlp(2, (64, 64, 64), 1, activation="tanh", seed=seed),
         batch=None,
     ),
     Problem(
         "lora",
         "fine-tuning by LoRA",
-        lambda folder: derived.descriptions(),
+        lambda folder: variants.descriptions(),
         adapted,
         batch=32,
         evaluated=500,

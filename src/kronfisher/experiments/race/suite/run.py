@@ -1,63 +1,30 @@
 """One run: training by the CPU clock of the process, from which evaluations are left out."""
 
-import hashlib
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.estimation.documents import replace_nonfinite
+from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.race.order import Order
 from kronfisher.experiments.race.suite.contestants import BASELINES, CONTESTANTS
-from kronfisher.experiments.race.suite.problem import Loaded
+from kronfisher.experiments.race.suite.plan import Plan
+from kronfisher.experiments.race.suite.problem import Loaded, Problem
 
-__all__ = ["Plan", "Run", "carry_out"]
+__all__ = ["Run", "carry_out"]
 
 SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the budget: when the training loss is evaluated."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a run depends on, but for the code.
-
-    Attributes:
-        problem: its name.
-        name: what the run is called in tables.
-        base: the contestant, of `CONTESTANTS`.
-        settings: of the optimiser.
-        batch: examples in a batch.
-        seed: of initial weights, of the order of the data and of the optimiser.
-        seconds: CPU time of training.
-        horizon: the number of steps that the optimiser is told; 0: none.
-        brief: evaluated at the end only.
-    """
-
-    problem: str
-    name: str
-    base: str
-    settings: Mapping[str, Any]
-    batch: int
-    seed: int
-    seconds: float
-    horizon: int = 0
-    brief: bool = False
-
-    @property
-    def key(self) -> str:
-        """A name for files; another one as soon as anything differs, the horizon's length aside."""
-        whole = asdict(self) | {"horizon": self.horizon > 0}
-        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.name}-seed{self.seed}-{digest}".replace(os.sep, "-")
 
 
 @dataclass
@@ -140,6 +107,7 @@ def carry_out(plan: Plan, loaded: Loaded, folder: Path, *, again: bool = False) 
         return Run.read(path)
     with torch.random.fork_rng(devices=[]), _one_thread(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        _warm_up(plan.base)
         torch.manual_seed(plan.seed)
         matmul = _matmul()
         run = _train(plan, loaded)
@@ -155,11 +123,10 @@ def _train(plan: Plan, loaded: Loaded) -> Run:
     inputs, targets = loaded.dataset.train_inputs, loaded.dataset.train_targets
     run = Run(plan, [{"seconds": 0.0, "step": 0, "train_loss": loaded.evaluate(model)[0]}], {}, {})
     seconds, wall, step = 0.0, 0.0, 0
-    racer = None
+    racer = CONTESTANTS[plan.base](model, loaded, plan)
     for share in (1.0,) if plan.brief else SHARES:
         began, began_wall = time.process_time() - seconds, time.perf_counter() - wall
         try:
-            racer = racer or CONTESTANTS[plan.base](model, loaded, plan)
             while (seconds := time.process_time() - began) < share * plan.seconds:
                 if step == plan.horizon and step:
                     break
@@ -171,7 +138,7 @@ def _train(plan: Plan, loaded: Loaded) -> Run:
         except (NumericalError, UnsupportedError, DataError, ArithmeticError, RuntimeError) as error:
             run.failure = f"step {step + 1}: {type(error).__name__}: {' '.join(str(error).split())}"[:500]
         seconds, wall = time.process_time() - began, time.perf_counter() - began_wall
-        with racer.evaluated() if racer is not None else nullcontext():
+        with racer.evaluated():
             run.points.append({"seconds": seconds, "step": step, "train_loss": loaded.evaluate(model)[0]})
             if not math.isfinite(run.points[-1]["train_loss"]):
                 run.failure = run.failure or f"the loss is not finite after {step} steps"
@@ -181,7 +148,7 @@ def _train(plan: Plan, loaded: Loaded) -> Run:
         if last:
             run.machine["wall"] = wall
             run.plain = run.final if plan.base in BASELINES else _measure(loaded, model)
-            run.report = racer.report() if racer is not None else ""
+            run.report = racer.report()
             break
     return run
 
@@ -194,10 +161,20 @@ def _measure(loaded: Loaded, model: torch.nn.Module) -> dict[str, float]:
     return values
 
 
+@cache
+def _warm_up(base: str) -> None:
+    """A step that does not count: what an optimiser imports at its first one is not its own time."""
+    x = torch.rand(4, 2)
+    dataset = Dataset("warm", x, x, x, x, "values", 2)
+    loaded = Loaded(Problem("warm", "", lambda _: dataset, lambda *_: torch.nn.Linear(2, 2)), dataset)
+    settings = {} if base == "natural" else {"lr": 0.0}
+    CONTESTANTS[base](loaded.model(0), loaded, Plan("warm", base, base, settings, 4, 0, 1.0)).step(x, x, 1.0)
+
+
 def _matmul(size: int = 512, times: int = 10) -> float:
     matrix, began = torch.ones(size, size), time.process_time()
     for _ in range(times):
-        matrix @ matrix
+        matrix.mm(matrix)
     return 1e3 * (time.process_time() - began) / times
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from kronfisher.experiments.race.suite.contestants import BASELINES
+from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded
-from kronfisher.experiments.race.suite.run import Plan, Run, carry_out
+from kronfisher.experiments.race.suite.run import Run, carry_out
 from kronfisher.experiments.race.suite.table import Results
 from kronfisher.experiments.race.suite.tune import tune
 
-__all__ = ["HORIZON", "Suite", "collect"]
+__all__ = ["HORIZON", "Suite"]
 
 HORIZON = "-horizon"
 """What the name of a run has at its end if the optimiser was told the number of steps."""
@@ -62,14 +63,30 @@ class Suite:
         if taken := {*self.ours} & {*BASELINES}:
             raise ValueError(f"options: {min(taken)} is the name of a baseline")
 
-    def go(self, say: Callable[[str], None] = lambda text: None) -> Results:
-        """Run what is not there yet, the first seed of every problem before the second; the results of all."""
-        runs: list[Run] = []
+    def go(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Run what is not there yet, the first seed of every problem before the second."""
         for seed in self.seeds:
             for name in self.problems:
                 loaded = PROBLEMS[name].load(self.data_dir, self.folder)
-                runs += [_told(run, say) for run in self._runs(loaded, seed, say)]
-        return Results(tuple(runs), self.seconds)
+                for run in self._runs(loaded, seed, say):
+                    _tell(run, say)
+
+    def results(self) -> Results:
+        """What the folder has of these problems with this budget; of runs that differ in nothing else, the newest.
+
+        Raises:
+            ValueError: it has nothing.
+        """
+        newest: dict[tuple[str, str, int], Run] = {}
+        for problem in self.problems:
+            paths = (self.folder / "runs" / problem).glob("*.json")
+            for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+                run = Run.read(path)
+                if run.plan.seconds == self.seconds and not run.plan.brief:
+                    newest[problem, run.plan.name, run.plan.seed] = run
+        if not newest:
+            raise ValueError(f"{self.folder / 'runs'} has no results of {self.seconds:g} seconds yet")
+        return Results(tuple(newest.values()), self.seconds)
 
     def _runs(self, loaded: Loaded, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
         for baseline in self.baselines:
@@ -92,26 +109,8 @@ class Suite:
         return Plan(loaded.problem.name, name, base, dict(settings), batch, seed, self.seconds, horizon)
 
 
-def collect(folder: Path, problems: tuple[str, ...], seconds: float) -> Results:
-    """What the folder has of these problems with this budget; of runs that differ in settings or batch, the newest.
-
-    Raises:
-        ValueError: it has nothing.
-    """
-    newest: dict[tuple[str, str, int], Run] = {}
-    for problem in problems:
-        for path in sorted((folder / "runs" / problem).glob("*.json"), key=lambda path: path.stat().st_mtime):
-            run = Run.read(path)
-            if run.plan.seconds == seconds and not run.plan.brief:
-                newest[problem, run.plan.name, run.plan.seed] = run
-    if not newest:
-        raise ValueError(f"{folder / 'runs'} has no results of {seconds:g} seconds yet")
-    return Results(tuple(newest.values()), seconds)
-
-
-def _told(run: Run, say: Callable[[str], None]) -> Run:
+def _tell(run: Run, say: Callable[[str], None]) -> None:
     final = ", ".join(f"{name} {value:.4g}" for name, value in run.final.items())
     outcome = f"{run.failure}; {final}" if run.failure else final
     what = f"{run.plan.problem}: {run.plan.name}, seed {run.plan.seed}, batch {run.plan.batch}"
     say(f"{what}, {run.steps:,} steps: {outcome}")
-    return run

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kronfisher.experiments.race.suite.contestants import BASELINES
+from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded
-from kronfisher.experiments.race.suite.run import Plan, carry_out
+from kronfisher.experiments.race.suite.run import carry_out
 
 __all__ = ["LARGER", "tune"]
 
