@@ -1,6 +1,7 @@
 """Numbers and tables that people read."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -116,3 +117,38 @@ def size(number_of_bytes: int) -> str:
     while value >= 999.95 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def together(notes: Mapping[str, str], most: int = 3) -> list[str]:
+    """One line for everything that has the same note; a note may begin with the name that it is about.
+
+    Example:
+        >>> together({"a": "a: used by exp", "b": "b: used by exp", "c": "used by cos", "d": ""})
+        ['a, b: used by exp', 'c: used by cos']
+        >>> together({name: "unused" for name in "abcde"})
+        ['a, b, c and 2 more: unused']
+    """
+    names: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        if note:
+            names.setdefault(note.removeprefix(f"{name}:").strip(), []).append(name)
+    return [f"{_some(several, most)}: {note}" for note, several in names.items()]
+
+
+def _some(names: list[str], most: int) -> str:
+    left = len(names) - most
+    return ", ".join(names) if left <= 0 else f"{', '.join(names[:most])} and {left} more"
+
+
+def shares(parts: Iterable[tuple[str, int]]) -> str:
+    """Parts of a whole in percent, the same words once, in the order of their first mention.
+
+    Example:
+        >>> shares([("by layers", 90), ("diagonal", 7), ("by layers", 3)])
+        '93.0 % by layers, 7.0 % diagonal'
+    """
+    sums: dict[str, int] = {}
+    for words, number in parts:
+        sums[words] = sums.get(words, 0) + number
+    total = sum(sums.values())
+    return ", ".join(f"{100 * number / total:.1f} % {words}" for words, number in sums.items() if number)

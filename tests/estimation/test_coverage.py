@@ -23,10 +23,28 @@ def test_the_table():
     assert coverage.frozen == 6 and not coverage.complete
     assert coverage.share == pytest.approx(34 / 35)
     lines = str(coverage).splitlines()
-    assert lines[0].split() == ["parameter", "shape", "share", "used", "by", "treated", "by"]
-    assert lines[4].split() == ["1.slope", "1", "2.9", "%", "abs", "fallback:", "Diagonal()"]
-    assert lines[-2] == "100.0 % of 35 trainable numbers covered, 2.9 % by the fallback; 6 frozen"
+    assert lines[0] == "91.4 % by layers, 8.6 % diagonal (35 trainable numbers; 6 frozen)"
+    assert lines[1].split() == ["parameter", "shape", "share", "used", "by", "treated", "by"]
+    assert lines[5].split() == ["1.slope", "1", "2.9", "%", "abs", "fallback:", "Diagonal()"]
     assert lines[-1] == "1.slope: used by abs"
+
+
+def test_one_line_for_one_reason():
+    """Forty parameters that are used in one way make one line, in the coverage and in both reports."""
+    model = Written(
+        lambda m, x: sum(x * p.abs() for p in m.scales) + m.l(x),
+        l=nn.Linear(3, 3), scales=nn.ParameterList(torch.randn(3) for _ in range(40)),
+    )  # fmt: skip
+    coverage = kf.coverage(model, X)
+    fisher = kf.estimate(model, X, kf.Gaussian())
+    assert fisher.report().coverage == "9.1 % by layers, 90.9 % diagonal"
+    assert str(fisher.report()).splitlines()[0] == fisher.report().coverage
+    assert str(coverage).splitlines()[0] == "9.1 % by layers, 90.9 % diagonal (132 trainable numbers)"
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    optimizer.step(lambda: model(X), torch.zeros(5, 3))
+    for text in (coverage, fisher.report(), optimizer.report()):
+        lines = [line for line in str(text).splitlines() if "used by abs" in line]
+        assert len(lines) == 1 and "and 37 more: " in lines[0]
 
 
 class Bent(nn.Module):

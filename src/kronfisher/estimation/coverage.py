@@ -14,9 +14,10 @@ from kronfisher.errors import DataError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.report import BY_LAYERS, treatment
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Categorical
-from kronfisher.tables import Table
+from kronfisher.tables import Table, shares, together
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 
@@ -40,6 +41,11 @@ class CoverageRow:
     operators: tuple[str, ...]
     treatment: str
     reason: str = ""
+
+    @property
+    def structure(self) -> str:
+        """In a word or two: by layers, diagonal, from per-example gradients, unused."""
+        return treatment(self.treatment, diagonal="Diagonal()" in self.treatment)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,10 @@ class Coverage:
             shape = "x".join(map(str, row.shape)) or "scalar"
             share = f"{100 * row.numel / total:.1f} %"
             table.add(row.parameter, shape, share, ", ".join(row.operators) or "-", row.treatment)
-        facts = f"100.0 % of {total:,} trainable numbers covered"
-        if not self.complete:
-            facts += f", {100 * (1 - self.share):.1f} % by the fallback"
-        lines = [str(table), facts + (f"; {self.frozen:,} frozen" if self.frozen else "")]
-        return "\n".join([*lines, *dict.fromkeys(row.reason for row in self.rows if row.reason), *self.cuts])
+        by_layers = sorted(self.rows, key=lambda row: row.structure != BY_LAYERS)
+        size = f"{total:,} trainable numbers" + (f"; {self.frozen:,} frozen" if self.frozen else "")
+        facts = f"{shares((row.structure, row.numel) for row in by_layers)} ({size})"
+        return "\n".join([facts, str(table), *together({row.parameter: row.reason for row in self.rows}), *self.cuts])
 
 
 def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
@@ -100,11 +105,11 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
     Example:
         >>> import torch, kronfisher as kf
         >>> print(kf.coverage(torch.nn.Linear(3, 2), torch.randn(5, 3)))
+        100.0 % by layers (8 trainable numbers)
         parameter  shape  share   used by  treated by
         ──────────────────────────────────────────────────────
         weight     2x3    75.0 %  linear   KFAC(mode='expand')
         bias       2      25.0 %  linear   KFAC(mode='expand')
-        100.0 % of 8 trainable numbers covered
     """
     run = Accumulator(
         Recipe(unwrapped(model), Categorical(), forward=forward), fit

@@ -6,9 +6,9 @@ from textwrap import fill
 
 from kronfisher.fisher.info import BlockInfo, Info
 from kronfisher.operators.operator import Operator
-from kronfisher.tables import Table, size
+from kronfisher.tables import Table, shares, size, together
 
-__all__ = ["Report", "Row", "report"]
+__all__ = ["BY_LAYERS", "Report", "Row", "report", "treatment"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Row:
     seconds: float
     notes: str = ""
 
+    @property
+    def treatment(self) -> str:
+        """In a word or two, for the sum over blocks."""
+        return treatment(self.method, diagonal=self.structure.startswith("diagonal "))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -64,6 +69,12 @@ class Report:
         """The number of parameters (numbers) covered."""
         return sum(row.parameters for row in self.rows)
 
+    @property
+    def coverage(self) -> str:
+        """How much is treated by layers, and how much has only a diagonal or per-example gradients."""
+        by_layers = sorted(self.rows, key=lambda row: row.treatment != BY_LAYERS)
+        return shares((row.treatment, row.parameters) for row in by_layers)
+
     def __str__(self) -> str:
         header = ("block", "parameters", "share", "structure", "error", "memory", "seconds")
         table = Table("", header, also_text=(3,), total=True)
@@ -76,7 +87,8 @@ class Report:
         lines = str(table)
         width = max(110, *map(len, lines.splitlines()))
         facts = fill(", ".join(f"{key}: {value}" for key, value in self.facts.items()), width)
-        return "\n".join([lines, facts, *(fill(f"{r.name}: {r.notes}", width) for r in self.rows if r.notes)])
+        notes = [fill(line, width) for line in together({r.name: r.notes for r in self.rows})]
+        return "\n".join([self.coverage, lines, facts, *notes])
 
 
 def report(
@@ -97,6 +109,7 @@ def report(
         >>> from kronfisher.fisher import Fisher, Info
         >>> block = Block("w", "linear", Window.of("w", torch.zeros(1, 1, 3)))
         >>> print(Fisher([(block, Diagonal(torch.ones(3)))], {"w": (1, 1, 3)}, Info(count=8, trainable=4)).report())
+        100.0 % diagonal
         block  parameters   share  structure   error  memory  seconds
         ─────────────────────────────────────────────────────────────
         w               3  100.0%  diagonal 3      –    12 B     0.00
@@ -122,6 +135,18 @@ def report(
     if info.changes:
         facts["then"] = ", ".join(info.changes)
     return Report(tuple(rows), facts, info.seconds, error)
+
+
+BY_LAYERS = "by layers"
+
+
+def treatment(method: str, *, diagonal: bool) -> str:
+    """What the first line of a report calls the treatment of a block or parameter."""
+    if method.startswith("unused"):
+        return "unused"
+    if diagonal:
+        return "diagonal"
+    return "from per-example gradients" if method.startswith("fallback") else BY_LAYERS
 
 
 def _error(error: float | None) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kronfisher.tables import together
+
 __all__ = ["TrainingReport"]
 
 
@@ -59,7 +61,7 @@ class TrainingReport:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]
         lines += [f"{name}: {trouble}" for name, trouble in self.troubles.items()]
-        lines += [f"plain momentum: {reason}" for reason in self.uncovered.values()]
+        lines += [f"plain momentum: {line}" for line in together(self.uncovered)]
         if self.coupled:
             lines.append(f"examples are coupled by the batch in {', '.join(self.coupled)}; treated as independent")
         return "\n".join([*lines, *self.cuts, *self.warnings])
