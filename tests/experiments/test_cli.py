@@ -192,7 +192,7 @@ def test_every_command_is_a_function(capsys):
     functions = set(commands.__all__) - {"DEMO"}
     _, out, _ = run(capsys)
     listed = {line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()}
-    assert listed == functions - {"study", "suite"} and len(listed) == 5  # an option of compare, and a race
+    assert listed == functions - {"study", "suite", "stability"} and len(listed) == 5  # others are options
     assert all("Returns:" in getattr(commands, name).__doc__ for name in functions)
 
 

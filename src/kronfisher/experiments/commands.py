@@ -19,6 +19,7 @@ from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.race.entry import enter
 from kronfisher.experiments.race.result import Progress
 from kronfisher.experiments.race.standings import Standings
+from kronfisher.experiments.race.suite.stability import Stability, Starts
 from kronfisher.experiments.race.suite.suite import Suite
 from kronfisher.experiments.race.suite.table import Results
 from kronfisher.experiments.studies import STUDIES, Findings
@@ -26,7 +27,7 @@ from kronfisher.experiments.study import Study
 from kronfisher.experiments.uncertainty import STUDIES as POSTERIORS
 from kronfisher.experiments.uncertainty import UCIStudy
 
-__all__ = ["DEMO", "compare", "coverage", "demo", "race", "study", "suite", "uncertainty"]
+__all__ = ["DEMO", "compare", "coverage", "demo", "race", "stability", "study", "suite", "uncertainty"]
 
 DEMO = {
     network: Study(
@@ -186,9 +187,28 @@ def suite(*, show: bool = False, say: Say = ignore, **settings: Any) -> Results:
     """
     chosen = Suite(**settings)
     chosen.check()
-    if not show:
-        chosen.go(say)
-    return chosen.results()
+    return chosen.results() if show else chosen.go(say)
+
+
+def stability(*, say: Say = ignore, **settings: Any) -> Starts:
+    """Train shortly on the suite's problems at every batch size, and compare the losses before and after.
+
+    What is in the folder already is not done again.
+
+    Args:
+        say: called with a line of text for every run.
+        settings: those of `Stability`.
+
+    Returns:
+        A table (``str``) and numbers (``to_json``).
+
+    Raises:
+        ValueError: a setting is not possible.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    chosen = Stability(**settings)
+    chosen.check()
+    return chosen.go(say)
 
 
 def uncertainty(

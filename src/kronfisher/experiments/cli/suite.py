@@ -28,23 +28,24 @@ def add(app: Any) -> None:
     from kronfisher.experiments.race.suite import HALVES, PROBLEMS
     from kronfisher.experiments.race.suite import half as half_of
     from kronfisher.experiments.race.suite.contestants import BASELINES
+    from kronfisher.experiments.race.suite.fits import FITS, named
+    from kronfisher.experiments.race.suite.pictures import draw
     from kronfisher.experiments.race.suite.suite import Suite
+    from kronfisher.experiments.race.suite.table import Results
 
     @app.command("race suite")
     def suite(
         half: Annotated[str, option(f"one of {', '.join(HALVES)} (default: both)")] = "",
         problems: Annotated[str, option(f"comma-separated, of {', '.join(PROBLEMS)} (default: the half's)")] = "",
-        seconds: Annotated[float, option("CPU time of a run")] = Suite.seconds,
+        seconds: Annotated[float | None, option("CPU time of a run (default: 10; 3 with --stability)")] = None,
         tuning_seconds: Annotated[float, option("CPU time of a run of the baselines' searches")] = Suite.tuning,
         seeds: Annotated[str, option("comma-separated")] = "0,1,2",
-        optimizers: Annotated[
-            str, option(f"comma-separated, of {', '.join(BASELINES)}, natural, and of --options")
-        ] = "",
+        optimizers: Annotated[str, option(f"comma-separated, of {', '.join(BASELINES)}, natural and --options")] = "",
         options: Annotated[str, option('others of ours, as JSON or a file: {"x": {"lr": 0.5}}')] = "{}",
-        batch: Annotated[
-            float, option("our batch over the baselines' first, the same for all problems")
-        ] = Suite.factor,
+        batch: Annotated[float, option("our batch over the baselines' first, for all problems")] = Suite.factor,
         horizon: Annotated[bool, option("ours also with total_steps")] = Suite.horizon,
+        fits: Annotated[str, option(f"ours with these fits only: all, or of {', '.join(FITS)}")] = "",
+        stability: Annotated[bool, option("ours at every batch size, start and end", "--stability")] = False,
         again: Annotated[bool, option("make our runs again", "--again")] = False,
         show: Annotated[bool, option("only show what the folder holds", "--show")] = False,
         output: Annotated[Path, option("folder of all results")] = Path("results/race/suite"),
@@ -55,36 +56,43 @@ def add(app: Any) -> None:
         What is in the folder already is not done again, and an interrupted suite continues where it was.
         """
         with refuse_bad_options():
-            known = {"natural": {}, **settings(options)}
-            wanted = names(optimizers) or (*BASELINES, *(settings(options) or ("natural",)))
+            if fits and (optimizers or stability):
+                raise ValueError("--fits has its own runs: leave out --optimizers and --stability")
+            if stability and show:
+                raise ValueError("--stability takes what the folder holds anyway: leave out --show")
+            compared = named(tuple(FITS) if fits == "all" else names(fits)) if fits else {}
+            known = {"natural": {}, **settings(options), **compared}
+            wanted = names(optimizers) or tuple(compared) or (*BASELINES, *(settings(options) or ("natural",)))
             if odd := [name for name in wanted if name not in known and name not in BASELINES]:
                 raise ValueError(f"there is no optimizer {odd[0]!r}; there are {', '.join([*BASELINES, *known])}")
-            chosen = {
+            ours = {name: known[name] for name in wanted if name in known}
+            common = {
                 "problems": names(problems) or half_of(half),
                 "folder": output,
-                "seconds": seconds,
-                "tuning": tuning_seconds,
                 "seeds": tuple(map(whole, names(seeds))),
-                "ours": {name: known[name] for name in wanted if name in known},
-                "factor": batch,
-                "baselines": tuple(name for name in wanted if name in BASELINES),
-                "horizon": horizon,
                 "again": again,
                 "data_dir": data_dir,
-            }
-            Suite(**chosen).check()
+            } | ({} if seconds is None else {"seconds": seconds})
             require_writable(output, folder=True)
-        if show:
-            with refuse_bad_options():
-                results = commands.suite(show=True, **chosen)
-        else:
-            with progress_bar("suite", TextColumn("")) as reports:
-                try:
-                    results = commands.suite(say=reports.say, **chosen)
-                except KeyboardInterrupt:
-                    stop("interrupted; the same command continues from here", 130)
-        print_tables(results)
-        path = output / "suite.json"
-        write(path, results.to_json())
-        print("written:", path, sep="\n  ")
+        with progress_bar("suite", TextColumn("")) as reports:
+            try:
+                if stability:
+                    found = {
+                        f"stability-{name}": commands.stability(name=name, settings=given, say=reports.say, **common)
+                        for name, given in ours.items()
+                    }
+                else:
+                    told = {"horizon": horizon and not fits, "tuning": tuning_seconds, "factor": batch}
+                    told |= {"ours": ours, "baselines": tuple(name for name in wanted if name in BASELINES)}
+                    found = {"suite": commands.suite(show=show, say=reports.say, **told, **common)}
+            except KeyboardInterrupt:
+                stop("interrupted; the same command continues from here", 130)
+        paths = []
+        for name, results in found.items():
+            print_tables(results)
+            paths.append(output / f"{name}.json")
+            write(paths[-1], results.to_json())
+            if isinstance(results, Results):
+                paths += draw(results, output)
+        print("written:", *paths, sep="\n  ")
         return 0

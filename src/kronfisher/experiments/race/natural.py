@@ -10,7 +10,7 @@ import kronfisher.fits as fits
 from kronfisher.experiments.race.competitors import COMMON, Competitor, Settings, register
 from kronfisher.experiments.race.problems import Task
 
-__all__ = ["OPTIONS", "Natural"]
+__all__ = ["OPTIONS", "Natural", "arguments"]
 
 OPTIONS = (
     *("fit", "damping", "trust", "momentum", "lr", "weight_decay", "refresh"),
@@ -28,23 +28,9 @@ class Natural:
     """
 
     def __init__(self, model: nn.Module, task: Task, settings: Settings, seed: int) -> None:
-        import kronfisher.optim.damping_schedule as trusts
-        from kronfisher.optim import NaturalGradient, Refresh
+        from kronfisher.optim import NaturalGradient
 
-        options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
-        if not isinstance(options.get("fit", ""), str):
-            options["fit"] = _build(fits, options["fit"])
-        if "damping" in options:
-            given = options["damping"]
-            kind, value = ("factored", given) if isinstance(given, int | float) else given
-            rule = {"factored": dampings.FactoredTikhonov, "exact": dampings.Tikhonov}[kind]
-            options["damping"] = rule(value / task.scale)
-        if "trust" in options:
-            options["trust"] = _build(trusts, options["trust"])
-        if "refresh" in options:
-            options["refresh"] = Refresh(**options["refresh"])
-        # The loss of a task may be a mean over outputs, the optimiser's is their sum.
-        options |= {name: options[name] / task.scale for name in ("kl_limit", "weight_decay") if name in options}
+        options = arguments(settings, task.scale)
         self.model, self.scale = model, task.scale
         self.optimizer = NaturalGradient(model, task.likelihood, seed=seed, **options)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -67,6 +53,32 @@ class Natural:
     def report(self) -> str:
         """Damping, step size, seconds by phase, what went wrong."""
         return str(self.optimizer.report())
+
+
+def arguments(settings: Settings, scale: float = 1.0) -> dict[str, Any]:
+    """The arguments of `NaturalGradient` for settings of JSON, see `Natural`.
+
+    Args:
+        settings: those that all optimisers have are left out.
+        scale: of the loss that the settings belong to, over the optimiser's.
+    """
+    import kronfisher.optim.damping_schedule as trusts
+    from kronfisher.optim import Refresh
+
+    options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
+    if not isinstance(options.get("fit", ""), str):
+        options["fit"] = _build(fits, options["fit"])
+    if "damping" in options:
+        given = options["damping"]
+        kind, value = ("factored", given) if isinstance(given, int | float) else given
+        rule = {"factored": dampings.FactoredTikhonov, "exact": dampings.Tikhonov}[kind]
+        options["damping"] = rule(value / scale)
+    if "trust" in options:
+        options["trust"] = _build(trusts, options["trust"])
+    if "refresh" in options:
+        options["refresh"] = Refresh(**options["refresh"])
+    # The loss of a task may be a mean over outputs, the optimiser's is their sum.
+    return options | {name: options[name] / scale for name in ("kl_limit", "weight_decay") if name in options}
 
 
 def _build(module: Any, given: Any) -> Any:

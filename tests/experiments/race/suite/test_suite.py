@@ -1,5 +1,6 @@
 """The suite: what is run, what is kept, and what the tables make of it."""
 
+import dataclasses
 import json
 import math
 
@@ -7,14 +8,23 @@ import pytest
 import torch
 from torch import nn
 
+import kronfisher as kf
 from kronfisher.experiments import cli, data
+from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.networks.feedforward import mlp
+from kronfisher.experiments.networks.reconstructing import vae
 from kronfisher.experiments.race.suite import PROBLEMS, Problem, half
+from kronfisher.experiments.race.suite.contestants import BASELINES, CONTESTANTS
+from kronfisher.experiments.race.suite.pictures import draw
 from kronfisher.experiments.race.suite.plan import Plan
+from kronfisher.experiments.race.suite.problem import Loaded
 from kronfisher.experiments.race.suite.run import Run, carry_out
+from kronfisher.experiments.race.suite.stability import WHOLE, Stability, Starts
 from kronfisher.experiments.race.suite.suite import Suite
 from kronfisher.experiments.race.suite.table import Results
 from kronfisher.experiments.race.suite.tune import tune
+from kronfisher.experiments.race.suite.whitening import Whitening
+from tests.helpers.close import close
 
 
 def digits(folder):
@@ -203,10 +213,111 @@ def test_baselines_leave_frozen_parameters_alone(tiny, tmp_path, monkeypatch):
 def test_settings_that_cannot_be():
     for settings, message in (
         ({"problems": ("x",)}, "no problem 'x'"),
+        ({"problems": ()}, "at least one problem"),
         ({"baselines": ("x",)}, "no baseline 'x'"),
-        ({"seeds": ()}, "seeds"),
+        ({"seeds": ()}, "one seed"),
         ({"seconds": 0.0}, "positive"),
         ({"ours": {"adamw": {}}}, "adamw is the name of a baseline"),
     ):
         with pytest.raises(ValueError, match=message):
             Suite(**{"problems": ("vit",), "folder": None, **settings}).check()
+
+
+def test_fits_are_compared_with_kfac(tiny, tmp_path):
+    arguments = ("--problems", "tiny", "--seconds", "0.1", "--seeds", "0", "--output", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["race", "suite", *arguments, "--fits", "inputs,ekfac"])
+    assert caught.value.code == 0
+    runs = {run["name"]: run for run in json.loads((tmp_path / "suite.json").read_text())["runs"]}
+    assert runs.keys() == {"fit-kfac", "fit-ekfac", "fit-inputs"} and not any(r["failure"] for r in runs.values())
+
+
+def test_a_fit_s_shares_are_of_kfac_s():
+    runs = [run_of("vit", "fit-kfac", 0, (3.0, 2.0, 1.0)), run_of("vit", "fit-kfoc", 0, (3.0, 1.0, 0.5), test=0.5)]
+    runs += [run_of("vit", "fit-ekfac", 0, (3.0, 2.0, math.inf), failure="x")]
+    rows = {row[0]: row[1:] for row in Results(tuple(runs), 10.0).tables()[-1].rows}
+    assert rows["kfac"] == ("1", "0", "0", "1.00", "1.00", "1.00", "0")
+    assert rows["kfoc"] == ("1", "1", "1", "0.50", "0.50", "1.00", "0")
+    assert rows["ekfac"] == ("1", "0", "0", "never", "never", "1.00", "1")
+
+
+def test_whitening_has_kfac_s_input_factor_and_trace():
+    layer, x = nn.Conv2d(2, 3, 2).double(), torch.rand(9, 2, 4, 4, dtype=torch.float64)
+    kfac, inputs = (kf.estimate(layer, x, kf.Gaussian(), fit=fit, labels="exact") for fit in ("kfac", Whitening()))
+    for name in ("weight",):
+        truth, found = kfac[name], inputs[name]
+        close(found.A, truth.A)
+        close(found.B, torch.eye(3, dtype=torch.float64)[None] * truth.B.diagonal(dim1=1, dim2=2).mean())
+
+
+def test_stability_says_which_runs_end_above_their_start(tiny, tmp_path, capsys):
+    arguments = ("--problems", "tiny", "--seconds", "0.02", "--seeds", "0,1", "--output", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["race", "suite", "--stability", *arguments])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and "of 6 runs end above their start" in out  # 8, 32 and 128 of 200 examples
+    runs = json.loads((tmp_path / "stability-natural.json").read_text())["runs"]
+    assert sorted((run["batch"], run["seed"]) for run in runs) == [(b, s) for b in (8, 32, 128) for s in (0, 1)]
+
+
+def test_runs_that_end_above_their_start_are_worse():
+    good, bad, failed = (run_of("vit", losses=losses) for losses in ((2.0, 1.0), (2.0, 3.0), (2.0, math.nan)))
+    starts = Starts((good, bad, failed))
+    assert starts.worse == [bad, failed] and "2 of 3 runs" in str(starts) and starts.to_json()["worse"] == 2
+
+
+def test_all_data_are_a_batch_of_tables_and_coordinates():
+    tables = [name for name, problem in PROBLEMS.items() if problem.family in WHOLE]
+    assert tables == ["regression", "categories", "coordinates"]
+    table = dataclasses.replace(TINY, family=WHOLE[0]).load()
+    assert {plan.batch for plan in Stability(("tiny",), None).plans(table)} == {8, 32, 128, 200}
+
+
+def test_figures(tmp_path):
+    runs = [
+        run_of(p, n, s, (4.0, 2.0, 1.0)) for p in ("vit", "curves") for n in (*BASELINES, "natural") for s in (0, 1)
+    ]
+    paths = draw(Results(tuple(runs), 10.0), tmp_path)
+    names = ["suite-development.png", "suite-record.png", "suite-shares.png"]
+    assert [path.name for path in paths] == names and all(path.stat().st_size > 5_000 for path in paths)
+
+
+def test_a_model_s_penalty_is_part_of_the_loss():
+    loaded = Problem("tiny", "", digits, lambda d, seed: vae(64, hidden=8, code=2, seed=seed), batch=32).load()
+    model, x = loaded.model(0), loaded.dataset.train_inputs
+    model.eval()
+    likelihood = loaded.loss(model(x), x)
+    assert loaded.evaluate(model)[0] == pytest.approx((likelihood + model.penalty).item(), rel=1e-4)
+    model.train()
+    contestant = CONTESTANTS["adamw"](model, loaded, Plan("tiny", "adamw", "adamw", {"lr": 0.0}, 32, 0, 1.0))
+    loss = contestant.step(x[:32], x[:32], 1.0)
+    assert model.encoder[0].weight.grad.norm() > 0 and loss > model.penalty > 0
+    torch.manual_seed(0)
+    first = contestant.step(x[:32], x[:32], 1.0)
+    torch.manual_seed(0)
+    close(first, loaded.loss(model(x[:32]), x[:32]) + model.penalty)
+
+
+def test_losses_and_metrics_by_kind_of_target():
+    def measured(task, outputs, targets):
+        parts = torch.zeros(len(targets), 1), targets
+        dataset = Dataset("tiny", *parts, *parts, task=task, outputs=1)
+
+        class Fixed(nn.Module):
+            def forward(self, x):
+                return outputs
+
+        return Loaded(TINY, dataset).evaluate(Fixed())
+
+    logits, classes = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+    loss, accuracy = measured("classes", logits, classes)
+    assert accuracy == pytest.approx(float((logits.argmax(-1) == classes).double().mean()))
+    truth = -logits.log_softmax(-1).gather(-1, classes[..., None]).sum() / 4
+    assert loss == pytest.approx(float(truth), rel=1e-5)
+    assert measured("classes", logits.movedim(-1, 1), classes) == pytest.approx((loss, accuracy), rel=1e-5)
+    counts, logs = torch.randint(5, (4, 3)).float(), torch.randn(4, 3)
+    loss, error = measured("counts", logs, counts)
+    deviance = (torch.xlogy(counts, counts / logs.exp()) - counts + logs.exp()).sum() / 4
+    assert loss == pytest.approx(float(deviance), rel=1e-5) and measured("counts", counts.log(), counts)[0] < 1e-6
+    assert error == pytest.approx(float((logs.exp() - counts).square().sum() / 4), rel=1e-5)
+    assert measured("values", logs, counts)[0] == pytest.approx(float((logs - counts).square().sum() / 8), rel=1e-5)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kronfisher.experiments.race import baselines
 from kronfisher.experiments.race.competitors import Racer
+from kronfisher.experiments.race.natural import arguments
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded, penalty_of
+from kronfisher.experiments.race.suite.whitening import WHITENING, Whitening
 
 __all__ = ["BASELINES", "CONTESTANTS", "Contestant"]
 
@@ -68,12 +70,17 @@ class _Penalised:
 
 
 class Natural:
-    """`NaturalGradient` as it comes; without a schedule, unless it is told the number of steps."""
+    """`NaturalGradient` as it comes; without a schedule, unless it is told the number of steps.
+
+    Settings are its arguments, spelled as those of the race's `Natural`; the fit may also be `WHITENING`.
+    """
 
     def __init__(self, model: nn.Module, loaded: Loaded, plan: Plan) -> None:
         from kronfisher.optim import NaturalGradient
 
-        options: dict[str, Any] = dict(plan.settings) | ({"total_steps": plan.horizon} if plan.horizon else {})
+        options: dict[str, Any] = arguments(plan.settings) | ({"total_steps": plan.horizon} if plan.horizon else {})
+        if options.get("fit") == WHITENING:
+            options["fit"] = Whitening()
         self.model = model
         self.optimizer: Any = NaturalGradient(model, loaded.likelihood, seed=plan.seed, **options)
         self.penalised = penalty_of(model) is not None

@@ -1,6 +1,6 @@
 """A problem of the suite: data, network, batch; loss, likelihood and test metric follow from the kind of targets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.nn import functional
 from kronfisher.experiments.data import Dataset
 from kronfisher.likelihoods import Likelihood
 
-__all__ = ["PROBLEMS", "Loaded", "Problem", "register"]
+__all__ = ["PROBLEMS", "Loaded", "Problem", "penalty_of", "register", "require"]
 
 State = Mapping[str, Tensor]
 
@@ -65,6 +65,16 @@ PROBLEMS: dict[str, Problem] = {}
 def register(problem: Problem) -> None:
     """Make a problem part of the suite."""
     PROBLEMS[problem.name] = problem
+
+
+def require(problems: Sequence[str], seeds: Sequence[int], *seconds: float) -> None:
+    """ValueError unless the problems are known, the seeds possible, and the times positive."""
+    if odd := [name for name in problems if name not in PROBLEMS]:
+        raise ValueError(f"there is no problem {odd[0]!r} in the suite; there are {', '.join(PROBLEMS)}")
+    if not problems or not seeds or min(seeds) < 0:
+        raise ValueError("the suite needs at least one problem and one seed, from 0 on")
+    if not min(seconds) > 0:
+        raise ValueError(f"times and batches must be positive, not {min(seconds):g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +159,7 @@ def _classes_second(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module):
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

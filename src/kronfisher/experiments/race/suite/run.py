@@ -68,13 +68,13 @@ class Run:
         worst = 0.0 if what.endswith("accuracy") else math.inf
         return worst if self.failure or not math.isfinite(value) else value
 
-    def reach(self, loss: float) -> float:
-        """Seconds until the training loss was first so low, interpolated; infinite if it never was."""
+    def reach(self, loss: float, clock: str = "seconds") -> float:
+        """When the training loss was first so low, interpolated, by "seconds" or "step"; infinite if it never was."""
         for before, after in zip(self.points, self.points[1:], strict=False):
             if after["train_loss"] <= loss:
                 drop = before["train_loss"] - after["train_loss"]
                 share = 1.0 if not 0 < drop < math.inf else max(0.0, (before["train_loss"] - loss) / drop)
-                return before["seconds"] + share * (after["seconds"] - before["seconds"])
+                return before[clock] + share * (after[clock] - before[clock])
         return math.inf
 
     def write(self, path: Path) -> None:

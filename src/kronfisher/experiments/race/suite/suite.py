@@ -7,7 +7,7 @@ from typing import Any
 
 from kronfisher.experiments.race.suite.contestants import BASELINES
 from kronfisher.experiments.race.suite.plan import Plan
-from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded
+from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded, require
 from kronfisher.experiments.race.suite.run import Run, carry_out
 from kronfisher.experiments.race.suite.table import Results
 from kronfisher.experiments.race.suite.tune import tune
@@ -50,26 +50,20 @@ class Suite:
 
     def check(self) -> None:
         """ValueError if a setting is not possible."""
-        for what, names, known in (
-            ("problem", self.problems, PROBLEMS),
-            ("baseline", self.baselines, BASELINES),
-        ):
-            if odd := [name for name in names if name not in known]:
-                raise ValueError(f"there is no {what} {odd[0]!r} in the suite; there are {', '.join(known)}")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ValueError("seeds must be numbers from 0 on, at least one")
-        if not min(self.seconds, self.tuning, self.factor) > 0:
-            raise ValueError("seconds, tuning-seconds and batch must be positive")
+        require(self.problems, self.seeds, self.seconds, self.tuning, self.factor)
+        if odd := [name for name in self.baselines if name not in BASELINES]:
+            raise ValueError(f"there is no baseline {odd[0]!r} in the suite; there are {', '.join(BASELINES)}")
         if taken := {*self.ours} & {*BASELINES}:
             raise ValueError(f"options: {min(taken)} is the name of a baseline")
 
-    def go(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Run what is not there yet, the first seed of every problem before the second."""
+    def go(self, say: Callable[[str], None] = lambda text: None) -> Results:
+        """Run what is not there yet, the first seed of every problem before the second; then `results`."""
         for seed in self.seeds:
             for name in self.problems:
                 loaded = PROBLEMS[name].load(self.data_dir, self.folder)
                 for run in self._runs(loaded, seed, say):
                     _tell(run, say)
+        return self.results()
 
     def results(self) -> Results:
         """What the folder has of these problems with this budget; of runs that differ in nothing else, the newest.

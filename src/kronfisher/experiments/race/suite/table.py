@@ -12,7 +12,12 @@ from kronfisher.experiments.race.suite.lot import HALVES, half
 from kronfisher.experiments.race.suite.run import Run
 from kronfisher.tables import Table, count, number, significant
 
-__all__ = ["Results", "Verdict"]
+__all__ = ["FIT", "Results", "Verdict"]
+
+FIT = "fit-"
+"""Before the names of runs that compare fits."""
+
+REFERENCE = f"{FIT}kfac"
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,40 @@ class Results:
         return {problem: verdict for problem, verdict in verdicts.items() if verdict is not None}
 
     def tables(self) -> list[Table]:
-        """Problem by problem, then the counts."""
-        return [self._problems(), *([self._counts()] if any(self.verdicts(name) for name in self.names) else [])]
+        """Problem by problem, then the counts, then the fits; those that have no rows are left out."""
+        return [table for table in (self._problems(), self._counts(), self._fits()) if table.rows]
+
+    def _fits(self) -> Table:
+        """Every fit against K-FAC. One that fails, or never gets to K-FAC's loss, needs infinite time."""
+        title = "Fits against K-FAC: lower losses at equal time; time and steps to K-FAC's training loss"
+        header = ("problems", "train lower", "test lower", "share of time", "of steps", "steps made", "failed")
+        table = Table(title, ("fit", *header))
+        for name in (name for name in self.names if name.startswith(FIT)):
+            problems = [problem for problem in half("") if {name, REFERENCE} <= {*self.grouped.get(problem, {})}]
+            duels = [self._duel(problem, name) for problem in problems]
+            if not duels:
+                continue
+            made, seconds, steps = (median(duel[key] for duel in duels) for key in ("made", "seconds", "step"))
+            lower = (str(sum(duel[key] for duel in duels)) for key in ("train", "test"))
+            failed = sum(bool(run.failure) for problem in problems for run in self.grouped[problem][name])
+            cells = (_share(seconds), _share(steps), number(made, 2), str(failed))
+            table.add(name.removeprefix(FIT), str(len(problems)), *lower, *cells)
+        return table
+
+    def _duel(self, problem: str, name: str) -> dict[str, float]:
+        """One fit against K-FAC on one problem; times and steps as shares of K-FAC's."""
+
+        def of(who: str, value: Callable[[Run], float]) -> float:
+            return self.median(problem, who, value)
+
+        goal, duel = of(REFERENCE, lambda run: run.value("train_loss")), {}
+        for part in ("train", "test"):
+            mine, other = (of(who, lambda run, part=part: run.value(f"{part}_loss")) for who in (name, REFERENCE))
+            duel[part] = mine < other
+        for clock in ("seconds", "step"):
+            whole = of(REFERENCE, lambda run, clock=clock: run.points[-1][clock])
+            duel[clock] = of(name, lambda run, clock=clock: run.reach(goal, clock)) / whole
+        return duel | {"made": of(name, lambda run: run.steps) / of(REFERENCE, lambda run: run.steps)}
 
     def _problems(self) -> Table:
         title = f"Medians of up to {self._seeds()} seeds after {self.seconds:g} s of CPU time"
