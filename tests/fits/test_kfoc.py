@@ -10,7 +10,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import kfoc
-from kronfisher.fits.rearrangement import ROUTES, cheapest, make_source, nearest_kronecker, rearrange
+from kronfisher.fits.rearrangement import ROUTES, make_source, nearest_kronecker, rearrange
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import SEED, problem
 from tests.fits.pieces import SHARP, best, excess, fitted, gradients_of, random_samples, rearranged_matrix, samples_of
@@ -140,6 +140,32 @@ def test_any_scale_of_gradients(scale):
     assert (found / scale**2 - whole).norm() <= 1e-3 * whole.norm()
 
 
+def mean_of_factors(batches):
+    """What Schnaus, Lee & Triebel call approximate: means of the batches' factors, A of norm one, the scale in B."""
+    A, B = 0, 0
+    for batch in batches:
+        U, S, V = torch.linalg.svd(rearranged_matrix(gradients_of(batch)[0]))
+        sign = V[0].view(7, 7).trace().sign()
+        A, B = A + sign * V[0].view(7, 7), B + sign * S[0] * U[:, 0].view(5, 5)
+    return torch.kron(B, A / len(batches))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("route", [*ROUTES[:-1], None])
+@pytest.mark.parametrize("size", [1, 10])
+def test_approx_is_the_papers_mean_of_factors(T, route, size):
+    """Seen: both factors of a batch shared its scale, and their product shrank with the size of the batches."""
+    if T > 1 and route in ("gram", "weights"):
+        return
+    samples = random_samples(n=40, T=T)
+    batches = [samples.part(low, low + size) for low in range(0, 40, size)]
+    operator = fitted(kf.KFOC("approx", **SHARP, route=route), *batches)[0]
+    torch.testing.assert_close(operator.to_dense(), mean_of_factors(batches), rtol=1e-8, atol=1e-9)
+    none = replace(samples, gradients=0 * samples.gradients)
+    with_zeros = fitted(kf.KFOC("approx", **SHARP, route=route), none, *batches, none)[0]
+    torch.testing.assert_close(with_zeros.to_dense(), operator.to_dense())
+
+
 @pytest.mark.parametrize("T", [1, 4])
 def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monkeypatch):
     monkeypatch.setattr(kfoc, "_PIECE", 64)
@@ -154,10 +180,7 @@ def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monk
     assert abs(excess(fitted(kf.KFOC("running"), *batches)[0], samples)) <= 0.02
     approx = fitted(kf.KFOC("approx", **SHARP), *batches)[0]
     assert excess(approx, samples) <= 0.1
-    pairs = [rearrange([batch], cheapest(batch.shape, 40, T)).leading(**SHARP) for batch in batches]
-    A = sum(pair.A[0] * pair.sigma.sqrt() for pair in pairs)
-    B = sum(pair.B[0] * pair.sigma.sqrt() for pair in pairs) / len(pairs)
-    torch.testing.assert_close(approx.to_dense(), torch.kron(B, A), rtol=1e-8, atol=1e-10)  # the mean of the factors
+    torch.testing.assert_close(approx.to_dense(), mean_of_factors(batches), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -42,8 +42,10 @@ class KFOC(Fit):
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
             close to the optimum over all data in one pass, whatever the batch size. ``"exact"`` then repeats half steps
             over all data until they change nothing: the optimum, in several passes. ``"running"`` (the best product for
-            the estimate so far and the new batch) and ``"approx"`` (the mean of the batches' factors) are the paper's;
-            both depend on the size and order of the batches.
+            the estimate so far and the new batch) and ``"approx"`` (means of the batches' factors, with A of norm one
+            and the scale in B; a smaller batch counts by its size, and one of zeros has no A) are the paper's; both
+            depend on the size and order of the batches. Its ``"running"`` merges the estimate with a batch's best
+            product, this one with the batch's samples.
         rank_memory: products carried by ``"memory"``, at most: as many as take a million numbers; where not even four
             of them do, one is carried, as a mean of the pieces' factors weighted by their singular values. Only then
             does the order of the data matter: sorted ones (by class, say) had better be shuffled.

@@ -91,12 +91,12 @@ class Merging:
         """Add the pair of n samples to the sums of its factors over everything so far; steps and change."""
         warm = state.begun and self.warm_start and source.starts
         start = Factor.of(state.inputs[0]).mirror().tensor if warm else None
-        by_size = self.aggregation == "approx"  # the factors of a batch's mean are those of its sum over √n
-        weigh = (lambda sigma: (sigma * n).sqrt()) if by_size else None
+        weight = float(n) if self.aggregation == "approx" else None
         sigma, steps, change = source.add_leading_(
-            state.inputs[0], state.outputs[0], weigh, start, self.tolerance, self.iterations
+            state.inputs[0], state.outputs[0], weight, start, self.tolerance, self.iterations
         )
-        state.weight += torch.full_like(sigma, n) if by_size else sigma
+        # A batch of zeros has no A of norm one.
+        state.weight += sigma if weight is None else torch.where(sigma > 0, weight, 0).to(sigma)
         return steps, change
 
     def _merge(self, state: ProductSums, source: Source) -> Pair:

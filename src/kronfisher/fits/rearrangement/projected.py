@@ -94,13 +94,13 @@ class Projected(Source):
         self,
         inputs: Tensor,
         outputs: Tensor,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        weight: float | None = None,
         start: Tensor | None = None,
         tolerance: float = 1e-3,
         iterations: int = 50,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if weigh is not None:
-            return super().add_leading_(inputs, outputs, weigh)
+        if weight is not None:
+            return super().add_leading_(inputs, outputs, weight)
         sigma = self.add_(inputs, outputs)  # half steps straight into the sums, which are in the scale of σ
         return sigma, self.steps, self.change
 

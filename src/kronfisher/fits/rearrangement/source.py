@@ -1,7 +1,7 @@
 """Samples of a block as a source of its leading singular pair."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,7 +78,7 @@ class Source(ABC):
         self,
         inputs: Tensor,
         outputs: Tensor,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        weight: float | None = None,
         start: Tensor | None = None,
         tolerance: float = 1e-3,
         iterations: int = 50,
@@ -88,7 +88,7 @@ class Source(ABC):
         Args:
             inputs: the sum of A.
             outputs: the sum of B.
-            weigh: σ ``[H]`` → the factor of both; None: σ itself.
+            weight: add σ B and so much of A, which has norm one; None: σ B and σ A.
             start: see `leading`.
             tolerance: see `leading`.
             iterations: see `leading`.
@@ -97,9 +97,8 @@ class Source(ABC):
             σ, the double steps taken, and the last change of A.
         """
         pair = self.leading(start, tolerance, iterations)
-        weight = pair.sigma if weigh is None else weigh(pair.sigma)
-        inputs += times(pair.A, weight)
-        outputs += times(pair.B, weight)
+        inputs += times(pair.A, pair.sigma) if weight is None else pair.A * weight
+        outputs += times(pair.B, pair.sigma)
         return pair.sigma, pair.steps, pair.change
 
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:

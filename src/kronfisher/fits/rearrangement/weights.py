@@ -1,6 +1,6 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -128,15 +128,15 @@ class Gram(Weights):
         self,
         inputs: Tensor,
         outputs: Tensor,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        weight: float | None = None,
         start: Tensor | None = None,
         tolerance: float = 1e-3,
         iterations: int = 50,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w, u, sigma, steps, change = self.weights(tolerance, iterations)
-        weight = sigma if weigh is None else weigh(sigma)
-        self.add_inputs_(inputs, times(w, weight))  # straight into the sums: A and B are not formed
-        self.add_outputs_(outputs, times(u, weight))
+        # Straight into the sums: A and B are not formed.
+        self.add_inputs_(inputs, times(w, sigma) if weight is None else w * weight)
+        self.add_outputs_(outputs, times(u, sigma))
         return sigma, steps, change
 
     def leading_terms(
