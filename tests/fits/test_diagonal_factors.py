@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.fits.rearrangement import Diagonals, diagonals
 from kronfisher.operators import Kronecker, KroneckerSum
+from tests.fits.pieces import samples_of
 from tests.helpers.networks import Written
 from tests.helpers.truth import exact_fisher
 
@@ -251,3 +253,46 @@ def test_the_whole_spectrum_needs_matrices():
     ):
         with pytest.raises(kf.UnsupportedError, match=r"(e|l)\.weight: method='gram' is for .* Use method='lanczos'"):
             kf.estimate(model, x, kf.Gaussian(), fit=kf.KroneckerSum(method="gram"))
+
+
+def long_samples(T, I, O, H=1):
+    """Some whose output gradients are large for a few of many outputs."""
+    generator = torch.Generator().manual_seed(T)
+    a, g = (torch.randn(H, 6, T, D, generator=generator, dtype=torch.float64) for D in (I, O))
+    return samples_of(a, g / torch.arange(1, O + 1))
+
+
+@pytest.mark.parametrize("H", [1, 2])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("T", [1, 4, 40])
+def test_half_steps_and_the_leading_pair_by_every_route(T, flip, H, monkeypatch):
+    """Where one factor is a long diagonal: [T, T] products, gradients written out, and a start of large rows."""
+    samples = long_samples(T, 5, 60, H)
+    if flip:
+        samples = samples_of(samples.gradients, samples.activations.dense())
+    _, O, I = samples.shape
+    shapes = ((H, I), (H, O, O)) if flip else ((H, I, I), (H, O))
+    source = Diagonals([samples], shapes)
+    assert source._shorter(samples) == (T == 40)
+    G = samples.gradients.mT @ samples.activations.dense()
+    root = torch.randn(H, 5, 5, dtype=torch.float64)
+    square, line = root @ root.mT, torch.rand(H, 60, dtype=torch.float64)
+    A, B = (line, square) if flip else (square, line)
+    full_A, full_B = (torch.diag_embed(x) if x.dim() == 2 else x for x in (A, B))
+    left = torch.einsum("hnoi,hij,hnpj->hop", G, full_A, G)
+    right = torch.einsum("hnoi,hop,hnpj->hij", G, full_B, G)
+    left, right = (left, right.diagonal(dim1=1, dim2=2)) if flip else (left.diagonal(dim1=1, dim2=2), right)
+    torch.testing.assert_close(source.outputs(A), left)
+    torch.testing.assert_close(source.inputs(B), right)
+    whole = source.leading(None, 1e-13, 1000)
+    monkeypatch.setattr(diagonals, "_KEPT", 4)
+    short = source.leading(None, 1e-13, 1000)
+    for name in ("A", "B", "sigma"):
+        torch.testing.assert_close(getattr(short, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def test_a_vocabulary_takes_few_half_steps_over_all_of_it():
+    """Seen: fifteen to fifty double steps, each of more than a forward pass, for tied vocabularies."""
+    samples = long_samples(16, 8, 20_000)
+    source = Diagonals([samples], ((1, 8, 8), (1, 20_000)))
+    assert int(source.leading().steps) <= 3 < int(Diagonals.mro()[1].leading(source).steps)
