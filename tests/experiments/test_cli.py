@@ -192,7 +192,8 @@ def test_every_command_is_a_function(capsys):
     functions = set(commands.__all__) - {"DEMO"}
     _, out, _ = run(capsys)
     listed = {line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()}
-    assert listed == functions - {"study", "suite", "stability"} and len(listed) == 5  # others are options
+    options = {"study", "influence_study", "suite", "stability"}
+    assert listed == functions - options and len(listed) == 6
     assert all("Returns:" in getattr(commands, name).__doc__ for name in functions)
 
 

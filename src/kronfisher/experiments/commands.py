@@ -4,7 +4,7 @@ Nothing is printed, and nothing is written but the folder of a race. Settings th
 files are found, before the first report of progress.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from kronfisher.estimation.comparison import Comparison
 from kronfisher.estimation.coverage import Coverage
 from kronfisher.estimation.coverage import coverage as coverage_of
+from kronfisher.experiments.influence import STUDIES as ATTRIBUTION
+from kronfisher.experiments.influence.tracing import Traces, built_in, from_script, trace
 from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.race.entry import enter
 from kronfisher.experiments.race.result import Progress
@@ -27,7 +29,19 @@ from kronfisher.experiments.study import Study
 from kronfisher.experiments.uncertainty import STUDIES as POSTERIORS
 from kronfisher.experiments.uncertainty import UCIStudy
 
-__all__ = ["DEMO", "compare", "coverage", "demo", "race", "stability", "study", "suite", "uncertainty"]
+__all__ = [
+    "DEMO",
+    "compare",
+    "coverage",
+    "demo",
+    "influence",
+    "influence_study",
+    "race",
+    "stability",
+    "study",
+    "suite",
+    "uncertainty",
+]
 
 DEMO = {
     network: Study(
@@ -248,6 +262,89 @@ def uncertainty(
         if splits is not None and splits < 1:
             raise ValueError(f"splits is {splits} and must be at least 1")
         chosen = replace(chosen, splits=splits or chosen.splits, sets=tuple(sets or chosen.sets))
+    chosen.check()
+    with _one_thread():  # seconds of one thread are what the tables say
+        return chosen.run(say, step)
+
+
+def influence(
+    *,
+    script: Path | None = None,
+    names: Mapping[str, str] | None = None,
+    queries: int = 8,
+    top: int = 5,
+    measurement: str = "loss",
+    fit: str = "ekfac",
+    say: Say = ignore,
+    step: Step = ignore,
+    **settings: Any,
+) -> Traces:
+    """Show which training data are behind the predictions of a network.
+
+    Args:
+        script: a Python file that defines a trained model, batches of training data and of queries, and a likelihood.
+        names: "model", "train", "queries" and "likelihood" → the script's names for them (default: these words).
+        queries: test examples that are traced back, of a built-in problem.
+        top: examples of each kind that are shown.
+        measurement: of a query: "loss", "margin" or "logit".
+        fit: of the Fisher matrix, by name.
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+        settings: of a built-in problem, those of `Study`.
+
+    Returns:
+        A table (``str``), numbers (``rows``, ``to_json``) and a page (``html``).
+
+    Raises:
+        ValueError: a setting is not possible.
+        FileNotFoundError: a file is missing.
+
+    Example:
+        >>> traces = influence(network="mlp", train_size=100, epochs=1, queries=2, top=3)
+        >>> len(traces.rows), traces.html.count("<h2>")
+        (12, 2)
+    """
+    if queries < 1 or top < 1:
+        raise ValueError(f"queries is {queries} and top is {top}; both must be at least 1")
+    if measurement not in ("loss", "margin", "logit"):
+        raise ValueError(f"measurement is {measurement!r}; there are loss, margin, logit")
+    chosen = Study(**{"network": "mlp", "epochs": 10, **settings, "fits": (fit,)})
+    with _one_thread():
+        known = {key: key for key in ("model", "train", "queries", "likelihood")} | dict(names or {})
+        subject = built_in(chosen, queries, say, step) if script is None else from_script(script, known)
+        return trace(subject, fit, top, measurement, chosen.labels, chosen.samples, say)
+
+
+def influence_study(
+    name: str,
+    *,
+    quick: bool = False,
+    data_dir: Path | None = None,
+    folder: Path = Path("results"),
+    say: Say = ignore,
+    step: Step = ignore,
+) -> Findings:
+    """Measure how good scores of training data are: against training again, and at finding wrong labels.
+
+    Args:
+        name: "logistic" or "wrong-labels".
+        quick: the same in seconds.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+        folder: of the trainings' results, from which an interrupted study goes on.
+        say: called with a line of text whenever a part is done.
+        step: called with what is being done, how many parts of it are done, and of how many.
+
+    Returns:
+        Tables (``str``), pictures (``draw``) and numbers (``rows``, ``to_json``).
+
+    Raises:
+        ValueError: there is no such study.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    if name not in ATTRIBUTION:
+        raise ValueError(f"there is no study {name!r}; there are {', '.join(ATTRIBUTION)}")
+    chosen = ATTRIBUTION[name].quick(data_dir) if quick else ATTRIBUTION[name](data_dir=data_dir)
+    chosen = replace(chosen, folder=folder / f"influence-{name}{'-quick' if quick else ''}")
     chosen.check()
     with _one_thread():  # seconds of one thread are what the tables say
         return chosen.run(say, step)

@@ -65,19 +65,18 @@ def mean_interval(values: Tensor) -> Interval:
 
 
 def two_way_interval(statistic: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Interval:
-    """The mean over queries of ``statistic(x, y) [Q]`` for ``[M, Q]``, where both queries and rows are samples.
+    """The mean over queries of a correlation ``statistic(x, y) [Q]`` of ``[M, Q]``; queries and rows are samples.
 
-    The variance is that of the mean over queries and that over rows, the latter by the jackknife over ten groups.
+    The variance is that of the mean over queries and that over rows, the latter by the jackknife over ten groups. The
+    ends are no further than −1 and 1.
     """
     by_query = mean_interval(statistic(x, y))
-    count = min(_GROUPS, len(x))
-    if count < 2:
-        return by_query
+    count = max(min(_GROUPS, len(x)), 1)
     group = torch.arange(len(x)) % count
     left_out = torch.stack([statistic(x[group != k], y[group != k]).mean() for k in range(count)])
-    by_row = float((count - 1) * left_out.var(correction=0))
+    by_row = float((count - 1) * left_out.var(correction=0)) if count > 2 else float("inf")
     error = sqrt(((by_query.high - by_query.value) / _Z) ** 2 + by_row)
-    return Interval(by_query.value, by_query.value - _Z * error, by_query.value + _Z * error)
+    return Interval(by_query.value, max(by_query.value - _Z * error, -1), min(by_query.value + _Z * error, 1))
 
 
 def share_interval(found: int, of: int) -> Interval:

@@ -1,4 +1,4 @@
-"""The command line: ``kronfisher demo``, ``compare``, ``coverage``, ``race`` and ``uncertainty``."""
+"""The command line: ``kronfisher demo``, ``compare``, ``coverage``, ``race``, ``uncertainty`` and ``influence``."""
 
 import sys
 from typing import Any
@@ -41,7 +41,7 @@ def _app() -> Any:
     import typer
     from typer.core import TyperGroup
 
-    from kronfisher.experiments.cli import comparison, race, suite, uncertainty
+    from kronfisher.experiments.cli import comparison, influence, race, suite, uncertainty
 
     class Commands(TyperGroup):
         """Commands of one word, or of two."""
@@ -57,6 +57,6 @@ def _app() -> Any:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for commands in (comparison, uncertainty, race, suite):
+    for commands in (comparison, uncertainty, influence, race, suite):
         commands.add(app)
     return app

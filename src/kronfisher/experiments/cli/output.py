@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kronfisher.estimation.comparison import Comparison
+    from kronfisher.experiments.influence.tracing import Traces
     from kronfisher.experiments.race.standings import Standings
     from kronfisher.experiments.race.suite.stability import Starts
     from kronfisher.experiments.race.suite.table import Results
@@ -83,7 +84,7 @@ def watch(what: str, command: Callable[..., Any], **options: Any) -> Any:
 
 
 def finish(
-    result: "Findings | Comparison",
+    result: "Findings | Comparison | Traces",
     json: Path | None,
     figures: Path | None,
     draw: Callable[[Path], list[Path]],
@@ -107,7 +108,7 @@ def finish(
     return 0 if useful else 1
 
 
-def show(result: "Findings | Comparison | Standings | Results | Starts") -> None:
+def show(result: "Findings | Comparison | Standings | Results | Starts | Traces") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -1,0 +1,95 @@
+"""``kronfisher influence``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from kronfisher.experiments.cli.options import (
+    FOLDER,
+    SEED,
+    option,
+    refuse_bad_options,
+    refuse_other_options,
+    require_writable,
+)
+from kronfisher.experiments.cli.output import finish, watch
+
+__all__ = ["add"]
+
+
+def add(app: Any) -> None:
+    """Add the command."""
+    import typer
+
+    from kronfisher.experiments import commands, data, networks
+    from kronfisher.experiments.influence import STUDIES
+
+    data_help, network_help = f"one of {', '.join(data.names())}", f"one of {', '.join(networks.names())}"
+    study_help = f"how good scores are instead: {' or '.join(STUDIES)}; it goes on where it was interrupted"
+
+    @app.command()
+    def influence(
+        context: typer.Context,
+        study: Annotated[str | None, option(study_help)] = None,
+        quick: Annotated[bool, option("the study in seconds, on data that need no files", "--quick")] = False,
+        script: Annotated[Path | None, option("Python file that defines a trained model, batches and queries")] = None,
+        model_name: Annotated[str, option("the script's name of its model", "--model")] = "model",
+        train_name: Annotated[str, option("of its batches of training data", "--train")] = "train",
+        queries_name: Annotated[str, option("of its batches of queries", "--queries-name")] = "queries",
+        likelihood_name: Annotated[str, option("of its likelihood", "--likelihood")] = "likelihood",
+        data_name: Annotated[str, option(data_help, "--data")] = "digits",
+        network: Annotated[str, option(network_help)] = "mlp",
+        train_size: Annotated[int | None, option("examples to train on (default: all)")] = None,
+        epochs: Annotated[int, option("of training")] = 10,
+        seed: Annotated[int, option(SEED)] = 0,
+        queries: Annotated[int, option("test examples that are traced back")] = 8,
+        top: Annotated[int, option("examples of each kind that are shown")] = 5,
+        measurement: Annotated[str, option("of a query: loss, margin or logit")] = "loss",
+        fit: Annotated[str, option("of the Fisher matrix")] = "ekfac",
+        data_dir: Annotated[Path | None, option(FOLDER)] = None,
+        json: Annotated[Path | None, option("settings and results (default: beside the page or figures)")] = None,
+        output: Annotated[Path, option("folder of the page, or of a study's figures and trainings")] = Path("results"),
+    ) -> int:
+        """Show which training data are behind the predictions of a network, or measure how good such scores are."""
+        with refuse_bad_options():
+            if study is not None or quick:
+                refuse_other_options(context, {"study", "quick", "data_dir", "json", "output"})
+            if quick and study is None:
+                raise ValueError(f"--quick needs --study, one of {', '.join(STUDIES)}")
+            json = json or output / f"influence{f'-{study}' if study else ''}.json"
+            require_writable(json, folder=False)
+            require_writable(output, folder=True)
+        if study is not None:
+            findings = watch(
+                f"influence {study}",
+                commands.influence_study,
+                name=study,
+                quick=quick,
+                data_dir=data_dir,
+                folder=output,
+            )
+            useful = any("failure" not in row for row in findings.rows)
+            return finish(findings, json, output, findings.draw, useful, f"after {len(findings.rows)} numbers")
+        names = {"model": model_name, "train": train_name, "queries": queries_name, "likelihood": likelihood_name}
+        traces = watch(
+            "influence",
+            commands.influence,
+            script=script,
+            names=names,
+            data=data_name,
+            network=network,
+            train_size=train_size,
+            epochs=epochs,
+            seed=seed,
+            queries=queries,
+            top=top,
+            measurement=measurement,
+            fit=fit,
+            data_dir=data_dir,
+        )
+
+        def draw(folder: Path) -> list[Path]:
+            folder.mkdir(parents=True, exist_ok=True)
+            (path := folder / "influence.html").write_text(traces.html)
+            return [path]
+
+        return finish(traces, json, output, draw, True, "")

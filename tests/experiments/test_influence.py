@@ -1,0 +1,108 @@
+"""The command that traces predictions back to training data, and the studies that judge its scores."""
+
+import base64
+import json
+import re
+
+import pytest
+import torch
+
+import kronfisher as kf
+from kronfisher.experiments import commands, data
+from kronfisher.experiments.influence.logistic import LogisticStudy, Regression
+from kronfisher.experiments.influence.wrong_labels import WrongLabelsStudy, with_wrong_labels
+from tests.helpers.command_line import run
+
+SCRIPT = """
+import torch
+import kronfisher as kf
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 3)
+x, y = torch.randn(30, 4), torch.randint(3, (30,))
+batches, asked, likelihood = [(x[:20], y[:20]), (x[20:], y[20:])], [(x[:2], y[:2])], kf.Categorical()
+"""
+
+
+def test_the_page_shows_every_query_beside_the_examples_of_the_table(capsys, tmp_path):
+    options = ("--network", "lenet5", "--train-size", 60, "--epochs", 1, "--queries", 2, "--top", 3)
+    code, out, _ = run(capsys, "influence", *options, "--output", tmp_path)
+    assert code == 0
+    rows = json.loads((tmp_path / "influence.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3 and {row["direction"] for row in rows} == {"helpful", "harmful"}
+    text = (tmp_path / "influence.html").read_text()
+    assert text.count("<h2>") == 2 and "http" not in text
+    for row in rows:
+        assert f"{row['example']} ({row['score']:+.2g})" in out
+        assert f"no. {row['example']}</small>" in text and f"{row['score']:+.3g}" in text
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", text)
+    assert len(pictures) == 2 * (1 + 2 * 3) and all(base64.b64decode(p)[:4] == b"\x89PNG" for p in pictures)
+
+
+def test_a_script_of_the_users_gives_the_scores_of_the_library(capsys, tmp_path):
+    path, names = tmp_path / "mine.py", {}
+    path.write_text(SCRIPT)
+    words = ("--model", "net", "--train", "batches", "--queries-name", "asked")
+    code, _, err = run(capsys, "influence", "--script", path, "--output", tmp_path / "a")
+    assert code == 2 and "does not define model, train, queries" in err and not (tmp_path / "a").exists()
+    options = (*words, "--fit", "kfac", "--measurement", "margin", "--top", 1, "--output", tmp_path / "b")
+    assert run(capsys, "influence", "--script", path, *options)[0] == 0
+    rows = json.loads((tmp_path / "b" / "influence.json").read_text())["rows"]
+    exec(SCRIPT, names)
+    fisher = kf.estimate(names["net"], names["batches"], kf.Categorical(), fit="kfac")
+    scores = kf.Influence(names["net"], fisher, kf.Categorical()).scores(
+        names["batches"], names["asked"], measurement="margin"
+    )
+    for q in range(2):
+        own = {row["direction"]: (row["example"], row["score"]) for row in rows if row["query"] == q}
+        for word, lowest in (("raises", False), ("lowers", True)):
+            top = scores.top(1, lowest=lowest)
+            assert own[word] == (int(top.indices[q, 0]), pytest.approx(float(top.values[q, 0]), rel=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--study", "imagenet"), "no study 'imagenet'; there are logistic"),
+        (("--quick",), "--quick needs --study"),
+        (("--study", "logistic", "--top", "3"), "leave out --top"),
+        (("--measurement", "accuracy"), "there are loss, margin, logit"),
+        (("--fit", "shampoo"), "no fit 'shampoo'"),
+        (("--script", "nowhere.py"), "nowhere.py: no such file"),
+        (("--queries", "0"), "at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "influence", *options)
+    assert code == 2 and not out and len(err.splitlines()) == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_of_regression_goes_on_where_it_was(tmp_path, monkeypatch):
+    found = commands.influence_study("logistic", quick=True, folder=tmp_path)
+    values = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
+    assert values["K-FAC", "linear datamodelling score"] > values["identity", "linear datamodelling score"]
+    assert values["conjugate gradients", "leave-one-out correlation"] > 0.98
+    assert "nan" not in str(found) and found.draw(tmp_path)[0].stat().st_size > 5000
+    monkeypatch.setattr(Regression, "__call__", lambda *_: pytest.fail("trained again"))
+    assert commands.influence_study("logistic", quick=True, folder=tmp_path).rows[0]["value"] == found.rows[0]["value"]
+
+
+def test_regressions_are_at_their_minimum():
+    problem = LogisticStudy.quick()._problem()
+    kept = torch.arange(0, 200, 2)
+    theta = problem.solve(kept).requires_grad_()
+    outputs = problem.x[kept] @ theta[:, :-1].T + theta[:, -1]
+    loss = torch.nn.functional.cross_entropy(outputs, problem.y[kept], reduction="sum") / 200
+    (gradient,) = torch.autograd.grad(loss + problem.decay / 2 * theta.square().sum(), theta)
+    assert gradient.abs().max() < 2e-7
+
+
+def test_wrong_labels_are_wrong_and_found():
+    dataset = data.load("digits", train_size=300)
+    changed, wrong = with_wrong_labels(dataset, 0.1)
+    assert torch.equal(changed.train_targets != dataset.train_targets, wrong) and int(wrong.sum()) == 30
+    found = WrongLabelsStudy.quick().run()
+    shares = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
+    assert shares["K-FAC", "found in the first 20%"] > 0.6  # 0.2 by chance
+    assert {fit for fit, _ in shares} == {"loss", "gradient norm", "K-FAC"}
