@@ -12,9 +12,11 @@ from kronfisher.operators import (
     Kronecker,
     KroneckerBasis,
     KroneckerSum,
+    OuterSum,
     Prototyped,
     Tridiagonal,
 )
+from kronfisher.operators.rows import OuterRows, PlainRows, Rows
 from tests.helpers.truth import completed
 
 GROUPS, OUTPUTS, INPUTS = (1, 3), 2, 4
@@ -139,6 +141,17 @@ def tridiagonal(inputs=(3, 2, 4), outputs=(2, 3, 1), seed=0):
     return X, completed(diagonal, links)
 
 
+def outer_sum(number, damping, seed=40):
+    """Rows written out beside rows that are outer products, two of an example."""
+    generator = torch.Generator().manual_seed(seed)
+    plain, a, g = (torch.randn(*size, dtype=torch.float64, generator=generator) for size in
+                   ((number, 3), (number // 2, INPUTS), (number, OUTPUTS)))  # fmt: skip
+    examples = torch.arange(number) % (number // 2)
+    J = torch.cat([plain, (g[:, :, None] * a[examples][:, None]).flatten(1)], dim=1)
+    X = OuterSum(Rows((PlainRows(plain), OuterRows(a, g, examples))), 0.5, damping, "layer.weight")
+    return X, 0.5 * J.mT @ J + damping * torch.eye(J.shape[1], dtype=torch.float64)
+
+
 def inverse_of(X, dense):
     return X.inverse(), torch.linalg.inv(dense)
 
@@ -177,6 +190,9 @@ MAKE = {
     **{f"prototyped-{h}": lambda h=h: prototyped(h) for h in GROUPS},
     "prototyped-many": lambda: prototyped(2, number=20),
     "prototyped-inverse": lambda: prototyped_inverse(3),
+    "outer-sum-wide": lambda: outer_sum(6, 0.7),
+    "outer-sum-tall": lambda: outer_sum(40, 0.0),
+    "outer-sum-inverse": lambda: inverse_of(*outer_sum(6, 0.7)),
     "dense-basis": dense_basis,
     "dense": dense,
     "dense-1": lambda: dense(1),

@@ -91,7 +91,7 @@ def measure(
     # The first estimate in a process pays for loading and allocating; it also raises early if the model is refused.
     estimate(model, first, likelihood, fit="diagonal", **options)
     exact = _time_estimate(model, data, likelihood, "diagonal", options)  # has the exact trace
-    for fit in fits if fits is not None else tuple(FITS):
+    for fit in fits if fits is not None else tuple(name for name, fit in FITS.items() if fit.standard):
         try:
             fisher, seconds = exact if fit == "diagonal" else _time_estimate(model, data, likelihood, fit, options)
         except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:

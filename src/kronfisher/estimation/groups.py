@@ -189,7 +189,7 @@ class Groups:
             return
         workspace = self._workspace([*(group.state.plan for group in self._groups), *(one.plan for one in planned)])
         for entry in planned:
-            plan = replace(entry.plan, workspace=workspace)
+            plan = replace(entry.plan, workspace=workspace, budget=self.memory_budget)
             group = Group(entry.fit, entry.blocks, entry.fit.init(entry.blocks, plan, entry.like))
             group.state.count = count
             self._groups.append(group)

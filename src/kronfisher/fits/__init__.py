@@ -6,6 +6,7 @@ from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.full import Full
+from kronfisher.fits.gram import Gram
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.kfac_corrected import KFACCorrected
 from kronfisher.fits.kfoc import KFOC, KPSVD
@@ -33,6 +34,7 @@ __all__ = [
     "Fit",
     "Fixed",
     "Full",
+    "Gram",
     "KFACCorrected",
     "KroneckerSum",
     "Plan",

@@ -20,6 +20,7 @@ class Plan:
         waits: samples that may wait for more.
         waiting: bytes that they may take, at most.
         sample: bytes of the inputs and gradients of one example, about; known once there are data.
+        budget: bytes that all matrices may take together; None: what is free.
     """
 
     bytes: int
@@ -30,6 +31,7 @@ class Plan:
     waits: int = 0
     waiting: int = 0
     sample: int = 0
+    budget: int | None = None
 
     @property
     def standing(self) -> int:

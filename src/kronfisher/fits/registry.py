@@ -16,11 +16,13 @@ class Registered:
         build: makes it.
         description: what it is, in a few words.
         label: its name in pictures and prose.
+        standard: whether comparisons take it without being asked for it by name.
     """
 
     build: Callable[[], Fit]
     description: str = ""
     label: str = ""
+    standard: bool = True
 
     def __call__(self) -> Fit:
         return self.build()
@@ -30,7 +32,9 @@ FITS: dict[str, Registered] = {}
 """Name → fit; the conformance tests run every one, and comparisons and pictures read what it is from here."""
 
 
-def register(name: str, build: Callable[[], Fit], description: str = "", label: str = "") -> None:
+def register(
+    name: str, build: Callable[[], Fit], description: str = "", label: str = "", standard: bool = True
+) -> None:
     """Make a fit known by name.
 
     Args:
@@ -38,8 +42,9 @@ def register(name: str, build: Callable[[], Fit], description: str = "", label: 
         build: makes the fit with its settings.
         description: what it is, in a few words, for tables.
         label: its name in pictures and prose; `name` if left out.
+        standard: whether comparisons take it without being asked for it by name.
     """
-    FITS[name] = Registered(build, description, label or name)
+    FITS[name] = Registered(build, description, label or name, standard)
 
 
 def resolve(fit: "Fit | str") -> Fit:

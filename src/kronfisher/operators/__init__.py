@@ -9,6 +9,7 @@ from kronfisher.operators.inverse import Inverse
 from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
+from kronfisher.operators.outer_sum import OuterSum
 from kronfisher.operators.pair import Pair
 from kronfisher.operators.prototyped import Prototyped
 from kronfisher.operators.sum import Sum
@@ -26,6 +27,7 @@ __all__ = [
     "KroneckerBasis",
     "KroneckerSum",
     "Operator",
+    "OuterSum",
     "Pair",
     "Prototyped",
     "Sum",

@@ -343,7 +343,10 @@ class Operator(Algebra["Operator"]):
         if dtype not in (None, torch.float32, torch.float64):
             raise DataError(f"{self.name or self.structure}: operators live in float32 or float64, not {dtype}")
         old = self.tensors()
-        new = {key: tensor.to(device=device, dtype=dtype) for key, tensor in old.items()}
+        new = {
+            key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)  # else places
+            for key, tensor in old.items()
+        }
         return self if all(new[key] is old[key] for key in old) else type(self).from_tensors(new, **self.settings())
 
     def transposed(self, outputs: int, inputs: int) -> "Operator":

@@ -1,0 +1,172 @@
+"""The exact matrix over all parameters, in the space of samples: for few samples or few weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import MemoryBudgetError, NumericalError
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fits.fit import Fit
+from kronfisher.fits.plan import Plan
+from kronfisher.fits.registry import register
+from kronfisher.fits.state import State, reciprocal
+from kronfisher.layers.samples import Samples
+from kronfisher.operators.memory import available_memory
+from kronfisher.operators.outer_sum import OuterSum
+from kronfisher.operators.rows import OuterRows, PlainRows, Rows, join
+
+__all__ = ["Gram"]
+
+
+@dataclass(kw_only=True)
+class Gathered(State):
+    """The rows of J so far.
+
+    Attributes:
+        rows_of_batches: one entry for every backward pass.
+        inputs: by the place of a block, what its next columns share with its last.
+        held: bytes of all rows.
+    """
+
+    rows_of_batches: list[Rows] = field(default_factory=list)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    held: int = 0
+
+    @property
+    def like(self) -> Tensor:
+        return next(iter(self.rows_of_batches[0].tensors().values()))
+
+    @property
+    def number(self) -> int:
+        """K so far."""
+        return sum(len(rows) for rows in self.rows_of_batches)
+
+    def release(self) -> None:
+        self.rows_of_batches, self.inputs = [], {}
+
+
+@dataclass(frozen=True)
+class Gram(Fit):
+    """``F = JᵀJ/N`` of all parameters that it is given, exactly: J ``[K, P]`` holds the vectors of the K samples.
+
+    Products, solutions, determinant, spectrum and draws go through ``J Jᵀ [K, K]`` or ``JᵀJ [P, P]``, whichever is
+    smaller. A layer that sees one position of every example keeps its inputs and output gradients, ``K (I + O)``
+    numbers, if that is less than ``K O I``; others keep their rows of J. Weights in two roles are exact, too.
+
+    Args:
+        max_rows: the largest K, that is, samples times columns or draws; None: as memory allows.
+
+    Raises:
+        ValueError: `max_rows` is no positive number.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1))
+        >>> fisher = kf.estimate(model, torch.randn(50, 2), kf.Gaussian(), fit="gram", labels="exact")
+        >>> fisher.blocks["0.weight + 2.weight"].structure
+        '50 samples x 121'
+    """
+
+    max_rows: int | None = None
+
+    exact: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None and (not isinstance(self.max_rows, int) or self.max_rows < 1):
+            raise ValueError(f"max_rows={self.max_rows!r}: use a number of at least 1, or None.")
+
+    def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
+        return [tuple(blocks)] if blocks else []
+
+    def plan(self, group: tuple[Block, ...], element: int) -> Plan:
+        return Plan(element * sum(_kept(block) for block in group))  # one row; what follows is counted as it comes
+
+    def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Gathered:
+        return Gathered(group, plan)
+
+    def update(self, state: Gathered, samples: tuple[Samples, ...]) -> Gathered:
+        self._require_room(state, samples)
+        parts = [_part(state, place, use) for place, use in enumerate(samples)]
+        kinds = [next(iter(part.tensors().values())).dtype for part in parts]
+        widest = max(kinds, key=lambda kind: torch.finfo(kind).bits)
+        rows = Rows(tuple(_widened(part, widest) for part in parts))
+        state.held += sum(tensor.numel() * tensor.element_size() for tensor in rows.tensors().values())
+        state.rows_of_batches.append(rows)
+        return state
+
+    def combine(self, x: Gathered, y: Gathered, wx: float = 1.0, wy: float = 1.0) -> Gathered:
+        if x.blocks != y.blocks:
+            raise ValueError(f"{x.name}: states can be combined only for the same blocks.")
+        rows = [_times(own, w**0.5) for state, w in ((x, wx), (y, wy)) for own in state.rows_of_batches]
+        counts = (wx * x.count + wy * y.count, wx * x.rows + wy * y.rows)
+        return replace(x, rows_of_batches=rows, inputs={}, held=x.held + y.held, count=counts[0], rows=counts[1])
+
+    def finish(self, state: Gathered) -> OuterSum:
+        rows = join(state.rows_of_batches)
+        if not bool(torch.isfinite(rows.lengths().sum())):
+            raise NumericalError(
+                f"{state.name}: the gradients of the samples hold NaN or Inf. The outputs were finite, so a gradient "
+                "or an input overflowed: look at the weights, or use float64."
+            )
+        return OuterSum(rows, float(reciprocal(state.count)), name=state.name)
+
+    def _require_room(self, state: Gathered, samples: tuple[Samples, ...]) -> None:
+        """MemoryBudgetError if rows so far and those of the samples, or the smaller side, do not fit."""
+        number, dim = state.number + len(samples[0]), sum(block.dim for block in state.blocks)
+        if self.max_rows is not None and number > self.max_rows:
+            raise MemoryBudgetError(
+                f"fit='gram' is asked for more than max_rows={self.max_rows:,} rows (samples times columns or draws). "
+                "Pass fewer data, use labels='sampled' or 'observed', which take one row each, or raise max_rows."
+            )
+        element = samples[0].gradients.element_size()
+        own = len(samples[0]) * sum(_kept(block) for block in state.blocks) * element
+        side = 3 * min(number, dim) ** 2 * element
+        free = available_memory(samples[0].gradients.device) + state.held
+        limit = free if state.plan.budget is None else min(free, state.plan.budget)
+        needed = 2 * (state.held + own) + side
+        if needed > limit:
+            raise MemoryBudgetError(
+                f"fit='gram' needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for {number:,} samples of {dim:,} "
+                f"parameters and a matrix of {min(number, dim):,} rows, more than the limit of {limit:,} bytes. Pass "
+                "fewer data, freeze layers, or choose a Kronecker-factored fit."
+            )
+
+
+def _kept(block: Block) -> int:
+    """Numbers that one row of a block takes, at most."""
+    return block.dim
+
+
+def _part(state: Gathered, place: int, samples: Samples) -> PlainRows | OuterRows:
+    """The rows of one block under one column: by inputs and gradients if these are fewer numbers."""
+    groups, outputs, inputs = samples.shape
+    if groups == 1 and samples.positions == 1 and inputs + outputs < inputs * outputs:
+        shared = state.inputs.get(place)
+        if samples.first or shared is None or len(shared) != len(samples):
+            shared = state.inputs[place] = samples.activations.dense()[0, :, 0].clone()
+        each = torch.arange(len(samples), device=shared.device)
+        return OuterRows(shared, samples.gradients[0, :, 0].clone(), each)
+    return PlainRows(torch.cat([part.transpose(0, 1).flatten(1) for part in samples.per_sample()]))
+
+
+def _widened(part: PlainRows | OuterRows, dtype: torch.dtype) -> PlainRows | OuterRows:
+    if isinstance(part, PlainRows):
+        return PlainRows(part.rows.to(dtype))
+    return OuterRows(part.inputs.to(dtype), part.gradients.to(dtype), part.examples)
+
+
+def _times(rows: Rows, factor: float) -> Rows:
+    parts = (
+        PlainRows(part.rows * factor)
+        if isinstance(part, PlainRows)
+        else OuterRows(part.inputs, part.gradients * factor, part.examples)
+        for part in rows.parts
+    )
+    return Rows(tuple(parts))
+
+
+register("gram", Gram, "the exact matrix over all parameters, by samples", "exact, by samples", standard=False)
