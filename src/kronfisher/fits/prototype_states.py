@@ -8,11 +8,12 @@ from torch.nn.functional import pad
 
 from kronfisher.fits.nearest_prototype import split
 from kronfisher.fits.prototype_search import find_prototypes
-from kronfisher.fits.shapes import sizes
+from kronfisher.fits.shapes import Shapes, sizes
 from kronfisher.fits.state import FactorSums, Fixed, State, Total, WaitingState
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import chunks, mirror
+from kronfisher.linalg import chunks
+from kronfisher.operators.factors import Factor
 
 __all__ = ["ROOM", "Kept", "Moments", "Parts"]
 
@@ -27,8 +28,8 @@ class PrototypeSet:
     Attributes:
         A: a_c ``[H, m, I]``.
         B: b_c ``[H, m, O]``.
-        inputs: ``Σ_k Δ_kᵀ Δ_k`` ``[H, I, I]``.
-        outputs: ``Σ_k Δ_k Δ_kᵀ`` ``[H, O, O]``.
+        inputs: ``Σ_k Δ_kᵀ Δ_k`` ``[H, I, I]``, or its diagonal.
+        outputs: ``Σ_k Δ_k Δ_kᵀ`` ``[H, O, O]``, or its diagonal.
         kept: how many samples these were.
     """
 
@@ -90,23 +91,22 @@ class Kept(WaitingState):
             ]
             self.numbers = [n[k] for n, k in zip(self.numbers, kept, strict=True) if len(k)]
 
-    def prototypes(self, number: int, iterations: int) -> PrototypeSet:
-        """At most so many prototypes for the samples kept, by so many iterations, and what these leave."""
+    def prototypes(self, number: int, iterations: int, sides: Shapes) -> PrototypeSet:
+        """At most so many prototypes for the samples kept, by so many iterations, and moments of what these leave."""
         groups, outputs, inputs = sizes(self.blocks)
         like = self.nothing
         if not self.waiting:  # nothing ever came: all is zero
             A, B = (like.new_zeros(groups, number, size) for size in (inputs, outputs))
-            inputs_moment, outputs_moment = (
-                torch.eye(size).to(like).expand(groups, -1, -1) for size in (inputs, outputs)
-            )
-            return PrototypeSet(A, B, inputs_moment, outputs_moment)
+            nothing = (Factor.type_of(shape).identity(shape, like) for shape in sides)
+            return PrototypeSet(A, B, *nothing)
         samples = self.join()
         A, B = find_prototypes(samples, min(number, len(samples)), iterations)
         rest = split(samples, A, B)[0]
-        inputs_moment, outputs_moment = (like.new_zeros(groups, size, size) for size in (inputs, outputs))
-        rest.add_input_products_(inputs_moment)
-        rest.add_output_products_(outputs_moment)
-        return PrototypeSet(A, B, mirror(inputs_moment), mirror(outputs_moment), len(samples))
+        moments = [like.new_zeros(shape) for shape in sides]
+        rest.add_input_products_(moments[0])
+        rest.add_output_products_(moments[1])
+        inputs_moment, outputs_moment = (Factor.of(moment).mirror().tensor for moment in moments)
+        return PrototypeSet(A, B, inputs_moment, outputs_moment, len(samples))
 
     def join(self) -> Samples:
         """All that was kept, in the order of the samples' own numbers; shorter ones get positions of zeros."""
@@ -129,11 +129,12 @@ class Moments(FactorSums):
         use.add_output_products_(self.outputs)
         use.add_input_products_(self.inputs)
 
-    def prototypes(self, number: int, iterations: int) -> PrototypeSet:
+    def prototypes(self, number: int, iterations: int, sides: Shapes) -> PrototypeSet:
         """No prototypes: all is left."""
         groups, outputs, inputs = sizes(self.blocks)
         A, B = (self.inputs.new_zeros(groups, 0, size) for size in (inputs, outputs))
-        return PrototypeSet(A, B, mirror(self.inputs), mirror(self.outputs))
+        inputs_moment, outputs_moment = (Factor.of(moment).mirror().tensor for moment in (self.inputs, self.outputs))
+        return PrototypeSet(A, B, inputs_moment, outputs_moment)
 
 
 @dataclass(kw_only=True)
@@ -143,8 +144,8 @@ class Parts(State):
     Attributes:
         eigenvalues: ``Σ_k (U_Bᵀ Δ_k U_A)∘²`` ``[H, O, I]``.
         weights: ``Σ ⟨G_k, z_c⟩²`` over the samples nearest to c, ``[H, m]``.
-        inputs: U_A ``[H, I, I]``.
-        outputs: U_B ``[H, O, O]``.
+        inputs: U_A ``[H, I, I]``, or ``[H, I]`` of ones.
+        outputs: U_B ``[H, O, O]``, or ``[H, O]`` of ones.
         A: a_c ``[H, m, I]``.
         B: b_c ``[H, m, O]``.
         kept: how many samples the prototypes come from.

@@ -11,11 +11,11 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.prototype_states import ROOM, Kept, Moments, Parts
 from kronfisher.fits.registry import register
-from kronfisher.fits.shapes import elements, sizes
+from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, sizes
 from kronfisher.fits.state import State, reciprocal
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import eigh
 from kronfisher.operators import Eigen, KroneckerBasis, Prototyped
+from kronfisher.operators.factors import Factor
 
 __all__ = ["Prototypes"]
 
@@ -41,6 +41,8 @@ class Prototypes(Fit):
         ratio: memory of the prototypes relative to that of K-FAC's two factors: ``ratio (O² + I²) / (O + I)`` of them.
         samples: of one layer, kept in the first pass.
         iterations: of assignment and update.
+        max_dim: inputs or outputs beyond this size are not turned: U is the identity there, and K-FAC's factor a
+            diagonal, so that prototypes are few.
 
     Raises:
         ValueError: an option makes no sense.
@@ -56,10 +58,12 @@ class Prototypes(Fit):
     ratio: float = 3.0
     samples: int = 2048
     iterations: int = 10
+    max_dim: int = MAX_DIM
 
     trains: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_max_dim(self)
         if not self.ratio > 0 or self.samples < 1 or self.iterations < 0:
             raise ValueError(f"{self!r}: a ratio above 0, at least one sample, and no fewer than 0 iterations.")
 
@@ -72,20 +76,26 @@ class Prototypes(Fit):
         _, outputs, inputs = sizes(group)
         if min(outputs, inputs) == 1:
             return 0
-        wanted = int(self.ratio * (outputs**2 + inputs**2) / (outputs + inputs))
-        return max(1, min(wanted, self.samples))
+        factors = sum(elements(*shape[1:]) for shape in self.sides(group))
+        return max(1, min(int(self.ratio * factors / (outputs + inputs)), self.samples))
+
+    def sides(self, group: tuple[Block, ...]) -> Shapes:
+        """Shapes of U_A and U_B: ``[H, D, D]``, or ``[H, D]`` for the identity."""
+        groups, outputs, inputs = sizes(group)
+        sides = [(groups, size) if size > self.max_dim else (groups, size, size) for size in (inputs, outputs)]
+        return sides[0], sides[1]
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         groups, outputs, inputs = sizes(group)
-        own = outputs**2 + inputs**2 + outputs * inputs + self.number(group) * (outputs + inputs + 1)
+        factors = sum(elements(*shape[1:]) for shape in self.sides(group))
+        own = factors + outputs * inputs + self.number(group) * (outputs + inputs + 1)
         kept = min(ROOM, element * self.samples * groups * (outputs + inputs)) if self.number(group) else 0
         return Plan(2 * element * elements(groups, own) + kept, passes=2)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Kept | Moments:
         if self.number(group):
             return Kept(group, plan, nothing=like.new_empty(0), most=self.samples)
-        groups, outputs, inputs = sizes(group)
-        A, B = like.new_zeros(groups, inputs, inputs), like.new_zeros(groups, outputs, outputs)
+        A, B = map(like.new_zeros, self.sides(group))
         return Moments(group, plan, inputs=A, outputs=B)
 
     def update(self, state: Any, samples: tuple[Samples, ...]) -> State:
@@ -110,8 +120,10 @@ class Prototypes(Fit):
     def next_pass(self, state: Kept | Moments | Parts) -> Parts | None:
         if isinstance(state, Parts):
             return None
-        chosen = state.check().prototypes(self.number(state.blocks), self.iterations)
-        inputs, outputs = (eigh(moment, f"{state.name} (basis)")[1] for moment in (chosen.inputs, chosen.outputs))
+        sides = self.sides(state.blocks)
+        chosen = state.check().prototypes(self.number(state.blocks), self.iterations, sides)
+        moments = Factor.of(chosen.inputs), Factor.of(chosen.outputs)
+        inputs, outputs = (moment.eigh(f"{state.name} (basis)")[1].tensor for moment in moments)
         return Parts(
             state.blocks,
             state.plan,
@@ -133,7 +145,8 @@ class Prototypes(Fit):
         rest = Eigen(U, values, name=state.name)
         if not state.A.shape[1]:
             return rest
-        return Prototyped(rest, state.A @ U.A, state.B @ U.B, state.weights * scale)
+        A, B = U.input_factor.mT.right(state.A), U.output_factor.mT.right(state.B)  # A U_A, B U_B
+        return Prototyped(rest, A, B, state.weights * scale)
 
     def notes(self, state: Parts) -> str:
         if not state.kept:
