@@ -85,6 +85,32 @@ def test_the_backend_gives_laplace_torch_what_its_own_does(kind, structure, conv
     close(ours._glm_predictive_distribution(x[:5])[1], theirs._glm_predictive_distribution(x[:5])[1])
 
 
+@pytest.mark.parametrize("fit", ["kfac", "kfoc"])
+@pytest.mark.parametrize("layers", ["all", "last_layer"])
+@pytest.mark.parametrize("times", ["some", "twice"])
+def test_every_fit_starts_anew_whatever_the_loader_leaves_out(times, layers, fit):
+    """Seen: a second fit that continued the first, as that had not read as many examples as the data set has."""
+    model, x, y = problem("classification")
+    data = TensorDataset(x, y)
+    if times == "some":
+        batches = DataLoader(data, batch_size=25, drop_last=True)
+    else:
+        batches = DataLoader(data, batch_size=25, sampler=[*range(60), *range(60)])
+    posterior = laplace.Laplace(
+        model, "classification", subset_of_weights=layers, hessian_structure="kron", backend=kf.laplace_backend(fit)
+    )
+    found = []
+    for _ in range(3):
+        posterior.fit(batches)
+        found.append(posterior.log_marginal_likelihood())
+        posterior(x[:5])
+    assert found[0] == found[1] == found[2]
+    if fit == "kfac" and layers == "all":
+        seen = [(x[k % 60 : k % 60 + 1], y[k % 60 : k % 60 + 1]) for k in range(50 if times == "some" else 120)]
+        fisher = kf.estimate(model, seen, kf.Categorical(), fit=SEPARATE, labels="exact")
+        close(kf.Laplace(model, fisher).log_marginal_likelihood().float(), found[0])
+
+
 def test_the_backend_for_the_last_layer_and_its_optimised_prior():
     model, x, y = problem("classification")
     found = []

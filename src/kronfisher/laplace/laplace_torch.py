@@ -85,8 +85,8 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
 
         def _add(self, structure: str, x: Any, y: Tensor, total: int | None) -> tuple[Tensor, Fisher]:
             """The loss of a batch, and the sum over data so far: of this batch alone if `total` is None."""
-            run = self._run
-            if run is None or total is None or float(run.count) >= total:  # the next round over the data
+            run, begins = self._run, total is None or self._begins()
+            if run is None or begins:
                 run, self._before = self._fresh(structure), None
                 self._run = run if total is not None else None
             run.log_likelihood, outputs = None, run.outputs
@@ -106,6 +106,15 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
             assert run.log_likelihood is not None
             constant = (run.outputs - outputs) / 2 * log(2 * pi) if regression else 0.0
             return (-run.log_likelihood - constant).to(y.device, torch.float32), fisher
+
+        def _begins(self) -> bool:
+            """Whether this is the first batch of a fit, which leaves a number at the model when it begins.
+
+            How many examples there were does not tell: loaders drop the last ones, or draw some twice.
+            """
+            outputs = self.model.output_size
+            self.model.output_size = _Seen(outputs)
+            return not isinstance(outputs, _Seen)
 
         def _fresh(self, structure: str) -> Accumulator:
             own = {id(p) for p in self.params}
@@ -127,6 +136,10 @@ def laplace_backend(fit: Fit | str = "kfac", *, labels: Labels = "exact", sample
             return Accumulator(recipe, fits, parameters, score=True)
 
     return KronfisherGGN
+
+
+class _Seen(int):
+    """The number of outputs that laplace-torch notes at a model, after a batch of the fit that began with it."""
 
 
 def _factors(fisher: Fisher, name: str) -> list[Tensor]:
