@@ -131,6 +131,7 @@ class Use:
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
 
     def __post_init__(self) -> None:
+        self.reads_data = self.inputs is not None and self.inputs.grad_fn is None  # they depend on no parameter
         if self.inputs is not None:
             self.inputs = self.inputs.detach()  # shares storage and version counter, keeps no graph
         self._version = self.inputs._version if self.inputs is not None else 0

@@ -193,6 +193,10 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         """Each layer is damped so, the links stay as they are."""
         return self.with_layers(tuple(layer.factored_damping(damping) for layer in self.layers))
 
+    def normalized(self, inputs: float, outputs: float) -> "Tridiagonal":
+        """Each layer is damped by shares of its own factors' mean eigenvalues; the scale of the whole is kept."""
+        return self.with_layers(tuple(layer.damped_by_shares(inputs, outputs) for layer in self.layers))
+
     def with_layers(self, layers: tuple[Kronecker, ...]) -> "Tridiagonal":
         """The same links between other layers, each of which exceeds the old by a positive semidefinite matrix."""
         return replace(self, layers=layers)

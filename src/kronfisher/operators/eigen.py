@@ -228,6 +228,18 @@ class Eigen(Spectral, kind="eigen"):
         root = torch.where(mean > 0, damping / torch.where(mean > 0, mean, 1), 0).sqrt()  # balanced: a, b of one mean
         return replace(self.shifted(damping), values=(values + damping + root * (rows + columns)).flatten())
 
+    def normalized(self, inputs: float, outputs: float) -> Operator:
+        """Corrected eigenvalues get what the product with their row and column means would get."""
+        if self.product_basis is None or self.form:
+            return super().normalized(inputs, outputs)
+        A, B = self.product_basis
+        values = self.values.reshape(A.groups, B.width, A.width)
+        mean = values.mean((1, 2), keepdim=True)
+        values = values * torch.where(mean > 0, 1 / torch.where(mean > 0, mean, 1), 0)
+        rows, columns = values.mean(2, keepdim=True).clamp_min(0), values.mean(1, keepdim=True).clamp_min(0)
+        damped = values + inputs * rows + outputs * columns + inputs * outputs
+        return replace(self, values=damped.flatten(), definite=True)
+
     def transposed(self, outputs: int, inputs: int) -> Operator:
         """The factors of a `KroneckerBasis` of one group change places."""
         if self.basis.factors is None or self.basis.factors[0].groups > 1:

@@ -186,6 +186,23 @@ class Kronecker(Operator, kind="kronecker"):
         B = self.output_factor.scale(nonzero).shift(root / ratio)
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
+    def damped_by_shares(self, inputs: float, outputs: float) -> "Kronecker":
+        """``(B_h + outputs·b̄·1) ⊗ (A_h + inputs·ā·1)`` with the mean eigenvalues over all groups; reads no value."""
+        means = [factor.diagonal().mean() for factor in self.product]
+        nonzero = (means[0] > 0) & (means[1] > 0)  # a factor of zero trace is zero, and so is the product
+        A, B = (
+            factor.shift(torch.where(nonzero, share * mean, 1).expand(factor.groups))
+            for factor, mean, share in zip(self.product, means, (inputs, outputs), strict=True)
+        )
+        return Kronecker(A.tensor, B.tensor, self.name, definite=True)
+
+    def normalized(self, inputs: float, outputs: float) -> "Kronecker":
+        """``(B_h / b̄ + outputs·1) ⊗ (A_h / ā + inputs·1)`` with the mean eigenvalues over all groups."""
+        damped = self.damped_by_shares(inputs, outputs)
+        scales = [_reciprocal(factor.diagonal().mean()).expand(factor.groups) for factor in self.product]
+        A, B = (factor.scale(scale) for factor, scale in zip(damped.product, scales, strict=True))
+        return Kronecker(A.tensor, B.tensor, self.name, definite=True)
+
     def _root_of(self, damping: float, mean_root: Tensor) -> Tensor:
         # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) for both alike.
         floor = negligible(self.dtype) * max(self.input_factor.width, self.output_factor.width) * mean_root
@@ -227,3 +244,8 @@ class Kronecker(Operator, kind="kronecker"):
         )
         basis = KroneckerBasis(vectors_a.tensor, vectors_b.tensor)
         return Eigen(basis, outer(values_b, values_a), self.name, definite=definite, form=self.structure)
+
+
+def _reciprocal(mean: Tensor) -> Tensor:
+    """``1 / mean``, and 1 for a mean of zero."""
+    return 1 / torch.where(mean > 0, mean, 1)

@@ -188,6 +188,13 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         """With the first term damped so: two terms keep an exact inverse."""
         return self.with_first(self.terms[0].factored_damping(damping))
 
+    def normalized(self, inputs: float, outputs: float) -> "KroneckerSum":
+        """Over the first term's mean eigenvalue, with the first term damped: two terms keep an exact inverse."""
+        first = self.terms[0]
+        mean = first.trace() / first.dim
+        damped = self.with_first(first.damped_by_shares(inputs, outputs))
+        return replace(damped, B=damped.B / torch.where(mean > 0, mean, 1))
+
     def shifted(self, damping: float) -> "KroneckerSum":
         """``X + λ·1``, exactly and for nothing: λ is kept apart. Copies share what was decomposed."""
         shift = nonnegative(damping, "the damping λ")

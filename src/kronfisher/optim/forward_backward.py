@@ -119,6 +119,7 @@ class ForwardBackward:
         *,
         rows: Callable[[Capture], RowInverse | None],
         again: bool,
+        spare: bool,
     ) -> Tensor:
         """Fill ``.grad``, and collect statistics where they are due.
 
@@ -131,6 +132,7 @@ class ForwardBackward:
             step: number of the step.
             rows: gives the inverses that take rows of the backward pass, if any do.
             again: whether the pass is going to be repeated.
+            spare: whether gradients need not be formed where rows take their place.
 
         Returns:
             The loss, detached.
@@ -156,7 +158,7 @@ class ForwardBackward:
         else:
             self._rows = rows(capture)
             with nullcontext() if self._rows is None else capture.listen(self._rows.receive):
-                if self._rows is None or due or again:
+                if self._rows is None or due or again or not spare:
                     scaled.backward(retain_graph=due)
                 else:
                     self._backward_sparing(scaled, self._rows, capture)

@@ -32,12 +32,12 @@ class Refresh:
 
     statistics: int = 10
     inverse: int = 50
-    model: int = 10
+    model: int | None = None
     average: float = 0.95
     early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.statistics, self.inverse, self.model, self.early) < 1 or not 0 <= self.average < 1:
+        if min(self.statistics, self.inverse, self.model or 1, self.early) < 1 or not 0 <= self.average < 1:
             raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
 
     def after(self, step: int, period: int) -> int:

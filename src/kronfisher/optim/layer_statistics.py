@@ -24,6 +24,7 @@ class LayerStatistics:
         average: the moving average of the statistics.
         basis_due: the step at which a fit of two passes renews its basis.
         basis_renewed: the step at which it last did.
+        reads_data: whether the inputs of all its uses are data that depend on no parameter.
         before: the average and `basis_renewed` from before a step's statistics, while these may yet be left out.
     """
 
@@ -32,6 +33,7 @@ class LayerStatistics:
     basis_due: int = 0
     basis_renewed: int = -1
     before: tuple[AverageState | None, int] | None = None
+    reads_data: bool = False
 
     @property
     def fit(self) -> MovingAverage:

@@ -8,16 +8,22 @@ from torch import Tensor, nn
 
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.recipe import Labels
-from kronfisher.fisher.damping import Damping, FactoredTikhonov
+from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
-from kronfisher.optim.damping_schedule import Constant, DampingSchedule, LevenbergMarquardt
+from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.forward_backward import ForwardBackward
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.judge import Judge
-from kronfisher.optim.parts import Parts
+from kronfisher.optim.layerwise import LayerwiseStep
+from kronfisher.optim.layerwise.direction import RelativeDirection
+from kronfisher.optim.layerwise.motion import Motion
+from kronfisher.optim.layerwise.step import LayerwiseParts
+from kronfisher.optim.layerwise.units import is_matrix
+from kronfisher.optim.parts import Parts, StepParts
+from kronfisher.optim.quadratic_step import QuadraticModel
 from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
@@ -26,6 +32,7 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
+LAYERWISE_INVERSE = 20
 _MISSING: Any = object()
 
 
@@ -82,50 +89,54 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: Likelihood,
         *,
         fit: Choice = DEFAULT_FIT,
-        damping: Damping = FactoredTikhonov(),  # noqa: B008 (frozen)
-        trust: DampingSchedule | float | None = None,
-        momentum: float | Literal["exact"] = "exact",
+        step: LayerwiseStep | QuadraticModel | None = None,
         lr: float = 1.0,
         weight_decay: float = 0.0,
-        refresh: Refresh = Refresh(),  # noqa: B008 (frozen)
+        total_steps: int | None = None,
+        refresh: Refresh | None = None,
         params: Iterable[Any] | None = None,
         labels: Labels = "sampled",
         samples: int = 1,
-        kl_limit: float = 1e-2,
         seed: int = 0,
+        damping: Damping | None = None,
+        trust: DampingSchedule | float | None = None,
+        momentum: float | Literal["exact"] | None = None,
+        kl_limit: float | None = None,
     ) -> None:
-        if momentum != "exact" and not 0 <= momentum < 1:
-            raise ValueError(f'momentum={momentum!r}: use "exact" or a number in [0, 1).')
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("kl_limit", kl_limit)):
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must not be negative.")
         self._wrapped, self._model = model, unwrapped(model)
         self.likelihood = likelihood
-        if trust is None:
-            trust = LevenbergMarquardt(initial=damping.value) if momentum == "exact" else Constant(damping.value)
-        self.trust = Constant(trust) if isinstance(trust, int | float) else trust
+        self.rule = _rule(step, refresh, {"damping": damping, "trust": trust, "momentum": momentum, "kl_limit": kl_limit})
         self._names = {id(p): name for name, p in self._model.named_parameters()}
         super().__init__(
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
         )
         self.steps = 0
         parameters = self._parameters()
-        self.parts = Parts(
-            ForwardBackward(self._model, likelihood),
-            Statistics(
-                self._model,
-                parameters,
-                likelihood,
-                fit=fit,
-                refresh=refresh,
-                labels=labels,
-                samples=samples,
-                seed=seed,
-            ),
-            Direction(parameters, damping, refresh),
-            StepSize(momentum, kl_limit, refresh),
-            Judge(self.trust),
-        )
+        passes = ForwardBackward(self._model, likelihood)
+        settings = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
+        if isinstance(self.rule, QuadraticModel):
+            refresh = refresh or Refresh()
+            self.parts: StepParts = Parts(
+                passes,
+                Statistics(self._model, parameters, likelihood, refresh=refresh, **settings),
+                Direction(parameters, self.rule.damping, refresh),
+                StepSize(self.rule.momentum, self.rule.kl_limit, refresh),
+                Judge(self.rule.schedule),
+            )
+        else:
+            refresh = refresh or Refresh(inverse=LAYERWISE_INVERSE)
+            rule = self.rule
+            self.parts = LayerwiseParts(
+                passes,
+                Statistics(self._model, parameters, likelihood, refresh=refresh, treats=is_matrix, **settings),
+                options=rule,
+                direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
+                motion=Motion(rule.momentum),
+                total_steps=total_steps,
+            )
 
     # The two interfaces -----------------------------------------------------------------------------------------------
 
@@ -193,7 +204,7 @@ class NaturalGradient(torch.optim.Optimizer):
             DataError: `outputs` are not the ones that `forward` returned.
             UnsupportedError: a loss that cannot be evaluated again, with a damping schedule that compares losses.
         """
-        if loss is not None and self.parts.judge.compares_losses:
+        if loss is not None and self.parts.compares_losses:
             raise UnsupportedError(
                 f"{type(self.trust).__name__} compares the loss before and after a step, and a loss that was computed "
                 "outside cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
@@ -210,6 +221,11 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.parts.report(self.steps)
 
     # Parameters, options, state ---------------------------------------------------------------------------------------
+
+    @property
+    def trust(self) -> DampingSchedule | None:
+        """The damping schedule; None for a step that has none."""
+        return self.rule.schedule if isinstance(self.rule, QuadraticModel) else None
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter of all groups.
@@ -260,3 +276,18 @@ class NaturalGradient(torch.optim.Optimizer):
         self.parts.load_state_dict(own)
         super().load_state_dict(rest)
         self.steps = own["steps"]
+
+
+def _rule(
+    step: LayerwiseStep | QuadraticModel | None, refresh: Refresh | None, options: Mapping[str, Any]
+) -> LayerwiseStep | QuadraticModel:
+    """The rule of the step; options that only one rule has choose it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    papers = given.keys() - {"momentum"} or given.get("momentum") == "exact" or (refresh and refresh.model is not None)
+    if step is None:
+        if papers:
+            return QuadraticModel(**given)
+        return LayerwiseStep(**given)
+    if given:
+        raise ValueError(f"{', '.join(given)}: give these to {type(step).__name__}(...), as `step` is given.")
+    return step

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,38 +22,88 @@ from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepInputs, StepLength, StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "StepParts"]
 
 
 @dataclass
-class Parts:
-    """Each part owns its state, and can be replaced by another object with the same methods.
+class StepParts(ABC):
+    """The parts that make a step. Each owns its state, and can be replaced by an object with the same methods.
 
     Attributes:
         forward_backward: runs and records passes.
         statistics: averages the curvature.
-        direction: makes natural gradients from gradients.
-        step_size: chooses the length of the step.
-        judge: chooses λ, and decides which steps are undone or skipped.
         seconds: spent in a step outside statistics and inverses, by phase.
     """
 
     forward_backward: ForwardBackward
     statistics: Statistics
-    direction: Direction
-    step_size: StepSize
-    judge: Judge
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"forward and backward": 0.0, "model": 0.0, "update": 0.0}
+        default_factory=lambda: {"forward and backward": 0.0, "model": 0.0, "update": 0.0}, kw_only=True
     )
 
-    # Passes -----------------------------------------------------------------------------------------------------------
+    @property
+    def compares_losses(self) -> bool:
+        """Whether the loss has to be one that can be evaluated again."""
+        return False
+
+    @property
+    def spares(self) -> bool:
+        """Whether gradients need not be formed where inverses are applied to rows."""
+        return True
+
+    @abstractmethod
+    def repeats(self, step: int) -> bool:
+        """Whether this step runs the forward pass again."""
+
+    @abstractmethod
+    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
+        """To be given rows of a step's backward pass; None where gradients alone will do."""
+
+    @abstractmethod
+    def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
+        """One step after the backward pass.
+
+        Args:
+            model: unwrapped.
+            trained: the parameters to change.
+            step: number of the step.
+            whole: whether no other code touched the gradient.
+
+        Raises:
+            UnsupportedError: there is no curvature because no forward pass of ours was run.
+        """
+
+    @abstractmethod
+    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Treat these parameters from now on."""
+
+    @abstractmethod
+    def report(self, step: int) -> TrainingReport:
+        """The state of training after so many steps."""
+
+    @staticmethod
+    @abstractmethod
+    def names() -> tuple[str, ...]:
+        """The keys of the state."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs, by part."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            DataError: it was saved for other parameters or other fits.
+        """
+
 
     def forward(self, function: Callable[[], Any], step: int, *, whole: bool) -> Tensor:
         """The outputs that `function` returns; `whole`: no code of the user's runs between this pass and the step."""
         with self._timed("forward and backward"):
             return self.forward_backward.forward(
-                function, self.statistics, step, whole=whole, again=self._repeats(step)
+                function, self.statistics, step, whole=whole, again=self.repeats(step)
             )
 
     def backward(
@@ -77,14 +128,42 @@ class Parts:
         """
 
         def rows(capture: Capture) -> RowInverse | None:
-            return None if rates is None else self.direction.row_inverse(capture, rates)
+            return None if rates is None else self.row_inverse(capture, rates)
 
         with self._timed("forward and backward"):
             return self.forward_backward.backward(
-                outputs, targets, loss, scale, self.statistics, step, rows=rows, again=self._repeats(step)
+                outputs, targets, loss, scale, self.statistics, step, rows=rows, again=self.repeats(step), spare=self.spares
             )
 
-    def _repeats(self, step: int) -> bool:
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
+
+
+@dataclass
+class Parts(StepParts):
+    """The parts of the papers' step.
+
+    Attributes:
+        direction: makes natural gradients from gradients.
+        step_size: chooses the length of the step.
+        judge: chooses λ, and decides which steps are undone or skipped.
+    """
+
+    direction: Direction
+    step_size: StepSize
+    judge: Judge
+
+    @property
+    def compares_losses(self) -> bool:
+        return self.judge.compares_losses
+
+    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
+        return self.direction.row_inverse(capture, rates)
+
+    def repeats(self, step: int) -> bool:
         """Whether this step runs the forward pass again, for the quadratic model or to compare losses."""
         return not self.step_size.refusal and (self.judge.compares(step) or self.step_size.solves(step))
 
@@ -119,7 +198,7 @@ class Parts:
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             descent = self.direction.descend(trained.add_decay(gradients), damping, trained.rates, taken.rows)
-            solve = self._repeats(step) and taken.repeatable
+            solve = self.repeats(step) and taken.repeatable
             if (solve or descent.slope.device.type == "cpu") and not isfinite(float(descent.slope)):
                 self.judge.skip()
                 return
@@ -165,12 +244,6 @@ class Parts:
                 f"{self.step_size.refusal} Training continues at a fixed rate.", NumericalWarning, stacklevel=5
             )
         return length
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - began
 
     # Reports and state ------------------------------------------------------------------------------------------------
 

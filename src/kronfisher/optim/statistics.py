@@ -3,7 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Labels, Recipe
-from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.storage import block_of
 from kronfisher.fits import Choice, choose
 from kronfisher.likelihoods import Likelihood
@@ -39,11 +40,13 @@ class Statistics:
         labels: as in `estimate`.
         samples: label draws per example.
         seed: of the draws; those of a step depend on the seed and the step alone.
+        treats: whether the curvature of a block is wanted; statistics of the others are left out.
 
     Attributes:
         layers: one for each group of blocks, in the order of the first batch.
         next_due: the step at which a batch is to bring statistics again.
         dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
+        pass_cost: multiplications of a forward and backward pass over the last batch that brought statistics.
         seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
     """
 
@@ -58,14 +61,17 @@ class Statistics:
         labels: Labels,
         samples: int,
         seed: int,
+        treats: Callable[[Block], bool] = lambda block: True,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
         self.labels: Labels = labels
         self.layers: list[LayerStatistics] = []
         self.next_due = self.dropped = 0
         self.seconds = self.seconds_in_backward = 0.0
-        self._fit, self._samples, self._seed = fit, samples, seed
+        self.pass_cost = 0.0
+        self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats
         self._run: Accumulator | None = None
+        self._groups = 0  # of the run, when the layers were chosen
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
         self.extend(parameters)
@@ -176,8 +182,11 @@ class Statistics:
         self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, step: int, retain: bool, own: Any
     ) -> None:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
-        run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own)
+        chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
+        with run.groups.only(chosen) if self._complete(run) else nullcontext():
+            run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own)
         self._find_layers(run, step)
+        self._look_at_calls(capture)
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
@@ -186,14 +195,34 @@ class Statistics:
             for layer in renewed:
                 layer.merge_second_pass(step)
 
+    def _complete(self, run: Accumulator) -> bool:
+        """Whether the layers that are wanted are known, and others need not be read."""
+        return len(self.layers) < len(run.groups) == self._groups
+
+    def _look_at_calls(self, capture: Capture) -> None:
+        """Which layers read data directly, and what a pass costs."""
+        from_data: dict[Key, bool] = {}
+        self.pass_cost = 0.0
+        for call in capture.calls:
+            for use in call.uses:
+                for key in ((use.weight, use.bias), (use.weight, None)):
+                    from_data[key] = from_data.get(key, True) and use.reads_data
+                if use.weight is not None:
+                    outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
+                    self.pass_cost += 3.0 * prod(call.shape) / max(outputs, 1) * outputs * inputs
+        for layer in self.layers:
+            layer.reads_data = all(from_data.get(block.key, False) for block in layer.blocks)
+
     def _find_layers(self, run: Accumulator, step: int) -> None:
         """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""
-        same = len(self.layers) == len(run.groups)
-        if same and self.layers and all(x.group is y for x, y in zip(self.layers, run.groups, strict=True)):
+        wanted = [group for group in run.groups if any(map(self._treats, group.blocks))]
+        self._groups = len(run.groups)
+        same = len(self.layers) == len(wanted)
+        if same and self.layers and all(x.group is y for x, y in zip(self.layers, wanted, strict=True)):
             return
         before = {layer.blocks: layer for layer in self.layers}
         self.layers = []
-        for group in run.groups:
+        for group in wanted:
             layer = before.get(group.blocks)
             if layer is None or (layer.group is not group and group.state.plan.passes > 1):
                 layer = LayerStatistics(group, basis_due=step)

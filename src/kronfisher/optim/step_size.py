@@ -22,6 +22,7 @@ from kronfisher.optim.replay import ForwardPass
 __all__ = ["StepInputs", "StepLength", "StepSize"]
 
 GROWTH = 1.5  # by how much a step between two models may exceed the decrease that the last model predicted
+MODEL = 10  # steps between two models
 KEPT = 0.9  # the largest momentum that is kept between two models
 
 
@@ -143,7 +144,7 @@ class StepSize:
             best[0] = most
         alpha, mu = float(best[0]), float(best[1]) if moved else 0.0
         self.step_size, self.used, self.kept = alpha, mu, (alpha, mu)
-        self.fall, self.due = alpha * float(descent.slope), self.refresh.after(step, self.refresh.model)
+        self.fall, self.due = alpha * float(descent.slope), self.refresh.after(step, self.refresh.model or MODEL)
         return StepLength(rate * alpha, rate * mu, float(model_change(matrix, slopes, rate * best)))
 
     def _quadratic(self, inputs: StepInputs, moved: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,149 @@
+"""The default step of `NaturalGradient`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronfisher.capture.capture import Capture
+from kronfisher.errors import UnsupportedError
+from kronfisher.optim.forward_backward import ForwardBackward
+from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.layerwise.direction import RelativeDirection
+from kronfisher.optim.layerwise.motion import Motion
+from kronfisher.optim.layerwise.units import Unit, find_units, is_matrix
+from kronfisher.optim.parts import StepParts
+from kronfisher.optim.report import TrainingReport
+from kronfisher.optim.row_inverse import RowInverse
+from kronfisher.optim.statistics import Statistics
+from kronfisher.optim.trained_parameters import TrainedParameters
+
+__all__ = ["LayerwiseParts", "LayerwiseStep"]
+
+LAST = 0.01  # the share of the rate that is left at the end of a horizon
+
+
+@dataclass(frozen=True)
+class LayerwiseStep:
+    """Steps of one size for every layer, along its natural gradient, with rates that evidence adapts.
+
+    Each layer keeps a momentum of natural gradients, ``m ← β m + (1 − β) (B + λ_B)⁻¹ V (A + λ_A)⁻¹``, and moves by
+    ``lr · rate · f · 0.2 √numel · m / ‖m‖``: the size at which the rates of Muon and AdamW agree. The factor f of a
+    layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
+
+    Args:
+        rate: the step of rate one; ``lr`` of the optimiser multiplies it.
+        momentum: β.
+        damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
+        data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
+            inputs have directions that hardly vary, and whitening those memorises examples.
+    """
+
+    rate: float = 0.02
+    momentum: float = 0.95
+    damping: float = 0.05
+    data_damping: float = 1 / 150
+
+
+@dataclass
+class LayerwiseParts(StepParts):
+    """The parts of a layerwise step.
+
+    Attributes:
+        options: the settings.
+        direction: makes natural gradients.
+        motion: momentum and sizes.
+        total_steps: the horizon of a cosine on the rate; None: none.
+        skipped: steps left out because there was no gradient or no curvature.
+    """
+
+    options: LayerwiseStep = field(default_factory=LayerwiseStep)
+    direction: RelativeDirection = field(kw_only=True)
+    motion: Motion = field(kw_only=True)
+    total_steps: int | None = None
+    skipped: int = 0
+
+    @property
+    def spares(self) -> bool:
+        return False  # they tell whether the path still leads down
+
+    def repeats(self, step: int) -> bool:
+        return False
+
+    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
+        return self.direction.row_inverse(capture, rates)
+
+    def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
+        taken = self.forward_backward.take()
+        gradients = trained.gradients()
+        self.statistics.merge(step)
+        self.direction.follow(self.statistics.layers, step)
+        if gradients and not self.statistics.started:
+            raise UnsupportedError(
+                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
+                "optimizer.backward(outputs, y) before optimizer.step()."
+            )
+        if not gradients or not self.statistics.ready:
+            self.skipped += 1
+            return
+        self.direction.renew(step, self.statistics.pass_cost)
+        self.statistics.schedule_bases(self.direction.due)
+        with self._timed("update"):
+            natural = self.direction.precondition(gradients, taken.rows)
+            self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
+            self.motion.move(trained, gradients, natural, self.options.rate * self.annealing(step))
+
+    def annealing(self, step: int) -> float:
+        """The factor on every rate that the horizon gives."""
+        if not self.total_steps:
+            return 1.0
+        return LAST + (1 - LAST) * (1 + cos(pi * min(step / self.total_steps, 1.0))) / 2
+
+    def _units(self, trained: TrainedParameters) -> list[Unit]:
+        blocks = [block for layer in self.statistics.layers if layer.average is not None for block in layer.blocks]
+        return find_units(blocks, trained.named)
+
+    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.statistics.extend(parameters)
+        self.direction.extend(parameters)
+
+    def report(self, step: int) -> TrainingReport:
+        statistics, loss = self.statistics, self.forward_backward.loss
+        seconds = {**self.seconds, "statistics": statistics.seconds, "inverses": self.direction.seconds}
+        seconds["forward and backward"] -= statistics.seconds_in_backward
+        return TrainingReport(
+            step=step,
+            loss=None if loss is None else float(loss),
+            damping=None,
+            step_size=self.options.rate * self.annealing(step),
+            momentum=self.options.momentum,
+            ratio=None,
+            rejected=0,
+            skipped=self.skipped + int(self.motion.skipped),
+            dropped=statistics.dropped,
+            seconds=seconds,
+            stale=self.direction.overdue(step),
+            troubles=self.direction.troubles,
+            uncovered=statistics.uncovered,
+            coupled=tuple(statistics.coupled),
+            cuts=tuple(statistics.cuts),
+        )
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        return "forward_backward", "statistics", "direction", "motion", "skipped"
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {name: getattr(self, name).state_dict() for name in self.names() if name != "skipped"}
+        return {**own, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.statistics.load_state_dict(state["statistics"])  # the first: it refuses what does not belong
+        self.direction.load_state_dict(state["direction"], self.statistics.layers)
+        self.forward_backward.load_state_dict(state["forward_backward"])
+        device = next(iter(self.statistics.parameters.values())).device
+        self.motion.load_state_dict(state["motion"], device)
+        self.skipped = state["skipped"]

@@ -1,0 +1,47 @@
+"""Units: parameters that take one step together, at one rate."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Block
+
+__all__ = ["Unit", "find_units", "is_matrix"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that take one step together.
+
+    Attributes:
+        parameters: their names.
+        natural: whether they follow the natural gradient; otherwise every element follows its own gradient over its
+            root mean square (Adam).
+        numel: the number of their elements.
+    """
+
+    parameters: tuple[str, ...]
+    natural: bool
+    numel: int
+
+
+def is_matrix(block: Block) -> bool:
+    """Whether a block is a matrix that mixes inputs; scales, shifts and tables that are looked up are none."""
+    return block.weight is not None and not block.onehot and block.shape[2] - (block.bias is not None) > 1
+
+
+def find_units(blocks: Iterable[Block], parameters: Mapping[str, Tensor]) -> list[Unit]:
+    """Natural units for matrices, one for all blocks that share a parameter; every other parameter on its own."""
+    joined: dict[str, list[str]] = {}
+    for block in blocks:
+        members = list(dict.fromkeys(n for name in block.parameters for n in joined.get(name, [name])))
+        joined |= dict.fromkeys(members, members)
+    units = []
+    for name, parameter in parameters.items():
+        members = joined.get(name)
+        if members is None:
+            units.append(Unit((name,), False, parameter.numel()))
+        elif members[0] == name:
+            units.append(Unit(tuple(members), True, sum(parameters[member].numel() for member in members)))
+    return units
