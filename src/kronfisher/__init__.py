@@ -48,7 +48,7 @@ from kronfisher.likelihoods import (
     Poisson,
     Weighted,
 )
-from kronfisher.optim import IterateAverage, NaturalGradient, Refresh, batch_size_at
+from kronfisher.optim import IterateAverage, LayerwiseStep, NaturalGradient, QuadraticModel, Refresh, batch_size_at
 from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Schedule
 from kronfisher.optim.preconditioner import Preconditioner
 
@@ -84,6 +84,7 @@ __all__ = [
     "KFACCorrected",
     "KroneckerSum",
     "Laplace",
+    "LayerwiseStep",
     "LevenbergMarquardt",
     "Likelihood",
     "MemoryBudgetError",
@@ -94,6 +95,7 @@ __all__ = [
     "Preconditioner",
     "Prediction",
     "Prototypes",
+    "QuadraticModel",
     "Refresh",
     "Schedule",
     "Scores",

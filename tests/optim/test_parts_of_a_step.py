@@ -108,7 +108,7 @@ def test_without_statistics_steps_are_those_of_plain_gradient_descent():
 
 def test_another_judge_undoes_steps_by_its_own_rule():
     model, data = network(), batches(3)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
     optimizer.parts.judge = Refusing(optimizer.trust)
     before = weights(model)
     train(optimizer, model, data)
@@ -132,7 +132,7 @@ def test_other_passes_give_other_gradients():
 
 def test_parts_keep_their_own_state():
     model, data = network(), batches(3)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
     train(optimizer, model, data)
     own = optimizer.state_dict()["natural_gradient"]
     assert own.keys() == {"steps", *PARTS} and own["steps"] == 3

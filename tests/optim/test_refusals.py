@@ -13,7 +13,7 @@ from tests.helpers.training import batches, network
 
 def test_misuse_is_refused_with_a_reason():
     model, ((x, y), *_) = network(), batches(1)
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
     nn.functional.cross_entropy(model(x), y).backward()
     with pytest.raises(kf.UnsupportedError, match="no curvature yet"):
         optimizer.step()
@@ -25,9 +25,11 @@ def test_misuse_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="momentum"):
         kf.NaturalGradient(model, kf.Categorical(), momentum=1.5)
     with pytest.raises(ValueError, match="not the model's"):
-        kf.NaturalGradient(model, kf.Categorical(), params=[nn.Parameter(torch.zeros(2))])
+        kf.NaturalGradient(model, kf.Categorical(), params=[nn.Parameter(torch.zeros(2))], step=kf.QuadraticModel())
     with pytest.raises(kf.DataError, match="single number"):
-        kf.NaturalGradient(model, kf.Categorical()).step(lambda: nn.functional.cross_entropy(model(x), y), y)
+        kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel()).step(
+            lambda: nn.functional.cross_entropy(model(x), y), y
+        )
 
 
 def test_errors_of_the_first_step_name_their_cause():
@@ -56,7 +58,7 @@ def test_networks_without_an_exact_quadratic_model_continue_at_a_fixed_rate():
     torch.manual_seed(0)
     model, x = Bag(), torch.randint(10, (64, 5))
     y = x[:, 0] % 3
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
     with pytest.warns(kf.NumericalWarning, match="fixed rate"):
         losses = [optimizer.step(lambda: model(x), y).item() for _ in range(40)]
     assert losses[-1] < 0.9 * losses[0]

@@ -72,7 +72,12 @@ def test_the_optimiser_descends_and_continues_from_its_state(labels):
     def run(steps, state=None, model=None):
         model = model or perceptron(4, 6, 5, 3, seed=0)
         optimizer = kf.NaturalGradient(
-            model, kf.Categorical(), fit=CHAIN, labels=labels, refresh=kf.Refresh(statistics=2, inverse=3)
+            model,
+            kf.Categorical(),
+            fit=CHAIN,
+            labels=labels,
+            refresh=kf.Refresh(statistics=2, inverse=3),
+            step=kf.QuadraticModel(),
         )
         if state is not None:
             model.load_state_dict(state[0])
@@ -107,13 +112,13 @@ def test_a_preconditioner_solves_with_the_chain():
 
 def test_cuts_are_in_the_report_before_and_after_resuming():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=CHAIN)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=CHAIN, step=kf.QuadraticModel())
     x, y = batch(0)
     optimizer.step(lambda: model(x), y)
     cuts = optimizer.report().cuts
     assert len(cuts) == 3 and all("layer_norm of 1.weight, 1.bias" in cut or "1.weight" in cut for cut in cuts)
     assert cuts[-1] in str(optimizer.report())
-    other = kf.NaturalGradient(model, kf.Categorical(), fit=CHAIN)
+    other = kf.NaturalGradient(model, kf.Categorical(), fit=CHAIN, step=kf.QuadraticModel())
     other.load_state_dict(optimizer.state_dict())
     for _ in range(12):
         other.step(lambda: model(x), y)

@@ -51,7 +51,7 @@ def test_a_first_batch_with_nan_moves_nothing(fit):
 
 def test_a_step_that_makes_the_loss_rise_is_undone_bit_for_bit():
     model, data = network(), batches(1)
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=500.0)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=500.0, step=kf.QuadraticModel())
     before = weights(model)
     damping = None
     for _ in range(2):
@@ -181,7 +181,7 @@ def test_models_that_differentiate_within_their_forward_pass_are_trained(options
 @pytest.mark.parametrize("call", range(1, 9))
 def test_a_step_that_raises_moves_nothing(call):
     model, x = Forces(fails_at=call), torch.ones(16, 3)
-    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), step=kf.QuadraticModel())
     for _ in range(4):
         before = weights(model)
         try:

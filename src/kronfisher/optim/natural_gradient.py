@@ -18,6 +18,7 @@ from kronfisher.optim.forward_backward import ForwardBackward
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.judge import Judge
 from kronfisher.optim.layerwise import LayerwiseStep
+from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
 from kronfisher.optim.layerwise.step import LayerwiseParts
@@ -108,7 +109,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 raise ValueError(f"{name}={value!r} must not be negative.")
         self._wrapped, self._model = model, unwrapped(model)
         self.likelihood = likelihood
-        self.rule = _rule(step, refresh, {"damping": damping, "trust": trust, "momentum": momentum, "kl_limit": kl_limit})
+        self.rule = _rule(
+            step, refresh, {"damping": damping, "trust": trust, "momentum": momentum, "kl_limit": kl_limit}
+        )
         self._names = {id(p): name for name, p in self._model.named_parameters()}
         super().__init__(
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
@@ -135,6 +138,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 options=rule,
                 direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
                 motion=Motion(rule.momentum),
+                average=Average(self._model),
                 total_steps=total_steps,
             )
 
@@ -156,6 +160,7 @@ class NaturalGradient(torch.optim.Optimizer):
             NumericalError: a layer's curvature cannot be factorised at all.
             DataError: the outputs or targets do not fit the likelihood.
         """
+        self._require_training()
         loss, whole = None, closure is not None and targets is not _MISSING
         if closure is not None and whole:
             self.zero_grad()
@@ -172,8 +177,16 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
+    def _require_training(self) -> None:
+        if self.parts.evaluating:
+            raise UnsupportedError(
+                "The model holds the average of its iterates since optimizer.eval(): call optimizer.train() before "
+                "training goes on."
+            )
+
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """The model's outputs, captured where statistics are due."""
+        self._require_training()
         return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -215,6 +228,14 @@ class NaturalGradient(torch.optim.Optimizer):
         """As in any optimiser; forward passes that no step followed are forgotten."""
         self.parts.forward_backward.forget()
         super().zero_grad(set_to_none)
+
+    def eval(self) -> None:
+        """Put the average of the iterates in place of the weights, to evaluate or save the model; `train` undoes it."""
+        self.parts.evaluate(True, self._parameters())
+
+    def train(self) -> None:
+        """Put the weights back in place of their average, to continue training."""
+        self.parts.evaluate(False, self._parameters())
 
     def report(self) -> TrainingReport:
         """The state of training."""

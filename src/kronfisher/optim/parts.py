@@ -73,6 +73,14 @@ class StepParts(ABC):
             UnsupportedError: there is no curvature because no forward pass of ours was run.
         """
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether the model holds weights to evaluate, not those to train."""
+        return False
+
+    def evaluate(self, evaluating: bool, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: B027
+        """Exchange the weights to train and those to evaluate, where they differ."""
+
     @abstractmethod
     def extend(self, parameters: dict[str, nn.Parameter]) -> None:
         """Treat these parameters from now on."""
@@ -98,13 +106,10 @@ class StepParts(ABC):
             DataError: it was saved for other parameters or other fits.
         """
 
-
     def forward(self, function: Callable[[], Any], step: int, *, whole: bool) -> Tensor:
         """The outputs that `function` returns; `whole`: no code of the user's runs between this pass and the step."""
         with self._timed("forward and backward"):
-            return self.forward_backward.forward(
-                function, self.statistics, step, whole=whole, again=self.repeats(step)
-            )
+            return self.forward_backward.forward(function, self.statistics, step, whole=whole, again=self.repeats(step))
 
     def backward(
         self,
@@ -132,7 +137,15 @@ class StepParts(ABC):
 
         with self._timed("forward and backward"):
             return self.forward_backward.backward(
-                outputs, targets, loss, scale, self.statistics, step, rows=rows, again=self.repeats(step), spare=self.spares
+                outputs,
+                targets,
+                loss,
+                scale,
+                self.statistics,
+                step,
+                rows=rows,
+                again=self.repeats(step),
+                spare=self.spares,
             )
 
     @contextmanager

@@ -40,7 +40,8 @@ class Statistics:
         labels: as in `estimate`.
         samples: label draws per example.
         seed: of the draws; those of a step depend on the seed and the step alone.
-        treats: whether the curvature of a block is wanted; statistics of the others are left out.
+        treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
+            it is wanted of every block, and of at least one.
 
     Attributes:
         layers: one for each group of blocks, in the order of the first batch.
@@ -61,7 +62,7 @@ class Statistics:
         labels: Labels,
         samples: int,
         seed: int,
-        treats: Callable[[Block], bool] = lambda block: True,
+        treats: Callable[[Block], bool] | None = None,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
         self.labels: Labels = labels
@@ -69,9 +70,10 @@ class Statistics:
         self.next_due = self.dropped = 0
         self.seconds = self.seconds_in_backward = 0.0
         self.pass_cost = 0.0
-        self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats
+        self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
+        self._needed = treats is None
         self._run: Accumulator | None = None
-        self._groups = 0  # of the run, when the layers were chosen
+        self._groups: int | None = None  # of the run, when the layers were chosen
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
         self.extend(parameters)
@@ -100,6 +102,11 @@ class Statistics:
     def ready(self) -> bool:
         """Whether there are statistics at all."""
         return any(layer.average is not None for layer in self.layers)
+
+    @property
+    def examined(self) -> bool:
+        """Whether a batch has shown which layers there are."""
+        return self._groups is not None
 
     @property
     def backward_passes(self) -> int:
@@ -228,7 +235,7 @@ class Statistics:
                 layer = LayerStatistics(group, basis_due=step)
             layer.group = group
             self.layers.append(layer)
-        if not self.layers:
+        if not self.layers and self._needed:
             reasons = "\n  ".join(self.uncovered.values())
             raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
 

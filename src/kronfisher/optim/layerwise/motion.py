@@ -70,23 +70,22 @@ class Motion:
                     names.append(name)
         where = _Places(places, self.units, [trained.named[name].numel() for name in names], self.lengths.device)
         plain = [gradients[name] for name in names]
-        directions = [natural[n] if self.units[k].natural else gradients[n].clone() for k, n in zip(places, names, strict=True)]
+        directions = [
+            natural[n] if self.units[k].natural else gradients[n].clone() for k, n in zip(places, names, strict=True)
+        ]
         states = [self._state(trained, name) for name in names]
         momenta = [state["momentum"] for state in states]
         evidence = where.sum([torch.dot(g.reshape(-1), m.reshape(-1)) for g, m in zip(plain, momenta, strict=True)])
-        own = where.sum([torch.dot(g.reshape(-1), d.reshape(-1)) for g, d in zip(plain, directions, strict=True)])
         lengths = where.lengths(directions)
         clip, finite = self._clip(lengths, where.moving)
-        factors = self.rates.update(torch.nan_to_num(evidence * clip, 0.0, 0.0, 0.0), torch.nan_to_num(own * clip * clip, 0.0, 0.0, 0.0), finite, torch.where(where.natural, self.momentum, FIRST_MOMENT))
+        factors = self.rates.update(torch.nan_to_num(evidence * clip, 0.0, 0.0, 0.0), finite)
         for direction in directions:
             direction.nan_to_num_(0.0, 0.0, 0.0)
         torch._foreach_mul_(directions, where.spread(clip, directions))
         updates = self._advance(directions, states, places)
         sizes = where.lengths(updates)
-        import os
-        pw = float(os.environ.get("LAB_POW", "0"))
-        shrink = (sizes / torch.where(self.lengths > 0, self.lengths, 1)).clamp(max=1.0) ** pw
-        scale = torch.where(where.natural, shrink * RMS * where.numel.sqrt() / torch.where(sizes > 0, sizes, 1), 1.0)
+        longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
+        scale = torch.where(where.natural, RMS * where.numel.sqrt() / torch.where(longest > 0, longest, 1), 1.0)
         base = torch.where(finite, rate * factors, 0.0)
         self.skipped = self.skipped + ~finite
         parameters = [trained.named[name] for name in names]
@@ -165,7 +164,9 @@ class _Places:
         numel: elements of these parameters by unit, ``[U]``.
     """
 
-    def __init__(self, places: Sequence[int], units: Sequence[Unit], numel: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, places: Sequence[int], units: Sequence[Unit], numel: Sequence[int], device: torch.device
+    ) -> None:
         sizes, natural = [0.0] * len(units), [unit.natural for unit in units]
         for place, size in zip(places, numel, strict=True):
             sizes[place] += size

@@ -32,9 +32,6 @@ class Rates:
     factors: Tensor = field(default_factory=lambda: torch.ones(0))
     signed: Tensor = field(default_factory=lambda: torch.zeros(0))
     absolute: Tensor = field(default_factory=lambda: torch.zeros(0))
-    path: Tensor = field(default_factory=lambda: torch.zeros(0))
-    cosine: Tensor = field(default_factory=lambda: torch.zeros(0))
-    energy: Tensor = field(default_factory=lambda: torch.zeros(0))
     steps: int = 0
 
     def resize(self, places: list[int | None], device: torch.device) -> None:
@@ -46,21 +43,13 @@ class Rates:
 
         self.factors = chosen(self.factors, 1.0)
         self.signed, self.absolute = chosen(self.signed, 0.0), chosen(self.absolute, 0.0)
-        self.path, self.cosine, self.energy = chosen(self.path, 0.0), chosen(self.cosine, 0.0), chosen(self.energy, 0.0)
 
-    def update(self, products: Tensor, own: Tensor, finite: Tensor, decay: Tensor) -> Tensor:
+    def update(self, products: Tensor, finite: Tensor) -> Tensor:
         """Take over the evidence ``⟨g, p⟩ [U]`` of one step, unless that is not finite; the new factors."""
         signed = self.signed.lerp(products, 1 - MEMORY)
         absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
         agreement = signed / torch.where(absolute > 0, absolute, 1)
-        norm = (own.clamp_min(0) * self.path.clamp_min(0)).sqrt()
-        cosine = (products / torch.where(norm > 0, norm, 1)).clamp(-1, 1)
-        self.cosine = torch.where(finite, self.cosine.lerp(cosine, 1 - MEMORY), self.cosine)
-        path = decay**2 * self.path + 2 * decay * (1 - decay) * products + (1 - decay) ** 2 * own
-        self.path = torch.where(finite, path, self.path)
-        self.energy = torch.where(finite, self.energy.lerp(own, 1 - MEMORY), self.energy)
-        import os
-        least = (1 + self.steps / SPAN) ** -float(os.environ.get("LAB_FLOOR", POWER))
+        least = (1 + self.steps / SPAN) ** -POWER
         factors = (self.factors * (SPEED * agreement).exp()).clamp(least, 1.0)
         self.signed = torch.where(finite, signed, self.signed)
         self.absolute = torch.where(finite, absolute, self.absolute)

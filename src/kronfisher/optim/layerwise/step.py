@@ -5,20 +5,17 @@ from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Any
 
-import torch
 from torch import nn
 
 from kronfisher.capture.capture import Capture
 from kronfisher.errors import UnsupportedError
-from kronfisher.optim.forward_backward import ForwardBackward
-from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
-from kronfisher.optim.layerwise.units import Unit, find_units, is_matrix
+from kronfisher.optim.layerwise.units import Unit, find_units
 from kronfisher.optim.parts import StepParts
 from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.row_inverse import RowInverse
-from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.trained_parameters import TrainedParameters
 
 __all__ = ["LayerwiseParts", "LayerwiseStep"]
@@ -30,9 +27,10 @@ LAST = 0.01  # the share of the rate that is left at the end of a horizon
 class LayerwiseStep:
     """Steps of one size for every layer, along its natural gradient, with rates that evidence adapts.
 
-    Each layer keeps a momentum of natural gradients, ``m ← β m + (1 − β) (B + λ_B)⁻¹ V (A + λ_A)⁻¹``, and moves by
-    ``lr · rate · f · 0.2 √numel · m / ‖m‖``: the size at which the rates of Muon and AdamW agree. The factor f of a
-    layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
+    Each layer keeps a momentum of natural gradients D, ``m ← β m + (1 − β) D`` with ``D = (B + λ_B)⁻¹ V (A + λ_A)⁻¹``,
+    and moves by ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the
+    size at which the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The
+    factor f of a layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
 
     Args:
         rate: the step of rate one; ``lr`` of the optimiser multiplies it.
@@ -40,12 +38,14 @@ class LayerwiseStep:
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
             inputs have directions that hardly vary, and whitening those memorises examples.
+        average: keep an average of the iterates for evaluation: `NaturalGradient.eval` and `train` exchange them.
     """
 
-    rate: float = 0.02
-    momentum: float = 0.95
+    rate: float = 0.06
+    momentum: float = 0.9
     damping: float = 0.05
     data_damping: float = 1 / 150
+    average: bool = True
 
 
 @dataclass
@@ -56,6 +56,7 @@ class LayerwiseParts(StepParts):
         options: the settings.
         direction: makes natural gradients.
         motion: momentum and sizes.
+        average: of the iterates.
         total_steps: the horizon of a cosine on the rate; None: none.
         skipped: steps left out because there was no gradient or no curvature.
     """
@@ -63,6 +64,7 @@ class LayerwiseParts(StepParts):
     options: LayerwiseStep = field(default_factory=LayerwiseStep)
     direction: RelativeDirection = field(kw_only=True)
     motion: Motion = field(kw_only=True)
+    average: Average = field(kw_only=True)
     total_steps: int | None = None
     skipped: int = 0
 
@@ -86,7 +88,7 @@ class LayerwiseParts(StepParts):
                 "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
                 "optimizer.backward(outputs, y) before optimizer.step()."
             )
-        if not gradients or not self.statistics.ready:
+        if not gradients or not (self.statistics.ready or (self.statistics.examined and not self.statistics.layers)):
             self.skipped += 1
             return
         self.direction.renew(step, self.statistics.pass_cost)
@@ -95,6 +97,8 @@ class LayerwiseParts(StepParts):
             natural = self.direction.precondition(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
             self.motion.move(trained, gradients, natural, self.options.rate * self.annealing(step))
+            if self.options.average:
+                self.average.update(trained.named)
 
     def annealing(self, step: int) -> float:
         """The factor on every rate that the horizon gives."""
@@ -105,6 +109,14 @@ class LayerwiseParts(StepParts):
     def _units(self, trained: TrainedParameters) -> list[Unit]:
         blocks = [block for layer in self.statistics.layers if layer.average is not None for block in layer.blocks]
         return find_units(blocks, trained.named)
+
+    @property
+    def evaluating(self) -> bool:
+        return self.average.evaluating
+
+    def evaluate(self, evaluating: bool, parameters: Mapping[str, nn.Parameter]) -> None:
+        if evaluating != self.average.evaluating and self.average.steps:
+            self.average.swap(parameters)
 
     def extend(self, parameters: dict[str, nn.Parameter]) -> None:
         self.statistics.extend(parameters)
@@ -134,7 +146,7 @@ class LayerwiseParts(StepParts):
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        return "forward_backward", "statistics", "direction", "motion", "skipped"
+        return "forward_backward", "statistics", "direction", "motion", "average", "skipped"
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name).state_dict() for name in self.names() if name != "skipped"}
@@ -146,4 +158,5 @@ class LayerwiseParts(StepParts):
         self.forward_backward.load_state_dict(state["forward_backward"])
         device = next(iter(self.statistics.parameters.values())).device
         self.motion.load_state_dict(state["motion"], device)
+        self.average.load_state_dict(state["average"], device)
         self.skipped = state["skipped"]
