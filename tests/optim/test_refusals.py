@@ -35,7 +35,7 @@ def test_misuse_is_refused_with_a_reason():
 def test_errors_of_the_first_step_name_their_cause():
     x, y = batches(1)[0]
     squared = Written(lambda m, x: x @ m.w.square(), w=torch.randn(4, 3))
-    optimizer = kf.NaturalGradient(squared, kf.Categorical())
+    optimizer = kf.NaturalGradient(squared, kf.Categorical(), step=kf.QuadraticModel())
     with pytest.raises(kf.UnsupportedError, match="No block covers any of the parameters"):
         optimizer.step(lambda: squared(x), y)
     model = network()

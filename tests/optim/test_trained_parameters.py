@@ -14,7 +14,7 @@ def test_frozen_parameters_stay_and_cost_nothing():
     model = network()
     model[0].weight.requires_grad_(False)
     before = model[0].weight.clone()
-    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
     train(optimizer, model, batches(3))
     assert torch.equal(model[0].weight, before)
     assert {layer.name for layer in optimizer.parts.statistics.layers} == {"0.bias", "2.weight"}
@@ -79,7 +79,7 @@ def test_other_optimisers_find_their_gradients():
     # Batches so small that steps of wide layers are made from rows, and their gradients never formed.
     model, data = wide(), batches(12, n=6)
     mine = [p for place in (0, 3, 5) for p in model[place].parameters()]
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), params=mine)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), params=mine, step=kf.QuadraticModel())
     for x, y in data:
         model.zero_grad()
         optimizer.step(lambda x=x: model(x), y)

@@ -173,7 +173,7 @@ class Forces(nn.Module):
 def test_models_that_differentiate_within_their_forward_pass_are_trained(options):
     model, generator = Forces(), torch.Generator().manual_seed(1)
     x = torch.randn(16, 3, generator=generator)
-    optimizer = kf.NaturalGradient(model, kf.Gaussian(), **options)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), step=kf.QuadraticModel(), **options)
     losses = [float(optimizer.step(lambda: model(x), torch.sin(x))) for _ in range(8)]
     assert losses[-1] < losses[0] and optimizer.parts.step_size.exact
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfisher.optim.foreach import lerp_
+
 __all__ = ["Average"]
 
 HORIZON = 9.0  # the newest iterate's weight is 9 / (k + 8): the average looks back over a ninth of the steps
@@ -40,7 +42,7 @@ class Average:
         tensors = self._tensors(parameters)
         for name in tensors.keys() - self.averages.keys():
             self.averages[name] = tensors[name].clone()
-        torch._foreach_lerp_([self.averages[name] for name in tensors], list(tensors.values()), share)
+        lerp_([self.averages[name] for name in tensors], list(tensors.values()), share)
 
     @torch.no_grad()
     def swap(self, parameters: Mapping[str, Tensor]) -> None:

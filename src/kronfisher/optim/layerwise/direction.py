@@ -163,10 +163,10 @@ def _cost(one: LayerInverse) -> float:
 
 
 def _is_plain(one: LayerInverse, gradients: Mapping[str, Tensor]) -> bool:
-    """Whether the layer is one matrix of whole parameters with a gradient, and its inverse a product of dense factors."""
+    """Whether the layer is one matrix of whole parameters, and its inverse a product of dense factors."""
     if len(one.blocks) > 1 or not one.separable:
         return False
-    (block,) = one.blocks
+    block = one.blocks[0]
     return (
         block.weight is not None
         and all(view.whole and view.parameter in gradients for view in block.views)

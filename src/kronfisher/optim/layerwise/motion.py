@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.optim.foreach import add_, lerp_, mul_, norms
 from kronfisher.optim.layerwise.rates import Rates
 from kronfisher.optim.layerwise.units import Unit
 from kronfisher.optim.trained_parameters import TrainedParameters
@@ -81,7 +82,7 @@ class Motion:
         factors = self.rates.update(torch.nan_to_num(evidence * clip, 0.0, 0.0, 0.0), finite)
         for direction in directions:
             direction.nan_to_num_(0.0, 0.0, 0.0)
-        torch._foreach_mul_(directions, where.spread(clip, directions))
+        mul_(directions, where.spread(clip, directions))
         updates = self._advance(directions, states, places)
         sizes = where.lengths(updates)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
@@ -93,8 +94,8 @@ class Motion:
             if decay := trained.decays[name]:
                 parameter.mul_(1 - factor * (trained.rates[name] * decay))
         own = torch.tensor([-trained.rates[name] for name in names], device=where.index.device)
-        torch._foreach_mul_(updates, where.spread(base * scale, updates, own))
-        torch._foreach_add_(parameters, updates)
+        mul_(updates, where.spread(base * scale, updates, own))
+        add_(parameters, updates)
         torch.clear_autocast_cache()  # it may hold the weights as they were
 
     def _clip(self, lengths: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +119,8 @@ class Motion:
         natural = [k for k, place in enumerate(places) if self.units[place].natural]
         own, momenta = [directions[k] for k in natural], [states[k]["momentum"] for k in natural]
         if own:
-            torch._foreach_lerp_(momenta, own, 1 - self.momentum)
-            torch._foreach_lerp_(own, momenta, self.momentum)
+            lerp_(momenta, own, 1 - self.momentum)
+            lerp_(own, momenta, self.momentum)
         updates = list(directions)
         for k, state in enumerate(states):
             if not self.units[places[k]].natural:
@@ -182,9 +183,9 @@ class _Places:
 
     def lengths(self, tensors: Sequence[Tensor]) -> Tensor:
         """Norms of units ``[U]``."""
-        norms = torch._foreach_norm(list(tensors))
-        norms = norms if len({norm.dtype for norm in norms}) == 1 else [norm.float() for norm in norms]
-        stacked = torch.stack(list(norms)).to(self.numel.dtype)
+        each = norms(tensors)
+        each = each if len({norm.dtype for norm in each}) == 1 else [norm.float() for norm in each]
+        stacked = torch.stack(each).to(self.numel.dtype)
         return torch.zeros_like(self.numel).index_add_(0, self.index, stacked.square()).sqrt()
 
     def spread(self, values: Tensor, like: Sequence[Tensor], own: Tensor | None = None) -> list[Tensor]:

@@ -47,6 +47,15 @@ class LayerwiseStep:
     data_damping: float = 1 / 150
     average: bool = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum!r}: use a number in [0, 1).")
+        for name in ("rate", "damping"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive.")
+        if not self.data_damping >= 0:
+            raise ValueError(f"data_damping={self.data_damping!r} must not be negative.")
+
 
 @dataclass
 class LayerwiseParts(StepParts):
