@@ -109,7 +109,7 @@ def test_its_matrix_is_that_of_its_hessian(lifetimes):
 def test_it_trains(lifetimes):
     model, x, _ = lifetimes
     y = torch.full((40, 2), 0.25).double()  # at its best the mean, 1/rate, is this everywhere
-    optimizer = kf.NaturalGradient(model, Lifetimes())
+    optimizer = kf.NaturalGradient(model, Lifetimes(), step=kf.QuadraticModel())
     losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(15)]
     assert losses[-1] < losses[0]
     assert losses[-1] == pytest.approx(2 * (1 + math.log(0.25)), abs=0.05)

@@ -272,7 +272,7 @@ def test_training_is_as_of_steps_written_with_linear(kind):
             l=layer(kind, batch_first=True),
             o=nn.Linear(H, 2).double(),
         )
-        optimizer = kf.NaturalGradient(model, kf.Categorical(), fit="kfac")
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
         losses.append(torch.tensor([float(optimizer.step(lambda m=model: m(x), y)) for _ in range(8)]))
         statistics = optimizer.parts.statistics
         assert not statistics.uncovered and len(statistics.layers) == 3

@@ -13,7 +13,7 @@ from kronfisher.experiments.race.problems import Task
 __all__ = ["OPTIONS", "Natural", "arguments"]
 
 OPTIONS = (
-    *("fit", "damping", "trust", "momentum", "lr", "weight_decay", "refresh"),
+    *("fit", "step", "damping", "trust", "momentum", "lr", "weight_decay", "refresh"),
     *("labels", "samples", "kl_limit"),
 )
 
@@ -22,7 +22,8 @@ class Natural:
     """`NaturalGradient` with everything in one step: trust region, exact momentum, rejection.
 
     Settings are its arguments, where JSON has no such thing spelled as follows: a ``fit`` is a name or
-    ``["KroneckerSum", {"rank": 2}]``; ``damping`` a number (factored) or ``["exact", 0.1]``; ``trust``
+    ``["KroneckerSum", {"rank": 2}]``; a ``step`` is ``["QuadraticModel", {}]`` or ``["LayerwiseStep", {"rate": 0.03}]``;
+    ``damping`` a number (factored) or ``["exact", 0.1]``; ``trust``
     ``["LevenbergMarquardt", {"floor": 1e-6}]``; ``refresh`` the arguments of `Refresh`. Numbers for ``damping``,
     ``kl_limit`` and ``weight_decay`` are in units of the task's loss, as the rates of other optimisers are.
     """
@@ -62,12 +63,15 @@ def arguments(settings: Settings, scale: float = 1.0) -> dict[str, Any]:
         settings: those that all optimisers have are left out.
         scale: of the loss that the settings belong to, over the optimiser's.
     """
+    import kronfisher.optim as optim
     import kronfisher.optim.damping_schedule as trusts
     from kronfisher.optim import Refresh
 
     options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
     if not isinstance(options.get("fit", ""), str):
         options["fit"] = _build(fits, options["fit"])
+    if "step" in options:
+        options["step"] = _build(optim, options["step"])
     if "damping" in options:
         given = options["damping"]
         kind, value = ("factored", given) if isinstance(given, int | float) else given
