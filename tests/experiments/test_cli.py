@@ -192,7 +192,7 @@ def test_every_command_is_a_function(capsys):
     functions = set(commands.__all__) - {"DEMO"}
     _, out, _ = run(capsys)
     listed = {line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()}
-    options = {"study", "influence_study", "suite", "stability"}
+    options = {"study", "influence_study", "suite", "stability", "rates"}
     assert listed == functions - options and len(listed) == 6
     assert all("Returns:" in getattr(commands, name).__doc__ for name in functions)
 

@@ -21,6 +21,7 @@ from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.race.entry import enter
 from kronfisher.experiments.race.result import Progress
 from kronfisher.experiments.race.standings import Standings
+from kronfisher.experiments.race.suite.rates import Pairs, Rates
 from kronfisher.experiments.race.suite.stability import Stability, Starts
 from kronfisher.experiments.race.suite.suite import Suite
 from kronfisher.experiments.race.suite.table import Results
@@ -37,6 +38,7 @@ __all__ = [
     "influence",
     "influence_study",
     "race",
+    "rates",
     "stability",
     "study",
     "suite",
@@ -221,6 +223,27 @@ def stability(*, say: Say = ignore, **settings: Any) -> Starts:
         FileNotFoundError: a file of a data set is missing.
     """
     chosen = Stability(**settings)
+    chosen.check()
+    return chosen.go(say)
+
+
+def rates(*, say: Say = ignore, **settings: Any) -> Pairs:
+    """Train shortly on the suite's problems by SGD at several rates, alone and after the preconditioner.
+
+    What is in the folder already is not done again.
+
+    Args:
+        say: called with a line of text for every run.
+        settings: those of `Rates`.
+
+    Returns:
+        A table (``str``) and numbers (``to_json``).
+
+    Raises:
+        ValueError: a setting is not possible.
+        FileNotFoundError: a file of a data set is missing.
+    """
+    chosen = Rates(**settings)
     chosen.check()
     return chosen.go(say)
 

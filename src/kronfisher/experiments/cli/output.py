@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kronfisher.estimation.comparison import Comparison
     from kronfisher.experiments.influence.tracing import Traces
     from kronfisher.experiments.race.standings import Standings
+    from kronfisher.experiments.race.suite.rates import Pairs
     from kronfisher.experiments.race.suite.stability import Starts
     from kronfisher.experiments.race.suite.table import Results
     from kronfisher.experiments.studies import Findings
@@ -108,7 +109,7 @@ def finish(
     return 0 if useful else 1
 
 
-def show(result: "Findings | Comparison | Standings | Results | Starts | Traces") -> None:
+def show(result: "Findings | Comparison | Standings | Results | Starts | Pairs | Traces") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -37,7 +37,7 @@ def add(app: Any) -> None:
     def suite(
         half: Annotated[str, option(f"one of {', '.join(HALVES)} (default: both)")] = "",
         problems: Annotated[str, option(f"comma-separated, of {', '.join(PROBLEMS)} (default: the half's)")] = "",
-        seconds: Annotated[float | None, option("CPU time of a run (default: 10; 3 with --stability)")] = None,
+        seconds: Annotated[float | None, option("CPU time of a run (default: 10, and 3 without a table)")] = None,
         tuning_seconds: Annotated[float, option("CPU time of a run of the baselines' searches")] = Suite.tuning,
         seeds: Annotated[str, option("comma-separated")] = "0,1,2",
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(BASELINES)}, natural and --options")] = "",
@@ -46,6 +46,7 @@ def add(app: Any) -> None:
         horizon: Annotated[bool, option("ours also with total_steps")] = Suite.horizon,
         fits: Annotated[str, option(f"ours with these fits only: all, or of {', '.join(FITS)}")] = "",
         stability: Annotated[bool, option("ours at every batch size, start and end", "--stability")] = False,
+        preconditioner: Annotated[bool, option("SGD at several rates, alone and after it", "--preconditioner")] = False,
         again: Annotated[bool, option("make our runs again", "--again")] = False,
         show: Annotated[bool, option("only show what the folder holds", "--show")] = False,
         output: Annotated[Path, option("folder of all results")] = Path("results/race/suite"),
@@ -56,10 +57,10 @@ def add(app: Any) -> None:
         What is in the folder already is not done again, and an interrupted suite continues where it was.
         """
         with refuse_bad_options():
-            if fits and (optimizers or stability):
-                raise ValueError("--fits has its own runs: leave out --optimizers and --stability")
-            if stability and show:
-                raise ValueError("--stability takes what the folder holds anyway: leave out --show")
+            if (bool(fits) + stability + preconditioner) > 1 or (optimizers and (fits or preconditioner)):
+                raise ValueError("--fits, --stability and --preconditioner have their own runs: take one of them alone")
+            if show and (stability or preconditioner):
+                raise ValueError("--show is of training for the table: leave out --stability and --preconditioner")
             compared = named(tuple(FITS) if fits == "all" else names(fits)) if fits else {}
             known = {"natural": {}, **settings(options), **compared}
             wanted = names(optimizers) or tuple(compared) or (*BASELINES, *(settings(options) or ("natural",)))
@@ -77,10 +78,12 @@ def add(app: Any) -> None:
         with progress_bar("suite", TextColumn("")) as reports:
             try:
                 if stability:
-                    found = {
+                    found: dict[str, Any] = {
                         f"stability-{name}": commands.stability(name=name, settings=given, say=reports.say, **common)
                         for name, given in ours.items()
                     }
+                elif preconditioner:
+                    found = {"rates": commands.rates(say=reports.say, **common)}
                 else:
                     told = {"horizon": horizon and not fits, "tuning": tuning_seconds, "factor": batch}
                     told |= {"ours": ours, "baselines": tuple(name for name in wanted if name in BASELINES)}

@@ -18,6 +18,7 @@ from kronfisher.experiments.race.suite.contestants import BASELINES, CONTESTANTS
 from kronfisher.experiments.race.suite.pictures import draw
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded
+from kronfisher.experiments.race.suite.rates import RATES, Pairs
 from kronfisher.experiments.race.suite.run import Run, carry_out
 from kronfisher.experiments.race.suite.stability import WHOLE, Stability, Starts
 from kronfisher.experiments.race.suite.suite import Suite
@@ -328,3 +329,26 @@ def test_losses_and_metrics_by_kind_of_target():
     assert abs(measured("counts", more.log(), more)[0]) < 1e-5
     assert error == pytest.approx(float((logs.exp() - counts).square().sum() / 4), rel=1e-5)
     assert measured("values", logs, counts)[0] == pytest.approx(float((logs - counts).square().sum() / 8), rel=1e-5)
+
+
+def test_the_preconditioner_is_compared_with_sgd_at_the_same_rate(tiny, tmp_path, capsys):
+    arguments = ("--problems", "tiny", "--seconds", "0.05", "--seeds", "0", "--output", str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["race", "suite", "--preconditioner", *arguments])
+    assert caught.value.code == 0 and "runs are not finite after the preconditioner" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "rates.json").read_text())["runs"]
+    assert {(run["optimizer"], run["lr"]) for run in runs} == {(o, r) for o in ("sgd", "preconditioner") for r in RATES}
+    ends = {(run["optimizer"], run["lr"]): run["end"] for run in runs}
+    assert ends["sgd", 1e-2] != ends["preconditioner", 1e-2] < runs[0]["start"] > ends["sgd", 1e-2]
+
+
+def test_a_preconditioner_is_worse_where_sgd_alone_is_finite():
+    def run(base, losses, seed):
+        plan = Plan("vit", f"{base}-rates", base, {"lr": 0.1}, 32, seed, 3.0, brief=True)
+        return dataclasses.replace(run_of(losses=losses), plan=plan)
+
+    good, bad = (2.0, 1.0), (2.0, math.nan)
+    runs = [run("sgd", good, 0), run("preconditioner", bad, 0), run("sgd", bad, 1), run("preconditioner", bad, 1)]
+    runs += [run("sgd", good, 2), run("preconditioner", (2.0, 3.0), 2)]
+    pairs = Pairs(tuple(runs))
+    assert pairs.worse == [runs[1]] and "1 of 2 runs" in str(pairs)

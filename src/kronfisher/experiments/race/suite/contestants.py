@@ -1,6 +1,6 @@
 """Who trains on the suite: the baselines of the races with a cosine by the clock, and ours as it comes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded, penalty_of
 from kronfisher.experiments.race.suite.whitening import WHITENING, Whitening
 
-__all__ = ["BASELINES", "CONTESTANTS", "Contestant"]
+__all__ = ["BASELINES", "CONTESTANTS", "OURS", "Contestant"]
+
+OURS = "natural"
 
 
 class Contestant(Protocol):
@@ -114,6 +116,31 @@ class Natural:
         return str(self.optimizer.report())
 
 
+class Preconditioned(baselines.FirstOrder):
+    """`Preconditioner` as it comes, before SGD with momentum."""
+
+    def __init__(self, model: nn.Module, task: Any, settings: Mapping[str, Any], seed: int) -> None:
+        from kronfisher.optim.preconditioner import Preconditioner
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, task, torch.optim.SGD(trained, settings["lr"], settings["momentum"], nesterov=True))
+        self.preconditioner = Preconditioner(model, task.loaded.likelihood, seed=seed)
+        self.optimizers[0].register_step_pre_hook(lambda *_: self.preconditioner.step())
+        self.model = _Through(model, self.preconditioner)
+
+
+class _Through(nn.Module):
+    """A model that is called through its preconditioner."""
+
+    def __init__(self, model: nn.Module, preconditioner: Any) -> None:
+        super().__init__()
+        self.inner, self.preconditioner = model, preconditioner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's outputs."""
+        return self.preconditioner(x)
+
+
 def _baseline(build: Callable[..., Racer], **extra: Any) -> Callable[..., Contestant]:
     return lambda model, loaded, plan: Baseline(build, extra, model, loaded, plan)
 
@@ -129,6 +156,8 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "adamw": _baseline(baselines.adamw),
     "muon": _baseline(baselines.muon),
     "soap": _baseline(baselines.soap, frequency=10),
-    "natural": Natural,
+    OURS: Natural,
+    "sgd": _baseline(baselines.sgd, momentum=0.9),
+    "preconditioner": _baseline(Preconditioned, momentum=0.9),
 }
 """Name → contestant, built for a model, a loaded problem and a plan."""

@@ -48,6 +48,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _curves(results: Results, problems: list[str], which: str, colours: dict[str, str]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     rows = math.ceil(len(problems) / COLUMNS)
     figure = Figure(figsize=(11.0, 2.9 * rows + 0.6), layout="constrained")
@@ -62,6 +63,9 @@ def _curves(results: Results, problems: list[str], which: str, colours: dict[str
             axes.plot(grid, np.median(curves, 0), color=colours[name], label=name, **style)
         axes.set_title(problem)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 4)))
     for axes in panels[len(problems) :]:
         axes.set_visible(False)
     figure.suptitle(f"training loss against CPU seconds, {which} half")

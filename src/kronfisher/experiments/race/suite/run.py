@@ -17,7 +17,7 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.estimation.documents import replace_nonfinite
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.race.order import Order
-from kronfisher.experiments.race.suite.contestants import BASELINES, CONTESTANTS
+from kronfisher.experiments.race.suite.contestants import CONTESTANTS, OURS
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import Loaded, Problem
 
@@ -147,7 +147,7 @@ def _train(plan: Plan, loaded: Loaded) -> Run:
                 run.final = {"train_loss": run.points[-1]["train_loss"]} if plan.brief else _measure(loaded, model)
         if last:
             run.machine["wall"] = wall
-            run.plain = run.final if plan.base in BASELINES else _measure(loaded, model)
+            run.plain = _measure(loaded, model) if plan.base == OURS else run.final
             run.report = racer.report()
             break
     return run
@@ -167,7 +167,7 @@ def _warm_up(base: str) -> None:
     x = torch.rand(4, 2)
     dataset = Dataset("warm", x, x, x, x, "values", 2)
     loaded = Loaded(Problem("warm", "", lambda _: dataset, lambda *_: torch.nn.Linear(2, 2)), dataset)
-    settings = {} if base == "natural" else {"lr": 0.0}
+    settings = {} if base == OURS else {"lr": 0.0}
     CONTESTANTS[base](loaded.model(0), loaded, Plan("warm", base, base, settings, 4, 0, 1.0)).step(x, x, 1.0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kronfisher.experiments.race.suite.contestants import OURS
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded, require
 from kronfisher.experiments.race.suite.run import Run, carry_out
@@ -64,7 +65,7 @@ class Stability:
         for batch in dict.fromkeys([*(size for size in BATCHES if size <= loaded.size), *whole]):
             for seed in self.seeds:
                 name, settings = f"{self.name}-stability", dict(self.settings)
-                yield Plan(loaded.problem.name, name, "natural", settings, batch, seed, self.seconds, brief=True)
+                yield Plan(loaded.problem.name, name, OURS, settings, batch, seed, self.seconds, brief=True)
 
 
 @dataclass(frozen=True)

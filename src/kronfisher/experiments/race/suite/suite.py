@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kronfisher.experiments.race.suite.contestants import BASELINES
+from kronfisher.experiments.race.suite.contestants import BASELINES, OURS
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded, require
 from kronfisher.experiments.race.suite.run import Run, carry_out
@@ -90,11 +90,11 @@ class Suite:
         batch = max(1, min(round(self.factor * loaded.batch), loaded.size))
         for name, settings in self.ours.items():
             run = carry_out(
-                self._plan(loaded, name, "natural", settings, batch, seed), loaded, self.folder, again=self.again
+                self._plan(loaded, name, OURS, settings, batch, seed), loaded, self.folder, again=self.again
             )
             yield run
             if self.horizon and run.steps:
-                plan = self._plan(loaded, name + HORIZON, "natural", settings, batch, seed, horizon=run.steps)
+                plan = self._plan(loaded, name + HORIZON, OURS, settings, batch, seed, horizon=run.steps)
                 yield carry_out(plan, loaded, self.folder, again=self.again)
 
     def _plan(
