@@ -22,8 +22,8 @@ class Natural:
     """`NaturalGradient` with everything in one step: trust region, exact momentum, rejection.
 
     Settings are its arguments, where JSON has no such thing spelled as follows: a ``fit`` is a name or
-    ``["KroneckerSum", {"rank": 2}]``; a ``step`` is ``["QuadraticModel", {}]`` or ``["LayerwiseStep", {"rate": 0.03}]``;
-    ``damping`` a number (factored) or ``["exact", 0.1]``; ``trust``
+    ``["KroneckerSum", {"rank": 2}]``; a ``step`` is ``["QuadraticModel", {}]`` or
+    ``["LayerwiseStep", {"rate": 0.03}]``; ``damping`` a number (factored) or ``["exact", 0.1]``; ``trust``
     ``["LevenbergMarquardt", {"floor": 1e-6}]``; ``refresh`` the arguments of `Refresh`. Numbers for ``damping``,
     ``kl_limit`` and ``weight_decay`` are in units of the task's loss, as the rates of other optimisers are.
     """
