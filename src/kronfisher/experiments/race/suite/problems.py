@@ -20,6 +20,9 @@ from kronfisher.experiments.race.suite.problem import Problem, State, register
 
 __all__: list[str] = []
 
+STEPS = 600
+"""Of the training before the fine-tuning."""
+
 
 def fashion(folder: Path | None) -> Dataset:
     """All of Fashion-MNIST, as images."""
@@ -63,13 +66,13 @@ def small_tables(dataset: Dataset, seed: int) -> nn.Module:
 
 
 def pretrained(folder: Path | None) -> State:
-    """The weights of a decoder after 600 steps of AdamW on Shakespeare; the same everywhere but for rounding."""
+    """The weights of a decoder after some steps of AdamW on Shakespeare; the same everywhere but for rounding."""
     problem = Problem("letters", "", variants.letters, lambda dataset, seed: decoder(128, 64, seed=seed))
     loaded = problem.load(folder)
     model, order = loaded.model(0), Order(loaded.size, 0)
-    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=3e-3), 600
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 3e-5)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, 3e-5)
+    for _ in range(STEPS):
         rows = order.take(32)
         optimizer.zero_grad()
         loaded.loss(model(loaded.dataset.train_inputs[rows]), loaded.dataset.train_targets[rows]).backward()
