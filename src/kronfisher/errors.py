@@ -1,4 +1,25 @@
-"""Errors by kind: every message says what is wrong, where, and what to do."""
+"""Errors by kind: every message says what is wrong, where, and what to do. And checks that raise them, read at once."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DataError",
+    "IndefiniteError",
+    "MemoryBudgetError",
+    "NumericalError",
+    "NumericalWarning",
+    "SingularError",
+    "UnsupportedError",
+    "read",
+    "require",
+    "together",
+]
 
 
 class UnsupportedError(NotImplementedError):
@@ -27,3 +48,84 @@ class MemoryBudgetError(MemoryError):
 
 class NumericalWarning(UserWarning):
     """A result is usable but less precise than asked for: a fallback or a floor acted."""
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+Check = tuple[Tensor, Callable[[], Exception | None]]
+_pending: ContextVar[list[Check] | None] = ContextVar("pending checks", default=None)
+
+
+def require(good: Tensor, error: Callable[[], Exception | None]) -> None:
+    """Raise an error, or warn, unless a flag, which may lie on a device, is true; within `together` at its end.
+
+    Args:
+        good: a single boolean.
+        error: makes the error or the warning; it may read values. None: a closer look shows that all is well.
+    """
+    pending = _pending.get()
+    if pending is not None:
+        pending.append((good, error))
+    else:
+        _raise_first([(good, error)], [bool(good)])
+
+
+@contextmanager
+def together() -> Iterator[list[Tensor | bool]]:
+    """Read all flags that are required within this block at its end, so that the host waits for a device only once.
+
+    Of several that are false, the first one required raises its error, also where the block itself failed later on
+    because of it. A block within another leaves its flags to that.
+
+    Yields:
+        An empty list, for other flags to be read with them: after the block it holds their values.
+    """
+    asked: list[Tensor | bool] = []
+    if _pending.get() is not None:
+        yield asked
+        asked[:] = read(asked)
+        return
+    pending: list[Check] = []
+    token = _pending.set(pending)
+    try:
+        yield asked
+    except Exception as error:
+        _pending.reset(token)
+        _raise_first(pending, read([good for good, _ in pending]), error)
+        raise
+    except BaseException:
+        _pending.reset(token)
+        raise
+    _pending.reset(token)
+    values = read([*(good for good, _ in pending), *asked])
+    asked[:] = values[len(pending) :]
+    _raise_first(pending, values)
+
+
+def _raise_first(pending: list[Check], values: list[bool], cause: Exception | None = None) -> None:
+    """Raise the first error of flags that are false, after the warnings before it."""
+    for (_, error), good in zip(pending, values, strict=False):
+        if good:
+            continue
+        problem = error()
+        if isinstance(problem, Warning):
+            warnings.warn(problem, stacklevel=4)
+        elif problem is not None:
+            raise problem from cause
+
+
+def read(flags: Sequence[Tensor | bool]) -> list[bool]:
+    """The values of flags, of which tensors are read at once.
+
+    Example:
+        >>> read([torch.tensor(True), False])
+        [True, False]
+    """
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    for place, flag in enumerate(flags):
+        if isinstance(flag, Tensor):
+            by_device.setdefault(flag.device, {})[place] = flag.reshape(())
+    answers = dict(enumerate(flags))
+    for there in by_device.values():
+        answers |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
+    return [bool(answers[place]) for place in range(len(flags))]

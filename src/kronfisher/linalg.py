@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, NumericalWarning, SingularError
+from kronfisher.errors import NumericalError, NumericalWarning, SingularError, require
 
 __all__ = [
     "WORKSPACE",
@@ -163,12 +163,14 @@ def _turned(matrix: Tensor, odd: bool) -> Tensor:
     return -matrix.t() if odd else matrix.t()
 
 
-def _require_finite(matrix: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(matrix).all()):
-        raise NumericalError(
-            f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the "
-            "loss; nothing was changed."
-        )
+def _not_factorised(matrix: Tensor, name: str) -> NumericalError:
+    """The error for a matrix that has no factor: singular, or not finite."""
+    if bool(torch.isfinite(matrix).all()):
+        return SingularError(singular_message(name, matrix.diagonal(dim1=-2, dim2=-1).mean().item(), matrix.dtype))
+    return NumericalError(
+        f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the "
+        "loss; nothing was changed."
+    )
 
 
 def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> tuple[Tensor, Tensor]:
@@ -194,7 +196,8 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
     symmetric = (matrix + matrix.mH) / 2
     pair = _decompose(symmetric)
     if pair is None:
-        _require_finite(symmetric, name)
+        if not bool(torch.isfinite(symmetric).all()):
+            raise _not_factorised(symmetric, name)
         # Solvers trip over rows of exact zeros (dead inputs). Moving all eigenvalues by a rounding error helps and
         # costs nothing.
         shift = symmetric.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) * torch.finfo(matrix.dtype).eps
@@ -241,9 +244,7 @@ def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     scale = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp_min(0).sqrt()
     tiny = (pivots <= scale * matrix.shape[-1] * torch.finfo(matrix.dtype).eps).any() | ~torch.isfinite(pivots).all()
-    if bool((info != 0).any() | tiny):
-        _require_finite(matrix, name)
-        raise SingularError(singular_message(name, matrix.diagonal(dim1=-2, dim2=-1).mean().item(), matrix.dtype))
+    require(~((info != 0).any() | tiny), lambda: _not_factorised(matrix, name))
     return factor
 
 

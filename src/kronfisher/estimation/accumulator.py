@@ -15,7 +15,7 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import refuse, strict_error
-from kronfisher.errors import DataError, NumericalError
+from kronfisher.errors import DataError, NumericalError, together
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
 from kronfisher.estimation.groups import Fits, Groups, plan_groups, rows_of_example
 from kronfisher.estimation.progress import Progress, writer
@@ -178,6 +178,7 @@ class Accumulator:
         *,
         retain: bool = False,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
+        masked: bool | None = None,
     ) -> None:
         """Back-propagate through an observed forward pass and update every state.
 
@@ -186,15 +187,15 @@ class Accumulator:
             retain: whether the caller goes backward through the same graph afterwards.
             own: replaces our backward passes: ``own(receive, count)`` runs the caller's and passes on every gradient of
                 a call's output, scaled as that of each example's own loss.
+            masked: what `is_masked` said of the batch, if the caller asked.
         """
         outputs, targets, where = observation.outputs, observation.targets, observation.where
         values, likelihood = outputs.detach(), self.recipe.likelihood
-        likelihood.check(values, targets, where, self.recipe.labels)
-        mask, kept = likelihood.positions(values, targets), None
+        masked = self.is_masked(values, targets, where) if masked is None else masked
+        mask, kept = likelihood.positions(values, targets) if masked else None, None
         if self.recipe.mask is not None:
             mask, kept = self._masks(observation, values, mask)
-        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
-            mask = None
+            mask = None if mask is not None and bool(mask.all()) else mask
         scored = self.score and self.recipe.mask is None and likelihood.labelled(targets)
         score = likelihood.log_likelihood(values, targets) if scored else None
         steps = self._steps(values, targets, where)
@@ -230,6 +231,20 @@ class Accumulator:
         for group in self.groups:
             if not group.done:
                 group.state.count = group.state.count + size
+
+    def is_masked(self, outputs: Tensor, targets: Any, where: str) -> bool:
+        """Whether the likelihood leaves positions out, once the batch is known to fit: the host waits once for both.
+
+        Raises:
+            DataError: outputs or targets do not fit the likelihood.
+            NumericalError: outputs are not finite.
+        """
+        likelihood = self.recipe.likelihood
+        with together() as partly:
+            likelihood.check(outputs, targets, where, self.recipe.labels)
+            if (mask := likelihood.positions(outputs, targets)) is not None:
+                partly.append(~mask.all())
+        return any(partly)
 
     def assign(self, observation: Observation, *, masked: bool = False) -> Assignment:
         """Assign the batch to fits, given the assignment of earlier batches.

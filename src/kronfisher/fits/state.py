@@ -9,13 +9,13 @@ is plain. Adding, scaling, checking and saving derive from these types.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError
+from kronfisher.errors import NumericalError, require, together
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.saving import from_plain, to_plain
@@ -82,12 +82,16 @@ class State:
         Raises:
             NumericalError: naming the block.
         """
-        for name, value in self._checkable():
-            if not bool(torch.isfinite(value.sum())):  # one NaN or Inf makes the sum one
-                raise NumericalError(
-                    f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or "
-                    "an input of this layer overflowed: look at its weights, or use float64."
-                )
+
+        def error(name: str) -> NumericalError:
+            return NumericalError(
+                f"{self.name}: the accumulated {name} hold NaN or Inf. The outputs were finite, so a gradient or an "
+                "input of this layer overflowed: look at its weights, or use float64."
+            )
+
+        with together():
+            for name, value in self._checkable():
+                require(torch.isfinite(value.sum()), partial(error, name))  # one NaN or Inf makes the sum one
         return self
 
     def _checkable(self) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kronfisher.likelihoods.checks import fail, require_shape, sum_per_example
+from kronfisher.errors import DataError, require
+from kronfisher.likelihoods.checks import fail, refusal, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.prediction import Prediction, Predictors, log_mean_exp, mixture
@@ -105,13 +106,16 @@ class Bernoulli(Likelihood):
         if targets.is_complex():
             fail(where, f"Bernoulli needs real targets, found {targets.dtype}", "give zeros and ones")
         low, high = targets.aminmax()  # one pass where all is well; NaN fails both comparisons
-        if not bool((low >= 0) & (high <= 1)):
+
+        def error() -> DataError:
             outside = ~((targets >= 0) & (targets <= 1))
-            fail(
+            return refusal(
                 where,
                 f"Bernoulli needs targets in [0, 1], found {targets[outside][0].item()}",
                 "give zeros and ones, or probabilities; labels -1/+1 become (targets + 1) / 2",
             )
+
+        require((low >= 0) & (high <= 1), error)
 
 
 def _example(*shape: int):

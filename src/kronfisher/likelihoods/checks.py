@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, NumericalError
+from kronfisher.errors import DataError, NumericalError, require
 from kronfisher.linalg import promote
 
 
@@ -18,10 +18,14 @@ def require_exponentials(exponents: Tensor, name: str, what: str, where: str) ->
         NumericalError: One is too large.
     """
     limit = math.log(torch.finfo(exponents.dtype).max)
-    if exponents.numel() and not bool((largest := exponents.max()) < limit):
-        raise NumericalError(
-            f"{where}: {name} needs {what} below {limit:.0f}, or their exponentials overflow in {exponents.dtype}, "
-            f"found {float(largest):.3g}; look for divergence, or bound the outputs"
+    if exponents.numel():
+        largest = exponents.max()
+        require(
+            largest < limit,
+            lambda: NumericalError(
+                f"{where}: {name} needs {what} below {limit:.0f}, or their exponentials overflow in {exponents.dtype}, "
+                f"found {float(largest):.3g}; look for divergence, or bound the outputs"
+            ),
         )
 
 
@@ -72,7 +76,28 @@ def refuse_booleans(targets: Tensor, name: str, where: str) -> None:
 
 def fail(where: str, what: str, remedy: str) -> NoReturn:
     """Raises a `DataError` that says where, the problem and the remedy."""
-    raise DataError(f"{where}: {what}; {remedy}")
+    raise refusal(where, what, remedy)
+
+
+def refusal(where: str, what: str, remedy: str) -> DataError:
+    """The `DataError` that says where, the problem and the remedy."""
+    return DataError(f"{where}: {what}; {remedy}")
+
+
+def require_finite(targets: Tensor, name: str, where: str) -> None:
+    """Refuses targets that are complex, or not finite.
+
+    Raises:
+        DataError: They are.
+    """
+
+    def error() -> DataError:
+        what = f"{name} needs real, finite targets, found NaN, infinite or complex ones"
+        return refusal(where, what, "remove or impute them")
+
+    if targets.is_complex():
+        raise error()
+    require(torch.isfinite(targets).all(), error)
 
 
 def check_outputs(outputs: Any, name: str, where: str) -> None:
@@ -101,12 +126,17 @@ def check_outputs(outputs: Any, name: str, where: str) -> None:
             f"{name} needs outputs [N, ...], one row per example, found a scalar",
             "return the outputs of every example, not their loss",
         )
-    # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is checked entry by entry.
-    if not torch.isfinite(promote(outputs).sum()) and not torch.isfinite(outputs).all():
-        raise NumericalError(
-            f"{where}: {int((~torch.isfinite(outputs)).sum())} of {outputs.numel()} outputs are NaN or infinite; "
-            f"look for NaN in the inputs and in the parameters (in place of -inf use a finite value such as -1e4)"
+
+    def error() -> NumericalError | None:
+        if not (number := int((~torch.isfinite(outputs)).sum())):
+            return None
+        return NumericalError(
+            f"{where}: {number} of {outputs.numel()} outputs are NaN or infinite; look for NaN in the inputs and in "
+            "the parameters (in place of -inf use a finite value such as -1e4)"
         )
+
+    # One NaN or Inf makes the sum one, in a quarter of the time; a sum that merely overflows is checked entry by entry.
+    require(torch.isfinite(promote(outputs).sum()), error)
 
 
 def check_targets(targets: Any, outputs: Tensor, name: str, where: str, labels: str) -> None:

@@ -5,7 +5,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, require_shape
+from kronfisher.errors import require
+from kronfisher.likelihoods.checks import fail, refusal, require_shape
 from kronfisher.likelihoods.softmax import without
 from kronfisher.linalg import promote
 
@@ -97,12 +98,11 @@ def check_classes(
     if targets.is_floating_point() and targets.ndim == outputs.ndim:
         require_shape(targets, outputs.shape, "Categorical with class probabilities", where)
         error = (promote(targets).sum(axis) - 1).abs()
-        if not ((targets >= 0).all() & (error < 1e-2).all()):
-            fail(
-                where,
-                f"class probabilities in the targets must be non-negative and sum to one over dimension {axis}",
-                "normalise them, or give class indices",
-            )
+        what = f"class probabilities in the targets must be non-negative and sum to one over dimension {axis}"
+        require(
+            (targets >= 0).all() & (error < 1e-2).all(),
+            lambda: refusal(where, what, "normalise them, or give class indices"),
+        )
         return
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         fail(
@@ -110,11 +110,13 @@ def check_classes(
             f"Categorical needs integer class indices, found {targets.dtype} of shape {list(targets.shape)}",
             "convert them with targets.long()",
         )
-    targets = require_shape(targets, without(outputs, axis), "Categorical", where).long()
-    outside = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
-    if outside.any():
-        fail(
+    labels = require_shape(targets, without(outputs, axis), "Categorical", where).long()
+    outside = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    require(
+        ~outside.any(),
+        lambda: refusal(
             where,
-            f"label {int(targets[outside][0])} is out of range for {classes} classes (0 to {classes - 1})",
+            f"label {int(labels[outside][0])} is out of range for {classes} classes (0 to {classes - 1})",
             f"labels start at 0; positions to skip are marked by ignore_index={ignore_index}",
-        )
+        ),
+    )

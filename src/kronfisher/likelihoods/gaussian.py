@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, refuse_booleans, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import fail, refuse_booleans, require_finite, require_shape, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.prediction import Prediction, Predictors
@@ -121,18 +121,13 @@ class Gaussian(Likelihood):
         if targets is not None:
             require_shape(targets, outputs.shape, "Gaussian", where)
             refuse_booleans(targets, "Gaussian", where)
-            if targets.is_complex() or not torch.isfinite(targets).all():
-                fail(
-                    where,
-                    "Gaussian needs real, finite targets, found NaN, infinite or complex ones",
-                    "remove or impute them",
-                )
+            require_finite(targets, "Gaussian", where)
 
     def _variance(self, outputs: Tensor) -> Tensor:
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         if isinstance(self.variance, Tensor):
             return self.variance.detach().to(outputs.device, dtype, non_blocking=True)
-        return torch.tensor(self.variance, device=outputs.device, dtype=dtype)
+        return torch.full((), self.variance, device=outputs.device, dtype=dtype)  # a copy of a number would wait
 
     def _noise(self, mean: Tensor, draws: Draws) -> Tensor:
         return draws.normal(mean.shape, device=mean.device, dtype=mean.dtype)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, refuse_booleans, require_exponentials, require_shape, sum_per_example
+from kronfisher.likelihoods.checks import (
+    fail,
+    refuse_booleans,
+    require_exponentials,
+    require_finite,
+    require_shape,
+    sum_per_example,
+)
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.registry import register
@@ -99,12 +106,7 @@ class HeteroscedasticGaussian(Likelihood):
         if targets is not None:
             self._targets(targets, mean, where)
             refuse_booleans(targets, "HeteroscedasticGaussian", where)
-            if targets.is_complex() or not torch.isfinite(targets).all():
-                fail(
-                    where,
-                    "HeteroscedasticGaussian needs real, finite targets, found NaN, infinite or complex ones",
-                    "remove or impute them",
-                )
+            require_finite(targets, "HeteroscedasticGaussian", where)
 
     def _split(self, outputs: Tensor, where: str = "outputs") -> tuple[Tensor, Tensor]:
         if outputs.ndim < 2 or outputs.shape[self.dim] % 2:

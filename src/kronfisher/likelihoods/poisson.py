@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, refuse_booleans, require_exponentials, require_shape, sum_per_example
+from kronfisher.errors import require
+from kronfisher.likelihoods.checks import (
+    refusal,
+    refuse_booleans,
+    require_exponentials,
+    require_shape,
+    sum_per_example,
+)
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.registry import register
@@ -69,12 +76,11 @@ class Poisson(Likelihood):
             return
         require_shape(targets, outputs.shape, "Poisson", where)
         refuse_booleans(targets, "Poisson", where)
-        if targets.is_complex() or not bool(((targets >= 0) & torch.isfinite(targets)).all()):
-            fail(
-                where,
-                "Poisson needs targets that are counts, found negative, NaN, infinite or complex ones",
-                "remove or impute them",
-            )
+        what = "Poisson needs targets that are counts, found negative, NaN, infinite or complex ones"
+        error = refusal(where, what, "remove or impute them")
+        if targets.is_complex():
+            raise error
+        require(((targets >= 0) & torch.isfinite(targets)).all(), lambda: error)
 
 
 def _quantile(rate: Tensor, uniform: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.likelihoods.checks import fail, sum_per_example
+from kronfisher.errors import require
+from kronfisher.likelihoods.checks import fail, refusal, sum_per_example
 from kronfisher.likelihoods.draws import Draws
 from kronfisher.likelihoods.likelihood import Likelihood
 from kronfisher.likelihoods.positions import masked_positions, spread
@@ -174,8 +175,11 @@ class Weighted(Likelihood):
                 f"weights are on {weight.device}, outputs on {outputs.device}",
                 f'move them with weight.to("{outputs.device}")',
             )
-        if weight.is_complex() or not bool(((weight >= 0) & torch.isfinite(weight)).all()):
-            fail(where, "weights must be non-negative and finite", "drop such examples, or give them the weight zero")
+        remedy = "drop such examples, or give them the weight zero"
+        error = refusal(where, "weights must be non-negative and finite", remedy)
+        if weight.is_complex():
+            raise error
+        require(((weight >= 0) & torch.isfinite(weight)).all(), lambda: error)
 
     def _times(self, vector: Tensor, weight: Tensor, outputs: Tensor, targets: Any) -> Tensor:
         weight = spread(weight, outputs, self.base.joint_dim(outputs, targets))

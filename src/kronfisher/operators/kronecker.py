@@ -1,13 +1,12 @@
 """One Kronecker product per group: K-FAC, K-FOC and their kin."""
 
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalWarning
+from kronfisher.errors import NumericalWarning, require
 from kronfisher.linalg import negligible, stable_norm
 from kronfisher.operators.algebra import nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
@@ -207,14 +206,13 @@ class Kronecker(Operator, kind="kronecker"):
         # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) for both alike.
         floor = negligible(self.dtype) * max(self.input_factor.width, self.output_factor.width) * mean_root
         root = torch.full_like(floor, damping**0.5)
-        if bool((root < floor).any()):
-            lowest = float(floor.max().item()) ** 2
-            warnings.warn(
+        require(
+            (root >= floor).all(),
+            lambda: NumericalWarning(
                 f"{self.name or self.structure}: λ = {damping:.1e} is too small for {self.dtype}; raised to "
-                f"{lowest:.1e}. Use a larger λ or float64.",
-                NumericalWarning,
-                stacklevel=5,
-            )
+                f"{float(floor.max()) ** 2:.1e}. Use a larger λ or float64."
+            ),
+        )
         return torch.maximum(root, floor)
 
     def relative_to(self, diagonal: Tensor) -> Operator:

@@ -141,9 +141,7 @@ class ForwardBackward:
         if record is None:
             raise DataError("backward needs the outputs exactly as forward returned them, once.")
         due = statistics.is_due(step)
-        if due:  # reads values, so that it waits for a device
-            with suppress(NumericalError):  # the loss shows that, too
-                self.likelihood.check(outputs.detach(), targets, f"step {step}", statistics.labels)
+        usable = due and statistics.accepts(outputs, targets, step)
         own, record.count = self.mean_loss(outputs, targets)
         record.targets, record.loss = targets, own.detach()
         self._opaque |= loss is not None
@@ -154,7 +152,7 @@ class ForwardBackward:
         if capture is None:
             scaled.backward()
         elif statistics.labels == "observed" and loss is None and scale is None:
-            self._backward_observed(capture, outputs, targets, scaled, statistics, step)
+            self._backward_observed(capture, outputs, targets, scaled, statistics, step, usable)
         else:
             self._rows = rows(capture)
             with nullcontext() if self._rows is None else capture.listen(self._rows.receive):
@@ -163,13 +161,20 @@ class ForwardBackward:
                 else:
                     self._backward_sparing(scaled, self._rows, capture)
             self._rows_pay = self._rows is not None and bool(self._rows.rows)
-            if due:
-                with suppress(NumericalError):  # outputs that are not finite: this batch is left out
+            if usable:
+                with suppress(NumericalError):  # something is not finite: this batch is left out
                     statistics.absorb(capture, outputs, targets, step, retain=False)
         return self.loss.to(outputs.dtype)
 
     def _backward_observed(
-        self, capture: Capture, outputs: Tensor, targets: Any, loss: Tensor, statistics: Statistics, step: int
+        self,
+        capture: Capture,
+        outputs: Tensor,
+        targets: Any,
+        loss: Tensor,
+        statistics: Statistics,
+        step: int,
+        usable: bool,
     ) -> None:
         """Fill ``.grad`` and collect statistics in one backward pass; neither if the outputs are not finite."""
 
@@ -177,12 +182,12 @@ class ForwardBackward:
             with capture.listen(lambda call, gradient: receive(call, gradient * count)):
                 loss.backward(retain_graph=statistics.needs_second_backward(step))
 
-        try:
-            statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
-        except NumericalError:
-            self.forget()
-            for parameter in statistics.parameters.values():
-                parameter.grad = None
+        with suppress(NumericalError):
+            if usable:
+                return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
+        self.forget()
+        for parameter in statistics.parameters.values():
+            parameter.grad = None
 
     def _backward_sparing(self, loss: Tensor, rows: RowInverse, capture: Capture) -> None:
         """Fill ``.grad`` except of parameters whose step is made from rows; another optimiser's are filled, too."""

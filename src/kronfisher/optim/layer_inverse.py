@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
+from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError, together
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.layout import gather, scatter
@@ -79,13 +79,14 @@ class LayerInverse:
         tried = value
         for _ in range(RAISES):
             try:
-                with warnings.catch_warnings(record=True) as caught:
+                with warnings.catch_warnings(record=True) as caught, together():
                     warnings.simplefilter("always", NumericalWarning)
                     damped = damping.at(tried)(self.operator)
                     try:
-                        self.inverse, self.solves = damped.inverse(), False
+                        inverse, solves = damped.inverse(), False
                     except UnsupportedError:
-                        self.inverse, self.solves = damped, True
+                        inverse, solves = damped, True
+                self.inverse, self.solves = inverse, solves
                 self.trouble = str(caught[0].message) if caught else ""
                 if tried != value:
                     self.trouble = f"singular with λ = {value:.1e}; raised to {tried:.1e}"

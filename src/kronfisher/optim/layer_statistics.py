@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kronfisher.errors import NumericalError
+import torch
+from torch import Tensor
+
+from kronfisher.errors import NumericalError, require, together
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.state import WaitingState
@@ -68,16 +71,19 @@ class LayerStatistics:
         assert isinstance(self.group.state, AverageState)
         return any(isinstance(state, WaitingState) and bool(state.waiting) for state in self.group.state.states)
 
+    @property
+    def counts(self) -> Tensor | bool:
+        """Whether any example of the batch counts."""
+        return self.group.state.count > 0
+
     def merge(self, keep: float) -> None:
-        """Take the batch's statistics into the average, of which the share `keep` stays.
+        """Take the batch's statistics, of which some count, into the average, of which the share `keep` stays.
 
         Raises:
             NumericalError: products of samples are not finite; `discard` goes back to the average of before.
         """
         state = self.group.state
         assert isinstance(state, AverageState)
-        if not bool(state.count > 0):
-            return
         waits = self.waits
         if waits:
             self._remember()
@@ -94,13 +100,18 @@ class LayerStatistics:
         self.empty()
 
     def renew_basis(self, keep: float) -> bool:
-        """Begin the second pass of the fit anew, from the average of the first; False if the batch is not finite.
+        """Begin the second pass of the fit anew, from the average of the first.
+
+        Returns:
+            False if the batch is not finite, or nothing in it counts.
 
         Raises:
             NumericalError: as in `merge`.
         """
         try:
-            self.group.state.check()
+            with together():
+                self.group.state.check()
+                require(torch.as_tensor(self.counts), lambda: NumericalError(f"{self.name}: nothing counts"))
         except NumericalError:
             return False
         before = self.average.states[1:] if self.average is not None else []

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from math import isfinite
 from typing import Any
 
 import torch
@@ -125,8 +124,9 @@ class Preconditioner:
         with statistics.captured() as capture:
             outputs = self._wrapped(*inputs, **options)
         require_outputs(outputs)
-        with suppress(NumericalError):  # outputs that are not finite; the loss shows that, too
-            statistics.absorb(capture, outputs, targets, step, retain=True)
+        with suppress(NumericalError):  # something is not finite; the loss shows that, too
+            if statistics.accepts(outputs, targets, step):
+                statistics.absorb(capture, outputs, targets, step, retain=True)
         return outputs
 
     @torch.no_grad()
@@ -162,10 +162,7 @@ class Preconditioner:
             scale = (self.kl_limit / slope.abs().clamp_min(1e-300)).sqrt().clamp(max=1.0)
         for name, gradient in gradients.items():
             answer = natural[name] if scale is None else natural[name] * scale
-            if gradient.device.type != "cpu":
-                gradient.copy_(torch.where(torch.isfinite(answer), answer, gradient))
-            elif isfinite(float(answer.sum())):
-                gradient.copy_(answer)
+            gradient.copy_(torch.where(torch.isfinite(answer.sum()), answer, gradient))
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses; resumed with the same number of threads, training gives the same bits."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.observation import Observation
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Labels, Recipe
@@ -74,6 +74,7 @@ class Statistics:
         self._needed = treats is None
         self._run: Accumulator | None = None
         self._groups: int | None = None  # of the run, when the layers were chosen
+        self._masked = False  # whether the batch that was accepted has positions that do not count
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
         self.extend(parameters)
@@ -151,6 +152,20 @@ class Statistics:
 
     # Statistics of a batch --------------------------------------------------------------------------------------------
 
+    def accepts(self, outputs: Tensor, targets: Any, step: int) -> bool:
+        """Whether a batch is finite; that it fits is required. The one wait for a device before `absorb`.
+
+        Raises:
+            DataError: outputs or targets do not fit the likelihood.
+        """
+        assert self._run is not None
+        try:
+            self._masked = self._run.is_masked(outputs.detach(), targets, f"step {step}")
+        except NumericalError:
+            self.discard()
+            return False
+        return True
+
     def needs_second_backward(self, step: int) -> bool:
         """Whether statistics of this step may need the graph once more, because a basis is renewed."""
         return not self.layers or any(layer.renews_basis(step) for layer in self.layers)
@@ -165,7 +180,7 @@ class Statistics:
         retain: bool,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
     ) -> None:
-        """Add the statistics of one batch, or of one part of it; see `Accumulator.absorb`.
+        """Add the statistics of one batch that `accepts` took, or of one part of it; see `Accumulator.absorb`.
 
         This step's statistics are left out if anything goes wrong.
         """
@@ -191,14 +206,14 @@ class Statistics:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
         with run.groups.only(chosen) if self._complete(run) else nullcontext():
-            run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own)
+            run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
         self._find_layers(run, step)
         self._look_at_calls(capture)
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
             with run.groups.only(layer.group for layer in renewed):
-                run.absorb(observation, retain=retain)
+                run.absorb(observation, retain=retain, masked=self._masked)
             for layer in renewed:
                 layer.merge_second_pass(step)
 
@@ -248,9 +263,12 @@ class Statistics:
         began = time.perf_counter()
         with plain_arithmetic(self._run.device):
             try:
-                for layer in self.layers:
-                    layer.group.state.check()
-                for layer in sorted(self.layers, key=lambda layer: not layer.waits):  # the others cannot fail now
+                with together() as counts:
+                    for layer in self.layers:
+                        layer.group.state.check()
+                        counts.append(layer.counts)
+                filled = [layer for layer, some in zip(self.layers, counts, strict=True) if some]
+                for layer in sorted(filled, key=lambda layer: not layer.waits):  # the others cannot fail now
                     layer.merge(self.refresh.average)
             except NumericalError:
                 self.discard()

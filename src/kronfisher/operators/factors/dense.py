@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import SingularError
+from kronfisher.errors import SingularError, require
 from kronfisher.linalg import (
     add_symmetric_product_,
     cholesky,
@@ -85,8 +85,11 @@ class DenseFactor(Factor, axes=3):
 
     def cholesky(self, name: str, *, definite: bool = False) -> Self:
         lower = cholesky(self.tensor, name)
-        if not definite and bool((_condition(self, lower) * negligible(lower.dtype) >= 1).any()):
-            raise SingularError(singular_message(name, self.diagonal().mean().item(), lower.dtype))
+        if not definite:
+            require(
+                ~(_condition(self, lower) * negligible(lower.dtype) >= 1).any(),
+                lambda: SingularError(singular_message(name, self.diagonal().mean().item(), lower.dtype)),
+            )
         return type(self)(lower)
 
     def inverse_root(self, name: str) -> Self:

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kronfisher.errors import SingularError
+from kronfisher.errors import SingularError, require
 from kronfisher.linalg import negligible, singular_message
 from kronfisher.operators.factors.factor import Factor, by_group
 
@@ -73,8 +73,9 @@ class DiagonalFactor(Factor, axes=2):
     def cholesky(self, name: str, *, definite: bool = False) -> Self:
         low, high = torch.aminmax(self.tensor, dim=1)
         singular = (low <= 0) if definite else low <= negligible(self.tensor.dtype) * high
-        if bool(singular.any()):
-            raise SingularError(singular_message(name, self.tensor.mean().item(), self.tensor.dtype))
+        require(
+            ~singular.any(), lambda: SingularError(singular_message(name, self.tensor.mean().item(), self.tensor.dtype))
+        )
         return type(self)(self.tensor.sqrt())
 
     def inverse_root(self, name: str) -> Self:
