@@ -143,6 +143,8 @@ def test_a_file_holds_the_scores_and_refuses_other_settings(tmp_path):
     with torch.no_grad():
         influence.model[0].weight[0, 0] += 1
     refused("model")
+    with pytest.raises(kf.DataError, match="other parameters than the model has now"):
+        kf.Influence(influence.model, influence.fisher, kf.Categorical())
     path.with_name("scores.json").unlink()
     with pytest.raises(kf.DataError, match="no record"):
         influence.scores(train, queries, path=path)

@@ -17,7 +17,7 @@ from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fisher.info import BlockInfo, Info
 from kronfisher.fisher.layout import block_name
-from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.parameters import fingerprint, unwrapped
 from kronfisher.fisher.windows import left_over, swapped
 from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
@@ -151,6 +151,7 @@ def estimate(
         blocks={block_name(blocks): info for blocks, _, info in entries},
         log_likelihood=None if run.log_likelihood is None else float(run.log_likelihood),
         outputs=run.outputs,
+        parameters=fingerprint(run.parameters),
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
     fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))

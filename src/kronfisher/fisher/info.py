@@ -44,6 +44,7 @@ class Info:
         blocks: block name to what concerns it alone.
         log_likelihood: of the observed targets, summed over data; None if there were none.
         outputs: how many numbers the model gave for the counted data, in all.
+        parameters: fingerprint of the parameters at which it was estimated; empty if unknown.
         changes: what was done to the matrix since, in order, such as ``"+ 0.001"`` or ``"inverse"``.
     """
 
@@ -58,6 +59,7 @@ class Info:
     blocks: Mapping[str, BlockInfo] = field(default_factory=dict)
     log_likelihood: float | None = None
     outputs: float = 0.0
+    parameters: str = ""
     changes: tuple[str, ...] = ()
 
     def changed(self, change: str) -> "Info":
@@ -101,6 +103,7 @@ class Info:
             blocks=blocks,
             log_likelihood=log_likelihood,
             outputs=self.outputs + more * other.outputs,
+            parameters=self.parameters if self.parameters == other.parameters else "",
             changes=changes,
         )
 

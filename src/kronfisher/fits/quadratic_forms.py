@@ -15,18 +15,18 @@ from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
 from kronfisher.operators import KroneckerBasis
 
-__all__ = ["pairs", "products", "quadratics"]
+__all__ = ["factored", "pairs", "products", "quadratics"]
 
 
 def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_k)ᵀ Λ⁻¹ vec(G_k)`` of every sample k, ``[n]``."""
     parts: list[Tensor] = []
-    if (factored := _factored(precision, blocks, samples[0])) is None:
+    if (found := factored(precision, blocks, samples[0])) is None:
         for rows in _rows([samples], precision.operator.dim):
             rows = rows[:, 0].to(precision.operator.dtype)
             parts.append((rows * precision.solves(rows)).sum(1))
         return torch.cat(parts)
-    basis, weights = factored
+    basis, weights = found
     for piece in samples[0].rotate(basis.A, basis.B):
         if _is_lookup(piece):
             parts.append(_lookup_pairs([piece.gradients], piece, weights)[:, 0, 0])
@@ -41,9 +41,9 @@ def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group
 def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_kc)ᵀ Λ⁻¹ vec(G_kd)`` for all outputs c, d of every sample k, ``[n, C, C]``."""
     first = kept[0][0]
-    factored = _factored(precision, blocks, first)
-    if factored is not None and (first.positions == 1 or _is_lookup(first)):
-        basis, weights = factored
+    found = factored(precision, blocks, first)
+    if found is not None and (first.positions == 1 or _is_lookup(first)):
+        basis, weights = found
         gradients = [basis.output_factor.rotate(use.gradients) for (use,) in kept]
         if _is_lookup(first) and basis.input_factor.is_diagonal:
             scaled = replace(first, activations=first.activations.scale(basis.A))
@@ -90,13 +90,13 @@ def products(samples: Samples, matrices: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _factored(precision: Precision, blocks: Group, samples: Samples) -> tuple[KroneckerBasis, Tensor] | None:
+def factored(precision: Precision, blocks: Group, samples: Samples) -> tuple[KroneckerBasis, Tensor] | None:
     """K and 1/v ``[H, O, I]`` with ``Λ⁻¹ = K diag(1/v) Kᵀ``, for one block; a diagonal has the identity for K."""
     if len(blocks) > 1:
         return None
     like = samples.gradients
-    if (factored := precision.factored) is not None:
-        basis, values = factored
+    if (own := precision.factored) is not None:
+        basis, values = own
         return KroneckerBasis(basis.A.to(like), basis.B.to(like)), (1 / values).to(like)
     if (diagonal := precision.variances()) is not None:
         groups, outputs, inputs = samples.shape

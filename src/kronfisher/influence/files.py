@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.capture.batches import checksum
 from kronfisher.errors import DataError
-from kronfisher.fisher import Fisher
 
-__all__ = ["Record", "RowFile", "digest", "fingerprint"]
+__all__ = ["Record", "RowFile", "digest"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -185,12 +184,3 @@ def digest(*parts: Any) -> str:
             found.update(repr(part).encode())
         found.update(b"\x00")
     return found.hexdigest()
-
-
-def fingerprint(of: nn.Module | Fisher) -> str:
-    """A hash of all numbers of a model (parameters and buffers) or of a Fisher matrix."""
-    if isinstance(of, Fisher):
-        tensors = {f"{k} {key}": t for k, (_, op) in enumerate(of.entries) for key, t in op.tensors().items()}
-    else:
-        tensors = {**dict(of.named_parameters()), **dict(of.named_buffers())}
-    return digest(*(part for name, t in tensors.items() for part in (name, tuple(t.shape), checksum([t.detach()]))))

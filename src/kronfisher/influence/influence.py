@@ -14,9 +14,10 @@ from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
-from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.parameters import fingerprint, unwrapped
 from kronfisher.influence.damping import DampingChoice, read_damping
-from kronfisher.influence.files import RowFile, digest, fingerprint
+from kronfisher.influence.files import RowFile, digest
+from kronfisher.influence.index import Index, Leading, write_index
 from kronfisher.influence.measurements import Measurement, measured
 from kronfisher.influence.preconditioned import Damped, Queries, Rows, add_gradients_, written_out
 from kronfisher.influence.readings import Network, Question, read, require_finite
@@ -109,6 +110,12 @@ class Influence:
                 raise DataError(
                     f"{name} is on {parameters[name].device}, the Fisher on {fisher.device}; move one of them."
                 )
+        mine = {name: parameters[name] for name in fisher.shapes}
+        if fisher.info.parameters not in ("", fingerprint(mine)):
+            raise DataError(
+                "the Fisher was estimated at other parameters than the model has now, or belongs to another model: "
+                "estimate it again after training."
+            )
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))
         recipe = getattr(fisher.context, "recipe", None)
@@ -190,18 +197,56 @@ class Influence:
             return collect(scorer, batches, self.refine, residuals, progress)
         return write(scorer, batches, self.refine, residuals, file, progress)
 
+    def index(self, train: Any, path: str | Path, *, size: int = 512) -> Index:
+        """Store the leading coordinates of every training gradient, so that new queries need no reading of the data.
+
+        ``index.scores(queries)`` then has scores and, as ``bounds``, what the coordinates left out may change.
+
+        Args:
+            train: as in `scores`.
+            path: of the memory-mapped file. What it has already is kept, as in `scores`.
+            size: coordinates that are kept, over all blocks.
+
+        Raises:
+            UnsupportedError: a block of the Fisher has no eigenbasis that is a Kronecker product.
+            DataError, SingularError, IndefiniteError, NumericalError: as `scores`.
+            ValueError: the size is not positive, or refined or normalised scores are asked for.
+        """
+        if size < 1 or self.refine or self.normalize:
+            raise ValueError(f"index(size={size}): a positive size, and neither refine= nor normalize=.")
+        _require_order(train, "train")
+        file = RowFile(path, self._common() | {"options": repr((size, self.fisher.count))})
+        with plain_arithmetic(self.fisher.device):
+            leading = Leading.of(self.damped, size)
+        write_index(leading, self.network, self.likelihood, train, file)
+        parts = file.open()
+        return Index(leading, parts["coordinates"], parts["left"][:, 0], self._measured)
+
+    def _measured(self, measurement: Measurement) -> tuple[Network, Likelihood]:
+        """What sends the gradients of a measurement backwards, and through which network."""
+        likelihood = measured(measurement, self.likelihood)
+        own = likelihood is self.likelihood  # what counts in any other measurement is its own affair
+        return (self.network if own else replace(self.network, mask=None)), likelihood
+
     def _settings(self, queries: Any, measurement: Measurement, per: Per | None, rank: int | None) -> dict[str, str]:
         """Name → hash or text of everything that scores depend on besides the training data."""
         code = getattr(measurement, "__code__", None)
         batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
-        return {
-            "model": fingerprint(self.model),
-            "Fisher": fingerprint(self.fisher),
-            "likelihood": repr(self.likelihood),
-            "damping": repr(self.damped.damping),
+        return self._common() | {
             "queries": digest(*batches),
             "measurement": repr(measurement) if code is None else digest(code.co_code, code.co_consts, code.co_names),
             "options": repr((per, rank, self.normalize, self.refine, self.fisher.count)),
+        }
+
+    def _common(self) -> dict[str, str]:
+        """Name → hash or text of the model and the matrix."""
+        return {
+            "model": fingerprint({**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}),
+            "Fisher": fingerprint(
+                {f"{k} {key}": t for k, (_, op) in enumerate(self.fisher.entries) for key, t in op.tensors().items()}
+            ),
+            "likelihood": repr(self.likelihood),
+            "damping": repr(self.damped.damping),
         }
 
     def self_scores(self, train: Any, *, progress: Progress = False) -> Tensor:
@@ -221,9 +266,7 @@ class Influence:
         """``∇m`` of every query, ``{name: [Q, *shape]}``."""
         _require_order(queries, "queries")
         questions: dict[str, Question] = {"gradient": lambda _, samples: written_out(samples[0])}
-        likelihood = measured(measurement, self.likelihood)
-        own = likelihood is self.likelihood  # what counts in any other measurement is its own affair
-        network = self.network if own else replace(self.network, mask=None)
+        network, likelihood = self._measured(measurement)
         found: list[Rows] = []
         parameters = dict(self.model.named_parameters())
         for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress):

@@ -1,0 +1,163 @@
+"""A store of compressed training gradients, so that new queries are answered without reading the data again.
+
+In the eigenbasis of ``F + λ = K⁻ᵀ diag(v) K⁻¹`` a score is an inner product of coordinates ``c = vec(Kᵀ G) / √v``. The
+leading ones are kept, those whose curvature is largest against λ: a direction that is all damping carries little of any
+score. By Cauchy and Schwarz a score is off by at most ``‖c_q⊥‖ ‖c_k⊥‖ / N``, the norms of what was left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.layout import Blocks, block_name
+from kronfisher.fits.quadratic_forms import factored
+from kronfisher.influence.files import RowFile
+from kronfisher.influence.preconditioned import Damped
+from kronfisher.influence.readings import Network, Reading, read, require_finite
+from kronfisher.influence.scores import Scores
+from kronfisher.layers.samples import Samples
+from kronfisher.likelihoods import Likelihood
+from kronfisher.linalg import plain_arithmetic
+
+__all__ = ["Index", "Leading", "write_index"]
+
+
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """The coordinates that are kept: of every block, places in ``vec`` of its rotated gradients.
+
+    Attributes:
+        damped: F + λ.
+        places: block's name → its places, ascending; together they are R.
+    """
+
+    damped: Damped
+    places: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, damped: Damped, size: int) -> "Leading":
+        """The `size` coordinates of all blocks with the largest curvature against λ.
+
+        Raises:
+            UnsupportedError: a block has no eigenbasis that is a Kronecker product.
+        """
+        ratios, owners, places = [], [], []
+        for k, ((blocks, operator), precision) in enumerate(zip(damped.fisher.entries, damped.precisions, strict=True)):
+            if len(blocks) > 1 or (precision.factored is None and precision.variances() is None):
+                raise UnsupportedError(
+                    f"{block_name(blocks)} ({operator.structure}): an index needs eigenvectors that are a Kronecker "
+                    "product. Choose a fit such as 'kfac', 'ekfac', 'kfoc' or 'diagonal'."
+                )
+            if not float(operator.trace()) > 0:
+                continue  # nothing depends on it
+            own = precision.factored
+            values = own[1].flatten() if own is not None else 1 / precision.variances().flatten()  # pyright: ignore[reportOptionalMemberAccess]
+            shift = damped.damping[k]
+            ratios.append((values - shift) / max(shift, torch.finfo(values.dtype).tiny))
+            owners.append(torch.full((len(values),), k, device=values.device))
+            places.append(torch.arange(len(values), device=values.device))
+        ratio, owner, place = (torch.cat(parts) for parts in (ratios, owners, places))
+        kept = ratio.topk(min(size, len(ratio))).indices.sort().values
+        names = [block_name(blocks) for blocks, _ in damped.fisher.entries]
+        return cls(damped, {names[k]: place[kept][owner[kept] == k] for k in owner[kept].unique().tolist()})
+
+    def coordinates(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
+        """The coordinates of one group that are kept ``[n, r]``."""
+        names = [block_name(mine) for mine, _ in self.damped.fisher.entries]
+        name = block_name(blocks)
+        if len(blocks) > 1 or name not in names:
+            raise UnsupportedError(f"{name}: the model uses it in another way than the Fisher has it in one block.")
+        chosen = self.places.get(name)
+        if chosen is None:
+            return samples[0].gradients.new_zeros(len(samples[0]), 0)
+        own = factored(self.damped.precisions[names.index(name)], blocks, samples[0])
+        assert own is not None
+        basis, inverse = own
+        root, (_, _, width) = inverse.flatten()[chosen].sqrt(), samples[0].shape
+        parts = []
+        for piece in samples[0].rotate(basis.A, basis.B):
+            if piece.positions == 1 and piece.shape[0] == 1:
+                a, g = piece.activations.dense()[0, :, 0], piece.gradients[0, :, 0]
+                parts.append(g[:, chosen // width] * a[:, chosen % width])
+            else:
+                parts.extend(G.transpose(0, 1).flatten(1)[:, chosen] for G in piece.per_sample())
+        return torch.cat(parts) * root
+
+    def gather(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Coordinates ``[n, R]`` of one batch, and the squared norms ``[n]`` of what is left out."""
+        answers = {block_name(blocks): answer for blocks, answer in reading.answers["coordinates"].items()}
+        like = next(iter(reading.answers["self"].values()))
+        parts = [answers.get(name, like.new_zeros(reading.size, len(places))) for name, places in self.places.items()]
+        kept = require_finite(torch.cat([part.to(like.dtype) for part in parts], dim=1), reading.where)
+        whole = torch.stack([answer.to(like.dtype) for answer in reading.answers["self"].values()]).sum(0)
+        noise = 10 * torch.finfo(whole.dtype).eps * whole
+        return kept, (whole - kept.square().sum(1)).clamp_min(0) + noise
+
+    def read(
+        self,
+        network: Network,
+        likelihood: Likelihood,
+        data: Any,
+        what: str = "batch",
+        skip: Callable[[int, Any], bool] | None = None,
+    ) -> Any:
+        """The readings of data, with what `gather` needs."""
+        questions = {"coordinates": self.coordinates, "self": self.damped.self_products}
+        return read(network, likelihood, data, questions, self.damped.together, what=what, skip=skip)
+
+
+def write_index(leading: Leading, network: Network, likelihood: Likelihood, train: Any, file: RowFile) -> None:
+    """Write the coordinates of every training example; an interrupted run goes on where it was."""
+    for reading in leading.read(network, likelihood, train, skip=file.skip):
+        with plain_arithmetic(leading.damped.fisher.device):
+            kept, left = leading.gather(reading)
+            file.add({"coordinates": kept, "left": left[:, None]}, {"fallback": dict(reading.fallback)})
+    file.finish()
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Answers queries from the stored coordinates of N training examples.
+
+    Attributes:
+        leading: which coordinates they are.
+        coordinates: ``[N, R]``, memory-mapped.
+        left: squared norms of what is left out ``[N]``.
+        measured: measurement → likelihood and network that give the gradients of queries.
+    """
+
+    leading: Leading
+    coordinates: Tensor
+    left: Tensor
+    measured: Callable[[Any], tuple[Network, Likelihood]]
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    def scores(self, queries: Any, *, measurement: Any = "loss") -> Scores:
+        """Scores ``[Q, N]``, with bounds on what the coordinates that are left out would change.
+
+        Args:
+            queries: as for `Influence.scores`.
+            measurement: likewise.
+
+        Raises:
+            DataError, UnsupportedError, NumericalError: as `Influence.scores`.
+        """
+        network, likelihood = self.measured(measurement)
+        count = self.leading.damped.fisher.count
+        values, bounds = [], []
+        for reading in self.leading.read(network, likelihood, queries, "query batch"):
+            with plain_arithmetic(self.leading.damped.fisher.device):
+                kept, left = self.leading.gather(reading)
+                rows = self.coordinates.to(kept.device)
+                values.append(kept.to(rows.dtype) @ rows.mT / count)
+                bounds.append(left.to(rows)[:, None].sqrt() * self.left.to(rows.device).sqrt() / count)
+        return Scores(torch.cat(values), bounds=torch.cat(bounds))
+
+    def __repr__(self) -> str:
+        return f"<Index of {len(self):,} examples by {self.coordinates.shape[1]} coordinates>"

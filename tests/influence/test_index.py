@@ -1,0 +1,63 @@
+"""An index answers from stored coordinates, and its bounds hold against the exact scores."""
+
+import pytest
+import torch
+
+import kronfisher as kf
+from tests.helpers.close import close
+from tests.helpers.networks import Tied, images, perceptron
+
+BUILT = {
+    "perceptron": (lambda: perceptron(4, 6, 3, seed=1), (4,)),
+    "convolutions": (images, (2, 4, 4)),
+    "applied twice": (lambda: Tied().double(), (2, 4)),
+}
+
+
+def problem(name, fit, n=24, q=5):
+    build, shape = BUILT[name]
+    torch.manual_seed(2)
+    model, x = build(), torch.randn(n + q, *shape).double()
+    y = torch.randint(3, model(x).shape[:-1])
+    train = [(x[k : k + 8], y[k : k + 8]) for k in range(0, n, 8)]
+    fisher = kf.estimate(model, train, kf.Categorical(), fit=fit, labels="exact")
+    return kf.Influence(model, fisher, kf.Categorical()), train, (x[n:], y[n:])
+
+
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("name", BUILT)
+def test_all_coordinates_give_the_scores_and_some_stay_within_their_bounds(name, fit, tmp_path):
+    influence, train, queries = problem(name, fit)
+    exact = influence.scores(train, queries).values
+    whole = influence.index(train, tmp_path / "whole", size=10**6)
+    close(whole.scores(queries).values, exact, 1e-9)
+    errors = []
+    for size in (10, 30):
+        some = influence.index(train, tmp_path / str(size), size=size)
+        assert some.coordinates.shape == (24, size) and len(some) == 24
+        found = some.scores(queries)
+        assert bool(((found.values - exact).abs() <= found.bounds * (1 + 1e-9)).all())
+        errors.append(float((found.values - exact).norm() / exact.norm()))
+    assert errors[1] < errors[0] < 1
+    logits = influence.scores(train, queries[0], measurement=("logit", 1)) if name != "applied twice" else None
+    if logits is not None:
+        close(whole.scores(queries[0], measurement=("logit", 1)).values, logits.values, 1e-9)
+
+
+def test_an_index_goes_on_where_it_was_and_refuses_what_has_no_eigenbasis(tmp_path):
+    influence, train, queries = problem("perceptron", "kfac")
+    path = tmp_path / "index"
+    with pytest.raises(kf.NumericalError, match="batch 2"):
+        influence.index([*train[:2], (train[2][0] * torch.nan, train[2][1])], path, size=30)
+    before = path.read_bytes()
+    index = influence.index(train, path, size=30)
+    assert path.read_bytes()[: len(before)] == before and len(index) == 24
+    close(
+        index.scores(queries).values, influence.index(train, tmp_path / "other", size=30).scores(queries).values, 1e-12
+    )
+    with pytest.raises(kf.DataError, match="options"):
+        influence.index(train, path, size=31)
+    with pytest.raises(kf.UnsupportedError, match="Choose a fit such as 'kfac'"):
+        problem("perceptron", "full")[0].index(train, tmp_path / "full")
+    with pytest.raises(ValueError, match="neither refine"):
+        kf.Influence(influence.model, influence.fisher, kf.Categorical(), refine=1).index(train, path)
