@@ -75,6 +75,32 @@ class Functional(nn.Module):
         return hidden @ self.left.new_ones(4, 2)
 
 
+class Recurrent(nn.Module):
+    # Layers of every kind and cells of every kind in a loop over the steps, side by side.
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"batch_first": True}
+        layers = (
+            nn.LSTM(2, 1, bidirectional=True, **options),
+            nn.GRU(2, 2, **options),
+            nn.RNN(2, 2, **options),
+            nn.RNN(2, 2, nonlinearity="relu", **options),
+        )
+        cells = nn.LSTMCell(2, 2), nn.GRUCell(2, 2), nn.RNNCell(2, 2), nn.RNNCell(2, 2, nonlinearity="relu")
+        self.layers, self.cells = nn.ModuleList(layers), nn.ModuleList(cells)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.stack([layer(x)[0] for layer in self.layers]).sum(0)
+        for cell in self.cells:
+            state, after = None, []
+            for step in x.unbind(1):
+                state = cell(step, state)
+                after.append(state[0] if isinstance(state, tuple) else state)
+            total = total + torch.stack(after, dim=1)
+        return total
+
+
+EXAMPLES["recurrent layers and cells"] = lambda: (Recurrent(), (3, 3, 2))
 EXAMPLES["attention"] = lambda: (Attention(batch_first=True), (4, 3, 4))
 EXAMPLES["attention, cross"] = lambda: (
     Attention(cross=True, batch_first=True, kdim=3, vdim=2, bias=False),

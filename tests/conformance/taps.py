@@ -62,6 +62,8 @@ def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tenso
         return _attention(module.attention, "module.attention", *sources(module, x), places)
     if isinstance(module, nn.TransformerEncoderLayer):
         return _transformer_layer(module, x, places)
+    if hasattr(module, "cells"):
+        return _recurrent(module, x, places)
     return module(x), vectors(module, "module.", places)  # scales and shifts
 
 
@@ -147,6 +149,52 @@ def _attention(
         index = torch.cat([index, places[f"{prefix}.out_proj.bias"][:, None]], dim=1)
     found.append(Tap(f"{prefix}.out_proj.weight", y, hidden[None], lambda g: g[None], index[None]))
     return y[None], found
+
+
+def _recurrent(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    """Layers and cells by their formulas, with zeros added to the gates: there the gradients arrive."""
+    x, total, found = x[0], 0.0, []
+    for kind, parts in (("layers", module.layers), ("cells", module.cells)):
+        for k, part in enumerate(parts):
+            outputs = []
+            ends = [""] if kind == "cells" else ["_l0", "_l0_reverse"][: 1 + part.bidirectional]
+            for end in ends:
+                name = f"module.{kind}.{k}."
+                y, taps_ = _steps(part, x.flip(0) if "reverse" in end else x, name, end, places)
+                if "reverse" in end:
+                    y = y.flip(0)
+                outputs.append(y)
+                found += taps_
+            total = total + torch.cat(outputs, dim=1)
+    return total[None], found
+
+
+def _steps(module: nn.Module, x: Tensor, prefix: str, end: str, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    size, kind = module.hidden_size, type(module).__name__
+    weights = [getattr(module, f"{name}_{part}{end}") for part in ("ih", "hh") for name in ("weight", "bias")]
+    zeros = [x.new_zeros(len(x), len(weights[0]), requires_grad=True) for _ in range(2)]
+    h, c, before, outputs = x.new_zeros(size), x.new_zeros(size), [], []
+    for t, own in enumerate(x):
+        before.append(h)
+        i, j = (weights[2 * n] @ v + weights[2 * n + 1] + zeros[n][t] for n, v in enumerate((own, h)))
+        if "LSTM" in kind:
+            into, keep, new, out = (i + j).chunk(4)
+            c = keep.sigmoid() * c + into.sigmoid() * new.tanh()
+            h = out.sigmoid() * c.tanh()
+        elif "GRU" in kind:
+            (r, z, n), (s, u, m) = i.chunk(3), j.chunk(3)
+            n = (n + (r + s).sigmoid() * m).tanh()
+            h = (1 - (z + u).sigmoid()) * n + (z + u).sigmoid() * h
+        else:
+            h = getattr(i + j, module.nonlinearity)()
+        outputs.append(h)
+    found = []
+    for part, zero, a in (("ih", zeros[0], x), ("hh", zeros[1], torch.stack(before))):
+        names = f"{prefix}weight_{part}{end}", f"{prefix}bias_{part}{end}"
+        index = torch.cat([places[names[0]], places[names[1]][:, None]], dim=1)
+        a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+        found.append(Tap(names[0], zero, a[None], lambda g: g[None], index[None]))
+    return torch.stack(outputs), found
 
 
 def _transformer_layer(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:

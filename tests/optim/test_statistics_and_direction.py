@@ -114,7 +114,38 @@ def test_examples_coupled_by_the_batch_are_treated_as_independent_and_named():
     curvature = Curvature(model)
     curvature.observe(torch.randn(6, 3))
     assert curvature.statistics.coupled == ["0.weight"]
-    assert set(curvature.statistics.uncovered) == {"1.weight", "1.bias"}
+    assert not curvature.statistics.uncovered
+
+
+@pytest.mark.parametrize("fit", ["kfac", "kfoc", "diagonal"])
+def test_scale_and_shift_of_batch_normalisation_have_each_examples_own_part_of_the_gradient(fit):
+    """As if every example had a scale and a shift of its own; the second layer's rows mix examples."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(16, 3)).double()
+    nn.init.normal_(model[1].weight), nn.init.normal_(model[4].weight)
+    x, y = torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 3
+    curvature = Curvature(model, fit, labels="observed")
+    curvature.observe(x, y)
+    curvature.merge()
+    assert not {"1.weight", "1.bias", "4.weight", "4.bias"} & curvature.statistics.uncovered.keys()
+    own, h = {}, x
+    for k, module in enumerate(model):
+        if not isinstance(module, nn.BatchNorm2d):
+            h = module(h)
+            continue
+        mean, variance = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), unbiased=False, keepdim=True)
+        own[k] = [p.detach().expand(6, -1)[..., None, None].clone().requires_grad_() for p in module.parameters()]
+        h = (h - mean) / (variance + module.eps).sqrt() * own[k][0] + own[k][1]
+    loss = nn.functional.cross_entropy(h, y, reduction="sum")
+    for layer in curvature.statistics.layers:
+        place = layer.name.split(".")[0]
+        if place in ("1", "4"):
+            leaf = own[int(place)][layer.name.endswith("bias")]
+            gradients = torch.autograd.grad(loss, leaf, retain_graph=True)[0].flatten(1)
+            truth = gradients.T @ gradients / 6
+            found = layer.fit.finish(layer.average).to_dense()
+            torch.testing.assert_close(found, truth.diagonal().diag() if fit == "diagonal" else truth)
 
 
 def test_inverses_are_renewed_round_robin():

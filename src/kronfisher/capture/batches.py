@@ -1,6 +1,6 @@
 """Batches: reading them pass by pass, naming them in messages, and splitting them into inputs, targets and a mask."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,14 @@ class Batches:
         self._batches, self._again = as_batches(data)
         self._checksums: dict[int, Tensor] = {}
         self._number = self._first = self.index = 0
+
+    @property
+    def number(self) -> int:
+        """How many batches there are; one if only reading them would tell."""
+        try:
+            return max(len(self._batches), 1) if isinstance(self._batches, Sized) else 1
+        except TypeError:  # a loader of an iterable data set has a length that raises
+            return 1
 
     def read(self, number: int) -> Iterator[tuple[str, Any]]:
         """Yield the name and the batch, for every batch of the pass with this number (from zero)."""

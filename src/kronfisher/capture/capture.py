@@ -49,7 +49,8 @@ class Capture(TorchFunctionMode):
     Args:
         parameters: name → parameter; those that do not require a gradient are ignored and cost nothing.
         constants: buffers and other tensors that do not depend on the data.
-        lenient: an operator whose handler raises counts as not understood: its parameters stay unclaimed.
+        lenient: an operator whose handler raises counts as not understood: its parameters stay unclaimed; one that
+            couples examples is recorded.
 
     Attributes:
         recording: the record of the forward pass.
@@ -112,7 +113,7 @@ class Capture(TorchFunctionMode):
             lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
             if all(map(self._is_constant, tensors)):
                 lookups = {}  # no data enter here
-            if uses := self._uses(handler, args, kwargs, tensors, Windows(views, lookups)):
+            if uses := self._uses(handler, args, kwargs, tensors, Windows(views, lookups, coupled=self._lenient)):
                 for tensor in tensors:
                     if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
                         views[id(tensor)] = lookups[id(tensor)].weight

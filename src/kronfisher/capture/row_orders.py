@@ -81,7 +81,7 @@ def row_orders(
         sort = sorts(part)
         key = index, part.block.key, sort
         if rows is None:
-            _note_mixed(answer, call, part, (index, number), key, training=training, sort=sort)
+            _note_mixed(answer, call, part, (index, number), key, examples, training=training, sort=sort)
             continue
         rule, sure = RowOrder.by_examples(rows, examples) if sort else (RowOrder(rows.numel()), True)
         if rule is None:
@@ -95,7 +95,15 @@ def row_orders(
 
 
 def _note_mixed(
-    answer: RowOrders, call: Call, part: Part, place: Place, key: tuple, *, training: bool, sort: bool
+    answer: RowOrders,
+    call: Call,
+    part: Part,
+    place: Place,
+    key: tuple,
+    examples: int,
+    *,
+    training: bool,
+    sort: bool,
 ) -> None:
     """Refuse rows that belong to several examples, leave them to the fallback, or use them regardless."""
     block, reason = part.block, mixed_rows_message(_describe(call, part))
@@ -104,6 +112,9 @@ def _note_mixed(
             answer.problems[name] = f"{name}: used by {call.operator} before any data enter"
     elif not training:
         answer.refused[block.name] = reason
+    elif part.use.summing and (rules := RowOrder.candidates(part.use.lead(call.shape), examples)):
+        answer.mixed.add(block.name)
+        answer.orders[place] = answer.guesses[key] = rules[0]  # rows are summed as if they were their example's own
     elif sort:
         answer.problems |= dict.fromkeys(block.parameters, reason)
     else:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.routing import Stream
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
-from kronfisher.fits import Choice, choose
+from kronfisher.fits import Choice, Diagonal, Fit, asked_for, choose
 from kronfisher.likelihoods import Draws, along_outputs, masked_positions
 from kronfisher.linalg import plain_arithmetic
 
@@ -42,12 +43,15 @@ class Accumulator:
         training: avoid expensive passes: parameters that only the fallback can treat are left out, and rows that mix
             examples (normalisation over the batch) are used regardless if a fit treats rows independently.
         score: whether to sum the log likelihood of the observed targets.
+        fallback: for parameters that can have a diagonal only; None: `Diagonal`.
+        asked: parameters whose fit is kept at any price; None: those with a pattern of their own in `fit`.
 
     Attributes:
         known: the assignment of earlier batches; later ones have to agree with it.
         groups: of blocks, with their states; filled by the first batch.
         count: N so far.
         backward_passes: how many were run.
+        batches: in a pass over the data, as far as that is known.
         tell: receives a line before anything that takes long.
         log_likelihood: its sum so far; None if there were no targets, or a mask unknown to the likelihood.
         outputs: the number of output elements that it covers.
@@ -61,14 +65,18 @@ class Accumulator:
         *,
         training: bool = False,
         score: bool = False,
+        fallback: Fit | None = None,
+        asked: AbstractSet[str] | None = None,
     ) -> None:
         self.recipe, self.model, self.score = recipe, recipe.model, score
         self.parameters = trainable(recipe.model) if parameters is None else parameters
         self.device = next(iter(self.parameters.values())).device
-        self.fits = Fits(choose(fit, self.parameters), self.parameters, training)
+        chosen = choose(fit, self.parameters)
+        asked = asked_for(fit, self.parameters) if asked is None else asked
+        self.fits = Fits(chosen, self.parameters, training, fallback or Diagonal(), asked)
         self.known = Known()
         self.groups = Groups(self.device, recipe.memory_budget)
-        self.backward_passes = 0
+        self.backward_passes, self.batches = 0, 1
         self.tell: Callable[[str], None] = log.debug
         self.start_pass()
 
@@ -86,7 +94,7 @@ class Accumulator:
 
     def resume(self, known: Known, groups: Iterable[tuple[Block, ...]]) -> None:
         """Continue from the knowledge of an earlier run, with empty states for its groups, in their order."""
-        self.known = known
+        self.known, self.fits = known, replace(self.fits, dear=known.dear.keys())
         order = {blocks: place for place, blocks in enumerate(groups)}
         planned = plan_groups([block for blocks in order for block in blocks], self.fits, (), known.neighbours.after)
         assert not isinstance(planned, str), planned
@@ -106,8 +114,10 @@ class Accumulator:
         return max((group.state.plan.passes for group in self.groups), default=1)
 
     def notes(self, blocks: Iterable[Block]) -> list[str]:
-        """Notes for a report on these blocks: where a chain of layers is cut before one, and why."""
-        return self.known.neighbours.notes(blocks, self.fits)
+        """Notes for a report on these blocks: where a chain of layers is cut before one, and what was too dear."""
+        blocks = list(blocks)
+        dear = [self.known.dear[name] for b in blocks for name in b.parameters[:1] if name in self.known.dear]
+        return [*self.known.neighbours.notes(blocks, self.fits), *dict.fromkeys(dear)]
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -118,6 +128,7 @@ class Accumulator:
             DataError: there are no data, they cannot be read again, or they came in another order.
         """
         batches = Batches(data)
+        self.batches = batches.number
         tell = self.tell = writer(progress)
         number = 0
         try:
@@ -252,7 +263,7 @@ class Accumulator:
         Raises:
             UnsupportedError: examples are coupled, or earlier batches were treated in another way.
         """
-        answer = assign(observation, self.fits, self.known, masked=masked)
+        answer = assign(observation, self.fits, self.known, masked=masked, batches=self.batches)
         if isinstance(answer, Refusals):
             refuse(answer.problems, observation.where)
         assert isinstance(answer, Assignment)

@@ -15,6 +15,7 @@ from kronfisher.capture.refusals import unclaimed_use_message
 from kronfisher.capture.row_orders import Guesses, RowOrders, row_orders
 from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
 from kronfisher.estimation.neighbours import Neighbours, find_neighbours
+from kronfisher.estimation.side_blocks import dear_blocks
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.windows import settle
 from kronfisher.layers import RowOrder
@@ -37,6 +38,7 @@ class Known:
         mixed: in training, names of blocks whose rows mix examples.
         neighbours: which block follows which.
         guesses: row orders based on shapes alone.
+        dear: parameter that has a diagonal only → why, with the price of a dense factor.
     """
 
     groups: tuple[Group, ...] = ()
@@ -45,6 +47,7 @@ class Known:
     mixed: frozenset[str] = frozenset()
     neighbours: Neighbours = field(default_factory=Neighbours)
     guesses: Guesses = field(default_factory=dict)
+    dear: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> dict[Key, Block]:
@@ -53,11 +56,16 @@ class Known:
 
     @classmethod
     def restore(
-        cls, fallback: Mapping[str, str], apart: set[str], mixed: set[str], groups: Iterable[tuple[Block, ...]]
+        cls,
+        fallback: Mapping[str, str],
+        apart: set[str],
+        mixed: set[str],
+        groups: Iterable[tuple[Block, ...]],
+        dear: Mapping[str, str],
     ) -> "Known":
         """The knowledge of a saved run, before its groups have states again."""
         after = {x.key: y.key for blocks in groups for x, y in pairwise(blocks)}  # fits that form no chains ignore it
-        return cls((), dict(fallback), frozenset(apart), frozenset(mixed), Neighbours(after))
+        return cls((), dict(fallback), frozenset(apart), frozenset(mixed), Neighbours(after), dear=dict(dear))
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ class Assignment:
     known: Known
 
 
-def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool = False) -> Assignment | Refusals:
+def assign(
+    observation: Observation, fits: Fits, known: Known, *, masked: bool = False, batches: int = 1
+) -> Assignment | Refusals:
     """Decide how a batch is treated, without side effects.
 
     Each round leaves more parameters to the fallback or treats more biases separately, so that the loop terminates.
@@ -96,6 +106,7 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
         fits: the fit of every parameter.
         known: by earlier batches.
         masked: whether positions will be masked, so that rows have to be sorted by example.
+        batches: in a pass over the data, as far as that is known.
     """
     graph, before = observation.graph, known.blocks
     counted = {name for block in before.values() for name in block.parameters}
@@ -126,6 +137,8 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
         singles = _singles(fits, fallback)
         blocks |= {block.key: block for block in singles.values()}
         new = [block for key, block in blocks.items() if key not in before]
+        dear = {**dear_blocks(observation, parts, {block.key for block in new}, fits, batches), **known.dear}
+        fits = replace(fits, dear=dear.keys())
         planned = plan_groups(new, fits, known.groups, known.neighbours.after)
         if isinstance(planned, str):
             return Refusals({"": planned})
@@ -158,6 +171,7 @@ def assign(observation: Observation, fits: Fits, known: Known, *, masked: bool =
             mixed=frozenset(mixed),
             neighbours=neighbours,
             guesses={**known.guesses, graph.signature: guesses},
+            dear=dear,
         ),
     )
 

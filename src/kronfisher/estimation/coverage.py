@@ -55,7 +55,8 @@ class Coverage:
     Attributes:
         rows: one per trainable parameter, in the model's order.
         frozen: how many numbers do not require a gradient and are left out.
-        cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
+        cuts: where a chain of layers is cut and why, for fits that treat neighbours together; and for which
+            parameters a dense factor would be too dear.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -115,6 +116,7 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         Recipe(unwrapped(model), Categorical(), forward=forward), fit
     )  # any likelihood: no label is drawn
     batches = Batches(batch)
+    run.batches = batches.number
     with isolate(run.model, 0):
         _, first = next(batches.read(0), ("", None))
         if first is None:
@@ -131,6 +133,8 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
     for name, parameter in run.parameters.items():
         treatment = repr(run.fits.given[name]) if name in graph.reached else "unused"
         used = operators[name] | graph.unclaimed.get(name, set())
+        if name in known.dear:
+            treatment = repr(run.fits.fallback)
         if name in known.fallback:
             block = per_sample_block(name, parameter)
             treatment = f"fallback: {run.fits.of(block)!r}"
@@ -138,4 +142,5 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         shape, reason = tuple(parameter.shape), known.fallback.get(name, "")
         rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    return Coverage(tuple(rows), frozen, tuple(known.neighbours.notes(blocks.values(), run.fits)))
+    notes = (*known.neighbours.notes(blocks.values(), run.fits), *known.dear.values())
+    return Coverage(tuple(rows), frozen, notes)

@@ -31,18 +31,23 @@ class Fits:
         given: parameter → fit.
         parameters: name → trainable parameter.
         training: leave out parameters that only the fallback can treat.
-        fallback: for parameters whose own fit cannot use per-example gradients.
+        fallback: for parameters whose own fit cannot use per-example gradients, or would be too dear.
+        asked: parameters whose fit was given by name, and is kept at any price.
+        dear: parameters for which a dense factor would be too dear.
     """
 
     given: Mapping[str, Fit]
     parameters: Mapping[str, Tensor]
     training: bool = False
     fallback: Fit = field(default_factory=Diagonal)
+    asked: AbstractSet[str] = frozenset()
+    dear: AbstractSet[str] = frozenset()
 
     def of(self, block: Block) -> Fit:
         """The fit of the block's parameters, or the fallback's fit if that cannot treat the block."""
         fit = self.given[block.parameters[0]]
-        return self.fallback if block.operator == FALLBACK and not fit.exact else fit
+        lesser = block.operator == FALLBACK or (block.weight is None and block.parameters[0] in self.dear)
+        return self.fallback if lesser and not fit.exact else fit
 
     @property
     def whole(self) -> list[str]:

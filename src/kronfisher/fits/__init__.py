@@ -1,7 +1,7 @@
 """Fits: how samples become an operator, one file per kind; importing registers them all."""
 
 from kronfisher.fits.auto import Auto
-from kronfisher.fits.choice import Choice, choose
+from kronfisher.fits.choice import Choice, asked_for, choose
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import Fit
@@ -44,6 +44,7 @@ __all__ = [
     "State",
     "Total",
     "Totals",
+    "asked_for",
     "choose",
     "register",
     "resolve",

@@ -1,13 +1,13 @@
 """The choice of a fit for every parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.registry import resolve
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "asked_for", "choose"]
 
 Choice = Fit | str | Mapping[str, Fit | str]
 
@@ -40,6 +40,19 @@ def choose(fit: Choice, parameters: Mapping[str, Any]) -> dict[str, Fit]:
             )
         chosen[name] = match
     return chosen
+
+
+def asked_for(fit: Choice, parameters: Iterable[str]) -> frozenset[str]:
+    """Parameters whose fit was given by a pattern of their own, not by one for all.
+
+    Example:
+        >>> sorted(asked_for({"*.bias": "diagonal", "*": "kfac"}, ["fc.weight", "fc.bias"]))
+        ['fc.bias']
+    """
+    if not isinstance(fit, Mapping):
+        return frozenset()
+    first = ((name, next((pattern for pattern in fit if _matches(name, pattern)), "*")) for name in parameters)
+    return frozenset(name for name, pattern in first if pattern != "*")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -102,8 +102,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterator[Use]:
-    """In eval mode an affine map by channel; in train mode per-example gradients do not exist."""
-    if training:
+    """In eval mode an affine map by channel; in train mode per-example gradients do not exist, except in training."""
+    if training and not view.coupled:
         where = next((f" of {view.parameter}" for view in map(view, (weight, bias)) if view), "")
         raise UnsupportedError(
             f"BatchNorm{where} is in train mode, or keeps no running statistics: it couples the examples of a batch, "
@@ -112,6 +112,8 @@ def batch_norm(
         )
 
     def normalise(x: Tensor) -> Tensor:  # x may be wider than the statistics
+        if training:
+            return F.batch_norm(x, None, None, training=True, eps=eps)
         mean, variance = (None if s is None else s.to(x.dtype) for s in (running_mean, running_var))
         return F.batch_norm(x, mean, variance, eps=eps)
 

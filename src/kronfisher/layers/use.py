@@ -35,10 +35,13 @@ class Windows:
     Args:
         views: id of a tensor → the window on a trainable parameter that it represents.
         lookups: id of a tensor → the use that made it, if it is a lookup that does not depend on the data.
+        coupled: whether operators that couple the examples of a batch are taken as if they did not, as in training.
     """
 
-    def __init__(self, views: Mapping[int, Window | None], lookups: "Mapping[int, Use]") -> None:
-        self._views, self._lookups = views, lookups
+    def __init__(
+        self, views: Mapping[int, Window | None], lookups: "Mapping[int, Use]", *, coupled: bool = False
+    ) -> None:
+        self._views, self._lookups, self.coupled = views, lookups, coupled
 
     def __call__(self, value: Any) -> Window | None:
         return self._views.get(id(value))

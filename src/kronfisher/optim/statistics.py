@@ -18,7 +18,7 @@ from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.storage import block_of
-from kronfisher.fits import Choice, choose
+from kronfisher.fits import Choice, Diagonal, asked_for, choose
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.intervals import Refresh
@@ -86,11 +86,13 @@ class Statistics:
         chosen = choose(self._fit, parameters)  # one fit has one average, so that its blocks stay together
         averages = {id(fit): MovingAverage(fit) for fit in chosen.values()}
         self._fits = {name: averages[id(fit)] for name, fit in chosen.items()}
+        self._spare = MovingAverage(Diagonal())
         self._trained = None
 
     def _accumulator(self) -> Accumulator:
         recipe = Recipe(self.model, self.likelihood, self.labels, self._samples, seed=self._seed)
-        return Accumulator(recipe, self._fits, self.parameters, training=True)
+        asked = asked_for(self._fit, self.parameters)
+        return Accumulator(recipe, self._fits, self.parameters, training=True, fallback=self._spare, asked=asked)
 
     # Answers ---------------------------------------------------------------------------------------------------------
 
@@ -302,6 +304,7 @@ class Statistics:
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
             "apart": sorted(self._run.known.apart) if self._run else [],
+            "dear": dict(self._run.known.dear) if self._run else {},
             "trained": sorted(self._trained or ()),
             "fits": self._described(),
             "layers": [layer.state_dict() for layer in self.layers],
@@ -323,7 +326,7 @@ class Statistics:
         written: dict[tuple[Block, ...], Any] = {
             tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
         }
-        known = Known.restore(state["uncovered"], set(state["apart"]), set(state["coupled"]), written)
+        known = Known.restore(state["uncovered"], set(state["apart"]), set(state["coupled"]), written, state["dear"])
         run.resume(known, written)
         self._run, self._trained = run, frozenset(state["trained"])
         self.layers = [LayerStatistics(group) for group in run.groups]
