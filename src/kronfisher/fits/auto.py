@@ -20,6 +20,7 @@ from kronfisher.fits.kronecker_sum import KroneckerSum
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.quadratic import squared_norm
 from kronfisher.fits.registry import register
+from kronfisher.fits.scaling import moderate
 from kronfisher.fits.shapes import elements, sizes
 from kronfisher.fits.state import State
 from kronfisher.fits.trial import Trial, join_parts, try_fit
@@ -189,6 +190,10 @@ class Auto(Fit):
             return self.candidates.index(eligible[0]), ()
         state.waiting = join_parts(state.waiting)
         squared = squared_norm(state.waiting)
+        limits = torch.finfo(squared.dtype)
+        if not limits.tiny < float(squared) < limits.max:  # errors are relative: any scale will do
+            state.waiting = moderate(state.waiting)
+            squared = squared_norm(state.waiting)
         count = state.count * (sum(map(len, state.waiting)) / state.seen)
         trials = tuple(
             try_fit(fit, self.candidates.index(fit), self._begin(state, fit), state.waiting, count, squared)

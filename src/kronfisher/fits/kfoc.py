@@ -261,6 +261,8 @@ class KFOC(Fit):
         if state.uncertain or not float(state.pieces):
             return None
         squared = float(state.norm)
+        if squared < torch.finfo(state.norm.dtype).tiny and bool(operator.frobenius_norm() > 0):
+            return None  # it vanished when it was squared
         held = (float(operator.frobenius_norm()) * float(state.count)) ** 2
         return max(1 - held / squared, 0.0) ** 0.5 if squared > 0 else 0.0
 

@@ -167,7 +167,8 @@ class KroneckerSum(Fit):
         That takes twice the terms that are kept. Positive terms that were shortened are too far from the block to tell.
         """
         squared, number = float(state.norm), float(state.pieces)
-        if state.uncertain or not number:
+        vanished = squared < torch.finfo(state.norm.dtype).tiny and bool(operator.frobenius_norm() > 0)
+        if state.uncertain or not number or vanished:
             return None
         if number > 1 and not self._terms_tell_error:
             return None

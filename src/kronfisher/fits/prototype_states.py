@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from kronfisher.fits.nearest_prototype import split
 from kronfisher.fits.prototype_search import find_prototypes
+from kronfisher.fits.scaling import moderate
 from kronfisher.fits.shapes import Shapes, sizes
 from kronfisher.fits.state import FactorSums, Fixed, State, Total, WaitingState
 from kronfisher.layers.activations import Dense
@@ -97,9 +98,9 @@ class Kept(WaitingState):
         like = self.nothing
         if not self.waiting:  # nothing ever came: all is zero
             A, B = (like.new_zeros(groups, number, size) for size in (inputs, outputs))
-            nothing = (Factor.type_of(shape).identity(shape, like) for shape in sides)
-            return PrototypeSet(A, B, *nothing)
-        samples = self.join()
+            inputs_moment, outputs_moment = (Factor.type_of(shape).identity(shape, like) for shape in sides)
+            return PrototypeSet(A, B, inputs_moment, outputs_moment)
+        (samples,) = moderate([self.join()])  # only directions are asked for
         A, B = find_prototypes(samples, min(number, len(samples)), iterations)
         rest = split(samples, A, B)[0]
         moments = [like.new_zeros(shape) for shape in sides]

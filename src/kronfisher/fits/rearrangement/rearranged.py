@@ -97,12 +97,13 @@ class Rearranged(Source):
             iterations: for the pair.
         """
         pair = self.leading(None if before is None else before[0], tolerance, iterations)
-        A, B = times(pair.A, pair.sigma)[None], pair.B[None]  # the last half step was ℛᵀ of B
+        root = pair.sigma.sqrt()  # shared by both factors: squares of σ may leave the range of numbers
+        A, B = times(pair.A, root)[None], times(pair.B, root)[None]  # the last half step was ℛᵀ of B
         if rank == 1:
             return pair, A, B
         more = _basis_beside(self._others(pair, rank - 1, before), pair.B)
-        others = torch.stack([self.inputs(each) for each in more])  # orthogonal to A, as ℛ of that is σ B
-        return pair, torch.cat([A, others]), torch.cat([B, more])
+        others = torch.stack([over(self.inputs(each), root) for each in more])  # orthogonal to A, as ℛ of that is σ B
+        return pair, torch.cat([A, others]), torch.cat([B, torch.stack([times(each, root) for each in more])])
 
     def _others(self, pair: Pair, number: int, before: Tensor | None) -> Tensor:
         """B of other terms ``[number, H, O, O]``, about, from those samples that tell them."""
