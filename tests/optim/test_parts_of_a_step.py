@@ -10,7 +10,7 @@ from kronfisher.optim.judge import Judge
 from kronfisher.optim.step_size import StepLength
 from tests.helpers.training import batches, network, train, weights
 
-PARTS = ("forward_backward", "statistics", "direction", "step_size", "judge")
+PARTS = ("watch", "forward_backward", "statistics", "direction", "step_size", "judge")
 
 
 def gradient(model, x, y):

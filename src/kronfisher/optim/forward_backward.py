@@ -26,11 +26,13 @@ class StepPasses:
     Attributes:
         passes: those that a backward pass followed.
         opaque: whether a loss was given that cannot be evaluated again.
+        seen: whether a backward pass of ours was run, or a captured pass brought statistics.
         rows: of the backward pass, if inverses are to be applied to them.
     """
 
     passes: list[ForwardPass]
     opaque: bool
+    seen: bool
     rows: RowInverse | None
 
     @property
@@ -59,12 +61,21 @@ class ForwardBackward:
     def forget(self) -> None:
         """Drop forward passes that no step followed."""
         self._passes: list[ForwardPass] = []
-        self._opaque = False
+        self._opaque = self._seen = False
         self._rows: RowInverse | None = None
+
+    def forget_done(self) -> None:
+        """Drop passes whose gradients are no longer there; forward passes stay until the second time."""
+        waiting, seen = [one for one in self._passes if one.outputs is not None and not one.kept], self._seen
+        self.forget()
+        for one in waiting:
+            one.kept = True
+        self._passes, self._seen = waiting, seen
 
     def take(self) -> StepPasses:
         """The passes of this step; they are forgotten here."""
-        taken = StepPasses([one for one in self._passes if one.loss is not None], self._opaque, self._rows)
+        passes = [one for one in self._passes if one.loss is not None]
+        taken = StepPasses(passes, self._opaque, bool(passes) or self._seen, self._rows)
         self.forget()
         return taken
 
@@ -73,6 +84,10 @@ class ForwardBackward:
         mask = self.likelihood.positions(outputs.detach(), targets)
         count = float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
         return -self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64) / count, count
+
+    def loss_of(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The loss, in the precision of the outputs but at least float32."""
+        return _rounded(self.mean_loss(outputs, targets)[0], outputs)
 
     def change(self, passes: Sequence[ForwardPass]) -> float:
         """By how much the loss has changed since these passes."""
@@ -139,7 +154,10 @@ class ForwardBackward:
         """
         record = next((one for one in self._passes if one.outputs is outputs), None)
         if record is None:
-            raise DataError("backward needs the outputs exactly as forward returned them, once.")
+            raise DataError(
+                "backward needs the outputs exactly as forward returned them, once, and before the next step: write "
+                "outputs = optimizer.forward(x); optimizer.backward(outputs, y); optimizer.step()."
+            )
         due = statistics.is_due(step)
         usable = due and statistics.accepts(outputs, targets, step)
         own, record.count = self.mean_loss(outputs, targets)
@@ -164,7 +182,7 @@ class ForwardBackward:
             if usable:
                 with suppress(NumericalError):  # something is not finite: this batch is left out
                     statistics.absorb(capture, outputs, targets, step, retain=False)
-        return self.loss.to(outputs.dtype)
+        return _rounded(self.loss, outputs)
 
     def _backward_observed(
         self,
@@ -186,6 +204,7 @@ class ForwardBackward:
             if usable:
                 return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
         self.forget()
+        self._seen = True
         for parameter in statistics.parameters.values():
             parameter.grad = None
 
@@ -206,6 +225,11 @@ class ForwardBackward:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self._rows_pay = state["rows_pay"]
+
+
+def _rounded(loss: Tensor, outputs: Tensor) -> Tensor:
+    """A loss in the precision of the outputs, but at least float32."""
+    return loss.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def require_outputs(outputs: Any) -> None:

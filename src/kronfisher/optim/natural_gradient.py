@@ -191,7 +191,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The mean negative log-likelihood of an example, differentiable."""
-        return self.parts.forward_backward.mean_loss(outputs, targets)[0].to(outputs.dtype)
+        return self.parts.forward_backward.loss_of(outputs, targets)
 
     def backward(
         self,
@@ -225,8 +225,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.parts.backward(outputs, targets, loss, scale, self.steps, rates=None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in any optimiser; forward passes that no step followed are forgotten."""
-        self.parts.forward_backward.forget()
+        """As in any optimiser; it may stand before, between or after `forward` and `backward`."""
+        self.parts.forward_backward.forget_done()
         super().zero_grad(set_to_none)
 
     def eval(self) -> None:

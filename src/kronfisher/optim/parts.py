@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
-from kronfisher.errors import NumericalWarning, UnsupportedError
+from kronfisher.errors import NumericalWarning
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.forward_backward import ForwardBackward, StepPasses
 from kronfisher.optim.judge import Judge
@@ -21,8 +21,14 @@ from kronfisher.optim.row_inverse import RowInverse
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepInputs, StepLength, StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
+from kronfisher.optim.watch import Watch, no_curvature_error
 
 __all__ = ["Parts", "StepParts"]
+
+CALL = (
+    "call step(lambda: model(x), y); or outputs = optimizer.forward(x) and optimizer.backward(outputs, y) before "
+    "optimizer.step()"
+)
 
 
 @dataclass
@@ -32,11 +38,13 @@ class StepParts(ABC):
     Attributes:
         forward_backward: runs and records passes.
         statistics: averages the curvature.
+        watch: tells the user what goes wrong.
         seconds: spent in a step outside statistics and inverses, by phase.
     """
 
     forward_backward: ForwardBackward
     statistics: Statistics
+    watch: Watch = field(default_factory=Watch, kw_only=True)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"forward and backward": 0.0, "model": 0.0, "update": 0.0}, kw_only=True
     )
@@ -148,6 +156,20 @@ class StepParts(ABC):
                 spare=self.spares,
             )
 
+    def take(self, gradients: Mapping[str, Tensor], step: int) -> StepPasses:
+        """The passes of a step, with their statistics merged; the user is told if any are missing.
+
+        Raises:
+            UnsupportedError: there is no curvature because no forward pass of ours was run.
+        """
+        taken, ready = self.forward_backward.take(), self.statistics.ready or self.statistics.examined
+        if gradients and not (taken.seen or ready):
+            raise no_curvature_error(CALL)
+        self.statistics.merge(step)
+        if gradients and ready and self.statistics.is_due(step):
+            self.watch.late(step, seen=taken.seen, call=CALL)
+        return taken
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
@@ -194,12 +216,13 @@ class Parts(StepParts):
         Raises:
             UnsupportedError: there is no curvature because no forward pass of ours was run.
         """
-        taken = self.forward_backward.take()
         gradients = trained.gradients()
-        self.statistics.merge(step)
+        taken = self.take(gradients, step)
         self.direction.follow(self.statistics.layers, step)
-        if not self._can_step(gradients, taken):
+        found = bool(gradients or (taken.rows is not None and taken.rows.rows))
+        if not (found and self.statistics.ready):
             self.judge.skip()
+            self.watch.idle(step, seen=found or taken.seen)
             return
         if self.judge.exploded(taken.passes):
             trained.take_back()
@@ -234,15 +257,6 @@ class Parts(StepParts):
                 if self.judge.rejects(change, length.predicted, step):
                     trained.restore(copies)
                     self.step_size.solve_next(step + 1)
-
-    def _can_step(self, gradients: Mapping[str, Tensor], taken: StepPasses) -> bool:
-        """Whether there are gradients and curvature."""
-        if gradients and not self.statistics.started:
-            raise UnsupportedError(
-                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
-                "optimizer.backward(outputs, y) before optimizer.step()."
-            )
-        return bool(gradients or (taken.rows is not None and taken.rows.rows)) and self.statistics.ready
 
     def _choose_length(self, inputs: StepInputs, step: int, solve: bool) -> StepLength:
         """The length of the step, with λ adapted to it."""
@@ -287,7 +301,8 @@ class Parts(StepParts):
             uncovered=statistics.uncovered,
             coupled=tuple(statistics.coupled),
             cuts=tuple(statistics.cuts),
-            warnings=(*([refusal] if refusal else []), *judge.warnings()),
+            warnings=(*([refusal] if refusal else []), *judge.warnings(), *self.watch.told.values()),
+            overdue=self.watch.overdue,
         )
 
     @staticmethod
@@ -310,3 +325,4 @@ class Parts(StepParts):
         self.forward_backward.load_state_dict(state["forward_backward"])
         self.step_size.load_state_dict(state["step_size"])
         self.judge.load_state_dict(state["judge"])
+        self.watch.load_state_dict(state["watch"])

@@ -20,8 +20,11 @@ from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.natural_gradient import DEFAULT_FIT
 from kronfisher.optim.statistics import Statistics
+from kronfisher.optim.watch import Watch, no_curvature_error
 
 __all__ = ["Preconditioner"]
+
+CALL = "call outputs = preconditioner(x) in place of the model before preconditioner.step()"
 
 
 class Preconditioner:
@@ -108,6 +111,8 @@ class Preconditioner:
         )
         self.direction = Direction(named, damping, refresh)
         self.damping = ScheduledDamping(self.trust)
+        self.watch = Watch()
+        self._seen = False  # whether a forward pass was captured for this step
 
     def __call__(self, *inputs: Any, targets: Any = None, **options: Any) -> Tensor:
         """The model's outputs.
@@ -124,6 +129,7 @@ class Preconditioner:
         with statistics.captured() as capture:
             outputs = self._wrapped(*inputs, **options)
         require_outputs(outputs)
+        self._seen = True
         with suppress(NumericalError):  # something is not finite; the loss shows that, too
             if statistics.accepts(outputs, targets, step):
                 statistics.absorb(capture, outputs, targets, step, retain=True)
@@ -136,8 +142,6 @@ class Preconditioner:
         Raises:
             UnsupportedError: there are no statistics yet.
         """
-        self.statistics.merge(self.steps)
-        self.direction.follow(self.statistics.layers, self.steps)
         named = self.statistics.parameters
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         if sparse := [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]:
@@ -145,10 +149,17 @@ class Preconditioner:
                 f"{', '.join(sparse)}: a sparse gradient has no room for a natural one. Use sparse=False in the layer, "
                 "or leave the parameter out of `params`."
             )
-        if gradients and not self.statistics.started:
-            raise UnsupportedError("There is no curvature yet: call outputs = preconditioner(x) in place of the model.")
+        seen, ready, self._seen = self._seen, self.statistics.ready, False
+        if gradients and not (seen or ready):
+            raise no_curvature_error(CALL)
+        self.statistics.merge(self.steps)
+        self.direction.follow(self.statistics.layers, self.steps)
+        if gradients and ready and self.statistics.is_due(self.steps):
+            self.watch.late(self.steps, seen=seen, call=CALL)
         if gradients and self.statistics.ready:  # otherwise no batch so far had anything that counts
             self._precondition(gradients)
+        else:
+            self.watch.unchanged(self.steps, gradients=bool(gradients))
         self.steps += 1
 
     def _precondition(self, gradients: Mapping[str, Tensor]) -> None:
@@ -171,6 +182,7 @@ class Preconditioner:
             "damping": self.damping.state_dict(),
             "statistics": self.statistics.state_dict(),
             "direction": self.direction.state_dict(),
+            "watch": self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,9 +196,10 @@ class Preconditioner:
                 "the state was saved by an earlier version of kronfisher, which kept it in another form. Load the "
                 "weights and the optimiser's state, and continue with a new Preconditioner."
             )
-        if state.keys() != {"steps", "damping", "statistics", "direction"}:
+        if state.keys() != {"steps", "damping", "statistics", "direction", "watch"}:
             raise DataError(f"this is not the state of a Preconditioner: it has {sorted(state)}")
         self.statistics.load_state_dict(state["statistics"])
         self.direction.load_state_dict(state["direction"], self.statistics.layers)
         self.damping.load_state_dict(state["damping"])
+        self.watch.load_state_dict(state["watch"])
         self.steps = state["steps"]

@@ -74,6 +74,7 @@ class ForwardPass:
         targets: as the likelihood takes them.
         loss: the mean negative log-likelihood, in float64.
         count: the number of examples that count.
+        kept: whether gradients were set to zero between this pass and its backward pass.
     """
 
     forward: Callable[[], Tensor]
@@ -84,6 +85,7 @@ class ForwardPass:
     targets: Any = None
     loss: Tensor | None = None
     count: float | Tensor = field(default=0.0)
+    kept: bool = False
 
     @property
     def low_precision(self) -> bool:

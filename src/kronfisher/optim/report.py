@@ -29,6 +29,7 @@ class TrainingReport:
         coupled: layers whose rows mix examples (normalisation over the batch).
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
         warnings: messages to the user.
+        overdue: steps that ran on statistics older than promised.
     """
 
     step: int
@@ -47,6 +48,7 @@ class TrainingReport:
     coupled: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    overdue: int = 0
 
     def __str__(self) -> str:
         loss = "-" if self.loss is None else f"{self.loss:.6g}"
@@ -57,6 +59,8 @@ class TrainingReport:
             f"{self.momentum:.3g}, model ratio {ratio}",
             f"{self.rejected} steps undone, {self.skipped} skipped, statistics of {self.dropped} batches dropped",
         ]
+        if self.overdue:
+            lines.append(f"{self.overdue} steps on statistics older than promised")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]

@@ -24,6 +24,7 @@ from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.moving_average import MovingAverage
+from kronfisher.optim.watch import require_one_process
 
 __all__ = ["Statistics"]
 
@@ -140,6 +141,7 @@ class Statistics:
 
     def prepare(self, step: int) -> None:
         """Begin with empty states, at first and whenever other parameters are trained than before."""
+        require_one_process()
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:
             self._run, self._trained, self.next_due = self._accumulator(), trained, step
@@ -322,6 +324,10 @@ class Statistics:
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
         self.next_due, self.dropped = state["next_due"], state["dropped"]
+        self._open, self._groups = False, None
+        if not state["trained"]:  # saved before the first forward pass: go on as before that
+            self._run, self._trained, self.layers, self.next_due = None, None, [], 0
+            return
         run = self._accumulator()
         written: dict[tuple[Block, ...], Any] = {
             tuple(block_of(block) for block in entry["blocks"]): entry for entry in state["layers"]
@@ -332,6 +338,8 @@ class Statistics:
         self.layers = [LayerStatistics(group) for group in run.groups]
         for layer, entry in zip(self.layers, written.values(), strict=True):
             layer.load_state_dict(entry, run.device)
+        if not self.layers:  # which there are is found out again
+            self.next_due = 0
 
     def _described(self) -> dict[str, str]:
         return {name: repr(average.fit) for name, average in self._fits.items()}

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from kronfisher.capture.capture import Capture
-from kronfisher.errors import UnsupportedError
 from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
@@ -88,17 +87,12 @@ class LayerwiseParts(StepParts):
         return self.direction.row_inverse(capture, rates)
 
     def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
-        taken = self.forward_backward.take()
         gradients = trained.gradients()
-        self.statistics.merge(step)
+        taken = self.take(gradients, step)
         self.direction.follow(self.statistics.layers, step)
-        if gradients and not self.statistics.started:
-            raise UnsupportedError(
-                "There is no curvature yet: call step(lambda: model(x), y), or outputs = optimizer.forward(x) and "
-                "optimizer.backward(outputs, y) before optimizer.step()."
-            )
         if not gradients or not (self.statistics.ready or (self.statistics.examined and not self.statistics.layers)):
             self.skipped += 1
+            self.watch.idle(step, seen=bool(gradients) or taken.seen)
             return
         self.direction.renew(step, self.statistics.pass_cost)
         self.statistics.schedule_bases(self.direction.due)
@@ -151,11 +145,13 @@ class LayerwiseParts(StepParts):
             uncovered=statistics.uncovered,
             coupled=tuple(statistics.coupled),
             cuts=tuple(statistics.cuts),
+            warnings=tuple(self.watch.told.values()),
+            overdue=self.watch.overdue,
         )
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        return "forward_backward", "statistics", "direction", "motion", "average", "skipped"
+        return "forward_backward", "statistics", "direction", "motion", "average", "watch", "skipped"
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name).state_dict() for name in self.names() if name != "skipped"}
@@ -168,4 +164,5 @@ class LayerwiseParts(StepParts):
         device = next(iter(self.statistics.parameters.values())).device
         self.motion.load_state_dict(state["motion"], device)
         self.average.load_state_dict(state["average"], device)
+        self.watch.load_state_dict(state["watch"])
         self.skipped = state["skipped"]

@@ -1,0 +1,148 @@
+"""Whatever a loop leaves out is refused at the first step or told once: nothing stands still in silence."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.helpers.training import batches, network, train, weights
+
+STEPS = pytest.mark.parametrize("step", [kf.LayerwiseStep(), kf.QuadraticModel()], ids=["layerwise", "quadratic"])
+
+
+def plain_step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@STEPS
+def test_a_fresh_state_that_is_loaded_changes_nothing(step):
+    data = batches(12)
+    model, again = network(), network()
+    optimizer, loaded = (kf.NaturalGradient(m, kf.Categorical(), step=step) for m in (model, again))
+    loaded.load_state_dict(loaded.state_dict())
+    train(optimizer, model, data)
+    train(loaded, again, data)
+    assert torch.equal(weights(model), weights(again)) and not torch.equal(weights(model), weights(network()))
+    assert loaded.report().overdue == loaded.report().skipped == 0
+
+
+@STEPS
+def test_a_first_step_without_a_pass_of_ours_is_refused_also_after_loading(step):
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=step)
+    for _ in range(2):
+        with pytest.raises(kf.UnsupportedError, match=r"no curvature yet: call step\(lambda: model\(x\), y\)"):
+            plain_step(model, optimizer, x, y)
+        optimizer.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        optimizer.forward(x)  # to evaluate; no step can be made of it
+    with pytest.raises(kf.UnsupportedError, match="no curvature yet"):
+        plain_step(model, optimizer, x, y)
+    assert torch.equal(weights(model), weights(network())) and optimizer.steps == 0
+    optimizer.backward(optimizer.forward(x), y)  # as the message says
+    optimizer.step()
+    assert not torch.equal(weights(model), weights(network()))
+
+
+@STEPS
+def test_later_steps_on_old_curvature_are_told_once_and_counted(step):
+    model, data = network(), batches(8)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=step, refresh=kf.Refresh(statistics=2))
+    train(optimizer, model, data[:1])
+    with pytest.warns(kf.NumericalWarning, match="no forward pass was captured") as caught:
+        for x, y in data[1:]:
+            plain_step(model, optimizer, x, y)
+    assert len(caught) == 1 and optimizer.report().overdue == 7
+    assert "7 steps on statistics older than promised" in str(optimizer.report())
+    train(optimizer, model, data)
+    assert optimizer.report().overdue == 7
+
+
+@STEPS
+def test_a_step_without_gradients_is_told_once_and_counted(step):
+    model, data = network(), batches(2)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=step)
+    train(optimizer, model, data)
+    optimizer.zero_grad()
+    with pytest.warns(kf.NumericalWarning, match="no trained parameter has a gradient") as caught:
+        optimizer.step()
+        optimizer.step()
+    assert len(caught) == 1 and optimizer.report().skipped == 2
+
+
+def test_a_preconditioner_is_as_loud():
+    model, data = network(), batches(8)
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(statistics=2))
+    preconditioner.load_state_dict(preconditioner.state_dict())
+
+    def step(run, x, y):
+        model.zero_grad()
+        nn.functional.cross_entropy(run(x), y).backward()
+        before = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+        preconditioner.step()
+        return bool((torch.cat([p.grad.flatten() for p in model.parameters()]) != before).any())
+
+    with pytest.raises(kf.UnsupportedError, match="in place of the model"):
+        step(model, *data[0])
+    assert step(preconditioner, *data[0])
+    with pytest.warns(kf.NumericalWarning, match="older than `refresh` promises") as caught:
+        for x, y in data[1:]:
+            assert step(model, x, y)
+    assert len(caught) == 1 and preconditioner.watch.overdue == 7
+    model.zero_grad()
+    with pytest.warns(kf.NumericalWarning, match="no parameter has a gradient"):
+        preconditioner.step()
+
+
+@STEPS
+def test_gradients_may_be_set_to_zero_between_forward_and_backward(step):
+    runs = []
+    for between in (False, True):
+        model = network()
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), step=step)
+        for x, y in batches(6):
+            if not between:
+                optimizer.zero_grad()
+            outputs = optimizer.forward(x)
+            if between:
+                optimizer.zero_grad()
+            optimizer.backward(outputs, y)
+            optimizer.step()
+        runs.append(weights(model))
+    assert torch.equal(*runs)
+
+
+def test_forward_passes_that_nothing_follows_are_forgotten():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    for _ in range(5):
+        outputs = optimizer.forward(x)
+        optimizer.zero_grad()
+    assert len(optimizer.parts.forward_backward._passes) == 1
+    optimizer.backward(outputs, y)
+    optimizer.step()
+    with pytest.raises(kf.DataError, match=r"outputs = optimizer.forward\(x\); optimizer.backward"):
+        optimizer.backward(outputs, y)
+
+
+@STEPS
+def test_several_ranks_are_refused_at_the_first_step(step):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model, ((x, y), *_) = network(), batches(1)
+    with warnings.catch_warnings(action="ignore"):
+        torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        for call in (
+            lambda: kf.NaturalGradient(model, kf.Categorical(), step=step).step(lambda: model(x), y),
+            lambda: kf.Preconditioner(model, kf.Categorical())(x),
+        ):
+            with pytest.raises(kf.UnsupportedError, match="process group of 2 ranks"):
+                call()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(weights(model), weights(network()))
