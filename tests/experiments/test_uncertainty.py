@@ -95,10 +95,12 @@ def test_measures_of_classification():
     assert classification.auroc(low, high) == pytest.approx(float(pairs))
     assert classification.auroc(torch.ones(3), torch.ones(4)) == 0.5
     found = classification.judge(
-        lambda x: p[x.long().flatten()], torch.arange(100.0), torch.arange(100.0, 300.0), targets[:100]
+        lambda x: p.log()[x.long().flatten()], torch.arange(100.0), torch.arange(100.0, 300.0), targets[:100]
     )
     assert found["nll"] == pytest.approx(-float(p[:100].gather(1, targets[:100, None]).log().mean()), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((p[:100].argmax(1) == targets[:100]).double().mean()))
+    far = torch.tensor([[0.0, -1e3]]).expand(4, 2).log_softmax(1)
+    assert classification.judge(lambda x: far, torch.ones(4), torch.ones(4), torch.ones(4).long())["nll"] == 1e3
 
 
 def test_calibrated_predictions_are_those_of_the_best_prior_on_validation_data(monkeypatch, tmp_path):

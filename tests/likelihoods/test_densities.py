@@ -132,8 +132,10 @@ def test_a_prediction_made_by_hand_is_read_by_its_probabilities():
     found = kf.Categorical().log_predictive_density(prediction, torch.tensor([0, 0]))
     truth = torch.tensor([0.25, torch.finfo(torch.float64).tiny], dtype=torch.float64).log()
     torch.testing.assert_close(found, truth)
-    binary = kf.Bernoulli().log_predictive_density(prediction, torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
-    truth = [math.log(0.25 * 0.75), math.log(torch.finfo(torch.float64).eps)]
+    p = torch.tensor([[0.25, 0.75], [0.0, 1.0], [1e-40, 0.5], [1e-40, 0.5]], dtype=torch.float64)
+    prediction = kf.Prediction(p, p * (1 - p), p * 0, p * (1 - p))
+    binary = kf.Bernoulli().log_predictive_density(prediction, torch.tensor([[1.0, 1.0]] * 3 + [[0.0, 0.5]]))
+    truth = [math.log(0.25 * 0.75), -math.inf, math.log(0.5e-40), math.log(0.5)]
     torch.testing.assert_close(binary, torch.tensor(truth, dtype=torch.float64))
 
 

@@ -75,7 +75,10 @@ class Bernoulli(Likelihood):
     def log_predictive_densities(self, prediction: Prediction, targets: Tensor) -> Tensor:
         """`y log p + (1 - y) log(1 - p)` of every entry; see the base class."""
         mean, logits = prediction.mean, prediction.logits
-        return self.log_probs(torch.logit(mean, eps=torch.finfo(mean.dtype).eps) if logits is None else logits, targets)
+        if logits is not None:
+            return self.log_probs(logits, targets)
+        targets = require_shape(targets, mean.shape, "Bernoulli").to(mean.dtype)
+        return torch.xlogy(targets, mean) + torch.special.xlog1py(1 - targets, -mean)
 
     def root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """`√(p(1-p))` for every entry of the outputs; see the base class."""

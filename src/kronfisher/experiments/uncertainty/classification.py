@@ -12,15 +12,23 @@ __all__ = ["auroc", "calibration_error", "judge"]
 def judge(
     predict: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, targets: Tensor, at_once: int = 250
 ) -> dict[str, float]:
-    """Accuracy, negative log likelihood, calibration error, AUROC by the entropy, and the seconds of predicting."""
+    """Accuracy, negative log likelihood, calibration error, AUROC by the entropy, and the seconds of predicting.
+
+    Args:
+        predict: inputs to the logarithms of the probabilities of the classes ``[n, C]``.
+        inside: inputs of the kind that the network was trained on.
+        outside: others.
+        targets: classes of those inside.
+        at_once: inputs in one call.
+    """
     start = time.process_time()
     near, far = (torch.cat([predict(part) for part in x.split(at_once)]).double() for x in (inside, outside))
     seconds = time.process_time() - start
-    entropies = [-(p * p.clamp_min(1e-300).log()).sum(1) for p in (near, far)]
+    entropies = [torch.special.entr(logs.exp()).sum(1) for logs in (near, far)]
     return {
         "accuracy": float((near.argmax(1) == targets).double().mean()),
-        "nll": -float(near.gather(1, targets[:, None]).clamp_min(1e-300).log().mean()),
-        "ece": calibration_error(near, targets),
+        "nll": -float(near.gather(1, targets[:, None]).mean()),
+        "ece": calibration_error(near.exp(), targets),
         "auroc": auroc(*entropies),
         "predict": seconds,
     }

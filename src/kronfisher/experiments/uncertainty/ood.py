@@ -116,16 +116,18 @@ class OODStudy(Experiment):
 
             def plain(x: Tensor, model: nn.Module = model) -> Tensor:
                 with torch.no_grad():
-                    return model(x).softmax(-1)
+                    return model(x).log_softmax(-1)
 
             rows.append(self._row("MAP", seed, judge(plain, *tests)))
             for label, fit in self.fits.items():
                 step(f"seed {seed}: {label}", seed, self.seeds)
                 try:
                     posterior, record = self._ours(model, batches, fit, seed)
-                    rows.append(self._row(label, seed, record | judge(mean_of(posterior), *tests)))
+                    rows.append(self._row(label, seed, record | judge(log_probabilities_of(posterior), *tests)))
                     record = self._calibrate(posterior, validation)
-                    rows.append(self._row(f"{label}{CALIBRATED}", seed, record | judge(mean_of(posterior), *tests)))
+                    rows.append(
+                        self._row(f"{label}{CALIBRATED}", seed, record | judge(log_probabilities_of(posterior), *tests))
+                    )
                 except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
                     rows.append(self._row(label, seed, {"failure": str(reason)}))
             for structure in self.peers if laplace_torch.available() else ():
@@ -133,7 +135,7 @@ class OODStudy(Experiment):
                 posterior, estimating, tuning = laplace_torch.classifier(model, batches, structure)
 
                 def theirs(x: Tensor, posterior: Any = posterior) -> Tensor:
-                    return posterior(x, pred_type="glm", link_approx="probit").detach()
+                    return posterior(x, pred_type="glm", link_approx="probit").detach().log()
 
                 record = {
                     "estimate": estimating,
@@ -174,13 +176,15 @@ class OODStudy(Experiment):
         return {"study": "ood", **{name: getattr(self, name) for name in names}, "fits": fits}
 
 
-def mean_of(posterior: Laplace) -> Callable[[Tensor], Tensor]:
-    """The function from inputs to predicted means."""
+def log_probabilities_of(posterior: Laplace) -> Callable[[Tensor], Tensor]:
+    """The function from inputs to the logarithms of predicted probabilities."""
 
     def predict(x: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a prior below the rounding of the largest eigenvalue
-            return posterior.predict(x).mean
+            logits = posterior.predict(x).logits
+        assert logits is not None
+        return logits.log_softmax(-1)
 
     return predict
 
