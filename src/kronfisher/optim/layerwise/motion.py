@@ -77,9 +77,12 @@ class Motion:
         states = [self._state(trained, name) for name in names]
         momenta = [state["momentum"] for state in states]
         evidence = where.sum([torch.dot(g.reshape(-1), m.reshape(-1)) for g, m in zip(plain, momenta, strict=True)])
+        squares = where.sum([torch.dot(g.reshape(-1), d.reshape(-1)) for g, d in zip(plain, directions, strict=True)])
         lengths = where.lengths(directions)
         clip, finite = self._clip(lengths, where.moving)
-        factors = self.rates.update(torch.nan_to_num(evidence * clip, 0.0, 0.0, 0.0), finite)
+        decay = torch.where(where.natural, self.momentum, FIRST_MOMENT)
+        evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, squares * clip.square()))
+        factors = self.rates.update(evidence, squares, decay, finite)
         for direction in directions:
             direction.nan_to_num_(0.0, 0.0, 0.0)
         mul_(directions, where.spread(clip, directions))

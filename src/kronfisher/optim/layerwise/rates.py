@@ -13,47 +13,69 @@ MEMORY = 0.9  # of the averages of the evidence
 SPEED = 0.02  # by how much full agreement lengthens a step, and full contradiction shortens it
 SPAN = 100.0  # steps after which the least rate begins to fall
 POWER = 0.75  # with which it falls: below every 1/k, so that convex problems converge, and above the square root
+OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on steps are too long, whatever the noise
+BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
+RECOVERY = 0.002  # by how much the bounds rise again at every step
 
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units, in ``[(1 + k/100)^−3/4, 1]`` at step k.
+    """Factors on the rates of all units, in ``[(1 + k/100)^−3/4, 1]`` at step k, times a brake.
 
-    ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p of the last steps, taken as gradients point:
-    near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``.
+    ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
+    near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
+    but small beside the gradient: ``c = EMA(⟨g, p⟩ / (‖g‖ ‖p‖))``, with norms in the metric of the inverse curvature,
+    falls below −.15 only where steps overshoot, and then lowers the bounds of f, too; above .15, it raises them again.
 
     Attributes:
         factors: f ``[U]``.
         signed: the average of ``⟨g, p⟩``, ``[U]``.
         absolute: the average of its absolute value, ``[U]``.
+        cosine: c ``[U]``.
+        path: ``‖p‖²``, ``[U]``.
+        brake: the factor on the bounds of f, ``[U]``.
         steps: k.
     """
 
     factors: Tensor = field(default_factory=lambda: torch.ones(0))
     signed: Tensor = field(default_factory=lambda: torch.zeros(0))
     absolute: Tensor = field(default_factory=lambda: torch.zeros(0))
+    cosine: Tensor = field(default_factory=lambda: torch.zeros(0))
+    path: Tensor = field(default_factory=lambda: torch.zeros(0))
+    brake: Tensor = field(default_factory=lambda: torch.ones(0))
     steps: int = 0
 
     def resize(self, places: list[int | None], device: torch.device) -> None:
         """Reorder the units: for each its place before, or None for a new one."""
         index = [0 if place is None else 1 + place for place in places]
+        for name, new in (("factors", 1), ("signed", 0), ("absolute", 0), ("cosine", 0), ("path", 0), ("brake", 1)):
+            values = getattr(self, name).to(device)
+            setattr(self, name, torch.cat([values.new_full((1,), float(new)), values])[index])
 
-        def chosen(values: Tensor, new: float) -> Tensor:
-            return torch.cat([values.new_full((1,), new).to(device), values.to(device)])[index]
+    def update(self, products: Tensor, squares: Tensor, decay: Tensor, finite: Tensor) -> Tensor:
+        """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
-        self.factors = chosen(self.factors, 1.0)
-        self.signed, self.absolute = chosen(self.signed, 0.0), chosen(self.absolute, 0.0)
-
-    def update(self, products: Tensor, finite: Tensor) -> Tensor:
-        """Take over the evidence ``⟨g, p⟩ [U]`` of one step, unless that is not finite; the new factors."""
+        Args:
+            products: ``⟨g, p⟩ [U]``.
+            squares: ``⟨g, d⟩ [U]`` with the natural gradient d.
+            decay: β ``[U]`` of the averages p.
+            finite: whether the gradients are, 0-dim.
+        """
+        squares = squares.clamp_min(0)
+        norms = (squares * self.path.clamp_min(0)).sqrt()
+        cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp(-1, 1), 1 - MEMORY)
+        path = (decay**2 * self.path + 2 * decay * (1 - decay) * products + (1 - decay) ** 2 * squares).clamp_min(0)
+        beyond = cosine.abs().sub(OVERSHOT).clamp_min(0) * cosine.sign()
+        brake = self.brake * (RECOVERY + BRAKE * beyond).exp()
         signed = self.signed.lerp(products, 1 - MEMORY)
         absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
         agreement = signed / torch.where(absolute > 0, absolute, 1)
         least = (1 + self.steps / SPAN) ** -POWER
-        factors = (self.factors * (SPEED * agreement).exp()).clamp(least, 1.0)
-        self.signed = torch.where(finite, signed, self.signed)
-        self.absolute = torch.where(finite, absolute, self.absolute)
-        self.factors = torch.where(finite, factors, self.factors)
+        brake = brake.clamp(max=1.0)
+        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), least * brake), brake)
+        new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
+        for name, values in {**new, "factors": factors}.items():
+            setattr(self, name, torch.where(finite, values, getattr(self, name)))
         self.steps += 1
         return self.factors
 

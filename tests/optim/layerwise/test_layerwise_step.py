@@ -1,0 +1,139 @@
+"""The default step: sizes, what is natural and what is adaptive, outliers, averages, horizons."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from tests.helpers.training import batches, network, train, weights
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.first, self.norm = nn.Embedding(10, 6), nn.Linear(6, 8), nn.LayerNorm(8)
+        self.power, self.last = nn.Parameter(torch.zeros(())), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(self.table(x)).tanh()) * self.power.exp())
+
+
+def mixed_batch(n=32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(10, (n,), generator=generator)
+    return x, x % 3
+
+
+def test_matrices_follow_the_natural_gradient_and_everything_else_an_adaptive_one():
+    model, (x, y) = Mixed(), mixed_batch()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        optimizer.step(lambda: model(x), y)
+    natural = {unit.parameters for unit in optimizer.parts.motion.units if unit.natural}
+    assert natural == {("first.weight", "first.bias"), ("last.weight",)}
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_first_step_has_the_size_where_the_rates_of_muon_and_adamw_agree_whatever_the_scale_of_the_loss(scale):
+    model, ((x, y), *_) = network(dtype=torch.float64), batches(1, dtype=torch.float64)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    outputs = optimizer.forward(x)
+    optimizer.backward(outputs, y, optimizer.loss(outputs, y) * scale)
+    optimizer.step()
+    rate = optimizer.rule.rate
+    for layer in ("0", "2"):
+        moved = [p.detach() - before[name] for name, p in model.named_parameters() if name.startswith(layer)]
+        square, numel = sum(float(m.square().sum()) for m in moved), sum(m.numel() for m in moved)
+        # One gradient of weight 1 - β in an average that looks one step ahead: (1 - β)(1 + β) of its length.
+        ahead = 1 - optimizer.rule.momentum**2
+        assert square**0.5 == pytest.approx(rate * 0.2 * numel**0.5 * ahead, rel=1e-6)
+
+
+def test_the_step_is_along_the_damped_inverse_of_dense_truth():
+    model, ((x, y), *_) = network(dtype=torch.float64), batches(1, dtype=torch.float64)
+    rule = kf.LayerwiseStep(damping=0.1, data_damping=0.0)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=rule, labels="exact")
+    fisher = kf.estimate(model, (x, y), kf.Categorical(), labels="exact", fit="kfac")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    nn.functional.cross_entropy(model(x), y).backward()
+    gradient = torch.cat([model[2].weight.grad, model[2].bias.grad[:, None]], 1)
+    operator = fisher["2.weight"]
+    A, B = operator.A[0], operator.B[0]
+    damped = [F + 0.1 * F.trace() / len(F) * torch.eye(len(F), dtype=torch.float64) for F in (B, A)]
+    expected = torch.linalg.solve(damped[0], gradient) @ torch.linalg.inv(damped[1])
+    optimizer.step(lambda: model(x), y)
+    moved = torch.cat([model[2].weight - before["2.weight"], (model[2].bias - before["2.bias"])[:, None]], 1)
+    torch.testing.assert_close(-moved / moved.norm(), expected / expected.norm())
+
+
+def test_layers_that_read_data_are_damped_by_their_width():
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, batches(1))
+    assert [layer.reads_data for layer in optimizer.parts.statistics.layers] == [True, False]
+
+
+def test_an_outlier_is_clipped_and_a_batch_that_is_not_finite_moves_nothing():
+    model, data = network(), batches(12)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, data[:-1])
+    x, y = data[-1]
+    before = weights(model)
+    optimizer.step(lambda: model(x * torch.nan), y)
+    assert torch.equal(weights(model), before) and optimizer.report().skipped == 1
+    lengths = optimizer.parts.motion.lengths.clone()
+    optimizer.step(lambda: model(x) * 1e4, y)
+    assert bool((optimizer.parts.motion.lengths <= 1.5 * lengths).all())
+    assert bool(torch.isfinite(weights(model)).all())
+
+
+def test_averages_are_exchanged_for_evaluation_buffers_included_and_training_asks_for_them_back():
+    torch.manual_seed(0)
+    model, data = network(nn.BatchNorm1d(6)), batches(6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    iterates = []
+    for batch in data:
+        train(optimizer, model, [batch])
+        iterates.append({k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()})
+    expected = iterates[0]
+    for k, iterate in enumerate(iterates, 1):
+        share = min(1.0, 9 / (k + 8))
+        expected = {name: (1 - share) * value + share * iterate[name] for name, value in expected.items()}
+    optimizer.eval()
+    for name, value in expected.items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+    with pytest.raises(kf.UnsupportedError, match=r"optimizer\.train\(\)"):
+        train(optimizer, model, data[:1])
+    optimizer.train()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in iterates[-1].items())
+
+
+def test_a_horizon_anneals_the_rate():
+    model, data = network(), batches(10)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), total_steps=10)
+    assert optimizer.report().step_size == optimizer.rule.rate
+    train(optimizer, model, data)
+    assert optimizer.report().step_size == pytest.approx(optimizer.rule.rate / 100)
+
+
+def test_weight_decay_is_decoupled():
+    model, data = network(), batches(1)
+    twin = copy.deepcopy(model)
+    for one, decay in ((model, 0.5), (twin, 0.0)):
+        train(kf.NaturalGradient(one, kf.Categorical(), weight_decay=decay), one, data)
+    start = network()
+    for name, p in model.named_parameters():
+        expected = dict(twin.named_parameters())[name] - 0.06 * 0.5 * dict(start.named_parameters())[name]
+        torch.testing.assert_close(p, expected)
+
+
+@pytest.mark.parametrize("option", [{"momentum": 1.0}, {"rate": 0.0}, {"damping": -1.0}, {"data_damping": -1.0}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        kf.LayerwiseStep(**option)

@@ -1,0 +1,67 @@
+"""Rates grow with agreement, shrink with contradiction within bounds, and brake where steps overshoot."""
+
+import torch
+
+from kronfisher.optim.layerwise.rates import Rates
+
+FINITE, DECAY = torch.tensor(True), torch.full((1,), 0.9)
+
+
+def rates(count=1):
+    made = Rates()
+    made.resize([None] * count, torch.device("cpu"))
+    return made
+
+
+def feed(made, gradients, decay=0.9):
+    """Evidence of one unit whose inverse curvature is the identity, from a list of gradients."""
+    path = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), FINITE)
+        path = decay * path + (1 - decay) * gradient
+    return path
+
+
+def test_the_length_of_the_path_is_followed_exactly():
+    made, generator = rates(), torch.Generator().manual_seed(0)
+    path = feed(made, [torch.randn(7, generator=generator) for _ in range(30)])
+    torch.testing.assert_close(made.path, (path @ path).reshape(1))
+
+
+def test_noise_moves_rates_within_their_bounds_and_never_brakes():
+    made, generator = rates(), torch.Generator().manual_seed(1)
+    for step in range(400):
+        feed(made, [torch.randn(1000, generator=generator)])
+        assert (1 + step / 100) ** -0.75 - 1e-6 <= float(made.factors) <= 1
+    assert float(made.brake) == 1
+
+
+def test_gradients_that_agree_keep_the_full_rate_and_contradiction_brakes():
+    made, ones = rates(), torch.ones(3)
+    path = feed(made, [ones] * 50)
+    assert float(made.factors) == 1
+    for _ in range(20):  # every step goes too far, so that the next gradient points back
+        gradient = -path.sign()
+        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), DECAY, FINITE)
+        path = 0.9 * path + 0.1 * gradient
+    assert float(made.factors) < 0.3 and float(made.brake) < 0.3
+    braked = float(made.brake)
+    feed(made, [ones] * 40)
+    assert float(made.brake) > 2 * braked  # agreement releases it
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
+    made = rates()
+    feed(made, [torch.ones(3)] * 5)
+    before = {name: value.clone() for name, value in vars(made).items() if name != "steps"}
+    made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), DECAY, torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in vars(made).items() if name != "steps")
+
+
+def test_units_keep_what_is_known_of_them_when_others_join():
+    made = rates(2)
+    for _ in range(20):
+        made.update(torch.tensor([1.0, -1.0]), torch.ones(2), torch.full((2,), 0.9), FINITE)
+    old = made.factors.clone()
+    made.resize([1, None, 0], torch.device("cpu"))
+    assert made.factors.tolist() == [float(old[1]), 1.0, float(old[0])]
