@@ -164,14 +164,14 @@ def _cost(one: LayerInverse) -> float:
 
 def _is_plain(one: LayerInverse, gradients: Mapping[str, Tensor]) -> bool:
     """Whether the layer is one matrix of whole parameters, and its inverse a product of dense factors."""
-    if len(one.blocks) > 1 or not one.separable:
+    if one.inverse is None or not one.separable:
         return False
-    block = one.blocks[0]
+    (block,) = one.layer.blocks
+    views = block.views
     return (
         block.weight is not None
-        and all(view.whole and view.parameter in gradients for view in block.views)
-        and len({view.parameter for view in block.views}) == len(block.views)
-        and one.inverse is not None
+        and all(view.whole and view.parameter in gradients for view in views)
+        and len(block.parameters) == len(views)
         and gradients[block.weight.parameter].dtype == one.inverse.dtype
     )
 
