@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
+from kronfisher.capture.batches import as_batches
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.estimation.comparison import Comparison, Row
 from kronfisher.estimation.estimate import estimate
@@ -84,8 +86,8 @@ def measure(
         raise DataError(
             "compare reads the data once for every fit, and an iterator is empty after the first: give a list"
         )
-    first = data if isinstance(data, tuple | Tensor) else next(iter(data), None)
-    if first is None:
+    first = list(islice(as_batches(data)[0], 1))  # a batch in a list, as loaders make batches that are lists
+    if not first:
         raise DataError("compare was given no batches: the data are empty")
     options["progress"] = progress
     # The first estimate in a process pays for loading and allocating; it also raises early if the model is refused.
