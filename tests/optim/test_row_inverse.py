@@ -8,7 +8,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.operators import Kronecker
-from kronfisher.optim.row_inverse import RowInverse, route
+from kronfisher.optim.row_inverse import RowInverse, pays
 
 
 def wide(dtype=torch.float64, bias=True):
@@ -34,13 +34,13 @@ def spd(n):
 SHAPES = [
     (rows, outputs, inputs, bias)
     for rows, (outputs, inputs), bias in product((2, 10, 14, 40, 200), ((12, 30), (30, 12), (1, 40), (20, 20)), (0, 1))
-    if route(rows, outputs, inputs + bias) != "matrix"
+    if pays(rows, outputs, inputs + bias)
 ]
 assert len(SHAPES) == 12
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs", "bias"), SHAPES)
-def test_every_route_gives_the_product(rows, outputs, inputs, bias):
+def test_rows_give_the_product(rows, outputs, inputs, bias):
     model = nn.Linear(inputs, outputs, bias=bool(bias)).double()
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
     x = torch.randn(rows, inputs, dtype=torch.float64)
@@ -56,10 +56,18 @@ def test_every_route_gives_the_product(rows, outputs, inputs, bias):
     kept.apply(layer, out)
     expected = B @ g.mT @ a @ A
     torch.testing.assert_close(layer.blocks[0].gather(out).reshape(outputs, inputs), expected)
-    if route(rows, outputs, inputs) == "both":
-        torch.testing.assert_close(kept.slopes[layer.name], (expected * (g.mT @ a)).sum())
-    else:
-        assert not kept.slopes
+    torch.testing.assert_close(kept.slopes[layer.name], (expected * (g.mT @ a)).sum())
+
+
+def test_one_factor_alone_never_belongs_on_rows():
+    for rows, outputs, inputs in product((1, 2, 5, 13, 40, 200), (1, 2, 7, 30, 150), (1, 3, 20, 160)):
+        matrix = outputs * inputs * (outputs + inputs)
+        product_of_rows = rows * outputs * inputs
+        left = product_of_rows + rows * outputs**2 + outputs * inputs**2
+        right = product_of_rows + rows * inputs**2 + inputs * outputs**2
+        both = product_of_rows + rows * (outputs**2 + inputs**2)
+        assert pays(rows, outputs, inputs) == (both < matrix)
+        assert min(matrix, both) <= min(left, right)
 
 
 @pytest.mark.parametrize(

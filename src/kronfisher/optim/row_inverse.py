@@ -1,13 +1,12 @@
 """Inverses applied to the rows that a gradient is made of: cheaper than to the gradient where a batch has few of them.
 
-``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (examples times positions). Each factor is applied where
-that takes fewer multiplications.
+``B⁻¹ V A⁻¹ = (B⁻¹ gᵀ)(a A⁻¹)`` for ``V = gᵀ a`` with R rows (examples times positions), where that takes
+fewer multiplications.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,27 +18,19 @@ from kronfisher.layers import RowOrder
 from kronfisher.layers.linear import RowUse
 from kronfisher.optim.layer_inverse import LayerInverse
 
-__all__ = ["RowInverse", "route"]
-
-Route = Literal["matrix", "left", "right", "both"]
+__all__ = ["RowInverse", "pays"]
 
 
-def route(rows: int, outputs: int, inputs: int) -> Route:
-    """Which of the factors B (left) and A (right) are applied to rows, by the number of multiplications.
+def pays(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether both factors applied to rows, and the product of these, take fewer multiplications than to the matrix.
+
+    One of the factors alone never belongs on rows: where that is cheaper than the matrix, both are cheaper still.
 
     Example:
-        >>> route(128, 1000, 785), route(4096, 1000, 785), route(128, 1000, 51)
-        ('both', 'matrix', 'matrix')
+        >>> pays(128, 1000, 785), pays(4096, 1000, 785), pays(128, 1000, 51)
+        (True, False, False)
     """
-    product = rows * outputs * inputs
-    left, right = (rows * outputs**2, inputs * outputs**2), (rows * inputs**2, outputs * inputs**2)
-    costs: dict[Route, int] = {
-        "matrix": left[1] + right[1],
-        "left": product + left[0] + right[1],
-        "right": product + left[1] + right[0],
-        "both": product + left[0] + right[0],
-    }
-    return min(costs, key=lambda key: costs[key])
+    return rows * (outputs * inputs + outputs**2 + inputs**2) < outputs * inputs * (outputs + inputs)
 
 
 @dataclass
@@ -79,13 +70,13 @@ class RowInverse:
         return one.name in self.rows and one.separable
 
     def spare(self, capture: Capture) -> set[str]:
-        """Parameters whose gradient need not be formed, because both factors go to rows; their calls are kept."""
+        """Parameters whose gradient need not be formed, because factors go to rows; their calls are kept."""
         spared: set[str] = set()
         for call in capture.calls:
             for use in call.uses:
                 layer = self.layers.get((use.weight, use.bias))
                 rows = prod(use.lead(call.shape)) if isinstance(use, RowUse) else 0
-                if layer is not None and rows and route(rows, *layer.blocks[0].shape[1:]) == "both":
+                if layer is not None and rows and pays(rows, *layer.blocks[0].shape[1:]):
                     spared.update(layer.blocks[0].parameters)
                     self.edges.append(call.edge)
         return spared
@@ -98,7 +89,7 @@ class RowInverse:
                 continue
             order = RowOrder(prod(use.lead(call.shape)))
             outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
-            if route(len(outputs), *layer.blocks[0].shape[1:]) != "matrix":
+            if pays(len(outputs), *layer.blocks[0].shape[1:]):
                 activations = use.activations(order, gradient, use.weight is not None, use.bias is not None)
                 self.rows[layer.name] = activations.dense().flatten(0, 2), outputs
 
@@ -113,27 +104,18 @@ class RowInverse:
                 gradients.update({name: gradient[0] for name, gradient in out.items()})
 
     def apply(self, layer: LayerInverse, out: dict[str, Tensor]) -> None:
-        """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; its slope is kept if both factors go to rows."""
+        """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; and keep its slope."""
         (block,) = layer.blocks
         inputs, outputs = self.rows[layer.name]
         factors = layer.inverse.product if layer.inverse is not None else None
         assert factors is not None
         right, left = (factor.tensor[0] for factor in factors)
-        chosen = route(len(inputs), len(left), len(right))
-        if chosen in ("left", "both"):
-            left = left @ outputs.mT
-        right = inputs @ right if chosen in ("right", "both") else right
-        if chosen == "both":  # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
-            self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
-        middle = {"left": (left, inputs, right), "right": (left, outputs.mT, right)}.get(chosen)
-        first, last = (left, right) if middle is None else _joined(*middle, into_left=chosen == "left")
+        left, right = left @ outputs.mT, inputs @ right
+        # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
+        self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
         if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
             weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
-            torch.mm(first, last[:, :-1], out=weight.view(len(first), -1))
-            torch.mv(first, last[:, -1], out=bias.view(-1))
+            torch.mm(left, right[:, :-1], out=weight.view(len(left), -1))
+            torch.mv(left, right[:, -1], out=bias.view(-1))
         else:
-            block.scatter((first @ last).reshape(1, -1), out)
-
-
-def _joined(left: Tensor, middle: Tensor, right: Tensor, *, into_left: bool) -> tuple[Tensor, Tensor]:
-    return (left @ middle, right) if into_left else (left, middle @ right)
+            block.scatter((left @ right).reshape(1, -1), out)
