@@ -46,6 +46,7 @@ from kronfisher.likelihoods import (
     HeteroscedasticGaussian,
     Likelihood,
     Poisson,
+    Residuals,
     Weighted,
 )
 from kronfisher.optim import IterateAverage, LayerwiseStep, NaturalGradient, QuadraticModel, Refresh, batch_size_at
@@ -97,6 +98,7 @@ __all__ = [
     "Prototypes",
     "QuadraticModel",
     "Refresh",
+    "Residuals",
     "Schedule",
     "Scores",
     "Share",

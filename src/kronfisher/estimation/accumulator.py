@@ -135,7 +135,7 @@ class Accumulator:
             while True:
                 self.start_pass()
                 with isolate(self.model, self.recipe.seed):
-                    for observation in observe_all(self.model, self.parameters, batches, self.recipe.forward, number):
+                    for observation in observe_all(self.model, self.parameters, batches, self.recipe.run, number):
                         self._absorb(observation)
                         if self.passes > 1:
                             batches.recognise(observation.batch)
@@ -172,7 +172,7 @@ class Accumulator:
             NumericalError: the batch or the outputs hold NaN or Inf.
             MemoryBudgetError: the states do not fit the budget.
         """
-        self._absorb(observe(self.model, self.parameters, batch, self.recipe.forward, where))
+        self._absorb(observe(self.model, self.parameters, batch, self.recipe.run, where))
 
     def _absorb(self, observation: Observation) -> None:
         """`absorb`, with an error that says whether values that are not finite come from the batch."""
@@ -218,7 +218,7 @@ class Accumulator:
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
         stream = Stream(entries, assignment.orders, mask, singles)
-        size = float(len(outputs)) if mask is None else mask.any(dim=1).sum().to(torch.float64)
+        size = likelihood.count(outputs) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)
             stream.flush()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
@@ -60,6 +60,24 @@ class Recipe:
             raise TypeError(
                 f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."
             )
+
+    @property
+    def run(self) -> Forward | None:
+        """The forward pass, whose outputs are one tensor under any likelihood."""
+        if type(self.likelihood).joined is Likelihood.joined:
+            return self.forward
+        forward = self.forward
+        if forward is None:
+            raise DataError(
+                f"{type(self.likelihood).__name__} takes several tensors of outputs: give "
+                "forward=lambda model, batch: (outputs, None)."
+            )
+
+        def joined(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+            outputs, targets = forward(model, batch)
+            return self.likelihood.joined(outputs, "the batch"), targets
+
+        return joined
 
     def parameters(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """The model's trainable parameters, which have to be those of the names.

@@ -10,6 +10,7 @@ from kronfisher.likelihoods.poisson import Poisson
 from kronfisher.likelihoods.positions import along_outputs, masked_positions
 from kronfisher.likelihoods.prediction import Prediction
 from kronfisher.likelihoods.registry import REGISTRY, Registered, register
+from kronfisher.likelihoods.residuals import Residuals
 from kronfisher.likelihoods.weighted import Weighted
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Poisson",
     "Prediction",
     "Registered",
+    "Residuals",
     "Weighted",
     "along_outputs",
     "masked_positions",

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class Likelihood(ABC):
     """Names of the predictors that a posterior has under this likelihood, the default first, and from what each is
     computed: "variances" calls `predict_from_variances`, "covariances" calls `predict_from_covariances`, "draws" and
     "networks" call `predict_from_draws`."""
+
+    def joined(self, outputs: Any, where: str) -> Any:
+        """What a forward pass returned, as one tensor of outputs; itself but for likelihoods of several tensors."""
+        return outputs
+
+    def count(self, outputs: Tensor) -> float:
+        """The examples that outputs ``[N, ...]`` count for: N."""
+        return float(len(outputs))
 
     @abstractmethod
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
-from kronfisher.fits import Choice
+from kronfisher.fits import Choice, Gram
 from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
@@ -26,6 +26,7 @@ from kronfisher.optim.layerwise.units import is_matrix
 from kronfisher.optim.parts import Parts, StepParts
 from kronfisher.optim.quadratic_step import QuadraticModel
 from kronfisher.optim.report import TrainingReport
+from kronfisher.optim.sample_space import SampleSpaceGradient
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
@@ -83,6 +84,12 @@ class NaturalGradient(torch.optim.Optimizer):
         >>> losses[-1] < losses[0]
         True
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """With ``fit="gram"`` a `SampleSpaceGradient`, which has parts and options of its own."""
+        if options.get("fit") == "gram" or isinstance(options.get("fit"), Gram):
+            return SampleSpaceGradient(*args, **{name: value for name, value in options.items() if name != "fit"})
+        return super().__new__(cls)
 
     def __init__(
         self,

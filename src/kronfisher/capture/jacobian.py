@@ -1,0 +1,262 @@
+"""The gradients of every number of a tensor, through any graph: products with weights are read off the graph itself.
+
+Capture by operator does not see a weight that is met again in the backward pass of a derivative, as in residuals of
+differential equations. The graph does: whatever made it, a product ``X Wᵀ`` or ``Y W`` is a node that holds the other
+operand, and its gradient arrives in one backward pass for all rows. Parameters that meet anything else get their
+gradients column by column (by differentiating ``Jᵀ v`` by v) or row by row, whichever are fewer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from kronfisher.layers.row_order import Probe
+from kronfisher.linalg import full_precision
+
+__all__ = ["Jacobian"]
+
+# Nodes that may move rows about as numbers say that another graph of the same form need not share.
+_MOVING = ("Index", "Gather", "Scatter", "Take", "Roll", "Sort", "Put", "Bmm", "Mv", "Dot", "Sparse", "Embedding")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A node that multiplies rows with a parameter: of the matrix ``[A, B]`` each row's gradient is ``left ⊗ right``.
+
+    Attributes:
+        node: of the graph; its gradient is `right`.
+        parameter: name.
+        left: the other operand ``[R, A]``; None for a bias, whose gradient is that of the node.
+        turned: the parameter is ``[B, A]``.
+    """
+
+    node: Node
+    parameter: str
+    left: Tensor | None
+    turned: bool
+
+
+@dataclass
+class Jacobian:
+    """Reads ``J [n, P]``, the gradients of n numbers by all parameters, one after the other in their order.
+
+    What was found out about a graph (which row belongs to which number) is kept for graphs of the same form.
+
+    Attributes:
+        parameters: name → leaf.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> x = torch.tensor([[1.0], [2.0]], requires_grad=True)
+        >>> (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        >>> J = Jacobian(dict(layer.named_parameters())).rows(slope.flatten())  # d/dw, d/db of 2 w (w x + b)
+        >>> w, b = layer.weight.item(), layer.bias.item()
+        >>> torch.allclose(J, torch.tensor([[4 * w + 2 * b, 2 * w], [8 * w + 2 * b, 2 * w]]))
+        True
+    """
+
+    parameters: Mapping[str, Tensor]
+    _known: dict[Any, list[Tensor | None]] = field(default_factory=dict)
+
+    def rows(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
+        """``[n, P]`` of `numbers` ``[n]``; the graph is kept.
+
+        Raises:
+            UnsupportedError: rows that meet a parameter belong to several of the numbers each, in a way that only row
+                by row could be followed, and does not come out right either.
+        """
+        products, rest, form, moving = self._walk(numbers)
+        gradients = self._gradients(numbers, products, torch.ones_like(numbers))
+        orders = None if moving else self._known.get(form)
+        if orders is None:
+            orders, mixed = self._orders(numbers, products, gradients)
+            if mixed:  # what belongs to several numbers at once is followed one by one
+                rest |= mixed
+                orders = [None] * len(products)
+            elif not moving:
+                self._known[form] = orders
+        parts = {}
+        for name, parameter in self.parameters.items():
+            if name not in rest:
+                own = [k for k, product in enumerate(products) if product.parameter == name]
+                parts[name] = self._assemble(parameter, numbers, [(products[k], gradients[k], orders[k]) for k in own])
+        if rest:
+            parts |= self._one_by_one(
+                numbers, {name: self.parameters[name] for name in self.parameters if name in rest}
+            )
+        return torch.cat([parts[name] for name in self.parameters], dim=1)
+
+    # The graph --------------------------------------------------------------------------------------------------------
+
+    def _walk(self, numbers: Tensor) -> tuple[list[_Product], set[str], Any, bool]:
+        """Products with parameters, parameters that meet anything else, the graph's form, and whether rows may move."""
+        leaves = {id(p): name for name, p in self.parameters.items()}
+        products, rest, form, moving = [], set(), [], False
+        start = numbers.grad_fn
+        seen, stack = {start}, [start]
+        while stack:
+            node = stack.pop()
+            name = node.name()
+            moving |= any(word in name for word in _MOVING)
+            form.append((name, len(node.next_functions)))
+            for place, (child, _) in enumerate(node.next_functions):
+                if child is None:
+                    continue
+                parameter, turned = _leaf(child, leaves)
+                if parameter is not None:
+                    product = _product(node, place, parameter, turned)
+                    if product is None:
+                        rest.add(parameter)
+                    else:
+                        products.append(product)
+                        form.append((parameter, place, None if product.left is None else tuple(product.left.shape)))
+                elif child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        return products, rest, (len(numbers), tuple(form)), moving
+
+    def _gradients(self, numbers: Tensor, products: Sequence[_Product], vector: Tensor) -> list[Tensor | None]:
+        """The gradient of every product's node, by one backward pass."""
+        found: dict[Node, Tensor] = {}
+
+        def note(node: Node) -> Any:
+            def hook(gradients: tuple[Tensor, ...]) -> None:
+                if gradients[0] is not None:
+                    found[node] = gradients[0].detach()
+
+            return node.register_prehook(hook)
+
+        handles = [note(node) for node in {product.node: None for product in products}]
+        try:
+            used = {product.parameter: self.parameters[product.parameter] for product in products}
+            if used:
+                torch.autograd.grad(numbers, list(used.values()), vector, retain_graph=True, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [found.get(product.node) for product in products]
+
+    def _orders(
+        self, numbers: Tensor, products: Sequence[_Product], plain: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], set[str]]:
+        """The number that each row of a product belongs to (None: in their order), and parameters where rows mix."""
+        probe = Probe(len(numbers), numbers.dtype)
+        passes = [self._gradients(numbers, products, f.to(numbers)) for f in probe.factors()[1:]]
+        orders, mixed = [], set()
+        for k, product in enumerate(products):
+            gradients = [plain[k], *(each[k] for each in passes)]
+            if any(gradient is None for gradient in gradients):
+                orders.append(None)
+                continue
+            rows = [_rows(gradient) for gradient in gradients if gradient is not None]
+            if rows[0] is None or (product.left is not None and len(product.left) != len(rows[0])):
+                mixed.add(product.parameter)
+                orders.append(None)
+                continue
+            examples = probe.examples([probe.project(row) for row in rows if row is not None])
+            if examples is None:
+                mixed.add(product.parameter)
+                orders.append(None)
+            else:
+                same = len(examples) == len(numbers) and torch.equal(
+                    examples.where(examples >= 0, torch.arange(len(examples))), torch.arange(len(examples))
+                )
+                orders.append(None if same else examples.clamp_min(0).to(numbers.device))
+        return orders, mixed
+
+    def _assemble(
+        self, parameter: Tensor, numbers: Tensor, uses: Sequence[tuple[_Product, Tensor | None, Tensor | None]]
+    ) -> Tensor:
+        """``[n, numel]``: the sum over the products with one parameter."""
+        count = len(numbers)
+        total = numbers.new_zeros(count, *parameter.shape)
+        lefts, rights = [], []
+        with torch.no_grad(), full_precision(numbers.device.type):
+            for product, gradient, order in uses:
+                if gradient is None:
+                    continue
+                rows = _rows(gradient)
+                assert rows is not None
+                if product.left is None:
+                    total = total + rows if order is None else total.index_add_(0, order, rows)
+                    continue
+                left, right = (rows, product.left) if product.turned else (product.left, rows)
+                if order is None:
+                    lefts.append(left)
+                    rights.append(right)
+                else:
+                    total.index_add_(0, order, left[:, :, None] * right[:, None])
+            if lefts:
+                total = torch.baddbmm(total, torch.stack(lefts, 2), torch.stack(rights, 1))
+        return total.flatten(1)
+
+    # Whatever else ----------------------------------------------------------------------------------------------------
+
+    def _one_by_one(self, numbers: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{name: [n, numel]}``, column by column or row by row."""
+        leaves = list(parameters.values())
+        if sum(p.numel() for p in leaves) <= len(numbers):
+            try:
+                return self._columns(numbers, parameters)
+            except RuntimeError:  # a function that cannot be differentiated once more
+                pass
+        parts = {name: numbers.new_zeros(len(numbers), p.numel()) for name, p in parameters.items()}
+        for k in range(len(numbers)):
+            found = torch.autograd.grad(numbers[k], leaves, retain_graph=True, allow_unused=True)
+            for part, gradient in zip(parts.values(), found, strict=True):
+                if gradient is not None:
+                    part[k] = gradient.flatten()
+        return parts
+
+    def _columns(self, numbers: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        vector = torch.zeros_like(numbers, requires_grad=True)
+        leaves = list(parameters.values())
+        found = torch.autograd.grad(numbers, leaves, vector, create_graph=True, allow_unused=True)
+        parts = {}
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+            part = numbers.new_zeros(len(numbers), parameter.numel())
+            if gradient is not None:
+                for place, entry in enumerate(gradient.flatten()):
+                    (column,) = torch.autograd.grad(entry, vector, retain_graph=True, allow_unused=True)
+                    if column is not None:
+                        part[:, place] = column
+            parts[name] = part
+        return parts
+
+
+def _leaf(node: Node, leaves: Mapping[int, str]) -> tuple[str | None, bool]:
+    """The parameter that a node stands for, perhaps transposed."""
+    turned = False
+    while node is not None:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return leaves.get(id(variable)), turned
+        if node.name() not in ("TBackward0",):
+            return None, False
+        turned = not turned
+        node = node.next_functions[0][0]
+    return None, False
+
+
+def _product(node: Node, place: int, parameter: str, turned: bool) -> _Product | None:
+    """What a node does with a parameter in the place of an operand, where it is understood."""
+    name, saved = node.name(), node
+    if name == "AddmmBackward0":
+        if saved._saved_alpha != 1 or saved._saved_beta != 1:  # pyright: ignore[reportAttributeAccessIssue]
+            return None
+        if place == 0 and not turned:
+            return _Product(node, parameter, None, False)
+        left = saved._saved_mat1 if place == 2 else None  # pyright: ignore[reportAttributeAccessIssue]
+    elif name == "MmBackward0":
+        left = saved._saved_self if place == 1 else None  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        return None
+    return None if left is None else _Product(node, parameter, left.detach(), turned)
+
+
+def _rows(gradient: Tensor) -> Tensor | None:
+    return gradient if gradient.dim() == 2 else None

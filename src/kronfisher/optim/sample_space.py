@@ -1,0 +1,344 @@
+"""Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kronfisher.capture.jacobian import Jacobian
+from kronfisher.errors import DataError, NumericalError
+from kronfisher.fisher.parameters import trainable, unwrapped
+from kronfisher.likelihoods import Likelihood, Residuals
+from kronfisher.linalg import full_precision, promote
+
+__all__ = ["SampleSpaceGradient"]
+
+_MISSING: Any = object()
+_HALVINGS = 12
+_PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
+
+
+@dataclass
+class Follower:
+    """λ that follows the size of what is left: ``λ = f √(½‖u‖²/N · tr F/P)``, f by the success of the last steps.
+
+    Attributes:
+        factor: f; grows where steps fail, and shrinks towards `least` where the quadratic model was right.
+        least: of f.
+        most: of f.
+    """
+
+    factor: float = 0.1
+    least: float = 1e-6
+    most: float = 1e4
+
+    def damping(self, left: float, mean_eigenvalue: float) -> float:
+        """λ, in the units of F."""
+        return self.factor * math.sqrt(max(left * mean_eigenvalue, 0.0))
+
+    def told(self, ratio: float) -> None:
+        """Take notice of a step's change of the loss over the predicted one; negative: it failed."""
+        if ratio < 0.25:
+            self.factor = min(self.factor * 2, self.most)
+        elif ratio > 0.75:
+            self.factor = max(self.factor / 1.5, self.least)
+
+
+@dataclass
+class Rows:
+    """Everything of a batch that a direction is made of.
+
+    Attributes:
+        matrix: J ``[K, P]``.
+        vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
+        count: N.
+    """
+
+    matrix: Tensor
+    vector: Tensor
+    count: float
+
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
+
+        Raises:
+            NumericalError: rounding hides λ even so.
+        """
+        J, shift = self.matrix, self.count * damping
+        rows, columns = J.shape
+        size = float(J.square().sum())
+        if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
+            raise NumericalError(
+                f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
+                f"up to {size:.1e}; give a larger damping, or train in float64."
+            )
+        with full_precision(J.device.type):
+            if shift > torch.finfo(J.dtype).eps ** 0.6 * size:
+                side = J @ J.mT if rows <= columns else J.mT @ J
+                side.diagonal().add_(shift)
+                factor, info = torch.linalg.cholesky_ex(side)
+                if int(info) == 0 and rows <= columns:
+                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor)[:, 0]
+                if int(info) == 0:
+                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor)[:, 0]
+            eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
+            if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
+                Q, R = torch.linalg.qr(torch.cat([J, eye]))
+                return lambda u: torch.linalg.solve_triangular(R, (Q[:rows].mT @ u)[:, None], upper=True)[:, 0]
+            Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √(Nλ)] = Q R it is Q₁ R⁻ᵀ u
+            return lambda u: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
+
+
+class SampleSpaceGradient(torch.optim.Optimizer):
+    """What ``kf.NaturalGradient(model, likelihood, fit="gram")`` is: steps with the exact Fisher matrix of the batch.
+
+    ``δ = μδ₀ + Jᵀ(J Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190), with the
+    last step δ₀, J the rows of the batch under exact columns and u the gradients at the outputs in their terms, or under
+    observed labels the examples' own gradients and ones. For residuals it is the Levenberg-Marquardt step. It costs
+    ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of some thousand rows.
+
+    λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
+    numbers; where no step helps, weights stay as they were and λ grows.
+
+    Args:
+        model: any module whose examples are independent.
+        likelihood: such as ``kf.Residuals(...)`` or ``kf.Gaussian()``.
+        momentum: μ.
+        damping: the factor of λ to begin with.
+        labels: "exact", or "observed" for the empirical Fisher.
+        params: the parameters to train, several modules' too; None: all of the model that require a gradient.
+
+    Raises:
+        ValueError: an option is out of range, or has no meaning here.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+        >>> x = torch.linspace(0, 1, 40).double()[:, None].requires_grad_()
+        >>> def residuals():  # u' = -u, u(0) = 1
+        ...     u = model(x)
+        ...     (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        ...     return {"equation": (slope + u)[:, 0], "start": u[0] - 1}
+        >>> optimizer = kf.NaturalGradient(model, kf.Residuals({"equation": 1.0, "start": 1.0}), fit="gram")
+        >>> losses = [float(optimizer.step(residuals)) for _ in range(30)]
+        >>> losses[-1] < 1e-6 * losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        momentum: float = 0.9,
+        damping: float = 0.1,
+        labels: Literal["exact", "observed"] = "exact",
+        params: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        if labels not in ("exact", "observed"):
+            raise ValueError(
+                f"labels={labels!r}: the gradient is not in the range of sampled rows, and what is outside would be "
+                "divided by λ; use labels='exact' or 'observed'."
+            )
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum!r}: use a number in [0, 1).")
+        if not damping > 0:
+            raise ValueError(f"damping={damping!r}: the factor of λ must be positive.")
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood={likelihood!r}: pass an instance such as kf.Residuals(...).")
+        self.likelihood, self.momentum, self.labels = likelihood, momentum, labels
+        chosen = list(trainable(unwrapped(model)).values() if params is None else params)
+        super().__init__(chosen, {})
+        names = {id(p): name for name, p in unwrapped(model).named_parameters()}
+        self._parameters = {names.get(id(p), f"parameter {k}"): p for k, p in enumerate(chosen)}
+        self._jacobian = Jacobian(self._parameters)
+        self.follower = Follower(damping)
+        self.bends = isinstance(likelihood, Residuals)
+        self.steps = 0
+        self.damping: float | None = None
+        self.step_length: float | None = None
+        self._last: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None, targets: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step.
+
+        Args:
+            closure: returns the residuals by name, or the outputs. Within one step it is called several times, with the
+                same random numbers of torch; points should be drawn from these, or outside.
+            targets: of other likelihoods than residuals.
+
+        Returns:
+            The loss before the step, detached.
+
+        Raises:
+            DataError, NumericalError, UnsupportedError: something does not fit; weights are as they were.
+        """
+        if closure is None:
+            raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
+        targets = None if targets is _MISSING else targets
+        state = torch.get_rng_state()
+        with torch.enable_grad():
+            outputs = closure()
+            after = torch.get_rng_state()
+            loss, rows = self._rows(outputs, targets)
+        del outputs
+
+        def evaluated() -> Any:
+            torch.set_rng_state(state)
+            with torch.enable_grad():
+                return closure()
+
+        def again() -> float:
+            return float(self._loss(evaluated(), targets))
+
+        def values() -> Tensor:
+            terms = self.likelihood.terms(evaluated())  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.cat([term.detach() for term in terms.values()])
+
+        old = [p.detach().clone() for p in self._parameters.values()]
+        try:
+            with torch.no_grad():
+                self._move(float(loss), rows, old, again, values if self.bends else None)
+        except BaseException:
+            self._set(old, None, 0.0)
+            raise
+        finally:
+            torch.set_rng_state(after)
+        self.steps += 1
+        return loss
+
+    def _move(
+        self,
+        loss: float,
+        rows: Rows,
+        old: list[Tensor],
+        again: Callable[[], float],
+        values: Callable[[], Tensor] | None,
+    ) -> None:
+        """Make the longest step that makes the loss fall; without memory if none along it does."""
+        mean = float(rows.matrix.square().sum()) / rows.count / rows.matrix.shape[1]
+        left = 0.5 * float(rows.vector.square().sum()) / rows.count
+        self.damping = self.follower.damping(left, mean)
+        if self.damping == 0:
+            return
+        solve = rows.solver(self.damping)
+        for momentum in (self.momentum, 0.0) if self._last is not None else (0.0,):
+            last = 0.0 if self._last is None else momentum * self._last
+            step = last + solve(rows.vector - (rows.matrix @ last if isinstance(last, Tensor) else 0.0))
+            if not bool(torch.isfinite(step).all()):
+                raise NumericalError("the step is not finite; give a larger damping, or train in float64.")
+            change = rows.matrix @ step
+            predicted = float((rows.vector @ change - 0.5 * change @ change) / rows.count)
+            bend = self._bend(rows, step, change, old, values, solve) if values is not None else None
+            length = self._length(loss, step, bend, old, again)
+            if length is not None:
+                scale, found = length
+                self._last, self.step_length = scale * step, scale
+                self.follower.told((loss - found) / predicted if scale == 1 and predicted > 0 else 0.0)
+                return
+        self._set(old, None, 0.0)
+        self._last, self.step_length = None, 0.0
+        self.follower.told(-1.0)
+        self.follower.told(-1.0)
+
+    def _bend(
+        self,
+        rows: Rows,
+        step: Tensor,
+        change: Tensor,
+        old: list[Tensor],
+        values: Callable[[], Tensor],
+        solve: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012); None if large.
+
+        The second derivative of the residuals along the step comes from one more evaluation of them.
+        """
+        self._set(old, step, _PROBED)
+        found = values()
+        second = (found - rows.vector + _PROBED * change) * (2 / _PROBED**2)
+        bend = 0.5 * solve(second)
+        fine = bool(torch.isfinite(bend).all()) and float(bend.norm()) <= _BENT * float(step.norm())
+        return bend if fine else None
+
+    def _length(
+        self, loss: float, step: Tensor, bend: Tensor | None, old: list[Tensor], again: Callable[[], float]
+    ) -> tuple[float, float] | None:
+        """The first of 1, ½, ¼ … by which the loss falls, or half of it where that is better still; its loss."""
+
+        def at(scale: float) -> float:
+            self._set(old, step if bend is None else step + scale * bend, scale)
+            return again()
+
+        scale = 1.0
+        for _ in range(_HALVINGS):
+            if (found := at(scale)) < loss:
+                if scale < 1:
+                    if (shorter := at(scale / 2)) < found:
+                        return scale / 2, shorter
+                    at(scale)
+                return scale, found
+            scale /= 2
+        return None
+
+    # The batch --------------------------------------------------------------------------------------------------------
+
+    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+        if isinstance(self.likelihood, Residuals):
+            return self.likelihood.loss(outputs).detach()
+        return -self.likelihood.log_prob(promote(outputs.detach()), targets).mean()
+
+    def _rows(self, outputs: Any, targets: Any) -> tuple[Tensor, Rows]:
+        """The loss, and the rows of the batch."""
+        likelihood = self.likelihood
+        if isinstance(likelihood, Residuals):
+            terms = likelihood.terms(outputs)
+            J = torch.cat([self._jacobian.rows(term, f"the residuals {name!r}") for name, term in terms.items()
+                           if term.requires_grad] or [])  # fmt: skip
+            vector = torch.cat([term.detach() for term in terms.values() if term.requires_grad])
+            return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0)
+        likelihood.check(outputs, targets, f"step {self.steps}", "observed")
+        count = likelihood.count(outputs)
+        loss = self._loss(outputs, targets)
+        if self.labels == "observed":
+            numbers = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
+            J = self._jacobian.rows(numbers)
+            return loss, Rows(J, torch.ones_like(J[:, 0]), count)
+        values, found, columns = outputs.detach(), [], []
+        for column in likelihood.exact(values, targets):
+            columns.append(column.flatten(1))
+            found.append(self._jacobian.rows((outputs * column).flatten(1).sum(1)))
+        roots = torch.stack(columns, 2)  # [N, outputs, V]
+        gradient = likelihood.observed(values, targets).flatten(1)
+        inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]  # [N, V]
+        return loss, Rows(torch.cat(found), inside.mT.reshape(-1).to(found[0]), count)
+
+    def _set(self, old: list[Tensor], step: Tensor | None, scale: float) -> None:
+        with torch.no_grad():
+            start = 0
+            for parameter, before in zip(self._parameters.values(), old, strict=True):
+                parameter.copy_(before)
+                if step is not None:
+                    own = step[start : start + before.numel()].view_as(before)
+                    parameter.sub_(scale * own)
+                start += before.numel()
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory of the last step and λ's factor, besides what any optimiser has."""
+        own = {"steps": self.steps, "factor": self.follower.factor, "last": self._last}
+        return {**super().state_dict(), "sample_space": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; DataError if it is another optimiser's."""
+        rest = dict(state_dict)
+        own = rest.pop("sample_space", None)
+        if own is None:
+            raise DataError('this is not the state of a NaturalGradient with fit="gram".')
+        super().load_state_dict(rest)
+        self.steps, self.follower.factor = own["steps"], own["factor"]
+        self._last = None if own["last"] is None else own["last"].clone()

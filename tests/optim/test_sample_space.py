@@ -1,0 +1,164 @@
+"""Steps in the space of samples against dense formulas; training that goes far below first-order methods."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.errors import DataError, NumericalError
+from kronfisher.optim.sample_space import Rows
+from tests.helpers.close import close
+from tests.helpers.residuals import laplacian, network, rows
+from tests.helpers.truth import dense_fisher
+
+LIKELIHOODS = {
+    "gaussian": (kf.Gaussian(0.5), lambda n: torch.randn(n, 3).double()),
+    "categorical": (kf.Categorical(), lambda n: torch.randint(3, (n,))),
+    "bernoulli": (kf.Bernoulli(), lambda n: torch.randint(2, (n, 3)).double()),
+    "poisson": (kf.Poisson(), lambda n: torch.randint(4, (n, 3)).double()),
+}
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("labels", ["exact", "observed"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("n", [5, 40])
+def test_a_step_is_the_damped_natural_gradient(name, labels, n):
+    torch.manual_seed(0)
+    (likelihood, draw), model = LIKELIHOODS[name], network(2, 4, 3)
+    x, y = torch.randn(n, 2).double(), draw(n)
+    F = dense_fisher(model, x, y, likelihood, labels)
+    loss = -likelihood.log_prob(model(x), y).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", labels=labels), flat(model)
+    close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
+    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
+    assert optimizer.step_length > 0
+    close(before - flat(model), step, 1e-8)
+
+
+def test_memory_is_that_of_spring():
+    torch.manual_seed(0)
+    model, x, y = network(2, 4, 1), torch.randn(30, 2).double(), torch.randn(30, 1).double()
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit="gram", momentum=0.7)
+    optimizer.step(lambda: model(x), y)
+    last, before = optimizer._last.clone(), flat(model)
+    J, r = rows(model(x)[:, 0], model), (model(x) - y).detach()[:, 0]
+    optimizer.step(lambda: model(x), y)
+    inner = J @ J.mT + 30 * optimizer.damping * torch.eye(30).double()
+    step = 0.7 * last + J.mT @ torch.linalg.solve(inner, r - 0.7 * J @ last)
+    close(before - flat(model), optimizer.step_length * step, 1e-8)
+
+
+@pytest.mark.parametrize("decades", [6, 13, 18])
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_small_damping_is_solved_through_rows(decades, shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64, generator=generator))[0] for n in shape)
+    values = torch.logspace(0, -4, 12, dtype=torch.float64)
+    u, damping = torch.randn(shape[0], dtype=torch.float64, generator=generator), 10.0**-decades
+    truth = right @ (values / (values**2 + damping) * (left.mT @ u))
+    close(Rows((left * values) @ right.mT, u, 1.0).solver(damping)(u), truth, 1e-8)
+    with pytest.raises(NumericalError, match="hidden by rounding"):
+        Rows((left * values) @ right.mT, u, 1.0).solver(1e-31)
+
+
+def poisson(model):
+    """Of -Δu = 2π² sin πx sin πy: residuals at new points, and the error on a grid."""
+
+    def residuals():
+        x, edge = torch.rand(200, 2).double(), torch.rand(40, 2).double()
+        edge[:20, 0], edge[20:, 1] = edge[:20, 0].round(), edge[20:, 1].round()
+        source = 2 * math.pi**2 * torch.sin(math.pi * x).prod(1)
+        return {"equation": laplacian(model, x) + source, "boundary": model(edge)}
+
+    axis = torch.linspace(0, 1, 30).double()
+    grid = torch.cartesian_prod(axis, axis)
+    truth = torch.sin(math.pi * grid).prod(1)
+    return residuals, lambda: float((model(grid)[:, 0].detach() - truth).norm() / truth.norm())
+
+
+def test_poisson_is_solved_to_three_digits_at_new_points_every_step():
+    torch.manual_seed(0)
+    model = network(2, 16, 1)
+    residuals, error = poisson(model)
+    optimizer = kf.NaturalGradient(model, kf.Residuals({"equation": 1.0, "boundary": 1.0}), fit="gram")
+    for _ in range(80):
+        optimizer.step(residuals)
+    assert error() < 1e-3
+
+
+def test_points_are_the_same_within_a_step_and_new_in_the_next():
+    torch.manual_seed(0)
+    model, seen = network(1, 4, 1), []
+
+    def residuals():
+        x = torch.rand(10, 1).double()
+        seen.append(float(x.sum()))
+        return {"a": model(x) - x}
+
+    optimizer = kf.NaturalGradient(model, kf.Residuals({"a": 1.0}), fit="gram")
+    optimizer.step(residuals)
+    first = set(seen)
+    optimizer.step(residuals)
+    assert len(first) == 1 and len(set(seen)) == 2
+
+
+def test_a_step_that_raises_or_does_not_help_leaves_weights():
+    torch.manual_seed(0)
+    model, x = network(1, 4, 1), torch.rand(10, 1).double()
+    optimizer, before = kf.NaturalGradient(model, kf.Residuals({"a": 1.0}), fit="gram"), flat(model)
+    calls = []
+
+    def fails():
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("no")
+        return {"a": model(x) - x}
+
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step(fails)
+    assert torch.equal(flat(model), before)
+    count = []
+
+    def worse():  # the loss of every further evaluation is larger
+        count.append(1)
+        return {"a": (model(x) - x) * 10 ** len(count)}
+
+    factor = optimizer.follower.factor
+    optimizer.step(worse)
+    assert torch.equal(flat(model), before) and optimizer.step_length == 0 and optimizer.follower.factor > factor
+
+
+def test_what_has_no_meaning_here_is_refused():
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="not in the range"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", labels="sampled")
+    with pytest.raises(TypeError, match="kl_limit"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", kl_limit=1.0)
+    with pytest.raises(DataError, match="evaluates the loss again"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit=kf.Gram()).step()
+
+
+def test_training_is_resumed_to_the_same_bits():
+    def setup():
+        torch.manual_seed(0)
+        model = network(2, 5, 1)
+        return model, kf.NaturalGradient(model, kf.Gaussian(), fit="gram")
+
+    x, y = torch.randn(20, 2).double(), torch.randn(20, 1).double()
+    model, optimizer = setup()
+    for _ in range(3):
+        optimizer.step(lambda: model(x), y)
+    other, resumed = setup()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.step(lambda: model(x), y)
+        resumed.step(lambda: other(x), y)
+    assert torch.equal(flat(model), flat(other))
