@@ -8,7 +8,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.errors import DataError, NumericalError
-from kronfisher.optim.sample_space import Rows
+from kronfisher.optim.sample_steps import Rows
 from tests.helpers.close import close
 from tests.helpers.residuals import laplacian, network, rows
 from tests.helpers.truth import dense_fisher

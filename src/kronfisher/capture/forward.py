@@ -13,7 +13,7 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
 __all__ = ["Forward", "not_finite_error", "run"]
 
-Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device, where: str) -> tuple[Tensor, Any]:

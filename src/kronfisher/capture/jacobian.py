@@ -97,6 +97,7 @@ class Jacobian:
         leaves = {id(p): name for name, p in self.parameters.items()}
         products, rest, form, moving = [], set(), [], False
         start = numbers.grad_fn
+        assert start is not None
         seen, stack = {start}, [start]
         while stack:
             node = stack.pop()
@@ -230,15 +231,14 @@ class Jacobian:
 
 def _leaf(node: Node, leaves: Mapping[int, str]) -> tuple[str | None, bool]:
     """The parameter that a node stands for, perhaps transposed."""
-    turned = False
-    while node is not None:
-        variable = getattr(node, "variable", None)
+    turned, found = False, node
+    while found is not None:
+        variable = getattr(found, "variable", None)
         if variable is not None:
             return leaves.get(id(variable)), turned
-        if node.name() not in ("TBackward0",):
+        if found.name() != "TBackward0":
             return None, False
-        turned = not turned
-        node = node.next_functions[0][0]
+        turned, found = not turned, found.next_functions[0][0]
     return None, False
 
 

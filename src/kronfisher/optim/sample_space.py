@@ -1,8 +1,6 @@
 """Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +10,8 @@ from kronfisher.capture.jacobian import Jacobian
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.likelihoods import Likelihood, Residuals
-from kronfisher.linalg import full_precision, promote
+from kronfisher.linalg import promote
+from kronfisher.optim.sample_steps import Follower, Rows
 
 __all__ = ["SampleSpaceGradient"]
 
@@ -21,84 +20,14 @@ _HALVINGS = 12
 _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
 
 
-@dataclass
-class Follower:
-    """λ that follows the size of what is left: ``λ = f √(½‖u‖²/N · tr F/P)``, f by the success of the last steps.
-
-    Attributes:
-        factor: f; grows where steps fail, and shrinks towards `least` where the quadratic model was right.
-        least: of f.
-        most: of f.
-    """
-
-    factor: float = 0.1
-    least: float = 1e-6
-    most: float = 1e4
-
-    def damping(self, left: float, mean_eigenvalue: float) -> float:
-        """λ, in the units of F."""
-        return self.factor * math.sqrt(max(left * mean_eigenvalue, 0.0))
-
-    def told(self, ratio: float) -> None:
-        """Take notice of a step's change of the loss over the predicted one; negative: it failed."""
-        if ratio < 0.25:
-            self.factor = min(self.factor * 2, self.most)
-        elif ratio > 0.75:
-            self.factor = max(self.factor / 1.5, self.least)
-
-
-@dataclass
-class Rows:
-    """Everything of a batch that a direction is made of.
-
-    Attributes:
-        matrix: J ``[K, P]``.
-        vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
-        count: N.
-    """
-
-    matrix: Tensor
-    vector: Tensor
-    count: float
-
-    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
-
-        Raises:
-            NumericalError: rounding hides λ even so.
-        """
-        J, shift = self.matrix, self.count * damping
-        rows, columns = J.shape
-        size = float(J.square().sum())
-        if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
-            raise NumericalError(
-                f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
-                f"up to {size:.1e}; give a larger damping, or train in float64."
-            )
-        with full_precision(J.device.type):
-            if shift > torch.finfo(J.dtype).eps ** 0.6 * size:
-                side = J @ J.mT if rows <= columns else J.mT @ J
-                side.diagonal().add_(shift)
-                factor, info = torch.linalg.cholesky_ex(side)
-                if int(info) == 0 and rows <= columns:
-                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor)[:, 0]
-                if int(info) == 0:
-                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor)[:, 0]
-            eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
-            if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
-                Q, R = torch.linalg.qr(torch.cat([J, eye]))
-                return lambda u: torch.linalg.solve_triangular(R, (Q[:rows].mT @ u)[:, None], upper=True)[:, 0]
-            Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √(Nλ)] = Q R it is Q₁ R⁻ᵀ u
-            return lambda u: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
-
-
 class SampleSpaceGradient(torch.optim.Optimizer):
     """What ``kf.NaturalGradient(model, likelihood, fit="gram")`` is: steps with the exact Fisher matrix of the batch.
 
     ``δ = μδ₀ + Jᵀ(J Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190), with the
-    last step δ₀, J the rows of the batch under exact columns and u the gradients at the outputs in their terms, or under
-    observed labels the examples' own gradients and ones. For residuals it is the Levenberg-Marquardt step. It costs
-    ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of some thousand rows.
+    last step δ₀, J the rows of the batch under exact columns, and u the gradients at the outputs in their terms. With
+    observed labels they are the examples' own gradients, and ones. For residuals it is the
+    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of some
+    thousand rows.
 
     λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
     numbers; where no step helps, weights stay as they were and λ grows.
@@ -253,7 +182,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         values: Callable[[], Tensor],
         solve: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
-        """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012); None if large.
+        """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012), or None.
 
         The second derivative of the residuals along the step comes from one more evaluation of them.
         """

@@ -1,0 +1,84 @@
+"""Directions in the space of samples, and the λ that they are made with."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.errors import NumericalError
+from kronfisher.linalg import full_precision
+
+__all__ = ["Follower", "Rows"]
+
+
+@dataclass
+class Follower:
+    """λ that follows the size of what is left: ``λ = f √(½‖u‖²/N · tr F/P)``, f by the success of the last steps.
+
+    Attributes:
+        factor: f; grows where steps fail, and shrinks towards `least` where the quadratic model was right.
+        least: of f.
+        most: of f.
+    """
+
+    factor: float = 0.1
+    least: float = 1e-6
+    most: float = 1e4
+
+    def damping(self, left: float, mean_eigenvalue: float) -> float:
+        """λ, in the units of F."""
+        return self.factor * math.sqrt(max(left * mean_eigenvalue, 0.0))
+
+    def told(self, ratio: float) -> None:
+        """Take notice of a step's change of the loss over the predicted one; negative: it failed."""
+        if ratio < 0.25:
+            self.factor = min(self.factor * 2, self.most)
+        elif ratio > 0.75:
+            self.factor = max(self.factor / 1.5, self.least)
+
+
+@dataclass
+class Rows:
+    """Everything of a batch that a direction is made of.
+
+    Attributes:
+        matrix: J ``[K, P]``.
+        vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
+        count: N.
+    """
+
+    matrix: Tensor
+    vector: Tensor
+    count: float
+
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
+
+        Raises:
+            NumericalError: rounding hides λ even so.
+        """
+        J, shift = self.matrix, self.count * damping
+        rows, columns = J.shape
+        size = float(J.square().sum())
+        if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
+            raise NumericalError(
+                f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
+                f"up to {size:.1e}; give a larger damping, or train in float64."
+            )
+        with full_precision(J.device.type):
+            if shift > torch.finfo(J.dtype).eps ** 0.6 * size:
+                side = J @ J.mT if rows <= columns else J.mT @ J
+                side.diagonal().add_(shift)
+                factor, info = torch.linalg.cholesky_ex(side)
+                if int(info) == 0 and rows <= columns:
+                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor)[:, 0]
+                if int(info) == 0:
+                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor)[:, 0]
+            eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
+            if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
+                Q, R = torch.linalg.qr(torch.cat([J, eye]))
+                return lambda u: torch.linalg.solve_triangular(R, (Q[:rows].mT @ u)[:, None], upper=True)[:, 0]
+            Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √(Nλ)] = Q R it is Q₁ R⁻ᵀ u
+            return lambda u: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
