@@ -47,7 +47,7 @@ def add(app: Any) -> None:
         fits: Annotated[str, option(f"ours with these fits only: all, or of {', '.join(FITS)}")] = "",
         stability: Annotated[bool, option("ours at every batch size, start and end", "--stability")] = False,
         preconditioner: Annotated[bool, option("SGD at several rates, alone and after it", "--preconditioner")] = False,
-        again: Annotated[bool, option("make our runs again", "--again")] = False,
+        again: Annotated[bool, option("make the runs of --optimizers again, but no search", "--again")] = False,
         show: Annotated[bool, option("only show what the folder holds", "--show")] = False,
         output: Annotated[Path, option("folder of all results")] = Path("results/race/suite"),
         data_dir: Annotated[Path | None, option(FOLDER)] = None,

@@ -352,3 +352,12 @@ def test_a_preconditioner_is_worse_where_sgd_alone_is_finite():
     runs += [run("sgd", good, 2), run("preconditioner", (2.0, 3.0), 2)]
     pairs = Pairs(tuple(runs))
     assert pairs.worse == [runs[1]] and "1 of 2 runs" in str(pairs)
+
+
+def test_runs_on_a_busier_machine_are_named():
+    def runs(name, wall):
+        return [dataclasses.replace(run_of("vit", name, seed), machine={"wall": wall}) for seed in range(3)]
+
+    even, uneven = Results((*runs("adamw", 10.0), *runs("x", 12.0)), 10.0), runs("adamw", 40.0) + runs("x", 10.0)
+    assert "wall time" not in str(even)
+    assert "wall time over CPU time: adamw 4.0, x 1.0" in str(Results(tuple(uneven), 10.0))

@@ -100,12 +100,8 @@ class Natural:
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """The weights for evaluation, where the optimiser has such."""
-        swap = getattr(self.optimizer, "eval", None)
-        if swap is None:
-            yield
-            return
-        swap()
+        """The weights for evaluation."""
+        self.optimizer.eval()
         try:
             yield
         finally:

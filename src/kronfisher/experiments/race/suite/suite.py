@@ -32,7 +32,7 @@ class Suite:
         factor: the one rule for our batch: the baselines' first batch times this, at most all data.
         baselines: names of the baselines to be run.
         horizon: run ours also with the number of steps known beforehand.
-        again: make our runs again.
+        again: make the runs again; searches are kept.
         data_dir: folder of the data sets' files.
     """
 
@@ -86,7 +86,7 @@ class Suite:
         for baseline in self.baselines:
             chosen = tune(baseline, loaded, self.tuning, self.folder, say)
             plan = self._plan(loaded, baseline, baseline, {"lr": chosen["lr"]}, chosen["batch"], seed)
-            yield carry_out(plan, loaded, self.folder)
+            yield carry_out(plan, loaded, self.folder, again=self.again)
         batch = max(1, min(round(self.factor * loaded.batch), loaded.size))
         for name, settings in self.ours.items():
             run = carry_out(

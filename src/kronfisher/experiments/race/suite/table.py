@@ -19,6 +19,9 @@ FIT = "fit-"
 
 REFERENCE = f"{FIT}kfac"
 
+UNEVEN = 1.3
+"""So much more wall time than others for the same CPU time is worth a note."""
+
 COUNTED = {
     "below_adamw": "< AdamW",
     "below_all": "< all",
@@ -204,9 +207,24 @@ class Results:
             table.add(row["name"], row["half"], *counts, _share(row["share"]), _share(row["share_adamw"]))
         return table
 
+    def busy(self) -> dict[str, float]:
+        """Name → wall time over CPU time, the median of its runs; one on an idle machine."""
+        ratios: dict[str, list[float]] = {}
+        for run in self.runs:
+            if run.machine.get("wall") and run.points[-1]["seconds"]:
+                ratios.setdefault(run.plan.name, []).append(run.machine["wall"] / run.points[-1]["seconds"])
+        return {name: median(each) for name, each in ratios.items()}
+
     def notes(self) -> list[str]:
-        """Failures, weights as they are beside those for evaluation, and warnings."""
+        """Failures, weights as they are beside those for evaluation, and whether the machine was equally busy."""
         lines = [f"{r.plan.problem}: {r.plan.name}, seed {r.plan.seed}: {r.failure}" for r in self.runs if r.failure]
+        busy = self.busy()
+        if len(busy) > 1 and max(busy.values()) > UNEVEN * min(busy.values()):
+            each = ", ".join(f"{name} {number(value, 1)}" for name, value in busy.items())
+            lines.append(
+                f"wall time over CPU time: {each}. Who shares a core makes fewer steps in a second of CPU time:"
+            )
+            lines.append("compare only runs that were made under the same conditions")
         for problem, groups in self.grouped.items():
             for name, runs in groups.items():
                 last, plain = (
@@ -235,7 +253,7 @@ class Results:
             }
             for r in self.runs
         ]
-        return {"seconds": self.seconds, "summary": self.summary(), "runs": runs}
+        return {"seconds": self.seconds, "summary": self.summary(), "wall_over_cpu": self.busy(), "runs": runs}
 
     def __str__(self) -> str:
         return "\n\n".join([*map(str, self.tables()), "\n".join(self.notes())])
