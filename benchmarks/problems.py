@@ -60,6 +60,28 @@ class Averaged(nn.Sequential):
         return self[2](self[1](self[0](x)).mean(dim=1))
 
 
+class Complex(nn.Module):
+    """A real parameter that meets the data as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4, 3, 2)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.to(torch.complex128) @ torch.view_as_complex(self.weight)).abs())
+
+
+class Picked(nn.Module):
+    """A matrix of weights for every example, picked by its first input, as experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(2, 3, 4)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.bmm(self.weight[(x[:, 0] > 0).long()], x[..., None])[..., 0].tanh())
+
+
 class ViT(nn.Module):
     """A small vision transformer of linear layers: embedded patches, a class token, blocks, a head on the token."""
 
@@ -117,6 +139,10 @@ def own_problems() -> Iterator[tuple[Problem, str, str]]:
     ignored = problem("some positions ignored", linear(), (5, 4, 4), "categorical", ignore_index=7)
     ignored.targets[torch.rand(5, 4) < 0.5] = 7
     yield ignored, "full", by_definition
+
+    for matrix in ("diagonal", "full"):
+        yield problem("complex numbers", Complex(), (5, 4), "gaussian"), matrix, by_definition
+        yield problem("weights picked by the data", Picked(), (5, 4), "gaussian"), matrix, by_definition
 
     weight = torch.tensor([1.0, 3.0, 0.5])
     yield problem("class weights, one example", linear(), (1, 4), "categorical", weight=weight), "kfac", single
