@@ -11,7 +11,7 @@ from kronfisher.capture.containers import as_tensors, tensors_in, without_infere
 from kronfisher.capture.language_models import shift_labels, with_decoder_inputs
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
 
-__all__ = ["Forward", "not_finite_error", "run"]
+__all__ = ["Forward", "find_outputs", "not_finite_error", "run"]
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -84,14 +84,20 @@ def _inputs_of(batch: Any) -> Any:
         return None
 
 
+def find_outputs(answer: Any) -> Tensor | None:
+    """The tensor that a model returned, either directly or as ``logits``; None if there is none."""
+    logits = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", answer)
+    return logits if isinstance(logits, Tensor) else None
+
+
 def _logits_of(answer: Any, where: str) -> Tensor:
-    """The tensor that a model returned, either directly or as ``logits``.
+    """The same, required.
 
     Raises:
         DataError: there is none.
     """
-    logits = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", answer)
-    if isinstance(logits, Tensor):
+    logits = find_outputs(answer)
+    if logits is not None:
         return logits
     keys = f" with keys {list(answer)}" if isinstance(answer, Mapping) else ""
     raise DataError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kronfisher.capture.capture import Capture, Receiver
+from kronfisher.capture.forward import find_outputs
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.replay import ForwardPass, Snapshot
@@ -50,11 +51,13 @@ class ForwardBackward:
 
     Attributes:
         loss: the last one, detached.
+        running: whether a forward pass of ours runs.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood) -> None:
         self.model, self.likelihood = model, likelihood
         self.loss: Tensor | None = None
+        self.running = False
         self._rows_pay = False  # whether rows were cheaper than gradients at the last captured pass
         self.forget()
 
@@ -72,6 +75,10 @@ class ForwardBackward:
             one.kept = True
         self._passes, self._seen = waiting, seen
 
+    def saw(self) -> None:
+        """Note that a pass of the user's was captured for this step."""
+        self._seen = True
+
     def take(self) -> StepPasses:
         """The passes of this step; they are forgotten here."""
         passes = [one for one in self._passes if one.loss is not None]
@@ -85,8 +92,9 @@ class ForwardBackward:
         count = float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
         return -self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64) / count, count
 
-    def loss_of(self, outputs: Tensor, targets: Any) -> Tensor:
+    def loss_of(self, outputs: Any, targets: Any) -> Tensor:
         """The loss, in the precision of the outputs but at least float32."""
+        outputs = require_outputs(outputs)
         return _rounded(self.mean_loss(outputs, targets)[0], outputs)
 
     def change(self, passes: Sequence[ForwardPass]) -> float:
@@ -104,8 +112,8 @@ class ForwardBackward:
 
     def forward(
         self, function: Callable[[], Any], statistics: Statistics, step: int, *, whole: bool, again: bool
-    ) -> Tensor:
-        """The outputs that `function` returns.
+    ) -> Any:
+        """What `function` returns: the outputs, or an object whose ``logits`` they are.
 
         Args:
             function: runs the model.
@@ -117,15 +125,22 @@ class ForwardBackward:
         statistics.prepare(step)
         snapshot = Snapshot(self.model) if again else None
         captured = statistics.is_due(step) or (whole and self._rows_pay)
-        with torch.enable_grad(), statistics.captured() if captured else nullcontext() as capture:
-            outputs = function()
-        require_outputs(outputs)
-        self._passes.append(ForwardPass(function, snapshot, capture, outputs, outputs.detach() if again else None))
-        return outputs
+        self.running = True
+        try:
+            with torch.enable_grad(), statistics.captured() if captured else nullcontext() as capture:
+                answer = function()
+        finally:
+            self.running = False
+        outputs = require_outputs(answer)
+        values = outputs.detach() if again else None
+        self._passes.append(
+            ForwardPass(lambda: require_outputs(function()), snapshot, capture, answer, outputs, values)
+        )
+        return answer
 
     def backward(
         self,
-        outputs: Tensor,
+        outputs: Any,
         targets: Any,
         loss: Tensor | None,
         scale: Callable[[Tensor], Tensor] | None,
@@ -152,13 +167,13 @@ class ForwardBackward:
         Returns:
             The loss, detached.
         """
-        record = next((one for one in self._passes if one.outputs is outputs), None)
-        if record is None:
+        record = next((one for one in self._passes if outputs is one.outputs or outputs is one.answer), None)
+        if record is None or record.outputs is None:
             raise DataError(
                 "backward needs the outputs exactly as forward returned them, once, and before the next step: write "
                 "outputs = optimizer.forward(x); optimizer.backward(outputs, y); optimizer.step()."
             )
-        due = statistics.is_due(step)
+        outputs, due = record.outputs, statistics.is_due(step)
         usable = due and statistics.accepts(outputs, targets, step)
         own, record.count = self.mean_loss(outputs, targets)
         record.targets, record.loss = targets, own.detach()
@@ -166,7 +181,7 @@ class ForwardBackward:
         total = own if loss is None else loss
         scaled = total if scale is None else scale(total)
         self.loss = record.loss if loss is None else loss.detach()
-        capture, record.capture, record.outputs = record.capture, None, None
+        capture, record.capture, record.answer, record.outputs = record.capture, None, None, None
         if capture is None:
             scaled.backward()
         elif statistics.labels == "observed" and loss is None and scale is None:
@@ -232,12 +247,18 @@ def _rounded(loss: Tensor, outputs: Tensor) -> Tensor:
     return loss.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def require_outputs(outputs: Any) -> None:
-    """DataError unless these are the outputs of a model."""
-    if not isinstance(outputs, Tensor):
+def require_outputs(answer: Any) -> Tensor:
+    """The outputs of a model: what it returned, or the ``logits`` of that.
+
+    Raises:
+        DataError: there are none.
+    """
+    outputs = find_outputs(answer)
+    if outputs is None:
         raise DataError(
-            f"the model returned {type(outputs).__name__}, not a tensor; pass a function that returns the outputs, "
-            "such as step(lambda: model(x).logits, y)"
+            f"the model returned {type(answer).__name__}, neither a tensor nor an object with `logits`; pass a "
+            "function that returns the outputs, such as step(lambda: model(x).scores, y)"
         )
     if outputs.dim() == 0:
         raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")
+    return outputs

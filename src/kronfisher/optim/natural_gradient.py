@@ -12,6 +12,7 @@ from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice, Gram
 from kronfisher.likelihoods import Likelihood
+from kronfisher.optim.attachment import Attachment
 from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.forward_backward import ForwardBackward
@@ -123,7 +124,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
         )
-        self.steps = 0
+        self.steps, self._attachment = 0, Attachment()
         parameters = self._parameters()
         passes = ForwardBackward(self._model, likelihood)
         settings = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
@@ -191,18 +192,18 @@ class NaturalGradient(torch.optim.Optimizer):
                 "training goes on."
             )
 
-    def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The model's outputs, captured where statistics are due."""
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What the model returns, captured where statistics are due: its outputs, or an object with ``logits``."""
         self._require_training()
         return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
 
-    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The mean negative log-likelihood of an example, differentiable."""
         return self.parts.forward_backward.loss_of(outputs, targets)
 
     def backward(
         self,
-        outputs: Tensor,
+        outputs: Any,
         targets: Any,
         loss: Tensor | None = None,
         *,
@@ -230,6 +231,40 @@ class NaturalGradient(torch.optim.Optimizer):
                 "outside cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
             )
         return self.parts.backward(outputs, targets, loss, scale, self.steps, rates=None)
+
+    def attach(
+        self,
+        model: nn.Module | None = None,
+        *,
+        targets: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ) -> None:
+        """For loops that call the model themselves: capture its forward passes, until `detach`.
+
+        Then ``loss.backward(); optimizer.step()`` is a step, as with any optimiser. Where statistics are due, a hook on
+        the model draws labels and runs one more backward pass, which leaves every ``.grad`` alone.
+
+        Args:
+            model: as the loop calls it; None: as it was given to the optimiser. Attach what ``torch.compile`` returned.
+            targets: gives the targets of a call, from its positional and keyword arguments, for masks and for
+                ``labels="observed"``. None: the keyword argument ``labels``, as in `estimate`; without one, every
+                position counts.
+
+        Raises:
+            UnsupportedError: the step evaluates the loss again.
+        """
+        if self.parts.compares_losses:
+            raise UnsupportedError(
+                f"{type(self.trust).__name__} evaluates the loss again, and a loop that calls the model keeps it to "
+                "itself. Use the default step, step=kf.LayerwiseStep(), or step=kf.QuadraticModel(momentum=0.9)."
+            )
+        self.detach()
+        self._attachment = Attachment(self.parts, lambda: self.steps, targets)
+        self._attachment.add_to(self._wrapped if model is None else model)
+
+    def detach(self) -> None:
+        """Take back `attach`: the model is as it was before."""
+        self._attachment.remove()
+        self._attachment = Attachment()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimiser; it may stand before, between or after `forward` and `backward`."""

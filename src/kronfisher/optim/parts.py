@@ -27,7 +27,7 @@ __all__ = ["Parts", "StepParts"]
 
 CALL = (
     "call step(lambda: model(x), y); or outputs = optimizer.forward(x) and optimizer.backward(outputs, y) before "
-    "optimizer.step()"
+    "optimizer.step(); or, in a loop that calls the model itself, optimizer.attach() before it"
 )
 
 
@@ -114,14 +114,14 @@ class StepParts(ABC):
             DataError: it was saved for other parameters or other fits.
         """
 
-    def forward(self, function: Callable[[], Any], step: int, *, whole: bool) -> Tensor:
-        """The outputs that `function` returns; `whole`: no code of the user's runs between this pass and the step."""
+    def forward(self, function: Callable[[], Any], step: int, *, whole: bool) -> Any:
+        """What `function` returns; `whole`: no code of the user's runs between this pass and the step."""
         with self._timed("forward and backward"):
             return self.forward_backward.forward(function, self.statistics, step, whole=whole, again=self.repeats(step))
 
     def backward(
         self,
-        outputs: Tensor,
+        outputs: Any,
         targets: Any,
         loss: Tensor | None,
         scale: Callable[[Tensor], Tensor] | None,

@@ -1,13 +1,12 @@
 """The natural gradient for any optimiser of torch."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -114,8 +113,8 @@ class Preconditioner:
         self.watch = Watch()
         self._seen = False  # whether a forward pass was captured for this step
 
-    def __call__(self, *inputs: Any, targets: Any = None, **options: Any) -> Tensor:
-        """The model's outputs.
+    def __call__(self, *inputs: Any, targets: Any = None, **options: Any) -> Any:
+        """What the model returns: its outputs, or an object whose ``logits`` they are.
 
         Args:
             inputs: for the model.
@@ -128,11 +127,8 @@ class Preconditioner:
             return self._wrapped(*inputs, **options)
         with statistics.captured() as capture:
             outputs = self._wrapped(*inputs, **options)
-        require_outputs(outputs)
         self._seen = True
-        with suppress(NumericalError):  # something is not finite; the loss shows that, too
-            if statistics.accepts(outputs, targets, step):
-                statistics.absorb(capture, outputs, targets, step, retain=True)
+        statistics.read(capture, require_outputs(outputs), targets, step)
         return outputs
 
     @torch.no_grad()

@@ -69,7 +69,8 @@ class ForwardPass:
         forward: the function that was called.
         snapshot: the state before it, if it is going to be repeated.
         capture: of the layers' calls, if statistics are due.
-        outputs: as returned, until the backward pass.
+        answer: what the model returned, until the backward pass.
+        outputs: the tensor in it, likewise.
         values: the outputs without their graph, if the pass is going to be repeated.
         targets: as the likelihood takes them.
         loss: the mean negative log-likelihood, in float64.
@@ -80,6 +81,7 @@ class ForwardPass:
     forward: Callable[[], Tensor]
     snapshot: Snapshot | None = None
     capture: Capture | None = None
+    answer: Any = None
     outputs: Tensor | None = None
     values: Tensor | None = None
     targets: Any = None

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from math import prod
 from typing import Any
 
@@ -170,6 +170,12 @@ class Statistics:
             return False
         return True
 
+    def read(self, capture: Capture, outputs: Tensor, targets: Any, step: int) -> None:
+        """Add the statistics of a pass whose graph the user goes backward through afterwards, if it is finite."""
+        with suppress(NumericalError):  # the loss shows that, too
+            if self.accepts(outputs, targets, step):
+                self.absorb(capture, outputs, targets, step, retain=True)
+
     def needs_second_backward(self, step: int) -> bool:
         """Whether statistics of this step may need the graph once more, because a basis is renewed."""
         return not self.layers or any(layer.renews_basis(step) for layer in self.layers)
@@ -193,6 +199,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
+            self.pass_cost = 0.0
             run.start_pass((self._seed << 32) + step)
         try:
             with full_precision(run.device.type):
@@ -228,7 +235,6 @@ class Statistics:
     def _look_at_calls(self, capture: Capture) -> None:
         """Which layers read data directly, and what a pass costs."""
         from_data: dict[Key, bool] = {}
-        self.pass_cost = 0.0
         for call in capture.calls:
             for use in call.uses:
                 for key in ((use.weight, use.bias), (use.weight, None)):
