@@ -45,3 +45,23 @@ def test_the_matrix_scales_with_the_squares_of_inputs_and_gradients_or_is_refuse
     torch.testing.assert_close(found, usual.to_dense().double(), rtol=1e-4, atol=1e-6)
     reported, known = (fisher.info.blocks["weight"].error for fisher in (far, usual))
     assert reported is None or reported == pytest.approx(known, abs=1e-3)  # below that is rounding
+
+
+@pytest.mark.parametrize("power", [-80, 80])
+@pytest.mark.parametrize("name", FITTED)
+def test_tiny_inputs_with_huge_gradients_and_the_other_way_round(name, power):
+    """Seen: the zero matrix without a word from K-FOC, where inputs of 1e-24 met gradients of 1e24."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False), torch.randn(12, 4)
+
+    def estimate(scale):
+        options = {"labels": "exact", "forward": lambda model, batch: (model(batch[0]) / scale, None)}
+        return kf.estimate(model, [(x * scale, None)], kf.Gaussian(), fit=FITTED[name], **options).to_dense()
+
+    usual = estimate(1.0)
+    try:
+        far = estimate(2.0**power)
+    except kf.NumericalError:
+        assert "kfoc" not in name or "ekfac" in name
+        return
+    torch.testing.assert_close(far, usual)

@@ -111,8 +111,15 @@ def test_what_overflows_is_named_and_what_vanishes_is_told(aggregation):
     a, g = samples.activations.dense(), samples.gradients
     with pytest.raises(kf.NumericalError, match="w: "):
         fitted(kf.KFOC(aggregation), samples_of(a, g * 1e20), samples_of(a, g * 1e20))
-    with pytest.warns(kf.NumericalWarning, match="w: its gradients are 3e-20 at most, and their squares vanish"):
-        fitted(kf.KFOC(aggregation), samples_of(a, g * 1e-20 * 3 / g.abs().max()))
+    with pytest.warns(
+        kf.NumericalWarning, match=r"w: its gradients and inputs are \de-20 at most, and their squares va"
+    ):
+        fitted(kf.KFOC(aggregation), samples_of(a * 1e-20, g * 1e-20 * 3 / g.abs().max()))
+    product, _, _ = fitted(kf.KFOC(aggregation), samples_of(a, g * 2.0**-66))  # the matrix vanishes, its factors do not
+    whole, _, _ = fitted(kf.KFOC(aggregation), samples)
+    truth = torch.kron(whole.B[0].double(), whole.A[0].double())
+    found = torch.kron(product.B[0].double() * 2.0**66, product.A[0].double() * 2.0**66)
+    assert (found - truth).norm() <= 1e-4 * truth.norm()
 
 
 def test_states_that_are_finished_saved_and_combined_go_on():

@@ -23,6 +23,7 @@ from kronfisher.fits.rearrangement import (
     truncate,
 )
 from kronfisher.fits.running_sum import add_terms
+from kronfisher.fits.scaling import level
 from kronfisher.fits.shapes import Shapes, has_diagonal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.factors import Factor
@@ -148,19 +149,25 @@ def _as_term(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def check_gradients(state: ProductSums) -> None:
-    """Refuse gradients that are not finite, and say so where they are too small to be squared."""
+    """Refuse gradients that are not finite; bring extreme ones to the size of inputs, and say so if they vanish."""
     tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
     sizes = [torch.linalg.vector_norm(samples.gradients) for samples in state.waiting if len(samples)]
-    if all(bool(torch.isfinite(size)) and float(size) > (1e9 * tiny) ** 0.5 for size in sizes):
+    small = (1e9 * tiny) ** 0.5
+    if all(small < float(size) < 1 / small for size in sizes):
         return  # the usual case, at a fraction of the time
-    ends = [end for samples in state.waiting if len(samples) for end in samples.gradients.aminmax()]
-    largest = float(torch.stack(ends).abs().max()) if ends else 0.0
-    if not math.isfinite(largest):
+    if not math.isfinite(_largest(state)):
         state.check()
-    if 0 < largest < tiny**0.5:
+    state.waiting = level(state.waiting)
+    if 0 < (largest := _largest(state)) < tiny**0.5:
         warnings.warn(
-            f"{state.name}: its gradients are {largest:.0e} at most, and their squares vanish in "
+            f"{state.name}: its gradients and inputs are {largest:.0e} at most, and their squares vanish in "
             f"{state.waiting[0].gradients.dtype}: they count as zero. Scale the loss up, or use float64.",
             NumericalWarning,
             stacklevel=2,
         )
+
+
+def _largest(state: ProductSums) -> float:
+    """Of the numbers in gradients that wait."""
+    ends = [end for samples in state.waiting if len(samples) for end in samples.gradients.aminmax()]
+    return float(torch.stack(ends).abs().max()) if ends else 0.0

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import frexp
 
 import torch
 from torch import Tensor
 
 from kronfisher.layers.samples import Samples
 
-__all__ = ["moderate"]
+__all__ = ["level", "moderate"]
 
 
 def moderate(samples: Sequence[Samples]) -> list[Samples]:
@@ -17,10 +18,23 @@ def moderate(samples: Sequence[Samples]) -> list[Samples]:
     Powers of squares, as in norms of blocks, leave the range of numbers long before the samples do. A power of two
     changes no digit. Zeros stay.
     """
-    some = [use for use in samples if use.gradients.numel()]
-    gradients = max((_largest(use.gradients) for use in some), default=0.0)
-    inputs = max((_largest(use.activations.dense()) for use in some if not use.activations.onehot), default=0.0)
-    left, right = (_power(size) for size in (gradients, inputs))
+    left, right = (2.0**-size for size in _exponents(samples))
+    return _scale(samples, left, right)
+
+
+def level(samples: Sequence[Samples]) -> list[Samples]:
+    """The same gradients of samples from inputs and output gradients of one size: ``g aᵀ = (s g)(a/s)ᵀ``.
+
+    Where inputs are as small as output gradients are large, or the other way round, squares of either leave the range
+    of numbers though their products are ordinary.
+    """
+    gradients, inputs = _exponents(samples)
+    shift = (inputs - gradients) // 2
+    return _scale(samples, 2.0**shift, 2.0**-shift)
+
+
+def _scale(samples: Sequence[Samples], left: float, right: float) -> list[Samples]:
+    """Output gradients times one number, inputs times another."""
     return [
         replace(
             use,
@@ -40,6 +54,9 @@ def _largest(numbers: Tensor) -> float:
     return float(torch.stack(numbers.aminmax()).abs().max())
 
 
-def _power(size: float) -> float:
-    """The power of two that brings a number of more than zero to about one."""
-    return 2.0 ** -torch.frexp(torch.tensor(size, dtype=torch.float64)).exponent.item() if size > 0 else 1.0
+def _exponents(samples: Sequence[Samples]) -> tuple[int, int]:
+    """Of the powers of two that the largest output gradients and inputs are; zero where there are none."""
+    some = [use for use in samples if use.gradients.numel()]
+    gradients = max((_largest(use.gradients) for use in some), default=0.0)
+    inputs = max((_largest(use.activations.dense()) for use in some if not use.activations.onehot), default=0.0)
+    return frexp(gradients)[1], frexp(inputs)[1]
