@@ -43,8 +43,8 @@ def test_the_bound_of_truncated_queries_holds_and_full_rank_changes_nothing(buil
 def test_queries_of_low_rank_never_form_the_gradient_of_an_example(monkeypatch):
     influence, train, queries = problem(perceptron(4, 40, 3, seed=1), q=40)
     expected, asked = influence.scores(train, queries, rank=1), influence.gradients(queries)
-    monkeypatch.setattr(influence, "gradients", lambda *options: asked)
-    monkeypatch.setattr(Samples, "per_sample", lambda self: pytest.fail("a gradient was formed"))
+    monkeypatch.setattr(influence, "_slices", lambda *options: iter([asked]))
+    monkeypatch.setattr(Samples, "per_sample", lambda self, room=0: pytest.fail("a gradient was formed"))
     close(influence.scores(train, queries, rank=1).values, expected.values)
     with pytest.raises(pytest.fail.Exception, match="a gradient was formed"):
         influence.scores(train, queries)
@@ -100,6 +100,21 @@ def test_refinement_keeps_ignored_positions_out():
     scores = influence.scores(train, queries).values
     masked = kf.Influence(model, influence.fisher, kf.Categorical(), refine=4, mask=lambda b: b[1] != -100)
     close(masked.scores(train, queries).values, scores)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1}, {"per": "block"}])
+@pytest.mark.parametrize("refine", [0, 2])
+def test_queries_in_slices_give_what_all_at_once_give(options, refine):
+    influence, train, (x, y) = problem(refine=refine)
+    queries = [(x[k : k + 1], y[k : k + 1]) for k in range(len(x))]
+    whole, counted = influence.scores(train, queries, **options), Counted(train)
+    sliced = influence.scores(counted, queries, at_once=2, **options)
+    assert counted.readings == 3 * (refine + 1)
+    close(sliced.values, whole.values, 1e-12)
+    if refine:
+        close(sliced.residuals, whole.residuals, 1e-9)
+    if "rank" in options:
+        close(sliced.bounds, whole.bounds, 1e-9)
 
 
 def test_data_that_change_between_readings_are_refused():

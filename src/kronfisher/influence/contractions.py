@@ -55,10 +55,10 @@ def inner_products(samples: Samples, queries: Tensor | LowRank) -> Tensor:
             return _by_factors(samples, queries)
         queries = queries.matrices()
     queries = queries.to(samples.gradients)
-    if isinstance(samples.activations, Indices):
-        return by_position(samples, queries).sum(1)
-    flat = queries.flatten(1).mT
-    return torch.cat([G.transpose(0, 1).flatten(1) @ flat for G in samples.per_sample()])
+    if isinstance(samples.activations, Indices) or (positions == 1 and len(queries) < inputs):
+        return by_position(samples, queries).sum(1)  # as many multiplications, and less to write
+    flat, room = queries.flatten(1).mT, samples.workspace  # many rows: all queries are read for each product
+    return torch.cat([G.transpose(0, 1).flatten(1) @ flat for G in samples.per_sample(room)])
 
 
 def by_position(samples: Samples, queries: Tensor) -> Tensor:

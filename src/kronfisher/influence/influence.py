@@ -1,5 +1,6 @@
 """Influence functions: which training data are behind a prediction."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.utils.data import RandomSampler
 
 from kronfisher.capture.batches import Batches, Mask, checksum
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.parameters import fingerprint, unwrapped
@@ -24,9 +25,10 @@ from kronfisher.influence.readings import Network, Question, read, require_finit
 from kronfisher.influence.refinement import refine as refined
 from kronfisher.influence.scores import Scores
 from kronfisher.influence.scoring import Per, Scorer, self_scores
-from kronfisher.influence.streams import collect, write
+from kronfisher.influence.streams import collect, join, write
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
+from kronfisher.operators.memory import available_memory
 
 __all__ = ["Influence"]
 
@@ -142,6 +144,7 @@ class Influence:
         measurement: Measurement = "loss",
         per: Per | None = None,
         rank: int | None = None,
+        at_once: int | None = None,
         path: str | Path | None = None,
         progress: Progress = False,
     ) -> Scores:
@@ -157,6 +160,7 @@ class Influence:
                 by block, "position" by position of the training example.
             rank: truncates the matrix of every preconditioned query in every block, so that no gradient of a training
                 example is formed; ``scores.bounds`` says what that may change.
+            at_once: queries, about, that are in memory together; every such slice reads the training data anew.
             path: of a memory-mapped file that takes the scores batch by batch. A run that was interrupted or killed
                 goes on where it was, if model, Fisher, queries, settings and batches are the same.
             progress: as for `kronfisher.estimate`.
@@ -180,22 +184,35 @@ class Influence:
             raise ValueError("per='position' takes whole queries; leave out rank=.")
         if per == "position" and path is not None:
             raise ValueError("per='position': batches may have different positions; leave out path=.")
+        if at_once is not None and (at_once < 1 or path is not None):
+            raise ValueError(
+                f"at_once={at_once}: at least 1, and only without path=, which takes all queries together."
+            )
         _require_order(train, "train")
         file = None if path is None else RowFile(path, self._settings(queries, measurement, per, rank))
-        batches, residuals = Batches(train), None
-        gradients = self.gradients(queries, measurement, progress)
+        batches, number, found = Batches(train), 0, []
+        for gradients in self._slices(queries, measurement, at_once, progress):
+            scorer, residuals = self._solved(gradients, batches, number, per, rank, progress)
+            number += self.refine + 1
+            if file is not None:
+                return write(scorer, batches, number - 1, residuals, file, progress)
+            found.append(collect(scorer, batches, number - 1, residuals, progress, again=at_once is not None))
+        return join(found)
+
+    def _solved(
+        self, gradients: Rows, batches: Batches, number: int, per: Per | None, rank: int | None, progress: Progress
+    ) -> tuple[Scorer, Tensor | None]:
+        """Queries solved, and how far refinement came; with `refine` it reads the data from reading `number` on."""
+        residuals = None
         if self.refine:
-            solved, residuals = refined(
-                self.network, self.likelihood, self.damped, gradients, batches, self.refine, progress
-            )
+            options = self.network, self.likelihood, self.damped, gradients, batches, self.refine
+            solved, residuals = refined(*options, first=number, progress=progress)
         else:
             with plain_arithmetic(self.fisher.device):
                 solved = self.damped.solve(gradients)
         own = self.damped.inner(gradients, solved)
-        scorer = Scorer(self.network, self.likelihood, self.damped, Queries(solved, rank), own, self.normalize, per)
-        if file is None:
-            return collect(scorer, batches, self.refine, residuals, progress)
-        return write(scorer, batches, self.refine, residuals, file, progress)
+        asked = Queries(solved, rank)
+        return Scorer(self.network, self.likelihood, self.damped, asked, own, self.normalize, per), residuals
 
     def index(self, train: Any, path: str | Path, *, size: int = 512) -> Index:
         """Store the leading coordinates of every training gradient, so that new queries need no reading of the data.
@@ -264,13 +281,30 @@ class Influence:
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:
         """``∇m`` of every query, ``{name: [Q, *shape]}``."""
+        (found,) = self._slices(queries, measurement, None, progress)
+        return found
+
+    def _slices(
+        self, queries: Any, measurement: Measurement, at_once: int | None, progress: Progress
+    ) -> Iterator[Rows]:
+        """``∇m`` of some queries at a time, batch by batch until there are `at_once`."""
         _require_order(queries, "queries")
         questions: dict[str, Question] = {"gradient": lambda _, samples: written_out(samples[0])}
         network, likelihood = self._measured(measurement)
-        found: list[Rows] = []
-        parameters = dict(self.model.named_parameters())
+        parameters, waiting, limit = dict(self.model.named_parameters()), [], available_memory(self.fisher.device)
+        wide = torch.promote_types(self.fisher.dtype, torch.float32)
+        each, size = self.fisher.dim * wide.itemsize, 0
+
+        def joined() -> Rows:
+            return {name: torch.cat([rows[name] for rows in waiting]) for name in self.fisher.shapes}
+
         for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress):
-            wide = torch.promote_types(self.fisher.dtype, torch.float32)
+            size += reading.size
+            if 3 * size * each > limit:
+                raise MemoryBudgetError(
+                    f"{reading.where}: the gradients of {size} queries take {size * each:,} bytes three times, more "
+                    f"than the free {limit:,}. Give at_once={max(limit // (4 * each), 1)} with smaller batches."
+                )
             rows = {
                 name: torch.zeros(reading.size, *shape, dtype=wide, device=parameters[name].device)
                 for name, shape in self.fisher.shapes.items()
@@ -278,8 +312,12 @@ class Influence:
             with plain_arithmetic(self.fisher.device):
                 for blocks, answer in reading.answers["gradient"].items():
                     add_gradients_(rows, blocks[0], require_finite(answer, reading.where))
-            found.append(rows)
-        return {name: torch.cat([rows[name] for rows in found]) for name in self.fisher.shapes}
+            waiting.append(rows)
+            if at_once is not None and size >= at_once:
+                yield joined()
+                waiting, size = [], 0
+        if waiting:
+            yield joined()
 
 
 def _require_order(data: Any, what: str) -> None:

@@ -109,6 +109,7 @@ def read(
     *,
     what: str = "batch",
     number: int = 0,
+    again: bool = False,
     progress: Progress = False,
     skip: Callable[[int, Any], bool] | None = None,
 ) -> Iterator[Reading]:
@@ -122,6 +123,7 @@ def read(
         together: puts blocks into groups; None: every block alone.
         what: a batch is called in messages.
         number: of the reading, from zero; later ones must read the same batches.
+        again: whether there may be later ones.
         progress: as for `kronfisher.estimate`.
         skip: number and batch → whether it is passed over.
 
@@ -149,7 +151,7 @@ def read(
     try:
         for where, batch in batches.read(number):
             where = where.replace("batch", what, 1)
-            if number:
+            if number or again:
                 batches.recognise(batch)
             if skip is not None and skip(batches.index - 1, batch):
                 continue

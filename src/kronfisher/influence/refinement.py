@@ -27,6 +27,7 @@ def refine(
     gradients: Rows,
     batches: Batches,
     steps: int,
+    first: int = 0,
     progress: Progress = False,
 ) -> tuple[Rows, Tensor]:
     """``(GGN + λ)⁻¹ v`` for K vectors, by some steps of conjugate gradients from zero; one reading of the data each.
@@ -36,8 +37,9 @@ def refine(
         likelihood: whose Hessian of the outputs is taken.
         damped: F + λ, which preconditions; λ is that of each of its blocks.
         gradients: v, ``{name: [K, *shape]}``.
-        batches: the training data; readings 0 to `steps` − 1 are made here.
+        batches: the training data.
         steps: of conjugate gradients.
+        first: number of the first of their readings that are made here.
         progress: as for `kronfisher.estimate`.
 
     Returns:
@@ -55,7 +57,7 @@ def refine(
         direction = damped.solve(residual)
         product, norm = damped.inner(residual, direction), damped.inner(residual, residual)
     for number in range(steps):
-        image = _gauss_newton(network, likelihood, direction, batches, number, damped.fisher.count, progress)
+        image = _gauss_newton(network, likelihood, direction, batches, first + number, damped.fisher.count, progress)
         with plain_arithmetic(device):
             image = {name: image[name] + shift[name] * direction[name] for name in image}
             curvature = damped.inner(direction, image)

@@ -67,7 +67,12 @@ class Scorer:
     per: Per | None = None
 
     def read(
-        self, data: Any, number: int = 0, progress: Progress = False, skip: Callable[[int, Any], bool] | None = None
+        self,
+        data: Any,
+        number: int = 0,
+        progress: Progress = False,
+        skip: Callable[[int, Any], bool] | None = None,
+        again: bool = False,
     ) -> Iterator[Part]:
         """Scores of one batch after the other; see `kronfisher.influence.readings.read`.
 
@@ -83,7 +88,15 @@ class Scorer:
         together = self.damped.together if self.normalize or self.per == "group" else None
         names: tuple[str, ...] | None = None
         readings = read(
-            self.network, self.likelihood, data, questions, together, number=number, progress=progress, skip=skip
+            self.network,
+            self.likelihood,
+            data,
+            questions,
+            together,
+            number=number,
+            again=again,
+            progress=progress,
+            skip=skip,
         )
         for reading in readings:
             with plain_arithmetic(self.own.device):

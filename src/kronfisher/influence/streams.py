@@ -1,5 +1,7 @@
 """Where scores go as they come: into memory, or into a memory-mapped file."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +15,16 @@ from kronfisher.influence.scores import Scores
 from kronfisher.influence.scoring import Part, Scorer
 from kronfisher.operators.memory import available_memory
 
-__all__ = ["collect", "write"]
+__all__ = ["collect", "join", "write"]
 
 
 def collect(
-    scorer: Scorer, batches: Batches, number: int, residuals: Tensor | None = None, progress: Progress = False
+    scorer: Scorer,
+    batches: Batches,
+    number: int,
+    residuals: Tensor | None = None,
+    progress: Progress = False,
+    again: bool = False,
 ) -> Scores:
     """All scores in memory.
 
@@ -27,13 +34,14 @@ def collect(
         number: of their reading.
         residuals: of refined queries.
         progress: as for `kronfisher.estimate`.
+        again: whether the data may be read once more.
 
     Raises:
         MemoryBudgetError: they do not fit.
     """
     parts: list[Part] = []
     limit, taken = available_memory(scorer.own.device), 0
-    for part in scorer.read(batches, number, progress):
+    for part in scorer.read(batches, number, progress, again=again):
         parts.append(part)
         taken += sum(2 * t.numel() * t.element_size() for t in (part.values, part.bounds) if t is not None)
         if taken > limit:
@@ -53,6 +61,20 @@ def collect(
         torch.cat(bounds).mT if bounds else None,
         parts[-1].fallback,
         residuals,
+    )
+
+
+def join(slices: Sequence[Scores]) -> Scores:
+    """The scores of all queries, one slice after the other."""
+    if len(slices) == 1:
+        return slices[0]
+    bounds = [part.bounds for part in slices if part.bounds is not None]
+    residuals = [part.residuals for part in slices if part.residuals is not None]
+    return replace(
+        slices[0],
+        values=torch.cat([part.values for part in slices]),
+        bounds=torch.cat(bounds) if bounds else None,
+        residuals=torch.cat(residuals) if residuals else None,
     )
 
 

@@ -147,11 +147,15 @@ class Samples:
         positions, last = self.positions, 1 if diagonal else kept
         return positions * (summed + kept) + last * kept < kept * summed * (1 + last / (2 * positions))
 
-    def per_sample(self) -> Iterator[Tensor]:
-        """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time."""
+    def per_sample(self, room: int = _CACHE) -> Iterator[Tensor]:
+        """The gradients ``G_k = g_kᵀ a_k`` ``[H, n', O, I]`` of a few samples at a time.
+
+        Args:
+            room: bytes that they take at a time on a CPU, about.
+        """
         groups, outputs, width = self.shape
         size = self.gradients.element_size() * groups * width * (outputs + self.positions)
-        room = min(self.workspace, _CACHE) if self.gradients.device.type == "cpu" else self.workspace
+        room = min(self.workspace, room) if self.gradients.device.type == "cpu" else self.workspace
         for low, high in chunks(len(self), size, room):
             g = self.gradients[:, low:high]
             if self.positions > 1:
