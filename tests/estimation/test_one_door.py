@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kronfisher as kf
-from tests.laplace.test_targets import CASES, IDS, TinyForCausalLM, Wrapped, X
+from tests.helpers.targets import CASES, IDS, TinyForCausalLM, Wrapped, X
 
 
 def posterior_inputs(model, likelihood):
