@@ -26,8 +26,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     ``δ = μδ₀ + Jᵀ(J Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190), with the
     last step δ₀, J the rows of the batch under exact columns, and u the gradients at the outputs in their terms. With
     observed labels they are the examples' own gradients, and ones. For residuals it is the
-    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of some
-    thousand rows.
+    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of
+    some thousand rows.
 
     λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
     numbers; where no step helps, weights stay as they were and λ grows.
