@@ -85,7 +85,12 @@ def add(app: Any) -> None:
                 elif preconditioner:
                     found = {"rates": commands.rates(say=reports.say, **common)}
                 else:
-                    told = {"horizon": horizon and not fits, "tuning": tuning_seconds, "factor": batch}
+                    told = {
+                        "horizon": horizon and not fits,
+                        "tuning": tuning_seconds,
+                        "factor": batch,
+                        "only": bool(optimizers or fits),
+                    }
                     told |= {"ours": ours, "baselines": tuple(name for name in wanted if name in BASELINES)}
                     found = {"suite": commands.suite(show=show, say=reports.say, **told, **common)}
             except KeyboardInterrupt:

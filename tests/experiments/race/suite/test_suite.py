@@ -177,6 +177,10 @@ def test_the_command_line(tiny, tmp_path, capsys):
     runs = json.loads((tmp_path / "suite.json").read_text())["runs"]
     assert [(run["name"], run["settings"]) for run in runs if run["name"] == "x"] == [("x", {"lr": 0.5})]
     with pytest.raises(SystemExit) as caught:
+        cli.main(["race", "suite", *small, "--output", str(tmp_path), "--show", "--optimizers", "natural"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and "adamw" in out and " x " not in out  # baselines, and no other of ours
+    with pytest.raises(SystemExit) as caught:
         cli.main(["race", "suite", "--optimizers", "nobody"])
     assert caught.value.code == 2 and "there is no optimizer 'nobody'" in capsys.readouterr().err
 

@@ -33,6 +33,7 @@ class Suite:
         baselines: names of the baselines to be run.
         horizon: run ours also with the number of steps known beforehand.
         again: make the runs again; searches are kept.
+        only: of ours, `results` are those of `ours` alone.
         data_dir: folder of the data sets' files.
     """
 
@@ -46,6 +47,7 @@ class Suite:
     baselines: tuple[str, ...] = tuple(BASELINES)
     horizon: bool = True
     again: bool = False
+    only: bool = False
     data_dir: Path | None = None
 
     def check(self) -> None:
@@ -71,12 +73,14 @@ class Suite:
         Raises:
             ValueError: it has nothing.
         """
+        wanted = {*BASELINES, *self.ours, *(name + HORIZON for name in self.ours)}
         newest: dict[tuple[str, str, int], Run] = {}
         for problem in self.problems:
             paths = (self.folder / "runs" / problem).glob("*.json")
             for path in sorted(paths, key=lambda path: path.stat().st_mtime):
                 run = Run.read(path)
-                if run.plan.seconds == self.seconds and not run.plan.brief:
+                named = not self.only or run.plan.name in wanted
+                if named and run.plan.seconds == self.seconds and not run.plan.brief:
                     newest[problem, run.plan.name, run.plan.seed] = run
         if not newest:
             raise ValueError(f"{self.folder / 'runs'} has no results of {self.seconds:g} seconds yet")
