@@ -94,5 +94,6 @@ def _shares(results: Results, colours: dict[str, str]) -> Any:
     axes.set_yticks(range(len(problems)), problems)
     axes.invert_yaxis()
     axes.set_xlabel("time to the best baseline's final training loss, share")
-    axes.legend()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return figure

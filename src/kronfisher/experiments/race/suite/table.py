@@ -221,10 +221,8 @@ class Results:
         busy = self.busy()
         if len(busy) > 1 and max(busy.values()) > UNEVEN * min(busy.values()):
             each = ", ".join(f"{name} {number(value, 1)}" for name, value in busy.items())
-            lines.append(
-                f"wall time over CPU time: {each}. Who shares a core makes fewer steps in a second of CPU time:"
-            )
-            lines.append("compare only runs that were made under the same conditions")
+            lines.append(f"wall time over CPU time: {each}. Beside other work a run makes fewer steps in the same CPU")
+            lines.append("time: compare only runs that were made under the same conditions")
         for problem, groups in self.grouped.items():
             for name, runs in groups.items():
                 last, plain = (
