@@ -39,6 +39,7 @@ class Motion:
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0))
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     units: list[Unit] = field(default_factory=list)
+    _places: "_Places | None" = field(default=None, init=False, repr=False)
 
     def follow(self, units: Sequence[Unit], device: torch.device) -> None:
         """Treat these units from now on; what is known of the same parameters is kept."""
@@ -50,7 +51,7 @@ class Motion:
         lengths = torch.cat([self.lengths.new_zeros(1).to(device), self.lengths.to(device)])
         self.lengths = lengths[[0 if place is None else 1 + place for place in places]]
         self.skipped = self.skipped.to(device)
-        self.units = list(units)
+        self.units, self._places = list(units), None
 
     def move(
         self, trained: TrainedParameters, gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], rate: float
@@ -69,7 +70,7 @@ class Motion:
                 if name in (natural if unit.natural else gradients):
                     places.append(place)
                     names.append(name)
-        where = _Places(places, self.units, [trained.named[name].numel() for name in names], self.lengths.device)
+        where = self._find_places(places, [trained.named[name].numel() for name in names])
         plain = [gradients[name] for name in names]
         directions = [
             natural[n] if self.units[k].natural else gradients[n].clone() for k, n in zip(places, names, strict=True)
@@ -96,10 +97,17 @@ class Motion:
         for parameter, factor, name in zip(parameters, where.spread(base, parameters), names, strict=True):
             if decay := trained.decays[name]:
                 parameter.mul_(1 - factor * (trained.rates[name] * decay))
-        own = torch.tensor([-trained.rates[name] for name in names], device=where.index.device)
-        mul_(updates, where.spread(base * scale, updates, own))
+        top = max((trained.rates[name] for name in names), default=0.0) or 1.0
+        where.share_rates([trained.rates[name] / top for name in names])
+        mul_(updates, where.spread(base * scale * -top, updates, where.shares))
         add_(parameters, updates)
         torch.clear_autocast_cache()  # it may hold the weights as they were
+
+    def _find_places(self, places: list[int], numel: list[int]) -> "_Places":
+        """The same ones as long as the same parameters have gradients: a copy to a device would be waited for."""
+        if self._places is None or (self._places.places, self._places.sizes) != (places, numel):
+            self._places = _Places(places, self.units, numel, self.lengths.device)
+        return self._places
 
     def _clip(self, lengths: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """Factors ``[U]`` that clip outliers, and whether all lengths are finite; the mean lengths are updated."""
@@ -162,21 +170,34 @@ class _Places:
     """Which unit each of some parameters belongs to.
 
     Attributes:
+        places: parameter → unit.
+        sizes: parameter → its number of elements.
         index: parameter → unit, ``[P]``.
         moving: units with any of these parameters, ``[U]``.
         natural: units that follow the natural gradient, ``[U]``.
         numel: elements of these parameters by unit, ``[U]``.
+        shares: parameter → its learning rate as a share of the largest, ``[P]``; None where all are equal.
     """
 
-    def __init__(
-        self, places: Sequence[int], units: Sequence[Unit], numel: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, places: list[int], units: Sequence[Unit], numel: list[int], device: torch.device) -> None:
+        self.places, self.sizes = places, numel
+        self.shares: Tensor | None = None
+        self._shares: list[str] = []
         sizes, natural = [0.0] * len(units), [unit.natural for unit in units]
         for place, size in zip(places, numel, strict=True):
             sizes[place] += size
         self.index = torch.tensor(places, device=device)
         self.numel = torch.tensor(sizes, device=device)
         self.moving, self.natural = self.numel > 0, torch.tensor(natural, device=device)
+
+    def share_rates(self, shares: Sequence[float]) -> None:
+        """Take over shares of the largest learning rate; schedules that scale all rates alike leave them alone."""
+        if all(share == 1.0 for share in shares):
+            self.shares = None
+            return
+        digits = [f"{share:.6g}" for share in shares]  # beyond these, quotients of scheduled rates are noise
+        if self.shares is None or digits != self._shares:
+            self._shares, self.shares = digits, torch.tensor(list(map(float, digits)), device=self.index.device)
 
     def sum(self, values: Sequence[Tensor]) -> Tensor:
         """Sums over units ``[U]`` of 0-dim tensors."""
