@@ -19,6 +19,7 @@ __all__ = [
     "read",
     "require",
     "together",
+    "waiting",
 ]
 
 
@@ -68,6 +69,11 @@ def require(good: Tensor, error: Callable[[], Exception | None]) -> None:
         pending.append((good, error))
     else:
         _raise_first([(good, error)], [bool(good)])
+
+
+def waiting() -> bool:
+    """Whether flags that are required are going to be read later, by a block of `together`."""
+    return _pending.get() is not None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, NumericalWarning, SingularError, require
+from kronfisher.errors import NumericalError, NumericalWarning, SingularError, require, waiting
 
 __all__ = [
     "WORKSPACE",
@@ -194,31 +194,35 @@ def eigh(matrix: Tensor, name: str = "matrix", *, semidefinite: bool = True) -> 
         tensor([1., 2.])
     """
     symmetric = (matrix + matrix.mH) / 2
-    pair = _decompose(symmetric)
+    pair = _decompose(symmetric, name)
     if pair is None:
         if not bool(torch.isfinite(symmetric).all()):
             raise _not_factorised(symmetric, name)
         # Solvers trip over rows of exact zeros (dead inputs). Moving all eigenvalues by a rounding error helps and
         # costs nothing.
         shift = symmetric.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) * torch.finfo(matrix.dtype).eps
-        pair = _decompose(symmetric + torch.diag_embed(shift.expand(symmetric.shape[:-1])))
+        pair = _decompose(symmetric + torch.diag_embed(shift.expand(symmetric.shape[:-1])), name)
         pair = pair and (pair[0] - shift, pair[1])
     if pair is None:
         warnings.warn(f"{name}: eigh failed in {matrix.dtype}; redone in float64", NumericalWarning, stacklevel=2)
         wide = torch.complex128 if matrix.is_complex() else torch.float64
-        pair = _decompose(symmetric.to("cpu", wide))
+        pair = _decompose(symmetric.to("cpu", wide), name)
     if pair is None:
         raise NumericalError(f"{name}: no eigendecomposition even in float64. Use a diagonal fit for this layer.")
     values, vectors = pair[0].to(matrix.device, matrix.dtype.to_real()), pair[1].to(matrix)
     return (values.clamp_min(0) if semidefinite else values), vectors
 
 
-def _decompose(symmetric: Tensor) -> tuple[Tensor, Tensor] | None:
+def _decompose(symmetric: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
     try:
         values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return None
-    return (values, vectors) if bool(torch.isfinite(values).all()) else None
+    finite = torch.isfinite(values).all()
+    if waiting():  # training: another try is the caller's, at the end of the block
+        require(finite, lambda: NumericalError(f"{name}: eigenvalues are not finite; use more damping, or float64"))
+        return values, vectors
+    return (values, vectors) if bool(finite) else None
 
 
 def cholesky(matrix: Tensor, name: str = "matrix") -> Tensor:

@@ -158,8 +158,7 @@ class KFOC(Fit):
         if not state.waiting:
             return
         state.single = None
-        if len(state.inputs) > 1 or state.waiting[0].gradients.device.type == "cpu":
-            check_gradients(state)  # decompositions wait for the device anyway, and tell less of what is wrong
+        check_gradients(state)  # decompositions tell less of what is wrong
         waiting, state.waiting = state.waiting, []
         merging = Merging(
             aggregation=self.aggregation,

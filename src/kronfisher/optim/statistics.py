@@ -278,8 +278,12 @@ class Statistics:
                         layer.group.state.check()
                         counts.append(layer.counts)
                 filled = [layer for layer, some in zip(self.layers, counts, strict=True) if some]
-                for layer in sorted(filled, key=lambda layer: not layer.waits):  # the others cannot fail now
-                    layer.merge(self.refresh.average)
+                with together():
+                    for layer in (waiting := [layer for layer in filled if layer.waits]):
+                        layer.merge(self.refresh.average)
+                for layer in filled:
+                    if layer not in waiting:  # these cannot fail now
+                        layer.merge(self.refresh.average)
             except NumericalError:
                 self.discard()
             else:

@@ -271,3 +271,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (auto composed : {"convolution", "convolution_backward"})  // these ask for kernels by the kind of device
     m.impl(composed, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
 }
+
+// Copies resolve these bits, as they do on the CPU; resolving them by a copy would never end.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import kronfisher as kf
 from kronfisher.likelihoods import Likelihood
+from tests.helpers.device.simulated import Wait, waits
 from tests.helpers.networks import Tied, images, normalised, perceptron
 
 
@@ -50,3 +51,59 @@ def estimate(device: torch.device, network: str, fit: Any) -> Tensor:
     """The dense estimate, on the CPU."""
     model, likelihood, batches = problem(network).on(device)
     return kf.estimate(model, batches, likelihood, fit=fit).to_dense().cpu()
+
+
+class Training(NamedTuple):
+    """A training and what the host waited for.
+
+    Attributes:
+        weights: after the last step, flat, on the CPU.
+        losses: one for each step.
+        waits: step → what was waited for.
+        renewals: step → what was renewed: the statistics of the batch count once, and each inverse once.
+    """
+
+    weights: Tensor
+    losses: list[float]
+    waits: list[list[Wait]]
+    renewals: list[int]
+
+
+def train(device: torch.device, network: str, fit: Any, steps: int, options: dict[str, Any]) -> Training:
+    """Train with `kf.NaturalGradient`."""
+    model, likelihood, batches = problem(network).on(device)
+    optimizer = kf.NaturalGradient(model, likelihood, fit=fit, **options)
+    losses, waited, renewals = [], [], []
+    for step in range(steps):
+        x, y = batches[step % len(batches)]
+        due = int(optimizer.parts.statistics.is_due(step))
+        with waits() as found:
+            losses.append(optimizer.step(lambda x=x: model(x), y))
+        made = sum(one.made == step for one in optimizer.parts.direction.inverses)
+        waited.append(found)
+        renewals.append(due + made)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).cpu()
+    return Training(weights, [float(loss) for loss in losses], waited, renewals)
+
+
+def precondition(device: torch.device, network: str, fit: Any, steps: int) -> Training:
+    """Train with `kf.Preconditioner` and SGD."""
+    model, likelihood, batches = problem(network).on(device)
+    preconditioner = kf.Preconditioner(model, likelihood, fit=fit)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses, waited, renewals = [], [], []
+    for step in range(steps):
+        x, y = batches[step % len(batches)]
+        due = int(preconditioner.statistics.is_due(step))
+        with waits() as found:
+            optimizer.zero_grad()
+            loss = -likelihood.log_prob(preconditioner(x, targets=y), y).mean()
+            loss.backward()
+            preconditioner.step()
+            optimizer.step()
+        made = sum(one.made == step for one in preconditioner.direction.inverses)
+        losses.append(loss.detach())
+        waited.append(found)
+        renewals.append(due + made)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).cpu()
+    return Training(weights, [float(loss) for loss in losses], waited, renewals)

@@ -63,4 +63,6 @@ def noise(like: Tensor, width: int) -> Tensor:
 @lru_cache(maxsize=64)
 def _random(groups: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     shape = (groups, width, min(DIRECTIONS, width))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        device, dtype, non_blocking=True
+    )

@@ -146,7 +146,8 @@ class Gram(Weights):
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
         Ka, Kg = self.inputs_gram, self.outputs_gram
         noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        W = torch.cat([times(w, self._a_scale)[..., None], noise.to(w)], dim=2)  # as the Gram matrix is: of size one
+        noise = noise.to(w.device, w.dtype, non_blocking=True)
+        W = torch.cat([times(w, self._a_scale)[..., None], noise], dim=2)  # as the Gram matrix is: of size one
         U = W
         for _ in range(_STEPS):
             _, U = _orthonormalise(Ka, W)
