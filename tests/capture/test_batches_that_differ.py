@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.capture import memory, row_orders
 from kronfisher.capture.observation import Observation
 from kronfisher.errors import UnsupportedError
 from tests.helpers.networks import Written
@@ -87,6 +88,92 @@ def test_a_constant_that_mixes_rows_later_is_refused(fit):
     model.a = torch.ones(4, 4)
     with pytest.raises(UnsupportedError):
         estimate(model, [x], fit)
+
+
+class Doubled(torch.autograd.Function):
+    """A product whose matrix no edge of the graph shows."""
+
+    @staticmethod
+    def forward(ctx, matrix, rows):
+        ctx.save_for_backward(matrix)
+        return matrix @ rows
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, ctx.saved_tensors[0].mT @ gradient
+
+
+# Ways in which a second tensor of the batch, which starts as `closed`, lets examples act on each other.
+PATHS = {
+    "mask": (lambda h, m: h + m * h.roll(1, 0), torch.zeros(4, 4)),
+    "choice": (lambda h, m: torch.where(m > 0, h.roll(1, 0), h), torch.zeros(4, 4)),
+    "masked_fill": (lambda h, m: h + h.roll(1, 0).masked_fill(m == 0, 0), torch.zeros(4, 4)),
+    "dead unit": (lambda h, m: h + (m - 0.5).relu() * h.roll(1, 0), torch.zeros(4, 4)),
+    "autograd function": (lambda h, m: Doubled.apply(m, h), torch.eye(4)),
+    "order in a function": (lambda h, m: Doubled.apply(m, h), torch.eye(4).roll(1, 0)),
+    "attention mask": (
+        lambda h, m: F.scaled_dot_product_attention(*[h[None]] * 3, attn_mask=m > 0)[0], torch.eye(4)
+    ),
+    "added to scores": (lambda h, m: ((h @ h.mT).masked_fill(m == 0, -1e30)).softmax(-1) @ h, torch.eye(4)),
+    "index": (lambda h, m: h[m.argmax(-1)], torch.eye(4)),
+    "gather": (lambda h, m: h.gather(0, m.argmax(-1, keepdim=True).expand_as(h)), torch.eye(4)),
+    "assignment": (lambda h, m: h.clone().index_put((m.argmax(-1),), h.roll(1, 0)), torch.eye(4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", PATHS)
+@pytest.mark.parametrize("opened", ["ones", "rolled"])
+def test_paths_that_are_closed_in_one_batch(way, opened):
+    """Whatever came before, a batch is estimated as by a new model: refused, or right."""
+    path, closed = PATHS[way]
+    opened = torch.ones(4, 4) if opened == "ones" else torch.eye(4).roll(-1, 0)
+
+    def network():
+        torch.manual_seed(1)
+        return Written(lambda m, x, y: m.o(path(m.l(x).tanh(), y)), l=nn.Linear(2, 4), o=nn.Linear(4, 2))
+
+    def tried(model, batches, fit):
+        forward = lambda model, batch: (model(*batch), None)  # noqa: E731
+        try:
+            return kf.estimate(model, batches, kf.Gaussian(), fit=fit, labels="exact", forward=forward).to_dense()
+        except UnsupportedError:
+            return None
+
+    batches, model = [(torch.randn(4, 2), each) for each in (closed, opened)], network()
+    for fit in ("kfac", FULL):
+        alone = [tried(network(), [batch], fit) for batch in batches]
+        for some in (batches, batches[::-1], batches[:1], batches[1:]):
+            found = tried(model, some, fit)
+            if len(some) == 1:
+                (expected,) = [a for a, b in zip(alone, batches, strict=True) if b is some[0]]
+                assert (found is None) == (expected is None)
+                if expected is not None:
+                    torch.testing.assert_close(found, expected)
+            elif any(a is None for a in alone):
+                assert found is None
+            elif fit != "kfac" and found is not None:
+                torch.testing.assert_close(found, (alone[0] + alone[1]) / 2 * kept_by(found))
+
+
+def kept_by(found):
+    return torch.ones_like(found) if found.count_nonzero() > len(found) else torch.eye(len(found))
+
+
+def test_a_weight_of_zero_that_changes_between_estimates():
+    model = Written(lambda m, x: m.o(m.l(x) + m.s * F.normalize(m.l(x), dim=0)), l=nn.Linear(2, 3), o=nn.Linear(3, 2))
+    model.register_parameter("s", nn.Parameter(torch.zeros(()), requires_grad=False))
+    x = torch.randn(4, 2)
+    estimate(model, [x])
+    model.s.data.fill_(1.0)
+    with pytest.raises(UnsupportedError, match="mixes several examples"):
+        estimate(model, [x])
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(memory, "_ROOM", 4)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    estimate(model, [torch.randn(n, 3) for n in range(2, 12)], "kfoc")
+    assert len(row_orders._RULES[model]) == 4
 
 
 @pytest.mark.parametrize("kind", ["perceptron", "convolution", "attention"])

@@ -280,8 +280,10 @@ def test_which_passes_are_run():
     assert passes("ekfac", [sequences, sequences[:3, :2]], first) == 4 + 2 + 2
     assert passes("diagonal", torch.randn(40, 3), nn.Linear(3, 2)) == 1 + 3  # two digits
     gated = Written(lambda m, x: m.a(x) + 0 * m.b(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
-    assert passes("diagonal", [x, x, x], gated) == 3 + 2  # a silent layer is not asked again and again,
-    assert passes("diagonal", [x, x], gated) == 2 + 2  # but nothing was learned about it
+    assert passes("diagonal", [x, x, x], gated) == 3 + 2  # of a silent layer the graph proves what no gradient shows
+    assert passes("diagonal", [x, x], gated) == 2
+    sorting = Written(lambda m, x: m.a(x)[x[:, 0].argsort()], a=nn.Linear(3, 2))
+    assert passes("diagonal", [x, x, x], sorting) == 3 + 3 * 2  # an order that values decide is looked at every time
 
 
 # The rules by themselves ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, walk
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
+from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
 from kronfisher.linalg import promote
 
@@ -93,6 +95,26 @@ class Observation:
             self.backward((self.outputs * vector).sum(), receive, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.examples(each) if each else unknown[key] for key, each in passes.items()}
+
+    @cached_property
+    def separated(self) -> Separated:
+        """Where examples are apart whatever the values, so that it holds for other batches with the same graph."""
+        return separate(self.outputs)
+
+    def proved_examples(self, call: Call, use: Use) -> Tensor | None:
+        """The example that each row of a use belongs to for any values; None if values may decide."""
+        place = self.separated.get((call.edge.node, call.edge.output_nr))
+        if place is None:
+            return None
+        axis, inner = place
+        end: Any = call.edge.node._input_metadata[call.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+        shape = tuple(end.shape)
+        numbers = torch.arange(shape[axis], dtype=torch.float64, device="cpu") // inner % len(self)
+        numbers = numbers.reshape(-1, *[1] * (len(shape) - axis - 1)).expand(shape)
+        rows = use.rows(call.gradient(numbers))
+        if not rows.numel() or not bool((rows == rows[..., :1]).all()):
+            return None
+        return rows[..., 0].long()
 
     def mixing_places(self, edges: Sequence[GradientEdge]) -> list[int]:
         """Indices of those edges of the graph where the gradient of a single element comes from several examples."""

@@ -1,6 +1,7 @@
 """Which fit treats which parameter in a batch: a pure function of the batch, the fits, and what is known before it."""
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
@@ -8,11 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from kronfisher.capture.memory import recall
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
 from kronfisher.capture.per_sample import per_sample_block
 from kronfisher.capture.refusals import unclaimed_use_message
-from kronfisher.capture.row_orders import Guesses, RowOrders, row_orders
+from kronfisher.capture.row_orders import RowOrders, row_orders
 from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
 from kronfisher.estimation.neighbours import Neighbours, find_neighbours
 from kronfisher.estimation.side_blocks import dear_blocks
@@ -24,7 +26,7 @@ from kronfisher.layers.row_order import mixed_rows_message
 __all__ = ["Assignment", "Known", "Refusals", "assign"]
 
 # Model → graphs in which examples are known to stay apart where they meet the parameters that the fallback treats.
-_APART: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+_APART: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Known:
         apart: names of weights and biases that have several partners and are treated separately.
         mixed: in training, names of blocks whose rows mix examples.
         neighbours: which block follows which.
-        guesses: row orders based on shapes alone.
         dear: parameter that has a diagonal only → why, with the price of a dense factor.
+        examined: in training, (block, sorted by example) whose rows are used as they come, whatever they mix.
     """
 
     groups: tuple[Group, ...] = ()
@@ -46,8 +48,8 @@ class Known:
     apart: frozenset[str] = frozenset()
     mixed: frozenset[str] = frozenset()
     neighbours: Neighbours = field(default_factory=Neighbours)
-    guesses: Guesses = field(default_factory=dict)
     dear: Mapping[str, str] = field(default_factory=dict)
+    examined: frozenset[tuple[Key, bool]] = frozenset()
 
     @property
     def blocks(self) -> dict[Key, Block]:
@@ -111,7 +113,7 @@ def assign(
     graph, before = observation.graph, known.blocks
     counted = {name for block in before.values() for name in block.parameters}
     fallback, apart, mixed = dict(known.fallback), set(known.apart), set(known.mixed)
-    guesses: Mapping[tuple, RowOrder] = known.guesses.get(graph.signature, {})
+    examined = set(known.examined)
 
     def give_up(problems: Mapping[str, str]) -> dict[str, str]:
         """Leave parameters to the fallback; return those that earlier batches treated in another way, with reasons."""
@@ -142,8 +144,9 @@ def assign(
         planned = plan_groups(new, fits, known.groups, known.neighbours.after)
         if isinstance(planned, str):
             return Refusals({"": planned})
-        rows = _row_orders(observation, fits, known, parts, planned, guesses, masked)
-        mixed, guesses = mixed | rows.mixed, rows.guesses
+        rows = _row_orders(observation, fits, known, parts, planned, examined, masked)
+        mixed |= rows.mixed
+        examined |= rows.examined
         if rows.refused:
             return Refusals(rows.refused)
         if not rows.problems:
@@ -170,8 +173,8 @@ def assign(
             apart=frozenset(apart),
             mixed=frozenset(mixed),
             neighbours=neighbours,
-            guesses={**known.guesses, graph.signature: guesses},
             dear=dear,
+            examined=frozenset(examined),
         ),
     )
 
@@ -223,7 +226,7 @@ def _row_orders(
     known: Known,
     parts: Mapping[int, list[Part]],
     planned: Iterable[Planned],
-    guesses: Mapping[tuple, RowOrder],
+    examined: AbstractSet[tuple[Key, bool]],
     masked: bool,
 ) -> RowOrders:
     """Which example each row belongs to; rows are sorted if the fit, the mask or the use needs it."""
@@ -236,16 +239,16 @@ def _row_orders(
     def sorts(part: Part) -> bool:
         return part.use.summing or masked or part.block.key in by_example
 
-    return row_orders(observation, parts, sorts, guesses, training=fits.training)
+    return row_orders(observation, parts, sorts, examined, training=fits.training)
 
 
 def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:
     """Why per-example gradients do not exist: an operator mixes examples where they meet a parameter; or empty."""
     if not fallback or fits.training or len(observation) == 1:
         return ""
-    fine = _APART.setdefault(observation.model, set())
     graph = observation.graph
-    if graph.signature in fine:
+    fine = _APART.setdefault(observation.model, {})
+    if fine.get(graph.signature):
         return ""
     edges = list(graph.meetings)
     for index in graph.alive:
@@ -255,6 +258,7 @@ def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, 
     if places := observation.mixing_places([edge for _, edge in edges]) if edges else []:
         names = ", ".join(sorted({edges[place][0] for place in places}))
         return mixed_rows_message(f"{names} (with {', '.join(fallback)})")
-    if not (graph.gathers or graph.combines):  # else the next batch may meet in another way
-        fine.add(graph.signature)
+    proved = observation.separated
+    if all((edge.node, edge.output_nr) in proved for _, edge in edges):  # else values may decide
+        recall(fine, graph.signature, lambda: True)
     return ""

@@ -20,12 +20,12 @@ class Neighbours:
     Attributes:
         after: key of a block → key of the one after it, where a fit treats them together.
         cuts: key of a block → why it is not treated together with the one before, although its fit could do so.
-        examined: graphs examined so far; one that selects rows by index is examined in every batch.
+        examined: the last graphs examined; one that selects rows by index is examined in every batch.
     """
 
     after: Mapping[Key, Key] = field(default_factory=dict)
     cuts: Mapping[Key, str] = field(default_factory=dict)
-    examined: frozenset[int] = frozenset()
+    examined: tuple[int, ...] = ()
 
     def notes(self, blocks: Iterable[Block], fits: Fits) -> list[str]:
         """Where a chain of layers is cut before one of these blocks, and why."""
@@ -77,5 +77,8 @@ def find_neighbours(
             for other in ["another comes between" if {key, later} <= blocks.keys() else "one of them is not used"]
         }
     new = {key: later for key, later in chain.after.items() if key not in counted and later not in counted}
-    examined = known.examined if graph.gathers or graph.combines else known.examined | {graph.signature}
+    examined = known.examined if graph.gathers or graph.combines else (*known.examined[1 - _ROOM :], graph.signature)
     return Neighbours({**known.after, **new}, {**chain.cuts, **known.cuts}, examined)
+
+
+_ROOM = 256  # every shape of a batch has a graph of its own

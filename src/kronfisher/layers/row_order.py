@@ -6,7 +6,7 @@ every example by its own power of two and observes by which one each row's gradi
 that even a gradient of rounding errors suffices.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -60,16 +60,6 @@ class RowOrder:
         examples = torch.empty(prod(lead), dtype=torch.long, device="cpu")
         examples[rows.flatten()] = torch.arange(self.samples, device="cpu").repeat_interleave(rows.shape[1])
         return examples.reshape(lead)
-
-    def adapt(self, lead: tuple[int, ...], samples: int) -> "RowOrder | None":
-        """Adapt the rule to a batch of another size; None if it does not determine the order there."""
-        if self.places is not None or self.axis >= len(lead) or lead[self.axis] % samples:
-            return None
-        if (
-            lead[self.axis] > samples and not self.folded
-        ):  # one row per sample does not show how several rows are ordered
-            return None
-        return replace(self, samples=samples)
 
     @staticmethod
     def candidates(lead: tuple[int, ...], samples: int) -> "list[RowOrder]":
