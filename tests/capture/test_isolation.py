@@ -2,6 +2,7 @@
 
 import random
 from collections import OrderedDict
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -420,3 +421,28 @@ def test_tensors_are_found_in_nested_data():
     a, b, c, d = (torch.zeros(k) for k in range(4))
     assert [len(t) for t in tensors_in({"x": (a, [b]), "y": OrderedDict(z=c), "n": 3, "d": d})] == [0, 1, 2, 3]
     assert list(trainable(nn.Linear(1, 1))) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_threads_take_turns(models):
+    """Several threads, on one model or on several: hooks, buffers and random state are the user's again."""
+    those = [rich() for _ in range(models)]
+    for model in those:
+        model.register_full_backward_hook(lambda *_: None)
+    calm = [kf.estimate(model, torch.ones(6, 3), kf.Gaussian()).to_dense() for model in those]
+    before, failures = [snapshot(model) for model in those], []
+
+    def work(k):
+        for _ in range(3):
+            found = kf.estimate(those[k % models], torch.ones(6, 3), kf.Gaussian()).to_dense()
+            if not torch.equal(found, calm[k % models]):
+                failures.append(k)
+
+    threads = [Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [snapshot(model) for model in those] == before
+    assert all(len(model._backward_hooks) == 1 for model in those)

@@ -366,6 +366,6 @@ def test_data_sorted_inside_the_model():
     model = Written(by_length, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     x = torch.randn(N, 3)
     ordered = x[x[:, 0].argsort()]
-    both = kf.estimate(model, [ordered, x], kf.Gaussian(), fit="full", labels="exact").to_dense()
+    both = kf.estimate(model, [(ordered,), (x,)], kf.Gaussian(), fit="full", labels="exact").to_dense()
     alone = kf.estimate(model, x, kf.Gaussian(), fit="full", labels="exact").to_dense()
     assert (both - alone).norm() < 1e-5 * alone.norm()  # the same data, whatever their order

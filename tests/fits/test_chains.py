@@ -173,10 +173,10 @@ def test_rows_that_are_picked_by_index_are_looked_at_in_every_batch():
     model = Written(lambda m, x: m.l1(m.l0(x).tanh()[x[:, 0].argsort()]), **linear((3, 4), (4, 2))).double()
     x = torch.randn(8, 3).double()
     x = x[x[:, 0].argsort()]  # in order, by chance
-    fisher = kf.estimate(model, [x, x + 1], kf.Gaussian(), fit=kf.BlockTridiagonal())
+    fisher = kf.estimate(model, [(x,), (x + 1,)], kf.Gaussian(), fit=kf.BlockTridiagonal())
     assert isinstance(fisher["l0.weight"], Tridiagonal)
     with pytest.raises(kf.UnsupportedError, match="rows are reordered"):
-        kf.estimate(model, [x, x.flip(0)], kf.Gaussian(), fit=kf.BlockTridiagonal())
+        kf.estimate(model, [(x,), (x.flip(0),)], kf.Gaussian(), fit=kf.BlockTridiagonal())
 
 
 def test_a_chain_that_another_batch_breaks_is_refused():

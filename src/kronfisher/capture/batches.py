@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from kronfisher.capture.containers import as_mapping, as_tensors, is_record, tensors_in
@@ -25,8 +26,14 @@ def as_batches(data: Any) -> tuple[Iterable[Any], bool]:
     contains batches.
 
     Raises:
-        DataError: `data` is none of these.
+        DataError: `data` is none of these, or a list that is as likely one batch as two.
     """
+    if isinstance(data, list) and _is_a_pair(data):
+        raise DataError(
+            f"data is a list of two tensors of one length, {list(data[0].shape)} and {list(data[1].shape)}. If it is a "
+            "batch of inputs and targets, as a DataLoader yields it, pass tuple(data); if these are the inputs of two "
+            "batches, pass [(inputs,) for inputs in data]."
+        )
     if isinstance(data, Tensor | np.ndarray | Mapping | tuple) or is_record(data):
         return [data], True
     name = type(data).__name__
@@ -39,6 +46,15 @@ def as_batches(data: Any) -> tuple[Iterable[Any], bool]:
     return data, not isinstance(data, Iterator)
 
 
+def _is_a_pair(data: list[Any]) -> bool:
+    """Whether a list may be inputs and targets: two tensors of one length that are not parts of one tensor."""
+    tensors = [as_tensors(entry) for entry in data]
+    if len(data) != 2 or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors):
+        return False
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
+    return len(tensors[0]) == len(tensors[1]) and len(pointers) == 2
+
+
 class Batches:
     """The batches of a data set, named for messages; a later pass must read the same ones as the first.
 
@@ -47,14 +63,17 @@ class Batches:
 
     Attributes:
         index: number of batches read so far in the current pass.
+        again: whether they can be read more than once.
 
     Raises:
         DataError: `data` is neither.
     """
 
     def __init__(self, data: Any) -> None:
-        self._batches, self._again = as_batches(data)
+        self._batches, self.again = as_batches(data)
         self._checksums: dict[int, Tensor] = {}
+        self._versions: list[int] = []
+        self._written: set[int] = set()  # batches that changed while the model ran on them
         self._number = self._first = self.index = 0
 
     @property
@@ -71,6 +90,7 @@ class Batches:
         try:
             for batch in self._batches:
                 self.index += 1
+                self._versions = _versions(batch)
                 yield f"batch {self.index - 1}" + (f" of pass {number + 1}" if number else ""), batch
         except Exception as error:
             error.add_note(f"while the loader was read in pass {number + 1}")
@@ -82,15 +102,23 @@ class Batches:
         Raises:
             DataError: it is a different batch, or the data cannot be read again.
         """
-        if not self._again:
+        if not self.again:
             raise DataError(
                 "This fit reads the data more than once, and a generator can be read only once. "
                 "Pass a list or a DataLoader."
             )
         bits, place = checksum(batch), self.index - 1
+        if self._versions != _versions(batch):
+            self._written.add(place)
         if self._number == 0:
             self._checksums[place] = bits
         elif place in self._checksums and not torch.equal(bits, self._checksums[place]):
+            if place in self._written:
+                raise DataError(
+                    f"batch {place} of pass {self._number + 1} differs from that of the first pass, because the model "
+                    "modifies its inputs in place. Let its forward copy them first (x = x.clone()), or pass a loader "
+                    "that makes its batches anew."
+                )
             raise DataError(f"batch {place} of pass {self._number + 1} differs from that of the first pass. {_SAME}")
 
     def require_same_number(self) -> None:
@@ -102,6 +130,11 @@ class Batches:
                 "The data contain no batch. Pass a loader with at least one batch; a generator can be read only once."
             )
         self._first = self.index
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was modified in place."""
+    return [tensor._version for tensor in tensors_in(batch) if not tensor.is_inference()]
 
 
 _SAME = (
@@ -117,6 +150,8 @@ def split(batch: Any, where: str) -> tuple[Any, Any]:
     A mapping, a data class or a named tuple may have its targets under ``"labels"``; everything else in it is an input.
     """
     batch = as_keyed(batch)
+    if isinstance(batch, PackedSequence):
+        return batch, None
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != LABELS}, batch.get(LABELS)
     if isinstance(batch, Tensor | np.ndarray):

@@ -1,6 +1,6 @@
 """Nested containers of tensors: tuples, lists, mappings and data classes, in which batches come."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -8,24 +8,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 __all__ = ["as_mapping", "as_tensors", "is_record", "tensors_in", "without_inference_tensors"]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, mappings and data classes."""
+def tensors_in(value: Any, *, lengths: bool = True) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, mappings and data classes.
+
+    Args:
+        value: any of these, or a tensor.
+        lengths: those of a ``PackedSequence`` included, which are always on the CPU.
+    """
     if isinstance(value, Tensor):
         yield value
+        return
+    if isinstance(value, PackedSequence) and not lengths:
+        items: Iterable[Any] = (value.data, value.sorted_indices, value.unsorted_indices)
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value.values()
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+        items = value
     elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name))
+        items = (getattr(value, entry.name) for entry in fields(value))
+    else:
+        return
+    for item in items:
+        yield from tensors_in(item, lengths=lengths)
 
 
 def as_tensors(value: Any, like: Tensor | None = None) -> Any:

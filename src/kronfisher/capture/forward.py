@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from kronfisher.capture.batches import LABELS, as_keyed, split
 from kronfisher.capture.containers import as_tensors, tensors_in, without_inference_tensors
@@ -19,11 +20,12 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device, where: str) -> tuple[Tensor, Any]:
     """The model's outputs on a batch, and the batch's targets.
 
-    A tensor is passed as ``model(x)``, a tuple as ``model(*x)``, a mapping or a data class as ``model(**x)`` without
-    its ``"labels"``. NumPy arrays become tensors on the model's device, floating-point arrays in its dtype. If the
-    model does not return a tensor, the tensor ``logits`` of its answer is used. For a causal language model the labels
-    in a mapping are those of the same tokens, as is customary; they are shifted here as the model's own loss would do.
-    The decoder of an encoder-decoder model reads its labels shifted, as there, unless its inputs are given.
+    A tensor is passed as ``model(x)``, as is a ``PackedSequence``, a tuple as ``model(*x)``, a mapping or a data class
+    as ``model(**x)`` without its ``"labels"``. NumPy arrays become tensors on the model's device, floating-point arrays
+    in its dtype. If the model does not return a tensor, the tensor ``logits`` of its answer is used. For a causal
+    language model the labels in a mapping are those of the same tokens, as is customary; they are shifted here as the
+    model's own loss would do. The decoder of an encoder-decoder model reads its labels shifted, as there, unless its
+    inputs are given.
 
     Raises:
         DataError: the batch is on another device, or the outputs are not a single floating-point tensor.
@@ -38,14 +40,18 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
         else:
             like = next(model.parameters())
             inputs, targets = (as_tensors(part, like) for part in split(batch, where))
-            for tensor in tensors_in(inputs):
+            for tensor in tensors_in(inputs, lengths=False):
                 if tensor.device != device:
                     raise DataError(
                         f"{where} is on {tensor.device}, the model on {device}. Move one: batch.to({str(device)!r})."
                     )
+            if isinstance(inputs, Mapping) and not inputs:
+                raise DataError(
+                    f"{where} has labels and no inputs. Put the inputs of the model, such as 'input_ids', into it."
+                )
             if isinstance(inputs, Mapping):
                 outputs = model(**with_decoder_inputs(inputs, targets, model, where))
-            elif isinstance(inputs, tuple | list):
+            elif isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
                 outputs = model(*inputs)
             else:
                 outputs = model(inputs)

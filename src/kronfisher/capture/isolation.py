@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,19 @@ from torch.nn.modules import module as torch_module
 __all__ = ["isolate", "replace_contents", "without_weight_cache"]
 
 
+_ALONE = RLock()
+
+
 @contextmanager
 def isolate(model: nn.Module, seed: int) -> Iterator[None]:
     """Run the model without side effects: eagerly, with gradients enabled, from a random state given by the seed.
 
-    The model works on copies of its buffers. Its backward hooks and global ones are disabled: they would be called with
-    gradients that are not those of the user's loss, and might change them.
+    One thread at a time: random state, hooks and buffers are changed for a while, and other threads that estimate, with
+    this model or another, wait. The model works on copies of its buffers. Its backward hooks and global ones are
+    disabled: they would be called with gradients that are not those of the user's loss, and might change them.
     """
     with ExitStack() as stack:
+        stack.enter_context(_ALONE)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_random_state(model, seed))

@@ -16,12 +16,13 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import refuse, strict_error
-from kronfisher.errors import DataError, NumericalError, together
+from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
 from kronfisher.estimation.groups import Fits, Groups, plan_groups, rows_of_example
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.routing import Stream
+from kronfisher.estimation.targets import name_targets
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fits import Choice, Diagonal, Fit, asked_for, choose
@@ -31,6 +32,14 @@ from kronfisher.linalg import plain_arithmetic
 __all__ = ["Accumulator"]
 
 log = logging.getLogger("kronfisher")
+
+
+class _LateError(UnsupportedError):
+    """A batch shows that earlier ones should have been treated in another way."""
+
+    def __init__(self, message: str, known: Known) -> None:
+        super().__init__(message)
+        self.known = known
 
 
 class Accumulator:
@@ -55,6 +64,7 @@ class Accumulator:
         tell: receives a line before anything that takes long.
         log_likelihood: its sum so far; None if there were no targets, or a mask unknown to the likelihood.
         outputs: the number of output elements that it covers.
+        targets: what was taken for the targets of the first batch that had any, in words.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class Accumulator:
         self.known = Known()
         self.groups = Groups(self.device, recipe.memory_budget)
         self.backward_passes, self.batches = 0, 1
+        self.targets = ""
         self.tell: Callable[[str], None] = log.debug
         self.start_pass()
 
@@ -121,15 +132,35 @@ class Accumulator:
 
     # Data -------------------------------------------------------------------------------------------------------------
 
-    def read(self, data: Any, progress: Progress = False) -> None:
+    def read(self, data: Any, progress: Progress = False, *, anew: bool = False) -> None:
         """Read the data as often as the fits need and fill their states.
+
+        Args:
+            data: as for `estimate`.
+            progress: as for `estimate`.
+            anew: begin again, with what it showed, where a batch shows that earlier ones should have been treated in
+                another way, so that the order of batches does not matter; for fits that keep nothing outside states.
 
         Raises:
             DataError: there are no data, they cannot be read again, or they came in another order.
         """
-        batches = Batches(data)
-        self.batches = batches.number
         tell = self.tell = writer(progress)
+        begun = self.known
+        try:
+            while True:
+                batches = Batches(data)
+                self.batches = batches.number
+                try:
+                    return self._read(batches, tell)
+                except _LateError as late:
+                    if not anew or not batches.again or late.known == begun:
+                        raise
+                    begun = late.known
+                    self.known, self.groups = late.known, Groups(self.device, self.recipe.memory_budget)
+        finally:
+            tell("")
+
+    def _read(self, batches: Batches, tell: Callable[[str], None]) -> None:
         number = 0
         try:
             while True:
@@ -160,8 +191,6 @@ class Accumulator:
                     "examples, or with a cheaper fit."
                 )
             raise
-        finally:
-            tell("")
 
     def add(self, batch: Any, where: str) -> None:
         """Run one batch forward and backward and update every state.
@@ -236,6 +265,8 @@ class Accumulator:
                 self.backward_passes += len(outputs)
             stream.flush()
         self.count = self.count + size
+        if self.score and not self.targets:
+            self.targets = name_targets(observation, likelihood, needed=self.recipe.labels == "observed")
         if score is not None:
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()
@@ -265,7 +296,10 @@ class Accumulator:
         """
         answer = assign(observation, self.fits, self.known, masked=masked, batches=self.batches)
         if isinstance(answer, Refusals):
-            refuse(answer.problems, observation.where)
+            try:
+                refuse(answer.problems, observation.where)
+            except UnsupportedError as error:
+                raise error if answer.anew is None else _LateError(str(error), answer.anew) from None
         assert isinstance(answer, Assignment)
         return answer
 

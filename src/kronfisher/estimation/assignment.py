@@ -12,7 +12,7 @@ from torch import nn
 from kronfisher.capture.memory import recall
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
-from kronfisher.capture.per_sample import per_sample_block
+from kronfisher.capture.per_sample import FALLBACK, per_sample_block
 from kronfisher.capture.refusals import unclaimed_use_message
 from kronfisher.capture.row_orders import RowOrders, row_orders
 from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
@@ -41,6 +41,7 @@ class Known:
         neighbours: which block follows which.
         dear: parameter that has a diagonal only → why, with the price of a dense factor.
         examined: in training, (block, sorted by example) whose rows are used as they come, whatever they mix.
+        foreseen: blocks that later batches use, so that fits can treat them together from the first batch on.
     """
 
     groups: tuple[Group, ...] = ()
@@ -50,11 +51,20 @@ class Known:
     neighbours: Neighbours = field(default_factory=Neighbours)
     dear: Mapping[str, str] = field(default_factory=dict)
     examined: frozenset[tuple[Key, bool]] = frozenset()
+    foreseen: tuple[Block, ...] = ()
 
     @property
     def blocks(self) -> dict[Key, Block]:
         """Those of all groups."""
         return {block.key: block for group in self.groups for block in group.blocks}
+
+    @classmethod
+    def of_blocks(cls, groups: Iterable[tuple[Block, ...]]) -> "Known":
+        """What to know beforehand so that blocks come out in the form of these."""
+        blocks = [block for group in groups for block in group]
+        alone = frozenset(block.parameters[0] for block in blocks if len(block.views) == 1)
+        fallback = {block.name: f"{block.name}: treated so before" for block in blocks if block.operator == FALLBACK}
+        return cls(fallback=fallback, apart=alone - fallback.keys())
 
     @classmethod
     def restore(
@@ -72,9 +82,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Why a batch cannot be treated: block or parameter → reason."""
+    """Why a batch cannot be treated: block or parameter → reason.
+
+    Attributes:
+        problems: the reasons.
+        anew: what to know from the first batch on, if this batch could be treated had it been the first.
+    """
 
     problems: Mapping[str, str]
+    anew: Known | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ def assign(
     graph, before = observation.graph, known.blocks
     counted = {name for block in before.values() for name in block.parameters}
     fallback, apart, mixed = dict(known.fallback), set(known.apart), set(known.mixed)
-    examined = set(known.examined)
+    examined, dear = set(known.examined), dict(known.dear)
 
     def give_up(problems: Mapping[str, str]) -> dict[str, str]:
         """Leave parameters to the fallback; return those that earlier batches treated in another way, with reasons."""
@@ -121,29 +137,35 @@ def assign(
         fallback.update(new)
         return {name: f"{reason}. {_LATE}" for name, reason in new.items() if name in counted}
 
+    def refuse(late: Mapping[str, str], blocks: Iterable[Block] = ()) -> Refusals:
+        foreseen = {block.key: block for block in (*known.foreseen, *blocks)}
+        begin = Known(fallback=dict(fallback), apart=frozenset(apart), dear=dear, foreseen=tuple(foreseen.values()))
+        return Refusals(late, begin)
+
     if late := give_up({name: unclaimed_use_message(name, operators) for name, operators in graph.unclaimed.items()}):
-        return Refusals(late)
+        return refuse(late)
     while True:
         parts = _parts(observation, fits, fallback, apart)
         blocks = _blocks(parts)
         if not blocks.keys() <= before.keys():
             claims = settle({**before, **blocks}.values(), fits.whole)
             joined = {name for block in before.values() if len(block.views) > 1 for name in block.parameters}
-            if late := joined & claims.apart:
-                return Refusals({name: f"{name} {_PARTNERS}" for name in late})
             apart |= claims.apart
+            if late := joined & claims.apart:
+                return refuse({name: f"{name} {_PARTNERS}" for name in late})
             if late := give_up(claims.problems):
-                return Refusals(late)
+                return refuse(late)
             if claims.apart or claims.problems:
                 continue
         singles = _singles(fits, fallback)
         blocks |= {block.key: block for block in singles.values()}
+        blocks |= {block.key: block for block in known.foreseen if _holds(block, fallback, apart)}
         new = [block for key, block in blocks.items() if key not in before]
         dear = {**dear_blocks(observation, parts, {block.key for block in new}, fits, batches), **known.dear}
         fits = replace(fits, dear=dear.keys())
         planned = plan_groups(new, fits, known.groups, known.neighbours.after)
         if isinstance(planned, str):
-            return Refusals({"": planned})
+            return refuse({"": planned}, {**before, **blocks}.values())
         rows = _row_orders(observation, fits, known, parts, planned, examined, masked)
         mixed |= rows.mixed
         examined |= rows.examined
@@ -152,7 +174,7 @@ def assign(
         if not rows.problems:
             break
         if late := give_up(rows.problems):
-            return Refusals(late)
+            return refuse(late)
     if reason := _mixing_reason(observation, fits, fallback):
         return Refusals({"": reason})
     neighbours = find_neighbours(observation, parts, rows.orders, fits, known.neighbours, before)
@@ -161,7 +183,7 @@ def assign(
     if neighbours.after != known.neighbours.after:
         planned = plan_groups(new, fits, known.groups, neighbours.after)
         if isinstance(planned, str):
-            return Refusals({"": planned})
+            return refuse({"": planned}, {**before, **blocks}.values())
     return Assignment(
         parts,
         rows.orders,
@@ -211,6 +233,12 @@ def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], ap
 
 def _blocks(parts: Mapping[int, list[Part]]) -> dict[Key, Block]:
     return {part.block.key: part.block for own in parts.values() for part in own}
+
+
+def _holds(block: Block, fallback: Mapping[str, str], apart: set[str]) -> bool:
+    """Whether a block of another batch has the form that its parameters have now."""
+    own = set(block.parameters)
+    return block.operator == FALLBACK or not (own & fallback.keys() or (len(own) > 1 and own & apart))
 
 
 def _singles(fits: Fits, fallback: Mapping[str, str]) -> dict[str, Block]:

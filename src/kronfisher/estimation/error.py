@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.spectrum import Spectrum, leading_spectra
 from kronfisher.fisher import Fisher
@@ -114,6 +115,7 @@ def measure(
             names |= {name for name, fit in fits.items() if fit is other}
         fits.update(dict.fromkeys(names, joined))
     run = Accumulator(replace(recipe, memory_budget=memory_budget, strict=False), fits)
+    run.known = Known.of_blocks(groups)
     run.read(data, progress)
     count = float(run.count)
     found = {group.blocks: group.state for group in run.groups}

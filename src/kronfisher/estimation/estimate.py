@@ -114,7 +114,7 @@ def estimate(
         unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict
     )
     run = Accumulator(recipe, fit, score=True)
-    run.read(data, progress)
+    run.read(data, progress, anew=True)
     count = float(run.count)
     with plain_arithmetic(run.device):
         entries: list[Entry] = []
@@ -152,6 +152,7 @@ def estimate(
         log_likelihood=None if run.log_likelihood is None else float(run.log_likelihood),
         outputs=run.outputs,
         parameters=fingerprint(run.parameters),
+        targets=run.targets,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
     fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))

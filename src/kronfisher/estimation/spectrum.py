@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block
@@ -131,6 +132,7 @@ def collect_samples(
         names |= {name for name, fit in fits.items() if any(fit is other for other in before)}
         fits.update(dict.fromkeys(names, own))
     run = Accumulator(replace(recipe, strict=False), fits)
+    run.known = Known.of_blocks(blocks for blocks, _ in fisher.entries)
     run.read(data, progress)
     states = [group.state for group in run.groups if isinstance(group.state, WaitingState)]
     return {state.name: state.waiting for state in states if state.waiting}

@@ -42,6 +42,7 @@ class Info:
         seconds: wall time of the whole estimate, passes over the model included.
         trainable: how many trainable parameters (numbers) the model has; None if unknown.
         blocks: block name to what concerns it alone.
+        targets: what was taken for the targets of a batch, in words; empty if unknown.
         log_likelihood: of the observed targets, summed over data; None if there were none.
         outputs: how many numbers the model gave for the counted data, in all.
         parameters: fingerprint of the parameters at which it was estimated; empty if unknown.
@@ -60,6 +61,7 @@ class Info:
     log_likelihood: float | None = None
     outputs: float = 0.0
     parameters: str = ""
+    targets: str = ""
     changes: tuple[str, ...] = ()
 
     def changed(self, change: str) -> "Info":

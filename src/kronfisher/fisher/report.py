@@ -130,6 +130,8 @@ def report(
         facts["labels"] += f" ({info.samples} per example)"
     if info.likelihood:
         facts["likelihood"] = info.likelihood
+    if info.targets:
+        facts["targets"] = info.targets
     if info.trainable:
         facts["coverage"] = f"{total / info.trainable:.1%} of {info.trainable:,} trainable parameters"
     if info.changes:

@@ -68,6 +68,11 @@ def _from_names(v: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Tens
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; unknown: {', '.join(unknown)}" if unknown else "")
         )
+    if odd := [f"{name} is {type(v[name]).__name__}" for name in shapes if not isinstance(v[name], Tensor)]:
+        raise DataError(
+            f"a vector holds a tensor for every parameter, and {', '.join(odd)}. A parameter whose .grad is None did "
+            "not act on the loss: give it zeros, such as torch.zeros_like(p)."
+        )
     counts = {}  # None for one vector without the leading axis
     for name, shape in shapes.items():
         if v[name].shape != shape and v[name].shape[1:] != shape:
