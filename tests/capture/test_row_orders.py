@@ -154,7 +154,7 @@ def test_no_positions_at_all():
     long, short = torch.randn(N, 3, 3), torch.randn(N, 0, 3)
     assert_exact(model, [short, long, short])
     for fit in ("kfac", "ekfac", "kfac-reduce", "diagonal"):
-        some = kf.estimate(model, [short, long], kf.Gaussian(), fit=fit, labels="exact")
+        some = kf.estimate(model, [(short,), (long,)], kf.Gaussian(), fit=fit, labels="exact")
         alone = kf.estimate(model, long, kf.Gaussian(), fit=fit, labels="exact")
         assert torch.allclose(some["l.weight"].to_dense(), alone["l.weight"].to_dense() / 2, atol=1e-5)
         assert kf.estimate(model, short, kf.Gaussian(), fit=fit)["l.weight"].trace() == 0

@@ -188,6 +188,8 @@ def test_a_parameter_used_in_some_batches_only(fit, signs):
     model, data = Late().double(), signed(*signs)
     fisher = kf.estimate(model, data, kf.Gaussian(), fit=fit, labels="exact")
     truth = exact_fisher(model, data)
+    if fit == "gram":  # of all layers together
+        return close(fisher, truth, 1e-10)
     assert list(fisher.blocks) == ["early.weight", "late.weight"]
     exact = ("full", "diagonal", "ekfac")
     for k, name in enumerate(fisher.blocks):
