@@ -145,7 +145,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 Statistics(self._model, parameters, likelihood, refresh=refresh, treats=is_matrix, **settings),
                 options=rule,
                 direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
-                motion=Motion(rule.momentum),
+                motion=Motion(rule.momentum, rule.adaptive),
                 average=Average(self._model),
                 total_steps=total_steps,
             )

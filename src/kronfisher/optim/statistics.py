@@ -108,6 +108,12 @@ class Statistics:
         return any(layer.average is not None for layer in self.layers)
 
     @property
+    def tables(self) -> set[str]:
+        """Parameters whose rows are looked up."""
+        groups = () if self._run is None else self._run.groups
+        return {name for group in groups for block in group.blocks if block.onehot for name in block.parameters}
+
+    @property
     def examined(self) -> bool:
         """Whether a batch has shown which layers there are."""
         return self._groups is not None

@@ -28,6 +28,7 @@ class Motion:
 
     Attributes:
         momentum: decay β of the average of natural gradients; the step looks one average ahead (Nesterov).
+        adaptive: the step of one element of the other units, relative to the rate.
         rates: of the units.
         lengths: the mean length of each unit's direction, ``[U]``.
         skipped: how many steps moved nothing because a gradient was not finite, 0-dim.
@@ -35,6 +36,7 @@ class Motion:
     """
 
     momentum: float
+    adaptive: float = 1.0
     rates: Rates = field(default_factory=Rates)
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0))
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -90,7 +92,11 @@ class Motion:
         updates = self._advance(directions, states, places)
         sizes = where.lengths(updates)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
-        scale = torch.where(where.natural, RMS * where.numel.sqrt() / torch.where(longest > 0, longest, 1), 1.0)
+        scale = torch.where(
+            where.natural,
+            RMS * where.numel.sqrt() / torch.where(longest > 0, longest, 1),
+            where.relative(self.adaptive),
+        )
         base = torch.where(finite, rate * factors, 0.0)
         self.skipped = self.skipped + ~finite
         parameters = [trained.named[name] for name in names]
@@ -144,14 +150,14 @@ class Motion:
             "rates": self.rates.state_dict(),
             "lengths": self.lengths,
             "skipped": self.skipped,
-            "units": [[list(unit.parameters), unit.natural, unit.numel] for unit in self.units],
+            "units": [[list(unit.parameters), unit.natural, unit.numel, unit.table] for unit in self.units],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.rates.load_state_dict(state["rates"], device)
         self.lengths, self.skipped = state["lengths"].to(device), state["skipped"].to(device)
-        self.units = [Unit(tuple(names), natural, numel) for names, natural, numel in state["units"]]
+        self.units = [Unit(tuple(names), *rest) for names, *rest in state["units"]]
 
 
 def _adaptive(gradient: Tensor, state: dict[str, Any]) -> Tensor:
@@ -189,6 +195,11 @@ class _Places:
         self.index = torch.tensor(places, device=device)
         self.numel = torch.tensor(sizes, device=device)
         self.moving, self.natural = self.numel > 0, torch.tensor(natural, device=device)
+        self.table = torch.tensor([unit.table for unit in units], device=device)
+
+    def relative(self, adaptive: float) -> Tensor:
+        """The rates of adaptive units ``[U]``, relative to the rate: of tables 1."""
+        return torch.where(self.table, 1.0, adaptive)
 
     def share_rates(self, shares: Sequence[float]) -> None:
         """Take over shares of the largest learning rate; schedules that scale all rates alike leave them alone."""

@@ -37,6 +37,8 @@ class LayerwiseStep:
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
             inputs have directions that hardly vary, and whitening those memorises examples.
+        adaptive: the rate of parameters outside the matrices (scales, shifts, tables), which make steps of Adam, relative
+            to `rate`.
         average: keep an average of the iterates for evaluation: `NaturalGradient.eval` and `train` exchange them.
     """
 
@@ -44,6 +46,7 @@ class LayerwiseStep:
     momentum: float = 0.9
     damping: float = 0.05
     data_damping: float = 1 / 150
+    adaptive: float = 0.3
     average: bool = True
 
     def __post_init__(self) -> None:
@@ -111,7 +114,7 @@ class LayerwiseParts(StepParts):
 
     def _units(self, trained: TrainedParameters) -> list[Unit]:
         blocks = [block for layer in self.statistics.layers if layer.average is not None for block in layer.blocks]
-        return find_units(blocks, trained.named)
+        return find_units(blocks, self.statistics.tables, trained.named)
 
     @property
     def evaluating(self) -> bool:

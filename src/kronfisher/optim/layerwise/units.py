@@ -1,6 +1,6 @@
 """Units: parameters that take one step together, at one rate."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,11 +19,13 @@ class Unit:
         natural: whether they follow the natural gradient; otherwise every element follows its own gradient over its
             root mean square (Adam).
         numel: the number of their elements.
+        table: whether it is a table whose rows are looked up, which most batches see in part.
     """
 
     parameters: tuple[str, ...]
     natural: bool
     numel: int
+    table: bool = False
 
 
 def is_matrix(block: Block) -> bool:
@@ -31,8 +33,8 @@ def is_matrix(block: Block) -> bool:
     return block.weight is not None and not block.onehot and block.shape[2] - (block.bias is not None) > 1
 
 
-def find_units(blocks: Iterable[Block], parameters: Mapping[str, Tensor]) -> list[Unit]:
-    """Natural units for matrices, one for all blocks that share a parameter; every other parameter on its own."""
+def find_units(blocks: Iterable[Block], tables: Set[str], parameters: Mapping[str, Tensor]) -> list[Unit]:
+    """Natural units for these blocks, one for all that share a parameter; every other parameter is on its own."""
     joined: dict[str, list[str]] = {}
     for block in blocks:
         members = list(dict.fromkeys(n for name in block.parameters for n in joined.get(name, [name])))
@@ -41,7 +43,7 @@ def find_units(blocks: Iterable[Block], parameters: Mapping[str, Tensor]) -> lis
     for name, parameter in parameters.items():
         members = joined.get(name)
         if members is None:
-            units.append(Unit((name,), False, parameter.numel()))
+            units.append(Unit((name,), False, parameter.numel(), name in tables or parameter.dim() > 1))
         elif members[0] == name:
             units.append(Unit(tuple(members), True, sum(parameters[member].numel() for member in members)))
     return units
