@@ -42,7 +42,7 @@ def add(app: Any) -> None:
         seeds: Annotated[str, option("comma-separated")] = "0,1,2",
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(BASELINES)}, natural and --options")] = "",
         options: Annotated[str, option('others of ours, as JSON or a file: {"x": {"lr": 0.5}}')] = "{}",
-        batch: Annotated[float, option("our batch over the baselines' first, for all problems")] = Suite.factor,
+        batch: Annotated[float | None, option("our batch over the baselines' first (default: a rule)")] = None,
         horizon: Annotated[bool, option("ours also with total_steps")] = Suite.horizon,
         fits: Annotated[str, option(f"ours with these fits only: all, or of {', '.join(FITS)}")] = "",
         stability: Annotated[bool, option("ours at every batch size, start and end", "--stability")] = False,

@@ -37,8 +37,8 @@ class LayerwiseStep:
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
             inputs have directions that hardly vary, and whitening those memorises examples.
-        adaptive: the rate of parameters outside the matrices (scales, shifts, tables), which make steps of Adam, relative
-            to `rate`.
+        adaptive: the rate of parameters outside the matrices (scales, shifts, tables), which make steps of Adam,
+            relative to `rate`.
         average: keep an average of the iterates for evaluation: `NaturalGradient.eval` and `train` exchange them.
     """
 

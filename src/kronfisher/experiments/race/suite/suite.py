@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kronfisher.experiments.race.suite.batch import our_batch
 from kronfisher.experiments.race.suite.contestants import BASELINES, OURS
 from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded, require
@@ -29,7 +30,7 @@ class Suite:
         tuning: CPU time of a run of the baselines' searches.
         seeds: of the runs; the searches have another.
         ours: name → settings of `NaturalGradient`.
-        factor: the one rule for our batch: the baselines' first batch times this, at most all data.
+        factor: our batch over the baselines' first, at most all data; None: by the rule of `our_batch`.
         baselines: names of the baselines to be run.
         horizon: run ours also with the number of steps known beforehand.
         again: make the runs again; searches are kept.
@@ -43,7 +44,7 @@ class Suite:
     tuning: float = 4.0
     seeds: tuple[int, ...] = (0, 1, 2)
     ours: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"natural": {}})
-    factor: float = 1.0
+    factor: float | None = None
     baselines: tuple[str, ...] = tuple(BASELINES)
     horizon: bool = True
     again: bool = False
@@ -52,7 +53,7 @@ class Suite:
 
     def check(self) -> None:
         """ValueError if a setting is not possible."""
-        require(self.problems, self.seeds, self.seconds, self.tuning, self.factor)
+        require(self.problems, self.seeds, self.seconds, self.tuning, *([] if self.factor is None else [self.factor]))
         if odd := [name for name in self.baselines if name not in BASELINES]:
             raise ValueError(f"there is no baseline {odd[0]!r} in the suite; there are {', '.join(BASELINES)}")
         if taken := {*self.ours} & {*BASELINES}:
@@ -91,7 +92,10 @@ class Suite:
             chosen = tune(baseline, loaded, self.tuning, self.folder, say)
             plan = self._plan(loaded, baseline, baseline, {"lr": chosen["lr"]}, chosen["batch"], seed)
             yield carry_out(plan, loaded, self.folder, again=self.again)
-        batch = max(1, min(round(self.factor * loaded.batch), loaded.size))
+        if self.factor is None:
+            batch = our_batch(loaded, self.folder) if self.ours else 0
+        else:
+            batch = max(1, min(round(self.factor * loaded.batch), loaded.size))
         for name, settings in self.ours.items():
             run = carry_out(
                 self._plan(loaded, name, OURS, settings, batch, seed), loaded, self.folder, again=self.again
