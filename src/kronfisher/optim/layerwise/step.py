@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import cos, pi
 from typing import Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 __all__ = ["LayerwiseParts", "LayerwiseStep"]
 
 LAST = 0.01  # the share of the rate that is left at the end of a horizon
+TAIL = 0.3  # the share of a horizon over which the rate falls, linearly
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LayerwiseParts(StepParts):
         direction: makes natural gradients.
         motion: momentum and sizes.
         average: of the iterates.
-        total_steps: the horizon of a cosine on the rate; None: none.
+        total_steps: the horizon, at whose end the rate falls; None: none.
         skipped: steps left out because there was no gradient or no curvature.
     """
 
@@ -110,7 +110,8 @@ class LayerwiseParts(StepParts):
         """The factor on every rate that the horizon gives."""
         if not self.total_steps:
             return 1.0
-        return LAST + (1 - LAST) * (1 + cos(pi * min(step / self.total_steps, 1.0))) / 2
+        left = 1 - min(step / self.total_steps, 1.0)
+        return min(1.0, max(left / TAIL, LAST))
 
     def _units(self, trained: TrainedParameters) -> list[Unit]:
         blocks = [block for layer in self.statistics.layers if layer.average is not None for block in layer.blocks]
