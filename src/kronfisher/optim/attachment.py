@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +15,6 @@ from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.parts import StepParts
 
 __all__ = ["Attachment"]
-
-_eagerly: Any = torch.compiler.disable  # hooks are not compiled with the model
 
 Targets = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -42,8 +41,16 @@ class Attachment:
     def __reduce__(self) -> Any:
         return Attachment, ()
 
+    @classmethod
+    @cache
+    def _stay_eager(cls) -> None:
+        """Keep hooks from being compiled with the model, once there are any: importing the compiler takes seconds."""
+        for name in ("_begin", "_end"):
+            setattr(cls, name, torch.compiler.disable(getattr(cls, name)))
+
     def add_to(self, model: nn.Module) -> None:
         """Register the hooks."""
+        self._stay_eager()
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -56,7 +63,6 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
 
-    @_eagerly
     def _begin(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self._parts is None or self._parts.forward_backward.running or not torch.is_grad_enabled():
             return
@@ -66,7 +72,6 @@ class Attachment:
         if statistics.is_due(step):
             self._capture = self._open.enter_context(statistics.captured())
 
-    @_eagerly
     def _end(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], answer: Any) -> None:
         capture, self._capture = self._capture, None
         self._open.close()
