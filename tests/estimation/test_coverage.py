@@ -41,7 +41,8 @@ def test_one_line_for_one_reason():
     assert str(fisher.report()).splitlines()[0] == fisher.report().coverage
     assert str(coverage).splitlines()[0] == "9.1 % by layers, 90.9 % diagonal (132 trainable numbers)"
     optimizer = kf.NaturalGradient(model, kf.Gaussian())
-    optimizer.step(lambda: model(X), torch.zeros(5, 3))
+    with pytest.warns(kf.NumericalWarning, match="91% of the parameters are outside every fit .* and 37 more"):
+        optimizer.step(lambda: model(X), torch.zeros(5, 3))
     for text in (coverage, fisher.report(), optimizer.report()):
         lines = [line for line in str(text).splitlines() if "used by abs" in line]
         assert len(lines) == 1 and "and 37 more: " in lines[0]

@@ -1,5 +1,7 @@
 """States go on after they were finished, in any units: what training and small gradients do to fits that iterate."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -138,7 +140,8 @@ def test_statistics_that_are_not_finite_are_left_out_of_the_average(fit):
         if broken:
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
-        preconditioner.step()
+        with pytest.warns(kf.NumericalWarning, match="statistics were not finite") if broken else nullcontext():
+            preconditioner.step()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 

@@ -22,7 +22,8 @@ def batch(n=12):
 @pytest.mark.parametrize("fit", ["kfac", "ekfac", "full"])
 def test_gradients_are_multiplied_by_the_damped_inverse(fit):
     model, (x, y) = dropping().eval(), batch()
-    preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=fit, damping=kf.Tikhonov(0.2), labels="exact")
+    options = {"fit": fit, "damping": kf.Tikhonov(0.2), "labels": "exact"}
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), scale=None, **options)
     nn.functional.cross_entropy(preconditioner(x), y).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     preconditioner.step()
@@ -125,3 +126,45 @@ def test_outputs_that_are_not_finite_leave_no_statistics():
             preconditioner.step()
     assert preconditioner.statistics.dropped == 1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_each_layer_keeps_the_norm_of_its_gradient():
+    model, (x, y) = dropping().eval(), batch()
+    plain, scaled = (kf.Preconditioner(model, kf.Categorical(), scale=scale) for scale in (None, "gradient"))
+    found = []
+    for preconditioner in (plain, scaled):
+        model.zero_grad()
+        nn.functional.cross_entropy(preconditioner(x), y).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        preconditioner.step()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for layer in {name.split(".")[0] for name in gradients}:
+        before, natural, answer = (
+            torch.cat([each[f"{layer}.{kind}"].flatten() for kind in ("weight", "bias")])
+            for each in (gradients, *found)
+        )
+        torch.testing.assert_close(answer, natural * before.norm() / natural.norm())
+    with pytest.raises(ValueError, match="scale"):
+        kf.Preconditioner(model, kf.Categorical(), scale="layer")
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
+def test_training_stays_finite_at_the_rates_of_the_optimiser_itself(rate):
+    x = torch.rand(64, 20, generator=torch.Generator().manual_seed(0))
+    x[:, 10:] *= 1e-3  # inputs that hardly vary
+    y = (10 * x[:, 0]).long() % 3
+    for after in ([], [nn.LayerNorm(3)], [nn.BatchNorm1d(3)]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3), *after)
+        preconditioner = kf.Preconditioner(model, kf.Categorical())
+        sgd = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        losses = []
+        for k in range(60):
+            rows = slice(16 * (k % 4), 16 * (k % 4) + 16)
+            sgd.zero_grad()
+            loss = nn.functional.cross_entropy(preconditioner(x[rows]), y[rows])
+            loss.backward()
+            preconditioner.step()
+            sgd.step()
+            losses.append(float(loss.detach()))
+        assert sum(losses[-4:]) < sum(losses[:4])

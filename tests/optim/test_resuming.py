@@ -112,3 +112,19 @@ def test_a_state_of_an_earlier_layout_is_refused():
         optimizer.load_state_dict({**state, "natural_gradient": {"region": {}}, "curvature": {}})
     with pytest.raises(kf.DataError, match="earlier version"):
         kf.Preconditioner(model, kf.Categorical()).load_state_dict({"damping": 0.1, "curvature": {}})
+
+
+def test_a_state_of_the_first_version_is_loaded_and_one_of_another_step_refused():
+    model, data = network(), batches(3)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
+    train(optimizer, model, data)
+    state = optimizer.state_dict()
+    own = {key: value for key, value in state["natural_gradient"].items() if key != "watch"}
+    kf.NaturalGradient(model, kf.Categorical(), trust=kf.LevenbergMarquardt()).load_state_dict(
+        {**state, "natural_gradient": own}
+    )
+    other = kf.NaturalGradient(model, kf.Categorical())
+    with pytest.raises(kf.DataError, match=r"saved with step=kf\.QuadraticModel"):
+        other.load_state_dict(state)
+    with pytest.raises(kf.DataError, match=r"saved with step=kf\.LayerwiseStep"):
+        optimizer.load_state_dict(other.state_dict())

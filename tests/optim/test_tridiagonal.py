@@ -101,7 +101,7 @@ def test_the_optimiser_descends_and_continues_from_its_state(labels):
 
 def test_a_preconditioner_solves_with_the_chain():
     model, (x, y) = perceptron(4, 6, 5, 3, seed=0), batch(0, 30)
-    preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=CHAIN, labels="exact", trust=0.1)
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), fit=CHAIN, labels="exact", trust=0.1, scale=None)
     nn.functional.cross_entropy(preconditioner(x), y).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     preconditioner.step()

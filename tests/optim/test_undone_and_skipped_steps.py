@@ -10,7 +10,11 @@ import kronfisher as kf
 from tests.helpers.training import FITS, FIXED, batches, network, train, weights
 
 EVERY_FIT = pytest.mark.parametrize("fit", FITS, ids=str)
-TOLD = pytest.mark.filterwarnings("ignore:Step [0-9]+ (runs on|moves nothing|preconditions nothing):UserWarning")
+TOLD = pytest.mark.filterwarnings(
+    "ignore:Step [0-9]+ (runs on|moves nothing|preconditions nothing):UserWarning",
+    "ignore:The loss was not finite:UserWarning",
+    "ignore:[0-9]+% of the parameters are outside:UserWarning",
+)
 
 
 def test_batches_without_a_gradient_are_skipped():
@@ -26,6 +30,7 @@ def test_batches_without_a_gradient_are_skipped():
     assert torch.isfinite(weights(model)).all()
 
 
+@TOLD
 @EVERY_FIT
 def test_a_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(6)
@@ -44,6 +49,7 @@ def test_a_batch_with_nan_moves_nothing(fit):
     assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(weights(model)).all()
 
 
+@TOLD
 @EVERY_FIT
 def test_a_first_batch_with_nan_moves_nothing(fit):
     model, data = network(), batches(2)
@@ -176,6 +182,7 @@ class Forces(nn.Module):
         return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
 
+@TOLD
 @pytest.mark.parametrize("options", [*({"fit": fit} for fit in FITS), {"labels": "observed"}], ids=str)
 def test_models_that_differentiate_within_their_forward_pass_are_trained(options):
     model, generator = Forces(), torch.Generator().manual_seed(1)
@@ -185,6 +192,7 @@ def test_models_that_differentiate_within_their_forward_pass_are_trained(options
     assert losses[-1] < losses[0] and optimizer.parts.step_size.exact
 
 
+@TOLD
 @pytest.mark.parametrize("call", range(1, 9))
 def test_a_step_that_raises_moves_nothing(call):
     model, x = Forces(fails_at=call), torch.ones(16, 3)

@@ -31,6 +31,7 @@ from kronfisher.optim.sample_space import SampleSpaceGradient
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
+from kronfisher.optim.watch import Watch
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
@@ -334,7 +335,15 @@ class NaturalGradient(torch.optim.Optimizer):
                 "the state was saved by an earlier version of kronfisher, which kept it in another form. Load the "
                 "model's weights, and continue with a new optimiser."
             )
+        if own.keys() == {"steps", *Parts.names()} - {"watch"}:  # of the first version
+            own = {**own, "watch": Watch().state_dict()}
         if own.keys() != {"steps", *self.parts.names()}:
+            if "statistics" in own:
+                kind = "QuadraticModel" if "judge" in own else "LayerwiseStep"
+                raise DataError(
+                    f"the state was saved with step=kf.{kind}(...), and this optimiser takes "
+                    f"{type(self.rule).__name__}: make it with step=kf.{kind}(...)"
+                )
             raise DataError("this is not the state of a NaturalGradient; it lacks the curvature")
         self.parts.load_state_dict(own)
         super().load_state_dict(rest)

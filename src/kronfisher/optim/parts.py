@@ -55,6 +55,11 @@ class StepParts(ABC):
         return False
 
     @property
+    def uncovered_step(self) -> str:
+        """What parameters outside every fit take."""
+        return "plain momentum steps"
+
+    @property
     def spares(self) -> bool:
         """Whether gradients need not be formed where inverses are applied to rows."""
         return True
@@ -165,7 +170,14 @@ class StepParts(ABC):
         taken, ready = self.forward_backward.take(), self.statistics.ready or self.statistics.examined
         if gradients and not (taken.seen or ready):
             raise no_curvature_error(CALL)
+        due, loss = self.statistics.is_due(step), self.forward_backward.loss
+        if taken.passes and loss is not None:
+            self.watch.follow(loss.double())
         self.statistics.merge(step)
+        if due and taken.seen:  # values are read here anyway
+            self.watch.judge()
+            sizes = {name: parameter.numel() for name, parameter in self.statistics.parameters.items()}
+            self.watch.uncovered(self.statistics.uncovered, sizes, self.uncovered_step)
         if gradients and ready and self.statistics.is_due(step):
             self.watch.late(step, seen=taken.seen, call=CALL)
         return taken
@@ -254,7 +266,9 @@ class Parts(StepParts):
                 except BaseException:  # an error or an interruption of the model: a step that raises moves nothing
                     trained.restore(copies)
                     raise
-                if self.judge.rejects(change, length.predicted, step):
+                undone = self.judge.rejects(change, length.predicted, step)
+                self.watch.compared(undone=undone)
+                if undone:
                     trained.restore(copies)
                     self.step_size.solve_next(step + 1)
 

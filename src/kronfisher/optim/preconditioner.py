@@ -1,7 +1,7 @@
 """The natural gradient for any optimiser of torch."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from kronfisher.fits import Choice
 from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.damping_schedule import Constant, DampingSchedule, ScheduledDamping
 from kronfisher.optim.direction import Direction
+from kronfisher.optim.foreach import norms
 from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
@@ -27,7 +28,11 @@ CALL = "call outputs = preconditioner(x) in place of the model before preconditi
 
 
 class Preconditioner:
-    """Replaces ``.grad`` by ``(F̆ + λ)⁻¹ .grad``; any optimiser then takes the step.
+    """Turns ``.grad`` into a natural gradient ``(F̆ + λ)⁻¹ .grad``; any optimiser then takes the step.
+
+    Each layer's natural gradient gets the norm of the gradient that it replaces, so that the learning rate that served
+    the optimiser goes on serving: along the steepest direction of a quadratic loss such a step is no longer than the
+    gradient's.
 
     Call it in place of the model; where statistics are due it draws labels and runs one more backward pass, which
     leaves every ``.grad`` alone. F̆ is a mean over examples, whatever the loss is divided by.
@@ -43,7 +48,8 @@ class Preconditioner:
         params: parameters to treat; None: all that require a gradient.
         labels: as in `NaturalGradient`; ``"observed"`` needs the targets: ``preconditioner(x, targets=y)``.
         samples: label draws per example.
-        kl_limit: scale the result so that ``.gradᵀ (F̆ + λ)⁻¹ .grad`` is at most this; None: no limit.
+        scale: ``"gradient"``: each layer gets the norm of its gradient; None: ``(F̆ + λ)⁻¹ .grad`` as it is.
+        kl_limit: in place of `scale`, scale ``(F̆ + λ)⁻¹ .grad`` so that its product with ``.grad`` is at most this.
         seed: of the label draws.
 
     Raises:
@@ -79,6 +85,7 @@ class Preconditioner:
         params: Iterable[nn.Parameter] | None = None,
         labels: Labels = "sampled",
         samples: int = 1,
+        scale: Literal["gradient"] | None = "gradient",
         kl_limit: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -96,7 +103,9 @@ class Preconditioner:
             named = {name: p for name, p in named.items() if id(p) in wanted}
             if len(named) != len(wanted):
                 raise ValueError("`params` holds parameters that are not the model's, or that are frozen.")
-        self.kl_limit = kl_limit
+        if scale not in ("gradient", None):
+            raise ValueError(f'scale={scale!r}: use "gradient" or None.')
+        self.scale, self.kl_limit = scale if kl_limit is None else None, kl_limit
         self.steps = 0
         self.statistics = Statistics(
             self._model,
@@ -163,13 +172,25 @@ class Preconditioner:
         self.direction.renew(damping, self.steps)
         self.statistics.schedule_bases(self.direction.due)
         natural = self.direction.precondition(gradients, damping)
-        scale = None
+        scales: dict[str, Tensor] = {}
         if self.kl_limit is not None:
             slope = inner(natural, gradients)
-            scale = (self.kl_limit / slope.abs().clamp_min(1e-300)).sqrt().clamp(max=1.0)
+            scales = dict.fromkeys(gradients, (self.kl_limit / slope.abs().clamp_min(1e-300)).sqrt().clamp(max=1.0))
+        elif self.scale == "gradient":
+            for names in self._layers(gradients):
+                before, after = (torch.stack(norms([v[n] for n in names])).norm() for v in (gradients, natural))
+                scales |= dict.fromkeys(names, before / torch.where(after > 0, after, 1.0))
         for name, gradient in gradients.items():
-            answer = natural[name] if scale is None else natural[name] * scale
+            answer = natural[name] * scales[name] if name in scales else natural[name]
             gradient.copy_(torch.where(torch.isfinite(answer.sum()), answer, gradient))
+
+    def _layers(self, gradients: Mapping[str, Tensor]) -> list[list[str]]:
+        """Names of the parameters of each layer; layers that share one are one, and so is what no layer covers."""
+        joined: dict[str, list[str]] = {name: [name] for name in gradients}
+        for block in (block for layer in self.statistics.layers for block in layer.blocks):
+            members = list(dict.fromkeys(n for name in block.parameters if name in joined for n in joined[name]))
+            joined |= {name: members for name in members}
+        return [members for name, members in joined.items() if members[0] == name]
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses; resumed with the same number of threads, training gives the same bits."""

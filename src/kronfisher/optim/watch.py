@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kronfisher.errors import NumericalWarning, UnsupportedError
+
+OUTSIDE = 0.5  # the share of parameters outside every fit that is told
+MEMORY = 0.05  # the weight of the newest loss in its average
+FIRST = 10  # losses whose mean is the loss at the start
+PATIENCE = 100  # steps before a loss above its start is told, and the least for which one has grown
+UNDONE = 5  # steps undone in a row
 
 __all__ = ["Watch", "no_curvature_error", "require_one_process"]
 
@@ -16,13 +23,22 @@ __all__ = ["Watch", "no_curvature_error", "require_one_process"]
 class Watch:
     """What was seen, and what the user was told.
 
+    The course of the loss is kept as tensors, which are read where statistics are renewed.
+
     Attributes:
         overdue: steps that ran on statistics older than promised.
         told: kinds of trouble that were told, with the message.
+        losses: how many were followed.
+        undone: compared steps in a row that were undone.
+        course: average of the loss now, at the start, at its lowest, the number of losses until then, and how many
+            were not finite, ``[5]``.
     """
 
     overdue: int = 0
     told: dict[str, str] = field(default_factory=dict)
+    losses: int = 0
+    undone: int = 0
+    course: Tensor | None = None
 
     def tell(self, kind: str, message: str) -> None:
         """Warn, unless this kind of trouble was told before."""
@@ -61,13 +77,72 @@ class Watch:
             why = "no parameter has a gradient: run the backward pass between zero_grad() and preconditioner.step()"
         self.tell(f"unchanged, {gradients}", f"Step {step} preconditions nothing, because {why}.")
 
+    def follow(self, loss: Tensor) -> None:
+        """Take the loss of a step into its course, without waiting for a device."""
+        finite = torch.isfinite(loss)
+        now, start, low, at, bad = (loss.new_zeros(5) if self.course is None else self.course.to(loss)).unbind()
+        self.losses += 1
+        now = torch.where(finite, now.lerp(loss, max(1 / self.losses, MEMORY)), now)
+        start = now if self.losses <= FIRST else start
+        lower = (now < low) | (self.losses <= FIRST)
+        low, at = torch.where(lower, now, low), torch.where(lower, self.losses, at)
+        self.course = torch.stack([now, start, low, at.to(low), bad + ~finite])
+
+    def judge(self) -> None:
+        """Tell of a loss that is not finite, above its start, or growing for long."""
+        if self.course is None:
+            return
+        now, start, low, at, bad = self.course.tolist()
+        if bad:
+            self.tell(
+                "not finite",
+                "The loss was not finite, and such steps move nothing: check the batch for NaN, Inf and targets out of "
+                "range, and the network for overflow; a lower lr or float32 in place of half precision may help.",
+            )
+        if self.losses < PATIENCE:
+            return
+        if now > start:
+            self.tell(
+                "above",
+                f"After {self.losses} steps the loss is above its start ({now:.4g}, at first {start:.4g}): lower "
+                "lr, use larger batches, or scale inputs and targets to about one.",
+            )
+        elif self.losses - at > max(PATIENCE, self.losses / 2) and now > low + (start - low) / 2:
+            self.tell(
+                "growing",
+                f"The loss has grown for {self.losses - int(at)} steps ({now:.4g}, at best {low:.4g}): lower lr, or "
+                "let it fall with total_steps= or a scheduler.",
+            )
+
+    def uncovered(self, names: Mapping[str, str], sizes: Mapping[str, int], step: str) -> None:
+        """Tell if much of the network is outside every fit; `step` is what it takes instead."""
+        outside = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
+        if outside > OUTSIDE:
+            few, more = list(names)[:3], len(names) - 3
+            listed = ", ".join(few) + (f" and {more} more" if more > 0 else "")
+            self.tell(
+                "uncovered",
+                f"{outside:.0%} of the parameters are outside every fit and take {step} ({listed}): "
+                "print(kf.coverage(model, batch)) says why.",
+            )
+
+    def compared(self, *, undone: bool) -> None:
+        """Count compared steps in a row that were undone."""
+        self.undone = self.undone + 1 if undone else 0
+        if self.undone >= UNDONE:
+            self.tell(
+                "undone",
+                f"{self.undone} compared steps in a row were undone, and the weights stand still: use larger batches "
+                "or the default step, step=kf.LayerwiseStep().",
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
-        return {"overdue": self.overdue, "told": dict(self.told)}
+        return {**vars(self), "told": dict(self.told)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.overdue, self.told = state["overdue"], dict(state["told"])
+        vars(self).update({**state, "told": dict(state["told"])})
 
 
 def no_curvature_error(call: str) -> UnsupportedError:

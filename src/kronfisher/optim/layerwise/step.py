@@ -80,6 +80,10 @@ class LayerwiseParts(StepParts):
     skipped: int = 0
 
     @property
+    def uncovered_step(self) -> str:
+        return "Adam's steps"
+
+    @property
     def spares(self) -> bool:
         return False  # they tell whether the path still leads down
 
