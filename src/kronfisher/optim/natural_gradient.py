@@ -43,10 +43,10 @@ _MISSING: Any = object()
 class NaturalGradient(torch.optim.Optimizer):
     """Natural gradient descent with any fit of the Fisher matrix (Martens & Grosse 2015).
 
-    A step is ``δ = α Δ + μ δ₀`` with the natural gradient ``Δ = −(F̆ + λ)⁻¹ ∇h``, the last step δ₀, and the loss h: the
-    negative log-likelihood of an example, summed over its positions and averaged over the batch. F̆ is a moving average
-    in the structure of `fit`. α and μ minimise the quadratic model of h whose curvature is the *exact* Fisher matrix of
-    the batch, plus λ; λ is chosen by `trust`.
+    There is no learning rate to find: by default (`LayerwiseStep`) every layer moves along a momentum of its natural
+    gradient ``(F̆ + λ)⁻¹ ∇h``, at a size of its own that evidence from later batches adapts. F̆ is a moving average in
+    the structure of `fit`; the loss h is the negative log-likelihood of an example, summed over its positions and
+    averaged over the batch. ``step=kf.QuadraticModel()`` is the optimiser of the papers, for large batches.
 
     Either ``step(lambda: model(x), y)`` does everything, or a loop calls ``forward``, ``backward`` and ``step``, and
     can accumulate and clip gradients, scale losses and add loss terms between them.
@@ -54,24 +54,27 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         model: any module. DDP and ``torch.compile`` wrappers may stay around it.
         likelihood: the distribution that the outputs parametrise, such as ``kf.Categorical()``; it defines the loss.
-        fit: the structure of the curvature, as in `estimate`.
-        damping: how λ enters the curvature. One with a λ of its own sets where `trust` starts.
-        trust: the damping schedule, which chooses λ; a number keeps it constant.
-        momentum: ``"exact"`` (networks without an exact quadratic model get a fixed rate, with a warning), or a number:
-            then the step is ``−lr·s·(F̆ + λ)⁻¹∇h + momentum·δ₀`` with ``s ≤ 1`` so that `kl_limit` holds.
-        lr: multiplies the step; schedulers may change it. With exact momentum 1.0 is the quadratic model's own step.
-        weight_decay: η; ``½ η ‖θ‖²`` is added to the loss, and η to the curvature of the quadratic model.
-        refresh: how often statistics, inverses and the quadratic model are renewed.
+        fit: the structure of the curvature, as in `estimate`; ``"gram"`` steps in the space of samples.
+        step: the rule of the step, `LayerwiseStep` or `QuadraticModel`; None: the first, unless an option below belongs
+            to the second alone.
+        lr: multiplies the step; schedulers may change it.
+        weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does; `QuadraticModel`
+            adds ``½ η ‖θ‖²`` to the loss.
+        total_steps: the number of steps, if it is known: the rate then falls over the last three tenths of them.
+        refresh: how often statistics and inverses are renewed.
         params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
         labels: ``"sampled"``: one more backward pass where statistics are due; ``"observed"``: none (the empirical
             Fisher, which is another matrix); ``"exact"``: one for each column.
         samples: label draws per example.
-        kl_limit: largest ``lr² ∇hᵀ(F̆ + λ)⁻¹∇h`` of a step of fixed rate, about twice its KL divergence in nats.
         seed: of the label draws.
+        damping: an option of `QuadraticModel`, which it selects; so are the others below.
+        trust: likewise.
+        momentum: ``"exact"`` likewise; a number is β of either rule.
+        kl_limit: likewise.
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
-        parts: the five parts of a step; each can be replaced alone.
+        parts: the parts of a step; each can be replaced alone.
 
     Raises:
         ValueError: an option is out of range.
