@@ -58,8 +58,8 @@ class NaturalGradient(torch.optim.Optimizer):
         step: the rule of the step, `LayerwiseStep` or `QuadraticModel`; None: the first, unless an option below belongs
             to the second alone.
         lr: multiplies the step; schedulers may change it.
-        weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does; `QuadraticModel`
-            adds ``½ η ‖θ‖²`` to the loss.
+        weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does;
+            `QuadraticModel` adds ``½ η ‖θ‖²`` to the loss.
         total_steps: the number of steps, if it is known: the rate then falls over the last three tenths of them.
         refresh: how often statistics and inverses are renewed.
         params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
@@ -150,7 +150,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 options=rule,
                 direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
                 motion=Motion(rule.momentum, rule.adaptive),
-                average=Average(self._model),
+                average=Average(),
                 total_steps=total_steps,
             )
 

@@ -93,14 +93,15 @@ def test_an_outlier_is_clipped_and_a_batch_that_is_not_finite_moves_nothing():
     assert bool(torch.isfinite(weights(model)).all())
 
 
-def test_averages_are_exchanged_for_evaluation_buffers_included_and_training_asks_for_them_back():
+def test_averages_are_exchanged_for_evaluation_and_training_asks_for_the_weights_back():
     torch.manual_seed(0)
     model, data = network(nn.BatchNorm1d(6)), batches(6)
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     iterates = []
     for batch in data:
         train(optimizer, model, [batch])
-        iterates.append({k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()})
+        iterates.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    running = model[1].running_mean.clone()
     expected = iterates[0]
     for k, iterate in enumerate(iterates, 1):
         share = min(1.0, 9 / (k + 8))
@@ -112,6 +113,7 @@ def test_averages_are_exchanged_for_evaluation_buffers_included_and_training_ask
         train(optimizer, model, data[:1])
     optimizer.train()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in iterates[-1].items())
+    assert torch.equal(model[1].running_mean, running)
 
 
 def test_a_horizon_anneals_the_rate():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronfisher.optim.foreach import lerp_
 
@@ -16,30 +16,26 @@ HORIZON = 9.0  # the newest iterate's weight is 9 / (k + 8): the average looks b
 
 @dataclass
 class Average:
-    """``θ̄ ← θ̄ + 9/(k + 8) (θ − θ̄)`` of all trained parameters and of the model's floating-point buffers.
+    """``θ̄ ← θ̄ + 9/(k + 8) (θ − θ̄)`` of all trained parameters.
+
+    Buffers stay as they are: running statistics of batch normalisation are averages over the last iterates already.
 
     Attributes:
-        model: unwrapped.
         steps: k.
         averages: by name; while evaluating, the model holds the averages and this the iterates.
         evaluating: whether the model holds the averages.
     """
 
-    model: nn.Module
     steps: int = 0
     averages: dict[str, Tensor] = field(default_factory=dict)
     evaluating: bool = False
-
-    def _tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        buffers = {f"buffer {n}": b for n, b in self.model.named_buffers() if b.is_floating_point()}
-        return {**{name: p.detach() for name, p in parameters.items()}, **buffers}
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         """Add the present iterate."""
         self.steps += 1
         share = min(1.0, HORIZON / (self.steps + HORIZON - 1))
-        tensors = self._tensors(parameters)
+        tensors = _tensors(parameters)
         for name in tensors.keys() - self.averages.keys():
             self.averages[name] = tensors[name].clone()
         lerp_([self.averages[name] for name in tensors], list(tensors.values()), share)
@@ -48,7 +44,7 @@ class Average:
     def swap(self, parameters: Mapping[str, Tensor]) -> None:
         """Exchange the averages and what the model holds."""
         self.evaluating = not self.evaluating
-        for name, tensor in self._tensors(parameters).items():
+        for name, tensor in _tensors(parameters).items():
             if name in self.averages:
                 kept = tensor.clone()
                 tensor.copy_(self.averages[name])
@@ -62,3 +58,7 @@ class Average:
         """Take over what `state_dict` gave."""
         self.steps, self.evaluating = state["steps"], state["evaluating"]
         self.averages = {name: tensor.to(device) for name, tensor in state["averages"].items()}
+
+
+def _tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in parameters.items()}
