@@ -16,6 +16,7 @@ from kronfisher.estimation.compare import Comparison, compare
 from kronfisher.estimation.coverage import Coverage, coverage
 from kronfisher.estimation.error import Distance
 from kronfisher.estimation.estimate import estimate
+from kronfisher.estimation.kernel import kernel
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.fisher.files import load
@@ -111,6 +112,7 @@ __all__ = [
     "compare",
     "coverage",
     "estimate",
+    "kernel",
     "laplace_backend",
     "load",
     "nearest_kronecker",

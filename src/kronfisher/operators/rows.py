@@ -204,6 +204,20 @@ class Rows:
         with full_precision(self._device_type):
             return torch.cat([part.back(weights) for part in self.parts], dim=1)
 
+    def products(self, other: "Rows") -> Tensor:
+        """``J J'ᵀ`` ``[K, K']`` with other rows over the same blocks."""
+        with full_precision(self._device_type):
+            total = None
+            for mine, theirs in zip(self.parts, other.parts, strict=True):
+                if isinstance(mine, OuterRows) and isinstance(theirs, OuterRows):
+                    inputs = (mine.inputs @ theirs.inputs.mT)[mine.examples][:, theirs.examples]
+                    own = inputs.mul_(mine.gradients @ theirs.gradients.mT)
+                else:
+                    own = mine.dense() @ theirs.dense().mT
+                total = own if total is None else total + own
+            assert total is not None
+            return total
+
     def squares(self) -> Tensor:
         """``Σ_k J_k∘²`` ``[D]``."""
         with full_precision(self._device_type):

@@ -28,6 +28,7 @@ def add(app: Any) -> None:
     import typer
 
     from kronfisher.experiments import commands
+    from kronfisher.experiments.equations import EQUATIONS
     from kronfisher.experiments.race import COMPETITORS, PROBLEMS
     from kronfisher.experiments.race.entry import enter
     from kronfisher.experiments.race.pictures import draw
@@ -35,7 +36,7 @@ def add(app: Any) -> None:
 
     @app.command()
     def race(
-        problem: Annotated[str, typer.Argument(help=f"one of {', '.join(PROBLEMS)}")],
+        problem: Annotated[str, typer.Argument(help=f"one of {', '.join((*PROBLEMS, *EQUATIONS))}")],
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(COMPETITORS)}")] = "",
         budget: Annotated[float | None, option("training time of a run in seconds (default: the problem's)")] = None,
         steps: Annotated[int | None, option("at most so many steps a run")] = None,
@@ -58,6 +59,11 @@ def add(app: Any) -> None:
         What is in the folder already is not done again, and an interrupted race continues where it was. Two processes
         may share a folder if they have different optimizers, or different seeds once the searches are done.
         """
+        if problem in EQUATIONS:
+            with refuse_bad_options():
+                drawn = {"optimizers": names(optimizers), "seconds": budget}
+                drawn |= {"seeds": tuple(map(whole, names(seeds)))} if seeds else {}
+                return _equation(problem, output or Path("results/race") / problem, drawn)
         with refuse_bad_options():
             chosen = {
                 "optimizers": names(optimizers),
@@ -88,6 +94,21 @@ def add(app: Any) -> None:
         write(path, standings.to_json())
         print("written:", path, *draw(standings, entered.folder, entered.clocks), sep="\n  ", end="\n\n")
         return 0 if finished else 130
+
+
+def _equation(name: str, folder: Path, options: dict[str, Any]) -> int:
+    """A race on the residuals of an equation, whose files are JSON and figures."""
+    from kronfisher.experiments.equations import EQUATIONS
+    from kronfisher.experiments.equations import race as race_equation
+
+    require_writable(folder, folder=True)
+    curves = race_equation(EQUATIONS[name], **options, say=lambda line: print(line, file=sys.stderr))
+    print_tables(curves)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "race.json"
+    path.write_text(curves.to_json())
+    print("written:", path, *curves.draw(folder), sep="\n  ", end="\n\n")
+    return 0
 
 
 def _watch(problem: str, **options: Any) -> bool:

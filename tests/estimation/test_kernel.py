@@ -1,0 +1,48 @@
+"""The neural tangent kernel against Jacobians written out."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.errors import DataError, MemoryBudgetError
+from tests.helpers.close import close
+from tests.helpers.truth import jacobian
+
+NETWORKS = {
+    "linear layers": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2)),
+        (2, 4, 4),
+    ),
+    "attention": (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), nn.Flatten()),
+                  (2, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_are_products_of_jacobians(name):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    model = make().double().eval()
+    x, z = torch.randn(7, *shape).double(), torch.randn(5, *shape).double()
+    names = [name for name, _ in model.named_parameters()]
+    J, H = jacobian(model, x, names), jacobian(model, z, names)  # [N, C, P]
+    each = torch.einsum("ncp,mdp->nmcd", J, H)
+    own = torch.einsum("ncp,mdp->nmcd", J, J)
+    for data, other in (((x), (z)), (list(x.split([3, 4])), [(z[:2], None), (z[2:], None)])):
+        close(kf.kernel(model, data, other, outputs="each"), each)
+        close(kf.kernel(model, data, other), each.diagonal(dim1=2, dim2=3).sum(2))
+        close(kf.kernel(model, data, other, outputs="sum"), each.sum((2, 3)))
+        close(kf.kernel(model, data, outputs="each"), own)
+        close(kf.kernel(model, data), own.diagonal(dim1=2, dim2=3).sum(2))
+
+
+def test_what_cannot_be_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="outputs="):
+        kf.kernel(model, x, outputs="all")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="no batch"):
+        kf.kernel(model, x, [])
+    with pytest.raises(MemoryBudgetError):
+        kf.kernel(model, x, memory_budget=50)
