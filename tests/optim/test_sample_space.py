@@ -1,6 +1,7 @@
 """Steps in the space of samples against dense formulas; training that goes far below first-order methods."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import kronfisher as kf
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.optim.sample_steps import Rows
 from tests.helpers.close import close
+from tests.helpers.layout import ROOT
 from tests.helpers.residuals import laplacian, network, rows
 from tests.helpers.truth import dense_fisher
 
@@ -162,3 +164,11 @@ def test_training_is_resumed_to_the_same_bits():
         optimizer.step(lambda: model(x), y)
         resumed.step(lambda: other(x), y)
     assert torch.equal(flat(model), flat(other))
+
+
+def test_the_page_on_residuals_runs():
+    text = (ROOT / "docs" / "residuals.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    exec("\n".join(blocks), {})
