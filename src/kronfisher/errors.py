@@ -117,7 +117,10 @@ def _raise_first(pending: list[Check], values: list[bool], cause: Exception | No
         if isinstance(problem, Warning):
             warnings.warn(problem, stacklevel=4)
         elif problem is not None:
-            raise problem from cause
+            try:
+                raise problem from cause
+            finally:
+                del problem  # its traceback holds this frame, and so the activations of the whole pass
 
 
 def read(flags: Sequence[Tensor | bool]) -> list[bool]:
