@@ -49,6 +49,7 @@ class Statistics:
         next_due: the step at which a batch is to bring statistics again.
         dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
         pass_cost: multiplications of a forward and backward pass over the last batch that brought statistics.
+        rows: the most rows that a layer had in that batch, of all examples and positions.
         seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
     """
 
@@ -70,7 +71,7 @@ class Statistics:
         self.layers: list[LayerStatistics] = []
         self.next_due = self.dropped = 0
         self.seconds = self.seconds_in_backward = 0.0
-        self.pass_cost = 0.0
+        self.pass_cost, self.rows = 0.0, 0
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self._run: Accumulator | None = None
@@ -205,7 +206,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
-            self.pass_cost = 0.0
+            self.pass_cost, self.rows = 0.0, 0
             run.start_pass((self._seed << 32) + step)
         try:
             with full_precision(run.device.type):
@@ -247,7 +248,9 @@ class Statistics:
                     from_data[key] = from_data.get(key, True) and use.reads_data
                 if use.weight is not None:
                     outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
-                    self.pass_cost += 3.0 * prod(call.shape) / max(outputs, 1) * outputs * inputs
+                    rows = prod(call.shape) // max(outputs, 1)
+                    self.pass_cost += 3.0 * rows * outputs * inputs
+                    self.rows = max(self.rows, rows)
         for layer in self.layers:
             layer.reads_data = all(from_data.get(block.key, False) for block in layer.blocks)
 
@@ -318,6 +321,7 @@ class Statistics:
         """Everything that a resumed training needs, as tensors, numbers and strings."""
         return {
             "next_due": self.next_due,
+            "rows": self.rows,
             "dropped": self.dropped,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
@@ -339,7 +343,7 @@ class Statistics:
             raise DataError(
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
-        self.next_due, self.dropped = state["next_due"], state["dropped"]
+        self.next_due, self.dropped, self.rows = state["next_due"], state["dropped"], state["rows"]
         self._open, self._groups = False, None
         if not state["trained"]:  # saved before the first forward pass: go on as before that
             self._run, self._trained, self.layers, self.next_due = None, None, [], 0

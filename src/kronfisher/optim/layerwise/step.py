@@ -19,6 +19,7 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 __all__ = ["LayerwiseParts", "LayerwiseStep"]
 
 LAST = 0.01  # the share of the rate that is left at the end of a horizon
+ROWS = 128  # examples times positions in a batch below which the rate falls, with their square root
 TAIL = 0.3  # the share of a horizon over which the rate falls, linearly
 
 
@@ -32,7 +33,8 @@ class LayerwiseStep:
     factor f of a layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
 
     Args:
-        rate: the step of rate one; ``lr`` of the optimiser multiplies it.
+        rate: the step of rate one; ``lr`` of the optimiser multiplies it. Batches of fewer than 128 rows (examples
+            times positions) make it smaller, with the square root of their number.
         momentum: β.
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
@@ -106,9 +108,14 @@ class LayerwiseParts(StepParts):
         with self._timed("update"):
             natural = self.direction.precondition(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
-            self.motion.move(trained, gradients, natural, self.options.rate * self.annealing(step))
+            self.motion.move(trained, gradients, natural, self.rate(step))
             if self.options.average:
                 self.average.update(trained.named)
+
+    def rate(self, step: int) -> float:
+        """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
+        few = min(1.0, self.statistics.rows / ROWS) ** 0.5 if self.statistics.rows else 1.0
+        return self.options.rate * self.annealing(step) * few
 
     def annealing(self, step: int) -> float:
         """The factor on every rate that the horizon gives."""
@@ -141,7 +148,7 @@ class LayerwiseParts(StepParts):
             step=step,
             loss=None if loss is None else float(loss),
             damping=None,
-            step_size=self.options.rate * self.annealing(step),
+            step_size=self.rate(step),
             momentum=self.options.momentum,
             ratio=None,
             rejected=0,
