@@ -227,3 +227,36 @@ def test_eigenvalue_correction_does_not_stall_where_kfac_goes_on():
         return task.evaluate(model)["train_loss"]
 
     assert reached("ekfac-kfoc") < 1.07 * reached("kfac")
+
+
+def test_a_loss_of_ones_own_moves_at_a_fixed_rate_and_says_so():
+    model, (x, y) = network(), batches(1, n=64)[0]
+    y = x.argmax(1) % 3
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), momentum="exact", trust=kf.Constant())
+    losses = []
+    with pytest.warns(kf.NumericalWarning, match="A loss of your own cannot be evaluated again") as caught:
+        for _ in range(30):
+            optimizer.zero_grad()
+            outputs = optimizer.forward(x)
+            losses.append(float(optimizer.backward(outputs, y, optimizer.loss(outputs, y))))
+            optimizer.step()
+    assert len(caught) == 1 and losses[-1] < 0.9 * losses[0]
+
+
+def test_a_token_that_begins_near_zero_bounds_no_step():
+    class Token(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.token = network(), nn.Parameter(size * torch.randn(1, 1, 4))
+
+        def forward(self, x):
+            return self.inner(x + self.token[0])
+
+    found = []
+    for size in (1e-6, 0.1):
+        model, data = Token(size), batches(6)
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
+        train(optimizer, model, data)
+        found.append(optimizer.report())
+    assert found[0].step_size > 0.1 * found[1].step_size and found[0].damping < 10 * found[1].damping

@@ -254,6 +254,12 @@ class Parts(StepParts):
         decays = {name: trained.decays[name] for name in descent.natural}
         likelihood = self.forward_backward.likelihood
         inputs = StepInputs(model, likelihood, taken.passes, descent, last, damping, decays, whole)
+        if self.step_size.solves(step) and taken.opaque:
+            self.watch.tell(
+                "opaque",
+                "A loss of your own cannot be evaluated again, so that there is no exact quadratic model: steps are "
+                "made at the fixed rate lr within kl_limit.",
+            )
         length = self._choose_length(inputs, step, solve)
         compares = length.predicted is not None and self.judge.compares(step)
         with self._timed("update"):

@@ -23,6 +23,7 @@ __all__ = ["StepInputs", "StepLength", "StepSize"]
 
 GROWTH = 1.5  # by how much a step between two models may exceed the decrease that the last model predicted
 MODEL = 10  # steps between two models
+SMALL = 0.1  # entries of a matrix count as no smaller than this share of those of all matrices
 KEPT = 0.9  # the largest momentum that is kept between two models
 
 
@@ -74,7 +75,7 @@ class StepSize:
         momentum: ``"exact"`` for both α and μ from the model, or a fixed μ.
         kl_limit: for a fixed rate, the largest ``lr²·slope``.
         refresh: says how many steps lie between two models.
-        step_size: α of the last step, before the learning rate.
+        step_size: α of the last step, before the learning rate and bounds that need no host.
         used: μ of the last step, before the learning rate.
         kept: α and μ as the last model gave them.
         fall: ``α·slope`` of the last model's step.
@@ -126,7 +127,7 @@ class StepSize:
                 if not self.exact:
                     raise
                 self.refusal = str(error)
-        return self._reuse(inputs.descent)
+        return self._reuse(inputs.descent, step)
 
     def _solve(self, inputs: StepInputs, step: int, longest: float) -> StepLength:
         descent, rate = inputs.descent, inputs.descent.rate
@@ -173,16 +174,15 @@ class StepSize:
                     matrix[j, i] += extra
         return matrix, torch.tensor(slopes, dtype=torch.float64)
 
-    def _reuse(self, descent: Descent) -> StepLength:
-        """Between two models: α and μ of the last one, within bounds."""
-        if not self.exact:
+    def _reuse(self, descent: Descent, step: int) -> StepLength:
+        """Between two models: α and μ of the last one, within bounds; a fixed rate where a model is due."""
+        if not self.exact or self.solves(step):
             return StepLength(*self._fixed(descent))
         alpha, mu = self.kept
         mu = min(mu, KEPT)
-        if descent.slope.device.type == "cpu":  # elsewhere reading the slope would wait for the device
-            alpha = min(alpha, GROWTH * self.fall / max(float(descent.slope), 1e-300))
+        bounded = (GROWTH * self.fall / descent.slope.clamp_min(torch.finfo(descent.slope.dtype).tiny)).clamp(max=alpha)
         self.step_size, self.used = alpha, mu
-        return StepLength(descent.rate * alpha, descent.rate * mu)
+        return StepLength(descent.rate * bounded, descent.rate * mu)
 
     def _fixed(self, descent: Descent) -> tuple[Tensor, float]:
         """The rate, or less where ``rate²·slope`` is beyond the limit; and the fixed momentum."""
@@ -205,12 +205,17 @@ class StepSize:
 
 
 def _share(inputs: StepInputs) -> float:
-    """The largest ``‖natural‖ / ‖W‖`` of a weight matrix; those that are zero have nothing to lose."""
+    """The largest ``‖natural‖ / ‖W‖`` of a weight matrix; those that are zero have nothing to lose.
+
+    Entries of W count as at least a share `SMALL` of their root mean square over all matrices: tokens and adapters that
+    begin near zero are to grow, and bound no step.
+    """
     parameters = dict(inputs.model.named_parameters())
-    shares = [
-        (value.norm() / norm.where(norm > 0, torch.inf)).double()
-        for name, value in inputs.descent.natural.items()
-        if value.dim() > 1
-        for norm in (parameters[name].detach().norm(),)
-    ]
-    return float(torch.stack(shares).max()) if shares else 0.0
+    matrices = {name: value for name, value in inputs.descent.natural.items() if value.dim() > 1}
+    if not matrices:
+        return 0.0
+    norms = torch.stack([parameters[name].detach().norm().double() for name in matrices])
+    sizes = torch.tensor([value.numel() for value in matrices.values()], dtype=torch.float64).to(norms.device)
+    least = SMALL * (norms.square().sum() / sizes.sum()).sqrt() * sizes.sqrt()
+    lengths = torch.stack([value.norm().double() for value in matrices.values()])
+    return float((lengths / torch.where(norms > 0, torch.maximum(norms, least), torch.inf)).max())
