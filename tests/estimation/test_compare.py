@@ -33,9 +33,10 @@ def test_errors_and_traces_are_those_of_the_dense_matrices(problem, labels):
     model, data = problem
     options = {"labels": labels, "seed": 3}
     truth = estimate(model, data, Categorical(), fit="full", **options)
-    fits = {} if labels == "sampled" else {"fits": SETTLED}  # all that are registered, unless told
+    blocked = [name for name in SETTLED if name != "gram"]  # one matrix over all layers is compared if it is asked for
+    fits = {} if labels == "sampled" else {"fits": blocked}  # all others that are registered, unless told
     rows = {row.fit: row for row in compare(model, data, Categorical(), **fits, **options).rows}
-    assert set(rows) == set(fits.get("fits", FITS))
+    assert set(rows) == set(fits.get("fits", FITS)) - {"gram"}
     for name, row in rows.items():
         fisher = estimate(model, data, Categorical(), fit=name, **options)
         missed = total = 0.0

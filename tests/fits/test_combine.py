@@ -43,9 +43,9 @@ def test_partitions_add_up_and_averages_are_weighted(fit):
 def test_a_combined_state_finishes_as_the_mean_over_both(fit):
     model, x, y = sequences(seed=3), torch.randn(5, 2, 4).double(), torch.randn(8, 2, 4).double()
     whole = kf.estimate(model, torch.cat([x, y]), kf.Categorical(), fit=fit, labels="exact")
-    for one, other in zip(states(model, x, fit), states(model, y, fit), strict=True):
+    for one, other, both in zip(states(model, x, fit), states(model, y, fit), whole.blocks.values(), strict=True):
         operator = one.fit.finish(one.fit.combine(one.state, other.state))
-        torch.testing.assert_close(operator.to_dense(), whole.blocks[one.state.name].to_dense(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(operator.to_dense(), both.to_dense(), rtol=1e-10, atol=1e-12)
 
 
 def test_states_of_other_blocks_or_bases_do_not_combine():
