@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kronfisher as kf
 from kronfisher.fits import FITS, resolve
 from tests.helpers.close import close
 from tests.helpers.device.trainings import NETWORKS, precondition, train
@@ -39,6 +40,12 @@ def test_steps_are_those_of_the_cpu(on_device, fit, network):
     if fit in FACTORS:  # the first step examines the graph
         for found, renewed in list(zip(there.waits, there.renewals, strict=True))[1:]:
             assert len(found) <= 2 * renewed, (found, renewed)
+
+
+@pytest.mark.parametrize("network", ["perceptron", "convolutions"])
+def test_the_papers_steps_are_those_of_the_cpu(on_device, network):
+    options = {"step": kf.QuadraticModel()}
+    agree(on_device(train, network, "kfac", 25, options), train(CPU, network, "kfac", 25, options))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -247,7 +247,7 @@ class Parts(StepParts):
         with self._timed("update"):
             descent = self.direction.descend(trained.add_decay(gradients), damping, trained.rates, taken.rows)
             solve = self.repeats(step) and taken.repeatable
-            if (solve or descent.slope.device.type == "cpu") and not isfinite(float(descent.slope)):
+            if not isfinite(float(descent.slope)):
                 self.judge.skip()
                 return
             last = trained.last_steps(descent.natural)

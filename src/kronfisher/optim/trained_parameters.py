@@ -46,14 +46,12 @@ class TrainedParameters:
 
     def apply(self, descent: Descent, last: Mapping[str, Tensor], length: StepLength) -> None:
         """Add ``−along·natural + again·last``; `descent` and `last` are used up."""
-        along, slope = length.along, descent.slope
+        along = length.along
         for name, direction in descent.natural.items():
             if isinstance(along, Tensor):
                 direction.mul_(along)
             step = last[name].mul_(length.again) if name in last else torch.zeros_like(direction)
             step.add_(direction, alpha=-1.0 if isinstance(along, Tensor) else -along)
-            if slope.device.type != "cpu":  # without waiting for the device: nothing moves if anything is not finite
-                step = torch.where(torch.isfinite(slope), step, torch.zeros_like(step))
             self.named[name].add_(step)
             self.state[self.named[name]]["update"] = step
         torch.clear_autocast_cache()  # it may hold the weights as they were
