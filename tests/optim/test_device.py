@@ -39,7 +39,7 @@ def test_steps_are_those_of_the_cpu(on_device, fit, network):
     assert plain(there) == []
     if fit in FACTORS:  # the first step examines the graph
         for found, renewed in list(zip(there.waits, there.renewals, strict=True))[1:]:
-            assert len(found) <= 2 * renewed, (found, renewed)
+            assert len(found) <= 2 * renewed + 1, (found, renewed)  # one for the course of the loss
 
 
 @pytest.mark.parametrize("network", ["perceptron", "convolutions"])

@@ -49,7 +49,7 @@ class Statistics:
         next_due: the step at which a batch is to bring statistics again.
         dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
         pass_cost: multiplications of a forward and backward pass over the last batch that brought statistics.
-        rows: the most rows that a layer had in that batch, of all examples and positions.
+        rows: the most rows that a layer had in that batch, of all positions of the examples that count.
         seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
     """
 
@@ -71,7 +71,8 @@ class Statistics:
         self.layers: list[LayerStatistics] = []
         self.next_due = self.dropped = 0
         self.seconds = self.seconds_in_backward = 0.0
-        self.pass_cost, self.rows = 0.0, 0
+        self.pass_cost = 0.0
+        self.rows: float | Tensor = 0.0
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self._run: Accumulator | None = None
@@ -206,7 +207,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
-            self.pass_cost, self.rows = 0.0, 0
+            self.pass_cost, self.rows = 0.0, 0.0
             run.start_pass((self._seed << 32) + step)
         try:
             with full_precision(run.device.type):
@@ -223,10 +224,11 @@ class Statistics:
     ) -> None:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
+        before = run.count
         with run.groups.only(chosen) if self._complete(run) else nullcontext():
             run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
         self._find_layers(run, step)
-        self._look_at_calls(capture)
+        self.rows = self.rows + self._look_at_calls(capture) * (run.count - before) / len(observation)
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
@@ -239,8 +241,9 @@ class Statistics:
         """Whether the layers that are wanted are known, and others need not be read."""
         return len(self.layers) < len(run.groups) == self._groups
 
-    def _look_at_calls(self, capture: Capture) -> None:
-        """Which layers read data directly, and what a pass costs."""
+    def _look_at_calls(self, capture: Capture) -> int:
+        """See which layers read data directly and what a pass costs; the most rows of a layer."""
+        most = 0
         from_data: dict[Key, bool] = {}
         for call in capture.calls:
             for use in call.uses:
@@ -250,9 +253,10 @@ class Statistics:
                     outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
                     rows = prod(call.shape) // max(outputs, 1)
                     self.pass_cost += 3.0 * rows * outputs * inputs
-                    self.rows = max(self.rows, rows)
+                    most = max(most, rows)
         for layer in self.layers:
             layer.reads_data = all(from_data.get(block.key, False) for block in layer.blocks)
+        return most
 
     def _find_layers(self, run: Accumulator, step: int) -> None:
         """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""

@@ -56,7 +56,11 @@ class Motion:
         self.units, self._places = list(units), None
 
     def move(
-        self, trained: TrainedParameters, gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], rate: float
+        self,
+        trained: TrainedParameters,
+        gradients: Mapping[str, Tensor],
+        natural: Mapping[str, Tensor],
+        rate: float | Tensor,
     ) -> None:
         """One step of every unit that has a gradient.
 

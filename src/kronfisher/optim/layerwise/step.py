@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
 from kronfisher.optim.layerwise.average import Average
@@ -112,10 +112,11 @@ class LayerwiseParts(StepParts):
             if self.options.average:
                 self.average.update(trained.named)
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
-        few = min(1.0, self.statistics.rows / ROWS) ** 0.5 if self.statistics.rows else 1.0
-        return self.options.rate * self.annealing(step) * few
+        rows = self.statistics.rows  # a tensor where examples are masked
+        few = rows.div(ROWS).clamp(max=1.0) if isinstance(rows, Tensor) else min(1.0, rows / ROWS)
+        return self.options.rate * self.annealing(step) * few**0.5
 
     def annealing(self, step: int) -> float:
         """The factor on every rate that the horizon gives."""
@@ -148,7 +149,7 @@ class LayerwiseParts(StepParts):
             step=step,
             loss=None if loss is None else float(loss),
             damping=None,
-            step_size=self.rate(step),
+            step_size=float(self.rate(step)) if self.statistics.examined else self.options.rate,
             momentum=self.options.momentum,
             ratio=None,
             rejected=0,

@@ -17,7 +17,7 @@ class Whitening(KFAC):
     """K-FAC with the mean of the output factor's diagonal in the place of the output factor.
 
     Example:
-        >>> import kronfisher as kf
+        >>> import torch, kronfisher as kf
         >>> layer, x = torch.nn.Linear(2, 3), torch.randn(50, 2)
         >>> kfac, inputs = (kf.estimate(layer, x, kf.Gaussian(), fit=fit) for fit in (KFAC(), Whitening()))
         >>> bool(torch.isclose(kfac["weight"].trace(), inputs["weight"].trace()))
