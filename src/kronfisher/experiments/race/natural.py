@@ -18,8 +18,12 @@ OPTIONS = (
 )
 
 
+PAPERS = ["QuadraticModel", {}]  # the step of the papers' races
+PAPERS_OPTIONS = {"damping", "trust", "momentum", "kl_limit"}
+
+
 class Natural:
-    """`NaturalGradient` with everything in one step: trust region, exact momentum, rejection.
+    """`NaturalGradient`, by default with the papers' step; ``layerwise`` is its own default.
 
     Settings are its arguments, where JSON has no such thing spelled as follows: a ``fit`` is a name or
     ``["KroneckerSum", {"rank": 2}]``; a ``step`` is ``["QuadraticModel", {}]`` or
@@ -68,6 +72,8 @@ def arguments(settings: Settings, scale: float = 1.0) -> dict[str, Any]:
     from kronfisher.optim import Refresh
 
     options: dict[str, Any] = {key: value for key, value in settings.items() if key not in COMMON}
+    if options.get("step") == PAPERS and PAPERS_OPTIONS & options.keys():
+        del options["step"]  # these select it, and are not its own
     if not isinstance(options.get("fit", ""), str):
         options["fit"] = _build(fits, options["fit"])
     if "step" in options:
@@ -93,8 +99,10 @@ def _build(module: Any, given: Any) -> Any:
     return getattr(module, name)(**arguments)
 
 
-register(Competitor("natural", Natural, {"batch_size": 512}, takes=OPTIONS))
+register(Competitor("layerwise", Natural, {"batch_size": 512}, takes=OPTIONS))
+register(Competitor("natural", Natural, {"batch_size": 512, "step": PAPERS}, takes=OPTIONS))
 for fit in fits.FITS:
     # Matrices of whole layers are for networks smaller than any here.
     if fit != "full" and fits.resolve(fit).trains:
-        register(Competitor(f"natural-{fit}", Natural, {"batch_size": 512, "fit": fit}, takes=OPTIONS))
+        own = {"batch_size": 512, "fit": fit, "step": PAPERS}
+        register(Competitor(f"natural-{fit}", Natural, own, takes=OPTIONS))
