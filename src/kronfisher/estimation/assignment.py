@@ -63,8 +63,9 @@ class Known:
         """What to know beforehand so that blocks come out in the form of these."""
         blocks = [block for group in groups for block in group]
         alone = frozenset(block.parameters[0] for block in blocks if len(block.views) == 1)
+        joined = {name for block in blocks if len(block.views) > 1 for name in block.parameters}
         fallback = {block.name: f"{block.name}: treated so before" for block in blocks if block.operator == FALLBACK}
-        return cls(fallback=fallback, apart=alone - fallback.keys())
+        return cls(fallback=fallback, apart=alone - joined - fallback.keys())
 
     @classmethod
     def restore(
