@@ -27,12 +27,12 @@ class Gathered(State):
 
     Attributes:
         rows_of_batches: one entry for every backward pass.
-        inputs: by the place of a block, what its next columns share with its last.
+        inputs: of every block, what its next columns share with its last; None: nothing.
         held: bytes of all rows.
     """
 
     rows_of_batches: list[Rows] = field(default_factory=list)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    inputs: list[Tensor | None] = field(default_factory=list)
     held: int = 0
 
     @property
@@ -45,7 +45,7 @@ class Gathered(State):
         return sum(len(rows) for rows in self.rows_of_batches)
 
     def release(self) -> None:
-        self.rows_of_batches, self.inputs = [], {}
+        self.rows_of_batches, self.inputs = [], [None] * len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Gram(Fit):
         return Plan(element * sum(_kept(block) for block in group))  # one row; what follows is counted as it comes
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Gathered:
-        return Gathered(group, plan)
+        return Gathered(group, plan, inputs=[None] * len(group))
 
     def update(self, state: Gathered, samples: tuple[Samples, ...]) -> Gathered:
         self._require_room(state, samples)
@@ -102,8 +102,8 @@ class Gram(Fit):
         if x.blocks != y.blocks:
             raise ValueError(f"{x.name}: states can be combined only for the same blocks.")
         rows = [_times(own, w**0.5) for state, w in ((x, wx), (y, wy)) for own in state.rows_of_batches]
-        counts = (wx * x.count + wy * y.count, wx * x.rows + wy * y.rows)
-        return replace(x, rows_of_batches=rows, inputs={}, held=x.held + y.held, count=counts[0], rows=counts[1])
+        count, counted, none = wx * x.count + wy * y.count, wx * x.rows + wy * y.rows, [None] * len(x.blocks)
+        return replace(x, rows_of_batches=rows, inputs=none, held=x.held + y.held, count=count, rows=counted)
 
     def finish(self, state: Gathered) -> OuterSum:
         rows = join(state.rows_of_batches)
@@ -145,7 +145,7 @@ def _part(state: Gathered, place: int, samples: Samples) -> PlainRows | OuterRow
     """The rows of one block under one column: by inputs and gradients if these are fewer numbers."""
     groups, outputs, inputs = samples.shape
     if groups == 1 and samples.positions == 1 and inputs + outputs < inputs * outputs:
-        shared = state.inputs.get(place)
+        shared = state.inputs[place]
         if samples.first or shared is None or len(shared) != len(samples):
             shared = state.inputs[place] = samples.activations.dense()[0, :, 0].clone()
         each = torch.arange(len(samples), device=shared.device)
