@@ -178,12 +178,12 @@ fisher = kf.estimate(model, train, kf.Categorical(), labels="exact")
 influence = kf.Influence(model, fisher, kf.Categorical())
 """
 KILLED = """
-class Killing(list):
+class Killing:
     def __iter__(self):
-        yield from self[:2]
+        yield from train[:2]
         os.kill(os.getpid(), signal.SIGKILL)
 
-influence.scores(Killing(train), (x[:5], y[:5]), path=sys.argv[1])
+influence.scores(Killing(), (x[:5], y[:5]), path=sys.argv[1])
 """
 
 
