@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
 from tests.fits.rearranged import estimate, rearranged
-from tests.helpers.networks import with_inputs
+from tests.helpers.networks import Written, with_inputs
 
 TIGHT = {"tolerance": 1e-12, "iterations": 400}
 
@@ -78,17 +79,13 @@ def test_what_cannot_be_told_is_refused():
         fisher.spectrum(x, rank=0)
     with pytest.raises(kf.MemoryBudgetError, match=r"0\.weight|2\.weight: the spectrum needs [\d,]+ bytes"):
         fisher.spectrum(x, memory_budget=100)
-    recurrent = nn.Sequential(nn.RNN(3, 2, batch_first=True), Last(), nn.Linear(2, 2)).double()
-    fisher = estimate(recurrent, torch.randn(5, 4, 3).double(), "kfac")
-    assert fisher.spectrum(torch.randn(5, 4, 3).double()).keys() == {"2.weight"}
+    positive = Written(lambda m, x: m.o(F.linear(x, m.w.abs())), w=torch.randn(2, 3), o=nn.Linear(2, 2)).double()
+    inputs = torch.randn(5, 3).double()
+    fisher = estimate(positive, inputs, "kfac")
+    assert fisher.spectrum(inputs).keys() == {"o.weight"}
     with pytest.raises(kf.DataError, match="no samples of inputs and output gradients"):
-        fisher.spectrum(torch.randn(5, 4, 3).double(), "0.weight_ih_l0")
+        fisher.spectrum(inputs, "w")
     with torch.no_grad():
         model[2].weight.zero_()
     zero = estimate(model, x, "kfac").spectrum(x)["0.weight"]
     assert float(zero.values.sum()) == 0 and zero.residual == 0
-
-
-class Last(nn.Module):
-    def forward(self, pair):
-        return pair[0][:, -1]

@@ -61,10 +61,16 @@ def test_it_is_the_minimum(damping, groups):
 def test_every_step_goes_down_and_the_number_of_passes_is_what_it_says():
     model, x, seen = small(), torch.randn(12, 3).double(), []
 
-    class Counted(list):
+    class Counted:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __len__(self):
+            return len(self.batches)
+
         def __iter__(self):
             seen.append(1)
-            return super().__iter__()
+            return iter(self.batches)
 
     truth = kf.estimate(model, x, kf.Gaussian(), fit="full", labels="exact")["0.weight"].to_dense()
     values = []

@@ -11,6 +11,9 @@ from kronfisher.likelihoods import Categorical, Likelihood
 __all__ = ["name_targets"]
 
 
+CHANCE = 8  # fewer labels may all be ones by chance
+
+
 def name_targets(observation: Observation, likelihood: Likelihood, *, needed: bool) -> str:
     """The targets of a batch in words, empty if there are none; warn where they are not needed and look like a mask."""
     targets = observation.targets
@@ -32,7 +35,7 @@ def _doubt(targets: Any, likelihood: Likelihood) -> str:
     """
     if not isinstance(likelihood, Categorical) or not isinstance(targets, Tensor) or targets.dim() < 2:
         return ""
-    if targets.is_floating_point() or not targets.numel() or not bool((targets == 1).all()):
+    if targets.is_floating_point() or targets.numel() < CHANCE or not bool((targets == 1).all()):
         return ""
     return (
         "the second entry of the batch, all ones, is taken for its targets, which this estimate does not need. If it "
