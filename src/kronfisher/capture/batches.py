@@ -48,8 +48,10 @@ def as_batches(data: Any) -> tuple[Iterable[Any], bool]:
 
 def _is_a_pair(data: list[Any]) -> bool:
     """Whether a list may be inputs and targets: two tensors of one length that are not parts of one tensor."""
+    if len(data) != 2:
+        return False  # unread: a list of one's own may make its entries as it is read
     tensors = [as_tensors(entry) for entry in data]
-    if len(data) != 2 or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors):
+    if not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors):
         return False
     pointers = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
     return len(tensors[0]) == len(tensors[1]) and len(pointers) == 2
