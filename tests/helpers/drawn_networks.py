@@ -221,7 +221,7 @@ def step(r: random.Random, h: Tensor, kind: str) -> Step:
             made = Step(f"{function.__name__}({form})", function, *arguments(r, FORMS[form](r, h)))
             try:
                 first, second = made(h.clone(), None), made(h.clone(), None)  # type: ignore[arg-type]
-            except Exception:
+            except Exception:  # torch refuses these arguments, by whatever error: another form is tried
                 continue
             if (
                 not isinstance(first, Tensor)
@@ -249,7 +249,7 @@ def draw(seed: int) -> Case:
         made = step(r, h, r.choice(kinds))
         try:
             result = made(h, fixed)
-        except Exception:
+        except Exception:  # the other batch's settings do not suit this function: another is drawn
             continue
         if not bool(torch.isfinite(result).all()) or float(result.detach().abs().max()) > 1e4:
             continue

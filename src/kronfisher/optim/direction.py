@@ -2,20 +2,16 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.capture import Capture
 from kronfisher.fisher.damping import Damping
-from kronfisher.linalg import plain_arithmetic
 from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.layer_inverse import LayerInverse
-from kronfisher.optim.layer_statistics import LayerStatistics, periods
+from kronfisher.optim.layer_statistics import periods
 from kronfisher.optim.row_inverse import RowInverse
 
 __all__ = ["Descent", "Direction"]
@@ -40,7 +36,7 @@ class Descent:
     rate: float
 
 
-class Direction:
+class Direction(Inverses):
     """Damped inverses of all layers.
 
     Args:
@@ -54,29 +50,10 @@ class Direction:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], damping: Damping, refresh: Refresh) -> None:
-        self.damping, self.refresh = damping, refresh
-        self.inverses: list[LayerInverse] = []
-        self.seconds = 0.0
-        self.extend(parameters)
-
-    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Treat these parameters from now on."""
-        self._parameters = parameters
-
-    def follow(self, layers: Sequence[LayerStatistics], step: int) -> None:
-        """Keep one inverse for each layer; those of new layers are due at once."""
-        if len(layers) != len(self.inverses) or any(
-            x is not one.layer for x, one in zip(layers, self.inverses, strict=True)
-        ):
-            known = {one.layer: one for one in self.inverses}
-            self.inverses = [known.get(layer) or LayerInverse(layer, due=step) for layer in layers]
+        super().__init__(parameters, refresh)
+        self.damping = damping
 
     # Inverses ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def due(self) -> dict[LayerStatistics, int]:
-        """Layer → the step at which its inverse is to be made again."""
-        return {one.layer: one.due for one in self.inverses}
 
     def measure(self) -> float:
         """The mean eigenvalue of the statistics as they are now."""
@@ -106,15 +83,6 @@ class Direction:
         self.seconds += time.perf_counter() - began
 
     # Directions -------------------------------------------------------------------------------------------------------
-
-    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
-        """To be given rows of a step's backward pass; None where others may read or change gradients."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None
-        for parameter in self._parameters.values():
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return None
-        return RowInverse.of(self.inverses, rates, capture)
 
     def descend(
         self, gradients: Mapping[str, Tensor], value: float, rates: Mapping[str, float], rows: RowInverse | None = None
@@ -154,52 +122,12 @@ class Direction:
         The number is the mean eigenvalue of the covered part plus λ, so that they move neither faster nor slower than
         the others do on average. Layers with `rows` take them in place of the gradient.
         """
-        rows = rows or RowInverse({})
+        out = self.apply(gradients, rows)
         with self._arithmetic():
-            vectors = {name: tensor[None] for name, tensor in gradients.items()}
-            out: dict[str, Tensor] = {}
-            for one in self.inverses:
-                if one.inverse is None:
-                    continue
-                by_rows = rows.holds(one)
-                for name in (name for block in one.blocks for name in block.parameters):
-                    if name not in out and (by_rows or name in vectors):
-                        like = self._parameters[name].unsqueeze(0)
-                        out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
-                if by_rows:
-                    rows.apply(one, out)
-                else:
-                    one.apply(vectors, out)
             # The mean eigenvalue as the last factorisations saw it.
             mean = _mean([one for one in self.inverses if one.mean or one.made >= 0])
             rest = 1 / (mean + value)
-            left = {name: tensor * rest for name, tensor in gradients.items() if name not in out}
-            return {name: tensor[0] for name, tensor in out.items()} | left
-
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return plain_arithmetic(next(iter(self._parameters.values())).device)
-
-    # Reports and state ------------------------------------------------------------------------------------------------
-
-    def overdue(self, step: int) -> dict[str, int]:
-        """Layer's name → steps by which its inverse is overdue."""
-        return {one.name: step - one.due for one in self.inverses if one.due < step}
-
-    @property
-    def troubles(self) -> dict[str, str]:
-        """Layer's name → what went wrong with its last inverse."""
-        return {one.name: one.trouble for one in self.inverses if one.trouble}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs, as tensors, numbers and strings."""
-        return {"layers": [one.state_dict() for one in self.inverses]}
-
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
-        """Take over what `state_dict` gave, for these layers."""
-        device = next(iter(self._parameters.values())).device
-        self.inverses = [LayerInverse(layer) for layer in layers]
-        for one, saved in zip(self.inverses, state["layers"], strict=True):
-            one.load_state_dict(saved, device)
+            return out | {name: tensor * rest for name, tensor in gradients.items() if name not in out}
 
 
 def _mean(inverses: Sequence[LayerInverse]) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.helpers.training import batches, network, train, weights
+from tests.helpers.training import batches, network, train, weights, wide
 
 
 class Mixed(nn.Module):
@@ -142,3 +142,17 @@ def test_weight_decay_is_decoupled():
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         kf.LayerwiseStep(**option)
+
+
+def test_steps_from_rows_heed_hooks_of_gradients():
+    # Batches so small that natural gradients of wide layers are made from rows, where nobody changes gradients.
+    model, data = wide(), batches(12, n=6)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, data[:3])
+    assert optimizer.parts.forward_backward.state_dict()["rows_pay"]
+    for parameter in model[3].parameters():
+        optimizer.state[parameter]["momentum"].zero_()
+        parameter.register_hook(torch.zeros_like)
+    before = model[3].weight.clone()
+    train(optimizer, model, data[3:])
+    assert torch.equal(model[3].weight, before)

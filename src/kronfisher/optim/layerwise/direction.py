@@ -1,22 +1,17 @@
 """Natural gradients of layers, each from an inverse relative to the layer's own mean eigenvalue."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.capture.capture import Capture
 from kronfisher.fisher.damping import Damping
-from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.layer_inverse import LayerInverse
-from kronfisher.optim.layer_statistics import LayerStatistics
-from kronfisher.optim.row_inverse import RowInverse
 
 __all__ = ["RelativeDirection", "Shares"]
 
@@ -40,7 +35,7 @@ class Shares(Damping):
         return operator.normalized(value * self.inputs, value * self.outputs)
 
 
-class RelativeDirection:
+class RelativeDirection(Inverses):
     """Inverses of all layers, renewed one after the other within a budget of arithmetic per step.
 
     Args:
@@ -55,25 +50,8 @@ class RelativeDirection:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh, share: float, data_share: float) -> None:
-        self.refresh, self.share, self.data_share = refresh, share, data_share
-        self.inverses: list[LayerInverse] = []
-        self.seconds = 0.0
-        self.extend(parameters)
-
-    def extend(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Treat these parameters from now on."""
-        self._parameters = parameters
-
-    def follow(self, layers: Sequence[LayerStatistics], step: int) -> None:
-        """Keep one inverse for each layer; those of new layers are due at once."""
-        if [one.layer for one in self.inverses] != list(layers):
-            known = {one.layer: one for one in self.inverses}
-            self.inverses = [known.get(layer) or LayerInverse(layer, due=step) for layer in layers]
-
-    @property
-    def due(self) -> dict[LayerStatistics, int]:
-        """Layer → the step at which its inverse is to be made again."""
-        return {one.layer: one.due for one in self.inverses}
+        super().__init__(parameters, refresh)
+        self.share, self.data_share = share, data_share
 
     def renew(self, step: int, pass_cost: float) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
@@ -105,55 +83,8 @@ class RelativeDirection:
             inputs = max(self.share, self.data_share * max(block.shape[2] for block in one.blocks))
         return Shares(inputs=inputs, outputs=self.share)
 
-    def row_inverse(self, capture: Capture, rates: Mapping[str, float]) -> RowInverse | None:
-        """To be given rows of a step's backward pass."""
-        return RowInverse.of(self.inverses, rates, capture)
-
-    def precondition(self, gradients: Mapping[str, Tensor], rows: RowInverse | None = None) -> dict[str, Tensor]:
-        """Natural gradients by parameter name, of all parameters that an inverse covers."""
-        rows = rows or RowInverse({})
-        with self._arithmetic():
-            answers: dict[str, Tensor] = {}
-            out: dict[str, Tensor] = {}
-            for one in self.inverses:
-                names = [name for block in one.blocks for name in block.parameters if name in gradients]
-                if one.inverse is None or not names:
-                    continue
-                if not rows.holds(one) and _is_plain(one, gradients):
-                    answers |= _apply_plainly(one, gradients)
-                    continue
-                for name in names:
-                    if name not in out:
-                        like = self._parameters[name].unsqueeze(0)
-                        out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
-                if rows.holds(one):
-                    rows.apply(one, out)
-                else:
-                    one.apply({name: gradients[name][None] for name in names}, out)
-            return answers | {name: tensor[0] for name, tensor in out.items()}
-
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return plain_arithmetic(next(iter(self._parameters.values())).device)
-
-    def overdue(self, step: int) -> dict[str, int]:
-        """Layer's name → steps by which its inverse is overdue."""
-        return {one.name: step - one.due for one in self.inverses if one.due < step}
-
-    @property
-    def troubles(self) -> dict[str, str]:
-        """Layer's name → what went wrong with its last inverse."""
-        return {one.name: one.trouble for one in self.inverses if one.trouble}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs, as tensors, numbers and strings."""
-        return {"layers": [one.state_dict() for one in self.inverses]}
-
-    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
-        """Take over what `state_dict` gave, for these layers."""
-        device = next(iter(self._parameters.values())).device
-        self.inverses = [LayerInverse(layer) for layer in layers]
-        for one, saved in zip(self.inverses, state["layers"], strict=True):
-            one.load_state_dict(saved, device)
+    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return _apply_plainly(one, gradients) if _is_plain(one, gradients) else None
 
 
 def _cost(one: LayerInverse) -> float:

@@ -186,6 +186,7 @@ class _Places:
         moving: units with any of these parameters, ``[U]``.
         natural: units that follow the natural gradient, ``[U]``.
         numel: elements of these parameters by unit, ``[U]``.
+        table: units that move at the full rate though they are no matrices of layers, ``[U]``.
         shares: parameter → its learning rate as a share of the largest, ``[P]``; None where all are equal.
     """
 

@@ -39,9 +39,21 @@ class LayerwiseStep:
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
             inputs have directions that hardly vary, and whitening those memorises examples.
-        adaptive: the rate of parameters outside the matrices (scales, shifts, tables), which make steps of Adam,
-            relative to `rate`.
+        adaptive: the rate of vectors and numbers outside the matrices (scales, shifts), relative to `rate`. They make
+            steps of Adam; so do tables and all else that is no matrix of a layer, at `rate`.
         average: keep an average of the iterates for evaluation: `NaturalGradient.eval` and `train` exchange them.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x, y = torch.randn(128, 4), torch.randint(3, (128,))
+        >>> optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.LayerwiseStep(rate=0.03))
+        >>> losses = [optimizer.step(lambda: model(x), y).item() for _ in range(20)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     rate: float = 0.06
@@ -106,7 +118,7 @@ class LayerwiseParts(StepParts):
         self.direction.renew(step, self.statistics.pass_cost)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
-            natural = self.direction.precondition(gradients, taken.rows)
+            natural = self.direction.apply(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
             self.motion.move(trained, gradients, natural, self.rate(step))
             if self.options.average:

@@ -19,7 +19,7 @@ class Unit:
         natural: whether they follow the natural gradient; otherwise every element follows its own gradient over its
             root mean square (Adam).
         numel: the number of their elements.
-        table: whether it is a table whose rows are looked up, which most batches see in part.
+        table: whether it is a table or another array of several axes, which moves at the full rate.
     """
 
     parameters: tuple[str, ...]
