@@ -10,7 +10,9 @@ use.
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from inspect import signature
+from types import CodeType
 from typing import Any
 from weakref import ref
 
@@ -394,8 +396,22 @@ def _running_function() -> str:
     while frame is not None:
         if frame.f_code is _APPLY:
             return frame.f_locals["cls"].__name__
+        if _APPLY is None and frame.f_code.co_name == "forward" and (name := _name_of_function(frame.f_code)):
+            return name
         frame = frame.f_back
     return ""
 
 
-_APPLY = Function.apply.__func__.__code__  # pyright: ignore[reportFunctionMemberAccess]
+@lru_cache(maxsize=1024)
+def _name_of_function(forward: CodeType) -> str:
+    """The name of the autograd function with this forward; empty if it belongs to anything else."""
+    classes = [Function]
+    for each in classes:
+        if getattr(each.forward, "__code__", None) is forward:
+            return each.__name__
+        classes.extend(each.__subclasses__())
+    return ""
+
+
+# Since torch 2.14 it is no Python function, so that only the function's own forward stands on the stack.
+_APPLY: CodeType | None = getattr(getattr(Function.apply, "__func__", None), "__code__", None)
