@@ -70,3 +70,31 @@ def test_checkpointed_blocks_are_as_others(fit):
     ours, theirs = (kf.estimate(model, data(4), kf.Gaussian(), fit=fit, strict=True) for model in (saving, plain))
     assert torch.allclose(ours.to_dense(), theirs.to_dense(), atol=1e-12)
     assert_exact(saving, data(4), fit=kf.Full(across_layers=True), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["self-attention", "cross-attention", "encoder", "lstm", "gru", "rnn", "cell"])
+def test_what_is_run_in_another_way_may_stand_in_a_checkpoint(kind, train):
+    """A checkpoint runs its function again without us: the backward pass meets other tensors if we ran another one."""
+    torch.manual_seed(0)
+
+    def again(m, *inputs):
+        found = torch.utils.checkpoint.checkpoint(m.inner, *inputs, use_reentrant=False)
+        return found[0] if isinstance(found, tuple) else found
+
+    run = {
+        "self-attention": lambda m, x: again(m, x, x, x),
+        "cross-attention": lambda m, x: again(m, x, y := x.sin(), y),
+        "cell": lambda m, x: again(m, x[:, 0])[:, None],
+    }.get(kind, again)
+    inner = {
+        "encoder": lambda: nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True),
+        "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
+        "gru": lambda: nn.GRU(4, 4, batch_first=True),
+        "rnn": lambda: nn.RNN(4, 4, batch_first=True),
+        "cell": lambda: nn.GRUCell(4, 4),
+    }.get(kind, lambda: nn.MultiheadAttention(4, 2, batch_first=True))()
+    model = Written(lambda m, x: m.o(run(m, x).sum(1)), inner=inner, o=nn.Linear(4, 2)).train(train)
+    assert_exact(model.double(), torch.randn(3, 2, 4, dtype=torch.float64), fit=kf.Full(across_layers=True))
+    if "attention" in kind or kind == "encoder":
+        kf.estimate(model, torch.randn(3, 2, 4, dtype=torch.float64), kf.Gaussian(), strict=True)  # no fallback

@@ -224,7 +224,8 @@ class Capture(TorchFunctionMode):
         """Record operators that were called out of sight; see `Recorder`."""
         views = {id(tensor): self.view(tensor) for tensor in operands}
         windows = [window for _, uses in noted for use in uses for window in (use.weight, use.bias) if window]
-        if len(windows) != sum(views[id(tensor)] is not None for tensor in operands):
+        given = [window for tensor in operands if (window := views[id(tensor)])]
+        if sum(window.numel for window in windows) != sum(window.numel for window in given):
             return  # the walk over the graph finds the rest unclaimed
         _refuse_transforms(operator, [use for _, uses in noted for use in uses], results)
         constant = all(map(self._is_constant, operands))
@@ -236,6 +237,8 @@ class Capture(TorchFunctionMode):
             nodes = [result.grad_fn for result in results if result.grad_fn is not None]
             made = {tensor.grad_fn: views[id(tensor)] for tensor in operands if tensor.grad_fn is not None}
             self._claim(calls[0], nodes, views, made)
+            if any(call.edge.node in nodes for call in calls):
+                return  # they ran in one piece, and the graph leads from results to operands as that of any operator
             exits = [get_gradient_edge(tensor) for tensor in operands if tensor.requires_grad]
             edges = tuple((edge.node, edge.output_nr) for edge in (*(call.edge for call in calls), *exits))
             self.recording.entrances.update(dict.fromkeys(nodes, edges))

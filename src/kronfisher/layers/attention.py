@@ -1,21 +1,40 @@
 """Attention as torch's modules call it: one function, replaced by a copy whose projections can be recorded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronfisher.layers.linear import RowUse, grouped
 from kronfisher.layers.use import Recorder, rewrites
 
 __all__: list[str] = []
 
 
-def _projections(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-    """Queries, keys and values by one product each: three blocks of a packed weight."""
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    return [F.linear(x, w, b) for x, w, b in zip((q, k, v), weight.chunk(3), biases, strict=True)]
+def _projections(
+    recorder: Recorder, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Queries, keys and values as torch makes them, recorded as three blocks of a packed weight.
+
+    It has to be torch's own product, out of sight: a checkpoint runs it again without us, and expects the same tensors.
+    """
+    windows = list(map(recorder.view, weight.chunk(3)))
+    shifts = [None] * 3 if bias is None else list(map(recorder.view, bias.chunk(3)))
+    operands = [q, k, v, weight] if bias is None else [q, k, v, weight, bias]
+    if not any(windows + shifts) or not recorder.understands(operands):
+        return F._in_projection_packed(q, k, v, weight, bias)  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunction():
+        results = F._in_projection_packed(q, k, v, weight, bias)  # type: ignore[attr-defined]
+    noted = [
+        (result, (RowUse(grouped(window), grouped(shift), x if window else None),))
+        for result, window, shift, x in zip(results, windows, shifts, (q, k, v), strict=True)
+    ]
+    recorder.record("linear", noted, operands, results)
+    return results
 
 
 def _observable_copy(function: Any, **replaced: Any) -> Callable:
@@ -26,11 +45,9 @@ def _observable_copy(function: Any, **replaced: Any) -> Callable:
     return copy
 
 
-_observable = _observable_copy(F.multi_head_attention_forward, _in_projection_packed=_projections)
-
-
 @rewrites(F.multi_head_attention_forward)
 def attention(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
     """The same function, in the sight of the recorder."""
+    observable = _observable_copy(F.multi_head_attention_forward, _in_projection_packed=partial(_projections, recorder))
     with recorder:
-        return _observable(*args, **kwargs)
+        return observable(*args, **kwargs)

@@ -11,7 +11,7 @@ from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
-__all__ = ["RowUse"]
+__all__ = ["RowUse", "grouped"]
 
 
 class RowUse(Use):
@@ -42,6 +42,11 @@ class RowUse(Use):
         return Dense(order.group(rows, rows.dim() - 1).unsqueeze(0), bias)
 
 
+def grouped(window: Window | None) -> Window | None:
+    """A window with a leading axis for H."""
+    return window.reshaped(1, *window.size) if window else None
+
+
 @handles(F.linear)
 def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Use]:
     """``F.linear(x [..., I], W [O, I], b [O])`` with any leading axes; a weight ``[I]`` has one output."""
@@ -49,8 +54,8 @@ def linear(view: Windows, input: Tensor, weight: Tensor, bias: Tensor | None = N
     if weight.dim() != 2 or not (matrix or vector) or (vector and vector.size != weight.shape[:1]):
         return
     yield RowUse(
-        matrix.reshaped(1, *matrix.size) if matrix else None,
-        vector.reshaped(1, *vector.size) if vector else None,
+        grouped(matrix),
+        grouped(vector),
         input if matrix else None,
     )
 

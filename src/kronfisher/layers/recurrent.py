@@ -5,6 +5,7 @@ The fused kernels hide their steps, so they are run step by step instead. The ga
 arrive there are those of the products with the hidden states, too: two blocks with one output gradient ``[T, n, O]``.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
-from kronfisher.fisher.blocks import Window
-from kronfisher.layers.linear import RowUse
+from kronfisher.layers.linear import RowUse, grouped
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Recorder, Use, rewrites
 
@@ -210,22 +211,18 @@ def _uses(
     shift, second = map(recorder.view, weights.biases)
     uses = []
     if matrix or shift:
-        uses.append(StepUse(_grouped(matrix), _grouped(shift), x if matrix else None, steps))
+        uses.append(StepUse(grouped(matrix), grouped(shift), x if matrix else None, steps))
     if recurrent or second:
         factor = None
         if trace.resets:
             resets = steps.join(trace.resets)
             factor = torch.cat([torch.ones_like(resets), torch.ones_like(resets), resets], dim=-1)
         before = steps.join(trace.hidden) if recurrent else None
-        uses.append(StepUse(_grouped(recurrent), _grouped(second), before, steps, factor))
+        uses.append(StepUse(grouped(recurrent), grouped(second), before, steps, factor))
     noted: list[tuple[Tensor, tuple[Use, ...]]] = [(gates, tuple(uses))]
     if projection and zeros is not None:
-        noted.append((zeros, (StepUse(_grouped(projection), None, steps.join(trace.inner), steps),)))
+        noted.append((zeros, (StepUse(grouped(projection), None, steps.join(trace.inner), steps),)))
     return [entry for entry in noted if entry[1]]
-
-
-def _grouped(window: Window | None) -> Window | None:
-    return window.reshaped(1, *window.size) if window else None
 
 
 def _run(
@@ -266,12 +263,22 @@ def _begun(recorder: Recorder, x: Tensor, states: State, weights: Sequence[Tenso
     """
     learnt = [recorder.view(state) is not None for state in states]
     others = [state for state, own in zip(states, learnt, strict=True) if not own]
-    if not any(map(recorder.view, weights)) or not recorder.understands([x, *others, *weights]):
+    if not any(map(recorder.view, weights)) or not recorder.understands([x, *others, *weights]) or _runs_again():
         return None
     with recorder:
         return tuple(
             state + x.new_zeros(state.shape) if own else state for state, own in zip(states, learnt, strict=True)
         )
+
+
+def _runs_again() -> bool:
+    """Whether a checkpoint runs the kernel: it will do so again, without us, and expects the same tensors."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _kernel(name: str, recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
