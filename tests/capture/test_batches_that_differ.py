@@ -9,6 +9,8 @@ import kronfisher as kf
 from kronfisher.capture import memory, row_orders
 from kronfisher.capture.observation import Observation
 from kronfisher.errors import UnsupportedError
+from tests.helpers.drawn.batches import MEETING, Settings
+from tests.helpers.drawn.outcome import truth
 from tests.helpers.networks import Written
 
 FULL = kf.Full(across_layers=True)
@@ -44,7 +46,7 @@ class Sized(nn.Module):
 
 
 def sized(cut):
-    x = torch.randn(2, 2, 3)
+    x = torch.randn(2, 2, 3, dtype=torch.float64)
     x[0, :, 2] = torch.tensor([cut, 4 - cut])
     return x
 
@@ -52,23 +54,11 @@ def sized(cut):
 @pytest.mark.parametrize("kind", ["split", "slice", "narrow", "roll", "matrix"])
 @pytest.mark.parametrize("cuts", [(2, 1), (1, 3)])
 def test_sizes_that_differ(kind, cuts):
-    model = Sized(kind)
+    model = Sized(kind).double()
     batches = [sized(cut) for cut in cuts]
 
-    def truth(some):
-        total, count = 0, 0
-        for x in some:
-            outputs = model(x)
-            for row in outputs:
-                for out in row:
-                    grads = torch.autograd.grad(out, list(model.parameters()), retain_graph=True)
-                    g = torch.cat([grad.flatten() for grad in grads])
-                    total = total + g[:, None] * g
-            count += len(outputs)
-        return total / count
-
     for some in (batches, batches[::-1], batches[:1], batches[1:]):
-        torch.testing.assert_close(estimate(model, [(x,) for x in some]).to_dense(), truth(some))
+        torch.testing.assert_close(estimate(model, [(x,) for x in some]).to_dense(), truth(model, some))
     if cuts == (2, 1):  # rows that cannot be sorted come second
         with pytest.raises(UnsupportedError, match="put a batch like this one first"):
             estimate(model, iter(batches))
@@ -85,47 +75,18 @@ def test_a_constant_that_mixes_rows_later_is_refused(fit):
         estimate(model, [x], fit)
 
 
-class Doubled(torch.autograd.Function):
-    """A product whose matrix no edge of the graph shows."""
-
-    @staticmethod
-    def forward(ctx, matrix, rows):
-        ctx.save_for_backward(matrix)
-        return matrix @ rows
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, ctx.saved_tensors[0].mT @ gradient
-
-
-# Ways in which a second tensor of the batch, which starts as `closed`, lets examples act on each other.
-PATHS = {
-    "mask": (lambda h, m: h + m * h.roll(1, 0), torch.zeros(4, 4)),
-    "choice": (lambda h, m: torch.where(m > 0, h.roll(1, 0), h), torch.zeros(4, 4)),
-    "masked_fill": (lambda h, m: h + h.roll(1, 0).masked_fill(m == 0, 0), torch.zeros(4, 4)),
-    "dead unit": (lambda h, m: h + (m - 0.5).relu() * h.roll(1, 0), torch.zeros(4, 4)),
-    "autograd function": (lambda h, m: Doubled.apply(m, h), torch.eye(4)),
-    "order in a function": (lambda h, m: Doubled.apply(m, h), torch.eye(4).roll(1, 0)),
-    "attention mask": (
-        lambda h, m: F.scaled_dot_product_attention(*[h[None]] * 3, attn_mask=m > 0)[0], torch.eye(4)
-    ),
-    "added to scores": (lambda h, m: ((h @ h.mT).masked_fill(m == 0, -1e30)).softmax(-1) @ h, torch.eye(4)),
-    "index": (lambda h, m: h[m.argmax(-1)], torch.eye(4)),
-    "gather": (lambda h, m: h.gather(0, m.argmax(-1, keepdim=True).expand_as(h)), torch.eye(4)),
-    "assignment": (lambda h, m: h.clone().index_put((m.argmax(-1),), h.roll(1, 0)), torch.eye(4)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", PATHS)
-@pytest.mark.parametrize("opened", ["ones", "rolled"])
+@pytest.mark.parametrize("way", MEETING)
+@pytest.mark.parametrize("opened", ["ones", "rolled", "starts rolled"])
 def test_paths_that_are_closed_in_one_batch(way, opened):
     """Whatever came before, a batch is estimated as by a new model: refused, or right."""
-    path, closed = PATHS[way]
-    opened = torch.ones(4, 4) if opened == "ones" else torch.eye(4).roll(-1, 0)
+    path, closed = MEETING[way], Settings.closed(4)
+    if opened == "starts rolled":
+        closed = closed.combined(torch.eye(4).roll(1, 0))
+    opened = closed.combined(torch.ones(4, 4) if opened == "ones" else torch.eye(4).roll(-1, 0))
 
     def network():
         torch.manual_seed(1)
-        return Written(lambda m, x, y: m.o(path(m.l(x).tanh(), y)), l=nn.Linear(2, 4), o=nn.Linear(4, 2))
+        return Written(lambda m, x, s: m.o(path(m.l(x).tanh(), s)), l=nn.Linear(2, 4), o=nn.Linear(4, 2))
 
     def tried(model, batches, fit):
         forward = lambda model, batch: (model(*batch), None)  # noqa: E731

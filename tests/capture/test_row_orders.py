@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Probe, RowOrder
 from tests.helpers.checks import assert_exact, assert_fallback
 from tests.helpers.networks import Written
@@ -338,6 +339,23 @@ def test_the_probe_sees_mixtures_and_silence():
     scaled = [plain * f[:, None] + 0.02 * (plain * f[:, None]).roll(1, 0) for f in factors]
     assert torch.allclose(scaled[0], mixed)
     assert probe.examples([probe.project(rows) for rows in scaled]) is None
+
+
+@pytest.mark.parametrize("fit", ["kfac", "kfoc", "full"])
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_a_weak_coupling_is_one(share, fit):
+    """In float64 what others contribute is seen down to 1e-7 of a row's gradient, since doubling is exact."""
+
+    def network(share):
+        model = Written(
+            lambda m, x: m.o((h := m.l(x).tanh()) + share * h.roll(1, 0)), l=nn.Linear(3, 3), o=nn.Linear(3, 2)
+        )
+        return model.double()
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="mixes several examples"):
+        kf.estimate(network(share), x, kf.Gaussian(), fit=fit)
+    kf.estimate(network(0.0), x, kf.Gaussian(), fit=fit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

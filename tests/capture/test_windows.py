@@ -120,3 +120,15 @@ def test_windows_that_leave_something_out():
     scattered = Written(lambda m, x: F.linear(x, m.w.view(-1)[::2][: 4 * 3].view(4, 3)), w=torch.randn(40, 5))
     assert_exact(scattered, x)
     assert_exact(scattered, x, fit="diagonal")
+
+
+def test_parts_of_a_parameter_may_be_empty():
+    for size in (1, 3):
+        ways = {
+            "joined": lambda m, x: m.o(torch.cat([m.p[:1], m.p[1:]]) * x),
+            "in front": lambda m, x: m.o(torch.cat([m.p[:0].expand(len(x), -1), x * m.p], 1)),
+            "both": lambda m, x: m.o(torch.cat([m.p[:1].expand(len(x), -1), m.p[1:].expand(len(x), -1)], 1) * x),
+        }
+        for way in ways.values():
+            model = Written(way, p=torch.rand(size) + 0.5, o=nn.Linear(size, 2)).double()
+            assert_exact(model, torch.randn(4, size).double(), fit=kf.Full(across_layers=True))

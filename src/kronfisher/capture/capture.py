@@ -155,7 +155,7 @@ class Capture(TorchFunctionMode):
         if not uses:
             return ()
         windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
-        given = sum(view(tensor) is not None for tensor in tensors)
+        given = sum(view(tensor) is not None and tensor.numel() > 0 for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 

@@ -142,11 +142,14 @@ def prelu(view: Windows, input: Tensor, weight: Tensor) -> Iterator[Use]:
 
 @handles(torch.cat, torch.concat, torch.concatenate)
 def cat(view: Windows, tensors: Sequence[Tensor], dim: int = 0) -> Iterator[Use]:
-    """A class token in front of a sequence, say: a parameter, perhaps expanded, fills a slab of the output."""
+    """A class token in front of a sequence, say: a parameter, perhaps expanded, fills a slab of the output.
+
+    Parts may be empty, as what a slice at the end of a parameter leaves over.
+    """
     start = 0
     for tensor in tensors:
         axis = dim % max(tensor.dim(), 1)
-        if window := view(tensor):
+        if (window := view(tensor)) and window.numel:
             shared = broadcast(window)
             yield ElementwiseUse(None, shared, None, shared.size[1:], slab=(axis, start, tensor.shape[axis]))
         start += tensor.shape[axis] if tensor.dim() else 1

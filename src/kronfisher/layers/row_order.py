@@ -119,9 +119,9 @@ class Probe:
         """``[*lead, F] → [*lead, min(F, width)]``: project the gradient of every row onto a few directions."""
         features = rows.shape[-1]
         if features <= self.width:
-            return rows.double()
+            return rows
         generator = torch.Generator("cpu").manual_seed(features)
-        return (rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)).double()
+        return rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)
 
     def examples(self, passes: list[Tensor]) -> Tensor | None:
         """The sample of every row, −1 where its gradient is zero; None if any row belongs to several samples.
@@ -129,18 +129,21 @@ class Probe:
         Args:
             passes: ``[*lead, width]`` projections of each pass.
         """
-        plain, *scaled = passes
+        precision = torch.finfo(passes[0].dtype).eps
+        # What others contribute to a row and is let pass is an error of that size in the matrix.
+        tolerance, dead = min(3 * precision**0.5, 1e-3), min(precision**1.5, 1e-10)
+        plain, *scaled = (projection.double() for projection in passes)
         if not plain.numel():
             return torch.full(plain.shape[:-1], -1, device="cpu")
         energy = plain.square().sum(-1)
-        alive = energy > energy.max() * 1e-10  # rows of dead units and masked positions carry no information
+        alive = energy > energy.max() * dead  # rows of dead units and masked positions carry no information
         energy, example, clean = energy.where(alive, 1), torch.zeros_like(energy), torch.ones_like(alive)
         for place, product in enumerate(scaled):
             ratio = (plain * product).sum(-1) / energy
             missed = (product - ratio.unsqueeze(-1) * plain).norm(dim=-1) / energy.sqrt()
             power = ratio.clamp_min(2.0**-40).log2()
             digit = power.round() + self.base // 2
-            clean &= (missed < 1e-3 * ratio) & ((power - power.round()).abs() < 1e-3)
+            clean &= (missed < tolerance * ratio) & ((power - power.round()).abs() < tolerance)
             clean &= (digit >= 0) & (digit < self.base)
             example += digit * self.base**place
         if not bool((clean & (example < self.samples) | ~alive).all()):
