@@ -18,6 +18,7 @@ __all__ = [
     "UnsupportedError",
     "read",
     "require",
+    "require_kind",
     "together",
     "waiting",
 ]
@@ -49,6 +50,12 @@ class MemoryBudgetError(MemoryError):
 
 class NumericalWarning(UserWarning):
     """A result is usable but less precise than asked for: a fallback or a floor acted."""
+
+
+def require_kind(name: str, value: object, kinds: type | tuple[type, ...], remedy: str) -> None:
+    """Raise a TypeError that says what to give, unless an option is of one of the kinds."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}.")
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

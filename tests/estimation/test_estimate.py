@@ -330,6 +330,10 @@ def test_exact_labels_announce_themselves_and_have_a_limit(caplog):
     "options, error, message",
     [
         ({"samples": 0}, ValueError, "samples=0"),
+        ({"seed": "a"}, TypeError, "an integer"),
+        ({"mask": 3}, TypeError, "a function of the batch"),
+        ({"forward": 3}, TypeError, "outputs, targets"),
+        ({"exact_limit": "a"}, TypeError, "a number"),
         ({"samples": 1.5}, ValueError, "samples=1.5"),
         ({"labels": "true"}, ValueError, "labels='true': use 'exact', 'sampled' or 'observed'"),
         ({"reduction": "none"}, ValueError, "reduction='none'"),

@@ -67,3 +67,17 @@ def test_networks_without_an_exact_quadratic_model_continue_at_a_fixed_rate():
         explicit = kf.NaturalGradient(model, kf.Categorical(), momentum=0.9, trust=kf.LevenbergMarquardt())
         for _ in range(3):
             explicit.step(lambda: model(x), y)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"damping": 0.1}, "`trust`"), ({"trust": kf.FactoredTikhonov()}, "kf.Constant"),
+    ({"trust": "fixed"}, "kf.Constant"), ({"step": "quadratic"}, "kf.QuadraticModel"),
+    ({"refresh": 5}, "kf.Refresh"), ({"momentum": "some"}, r"\[0, 1\)"),
+    ({"seed": "a"}, "an integer"),
+])  # fmt: skip
+def test_options_of_another_kind_say_what_to_give(options, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        kf.NaturalGradient(network(), kf.Categorical(), **options)
+    if options.keys() <= {"damping", "trust", "refresh", "seed"}:
+        with pytest.raises(TypeError, match=words):
+            kf.Preconditioner(network(), kf.Categorical(), **options)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_kind
 from kronfisher.fisher.parameters import trainable
 from kronfisher.likelihoods import Likelihood
 
@@ -35,7 +36,7 @@ class Recipe:
 
     Raises:
         ValueError: `labels` or `samples` make no sense.
-        TypeError: `likelihood` is no likelihood.
+        TypeError: `likelihood` is no likelihood, or another option is of another kind.
     """
 
     model: nn.Module
@@ -50,6 +51,12 @@ class Recipe:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        require_kind("seed", self.seed, Integral, "give an integer")
+        require_kind("exact_limit", self.exact_limit, Real, "give a number of backward passes")
+        if self.mask is not None and not callable(self.mask):
+            require_kind("mask", self.mask, str, "give a function of the batch, or the name of the key that holds it")
+        if self.forward is not None and not callable(self.forward):
+            raise TypeError(f"forward={self.forward!r}: give forward(model, batch) -> (outputs, targets).")
         if self.labels not in ("exact", "sampled", "observed"):
             raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
         if not isinstance(self.samples, int) or self.samples < 1:

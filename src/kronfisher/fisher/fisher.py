@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -178,6 +179,8 @@ class Fisher(Algebra["Fisher"]):
         Raises:
             SingularError: as in `solve`, for ``inverse=True``.
         """
+        if not isinstance(n, Integral) or n < 0:
+            raise ValueError(f"n={n!r}: the number of draws is an integer of at least 0.")
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def draw(operator: Operator) -> Tensor:

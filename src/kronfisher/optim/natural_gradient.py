@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -357,6 +357,10 @@ def _rule(
     step: LayerwiseStep | QuadraticModel | None, refresh: Refresh | None, options: Mapping[str, Any]
 ) -> LayerwiseStep | QuadraticModel:
     """The rule of the step; options that only one rule has choose it."""
+    require_kind(
+        "step", step, (LayerwiseStep, QuadraticModel, type(None)), "use kf.LayerwiseStep() or kf.QuadraticModel()"
+    )
+    require_kind("refresh", refresh, (Refresh, type(None)), "use kf.Refresh(...)")
     given = {name: value for name, value in options.items() if value is not None}
     papers = given.keys() - {"momentum"} or given.get("momentum") == "exact" or (refresh and refresh.model is not None)
     if step is None:

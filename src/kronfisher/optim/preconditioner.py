@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -19,6 +19,7 @@ from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.natural_gradient import DEFAULT_FIT
+from kronfisher.optim.quadratic_step import DAMPING, TRUST
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.watch import Watch, no_curvature_error
 
@@ -90,6 +91,9 @@ class Preconditioner:
         seed: int = 0,
     ) -> None:
         self._wrapped, self._model = model, unwrapped(model)
+        require_kind("damping", damping, Damping, DAMPING)
+        require_kind("trust", trust, (DampingSchedule, float, int, type(None)), TRUST)
+        require_kind("refresh", refresh, Refresh, "use kf.Refresh(...)")
         trust = Constant(damping.value) if trust is None else trust
         self.trust = Constant(trust) if isinstance(trust, int | float) else trust
         if self.trust.compares_losses:

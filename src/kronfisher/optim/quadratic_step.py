@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kronfisher.errors import require_kind
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
 from kronfisher.optim.damping_schedule import Constant, DampingSchedule, LevenbergMarquardt
 
-__all__ = ["QuadraticModel"]
+__all__ = ["DAMPING", "TRUST", "QuadraticModel"]
+
+DAMPING = "give how λ enters, such as kf.FactoredTikhonov(); λ itself, a number or a schedule, goes to `trust`"
+TRUST = "give λ, or a schedule of it such as kf.Constant(1e-3)"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class QuadraticModel:
 
     Raises:
         ValueError: an option is out of range.
+        TypeError: an option is of another kind, such as a number for `damping`.
     """
 
     damping: Damping = FactoredTikhonov()  # noqa: RUF009 (frozen)
@@ -34,7 +39,9 @@ class QuadraticModel:
     kl_limit: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.momentum != "exact" and not 0 <= self.momentum < 1:
+        require_kind("damping", self.damping, Damping, DAMPING)
+        require_kind("trust", self.trust, (DampingSchedule, float, int, type(None)), TRUST)
+        if self.momentum != "exact" and not (isinstance(self.momentum, float | int) and 0 <= self.momentum < 1):
             raise ValueError(f'momentum={self.momentum!r}: use "exact" or a number in [0, 1).')
         if not self.kl_limit >= 0:
             raise ValueError(f"kl_limit={self.kl_limit!r} must not be negative.")

@@ -64,7 +64,7 @@ class LayerwiseStep:
     average: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
+        if not (isinstance(self.momentum, float | int) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum={self.momentum!r}: use a number in [0, 1).")
         for name in ("rate", "damping"):
             if not getattr(self, name) > 0:
