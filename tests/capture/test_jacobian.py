@@ -54,6 +54,18 @@ def tied(model, x):
     return model[2](model[0](x).tanh() @ model[2].weight[:, :4].T @ model[2].weight[:, :4])[:, 0]
 
 
+class Twice(torch.autograd.Function):
+    """A function whose gradient shows no graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.from_numpy(2 * gradient.detach().numpy())
+
+
 CASES = {
     "laplacian": (lambda: network(2, 4, 1), laplacian),
     "laplacian, deep": (lambda: network(3, 4, 3, 1), laplacian),
@@ -64,6 +76,15 @@ CASES = {
     "sequences": (lambda: network(2, 4, 1), lambda model, x: model(x[:, None].expand(-1, 3, -1)).sum((1, 2))),
     "a weight that meets itself": (lambda: network(2, 4, 2), tied),
     "coupled rows": (lambda: network(2, 4, 1), lambda model, x: model(x)[:, 0] - model(x).mean()),
+    "coupled rows beside others": (
+        lambda: network(2, 4, 1),
+        lambda model, x: (
+            model[2](model[0](x[:, None].expand(-1, 3, -1)).tanh()).sum((1, 2)) - model[2](x @ x.new_ones(2, 4)).mean()
+        ),
+    ),
+    "a number that is not used": (Physical, lambda model, x: model(x)[:, 0]),
+    "a gradient made of logarithms": (Physical, lambda model, x: (model.kappa * model(x)).logcumsumexp(0)[:, 0]),
+    "a gradient made out of sight": (Physical, lambda model, x: Twice.apply(model.kappa * x[:, 0]) + model(x)[:, 0]),
     "a normalised weight": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)).double(),
         lambda model, x: model(x).square().sum(1),
@@ -79,6 +100,27 @@ def test_rows_are_those_of_one_pass_each(case):
     jacobian = Jacobian(dict(model.named_parameters()))
     for n, seed in ((7, 0), (7, 1), (40, 2)):  # the same graph again, and another size
         numbers = residuals(model, points(n, 3 if case == "laplacian, deep" else 2, seed))
+        close(jacobian.rows(numbers), rows(numbers, model), 1e-12)
+
+
+SIZES = [[2, 2], [1, 3], [3, 1]]
+SHIFTS = torch.tensor([[-9.0, 9.0], [9.0, 9.0], [9.0, -9.0]]).double()
+# Ways of one form in which the batch says which rows belong to a number; units that were dead may live later.
+DECIDED = {
+    "split": lambda model, x, k: torch.stack([part.sum() for part in model(x).split(SIZES[k])]),
+    "mask": lambda model, x, k: model(x)[:, 0] + (k != 0) * model(x).flip(0)[:, 0],
+    "matrix": lambda model, x, k: ((torch.eye(4) if k == 1 else torch.ones(4, 4)).to(x) @ model(x).square())[:, 0],
+    "dead units": lambda model, x, k: (model(x)[:, 0].unflatten(0, (2, 2)) + SHIFTS[k, :, None]).relu().sum(0),
+}
+
+
+@pytest.mark.parametrize("way", DECIDED)
+def test_nothing_is_kept_for_graphs_of_the_same_form(way):
+    torch.manual_seed(1)
+    model = network(2, 4, 1)
+    jacobian = Jacobian(dict(model.named_parameters()))
+    for k in range(3):
+        numbers = DECIDED[way](model, points(4, 2, k), k)
         close(jacobian.rows(numbers), rows(numbers, model), 1e-12)
 
 

@@ -54,8 +54,22 @@ def per_axis(function, axes=3):
     return [lambda x, k=k: function(x, k) for k in range(-axes, axes)]
 
 
+def derived(function):
+    """The derivative of a function."""
+    return lambda x: torch.autograd.grad(function(x).square().sum(), x, create_graph=True)[0]
+
+
+TWICE = [torch.tanh, torch.sigmoid, torch.relu, *(getattr(F, name) for name in ACTIVATIONS)]
 CASES = {
     **{name: (X, [getattr(torch, name)]) for name in UNARY},
+    "second derivatives": (X, [derived(function) for function in TWICE]),
+    "second derivatives of parts": (
+        X,
+        [
+            *(derived(lambda x, k=k: x.select(k, 1).exp()) for k in range(3)),
+            *(derived(lambda x, k=k: x.narrow(k, 1, 2).exp()) for k in range(3)),
+        ],
+    ),
     "acosh": (X, [lambda x: torch.acosh(1 + x)]),
     **{name: (X, [getattr(F, name)]) for name in ACTIVATIONS},
     **{name: (X, [partial(paired, name, other) for other in range(4)]) for name in PAIRS},

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 
-from tests.helpers.drawn.outcome import count, faults
+from tests.helpers.drawn.networks import draw
+from tests.helpers.drawn.outcome import count, faults, rows_read_off
 from tests.helpers.drawn.planted import PLANTED
 
 
@@ -27,6 +28,18 @@ def test_a_share_of_the_networks(start):
     outcomes, bad = count(range(start, start + 20))
     assert not bad, "\n".join(bad)
     assert outcomes["right"] >= 30, outcomes
+
+
+def test_rows_are_read_off_a_share_of_the_networks():
+    bad = [f"{seed}: {words}" for seed in range(60) for words in rows_read_off(draw(seed))]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("start", range(0, 10_000, 500))
+def test_rows_are_read_off_ten_thousand_networks(start):
+    bad = [f"{seed}: {words}" for seed in range(start, start + 500) for words in rows_read_off(draw(seed))]
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.exhaustive

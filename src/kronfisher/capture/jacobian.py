@@ -7,20 +7,19 @@ gradients column by column (by differentiating ``Jᵀ v`` by v) or row by row, w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from kronfisher.capture.separation import separate
 from kronfisher.layers.row_order import Probe
 from kronfisher.linalg import full_precision
 
 __all__ = ["Jacobian"]
-
-# Nodes that may move rows about as numbers say that another graph of the same form need not share.
-_MOVING = ("Index", "Gather", "Scatter", "Take", "Roll", "Sort", "Put", "Bmm", "Mv", "Dot", "Sparse", "Embedding")
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,12 @@ class _Product:
     turned: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Jacobian:
     """Reads ``J [n, P]``, the gradients of n numbers by all parameters, one after the other in their order.
 
-    What was found out about a graph (which row belongs to which number) is kept for graphs of the same form.
+    Which row belongs to which number follows from the graph where it keeps numbers apart whatever the values
+    (`kronfisher.capture.separation`), and is probed elsewhere. Nothing is kept for other graphs.
 
     Attributes:
         parameters: name → leaf.
@@ -60,7 +60,6 @@ class Jacobian:
     """
 
     parameters: Mapping[str, Tensor]
-    _known: dict[Any, list[Tensor | None]] = field(default_factory=dict)
 
     def rows(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
         """``[n, P]`` of `numbers` ``[n]``; the graph is kept.
@@ -69,16 +68,10 @@ class Jacobian:
             UnsupportedError: rows that meet a parameter belong to several of the numbers each, in a way that only row
                 by row could be followed, and does not come out right either.
         """
-        products, rest, form, moving = self._walk(numbers)
+        products, rest, linear = self._walk(numbers)
         gradients = self._gradients(numbers, products, torch.ones_like(numbers))
-        orders = None if moving else self._known.get(form)
-        if orders is None:
-            orders, mixed = self._orders(numbers, products, gradients)
-            if mixed:  # what belongs to several numbers at once is followed one by one
-                rest |= mixed
-                orders = [None] * len(products)
-            elif not moving:
-                self._known[form] = orders
+        orders, mixed = self._orders(numbers, products, gradients)
+        rest |= mixed  # what belongs to several numbers at once is followed one by one
         parts = {}
         for name, parameter in self.parameters.items():
             if name not in rest:
@@ -86,24 +79,25 @@ class Jacobian:
                 parts[name] = self._assemble(parameter, numbers, [(products[k], gradients[k], orders[k]) for k in own])
         if rest:
             parts |= self._one_by_one(
-                numbers, {name: self.parameters[name] for name in self.parameters if name in rest}
+                numbers, {name: self.parameters[name] for name in self.parameters if name in rest}, columns=linear
             )
         return torch.cat([parts[name] for name in self.parameters], dim=1)
 
     # The graph --------------------------------------------------------------------------------------------------------
 
-    def _walk(self, numbers: Tensor) -> tuple[list[_Product], set[str], Any, bool]:
-        """Products with parameters, parameters that meet anything else, the graph's form, and whether rows may move."""
+    def _walk(self, numbers: Tensor) -> tuple[list[_Product], set[str], bool]:
+        """Products with parameters, parameters that meet anything else, and whether gradients show how they are made.
+
+        Users' functions may make theirs out of sight, and that of `logcumsumexp` is one of logarithms.
+        """
         leaves = {id(p): name for name, p in self.parameters.items()}
-        products, rest, form, moving = [], set(), [], False
+        products, rest, linear = [], set(), True
         start = numbers.grad_fn
         assert start is not None
         seen, stack = {start}, [start]
         while stack:
             node = stack.pop()
-            name = node.name()
-            moving |= any(word in name for word in _MOVING)
-            form.append((name, len(node.next_functions)))
+            linear &= not isinstance(node, BackwardCFunction) and "Logcumsumexp" not in node.name()
             for place, (child, _) in enumerate(node.next_functions):
                 if child is None:
                     continue
@@ -114,11 +108,10 @@ class Jacobian:
                         rest.add(parameter)
                     else:
                         products.append(product)
-                        form.append((parameter, place, None if product.left is None else tuple(product.left.shape)))
                 elif child not in seen:
                     seen.add(child)
                     stack.append(child)
-        return products, rest, (len(numbers), tuple(form)), moving
+        return products, rest, linear
 
     def _gradients(self, numbers: Tensor, products: Sequence[_Product], vector: Tensor) -> list[Tensor | None]:
         """The gradient of every product's node, by one backward pass."""
@@ -145,28 +138,30 @@ class Jacobian:
         self, numbers: Tensor, products: Sequence[_Product], plain: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], set[str]]:
         """The number that each row of a product belongs to (None: in their order), and parameters where rows mix."""
-        probe = Probe(len(numbers), numbers.dtype)
-        passes = [self._gradients(numbers, products, f.to(numbers)) for f in probe.factors()[1:]]
-        orders, mixed = [], set()
-        for k, product in enumerate(products):
-            gradients = [plain[k], *(each[k] for each in passes)]
-            if any(gradient is None for gradient in gradients):
-                orders.append(None)
+        proved, count = separate(numbers), len(numbers)
+        places = [proved.get((product.node, 0)) for product in products]
+        probe, passes = Probe(count, numbers.dtype), []
+        if not all(place and place[0] == 0 for place in places):
+            passes = [self._gradients(numbers, products, f.to(numbers)) for f in probe.factors()[1:]]
+        orders: list[Tensor | None] = [None] * len(products)
+        mixed = set()
+        for k, (product, place) in enumerate(zip(products, places, strict=True)):
+            first = plain[k]
+            if first is None:
                 continue
-            rows = [_rows(gradient) for gradient in gradients if gradient is not None]
-            if rows[0] is None or (product.left is not None and len(product.left) != len(rows[0])):
+            if first.dim() != 2 or (product.left is not None and len(product.left) != len(first)):
                 mixed.add(product.parameter)
-                orders.append(None)
                 continue
-            examples = probe.examples([probe.project(row) for row in rows if row is not None])
+            same = torch.arange(len(first), device="cpu")
+            if place and place[0] == 0:
+                examples: Tensor | None = same // place[1] % count
+            else:
+                rows = [first, *(gradient for each in passes if (gradient := each[k]) is not None)]
+                examples = probe.examples([probe.project(row) for row in rows])
             if examples is None:
                 mixed.add(product.parameter)
-                orders.append(None)
-            else:
-                same = len(examples) == len(numbers) and torch.equal(
-                    examples.where(examples >= 0, torch.arange(len(examples))), torch.arange(len(examples))
-                )
-                orders.append(None if same else examples.clamp_min(0).to(numbers.device))
+            elif len(examples) != count or not torch.equal(examples.where(examples >= 0, same), same):
+                orders[k] = examples.clamp_min(0).to(numbers.device)
         return orders, mixed
 
     def _assemble(
@@ -180,12 +175,11 @@ class Jacobian:
             for product, gradient, order in uses:
                 if gradient is None:
                     continue
-                rows = _rows(gradient)
-                assert rows is not None
                 if product.left is None:
+                    rows = gradient.reshape(len(gradient), *parameter.shape)
                     total = total + rows if order is None else total.index_add_(0, order, rows)
                     continue
-                left, right = (rows, product.left) if product.turned else (product.left, rows)
+                left, right = (gradient, product.left) if product.turned else (product.left, gradient)
                 if order is None:
                     lefts.append(left)
                     rights.append(right)
@@ -193,14 +187,14 @@ class Jacobian:
                     total.index_add_(0, order, left[:, :, None] * right[:, None])
             if lefts:
                 total = torch.baddbmm(total, torch.stack(lefts, 2), torch.stack(rights, 1))
-        return total.flatten(1)
+        return total.reshape(count, parameter.numel())
 
     # Whatever else ----------------------------------------------------------------------------------------------------
 
-    def _one_by_one(self, numbers: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{name: [n, numel]}``, column by column or row by row."""
+    def _one_by_one(self, numbers: Tensor, parameters: Mapping[str, Tensor], *, columns: bool) -> dict[str, Tensor]:
+        """``{name: [n, numel]}``, column by column, where these can be had and are fewer, or row by row."""
         leaves = list(parameters.values())
-        if sum(p.numel() for p in leaves) <= len(numbers):
+        if columns and sum(p.numel() for p in leaves) <= len(numbers):
             try:
                 return self._columns(numbers, parameters)
             except RuntimeError:  # a function that cannot be differentiated once more
@@ -256,7 +250,3 @@ def _product(node: Node, place: int, parameter: str, turned: bool) -> _Product |
     else:
         return None
     return None if left is None else _Product(node, parameter, left.detach(), turned)
-
-
-def _rows(gradient: Tensor) -> Tensor | None:
-    return gradient if gradient.dim() == 2 else None

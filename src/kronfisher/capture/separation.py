@@ -174,6 +174,12 @@ def _unfolded(node: Any, axis: int, shape: Shape, inputs: Shapes) -> Answer:
     return [axis if axis not in (dim, len(shape) - 1) else None]
 
 
+def _inserted(node: Any, axis: int, shape: Shape, inputs: Shapes) -> Answer:
+    """One index of an axis is filled, the others are zero."""
+    (dim,) = _axes(node._saved_dim, len(shape))
+    return [None if axis == dim else axis - (axis > dim)]
+
+
 def _normalised(node: Any, axis: int, shape: Shape, inputs: Shapes) -> Answer:
     if axis >= len(shape) - len(node._saved_normalized_shape):
         return [None] * len(inputs)
@@ -225,10 +231,17 @@ _ELEMENTWISE = (
     "Addcdiv", "Logaddexp", "Sgn", "NativeDropout", "ToCopy", "Clone", "Alias", "Expand", "Tril", "Triu", "PreluKernel",
 )  # fmt: skip
 
+_TWICE = (  # derivatives of some of them, which are operators of their own in second derivatives
+    "TanhBackward", "SigmoidBackward", "ThresholdBackward", "LogSigmoidBackward", "LeakyReluBackward", "EluBackward",
+    "GeluBackward", "SoftplusBackward", "SoftshrinkBackward", "HardshrinkBackward", "HardtanhBackward",
+    "HardswishBackward",
+)  # fmt: skip
+
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_TWICE, _elementwise),
     **dict.fromkeys(
         ["Sum", "Mean", "Amax", "Amin", "Max", "Min", "Median", "Nanmedian", "Prod", "Logsumexp", "Var", "Std", "Mode",
          "Kthvalue", "LinalgVectorNorm", "Norm", "Aminmax"], _reduced
@@ -241,6 +254,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["Select", "Unbind"], _removed),
     "Stack": _stacked,
     "Slice": _sliced,
+    "SliceBackward": _sliced,
+    "SelectBackward": _inserted,
     "ConstantPadNd": _padded,
     "Transpose": _transposed,
     "T": lambda node, axis, shape, inputs: [len(shape) - 1 - axis],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kronfisher as kf
+from kronfisher.capture.jacobian import Jacobian
 from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from kronfisher.fisher.layout import gather
 from kronfisher.fisher.vectors import read
@@ -14,7 +15,7 @@ from tests.helpers.drawn.batches import Batch
 from tests.helpers.drawn.networks import Case, draw
 from tests.helpers.truth import kept
 
-__all__ = ["count", "faults", "outcome", "truth"]
+__all__ = ["count", "faults", "outcome", "rows_read_off", "truth"]
 
 _OURS = (UnsupportedError, DataError, NumericalError, MemoryBudgetError)
 _ROUNDING = {True: 1e-8, False: 1e-4}  # relative distances, where everything is in float64 and elsewhere
@@ -108,6 +109,32 @@ def outcome(case: Case) -> Iterator[tuple[str, str]]:
             continue
         wrong = [f"{what} {distance:.1e}" for distance, what in distances if not distance < _ROUNDING[model.exact]]
         yield ("wrong" if wrong else "right"), ", ".join(wrong)
+
+
+def rows_read_off(case: Case) -> Iterator[str]:
+    """What is wrong about the gradients of numbers that `Jacobian` reads off the graphs of both batches, in turns."""
+    named = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+    jacobian = Jacobian(named)
+    for batch in (*case.batches, case.batches[0]):
+        try:
+            outputs = case.model(batch)
+            numbers = (outputs * torch.randn(outputs.shape[1:]).to(outputs)).flatten(1).sum(1)
+            passes = [
+                torch.autograd.grad(n, [*named.values()], retain_graph=True, materialize_grads=True) for n in numbers
+            ]
+            true = torch.stack([torch.cat([gradient.flatten() for gradient in each]) for each in passes])
+            together = torch.autograd.grad(numbers.sum(), [*named.values()], retain_graph=True, materialize_grads=True)
+        except Exception:  # the network itself does not take the batch
+            return
+        if not all(bool(gradient.isfinite().all()) for gradient in (true, *together)) or float(true.norm()) < 1e-12:
+            continue
+        try:
+            distance = float((jacobian.rows(numbers) - true).norm() / true.norm())
+        except Exception as error:
+            yield f"raw, {type(error).__name__}: {error}: {case}"
+            continue
+        if not distance < _ROUNDING[case.model.exact]:
+            yield f"relative distance {distance:.1e}: {case}"
 
 
 def faults(seed: int) -> Iterator[str]:
