@@ -83,6 +83,8 @@ CASES = {
         ),
     ),
     "a number that is not used": (Physical, lambda model, x: model(x)[:, 0]),
+    "numbers of a constant sum": (lambda: network(2, 4, 1), lambda model, x: model(x).softmax(0)[:, 0]),
+    "a gradient made of cases": (Physical, lambda model, x: torch.sinc(model.kappa * x.round())[:, 0] + model(x)[:, 0]),
     "a gradient made of logarithms": (Physical, lambda model, x: (model.kappa * model(x)).logcumsumexp(0)[:, 0]),
     "a gradient made out of sight": (Physical, lambda model, x: Twice.apply(model.kappa * x[:, 0]) + model(x)[:, 0]),
     "a normalised weight": (

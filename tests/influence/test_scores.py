@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.layout import gather
@@ -10,7 +11,7 @@ from kronfisher.fits import FITS
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import problem
 from tests.helpers.close import close
-from tests.helpers.networks import Tied, images, normalised, perceptron
+from tests.helpers.networks import Tied, Written, images, normalised, perceptron
 from tests.helpers.truth import gradients
 
 BUILT = {
@@ -305,3 +306,26 @@ def test_coupled_examples_are_refused_and_leave_the_model_as_it_was():
     with pytest.raises(kf.UnsupportedError, match="couples the examples"):
         kf.Influence(model.train(), fisher, kf.Categorical()).scores((x, y), (x, y))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fit", [kf.Full(across_layers=True), "block-tridiagonal", "kfac"])
+def test_parameters_that_the_training_data_do_not_use_are_tied_to_others(fit):
+    """One operator covers both branches; data that take one of them have gradients of zero in the other."""
+    torch.manual_seed(3)
+    model = Written(
+        lambda m, x: m.o((m.a if x[0, 0] > 0 else m.b)(x).tanh()),
+        a=nn.Linear(3, 3), b=nn.Linear(3, 3), o=nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    batches = [(torch.randn(6, 3).double(), torch.randint(2, (6,))) for _ in range(2)]
+    for (x, _), sign in zip(batches, (1, -1), strict=True):
+        x[:, 0] = sign * x[:, 0].abs()
+    if fit == "block-tridiagonal":
+        with pytest.raises(kf.UnsupportedError):
+            kf.estimate(model, batches, kf.Categorical(), fit=fit)
+        return
+    fisher = kf.estimate(model, batches, kf.Categorical(), fit=fit, labels="exact")
+    influence = kf.Influence(model, fisher, kf.Categorical())
+    for batch in batches:
+        rows = losses(model, batch)
+        expected = (rows * torch.linalg.solve(damped(fisher, influence.damping), rows.T).T).sum(1) / fisher.count
+        close(influence.self_scores([batch]), expected, 1e-10)

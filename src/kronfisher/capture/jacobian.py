@@ -88,7 +88,7 @@ class Jacobian:
     def _walk(self, numbers: Tensor) -> tuple[list[_Product], set[str], bool]:
         """Products with parameters, parameters that meet anything else, and whether gradients show how they are made.
 
-        Users' functions may make theirs out of sight, and that of `logcumsumexp` is one of logarithms.
+        Functions of users may make theirs out of sight.
         """
         leaves = {id(p): name for name, p in self.parameters.items()}
         products, rest, linear = [], set(), True
@@ -97,7 +97,7 @@ class Jacobian:
         seen, stack = {start}, [start]
         while stack:
             node = stack.pop()
-            linear &= not isinstance(node, BackwardCFunction) and "Logcumsumexp" not in node.name()
+            linear &= not isinstance(node, BackwardCFunction)
             for place, (child, _) in enumerate(node.next_functions):
                 if child is None:
                     continue
@@ -142,7 +142,9 @@ class Jacobian:
         places = [proved.get((product.node, 0)) for product in products]
         probe, passes = Probe(count, numbers.dtype), []
         if not all(place and place[0] == 0 for place in places):
-            passes = [self._gradients(numbers, products, f.to(numbers)) for f in probe.factors()[1:]]
+            # Not a vector of ones: the gradients of numbers whose sum is constant would cancel.
+            drawn = torch.randn(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(numbers)
+            passes = [self._gradients(numbers, products, drawn * f.to(numbers)) for f in probe.factors()]
         orders: list[Tensor | None] = [None] * len(products)
         mixed = set()
         for k, (product, place) in enumerate(zip(products, places, strict=True)):
@@ -156,7 +158,7 @@ class Jacobian:
             if place and place[0] == 0:
                 examples: Tensor | None = same // place[1] % count
             else:
-                rows = [first, *(gradient for each in passes if (gradient := each[k]) is not None)]
+                rows = [gradient for each in passes if (gradient := each[k]) is not None]
                 examples = probe.examples([probe.project(row) for row in rows])
             if examples is None:
                 mixed.add(product.parameter)
@@ -220,6 +222,8 @@ class Jacobian:
                     if column is not None:
                         part[:, place] = column
             parts[name] = part
+        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+            raise RuntimeError("the formula of a gradient, right as it is, has no derivative at zero")
         return parts
 
 

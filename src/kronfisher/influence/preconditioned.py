@@ -79,20 +79,25 @@ class Damped:
         for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
             if [block.key for block in mine] == keys:
                 return quadratics(samples, precision, mine)
-        names = _names(blocks)
-        like = samples[0].gradients
-        size = 4 * like.element_size() * sum(self.fisher.shapes[name].numel() for name in names)
+        names, like = _names(blocks), samples[0].gradients
+        # An operator may tie in parameters that this batch does not use: their gradients are zero.
+        tied = [
+            (mine, own)
+            for (mine, _), own in zip(self.fisher.entries, self.precisions, strict=True)
+            if _names(mine) & names
+        ]
+        every = names.union(*(_names(mine) for mine, _ in tied))
+        size = 4 * like.element_size() * sum(self.fisher.shapes[name].numel() for name in every)
         parts = []
         for low, high in chunks(len(samples[0]), size, samples[0].workspace):
-            rows = {name: like.new_zeros(high - low, *self.fisher.shapes[name]) for name in names}
+            rows = {name: like.new_zeros(high - low, *self.fisher.shapes[name]) for name in every}
             for block, use in zip(blocks, samples, strict=True):
                 add_gradients_(rows, block, written_out(use.part(low, high)))
             total = like.new_zeros(high - low)
-            for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
-                if _names(mine) <= names:
-                    vectors = gather(mine, rows).to(precision.operator.dtype)
-                    if bool(vectors.any()):
-                        total += (vectors * precision.solves(vectors)).sum(1).to(total.dtype)
+            for mine, precision in tied:
+                vectors = gather(mine, rows).to(precision.operator.dtype)
+                if bool(vectors.any()):
+                    total += (vectors * precision.solves(vectors)).sum(1).to(total.dtype)
             parts.append(total)
         return torch.cat(parts)
 
