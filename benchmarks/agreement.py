@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from peers import Skip
-from problems import Problem, own_problems, shared_problems, truth
+from problems import Problem, own_problems, shared_problems, truth, unstructured_problems
 from torch import Tensor, nn
 
 import kronfisher as kf
@@ -60,8 +60,11 @@ def difference(theirs: Tensor, ours: Tensor) -> str:
 def against_library(name: str) -> Iterator[dict]:
     library = importlib.import_module(f"references.{name}")
     cases = [(matrix, labels, r) for matrix in MATRICES for labels in ("exact", "observed") for r in ("mean", "sum")]
-    for problem in shared_problems():
-        for matrix, labels, reduction in cases:
+    problems = [(problem, cases) for problem in shared_problems()]
+    if getattr(library, "ANY_MODEL", False):
+        problems += [(problem, [case for case in cases if case[0] == "full"]) for problem in unstructured_problems()]
+    for problem, wanted in problems:
+        for matrix, labels, reduction in wanted:
             try:
                 theirs, scale, why = library.matrix(problem, matrix, labels, reduction)
             except Skip:

@@ -82,6 +82,17 @@ class Picked(nn.Module):
         return self.head(torch.bmm(self.weight[(x[:, 0] > 0).long()], x[..., None])[..., 0].tanh())
 
 
+class Recurrent(nn.Module):
+    """A fused recurrent kernel, whose last outputs are read."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.kernel, self.head = kind(3, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kernel(x)[0][:, -1])
+
+
 class ViT(nn.Module):
     """A small vision transformer of linear layers: embedded patches, a class token, blocks, a head on the token."""
 
@@ -118,6 +129,15 @@ def shared_problems() -> Iterator[Problem]:
     yield from transformers()
 
 
+def unstructured_problems() -> Iterator[Problem]:
+    """Problems without layers that other libraries know: only those that take any model can give the full matrix."""
+    torch.manual_seed(2)
+    yield problem("complex numbers", Complex(), (5, 4), "gaussian")
+    yield problem("weights picked by the data", Picked(), (5, 4), "categorical")
+    yield problem("recurrent, LSTM", Recurrent(nn.LSTM), (5, 4, 3), "gaussian")
+    yield problem("recurrent, GRU", Recurrent(nn.GRU), (5, 4, 3), "categorical")
+
+
 def own_problems() -> Iterator[tuple[Problem, str, str]]:
     """Problems that other libraries get wrong or refuse: problem, the matrix of ours that is exact there, and why."""
     torch.manual_seed(1)
@@ -143,6 +163,10 @@ def own_problems() -> Iterator[tuple[Problem, str, str]]:
     for matrix in ("diagonal", "full"):
         yield problem("complex numbers", Complex(), (5, 4), "gaussian"), matrix, by_definition
         yield problem("weights picked by the data", Picked(), (5, 4), "gaussian"), matrix, by_definition
+
+    for matrix in ("diagonal", "full"):
+        for kind in (nn.LSTM, nn.GRU):
+            yield problem(f"recurrent, {kind.__name__}", Recurrent(kind), (5, 4, 3), "gaussian"), matrix, by_definition
 
     weight = torch.tensor([1.0, 3.0, 0.5])
     yield problem("class weights, one example", linear(), (1, 4), "categorical", weight=weight), "kfac", single
