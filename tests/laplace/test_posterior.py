@@ -8,7 +8,7 @@ from torch import nn
 
 import kronfisher as kf
 from tests.helpers.close import close
-from tests.helpers.networks import convnet
+from tests.helpers.networks import Written, convnet
 from tests.helpers.truth import jacobian, precision
 from tests.laplace.problems import FITS, problem
 
@@ -346,3 +346,21 @@ def test_an_indefinite_sum_says_so():
     assert float(fisher.eigenvalues()[-1]) * 50 < -0.1
     with pytest.raises(kf.IndefiniteError, match="indefinite"):
         kf.Laplace(model, fisher, 1e-3).log_marginal_likelihood()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_predictions_may_leave_out_parameters_that_are_tied_to_others(sign):
+    """One dense operator covers both branches of which a batch takes one."""
+    torch.manual_seed(3)
+    model = Written(
+        lambda m, x: m.o((m.a if x[0, 0] > 0 else m.b)(x).tanh()),
+        a=nn.Linear(3, 3), b=nn.Linear(3, 3), o=nn.Linear(3, 2),
+    ).double()  # fmt: skip
+    batches = [torch.randn(6, 3).double() for _ in range(2)]
+    for x, own in zip(batches, (1, -1), strict=True):
+        x[:, 0] = own * x[:, 0].abs()
+    fisher = kf.estimate(model, [(x,) for x in batches], kf.Gaussian(), fit=kf.Full(across_layers=True))
+    posterior = kf.Laplace(model, fisher, prior_precision=0.5)
+    J = jacobian(model, batches[0 if sign > 0 else 1], fisher.names)
+    expected = torch.einsum("ncp,pq,ncq->nc", J, torch.linalg.inv(precision(fisher, 0.5)), J)
+    close(posterior.functional_variance(batches[0 if sign > 0 else 1])[1], expected, 1e-9)

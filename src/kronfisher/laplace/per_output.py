@@ -70,10 +70,10 @@ class PerOutput(Visitor):
     exact = True  # for any source of gradients, per-example ones included
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[Group]:
-        """Those of the posterior."""
+        """Those of the posterior; blocks that the batch leaves out have gradients of zero."""
         keys = {block.key for block in blocks}
-        groups = [group for group in self.entries if keys.issuperset(block.key for block in group)]
-        if sum(len(group) for group in groups) != len(keys):
+        groups = [group for group in self.entries if any(block.key in keys for block in group)]
+        if not keys.issubset(block.key for group in groups for block in group):
             raise DataError(
                 f"{', '.join(block.name for block in blocks)}: the model uses these parameters in another way than "
                 "when its Fisher matrix was estimated, or did not use them then; estimate it again for this model."
