@@ -162,9 +162,16 @@ def main() -> None:
             continue
         if what == "steps":
             for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:
-                for kind in ("fixed", "exact"):
+                for kind in ("default", "fixed", "exact"):
                     outcome = child(
-                        "steps.py", workload, "--kind", kind, timeout=options.timeout, python=sys.executable
+                        "steps.py",
+                        workload,
+                        "--kind",
+                        kind,
+                        "--batch",
+                        "128",
+                        timeout=options.timeout,
+                        python=sys.executable,
                     )
                     results.append({"what": what, "workload": workload, "peer": f"kronfisher, {kind}", **outcome})
                     print(what, workload, kind, outcome.get("ratio", outcome.get("skipped")), file=sys.stderr)

@@ -5,12 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "lerp_", "mul_", "norms"]
+__all__ = ["add_", "average_squares_", "divided", "lerp_", "mul_", "norms", "over_roots"]
 
 
 def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """``tensor += other``, each."""
     torch._foreach_add_(list(tensors), list(others))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def average_squares_(tensors: Sequence[Tensor], others: Sequence[Tensor], decay: float) -> None:
+    """``tensor = decay tensor + (1 − decay) other²``, each."""
+    torch._foreach_mul_(list(tensors), decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_addcmul_(list(tensors), list(others), list(others), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def divided(tensors: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:
+    """``tensor / divisor``, each."""
+    return list(torch._foreach_div(list(tensors), list(divisors)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
@@ -26,3 +37,11 @@ def mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norms, each 0-dim."""
     return list(torch._foreach_norm(list(tensors)))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def over_roots(tensors: list[Tensor], squares: list[Tensor], epsilon: float) -> list[Tensor]:
+    """``tensor / (√square + ε)``, each; both lists are used up."""
+    torch._foreach_sqrt_(squares)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(squares, epsilon)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_div_(tensors, squares)  # pyright: ignore[reportPrivateImportUsage]
+    return tensors

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.optim.foreach import add_, lerp_, mul_, norms
+from kronfisher.optim.foreach import add_, average_squares_, divided, lerp_, mul_, norms, over_roots
 from kronfisher.optim.layerwise.rates import Rates
 from kronfisher.optim.layerwise.units import Unit
 from kronfisher.optim.trained_parameters import TrainedParameters
@@ -143,9 +143,11 @@ class Motion:
             lerp_(momenta, own, 1 - self.momentum)
             lerp_(own, momenta, self.momentum)
         updates = list(directions)
-        for k, state in enumerate(states):
-            if not self.units[places[k]].natural:
-                updates[k] = _adaptive(directions[k], state)
+        others = [k for k, place in enumerate(places) if not self.units[place].natural]
+        if others:
+            made = _adaptive([directions[k] for k in others], [states[k] for k in others])
+            for k, update in zip(others, made, strict=True):
+                updates[k] = update
         return updates
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,16 +166,18 @@ class Motion:
         self.units = [Unit(tuple(names), *rest) for names, *rest in state["units"]]
 
 
-def _adaptive(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    """Adam's update, of size one per element (2014, Kingma & Ba)."""
-    momentum = state["momentum"]
-    if "square" not in state:
-        state["square"], state["steps"] = torch.zeros_like(momentum), 0
-    state["steps"] += 1
-    momentum.lerp_(gradient, 1 - FIRST_MOMENT)
-    state["square"].mul_(SECOND_MOMENT).addcmul_(gradient, gradient, value=1 - SECOND_MOMENT)
-    first, second = 1 - FIRST_MOMENT ** state["steps"], 1 - SECOND_MOMENT ** state["steps"]
-    return (momentum / first).div_((state["square"] / second).sqrt_().add_(EPSILON))
+def _adaptive(gradients: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """Adam's updates, of size one per element (2014, Kingma & Ba)."""
+    for state in states:
+        if "square" not in state:
+            state["square"], state["steps"] = torch.zeros_like(state["momentum"]), 0
+        state["steps"] += 1
+    momenta, squares = ([state[key] for state in states] for key in ("momentum", "square"))
+    lerp_(momenta, gradients, 1 - FIRST_MOMENT)
+    average_squares_(squares, gradients, SECOND_MOMENT)
+    first = [1 - FIRST_MOMENT ** state["steps"] for state in states]
+    second = [1 - SECOND_MOMENT ** state["steps"] for state in states]
+    return over_roots(divided(momenta, first), divided(squares, second), EPSILON)
 
 
 class _Places:
