@@ -8,6 +8,7 @@ change of basis between the two worlds.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -55,7 +56,7 @@ class Window:
     def numel(self) -> int:
         return prod(self.size)
 
-    @property
+    @cached_property  # training asks at every step
     def whole(self) -> bool:
         """Whether the window shows every element of the parameter in its own row-major order."""
         return self.row_major and self.numel == prod(self.shape) and self.stride == _row_major(self.size)

@@ -104,9 +104,10 @@ class Motion:
         base = torch.where(finite, rate * factors, 0.0)
         self.skipped = self.skipped + ~finite
         parameters = [trained.named[name] for name in names]
-        for parameter, factor, name in zip(parameters, where.spread(base, parameters), names, strict=True):
-            if decay := trained.decays[name]:
-                parameter.mul_(1 - factor * (trained.rates[name] * decay))
+        if any(trained.decays[name] for name in names):
+            for parameter, factor, name in zip(parameters, where.spread(base, parameters), names, strict=True):
+                if decay := trained.decays[name]:
+                    parameter.mul_(1 - factor * (trained.rates[name] * decay))
         top = max((trained.rates[name] for name in names), default=0.0) or 1.0
         where.share_rates([trained.rates[name] / top for name in names])
         mul_(updates, where.spread(base * scale * -top, updates, where.shares))
