@@ -54,6 +54,24 @@ def test_statistics_are_averaged_with_decreasing_weights(dtype):
     torch.testing.assert_close(layer.fit.finish(layer.average).B, sums / (0.25 * 5 + 0.5 * 8 + 3))
 
 
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "kfoc", "block-tridiagonal"])
+def test_statistics_of_a_batch_take_memory_only_while_it_is_read(fit):
+    model = images()
+    curvature = Curvature(model, fit, refresh=kf.Refresh(1, 1))
+    for x, _ in (batch(), batch(), batch()):
+        curvature.observe(x)
+        if fit != "ekfac":  # it has taken the batch into its average to renew the basis
+            assert all(_bytes(layer.group.state) > 0 for layer in curvature.statistics.layers)
+        curvature.merge()
+        curvature.step += 1
+        for layer in curvature.statistics.layers:
+            assert _bytes(layer.group.state) == 0 < _bytes(layer.average)
+
+
+def _bytes(state):
+    return sum(t.numel() * t.element_size() for one in state.states for t in one.sums.values())
+
+
 def test_parts_of_a_batch_add_up():
     model, (x, _) = images(), batch(10)
     whole, parts = Curvature(model), Curvature(model)

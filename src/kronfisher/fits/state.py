@@ -110,7 +110,7 @@ class State:
                 "finish one of them, or restart its average in the new basis."
             )
         sums = {
-            name: _each(lambda x, y: wx * x + wy * y, getattr(self, name), getattr(other, name))
+            name: _each(partial(_weighted, wx, wy), getattr(self, name), getattr(other, name))
             for name in _names(type(self), Role.TOTAL)
         }
         return replace(self, **sums, count=wx * self.count + wy * other.count, rows=wx * self.rows + wy * other.rows)
@@ -221,6 +221,11 @@ def _each(function: Callable[..., Tensor], *values: Any) -> Any:
     if isinstance(values[0], tuple):
         return tuple(_each(function, *entries) for entries in zip(*values, strict=True))
     return function(*values)
+
+
+def _weighted(wx: float, wy: float, x: Tensor, y: Tensor) -> Tensor:
+    """``wx x + wy y``, in one pass over the memory where a weight is one, as in moving averages."""
+    return y.add(x, alpha=wx) if wy == 1 and x.is_floating_point() else wx * x + wy * y
 
 
 def _tensors(state: State, role: Role) -> Iterator[tuple[str, Tensor]]:

@@ -122,7 +122,7 @@ class LayerStatistics:
         self.average = replace(self.average, states=[self.average.states[0], *(state.times(keep) for state in before)])
         self.average = self.fit.renew_basis(self.average)
         assert self.average is not None
-        self.empty()
+        self.begin()
         return True
 
     def _remember(self) -> None:
@@ -140,22 +140,26 @@ class LayerStatistics:
         self.empty()
         self.basis_renewed = step
 
-    def empty(self) -> None:
-        """Forget the batch's statistics."""
+    def begin(self) -> None:
+        """Make room for a batch's statistics, in the bases of the average."""
         state = self.average or self.group.state
         assert isinstance(state, AverageState)
+        if self.average is None:  # a basis that a batch gave which was discarded is forgotten, too
+            state = replace(state, states=state.states[:1])
         self.group.state = self.fit.fresh(state)
+
+    def empty(self) -> None:
+        """Forget the batch's statistics, with the memory that they took: `begin` makes room for the next."""
+        state = self.average or self.group.state
+        assert isinstance(state, AverageState)
+        self.group.state = self.fit.without_sums(state)
 
     def discard(self) -> None:
         """Forget the batch's statistics, those that this step's average has taken in among them."""
         if self.before is not None:
             self.average, self.basis_renewed = self.before
             self.before = None
-        state = self.average or self.group.state
-        assert isinstance(state, AverageState)
-        if self.average is None:  # a basis that this batch gave is forgotten, too
-            state = replace(state, states=state.states[:1])
-        self.group.state = self.fit.fresh(state)
+        self.empty()
 
     def operator(self) -> Operator:
         """The curvature as the average has it.

@@ -72,6 +72,13 @@ class MovingAverage(Fit):
         states = [begun, *(state.empty() for state in rest)]
         return AverageState(average.blocks, average.plan, states=states)
 
+    def without_sums(self, state: AverageState) -> AverageState:
+        """States of the same kind and bases that take no memory and hold nothing; `fresh` begins with them, too."""
+        bare = [replace(one, count=0.0, rows=0.0) for one in state.states]
+        for one in bare:
+            one.release()
+        return AverageState(state.blocks, state.plan, states=bare)
+
     def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
         state.states = [self.fit.update(one, samples) for one in state.states]
         return state

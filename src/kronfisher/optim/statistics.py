@@ -209,6 +209,8 @@ class Statistics:
             self._open = True
             self.pass_cost, self.rows = 0.0, 0.0
             run.start_pass((self._seed << 32) + step)
+            for layer in self.layers:
+                layer.begin()
         try:
             with full_precision(run.device.type):
                 self._absorb(run, capture, outputs, targets, step, retain, own)
@@ -313,6 +315,8 @@ class Statistics:
         new = [LayerStatistics(group) for group in self._run.groups if id(group) not in known] if self._run else []
         for layer in (*self.layers, *new):
             layer.discard()
+        for layer in new:
+            layer.begin()
 
     def schedule_bases(self, due: Mapping[LayerStatistics, int]) -> None:
         """Renew the basis of each layer at the given step: with its next inverse."""
