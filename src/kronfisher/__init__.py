@@ -3,12 +3,14 @@
 A matrix comes from ``kf.estimate(model, loader, kf.Categorical())`` and is a linear operator over the parameters.
 """
 
+from kronfisher.distributed import shard
 from kronfisher.errors import (
     DataError,
     IndefiniteError,
     MemoryBudgetError,
     NumericalError,
     NumericalWarning,
+    RankError,
     SingularError,
     UnsupportedError,
 )
@@ -98,6 +100,7 @@ __all__ = [
     "Prediction",
     "Prototypes",
     "QuadraticModel",
+    "RankError",
     "Refresh",
     "Residuals",
     "Schedule",
@@ -116,4 +119,5 @@ __all__ = [
     "laplace_backend",
     "load",
     "nearest_kronecker",
+    "shard",
 ]

@@ -14,6 +14,7 @@ __all__ = [
     "MemoryBudgetError",
     "NumericalError",
     "NumericalWarning",
+    "RankError",
     "SingularError",
     "UnsupportedError",
     "read",
@@ -46,6 +47,10 @@ class IndefiniteError(SingularError):
 
 class MemoryBudgetError(MemoryError):
     """The work does not fit the memory given; the message says how many bytes it takes."""
+
+
+class RankError(RuntimeError):
+    """A rank of a process group failed, or ranks disagree; it is raised on all of them and names block and rank."""
 
 
 class NumericalWarning(UserWarning):

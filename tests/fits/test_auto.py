@@ -157,7 +157,7 @@ def test_states_combine_after_the_same_choice_only():
         runs.append(run)
     one, other = (next(iter(run.groups)) for run in runs)
     with pytest.raises(ValueError, match="only after the same fit was chosen"):
-        one.fit.combine(one.state, other.state)
+        one.fit.combine(one.state, other.state, 0.9, 0.1)
     for run, data in zip(runs, (x[:12], x[12:]), strict=True):
         assert run.next_pass()
         run.start_pass()

@@ -45,10 +45,10 @@ def mean_block(*samples):
 def test_a_state_that_was_finished_goes_on(fit, T):
     """Training finishes its average, and then takes the next batch into it."""
     x, y = random_samples(30, T, seed=1), random_samples(50, T, seed=2)
-    plain = fit.finish(fit.combine(begun(fit, x), begun(fit, y))).to_dense()
+    plain = fit.finish(fit.combine(begun(fit, x), begun(fit, y), 0.75, 0.25)).to_dense()
     before = begun(fit, x)
     fit.finish(before)
-    after = fit.finish(fit.combine(before, begun(fit, y))).to_dense()
+    after = fit.finish(fit.combine(before, begun(fit, y), 0.75, 0.25)).to_dense()
     torch.testing.assert_close(after, plain, rtol=1e-6, atol=1e-9)
     once = fit.finish(before).to_dense()
     torch.testing.assert_close(fit.finish(before).to_dense(), once)

@@ -8,7 +8,7 @@ SOURCE = ROOT / "src" / "kronfisher"
 # Floors of rooms, the ground first. A file imports from its own room and from rooms on lower floors.
 FLOORS = [
     {"errors", "tables"},
-    {"linalg"},
+    {"linalg", "distributed"},
     {"operators", "likelihoods"},
     {"fisher"},
     {"layers"},

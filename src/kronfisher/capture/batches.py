@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from kronfisher.capture.containers import as_mapping, as_tensors, is_record, tensors_in
+from kronfisher.distributed import Shard
 from kronfisher.errors import DataError
 
 __all__ = ["LABELS", "Batches", "Mask", "as_batches", "as_keyed", "checksum", "positions_of", "split"]
@@ -123,11 +124,20 @@ class Batches:
                 )
             raise DataError(f"batch {place} of pass {self._number + 1} differs from that of the first pass. {_SAME}")
 
-    def require_same_number(self) -> None:
-        """Raise a DataError if the pass just read had no batch, or not as many as the first pass."""
+    @property
+    def order(self) -> str:
+        """A digest of the order in which batches are dealt out to the ranks of a process group, or nothing."""
+        return self._batches.order if isinstance(self._batches, Shard) else ""
+
+    def require_same_number(self, some: bool = True) -> None:
+        """Raise a DataError if the pass just read had not as many batches as the first pass; or no batch.
+
+        Args:
+            some: whether there has to be one.
+        """
         if self._number and self.index != self._first:
             raise DataError(f"Pass {self._number + 1} read {self.index} batches, the first one {self._first}. {_SAME}")
-        if not self.index:
+        if some and not self.index:
             raise DataError(
                 "The data contain no batch. Pass a loader with at least one batch; a generator can be read only once."
             )

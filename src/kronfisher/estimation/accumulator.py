@@ -16,9 +16,10 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import refuse, strict_error
-from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
+from kronfisher.errors import DataError, NumericalError, RankError, UnsupportedError, together
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
-from kronfisher.estimation.groups import Fits, Groups, plan_groups, rows_of_example
+from kronfisher.estimation.groups import Fits, Group, Groups, plan_groups, rows_of_example
+from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, describe, facts_of
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.routing import Stream
@@ -37,9 +38,9 @@ log = logging.getLogger("kronfisher")
 class _LateError(UnsupportedError):
     """A batch shows that earlier ones should have been treated in another way."""
 
-    def __init__(self, message: str, known: Known) -> None:
+    def __init__(self, message: str, known: Known, again: bool = True) -> None:
         super().__init__(message)
-        self.known = known
+        self.known, self.again = known, again
 
 
 class Accumulator:
@@ -88,6 +89,7 @@ class Accumulator:
         self.groups = Groups(self.device, recipe.memory_budget)
         self.backward_passes, self.batches = 0, 1
         self.targets = ""
+        self.meeting = None if recipe.ranks is None else Meeting(recipe.ranks, self.device)
         self.tell: Callable[[str], None] = log.debug
         self.start_pass()
 
@@ -98,7 +100,8 @@ class Accumulator:
             seed: of the draws; None: the recipe's.
         """
         seed = self.recipe.seed if seed is None else seed
-        self._draws = [Draws(seed, stream) for stream in range(self.recipe.samples)]
+        first = self.recipe.samples * (self.recipe.ranks.rank if self.recipe.ranks else 0)  # ranks draw apart
+        self._draws = [Draws(seed, first + stream) for stream in range(self.recipe.samples)]
         self.count: float | Tensor = 0.0
         self.log_likelihood: Tensor | None = None
         self.outputs = 0
@@ -114,10 +117,20 @@ class Accumulator:
 
     def next_pass(self) -> bool:
         """Ask every fit whether it needs the data once more; True if one does."""
-        for group in self.groups:
-            again = None if group.done else group.fit.next_pass(group.state)
-            group.state, group.done = again or group.state, again is None
+        reading = [group for group in self.groups if not group.done]
+        for group, again in zip(reading, self.of(reading, lambda group: group.fit.next_pass(group.state)), strict=True):
+            group.done = again is None
+            if again is not None:
+                group.state = again if again.blocks is group.blocks else replace(again, blocks=group.blocks)
         return not all(group.done for group in self.groups)
+
+    def of(self, groups: Iterable[Group], function: Callable[[Group], Any]) -> Iterable[Any]:
+        """The function of each group, whose state holds the sums of all ranks; at a group's owner, then known to all.
+
+        Raises:
+            RankError: it failed on another rank.
+        """
+        return map(function, groups) if self.meeting is None else self.meeting.at_owners(groups, function)
 
     @property
     def passes(self) -> int:
@@ -153,7 +166,7 @@ class Accumulator:
                 try:
                     return self._read(batches, tell)
                 except _LateError as late:
-                    if not anew or not batches.again or late.known == begun:
+                    if not (anew and batches.again and late.again) or late.known == begun:
                         raise
                     begun = late.known
                     self.known, self.groups = late.known, Groups(self.device, self.recipe.memory_budget)
@@ -165,17 +178,15 @@ class Accumulator:
         try:
             while True:
                 self.start_pass()
-                with isolate(self.model, self.recipe.seed):
-                    for observation in observe_all(self.model, self.parameters, batches, self.recipe.run, number):
-                        self._absorb(observation)
-                        if self.passes > 1:
-                            batches.recognise(observation.batch)
-                        del observation  # or its tensors would stay alive during the next forward pass
-                        tell(
-                            f"pass {number + 1}/{self.passes}, {batches.index} batches, "
-                            f"{self.backward_passes} backward passes"
-                        )
-                batches.require_same_number()
+                if self.meeting is None:
+                    self._read_pass(batches, number, tell)
+                else:
+                    problem = None
+                    try:
+                        self._read_pass(batches, number, tell)
+                    except Exception as error:
+                        problem = error
+                    self._meet(self.meeting, batches, number, problem)
                 if not float(self.count):
                     raise DataError("No example counts: all positions are masked, or their targets are ignored.")
                 with plain_arithmetic(self.device):
@@ -191,6 +202,52 @@ class Accumulator:
                     "examples, or with a cheaper fit."
                 )
             raise
+
+    def _read_pass(self, batches: Batches, number: int, tell: Callable[[str], None]) -> None:
+        with isolate(self.model, self.recipe.seed):
+            for observation in observe_all(self.model, self.parameters, batches, self.recipe.run, number):
+                self._absorb(observation)
+                if self.passes > 1:
+                    batches.recognise(observation.batch)
+                del observation  # or its tensors would stay alive during the next forward pass
+                tell(
+                    f"pass {number + 1}/{self.passes}, {batches.index} batches, {self.backward_passes} backward passes"
+                )
+        batches.require_same_number(some=self.meeting is None)
+
+    def _meet(self, meeting: Meeting, batches: Batches, number: int, problem: Exception | None) -> None:
+        """Put what this rank has read in a pass together with what the others have.
+
+        Raises:
+            RankError: a rank failed, or ranks disagree.
+        """
+        late = problem if isinstance(problem, _LateError) else None
+        said = Said(
+            facts={} if number else facts_of(self.recipe, self.parameters),
+            error="" if late else describe(problem),
+            again=batches.again,
+            late=late and late.known,
+            known=self.known,
+            count=float(self.count),
+            score=None if self.log_likelihood is None else float(self.log_likelihood),
+            outputs=self.outputs,
+            targets=self.targets,
+            order=batches.order,
+        )
+        try:
+            everywhere, parcels = meeting.agree(said, self.groups)
+        except LateKnowledge as error:
+            raise _LateError(str(error), error.known, error.again) from problem
+        except RankError:
+            if problem is None or late:
+                raise
+            raise problem from None
+        self.known = meeting.complete(everywhere, self.fits, self.groups, self.count)
+        meeting.merge(everywhere, parcels, self.groups)
+        self.count, self.outputs = sum(other.count for other in everywhere), sum(other.outputs for other in everywhere)
+        scores = [other.score for other in everywhere if other.score is not None]
+        self.log_likelihood = torch.tensor(sum(scores), dtype=torch.float64) if scores else None
+        self.targets = next((other.targets for other in everywhere if other.targets), "")
 
     def add(self, batch: Any, where: str) -> None:
         """Run one batch forward and backward and update every state.

@@ -7,8 +7,9 @@ are written out, which is cheaper and more precise for them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import hypot, inf
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
+from kronfisher.estimation.groups import Group
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.spectrum import Spectrum, leading_spectra
 from kronfisher.fisher import Fisher
@@ -118,13 +120,17 @@ def measure(
     run.known = Known.of_blocks(groups)
     run.read(data, progress)
     count = float(run.count)
-    found = {group.blocks: group.state for group in run.groups}
+
+    def measured(group: Group) -> tuple[float, float]:
+        return fits[group.blocks[0].parameters[0]].norms(group.blocks, group.state)
+
+    with plain_arithmetic(device):
+        found = dict(zip((group.blocks for group in run.groups), run.of(run.groups, measured), strict=True))
+        none = {group: fits[group[0].parameters[0]].norms(group, None) for group in groups if group not in found}
     scale = count if fisher.reduction == "sum" else 1.0
     distances, norms = {}, {}
     for name, group in zip(fisher.blocks, groups, strict=True):
-        fit = fits[group[0].parameters[0]]
-        with plain_arithmetic(device):
-            norm, distance = fit.norms(group, found.get(group))
+        norm, distance = found[group] if group in found else none[group]
         distances[name], norms[name] = distance * scale, norm * scale
     return Distance(distances, norms, count)
 
@@ -142,17 +148,15 @@ class Kept:
 
     Attributes:
         budget: bytes that they may occupy.
-        rows: blocks → samples, some at a time, in the form of `_rows`.
         bytes: that they occupy.
     """
 
     budget: int
-    rows: dict[tuple[Block, ...], list[Rows]] = field(default_factory=dict)
     bytes: int = 0
 
-    def add(self, state: State, rows: Rows) -> None:
+    def add(self, state: "CrossSums", rows: Rows) -> None:
         """Keep some more samples, or raise a MemoryBudgetError."""
-        kept = self.rows.setdefault(state.blocks, [])
+        kept = state.kept
         last = {tensor.untyped_storage().data_ptr() for entry in kept[-1:] for part in entry for tensor in part}
         new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for part in rows for t in part}
         self.bytes += sum(size for place, size in new.items() if place not in last)  # parts of one batch share storage
@@ -166,10 +170,19 @@ class Kept:
 
 @dataclass(kw_only=True)
 class CrossSums(State):
-    """``‖F‖²`` and ``⟨F, X⟩`` of the samples so far."""
+    """``‖F‖²`` and ``⟨F, X⟩`` of the samples so far, which are kept: those of other parts of the data meet them.
+
+    Attributes:
+        norm: ``‖F‖²``.
+        cross: ``⟨F, X⟩``.
+        kept: samples, some at a time, in the form of `_rows`.
+    """
+
+    adds: ClassVar[bool] = False
 
     norm: Total
     cross: Total
+    kept: list[Rows] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +194,8 @@ class CrossTerms(Fit):
         kept: samples of all blocks.
     """
 
-    operators: dict[tuple[Block, ...], Operator]
-    kept: "Kept"
+    operators: dict[tuple[Block, ...], Operator] = field(repr=False)
+    kept: "Kept" = field(repr=False)
     exact = True
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[tuple[Block, ...]]:
@@ -219,10 +232,20 @@ class CrossTerms(Fit):
         state.cross += joint_quadratic(samples, self.operators[state.blocks])
         for rows in _rows(samples):
             state.norm += _squared_products(rows, rows)
-            for others in self.kept.rows.get(state.blocks, ()):
+            for others in state.kept:
                 state.norm += 2 * _squared_products(rows, others)
             self.kept.add(state, rows)
         return state
+
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> State:
+        """Of two parts of the data, with the products of the samples of one with those of the other."""
+        both = super().combine(x, y, wx, wy)
+        if isinstance(both, CrossSums):
+            both.norm = wx**2 * x.norm + wy**2 * y.norm
+            for mine, theirs in product(x.kept, y.kept):
+                both.norm += 2 * wx * wy * _squared_products(mine, theirs)
+            both.kept = [*x.kept, *y.kept]
+        return both
 
     def norms(self, group: tuple[Block, ...], state: Any) -> tuple[float, float]:
         """``‖F‖`` and ``‖F − X‖`` of the mean over examples; F is zero if there is no state."""

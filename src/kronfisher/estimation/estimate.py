@@ -9,8 +9,10 @@ from torch import nn
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
 from kronfisher.capture.per_sample import FALLBACK
+from kronfisher.distributed import ProcessGroup, ranks_of, warn_of_ranks
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.error import Origin
+from kronfisher.estimation.groups import Group
 from kronfisher.estimation.progress import Progress
 from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher import Fisher
@@ -43,6 +45,7 @@ def estimate(
     exact_limit: int = 1000,
     strict: bool = False,
     progress: Progress = False,
+    group: ProcessGroup = None,
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
 
@@ -83,6 +86,9 @@ def estimate(
         strict: raise where a parameter is used in a way that is not understood. Otherwise its diagonal is computed
             from per-example gradients, one backward pass each, and the report says so.
         progress: True writes a line to standard error; a function receives the same text.
+        group: the processes that read a part of the data each (``kf.shard(loader)``), as a process group of
+            torch.distributed or a one-dimensional device mesh: all of them call this, and get the same matrix, that of
+            all data. None: this process alone.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
@@ -95,6 +101,7 @@ def estimate(
         ValueError: another option makes no sense.
         NumericalError: NaN or Inf; it names the batch or the layer.
         MemoryBudgetError: the matrices do not fit; it says how many bytes they take.
+        RankError: another rank of the group failed, or ranks have different models or settings.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -110,32 +117,16 @@ def estimate(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
     began = time.perf_counter()
-    recipe = Recipe(
-        unwrapped(model), likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict
-    )
+    model, ranks = unwrapped(model), ranks_of(group)
+    if group is None:
+        warn_of_ranks()
+    recipe = Recipe(model, likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict, ranks)
     run = Accumulator(recipe, fit, score=True)
     run.read(data, progress, anew=True)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        entries: list[Entry] = []
-        for group in run.groups:
-            operator = group.fit.finish(group.state)
-            alone = [block.name for block in group.blocks if block.operator == FALLBACK]
-            method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
-            notes = [
-                group.fit.notes(group.state),
-                *run.notes(group.blocks),
-                *(_fallback_note(name, run.known.fallback[name], len(group.blocks)) for name in alone),
-            ]
-            info = BlockInfo(
-                method,
-                float(group.state.rows),
-                group.seconds,
-                group.fit.error(group.state, operator),
-                "; ".join(filter(None, notes)),
-            )
-            entries.append((group.blocks, operator, info))
-            group.state.release()  # so that the sums of all layers and all operators are never held at once
+        finished = run.of(run.groups, lambda group: _finish(run, group))
+        entries: list[Entry] = [(group.blocks, *own) for group, own in zip(run.groups, finished, strict=True)]
         entries = _merge_roles(entries)
         entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused_blocks(run)]
     order = {name: place for place, name in enumerate(run.parameters)}
@@ -157,6 +148,22 @@ def estimate(
     shapes = {name: p.shape for name, p in run.parameters.items()}
     fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))
     return fisher if reduction == "mean" else fisher.reduced("sum")
+
+
+def _finish(run: Accumulator, group: Group) -> tuple[Operator, BlockInfo]:
+    """The operator of a group and what the report says about it; its sums are let go of."""
+    operator = group.fit.finish(group.state)
+    alone = [block.name for block in group.blocks if block.operator == FALLBACK]
+    method = f"fallback: {group.fit!r}" if len(alone) == len(group.blocks) else repr(group.fit)
+    notes = [
+        group.fit.notes(group.state),
+        *run.notes(group.blocks),
+        *(_fallback_note(name, run.known.fallback[name], len(group.blocks)) for name in alone),
+    ]
+    error = group.fit.error(group.state, operator)
+    info = BlockInfo(method, float(group.state.rows), group.seconds, error, "; ".join(filter(None, notes)))
+    group.state.release()  # so that the sums of all layers and all operators are never held at once
+    return operator, info
 
 
 def _fallback_note(name: str, reason: str, among: int) -> str:

@@ -73,13 +73,19 @@ class Fits:
 
 @dataclass
 class Group:
-    """Blocks that one fit treats together, with its state and the seconds spent on it."""
+    """Blocks that one fit treats together, with its state and the seconds spent on it.
+
+    Attributes:
+        done: whether it reads no more data.
+        owner: the rank of a process group that computes with the sums of all ranks.
+    """
 
     fit: Fit
     blocks: tuple[Block, ...]
     state: State
     seconds: float = 0.0
     done: bool = False
+    owner: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,11 @@ class Groups:
             group.state.count = count
             self._groups.append(group)
             self._places.update({block.key: (group, position) for position, block in enumerate(entry.blocks)})
+
+    def order(self, keys: Sequence[tuple[Key, ...]]) -> None:
+        """Bring the groups into an order, that of the keys of their blocks."""
+        place = {key: number for number, key in enumerate(keys)}
+        self._groups.sort(key=lambda group: place[tuple(block.key for block in group.blocks)])
 
     def _workspace(self, plans: Sequence[Plan]) -> int:
         """Bytes left for temporaries after matrices and waiting samples."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
+from kronfisher.distributed import Ranks
 from kronfisher.errors import DataError, require_kind
 from kronfisher.fisher.parameters import trainable
 from kronfisher.likelihoods import Likelihood
@@ -33,6 +34,7 @@ class Recipe:
         exact_limit: backward passes per batch beyond which exact labels are refused.
         mask: which positions count, as for `estimate`.
         strict: refuse what only the fallback can treat.
+        ranks: the processes that read a part of the data each; None: there is one.
 
     Raises:
         ValueError: `labels` or `samples` make no sense.
@@ -49,6 +51,7 @@ class Recipe:
     exact_limit: int = 1000
     mask: Mask | None = None
     strict: bool = False
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         require_kind("seed", self.seed, Integral, "give an integer")

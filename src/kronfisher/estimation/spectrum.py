@@ -4,7 +4,7 @@
 (Koroko et al. 2022). Samples are kept, neither F nor ℛ(F) is formed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
+from kronfisher.estimation.groups import Group
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits import Plan
 from kronfisher.fits.quadratic import squared_norm
 from kronfisher.fits.rearrangement import Rearranged, cheapest, lanczos, rearrange
-from kronfisher.fits.state import WaitingState
+from kronfisher.fits.state import State, WaitingState
 from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import plain_arithmetic
@@ -108,10 +109,15 @@ def leading_spectra(
     room = Room(available_memory(device) if memory_budget is None else memory_budget)
     wanted = frozenset(known if block is None else [block])
     run = collect_samples(fisher, data, recipe, Keep(wanted, room), progress)
-    found = {}
+
+    def spectrum(group: Group) -> Spectrum | None:
+        assert isinstance(group.state, WaitingState)
+        return _spectrum(group.state.waiting, rank, tolerance, iterations) if group.state.waiting else None
+
     with plain_arithmetic(device):
-        for name, samples in run.items():
-            found[name] = _spectrum(samples, rank, tolerance, iterations)
+        kept = [group for group in run.groups if isinstance(group.state, WaitingState)]
+        spectra = run.of(kept, spectrum)
+        found = {group.state.name: own for group, own in zip(kept, spectra, strict=True) if own is not None}
     if missing := [name for name in wanted if name not in found and block is not None]:
         raise DataError(
             f"{missing[0]}: no samples of inputs and output gradients are known, because the model does not use the "
@@ -120,10 +126,8 @@ def leading_spectra(
     return found
 
 
-def collect_samples(
-    fisher: Fisher, data: Any, recipe: Recipe, keep: "Keep", progress: bool
-) -> Mapping[str, Sequence[Samples]]:
-    """Block name → its samples, for the blocks of the matrix."""
+def collect_samples(fisher: Fisher, data: Any, recipe: Recipe, keep: "Keep", progress: bool) -> Accumulator:
+    """An accumulator whose states hold the samples of the blocks of the matrix."""
     fits: dict[str, Keep] = {}
     for blocks, _ in fisher.entries:
         names = {parameter for each in blocks for parameter in each.parameters}
@@ -134,8 +138,7 @@ def collect_samples(
     run = Accumulator(replace(recipe, strict=False), fits)
     run.known = Known.of_blocks(blocks for blocks, _ in fisher.entries)
     run.read(data, progress)
-    states = [group.state for group in run.groups if isinstance(group.state, WaitingState)]
-    return {state.name: state.waiting for state in states if state.waiting}
+    return run
 
 
 @dataclass
@@ -155,8 +158,8 @@ class Keep(Visitor):
         room: memory for all of them.
     """
 
-    wanted: frozenset[str]
-    room: Room
+    wanted: frozenset[str] = field(repr=False)
+    room: Room = field(repr=False)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> WaitingState:
         """No samples yet."""
@@ -186,6 +189,13 @@ class Keep(Visitor):
             )
         state.waiting.append(use.copy())
         return state
+
+    def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> State:
+        """The samples of both parts of the data, unweighted."""
+        both = super().combine(x, y, wx, wy)
+        if isinstance(both, WaitingState):
+            both.waiting = [*x.waiting, *y.waiting]
+        return both
 
 
 def _spectrum(samples: Sequence[Samples], rank: int, tolerance: float, iterations: int) -> Spectrum:

@@ -149,11 +149,17 @@ class Auto(Fit):
         return self.candidates[state.choice]
 
     def combine(self, x: Chosen, y: Chosen, wx: float = 1.0, wy: float = 1.0) -> Chosen:
-        """States of parts of the data, once the same fit was chosen for both.
+        """States of parts of the data: samples that are kept of each, or sums once the same fit was chosen for both.
 
         Raises:
-            ValueError: it was not.
+            ValueError: it was not; samples kept have no weights.
         """
+        if x.choice is None and y.choice is None and wx == wy == 1:
+            both = x.joined(y)
+            if both.waiting:
+                use = both.waiting[0]
+                both.thin(self._most(both.blocks, use.positions, use.gradients.element_size()))
+            return both
         if x.choice is None or x.choice != y.choice:
             raise ValueError(
                 f"{x.name}: states of {self!r} combine only after the same fit was chosen for both. Choose once, by an "

@@ -71,6 +71,28 @@ class Chosen(WaitingState):
         if begin < len(use):
             part = use if self.stride == 1 else _every(use, begin, self.stride)
             self.waiting.append(replace(part, first=True).copy())
+        self.thin(most)
+
+    def joined(self, other: "Chosen") -> "Chosen":
+        """The samples that are kept of both, of as many one; those of `other` after those of this one."""
+        stride = max(self.stride, other.stride)
+        waiting = [
+            use if state.stride == stride else _every(use, 0, stride // state.stride)
+            for state in (self, other)
+            for use in state.waiting
+        ]
+        return replace(
+            self,
+            waiting=waiting,
+            count=self.count + other.count,
+            rows=self.rows + other.rows,
+            uses=self.uses + other.uses,
+            seen=self.seen + other.seen,
+            stride=stride,
+        )
+
+    def thin(self, most: int) -> None:
+        """Keep fewer samples, half as many each time, until they are no more than so many."""
         while sum(map(len, self.waiting)) > most:
             self.stride *= 2
             begins = [int(place * _GOLDEN % 1 * 2) for place in range(len(self.waiting))]

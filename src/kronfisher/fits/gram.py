@@ -31,6 +31,8 @@ class Gathered(State):
         held: bytes of all rows.
     """
 
+    adds: ClassVar[bool] = False
+
     rows_of_batches: list[Rows] = field(default_factory=list)
     inputs: list[Tensor | None] = field(default_factory=list)
     held: int = 0

@@ -195,6 +195,12 @@ class KFOC(Fit):
     def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> ProductSums | HalfStep:
         if isinstance(x, HalfStep) or isinstance(y, HalfStep):
             return x.plus(y, wx, wy)
+        if wx == wy == 1 and not self.by_batch and not y.begun:  # y came after x: as if one state had taken in both
+            both = replace(x.copy(), waiting=[*x.waiting, *y.waiting], single=None)
+            both.count, both.rows = x.count + y.count, x.rows + y.rows
+            if self._enough(both):
+                self._flush(both)
+            return both
         for state in (x, y):
             self._flush(state)
         terms = max(len(state.inputs) for state in (x, y))

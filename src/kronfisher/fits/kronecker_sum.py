@@ -1,6 +1,6 @@
 """Sums of Kronecker products: the leading singular triplets of the rearranged block, or a sum of positive terms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class KroneckerSum(Fit):
         return state
 
     def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> TermSums:
+        if wx == wy == 1 and not float(y.pieces):  # y came after x: as if one state had taken in both
+            both = replace(x.copy().plus(y), waiting=[*x.waiting, *y.waiting])
+            if sum(map(len, both.waiting)) > PIECE:
+                self._flush(both)
+            return both
         for state in (x, y):
             self._flush(state)
         both = x.plus(y, wx, wy)

@@ -81,16 +81,41 @@ class Kept(WaitingState):
             part = use if len(chosen) == len(use) else use.select(chosen.to(use.gradients.device))
             self.waiting.append(replace(part, first=True, mask=None).copy())
         self.longest = max(self.longest, use.positions)
+        self._thin(use)
+
+    def joined(self, other: "Kept") -> "Kept":
+        """The samples that are kept of both, as evenly spread as those of the one of which fewer are."""
+        both = replace(
+            self,
+            waiting=[*self.waiting, *other.waiting],
+            numbers=[*self.numbers, *other.numbers],
+            count=self.count + other.count,
+            rows=self.rows + other.rows,
+            examples=self.examples + other.examples,
+            share=min(self.share, other.share),
+            longest=max(self.longest, other.longest),
+        )
+        if both.waiting:
+            both._select()
+            both._thin((self.waiting or other.waiting)[0])
+        return both
+
+    def _thin(self, use: Samples) -> None:
+        """Keep fewer samples, half as many each time, until they are not too many; `use` is like all of them."""
         groups, outputs, inputs = use.shape
         each = groups * self.longest * (outputs + inputs) * use.gradients.element_size()
         most = max(1, min(self.most, ROOM // each))
         while sum(map(len, self.numbers)) > most:
             self.share /= 2
-            kept = [(n < self.share).nonzero()[:, 0] for n in self.numbers]
-            self.waiting = [
-                w.select(k.to(w.gradients.device)) for w, k in zip(self.waiting, kept, strict=True) if len(k)
-            ]
-            self.numbers = [n[k] for n, k in zip(self.numbers, kept, strict=True) if len(k)]
+            self._select()
+
+    def _select(self) -> None:
+        """Drop the samples whose own number is not below the share."""
+        if all(bool((n < self.share).all()) for n in self.numbers):
+            return
+        kept = [(n < self.share).nonzero()[:, 0] for n in self.numbers]
+        self.waiting = [w.select(k.to(w.gradients.device)) for w, k in zip(self.waiting, kept, strict=True) if len(k)]
+        self.numbers = [n[k] for n, k in zip(self.numbers, kept, strict=True) if len(k)]
 
     def prototypes(self, number: int, iterations: int, sides: Shapes) -> PrototypeSet:
         """At most so many prototypes for the samples kept, by so many iterations, and moments of what these leave."""

@@ -106,14 +106,17 @@ class Prototypes(Fit):
         return state
 
     def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:
-        """States of parts of the data, around the same prototypes.
+        """States of parts of the data: samples that are kept of each, or sums around the same prototypes.
 
         Raises:
-            ValueError: they are of the first pass, or of other prototypes.
+            ValueError: they are around other prototypes, or one is of the first pass; samples kept have no weights.
         """
-        if not (isinstance(x, Parts) and isinstance(y, Parts)):
+        if isinstance(x, Kept) and isinstance(y, Kept) and wx == wy == 1:
+            return x.joined(y)
+        if isinstance(x, Kept) or isinstance(y, Kept):
             raise ValueError(
-                f"{x.name}: states of {self!r} combine only after the prototypes were chosen, and for the same ones."
+                f"{x.name}: states of {self!r} combine with weights only after the prototypes were chosen, and for the "
+                "same ones."
             )
         return super().combine(x, y, wx, wy)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache, partial
-from typing import Annotated, Any, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,7 +54,10 @@ class State:
         count: N, examples so far.
         rows: positions that counted so far.
         phase: number of the pass, from 0.
+        adds: whether its sums over parts of the data, added up, are all there is to those of the whole.
     """
+
+    adds: ClassVar[bool] = True
 
     blocks: tuple[Block, ...]
     plan: Plan
@@ -175,6 +178,8 @@ class WaitingState(State):
     Attributes:
         waiting: samples that wait for more, in memory of their own.
     """
+
+    adds: ClassVar[bool] = False
 
     waiting: list[Samples] = field(default_factory=list)
 

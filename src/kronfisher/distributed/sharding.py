@@ -1,0 +1,133 @@
+"""Each rank's part of the batches of a loader: dealt in turn, nothing repeated and nothing left out."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from kronfisher.distributed.ranks import ProcessGroup, ranks_of
+from kronfisher.errors import DataError
+
+__all__ = ["Shard", "shard"]
+
+
+def shard(loader: Any, group: ProcessGroup = None) -> Any:
+    """This rank's part of the batches of a loader: batch k goes to rank k modulo W, whole and once.
+
+    Nothing is padded or repeated, so that ranks may get different numbers of batches, and with fewer batches than ranks
+    some get none. All ranks have to be given the same loader. One that shuffles has to do so alike everywhere: with
+    torch's global generator, which `estimate` seeds, or with a generator of the same seed; `estimate` compares the
+    orders, and refuses others.
+
+    A ``DataLoader`` of a map-style data set loads this rank's examples only; of whatever else is iterated
+    all batches are read, and its own passed on.
+
+    Args:
+        loader: a ``DataLoader``, a list of batches, or another iterable of batches.
+        group: a process group or a one-dimensional device mesh; None: the default group, or one process where none is
+            initialised.
+
+    Returns:
+        An iterable of batches that can be read as often as the loader; with one process the loader itself.
+
+    Raises:
+        DataError: the loader is dealt out to ranks already, or is a single batch.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(5)]
+        >>> kf.shard(batches) is batches  # one process
+        True
+        >>> [len(kf.distributed.Shard(batches, rank, 2)) for rank in range(2)]
+        [3, 2]
+    """
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    ranks = ranks_of(group)
+    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size)
+
+
+class Shard:
+    """One rank's part of the batches of a loader.
+
+    Args:
+        loader: of all batches.
+        rank: whose part it is.
+        ranks: how many there are.
+
+    Attributes:
+        order: a digest of the order in which all batches were dealt in the last pass, as far as it is known.
+    """
+
+    def __init__(self, loader: Any, rank: int, ranks: int) -> None:
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            raise DataError(
+                "the loader has a DistributedSampler, which deals out examples itself and repeats some where they do "
+                "not divide by the number of ranks. Give kf.shard a loader without it."
+            )
+        if not isinstance(loader, Iterable) or isinstance(loader, dict | tuple) or hasattr(loader, "shape"):
+            raise DataError(f"data is {type(loader).__name__}, one batch; kf.shard deals out the batches of a loader.")
+        self.loader: Any = loader
+        self.rank, self.ranks = rank, ranks
+        self.order = ""
+        self._dealt = _dealt(loader, rank, ranks)
+        self._part = None if self._dealt is None else _loading(self.loader, self._dealt)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._part is not None and self._dealt is not None:
+            yield from self._part
+            self.order = self._dealt.order
+            return
+        number = 0
+        for number, batch in enumerate(self.loader, 1):
+            if (number - 1) % self.ranks == self.rank:
+                yield batch
+        self.order = f"{number} batches"
+
+    def __len__(self) -> int:
+        """How many batches this rank gets.
+
+        Raises:
+            TypeError: the loader does not know how many there are.
+        """
+        total = len(self.loader)
+        return len(range(self.rank, total, self.ranks))
+
+
+class _Dealt:
+    """Every W-th entry of a sampler, and a digest of all entries."""
+
+    def __init__(self, sampler: Iterable[Any], rank: int, ranks: int) -> None:
+        self.sampler, self.rank, self.ranks, self.order = sampler, rank, ranks, ""
+
+    def __iter__(self) -> Iterator[Any]:
+        digest = hashlib.sha256()
+        for place, entry in enumerate(self.sampler):
+            digest.update(repr(entry).encode())
+            if place % self.ranks == self.rank:
+                yield entry
+        self.order = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        assert isinstance(self.sampler, Sized)
+        return len(range(self.rank, len(self.sampler), self.ranks))
+
+
+def _dealt(loader: Any, rank: int, ranks: int) -> _Dealt | None:
+    """Which examples this rank loads; None where all batches have to be read."""
+    plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    if not plain or isinstance(loader.dataset, IterableDataset):
+        return None
+    return _Dealt(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, rank, ranks)
+
+
+def _loading(loader: DataLoader[Any], dealt: _Dealt) -> DataLoader[Any]:
+    """The same loader for some of its examples."""
+    names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"]
+    names += ["multiprocessing_context", "prefetch_factor", "persistent_workers"] if loader.num_workers else []
+    options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    if loader.batch_sampler is None:  # the data set makes batches itself
+        return DataLoader(loader.dataset, batch_size=None, sampler=dealt, **options)
+    return DataLoader(loader.dataset, batch_sampler=dealt, **options)

@@ -1,0 +1,299 @@
+"""Ranks of a process group put together what each has read: once a pass, after they have agreed on what it is."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfisher.capture.per_sample import FALLBACK
+from kronfisher.distributed import Parcel, Ranks, owners
+from kronfisher.errors import RankError
+from kronfisher.estimation.assignment import Known
+from kronfisher.estimation.groups import Fits, Group, Groups, Planned
+from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.parameters import fingerprint
+from kronfisher.fits import State
+from kronfisher.linalg import promote
+
+__all__ = ["LateKnowledge", "Meeting", "Said", "describe", "facts_of"]
+
+
+class LateKnowledge(Exception):
+    """The ranks treated parameters in different ways: all begin again with what each of them found."""
+
+    def __init__(self, known: Known, reason: str, again: bool) -> None:
+        super().__init__(reason)
+        self.known, self.again = known, again
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What ranks have to agree on about a group of blocks.
+
+    Attributes:
+        blocks: of the group.
+        facts: what has to be the same, by name.
+        frame: of the parcel of a state that does not add.
+        rows: positions that counted so far.
+    """
+
+    blocks: tuple[Block, ...]
+    facts: Mapping[str, Any]
+    frame: bytes | None
+    rows: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one rank says at a meeting.
+
+    Attributes:
+        facts: what has to be the same on all ranks, by name.
+        error: what went wrong on it.
+        again: whether its data can be read again.
+        late: what it wants to know from the first batch on.
+        known: how it treated its batches.
+        count: N of its data.
+        score: the sum of their log likelihood, if they have targets.
+        outputs: how many numbers of the outputs that covers.
+        targets: what was taken for targets, in words.
+        order: of all batches, if its data were dealt out.
+        entries: its groups.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    again: bool = True
+    late: Known | None = None
+    known: Known = field(default_factory=Known)
+    count: float = 0.0
+    score: float | None = None
+    outputs: int = 0
+    targets: str = ""
+    order: str = ""
+    entries: tuple[Entry, ...] = ()
+
+
+class Meeting:
+    """The meetings of one estimate.
+
+    Args:
+        ranks: of the process group.
+        device: of the model.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+        self._owner: dict[tuple[Key, ...], int] = {}
+        self._parts: dict[tuple[Key, ...], list[State]] = {}
+
+    def agree(self, said: Said, groups: Groups) -> tuple[list[Said], list[Parcel | None]]:
+        """Gather what all ranks say.
+
+        Raises:
+            RankError: a rank failed, or they differ; on all ranks.
+            LateKnowledge: they treated parameters in different ways; on all ranks.
+        """
+        parcels: list[Parcel | None] = []
+        entries = []
+        for group in () if said.error or said.late else groups:
+            parcel = None if group.done or group.state.adds else Parcel.of(group.state, self.ranks.device)
+            parcels.append(parcel)
+            entries.append(_entry(group, parcel))
+        plain = replace(said.known, groups=())
+        all_said: list[Said] = self.ranks.gather(replace(said, known=plain, entries=tuple(entries)))
+        for rank, other in enumerate(all_said):
+            if other.error:
+                raise RankError(f"rank {rank}: {other.error}")
+        for name in dict.fromkeys(name for other in all_said for name in other.facts):
+            _require_same(f"{name}: ", [other.facts.get(name) for other in all_said], "")
+        orders = {other.order for other in all_said if other.order}
+        if len(orders) > 1:
+            _require_same("", [other.order for other in all_said], _ORDER)
+        _require_one_treatment(all_said)
+        return all_said, parcels
+
+    def complete(self, said: list[Said], fits: Fits, groups: Groups, count: float | Tensor) -> Known:
+        """Make empty states for groups that other ranks have, in one order everywhere; what all of them know."""
+        known = _union([other.known for other in said])
+        fits = replace(fits, dear=known.dear.keys())
+        own = {tuple(block.key for block in group.blocks) for group in groups}
+        order: dict[tuple[Key, ...], Entry] = {}
+        for entry in (entry for other in said for entry in other.entries):
+            order.setdefault(tuple(block.key for block in entry.blocks), entry)
+        missing = [entry.blocks for keys, entry in order.items() if keys not in own]
+        planned = []
+        for blocks in missing:
+            fit = fits.of(blocks[0])
+            like = promote(fits.parameters[blocks[0].parameters[0]].detach().new_empty(0))
+            planned.append(Planned(fit, blocks, fit.plan(blocks, like.element_size()), like))
+        groups.add(planned, None, count)
+        groups.order(list(order))
+        if new := [keys for keys in order if keys not in self._owner]:
+            costs = [sum(float(sum(size**3 for size in block.shape)) for block in order[keys].blocks) for keys in new]
+            self._owner.update(zip(new, owners(costs, self.ranks.size), strict=True))
+        for group in groups:
+            group.owner = self._owner[tuple(block.key for block in group.blocks)]
+        return replace(known, groups=tuple(groups))
+
+    def merge(self, said: list[Said], parcels: list[Parcel | None], groups: Groups) -> None:
+        """Put the states of every group that reads data together, at its owner; elsewhere their sums are let go of."""
+        entries = [{tuple(block.key for block in entry.blocks): entry for entry in other.entries} for other in said]
+        own = dict(zip(entries[self.ranks.rank], parcels, strict=True))
+        reading = [group for group in groups if not group.done]
+        adding = [group for group in reading if group.state.adds]
+        self.ranks.reduce_([(tensor, group.owner) for group in adding for tensor in group.state.sums.values()])
+        for group in reading:
+            keys = tuple(block.key for block in group.blocks)
+            there = [(rank, of_rank[keys]) for rank, of_rank in enumerate(entries) if keys in of_rank]
+            if group.state.adds:
+                group.state.count = sum(other.count for other in said)
+                group.state.rows = sum(entry.rows for _, entry in there)
+            else:
+                frames = [of_rank[keys].frame if keys in of_rank else None for of_rank in entries]
+                frames = [frame or _NOTHING.frame for frame in frames]
+                states = self.ranks.collect(own.get(keys) or _NOTHING, frames, group.owner, self.device)
+                self._parts[keys] = [replace(state, blocks=group.blocks) for state in states if state is not None]
+            if group.owner != self.ranks.rank:
+                group.state.release()
+
+    def _whole(self, group: Group) -> Group:
+        """A group of this rank's own, after states that do not add were merged in the order of ranks."""
+        if parts := self._parts.pop(tuple(block.key for block in group.blocks), []):
+            group.state = parts[0]
+            for part in parts[1:]:
+                group.state = group.fit.combine(group.state, part)
+        return group
+
+    def at_owners(self, groups: Iterable[Group], function: Callable[[Group], Any]) -> list[Any]:
+        """The function of every group, computed by its owner and known to all.
+
+        Raises:
+            RankError: it failed at one of them; on the other ranks.
+        """
+        groups, error, own = list(groups), None, {}
+        try:
+            for place, group in enumerate(groups):
+                if group.owner == self.ranks.rank:
+                    own[place] = function(self._whole(group))
+        except Exception as problem:
+            error = problem
+        values: dict[int, Any] = {}
+        for rank, (failure, found) in enumerate(self.ranks.share((describe(error), own), self.device)):
+            if failure:
+                raise error if rank == self.ranks.rank and error else RankError(f"rank {rank}: {failure}")
+            values.update(found)
+        return [values[place] for place in range(len(groups))]
+
+
+_NOTHING = Parcel.of(None)
+_ORDER = (
+    "the batches were dealt out in different orders, so that some are read twice and others never. Let the loader "
+    "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
+)
+_TREATMENT = "ranks treated it in different ways; give data that can be read again, so that all can begin anew."
+
+
+def describe(error: BaseException | None) -> str:
+    """An error, for other ranks."""
+    return "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def facts_of(recipe: Recipe, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What has to be the same on all ranks before anything is summed, by name."""
+    facts: dict[str, Any] = {"the likelihood": repr(recipe.likelihood)}
+    facts |= {name: getattr(recipe, name) for name in ("labels", "samples", "seed", "strict")}
+    tensors = [("parameter", name, p) for name, p in parameters.items()]
+    tensors += [("buffer", name, b) for name, b in recipe.model.named_buffers()]
+    for kind, name, tensor in tensors:
+        facts[f"{kind} {name}"] = f"{list(tensor.shape)} {tensor.dtype} {fingerprint({name: tensor})[:12]}"
+    return facts
+
+
+def _entry(group: Group, parcel: Parcel | None) -> Entry:
+    state, facts = group.state, {}
+    if not group.done:
+        facts = {"fit": repr(group.fit), "kind of sums": type(state).__name__, "pass": state.phase}
+        facts["passes"] = state.plan.passes
+        if state.adds:
+            facts |= {f"the {name}": (tuple(x.shape), str(x.dtype)) for name, x in state.sums.items()}
+    frame = None if parcel is None else parcel.frame
+    return Entry(group.blocks, facts, frame, float(state.rows))
+
+
+def _require_same(what: str, values: list[Any], advice: str) -> None:
+    """RankError, on all ranks, that names the first rank that differs from rank 0."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            text = f"{what}rank 0 has {_short(values[0])}, rank {rank} {_short(value)}"
+            raise RankError(f"{text}{'; ' if advice else '.'}{advice}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 200 else text[:200] + "…"
+
+
+def _require_one_treatment(said: list[Said]) -> None:
+    """Every block is treated alike by all ranks that have it.
+
+    Raises:
+        RankError: they differ in a way that beginning again does not mend.
+        LateKnowledge: they need not, if all begin with what each of them found.
+    """
+    union, again = _union([other.known for other in said]), all(other.again for other in said)
+    blocks = {b.key: b for other in said for entry in other.entries for b in entry.blocks}
+    anew = replace(union, neighbours=Known().neighbours, foreseen=tuple(blocks.values()))
+    if any(other.late for other in said):
+        late = _union([other.late or other.known for other in said])
+        foreseen = {b.key: b for other in said if other.late for b in other.late.foreseen} | blocks
+        raise LateKnowledge(replace(late, foreseen=tuple(foreseen.values())), _TREATMENT, again)
+    placed: dict[Key, tuple[tuple[Block, ...], int]] = {}
+    for rank, other in enumerate(said):
+        for entry in other.entries:
+            for block in entry.blocks:
+                names = set(block.parameters)
+                if block.operator != FALLBACK and (
+                    names & union.fallback.keys() or (len(names) > 1 and names & union.apart)
+                ):
+                    raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
+                if block.weight is None and names & (union.dear.keys() - other.known.dear.keys()):
+                    raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
+                before, first = placed.setdefault(block.key, (entry.blocks, rank))
+                if [b.key for b in before] != [b.key for b in entry.blocks]:
+                    raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
+    first_facts: dict[tuple[Key, ...], tuple[int, Mapping[str, Any]]] = {}
+    for rank, other in enumerate(said):
+        for entry in other.entries:
+            keys = tuple(block.key for block in entry.blocks)
+            first, facts = first_facts.setdefault(keys, (rank, entry.facts))
+            for name in dict.fromkeys([*facts, *entry.facts]):
+                if facts.get(name) != entry.facts.get(name):
+                    names = ", ".join(block.name for block in entry.blocks)
+                    raise RankError(
+                        f"{names}: {name} is {_short(facts.get(name))} on rank {first} and "
+                        f"{_short(entry.facts.get(name))} on rank {rank}."
+                    )
+
+
+def _union(known: list[Known]) -> Known:
+    """What any rank knows."""
+    fallback, dear, after, cuts = {}, {}, {}, {}
+    for each in reversed(known):
+        fallback |= each.fallback
+        dear |= each.dear
+        after |= each.neighbours.after
+        cuts |= each.neighbours.cuts
+    first = known[0]
+    return replace(
+        first,
+        groups=(),
+        fallback=dict(sorted(fallback.items())),
+        apart=frozenset().union(*(each.apart for each in known)),
+        mixed=frozenset().union(*(each.mixed for each in known)),
+        neighbours=replace(first.neighbours, after=after, cuts=cuts),
+        dear=dict(sorted(dear.items())),
+    )

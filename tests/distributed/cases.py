@@ -1,0 +1,182 @@
+"""What ranks are asked to do in the tests: each function gets its rank first."""
+
+import torch
+import torch.distributed as dist
+
+import kronfisher as kf
+from tests.conformance.problems import DRAWS, SEED, problem
+
+
+def parts(p, sizes):
+    """A problem's data in batches of these sizes."""
+    return list(zip(p.x.split(sizes), p.targets.split(sizes), strict=True))
+
+
+def described(fisher):
+    """A matrix in plain numbers."""
+    blocks = {name: operator.to_dense() for name, operator in fisher.blocks.items()}
+    return blocks, (fisher.info.count, fisher.info.log_likelihood, fisher.info.outputs, fisher.info.targets)
+
+
+def estimate(rank, example, likelihood, fit, labels, sizes):
+    p = problem(example, likelihood)
+    data, group = parts(p, sizes), None
+    if rank is not None:
+        data, group = kf.shard(data), dist.group.WORLD
+    options = {"samples": DRAWS if labels == "sampled" else 1, "seed": SEED}
+    return described(kf.estimate(p.model, data, p.likelihood, fit=fit, labels=labels, group=group, **options))
+
+
+def same_bits(answers):
+    """Whether all ranks have one answer, bit by bit."""
+    first, rest = answers[0], answers[1:]
+    return all(
+        one.keys() == first.keys() and all(torch.equal(one[name], first[name]) for name in first) for one in rest
+    )
+
+
+class Branches(torch.nn.Module):
+    """One of two layers, by the sign of the first number of a batch; a third is used by nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.unused = (torch.nn.Linear(3, 2) for _ in range(3))
+
+    def forward(self, x):
+        return self.left(x) if x[0, 0] > 0 else self.right(x)
+
+
+def of_all(rank, batches):
+    """Data and group of a rank, or of one process."""
+    return (batches, {}) if rank is None else (kf.shard(batches), {"group": dist.group.WORLD})
+
+
+def fresh(model):
+    """The same weights wherever it is made."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.double()
+
+
+def numbers(*shape, seed=2):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def branches(rank, fit):
+    x = [numbers(4, 3, seed=seed).abs() * (-1) ** (seed == 1) for seed in range(4)]
+    data, group = of_all(rank, x)
+    return described(kf.estimate(fresh(Branches()), data, kf.Categorical(), fit=fit, labels="exact", **group))
+
+
+class Late(torch.nn.Module):
+    """A layer whose weight is also used in a way that is not understood, in one batch only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if x[0, 0] < 0:
+            hidden = hidden + torch.linalg.norm(self.first.weight, dim=1) * x
+        return self.last(hidden)
+
+
+def late(rank, fit):
+    x = [numbers(4, 3, seed=seed).abs() * (-1) ** (seed == 2) for seed in range(4)]
+    data, group = of_all(rank, x)
+    return described(kf.estimate(fresh(Late()), data, kf.Categorical(), fit=fit, labels="exact", **group))
+
+
+def perceptron():
+    return fresh(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)))
+
+
+def wrapped(rank):
+    model = perceptron()
+    if rank is not None:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    data, group = of_all(rank, list(numbers(10, 4).split(2)))
+    return described(kf.estimate(model, data, kf.Categorical(), labels="exact", **group))
+
+
+def sampled(rank, samples):
+    data, group = of_all(rank, list(numbers(10, 4).split(2)))
+    how = {"labels": "exact"} if samples is None else {"samples": samples}
+    return described(kf.estimate(perceptron(), data, kf.Categorical(), fit="full", **how, **group))
+
+
+def measured(rank):
+    """The error and the spectrum of a matrix, whose second block is not written out."""
+    from kronfisher.estimation import error
+
+    before, error._WRITTEN_OUT = error._WRITTEN_OUT, 16
+    try:
+        data, group = of_all(rank, list(numbers(11, 4).split(2)))
+        fisher = kf.estimate(perceptron(), data, kf.Categorical(), labels="exact", **group)
+        distance, spectra = fisher.error(data), fisher.spectrum(data, rank=3)
+    finally:
+        error._WRITTEN_OUT = before
+    return distance.distances, distance.norms, {name: own.values.tolist() for name, own in spectra.items()}
+
+
+def counted(rank):
+    """Bytes that this rank sent in an estimate, how often, and how many of them were its operators."""
+    from kronfisher.distributed import Ranks
+
+    made, old = [], Ranks.__init__
+
+    def init(self, group):
+        old(self, group)
+        made.append(self)
+
+    Ranks.__init__ = init
+    try:
+        data = list(numbers(10, 4).split(2))
+        fisher = kf.estimate(perceptron(), data, kf.Gaussian(), fit="kfac", labels="exact", group=dist.group.WORLD)
+    finally:
+        Ranks.__init__ = old
+    (ranks,) = made
+    own = [o for k, o in enumerate(fisher.blocks.values()) if k == ranks.rank]
+    sizes = [-(-tensor.numel() * 8 // 16) * 16 for o in own for tensor in (o.A, o.B)]
+    return ranks.sent, ranks.collectives, sum(sizes)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from range(7)
+
+
+def shards(rank):
+    """Examples that a rank gets of several kinds of loaders of seven batches."""
+    data = torch.utils.data.TensorDataset(torch.arange(7))
+    loader = torch.utils.data.DataLoader
+    shuffled = loader(data, shuffle=True, generator=torch.Generator().manual_seed(3))
+    kinds = [loader(data), shuffled, loader(data, batch_size=None), loader(Stream(), batch_size=None)]
+    found = [[int(batch[0]) if isinstance(batch, list | tuple) else int(batch) for batch in kf.shard(k)] for k in kinds]
+    return [*found, list(kf.shard(list(range(7))))]
+
+
+def different(rank, what):
+    """Ranks that disagree, or of which one fails: the kind of error and its text."""
+    torch.manual_seed(rank if what == "weights" else 0)
+    layer, x, y = torch.nn.Linear(3, 2), numbers(12, 3).float(), torch.arange(12) % 2
+    labels = "observed" if what == "labels" and rank == 1 else "exact"
+    fit = "kfoc" if what == "fit" and rank == 1 else "kfac"
+    if what == "finish":
+        fit = kf.KL(damping=0.0)
+    data = list(zip(x.split(2), y.split(2), strict=True))
+    if what == "data" and rank == 1:
+        data[0] = (x[:2, :1], y[:2])
+    shard = kf.shard(data) if what != "data" else data
+    if what == "order":
+        every = torch.utils.data.TensorDataset(x, y)
+        generator = torch.Generator().manual_seed(rank)
+        shard = kf.shard(torch.utils.data.DataLoader(every, 2, shuffle=True, generator=generator))
+    try:
+        kf.estimate(layer, shard, kf.Categorical(), fit=fit, labels=labels, group=dist.group.WORLD)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""

@@ -1,0 +1,124 @@
+"""Ranks that read a part of the data each get the matrix that one process gets of all of it."""
+
+import re
+
+import pytest
+import torch
+
+import kronfisher as kf
+from kronfisher.fits import FITS, resolve
+from kronfisher.likelihoods import REGISTRY
+from tests.distributed import cases
+from tests.helpers.close import close
+
+BATCHES = [2, 1, 1]  # three ranks get one each, two ranks other numbers of them
+
+
+def agree(answers, truth):
+    assert cases.same_bits([blocks for blocks, _ in answers])
+    (blocks, facts), (true_blocks, (count, score, *others)) = answers[0], truth
+    assert all(other == facts for _, other in answers)
+    assert facts == (count, score if score is None else pytest.approx(score, rel=1e-12), *others)
+    assert blocks.keys() == true_blocks.keys()
+    for name, matrix in blocks.items():
+        close(matrix, true_blocks[name], 1e-10, name, vanishing=True)
+
+
+@pytest.mark.parametrize("fit", [name for name in FITS if not resolve(name).by_batch])
+def test_every_fit_is_that_of_one_process(ranks, fit):
+    case = ("conv2d", "categorical-sequence", fit, "exact" if ranks.size == 2 else "observed", BATCHES)
+    agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
+
+
+@pytest.mark.parametrize("fit", [name for name in FITS if resolve(name).by_batch])
+def test_means_of_batches_that_depend_on_their_order_are_alike_on_all_ranks(ranks, fit):
+    case = ("linear", "categorical", fit, "exact", [2, 1, 2])
+    answers, (truth, facts) = ranks.call(cases.estimate, *case), cases.estimate(None, *case)
+    assert cases.same_bits([blocks for blocks, _ in answers]) and answers[0][1][0] == facts[0]
+    for name, matrix in answers[0][0].items():
+        assert (matrix - truth[name]).norm() < 0.1 * truth[name].norm()
+
+
+@pytest.mark.parametrize("likelihood", REGISTRY)
+def test_every_likelihood_is_that_of_one_process(ranks, likelihood):
+    case = ("linear", likelihood, "kfac", "observed" if ranks.size == 2 else "exact", [2, 1, 2])
+    agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
+
+
+def test_a_rank_without_data_adds_nothing(ranks):
+    case = ("linear", "categorical", "ekfac", "exact", [5])
+    agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
+
+
+def test_layers_that_some_ranks_do_not_use(ranks):
+    agree(ranks.call(cases.branches, "kfac"), cases.branches(None, "kfac"))
+    agree(
+        ranks.call(cases.branches, {"right*": "ekfac", "*": "full"}),
+        cases.branches(None, {"right*": "ekfac", "*": "full"}),
+    )
+
+
+def test_a_batch_that_needs_another_treatment_makes_all_ranks_begin_again(ranks):
+    agree(ranks.call(cases.late, "kfac"), cases.late(None, "kfac"))
+
+
+def test_wrapped_in_ddp(ranks):
+    agree(ranks.call(cases.wrapped), cases.wrapped(None))
+
+
+def test_errors_and_spectra_are_those_over_all_data(ranks):
+    answers, truth = ranks.call(cases.measured), cases.measured(None)
+    assert all(answer == answers[0] for answer in answers)
+    for own, true in zip(answers[0], truth, strict=True):
+        assert own == {name: pytest.approx(value, rel=1e-10, abs=1e-12) for name, value in true.items()}
+
+
+def test_labels_are_drawn_apart(ranks):
+    """In distribution the same: over many draws the exact matrix."""
+    answers = ranks.call(cases.sampled, 400)
+    assert cases.same_bits([blocks for blocks, _ in answers])
+    exact = cases.sampled(None, None)[0]
+    for name, matrix in answers[0][0].items():
+        assert 1e-4 * exact[name].norm() < (matrix - exact[name]).norm() < 0.2 * exact[name].norm()
+
+
+def test_bytes_and_collectives(ranks):
+    """One agreement, a sum at each of two owners, whether there is another pass; then what each owner has finished."""
+    sums = 8 * sum(size**2 for size in (5, 4, 5, 3))
+    for sent, collectives, own in ranks.call(cases.counted):
+        assert collectives == 1 + 2 + 1 + 1 + 2
+        assert sent == sums + own
+
+
+def test_shards_hold_every_batch_once(ranks):
+    for parts in zip(*ranks.call(cases.shards), strict=True):
+        assert sorted(place for part in parts for place in part) == list(range(7))
+        assert [len(part) for part in parts] == [len(range(rank, 7, ranks.size)) for rank in range(ranks.size)]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("order", "dealt out in different orders"),
+        ("weights", r"parameter weight: rank 0 has .* rank 1"),
+        ("labels", "labels: rank 0 has exact, rank 1 observed"),
+        ("fit", "weight: fit is KFAC"),
+        ("data", "rank 1: RuntimeError"),
+        ("finish", r"rank \d: SingularError: weight"),
+    ],
+)
+def test_ranks_that_differ_or_fail_raise_everywhere(ranks, what, message):
+    errors = ranks.call(cases.different, what)
+    assert any(kind == "RankError" for kind, _ in errors)
+    for rank, (kind, text) in enumerate(errors):
+        if kind != "RankError":  # the rank itself keeps its own error
+            assert (what, kind) in {("data", "RuntimeError"), ("finish", "SingularError")}, (rank, kind, text)
+        else:
+            assert re.search(message, text), text
+
+
+def test_one_process():
+    batches = [torch.randn(2, 3)]
+    assert kf.shard(batches) is batches
+    with pytest.raises(RuntimeError, match="no process group is initialised"):
+        kf.estimate(torch.nn.Linear(3, 2), batches, kf.Categorical(), group=3)
