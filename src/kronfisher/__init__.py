@@ -22,6 +22,8 @@ from kronfisher.estimation.kernel import kernel
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.damping import FactoredTikhonov, Tikhonov
 from kronfisher.fisher.files import load
+from kronfisher.fisher.merge import merge
+from kronfisher.fisher.penalty import Penalty
 from kronfisher.fits import (
     EKFAC,
     KFAC,
@@ -56,7 +58,7 @@ from kronfisher.optim import IterateAverage, LayerwiseStep, NaturalGradient, Qua
 from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Schedule
 from kronfisher.optim.preconditioner import Preconditioner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EKFAC",
@@ -95,6 +97,7 @@ __all__ = [
     "NaturalGradient",
     "NumericalError",
     "NumericalWarning",
+    "Penalty",
     "Poisson",
     "Preconditioner",
     "Prediction",
@@ -118,6 +121,7 @@ __all__ = [
     "kernel",
     "laplace_backend",
     "load",
+    "merge",
     "nearest_kronecker",
     "shard",
 ]

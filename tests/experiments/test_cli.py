@@ -11,10 +11,16 @@ from functools import partial
 import pytest
 import torch
 
-from kronfisher.experiments import cli, commands, study
+from kronfisher.experiments import cli, commands, doctor, study
 from kronfisher.experiments.studies import kfoc, kpsvd
 from tests.helpers.command_line import run
+from tests.helpers.layout import ROOT
+from tests.helpers.optional import require
 
+COMMANDS = (
+    ("demo",), ("compare",), ("coverage",), ("report",), ("uncertainty",), ("influence",), ("race",), ("race", "suite"),
+    ("doctor",), ("schema",),
+)  # fmt: skip
 QUICK = ("--network", "mlp", "--limit", "40", "--epochs", "1", "--train-size", "100", "--fits", "kfac,diagonal")
 
 
@@ -193,7 +199,7 @@ def test_every_command_is_a_function(capsys):
     _, out, _ = run(capsys)
     listed = {line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()}
     options = {"study", "influence_study", "suite", "stability", "rates"}
-    assert listed == functions - options and len(listed) == 6
+    assert listed == functions - options and len(listed) == len(COMMANDS) - 1  # "race suite" begins as "race" does
     assert all("Returns:" in getattr(commands, name).__doc__ for name in functions)
 
 
@@ -215,6 +221,55 @@ def test_help(capsys):
     assert code == 0 and all(
         option in out for option in ("--data", "--fits", "--labels", "--memory-budget", "--figures")
     )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_help_of_every_command_ends_with_an_example_that_has_only_options_of_the_command(command, capsys):
+    code, out, _ = run(capsys, *command, "--help")
+    *_, example = out.split("Example:")
+    words = example.split()
+    assert code == 0 and words[: 1 + len(command)] == ["kronfisher", *command]
+    for word in words:
+        assert not word.startswith("--") or f"{word} " in out.split("Example:")[0]
+
+
+def test_every_command_is_among_those_with_an_example_and_on_its_page(capsys):
+    _, out, _ = run(capsys)
+    listed = out.split("Commands")[1]
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for command in map(" ".join, COMMANDS):
+        assert f" {command} " in listed and f"`kronfisher {command}`" in page
+
+
+def test_the_doctor_names_what_is_missing_and_what_is_wrong(capsys, tmp_path, monkeypatch):
+    asked = ["torch>=2", 'absent>=3; extra == "one"', 'numpy>=1; extra == "one"', 'kronfisher[one]; extra == "two"']
+    monkeypatch.setattr(doctor, "requires", lambda name: [*asked, 'numpy>=1000; extra == "three"'])
+    assert doctor.missing_packages() == {"one": ("absent>=3",), "two": ("absent>=3",), "three": ("numpy>=1000",)}
+    code, out, _ = run(capsys, "doctor", "--json", tmp_path / "doctor.json")
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert code == bool(found["problems"]) and found["facts"]["torch"] == torch.__version__
+    assert 'pip install "kronfisher[two]"' in out
+    torch.set_flush_denormal(True)
+    try:
+        code, out, _ = run(capsys, "doctor")
+    finally:
+        torch.set_flush_denormal(False)
+    assert code == 1 and "subnormal numbers are flushed to zero" in " ".join(out.split())
+
+
+def test_files_follow_their_schema(capsys, tmp_path):
+    jsonschema = require("jsonschema")
+    for command, options in (("compare", QUICK), ("doctor", ())):
+        path = tmp_path / f"{command}.json"
+        run(capsys, command, *options, "--json", path)
+        code, out, _ = run(capsys, "schema", command)
+        found = json.loads(path.read_text())
+        jsonschema.validate(found, json.loads(out))
+        assert code == 0
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({key: value for key, value in found.items() if key != "versions"}, json.loads(out))
+    code, _, error = run(capsys, "schema", "coverage")
+    assert code == 2 and "writes no JSON" in error
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ SOURCE = ROOT / "src" / "kronfisher"
 # Floors of rooms, the ground first. A file imports from its own room and from rooms on lower floors.
 FLOORS = [
     {"errors", "tables"},
-    {"linalg", "distributed"},
+    {"linalg", "distributed", "pages"},
     {"operators", "likelihoods"},
     {"fisher"},
     {"layers"},
@@ -16,7 +16,7 @@ FLOORS = [
     {"estimation"},
     {"optim", "laplace", "influence"},
     {"__init__"},
-    {"experiments"},
+    {"experiments", "integrations"},
     {"__main__"},
 ]
 FLOOR = {room: k for k, floor in enumerate(FLOORS) for room in floor}

@@ -1,49 +1,20 @@
 """The results of a comparison of fits: one row per fit, as tables for people and as JSON for programs."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from kronfisher.errors import DataError
 from kronfisher.estimation.documents import document
+from kronfisher.estimation.page import page
+from kronfisher.estimation.row import Row
 from kronfisher.fits import FITS
 from kronfisher.tables import Table, duration, number, size
 
 __all__ = ["Comparison", "Row"]
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """The results of one fit.
-
-    Attributes:
-        fit: its name, or its settings where it was given as an object.
-        count: N, the number of examples.
-        seconds: wall time of the estimate alone, warmed up; the shortest of three if it is short.
-        bytes: of the operator.
-        error: ‖F̂ − F‖ / ‖F‖ in the Frobenius norm over all blocks, F the exact blocks of the same data and labels.
-        blocks: the same for every block, by name.
-        trace: tr F̂ / tr F.
-        shown: the name and the dense matrix ``[D, D]`` of one small block, the same for all
-            fits; None if there is none.
-        failure: why there is no result, or no error; missing numbers are NaN or 0.
-    """
-
-    fit: str
-    count: int = 0
-    seconds: float = math.nan
-    bytes: int = 0
-    error: float = math.nan
-    blocks: Mapping[str, float] = field(default_factory=dict)
-    trace: float = math.nan
-    shown: tuple[str, Tensor] | None = None
-    failure: str = ""
-
-    def __str__(self) -> str:
-        numbers = f"relative error {number(self.error)}, {duration(self.seconds)}, {size(self.bytes)}"
-        return f"{self.fit}: {self.failure or numbers}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,5 +69,50 @@ class Comparison:
         ]
         return document(self.settings, self.finished, rows=rows)
 
+    @classmethod
+    def from_json(cls, text: str) -> "Comparison":
+        """What `to_json` wrote, but for the dense blocks, which it leaves out.
+
+        Raises:
+            DataError: the text is something else.
+        """
+        try:
+            whole = json.loads(text)
+            rows = [
+                Row(
+                    row["fit"],
+                    row["count"],
+                    _number(row["seconds"]),
+                    row["bytes"],
+                    _number(row["relative_error"]),
+                    {name: _number(error) for name, error in row["blocks"].items()},
+                    _number(row["trace_ratio"]),
+                    failure=row["failure"] or "",
+                )
+                for row in whole["rows"]
+            ]
+            return cls(tuple(rows), whole["settings"], whole["finished"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"this is no comparison that `to_json` wrote ({type(error).__name__}: {error})") from error
+
+    def save_report(self, path: str | Path, title: str = "") -> Path:
+        """Write tables and pictures as one HTML page, which needs no other file and no network.
+
+        Args:
+            path: of the page, such as ``"comparison.html"``.
+            title: its heading; default: that of the first table.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ImportError: jinja2 or matplotlib is missing; ``pip install "kronfisher[report]"``.
+        """
+        return page(self.rows, self.settings, self.notes(), title or self.tables()[0].title).save(path)
+
     def __str__(self) -> str:
         return "\n\n".join(map(str, [*self.tables(), *self.notes()]))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -15,6 +15,7 @@ import torch
 from kronfisher.estimation.comparison import Comparison
 from kronfisher.estimation.coverage import Coverage
 from kronfisher.estimation.coverage import coverage as coverage_of
+from kronfisher.experiments.doctor import Health, examine
 from kronfisher.experiments.influence import STUDIES as ATTRIBUTION
 from kronfisher.experiments.influence.tracing import Traces, built_in, from_script, trace
 from kronfisher.experiments.progress import Say, Step, ignore
@@ -25,20 +26,25 @@ from kronfisher.experiments.race.suite.rates import Pairs, Rates
 from kronfisher.experiments.race.suite.stability import Stability, Starts
 from kronfisher.experiments.race.suite.suite import Suite
 from kronfisher.experiments.race.suite.table import Results
+from kronfisher.experiments.schemas import schema
 from kronfisher.experiments.studies import STUDIES, Findings
 from kronfisher.experiments.study import Study
 from kronfisher.experiments.uncertainty import STUDIES as POSTERIORS
 from kronfisher.experiments.uncertainty import UCIStudy
+from kronfisher.fisher import load
 
 __all__ = [
     "DEMO",
     "compare",
     "coverage",
     "demo",
+    "doctor",
     "influence",
     "influence_study",
     "race",
     "rates",
+    "report",
+    "schema",
     "stability",
     "study",
     "suite",
@@ -146,6 +152,41 @@ def coverage(
     """
     dataset, model = Study(data=data, network=network, seed=seed, data_dir=data_dir).load()
     return coverage_of(model.eval(), dataset.batches(2)[0])
+
+
+def doctor() -> Health:
+    """Look at versions, devices, threads and arithmetic, and at what is missing for which extra.
+
+    Returns:
+        Tables (``str``) and everything for programs (``to_json``); `problems` says what is wrong.
+    """
+    return examine()
+
+
+def report(file: Path, output: Path | None = None, *, title: str = "") -> Path:
+    """Write one HTML page about a Fisher matrix, or about a comparison of fits, from its file.
+
+    Args:
+        file: what `kronfisher.Fisher.save` or ``kronfisher compare --json`` wrote.
+        output: the page (default: beside the file, with its name).
+        title: its heading (default: the name of the file, or what was compared).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: the file is neither.
+        FileNotFoundError: there is no such file.
+        ImportError: a package is missing; the message says which.
+    """
+    output = output or file.with_suffix(".html")
+    if output == file:
+        raise ValueError(f"the page would replace {file}; name another with --output")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    if file.suffix == ".json":
+        return Comparison.from_json(file.read_text()).save_report(output, title)
+    return load(file).save_report(output, title or file.stem)
 
 
 def race(

@@ -13,12 +13,13 @@ from kronfisher.fisher.fisher import Fisher
 __all__ = ["load", "read", "save"]
 
 
-def load(path: str | Path, model: torch.nn.Module) -> Fisher:
+def load(path: str | Path, model: torch.nn.Module | None = None) -> Fisher:
     """Read a Fisher matrix that `Fisher.save` wrote, onto the device of `model`.
 
     Args:
         path: the file.
-        model: the model the matrix belongs to; its parameters must have the names and shapes of the file.
+        model: the model the matrix belongs to; its parameters must have the names and shapes of the file. Default: no
+            model is asked, and the matrix stays on the CPU.
 
     Returns:
         The Fisher, with the dtype it was saved in. It knows no data, so that its error cannot be measured.
@@ -31,7 +32,7 @@ def load(path: str | Path, model: torch.nn.Module) -> Fisher:
     return read(path, model)[0]
 
 
-def read(path: str | Path, model: torch.nn.Module) -> tuple[Fisher, dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path, model: torch.nn.Module | None) -> tuple[Fisher, dict[str, Tensor], dict[str, Any]]:
     """The matrix as `load` reads it, all tensors of the file, and its header."""
     contents, tensors, header = storage.read(path, model)
     return Fisher(contents.entries, contents.shapes, contents.info), tensors, header

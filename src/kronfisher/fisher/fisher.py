@@ -16,7 +16,10 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.info import Info
 from kronfisher.fisher.interop import linear_operator
 from kronfisher.fisher.layout import Blocks, block_name, gather, require_cover, scatter
+from kronfisher.fisher.page import page
+from kronfisher.fisher.penalty import Parameters, Penalty, anchored
 from kronfisher.fisher.report import Report, report
+from kronfisher.fisher.saliencies import pruned, saliencies
 from kronfisher.fisher.storage import Contents, write
 from kronfisher.fisher.vectors import Shapes, Vector, read
 from kronfisher.linalg import stable_norm
@@ -234,6 +237,84 @@ class Fisher(Algebra["Fisher"]):
             dense[index[:, None], index] = operator.to_dense().to(self.dtype)
         return dense
 
+    def penalty(self, anchor: Parameters) -> Penalty:
+        """``½ (θ − θ*)ᵀ F (θ − θ*)`` as a function of a model, to be added to a loss; penalties add up.
+
+        F as it is: where it is a mean over N examples, this is to second order what the mean loss on them rises by when
+        θ leaves a minimum θ*. Beside a mean loss on M other examples it counts N/M times. The gradient of the loss at
+        θ* is left out, as always.
+
+        Args:
+            anchor: θ*: the model, at the parameters of the estimate, or name → tensor for any others.
+
+        Returns:
+            A function of a model or of name → tensor; the anchor is copied, so that the model may be trained on.
+
+        Raises:
+            DataError: the anchor is another model, has been trained since, or does not fit.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> model, x = torch.nn.Linear(3, 1), torch.randn(50, 3)
+            >>> penalty = kf.estimate(model, x, kf.Gaussian(), labels="exact").penalty(model)
+            >>> _ = torch.nn.init.zeros_(model.bias)
+            >>> loss = model(x).square().mean() + 10.0 * penalty(model)
+            >>> loss.backward()
+        """
+        return anchored(self, anchor, self.device, self.info.parameters)
+
+    def saliencies(self, parameters: Parameters, *, adjusted: bool = False) -> dict[str, Tensor]:
+        """What the loss rises by, to second order, when one weight is set to zero: ``½ θ_i² F_ii``, for pruning.
+
+        Args:
+            parameters: θ: the model, at the parameters of the estimate, or name → tensor.
+            adjusted: the other weights of the block move to make up for it, ``½ θ_i² / (F⁻¹)_ii`` (optimal brain
+                surgeon; Hassibi & Stork 1992); else they stay (optimal brain damage; LeCun, Denker & Solla 1989).
+
+        Returns:
+            ``{name: [*shape]}``, in the units of the loss that F belongs to.
+
+        Raises:
+            SingularError: for `adjusted`, as in `solve`: add damping first.
+            DataError: as in `penalty`.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> model, x = torch.nn.Linear(3, 1), torch.randn(50, 3)
+            >>> fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+            >>> stays, moves = fisher.saliencies(model), (fisher + 1e-6).saliencies(model, adjusted=True)
+            >>> bool((moves["weight"] <= stays["weight"] + 1e-5).all())
+            True
+        """
+        return saliencies(self, parameters, self.device, self.info.parameters, adjusted=adjusted)
+
+    def pruned(self, parameters: Parameters, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """θ with the weights that are not kept at zero, and all others moved to make up for it.
+
+        The loss rises least, to second order: δ minimises ``½ δᵀ F δ`` with the removed weights at zero (optimal brain
+        surgeon for many weights at once), by conjugate gradients on products. Damping keeps δ small where F says
+        nothing.
+
+        Args:
+            parameters: θ: the model, at the parameters of the estimate, or name → tensor.
+            kept: name → booleans ``[*shape]``, True for weights that stay; parameters that are not named stay whole.
+
+        Returns:
+            ``{name: [*shape]}``, to be read with ``load_state_dict(..., strict=False)``.
+
+        Raises:
+            SingularError: as in `solve`: add damping first.
+            DataError: as in `penalty`, or `kept` does not fit.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> model, x = torch.nn.Linear(3, 1), torch.randn(50, 3)
+            >>> fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact") + 1e-3
+            >>> fisher.pruned(model, {"weight": torch.tensor([[True, False, True]])})["weight"][0, 1].item()
+            0.0
+        """
+        return pruned(self, parameters, kept, self.device, self.info.parameters)
+
     # Operations that give a Fisher ------------------------------------------------------------------------------------
 
     def mapped(self, function: Callable[[Operator], Operator], change: str) -> "Fisher":
@@ -372,6 +453,30 @@ class Fisher(Algebra["Fisher"]):
         if measured is None:
             return report(self.blocks, self.info)
         return report(self.blocks, self.info, measured.blocks, measured.relative)
+
+    def save_report(self, path: str | Path, title: str = "Fisher matrix", *, spectra: bool = True) -> Path:
+        """Write `report` as one HTML page with pictures, which needs no other file and no network.
+
+        Args:
+            path: of the page, such as ``"fisher.html"``.
+            title: its heading.
+            spectra: draw the eigenvalues of the largest blocks, which have to be computed for it.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ImportError: jinja2 or matplotlib is missing; ``pip install "kronfisher[report]"``.
+
+        Example:
+            >>> import tempfile, kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(50, 3), kf.Gaussian())
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     text = fisher.save_report(f"{folder}/fisher.html").read_text()
+            >>> text.count("<svg"), "Eigenvalues of each block" in text
+            (2, True)
+        """
+        return page(self.blocks, self.report(), title, spectra=spectra).save(path)
 
     def save(self, path: str | Path) -> None:
         """Write the matrix to a safetensors file, all or nothing; read it back with `kronfisher.load(path, model)`.

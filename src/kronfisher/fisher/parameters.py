@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kronfisher.errors import UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError
 
-__all__ = ["fingerprint", "trainable", "unwrapped"]
+__all__ = ["covered", "fingerprint", "trainable", "unwrapped"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 2**20  # elements at a time: the integers take several times the memory of the parameter
@@ -64,6 +64,35 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
                 "dense parameters that hold numbers are supported. Freeze it with requires_grad_(False)."
             )
     return parameters
+
+
+def covered(
+    model: nn.Module, shapes: Mapping[str, torch.Size], device: torch.device, estimated: str = ""
+) -> dict[str, nn.Parameter]:
+    """Name → parameter of those that a matrix covers, in the order of the matrix.
+
+    Args:
+        model: wrapped or not.
+        shapes: name → shape of what the matrix covers.
+        device: of the matrix.
+        estimated: fingerprint of the parameters that the matrix belongs to; empty: any of these shapes will do.
+
+    Raises:
+        DataError: a name, shape or device is not the model's, or the parameters have other values now.
+    """
+    parameters = dict(unwrapped(model).named_parameters())
+    for name, shape in shapes.items():
+        if name not in parameters or parameters[name].shape != shape:
+            raise DataError(f"{name} {list(shape)} of the Fisher is no parameter of this model.")
+        if parameters[name].device != device:
+            raise DataError(f"{name} is on {parameters[name].device}, the Fisher on {device}; move one of them.")
+    mine = {name: parameters[name] for name in shapes}
+    if estimated not in ("", fingerprint(mine) if estimated else ""):
+        raise DataError(
+            "the Fisher was estimated at other parameters than the model has now, or belongs to another model: "
+            "estimate it again after training."
+        )
+    return mine
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:

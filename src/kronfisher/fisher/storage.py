@@ -91,12 +91,13 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
-def read(path: str | Path, model: torch.nn.Module) -> tuple[Contents, dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path, model: torch.nn.Module | None) -> tuple[Contents, dict[str, Tensor], dict[str, Any]]:
     """A matrix that `write` wrote, all tensors of the file, and its header.
 
     Args:
         path: the file.
-        model: the model the matrix belongs to; its parameters must have the names and shapes of the file.
+        model: the model the matrix belongs to; its parameters must have the names and shapes of the file. None: no
+            model is asked, and the matrix stays on the CPU.
 
     Raises:
         DataError: the file is damaged or of another format, or the model does not match; the message says where.
@@ -104,7 +105,7 @@ def read(path: str | Path, model: torch.nn.Module) -> tuple[Contents, dict[str, 
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
     """
     safetensors = _safetensors()
-    path, model = Path(path), unwrapped(model)
+    path, model = Path(path), None if model is None else unwrapped(model)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -112,7 +113,7 @@ def read(path: str | Path, model: torch.nn.Module) -> tuple[Contents, dict[str, 
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             _require_format(path, header)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        device = _require_match(path, header["shapes"], model)
+        device = torch.device("cpu") if model is None else _require_match(path, header["shapes"], model)
         _require_checksum(header, tensors)
         tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
         contents = _build(header, tensors)

@@ -15,7 +15,7 @@ from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
-from kronfisher.fisher.parameters import fingerprint, unwrapped
+from kronfisher.fisher.parameters import covered, fingerprint, unwrapped
 from kronfisher.influence.damping import DampingChoice, read_damping
 from kronfisher.influence.files import RowFile, digest
 from kronfisher.influence.index import Index, Leading, write_index
@@ -104,20 +104,7 @@ class Influence:
             raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
         self.refine = refine
-        parameters = dict(self.model.named_parameters())
-        for name, shape in fisher.shapes.items():
-            if name not in parameters or parameters[name].shape != shape:
-                raise DataError(f"{name} {list(shape)} of the Fisher is no parameter of this model.")
-            if parameters[name].device != fisher.device:
-                raise DataError(
-                    f"{name} is on {parameters[name].device}, the Fisher on {fisher.device}; move one of them."
-                )
-        mine = {name: parameters[name] for name in fisher.shapes}
-        if fisher.info.parameters not in ("", fingerprint(mine)):
-            raise DataError(
-                "the Fisher was estimated at other parameters than the model has now, or belongs to another model: "
-                "estimate it again after training."
-            )
+        covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))
         recipe = getattr(fisher.context, "recipe", None)

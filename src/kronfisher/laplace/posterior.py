@@ -11,7 +11,7 @@ from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter
-from kronfisher.fisher.parameters import unwrapped
+from kronfisher.fisher.parameters import covered, unwrapped
 from kronfisher.fisher.precision import Group, Precision
 from kronfisher.laplace.linearised import Linearised
 from kronfisher.laplace.prior import PriorPrecision, entries, read_mean, read_prior
@@ -60,14 +60,7 @@ class Posterior:
             )
         self.model, self.fisher, self.likelihood = unwrapped(model), fisher, likelihood
         self.forward = forward or getattr(recipe, "forward", None)
-        parameters = dict(self.model.named_parameters())
-        for name, shape in fisher.shapes.items():
-            if name not in parameters or parameters[name].shape != shape:
-                raise DataError(f"{name} {list(shape)} of the Fisher is no parameter of this model.")
-            if parameters[name].device != fisher.device:
-                raise DataError(
-                    f"{name} is on {parameters[name].device}, the Fisher on {fisher.device}; move one of them."
-                )
+        parameters = covered(self.model, fisher.shapes, fisher.device)
         self.mean = {name: parameters[name].detach().clone() for name in fisher.shapes}
         self._versions = {name: parameters[name]._version for name in fisher.shapes}
         self.prior_mean = read_mean(prior_mean, self.mean)

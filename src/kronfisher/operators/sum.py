@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.linalg import negligible
 from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.cg import Convergence, conjugate_gradients
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.operator import Operator
 
@@ -80,8 +82,54 @@ class Sum(Operator, kind="total"):
         return sum((term.matvecs(rows) for term in self.terms[1:]), start=self.terms[0].matvecs(rows))
 
     def solves(self, rows: Tensor) -> Tensor:
-        """By the Cholesky factor of the matrix itself; UnsupportedError as in `write_out`."""
-        return self.write_out("its inverse").solves(rows)
+        """By the Cholesky factor of the matrix itself if it is small, else by conjugate gradients on the terms.
+
+        They are preconditioned with the first term that has eigenvectors, of the trace of all, plus the smallest number
+        of those that are diagonal.
+
+        Raises:
+            UnsupportedError: it is large, and no term has eigenvectors.
+
+        Warns:
+            NumericalWarning: they did not converge.
+        """
+        if self.is_small:
+            return self.write_out("its inverse").solves(rows)
+        label = self.name or self.structure
+        near, high, definite = self._near
+        floor = 0.0 if definite else negligible(self.dtype) * high
+        answer, convergence = conjugate_gradients(self.matvecs, near.matvecs, rows, scale=high, floor=floor, name=label)
+        vars(self)["_convergence"] = convergence  # of this very matrix, for reports
+        return answer
+
+    @property
+    def notes(self) -> str:
+        """Convergence of the last solution."""
+        return str(self.convergence or "")
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """Of the last solution by conjugate gradients; None if there was none."""
+        return vars(self).get("_convergence")
+
+    @cached_property
+    def _near(self) -> tuple[Operator, float, bool]:
+        """An approximate inverse, about the largest eigenvalue, and whether a diagonal term makes the sum definite."""
+        diagonals = [values for term in self.terms if (values := term.diagonal_values) is not None]
+        shift = sum((float(values.min()) for values in diagonals), start=0.0)
+        for term in self.terms:
+            if term.diagonal_values is not None:
+                continue
+            try:
+                leading = term.spectral()
+            except UnsupportedError:
+                continue
+            rest = float(self.trace()) - shift * self.dim
+            factor = max(rest / float(term.trace()), 1.0) if float(term.trace()) > 0 else 1.0
+            high = factor * leading.extremes[1] + shift
+            noise = negligible(self.dtype) * high
+            return leading.scaled(factor).shifted(max(shift, noise)).inverse(), high, shift > 0
+        return self.write_out("its inverse"), 0.0, False  # raises
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
         """As the matrix itself does; UnsupportedError as in `write_out`."""

@@ -129,7 +129,7 @@ class NaturalGradient(torch.optim.Optimizer):
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
         )
         self.steps, self._attachment = 0, Attachment()
-        parameters = self._parameters()
+        parameters = self.trained()
         passes = ForwardBackward(self._model, likelihood)
         settings = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
         if isinstance(self.rule, QuadraticModel):
@@ -183,7 +183,7 @@ class NaturalGradient(torch.optim.Optimizer):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = TrainedParameters(self._parameters(), self._options("lr"), self._options("weight_decay"), self.state)
+        trained = TrainedParameters(self.trained(), self._options("lr"), self._options("weight_decay"), self.state)
         with torch.no_grad():
             self.parts.make_step(self._model, trained, self.steps, whole=whole)
         self.steps += 1
@@ -277,11 +277,11 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put the average of the iterates in place of the weights, to evaluate or save the model; `train` undoes it."""
-        self.parts.evaluate(True, self._parameters())
+        self.parts.evaluate(True, self.trained())
 
     def train(self) -> None:
         """Put the weights back in place of their average, to continue training."""
-        self.parts.evaluate(False, self._parameters())
+        self.parts.evaluate(False, self.trained())
 
     def report(self) -> TrainingReport:
         """The state of training."""
@@ -294,7 +294,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """The damping schedule; None for a step that has none."""
         return self.rule.schedule if isinstance(self.rule, QuadraticModel) else None
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def trained(self) -> dict[str, nn.Parameter]:
         """Name → parameter of all groups.
 
         Raises:
@@ -315,7 +315,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """As in any optimiser; the new parameters get curvature from the next statistics on."""
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
-            self.parts.extend(self._parameters())
+            self.parts.extend(self.trained())
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")

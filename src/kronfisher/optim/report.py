@@ -1,8 +1,10 @@
 """The state of training, as the optimiser reports it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from kronfisher.optim.page import page
 from kronfisher.tables import together
 
 __all__ = ["TrainingReport"]
@@ -49,6 +51,60 @@ class TrainingReport:
     cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     overdue: int = 0
+
+    def save_report(
+        self, path: str | Path, history: Sequence["TrainingReport"] = (), title: str = "Training with natural gradients"
+    ) -> Path:
+        """Write the state of training as one HTML page, which needs no other file and no network.
+
+        Args:
+            path: of the page, such as ``"training.html"``.
+            history: reports of earlier steps, of which curves are drawn. Asking for a report waits for the device, so
+                keep one every some steps.
+            title: its heading.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ImportError: jinja2 or matplotlib is missing; ``pip install "kronfisher[report]"``.
+
+        Example:
+            >>> import tempfile, torch, kronfisher as kf
+            >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(50, 3), torch.randint(2, (50,))
+            >>> optimizer, reports = kf.NaturalGradient(model, kf.Categorical()), []
+            >>> for _ in range(5):
+            ...     _ = optimizer.step(lambda: model(x), y)
+            ...     reports.append(optimizer.report())
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     text = reports[-1].save_report(f"{folder}/training.html", reports).read_text()
+            >>> "<title>Loss of the batch</title>" in text
+            True
+        """
+        course = sorted({each.step: each for each in [*history, self]}.values(), key=lambda each: each.step)
+        facts = {
+            "step": f"{self.step:,}",
+            "loss": "–" if self.loss is None else f"{self.loss:.6g}",
+            "steps undone": str(self.rejected),
+            "steps skipped": str(self.skipped),
+            "batches without statistics": str(self.dropped),
+            "steps on old statistics": str(self.overdue),
+        }
+        values = {
+            "loss of the batch": [(each.step, each.loss) for each in course if each.loss is not None],
+            "damping λ": [(each.step, each.damping) for each in course if each.damping is not None],
+            "step size α": [(each.step, each.step_size) for each in course],
+            "momentum μ": [(each.step, each.momentum) for each in course],
+            "change of the loss over the predicted change": [
+                (each.step, each.ratio) for each in course if each.ratio is not None
+            ],
+        }
+        layers = [(name, f"inverse overdue by {steps} steps") for name, steps in self.stale.items()]
+        layers += list(self.troubles.items())
+        layers += [(name, f"plain momentum: {why}") for name, why in self.uncovered.items()]
+        layers += [(name, "examples are coupled by the batch; treated as independent") for name in self.coupled]
+        notes = [*str(self).splitlines()[:1], *self.cuts, *self.warnings]
+        return page(title, facts, notes, values, self.seconds, layers).save(path)
 
     def __str__(self) -> str:
         loss = "-" if self.loss is None else f"{self.loss:.6g}"

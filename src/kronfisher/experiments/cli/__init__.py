@@ -1,4 +1,4 @@
-"""The command line: ``kronfisher demo``, ``compare``, ``coverage``, ``race``, ``uncertainty`` and ``influence``."""
+"""The command line: ``kronfisher demo``, ``compare``, ``coverage``, ``report``, ``race`` and others."""
 
 import sys
 from typing import Any
@@ -41,7 +41,7 @@ def _app() -> Any:
     import typer
     from typer.core import TyperGroup
 
-    from kronfisher.experiments.cli import comparison, influence, race, suite, uncertainty
+    from kronfisher.experiments.cli import comparison, doctor, influence, race, report, suite, uncertainty
 
     class Commands(TyperGroup):
         """Commands of one word, or of two."""
@@ -53,10 +53,9 @@ def _app() -> Any:
     app = typer.Typer(
         cls=Commands,
         help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for commands in (comparison, uncertainty, influence, race, suite):
+    for commands in (comparison, report, uncertainty, influence, race, suite, doctor):
         commands.add(app)
     return app

@@ -7,6 +7,7 @@ from kronfisher.experiments.cli.options import (
     FOLDER,
     SEED,
     byte_size,
+    example,
     names,
     option,
     refuse_bad_options,
@@ -35,7 +36,7 @@ def add(app: Any) -> None:
     default = Study()
     data_help, network_help = f"one of {', '.join(data.names())}", f"one of {', '.join(networks.names())}"
 
-    @app.command()
+    @app.command(epilog=example("kronfisher demo --output results/demo"))
     def demo(output: Annotated[Path, option("folder for figures and JSON")] = Path("results/demo")) -> int:
         """Train two small networks on handwritten digits and compare every fit of their Fisher matrices."""
         with refuse_bad_options():
@@ -50,7 +51,7 @@ def add(app: Any) -> None:
 
     study_help = f"a paper's study instead: {' or '.join(STUDIES)}; of the options below only those of files apply"
 
-    @app.command()
+    @app.command(epilog=example("kronfisher compare --network mlp --fits kfac,ekfac,diagonal --json results/mlp.json"))
     def compare(
         context: typer.Context,
         study: Annotated[str | None, option(study_help)] = None,
@@ -108,7 +109,7 @@ def add(app: Any) -> None:
         )
         return _finish(comparison, len(names(fits)), network, json, figures)
 
-    @app.command()
+    @app.command(epilog=example("kronfisher coverage --network convnet"))
     def coverage(
         data_name: Annotated[str, option(data_help, "--data")] = default.data,
         network: Annotated[str, option(network_help)] = default.network,

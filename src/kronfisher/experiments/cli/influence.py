@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from kronfisher.experiments.cli.options import (
     FOLDER,
     SEED,
+    example,
     option,
     refuse_bad_options,
     refuse_other_options,
@@ -26,7 +27,7 @@ def add(app: Any) -> None:
     data_help, network_help = f"one of {', '.join(data.names())}", f"one of {', '.join(networks.names())}"
     study_help = f"how good scores are instead: {' or '.join(STUDIES)}; it goes on where it was interrupted"
 
-    @app.command()
+    @app.command(epilog=example("kronfisher influence --network mlp --queries 4 --output results/influence"))
     def influence(
         context: typer.Context,
         study: Annotated[str | None, option(study_help)] = None,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "byte_size",
+    "example",
     "names",
     "option",
     "refuse_bad_options",
@@ -28,6 +29,11 @@ def option(text: str, *names: str) -> Any:
     import typer
 
     return typer.Option(*names, help=text)
+
+
+def example(line: str) -> str:
+    """The last line of a command's help."""
+    return f"Example: {line}"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from kronfisher.estimation.comparison import Comparison
+    from kronfisher.experiments.doctor import Health
     from kronfisher.experiments.equations import Curves
     from kronfisher.experiments.influence.tracing import Traces
     from kronfisher.experiments.race.standings import Standings
@@ -110,7 +111,7 @@ def finish(
     return 0 if useful else 1
 
 
-def show(result: "Findings | Comparison | Curves | Standings | Results | Starts | Pairs | Traces") -> None:
+def show(result: "Findings | Comparison | Curves | Standings | Results | Starts | Pairs | Traces | Health") -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kronfisher.experiments.cli.options import (
     FOLDER,
+    example,
     names,
     option,
     refuse_bad_options,
@@ -34,7 +35,7 @@ def add(app: Any) -> None:
     from kronfisher.experiments.race.pictures import draw
     from kronfisher.experiments.race.result import write
 
-    @app.command()
+    @app.command(epilog=example("kronfisher race curves --optimizers adamw,layerwise --budget 60"))
     def race(
         problem: Annotated[str, typer.Argument(help=f"one of {', '.join((*PROBLEMS, *EQUATIONS))}")],
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(COMPETITORS)}")] = "",

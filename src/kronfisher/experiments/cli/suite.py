@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from kronfisher.experiments.cli.options import (
     FOLDER,
+    example,
     names,
     option,
     refuse_bad_options,
@@ -33,7 +34,9 @@ def add(app: Any) -> None:
     from kronfisher.experiments.race.suite.suite import Suite
     from kronfisher.experiments.race.suite.table import Results
 
-    @app.command("race suite")
+    @app.command(
+        "race suite", epilog=example("kronfisher race suite --half development --seconds 3 --optimizers natural")
+    )
     def suite(
         half: Annotated[str, option(f"one of {', '.join(HALVES)} (default: both)")] = "",
         problems: Annotated[str, option(f"comma-separated, of {', '.join(PROBLEMS)} (default: the half's)")] = "",

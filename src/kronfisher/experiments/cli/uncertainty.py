@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from kronfisher.experiments.cli.options import FOLDER, option, refuse_bad_options, require_writable
+from kronfisher.experiments.cli.options import FOLDER, example, option, refuse_bad_options, require_writable
 from kronfisher.experiments.cli.output import finish, watch
 
 __all__ = ["add"]
@@ -16,7 +16,7 @@ def add(app: Any) -> None:
     from kronfisher.experiments import commands
     from kronfisher.experiments.uncertainty import STUDIES
 
-    @app.command()
+    @app.command(epilog=example("kronfisher uncertainty picture --quick"))
     def uncertainty(
         study: Annotated[str, typer.Argument(help=f"one of {', '.join(STUDIES)}")],
         quick: Annotated[bool, option("the same in seconds", "--quick")] = False,
