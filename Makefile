@@ -10,7 +10,7 @@ export KRONFISHER_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs dist matrix release format clean
+.PHONY: help demo test check bench docs site dist matrix release format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ bench: $(READY)  ## side by side with other libraries (makes its own environment
 
 docs: $(READY)  ## run the examples of the README and the documentation
 	$(PYTHON) -m pytest --doctest-glob='*.md' README.md docs $(ARGS)
+
+site:  ## the documentation as a site, built strictly (makes its own environment)
+	$(PYTHON3) tools/documentation.py $(ARGS)
 
 dist:  ## build wheel and source archive, install them beside torch and numpy alone, try every extra
 	$(PYTHON3) tools/dist.py $(ARGS)

@@ -26,7 +26,7 @@ def tool(monkeypatch):
 
 
 def test_every_page_of_the_site_links_within_it_and_every_public_name_has_its_place(tool, monkeypatch):
-    site = tool("site")
+    site = tool("documentation")
     pages = site.pages()
     assert {"index.md", "changelog.md", "gallery/pruning.md", "reference/fits.md"} <= pages.keys()
     for place, text in pages.items():

@@ -70,8 +70,9 @@ def test_a_trainer_logs_them_with_its_reporters(tmp_path):
     trainer.train()
     for entries in (seen, trainer.state.log_history):
         ours = [entry for entry in entries if "kronfisher/coverage" in entry]
+        assert len([entry for entry in entries if "loss" in entry]) == 3  # the trainer's own are there, too
         assert len(ours) == 3 and ours[-1]["kronfisher/seconds"] > ours[0]["kronfisher/seconds"] > 0
-        assert ours[-1]["kronfisher/coverage"] == 1.0
+        assert 0.9 < ours[-1]["kronfisher/coverage"] <= 1.0
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -60,7 +60,7 @@ def examine() -> Health:
 
     Example:
         >>> health = examine()
-        >>> health.facts["torch"] == torch.__version__, "report" in health.missing
+        >>> health.facts["torch"] == torch.__version__, "io" in health.missing
         (True, True)
     """
     problems = []

@@ -474,7 +474,7 @@ class Fisher(Algebra["Fisher"]):
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     text = fisher.save_report(f"{folder}/fisher.html").read_text()
             >>> text.count("<svg"), "Eigenvalues of each block" in text
-            (2, True)
+            (3, True)
         """
         return page(self.blocks, self.report(), title, spectra=spectra).save(path)
 

@@ -77,7 +77,8 @@ def log_with_trainer(trainer: "Trainer", optimizer: NaturalGradient, prefix: str
         """Logs when the trainer does."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-            if control.should_log and state.is_world_process_zero:
+            if control.should_log:
                 trainer.log(measurements(optimizer, prefix))
+                control.should_log = True  # an entry resets it, and the trainer's own is still to come
 
     trainer.add_callback(Reporting())

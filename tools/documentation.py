@@ -25,11 +25,12 @@ OTHERS = {
     "benchmarks/README.md": "benchmarks.md",
     "examples/kronecker-sums.ipynb": "kronecker-sums.ipynb",
     "LICENSE": "LICENSE.txt",
+    "CITATION.cff": "CITATION.cff",
 }
 # Page of the reference → the public names on it.
 REFERENCE = {
     "Matrices": """estimate Fisher load compare Comparison coverage Coverage kernel Distance Tikhonov FactoredTikhonov
-        merge Penalty nearest_kronecker""",
+        merge Penalty nearest_kronecker shard""",
     "Fits": """Fit KFAC KFACCorrected EKFAC KFOC KPSVD TKFAC KL KroneckerSum BlockTridiagonal Prototypes Diagonal Full
         Gram Auto""",
     "Likelihoods": "Likelihood Categorical Gaussian HeteroscedasticGaussian Bernoulli Poisson Residuals Weighted",
@@ -37,7 +38,7 @@ REFERENCE = {
         LevenbergMarquardt Schedule batch_size_at""",
     "Uncertainty": "Laplace Prediction laplace_backend",
     "Influence": "Influence Scores Share attribution",
-    "Errors": """DataError IndefiniteError MemoryBudgetError NumericalError NumericalWarning SingularError
+    "Errors": """DataError IndefiniteError MemoryBudgetError NumericalError NumericalWarning RankError SingularError
         UnsupportedError""",
 }
 
