@@ -44,7 +44,7 @@ def test_the_matrix_scales_with_the_squares_of_inputs_and_gradients_or_is_refuse
     found = (far.to_dense().double() * 2.0**-power) * 2.0**-power
     torch.testing.assert_close(found, usual.to_dense().double(), rtol=1e-4, atol=1e-6)
     reported, known = (fisher.info.blocks["weight"].error for fisher in (far, usual))
-    assert reported is None or reported == pytest.approx(known, abs=1e-3)  # below that is rounding
+    assert reported is None or reported == pytest.approx(known, abs=2e-3)  # below that is rounding
 
 
 @pytest.mark.parametrize("power", [-80, 80])

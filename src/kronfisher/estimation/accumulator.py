@@ -303,7 +303,7 @@ class Accumulator:
         entries, singles = self.groups.open(assignment.parts, assignment.singles)
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
-        stream = Stream(entries, assignment.orders, mask, singles)
+        stream = Stream(entries, assignment.orders, mask, singles, repeated=own is None and steps > 1)
         size = likelihood.count(outputs) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)

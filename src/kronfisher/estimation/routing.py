@@ -13,7 +13,7 @@ from kronfisher.capture.per_sample import per_sample_gradients, samples_of_gradi
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.layers import RowOrder
-from kronfisher.layers.activations import Dense
+from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples, join
 from kronfisher.linalg import full_precision
 
@@ -28,6 +28,7 @@ class Stream:
         orders: (index of a call, number of the part) → which example each row belongs to.
         mask: ``[N, P]`` output positions that count, or None.
         singles: parameter that the fallback treats → the group of its block, and its place in it.
+        repeated: whether several backward passes follow each other, all of which have the same inputs.
 
     Attributes:
         last: whether this is the last backward pass, so that inputs are released once their gradients have arrived.
@@ -41,6 +42,7 @@ class Stream:
         orders: Mapping[tuple[int, int], RowOrder],
         mask: Tensor | None,
         singles: Mapping[str, tuple[Group, int]] | None = None,
+        repeated: bool = False,
     ) -> None:
         self._singles = dict(singles or {})
         self._entries, self._orders, self._mask = entries, orders, mask
@@ -51,6 +53,8 @@ class Stream:
         self._arrived: dict[tuple[int, int], list[Samples]] = {}
         self._ready: dict[int, dict[int, Samples]] = {}
         self._counted: set[tuple[int, int]] = set()  # uses whose activations were counted, in any column
+        self._repeated = repeated
+        self._inputs: dict[tuple[int, int], Activations] = {}  # so that fits can tell that they are the same
 
     def receive(self, call: Call, gradient: Tensor) -> None:
         """Convert the gradient of a call's output to samples."""
@@ -60,7 +64,7 @@ class Stream:
                 order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
                 exists = part.use.mask(order)
                 samples = Samples(
-                    part.use.activations(order, own, part.weight, part.bias),
+                    self._activations((call.index, number), part, order, own),
                     part.use.gradients(order, own),
                     (call.index, number) not in self._counted,
                     exists if exists is None else exists.to(own),
@@ -77,6 +81,15 @@ class Stream:
         if self.last:
             for part, _, _ in self._entries.get(call.index, ()):
                 part.use.forget()
+
+    def _activations(self, place: tuple[int, int], part: Part, order: RowOrder, gradient: Tensor) -> Activations:
+        """The inputs of a part, which are made once for all passes where they read no gradient."""
+        found = self._inputs.get(place)
+        if found is None:
+            found = part.use.activations(order, gradient, part.weight, part.bias)
+            if self._repeated and part.weight:
+                self._inputs[place] = found
+        return found
 
     def receive_single(self, outputs: Tensor, vector: Tensor, parameters: Mapping[str, Tensor]) -> None:
         """Back-propagate one example at a time, for parameters that the fallback treats."""

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
+from kronfisher.fits.columns import shares_columns
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.half_steps import HalfStep, OutputsStep
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.products import ProductSums
-from kronfisher.fits.rearrangement import ROUTES, Diagonals, Rearranged, cheapest, norm, over, rearrange
+from kronfisher.fits.rearrangement import ROUTES, SHARING, Diagonals, Rearranged, cheapest, norm, over, rearrange
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
@@ -35,8 +36,9 @@ class KFOC(Fit):
     """``F ≈ B ⊗ A`` with the smallest Frobenius error, both semidefinite (Schnaus, Lee & Triebel 2021).
 
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
-    weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns) are treated at
-    once, to `tolerance`; over more of them the aggregation decides.
+    weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns; where one
+    position and few outputs let columns share their example's input: examples) are treated at once, to `tolerance`;
+    over more of them the aggregation decides.
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -141,17 +143,29 @@ class KFOC(Fit):
             return state
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
             self._flush(state)
-        state.waiting.append(use)
-        if self.by_batch or not self._enough(state):
-            state.waiting[-1] = use.copy()
-        else:
+        shares = use.positions == 1 and self._shares(state.blocks[0])
+        joins = shares and state.join(use)
+        if shares and not joins and not self.by_batch and self._enough(state):  # with all columns of the last examples
             self._flush(state)
+        if not joins:
+            state.waiting.append(use)
+        if not self.by_batch and (self._too_much(state) or (not shares and self._enough(state))):
+            self._flush(state)
+        elif not joins:
+            state.keep()
         return state
 
+    def _shares(self, block: Block) -> bool:
+        """Whether columns of one example are treated together."""
+        return self.route in (None, *SHARING) and not has_diagonal(self.sides(block)) and shares_columns(block.shape)
+
     def _enough(self, state: ProductSums) -> bool:
-        """Whether what is waiting is worth a piece, or more than may wait."""
-        enough = sum(map(len, state.waiting)) >= _PIECE
-        return enough or sum(samples.bytes for samples in state.waiting) > state.plan.waiting
+        """Whether what is waiting is worth a piece."""
+        return sum(map(len, state.waiting)) >= _PIECE
+
+    def _too_much(self, state: ProductSums) -> bool:
+        """Whether more is waiting than may wait."""
+        return sum(samples.bytes for samples in state.waiting) > state.plan.waiting
 
     def _flush(self, state: ProductSums) -> None:
         """Merge what has been waiting."""
@@ -169,13 +183,15 @@ class KFOC(Fit):
             shapes=self.sides(state.blocks[0]),
         )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
-        for piece in [waiting] if whole else pieces(waiting, self._size(state)):
+        for piece in [waiting] if whole else pieces(waiting, self._size(state, waiting)):
             with naming_errors(state):
                 merging.add_(state, piece)
 
-    def _size(self, state: ProductSums) -> int:
+    def _size(self, state: ProductSums, waiting: list[Samples]) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
         (_, outputs, width), element = state.blocks[0].shape, state.inputs.element_size()
+        columns = max(use.columns for use in waiting)
+        outputs *= columns if columns == 1 else columns + outputs  # and the sum of their products
         size = _PIECE
         while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both factors of the samples
             if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
@@ -198,7 +214,7 @@ class KFOC(Fit):
         if wx == wy == 1 and not self.by_batch and not y.begun:  # y came after x: as if one state had taken in both
             both = replace(x.copy(), waiting=[*x.waiting, *y.waiting], single=None)
             both.count, both.rows = x.count + y.count, x.rows + y.rows
-            if self._enough(both):
+            if self._enough(both) or self._too_much(both):
                 self._flush(both)
             return both
         for state in (x, y):

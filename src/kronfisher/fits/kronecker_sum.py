@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
+from kronfisher.fits.columns import shares_columns
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
@@ -36,7 +37,8 @@ class KroneckerSum(Fit):
     of antisymmetric matrices; these are searched for separately and take their place by size (over all groups
     together).
 
-    Up to 512 samples (examples times draws or columns) are treated at once and exactly. Over more of them a sum of
+    Up to 512 samples (examples times draws or columns; where one position and few outputs let columns share their
+    example's input: examples) are treated at once and exactly. Over more of them a sum of
     `memory` terms is carried from piece to piece and recompressed.
 
     Args:
@@ -120,8 +122,15 @@ class KroneckerSum(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        state.waiting.append(use.copy())
-        if sum(map(len, state.waiting)) > PIECE:
+        shares = self.search.shares and use.positions == 1 and shares_columns(use.shape)
+        if shares := shares and not has_diagonal(self.sides(state.blocks)):
+            if state.join(use):
+                return state
+            if state.waiting and sum(map(len, state.waiting)) + len(use) > PIECE:  # with all of their columns
+                self._flush(state)
+        state.waiting.append(use)
+        state.keep()
+        if not shares and sum(map(len, state.waiting)) > PIECE:
             self._flush(state)
         return state
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning
+from kronfisher.fits.columns import spread
 from kronfisher.fits.products import ProductSums
 from kronfisher.fits.rearrangement import (
+    SHARING,
     Diagonals,
     Joint,
     Pair,
@@ -59,9 +61,10 @@ class Merging:
     def add_(self, state: ProductSums, piece: list[Samples]) -> None:
         """Take a piece into the sums of a state."""
         route = self._route(piece)
+        piece = piece if route in SHARING else spread(piece)
         source = self._source(state, piece, route)
         if len(state.inputs) == 1 and self.aggregation != "running":
-            steps, change = self._add_pair(state, source, sum(map(len, piece)))
+            steps, change = self._add_pair(state, source, sum(len(samples) * samples.columns for samples in piece))
         else:
             pair = self._merge(state, source)
             steps, change = pair.steps, pair.change
@@ -76,7 +79,8 @@ class Merging:
         if has_diagonal(self.shapes):
             return "rows"
         n, positions = sum(map(len, piece)), max(samples.positions for samples in piece)
-        return self.route or cheapest(piece[0].shape, n, positions, tolerance=self.tolerance)
+        columns = max(samples.columns for samples in piece)
+        return self.route or cheapest(piece[0].shape, n, positions, columns=columns, tolerance=self.tolerance)
 
     def _source(self, state: ProductSums, piece: list[Samples], route: str) -> Source:
         if has_diagonal(self.shapes):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kronfisher.fits.rearrangement import Gram
+from kronfisher.fits.rearrangement import Weights
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
 from kronfisher.operators import Operator
@@ -28,7 +28,7 @@ def joint_quadratic(samples: Sequence[Samples], operator: Operator) -> Tensor:
 def squared_norm(samples: Sequence[Samples]) -> Tensor:
     """``‖Σ_k vec(G_k) vec(G_k)ᵀ‖² = Σ_{k,l} ⟨G_k, G_l⟩²`` with the cross terms of all groups, in float64."""
     if all(use.positions == 1 for use in samples):
-        return torch.stack(Gram(samples).squared_products()).sum()
+        return torch.stack(Weights(samples).squared_products()).sum()
     total = samples[0].gradients.new_zeros((), dtype=torch.float64)
     for left in _rows(samples):
         for right in _rows(samples):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
+from kronfisher.fits.columns import spread
 from kronfisher.fits.rearrangement import (
+    SHARING,
     Diagonals,
     Explicit,
     Gram,
@@ -16,6 +18,7 @@ from kronfisher.fits.rearrangement import (
     Span,
     Terms,
     Triplets,
+    Weights,
     cheapest,
     clusters,
     deflate,
@@ -57,6 +60,11 @@ class TermSearch:
     rank: int
     tolerance: float
     iterations: int
+
+    @property
+    def shares(self) -> bool:
+        """Whether columns of one example are taken together."""
+        return self.method in ("lanczos", "deflation")
 
     def require(self, piece: list[Samples], shapes: Shapes, name: str) -> None:
         """UnsupportedError where the method is not for such samples."""
@@ -111,7 +119,7 @@ class TermSearch:
         """The same triplets for T = 1 between the spans of the samples; None where that is no cheaper or impossible."""
         if has_diagonal(shapes) or not spans(piece[0].shape, sum(map(len, piece)), terms, self.method):
             return None
-        span = Span(piece)
+        span = Span(spread(piece))
         taken = None if less is None else span.project(less)
         if less is not None and taken is None:
             return None
@@ -171,15 +179,20 @@ class TermSearch:
 
 def _route(piece: list[Samples]) -> str:
     """The cheapest way to take many half steps on matrices that need not be positive."""
-    n, positions = sum(map(len, piece)), max(use.positions for use in piece)
-    route = cheapest(piece[0].shape, n, positions)
+    n, positions, columns = sum(map(len, piece)), *(max(each) for each in zip(*map(_counts, piece), strict=True))
+    route = cheapest(piece[0].shape, n, positions, columns=columns)
     return "weights" if route == "gram" else route
+
+
+def _counts(use: Samples) -> tuple[int, int]:
+    return use.positions, use.columns
 
 
 def _source(piece: list[Samples], shapes: Shapes) -> Rearranged:
     if has_diagonal(shapes):
         return Diagonals(piece, shapes)
-    return rearrange(piece, _route(piece))
+    route = _route(piece)
+    return rearrange(piece if route in SHARING else spread(piece), route)
 
 
 def _share_sigma(A: Tensor, B: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +210,7 @@ def _signed_roots(A: Tensor, sigma: Tensor) -> Tensor:
 def squared_norm(piece: list[Samples]) -> Tensor | None:
     """``‖Σ vec(G_k) vec(G_k)ᵀ‖²``; None where that costs more than the fit."""
     if all(use.positions == 1 for use in piece):
-        same, pairs = Gram(piece).squared_products()
+        same, pairs = Weights(piece).squared_products()
     elif sum(map(len, piece)) ** 2 * elements(*piece[0].shape) <= _PAIRS:
         same, pairs = squared_products(Explicit(piece))
     else:

@@ -60,6 +60,11 @@ class Samples:
     def positions(self) -> int:
         return self.gradients.shape[2]
 
+    @property
+    def columns(self) -> int:
+        """Output gradients for each input."""
+        return 1
+
     def __len__(self) -> int:
         return self.gradients.shape[1]
 

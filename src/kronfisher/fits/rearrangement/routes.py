@@ -12,16 +12,19 @@ from kronfisher.fits.rearrangement.source import Source
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
 
-__all__ = ["ROUTES", "cheapest", "costs", "make_source", "rearrange"]
+__all__ = ["ROUTES", "SHARING", "cheapest", "costs", "make_source", "rearrange"]
 
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
+SHARING = ("gram", "weights")  # those that take columns of one example together
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
 _STEPS = 10  # half steps that a cold start takes
 _FASTER = 4  # how many times cheaper the projected route has to be to be taken
 _LOOSE = 1e-4  # tolerances below this are not for the projected route
 
 
-def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STEPS) -> dict[str, float]:
+def costs(
+    shape: tuple[int, int, int], n: int, positions: int, steps: int = _STEPS, columns: int = 1
+) -> dict[str, float]:
     """Multiplications that `steps` half steps take by each route that there is for so many positions.
 
     Args:
@@ -29,6 +32,7 @@ def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STE
         n: samples.
         positions: T.
         steps: half steps.
+        columns: C, output gradients for each of the samples' inputs.
 
     Example:
         >>> ways = costs((1, 1000, 784), n=256, positions=1)
@@ -36,18 +40,19 @@ def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STE
         'gram'
     """
     groups, O, I = shape
-    n, T = groups * n, positions
+    n, T, C = groups * n, positions, columns
     squares, left, right = I**2 + O**2, min(DIRECTIONS, O), min(DIRECTIONS, I)
     ways: dict[str, float] = {
-        "rows": steps * n * (T * squares + T**2 * (I + O)),
-        "explicit": n * O * I * (T + steps * (I + O)),
+        "rows": steps * n * C * (T * squares + T**2 * (I + O)),
+        "explicit": n * C * O * I * (T + steps * (I + O)),
     }
     if T == 1:
         part = min(n, groups * PART)
-        ways["gram"] = n * n / groups * ((I + O) / 2 + steps) + n * squares / 2
-        ways["weights"] = steps * n * squares
+        pairs = O if C == 1 else min(O * (O + 1) // 2, 2 * C**2 * O)  # of the output gradients of two inputs
+        ways["gram"] = n * n / groups * ((I + pairs) / 2 + steps) + n * (I**2 + C * O**2) / 2
+        ways["weights"] = steps * n * (I**2 + C * O**2)
         ways["projected"] = (
-            part * part / groups * ((I + O) / 2 + steps) + n * (left + right) * (I + O) + n * squares / 2
+            part * part / groups * ((I + O) / 2 + steps) + n * C * (left + right) * (I + O) + n * C * squares / 2
         )
     else:
         ways["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
@@ -55,10 +60,16 @@ def costs(shape: tuple[int, int, int], n: int, positions: int, steps: int = _STE
 
 
 def cheapest(
-    shape: tuple[int, int, int], n: int, positions: int, *, steps: int = _STEPS, tolerance: float | None = None
+    shape: tuple[int, int, int],
+    n: int,
+    positions: int,
+    *,
+    columns: int = 1,
+    steps: int = _STEPS,
+    tolerance: float | None = None,
 ) -> str:
     """The name of the route to take; projections only for a leading pair to a tolerance that they can reach."""
-    ways = costs(shape, n, positions, steps)
+    ways = costs(shape, n, positions, steps, columns)
     projected = ways.pop("projected")
     best = min(ways, key=lambda name: ways[name])
     loose = tolerance is not None and tolerance >= _LOOSE

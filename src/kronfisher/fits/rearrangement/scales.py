@@ -1,9 +1,11 @@
 """Norms and scales of every group, for tensors ``[H, ...]``."""
 
+from math import frexp
+
 import torch
 from torch import Tensor
 
-__all__ = ["norm", "over", "reciprocal", "times"]
+__all__ = ["norm", "over", "power_of_two", "reciprocal", "times"]
 
 _PIECE = 2**20  # numbers of a matrix that are scaled at once
 _SHORT = 2**15  # and of one that is rather squared in float64
@@ -28,6 +30,13 @@ def over(matrices: Tensor, scale: Tensor) -> Tensor:
 def reciprocal(scale: Tensor) -> Tensor:
     """One over each scale, zero where that has no finite inverse."""
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale.reciprocal(), 0)
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """The power of two above each scale, one for zero: to multiply or divide by it changes no digit."""
+    most = -frexp(torch.finfo(scale.dtype).tiny)[1]
+    exponent = torch.where(scale > 0, torch.frexp(scale).exponent, 0).clamp(-most, most)
+    return torch.ldexp(torch.ones_like(scale), exponent)
 
 
 def times(matrices: Tensor, scale: Tensor) -> Tensor:

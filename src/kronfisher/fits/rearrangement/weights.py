@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kronfisher.fits.rearrangement.rearranged import Rearranged, mixture
-from kronfisher.fits.rearrangement.rows import explicit_norm
-from kronfisher.fits.rearrangement.scales import over, reciprocal, times
+from kronfisher.fits.rearrangement.scales import over, power_of_two, reciprocal, times
 from kronfisher.fits.rearrangement.source import Pair
 from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
+from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror, mirror_
 
 __all__ = ["Gram", "Weights"]
 
@@ -23,12 +23,18 @@ class Weights(Rearranged):
     """T = 1, by the weights ``a_kᵀ A a_k`` and ``g_kᵀ B g_k`` of the samples.
 
     Args:
-        samples: with one position each.
+        samples: with one position each, or columns of the same examples (`kronfisher.fits.columns`).
+
+    Attributes:
+        activations: a ``[H, n, 1, I]``.
+        columns: C, the number of output gradients for each input.
+        g: ``[H, n·C, O]``, those of one input after the other; zero where an input has fewer.
     """
 
     def __init__(self, samples: Sequence[Samples]) -> None:
         self.activations = Activations.append([use.activations for use in samples])
-        self.g = torch.cat([use.gradients[:, :, 0] for use in samples], dim=1)
+        self.columns = max(use.columns for use in samples)
+        self.g = torch.cat([_rows(use.gradients, self.columns) for use in samples], dim=1)
         self.shape = samples[0].shape
 
     def like(self) -> Tensor:
@@ -36,14 +42,41 @@ class Weights(Rearranged):
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return _weighted_sum(self.g, torch.linalg.vecdot(a @ A, a))
+        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(a @ A, a)))
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         a = self.activations.dense()[:, :, 0]
-        return _weighted_sum(a, torch.linalg.vecdot(self.g @ B, self.g))
+        weights = torch.linalg.vecdot(self.g @ B, self.g)
+        return _weighted_sum(a, weights if self.columns == 1 else weights.unflatten(1, (-1, self.columns)).sum(2))
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """``[H, n]`` for every column: ``[H, n·C]``."""
+        return weights if self.columns == 1 else weights.repeat_interleave(self.columns, dim=1)
 
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
-        return explicit_norm(samples, limit)
+        groups, outputs, width = self.shape
+        pairs = outputs if self.columns == 1 else min(outputs * (outputs + 1) // 2, self.columns**2 * outputs)
+        if (self.g.shape[1] // self.columns) ** 2 * groups * (pairs + width) > limit:
+            return None
+        same, pairs = self.squared_products()
+        return same + pairs
+
+    def squared_products(self) -> tuple[Tensor, Tensor]:
+        """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together), in float64.
+
+        Where columns share inputs the first takes in the products of the columns of one input with each other.
+        """
+        if self.columns > 1:  # of one group
+            return _sum_products(_square(self.activations.products()), _squares_of_columns(self.g, self.columns))
+        both = self.activations.dense()[:, :, 0], self.g
+        lengths = [power_of_two(torch.linalg.vector_norm(rows, dim=-1).amax()) for rows in both]
+        a, g = (rows / length for rows, length in zip(both, lengths, strict=True))  # no square vanishes
+        products = (a @ a.mT).mul_(g @ g.mT)
+        products = products[0] if len(products) == 1 else products.sum(0)
+        same = products.diagonal().square().sum(dtype=torch.float64)
+        every = torch.linalg.vector_norm(products, dtype=torch.float64).square()
+        scale = (lengths[0].double() * lengths[1].double()).square().square()
+        return same * scale, (every - same) * scale
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
@@ -62,8 +95,8 @@ class Gram(Weights):
     ``K_g = (g gᵀ)∘²``: n² a half step, and one product for each factor at the end.
 
     Attributes:
-        inputs_gram: K_a ``[H, n, n]``, the largest entry one.
-        outputs_gram: K_g ``[H, n, n]``, the largest entry one.
+        inputs_gram: K_a ``[H, n, n]``, the largest entry about one.
+        outputs_gram: K_g ``[H, n, n]``, likewise.
     """
 
     starts = False
@@ -72,7 +105,11 @@ class Gram(Weights):
     def __init__(self, samples: Sequence[Samples]) -> None:
         super().__init__(samples)
         self.inputs_gram, self._a_scale = _square(self.activations.products())
-        self.outputs_gram, self._g_scale = _square(Dense(self.g.unsqueeze(2)).products())
+        self.outputs_gram, self._g_scale = (
+            _square(Dense(self.g.unsqueeze(2)).products())
+            if self.columns == 1
+            else _squares_of_columns(self.g, self.columns)
+        )
 
     def weights(self, tolerance: float = 1e-3, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The pair as weights of the samples: w and u ``[H, n]`` with A and B of norm one, σ, steps and change."""
@@ -99,18 +136,9 @@ class Gram(Weights):
         return over(w, self._a_scale), over(u, self._g_scale), sigma * scale, steps, change
 
     def squared_products(self) -> tuple[Tensor, Tensor]:
-        """``Σ_k ‖G_k‖⁴`` and ``Σ_{k≠l} ⟨G_k, G_l⟩²`` (over all groups together), in float64."""
-        if len(self.g) == 1:  # ⟨G_k, G_l⟩² of one group
-            products = self.inputs_gram[0] * self.outputs_gram[0]
-            scale = (self._a_scale.double() * self._g_scale.double()).square()[0]
-        else:
-            grams = self.activations.products(), self.g @ self.g.mT
-            largest = [gram.abs().amax() for gram in grams]
-            inverse = [torch.where(size > 0, 1 / size, 0) for size in largest]
-            products = ((grams[0] * inverse[0]) * (grams[1] * inverse[1])).sum(0).square()
-            scale = (largest[0].double() * largest[1].double()).square()
-        same = products.diagonal().sum(dtype=torch.float64)
-        return same * scale, (products.sum(dtype=torch.float64) - same) * scale
+        if len(self.g) > 1:
+            return super().squared_products()
+        return _sum_products((self.inputs_gram, self._a_scale), (self.outputs_gram, self._g_scale))
 
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
         same, pairs = self.squared_products()
@@ -158,7 +186,7 @@ class Gram(Weights):
         A, B = new(rank, groups, width, width), new(rank, groups, outputs, outputs)
         for r in range(rank):
             _add_weighted_sum_(A[r].zero_(), a, W[..., r])
-            _add_weighted_sum_(B[r].zero_(), self.g, U[..., r])
+            _add_weighted_sum_(B[r].zero_(), self.g, self._spread(U[..., r]))
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def _orthogonalise(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +205,7 @@ class Gram(Weights):
 
     def add_outputs_(self, total: Tensor, u: Tensor) -> None:
         """``total += Σ_k u_k g_k g_kᵀ``, the upper triangle, for weights of at least zero."""
-        add_symmetric_product_(total, self.g * u.sqrt()[..., None])
+        add_symmetric_product_(total, self.g * self._spread(u).sqrt()[..., None])
 
 
 def _orthonormalise(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +220,38 @@ def _multiply(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 def _square(products: Tensor) -> tuple[Tensor, Tensor]:
-    """``[H, n, n]`` squared and divided by the largest entry, and the root of that ``[H]``: nothing underflows."""
-    largest = products.diagonal(dim1=-2, dim2=-1).amax(1)
+    """``[H, n, n]`` squared over about the largest entry, and the root of that ``[H]``: nothing underflows."""
+    largest = power_of_two(products.diagonal(dim1=-2, dim2=-1).amax(1))
     return products.mul_(reciprocal(largest)[:, None, None]).square_(), largest
+
+
+def _sum_products(inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``Σ_k`` and ``Σ_{k≠l}`` of ``K_a K_g`` entry by entry, each ``[1, n, n]`` with the root of its scale."""
+    products = inputs[0][0] * outputs[0][0]  # ⟨G_k, G_l⟩²
+    scale = (inputs[1].double() * outputs[1].double()).square()[0]
+    same = products.diagonal().sum(dtype=torch.float64)
+    return same * scale, (products.sum(dtype=torch.float64) - same) * scale
+
+
+def _rows(gradients: Tensor, columns: int) -> Tensor:
+    """``[H, n, c, O]`` with zeros for so many columns, as rows ``[H, n·C, O]``."""
+    missing = columns - gradients.shape[2]
+    return (F.pad(gradients, (0, 0, 0, missing)) if missing else gradients).flatten(1, 2)
+
+
+def _squares_of_columns(g: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """``Σ_{c,d} ⟨g_kc, g_ld⟩² [H, n, n]``, divided by about the largest, and the root of that, for ``[H, n·C, O]``."""
+    length, width = power_of_two(torch.linalg.vector_norm(g, dim=-1).amax(1)), g.shape[-1]
+    g = over(g, length).unflatten(1, (-1, columns))
+    if width * (width + 1) // 2 <= columns**2 * width:
+        sums = g.mT @ g  # Σ_c g_c g_cᵀ, whose inner products they are
+        row, column = torch.triu_indices(width, width, device=g.device)
+        flat = sums[..., row, column] * torch.where(row == column, 1, 2).to(g).sqrt()
+        gram = mirror_(add_symmetric_product_(flat.new_zeros(len(g), *2 * g.shape[1:2]), flat.mT))
+    else:
+        rows = g.flatten(1, 2).mT
+        gram = g.new_zeros(len(g), *2 * g.shape[1:2])
+        for c in range(columns):
+            gram += (g[:, :, c] @ rows).square_().unflatten(2, (-1, columns)).sum(3)
+    root = power_of_two(gram.diagonal(dim1=-2, dim2=-1).amax(1).sqrt())
+    return over(gram, root.square()), length.square() * root
