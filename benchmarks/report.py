@@ -126,6 +126,41 @@ def kfoc(results: list[dict]) -> list[str]:
     return lines
 
 
+def influence(results: list[dict]) -> list[str]:
+    """Scores of training data."""
+
+    def rows(name: str, cells: Callable[[dict], list[str]]) -> list[list[str]]:
+        chosen = [r for r in results if r["table"] == name]
+        each = ([f"skipped: {r['skipped']}"] if "skipped" in r else cells(r) for r in chosen)
+        return [[r["workload"], r["peer"], *some] for r, some in zip(chosen, each, strict=True)]
+
+    def time(r: dict) -> list[str]:
+        seconds = [f"{r[name]:.2f}" for name in ("factors", "scores", "fb", "product", "ratio")]
+        return [r["rank"], *seconds]
+
+    tables = {
+        "Scores of 10,000 examples for 100 queries, seconds": (
+            ["rank", "factors", "scores", "fb", "product", "scores / (fb + product)"],
+            rows("time", time),
+        ),
+        "Peak extra memory of factors and scores, MiB": (["MiB"], rows("memory", lambda r: [f"{r['extra']:.0f}"])),
+        "Correlation with the scores of kronfluence": ([""], rows("agreement", lambda r: [f"{r['correlation']:.3f}"])),
+        "A new query against an index of 50,000 examples": (
+            ["built, s", "query, ms", "correlation with exact scores"],
+            rows("index", lambda r: [f"{r['built']:.0f}", f"{1e3 * r['query']:.1f}", f"{r['correlation']:.3f}"]),
+        ),
+    }
+    lines = []
+    for title, (header, body) in tables.items():
+        if body:
+            lines += ["", f"## {title}", "", *table(["", "", *header], body)]
+    for grown in (r["rows"] for r in results if r["table"] == "growth" and "rows" in r):
+        body = [[f"{r['examples']:,}", str(r["queries"]), f"{r['seconds']:.2f}", f"{r['extra']:.0f}"] for r in grown]
+        lines += ["", "## Growth on a narrow network", ""]
+        lines += table(["examples", "queries", "seconds", "peak extra memory, MiB"], body)
+    return lines
+
+
 def markdown(run: dict) -> str:
     """The whole report."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -139,6 +174,7 @@ def markdown(run: dict) -> str:
             rows = [[r["peer"], r.get("likelihood", ""), *cells(r)] for r in chosen if r["workload"] == workload]
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
     lines += kfoc([result for result in run["results"] if result["what"] == "kfoc"])
+    lines += influence([result for result in run["results"] if result["what"] == "influence"])
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

@@ -1,7 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc] [--peers ...] [--workloads ...]
-                         [--repeats N]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence] [--peers ...]
+                         [--workloads ...] [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
 """
@@ -31,10 +31,11 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc")} | {
+WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence")} | {
     "solve": ["solve", "solve-exact"]
 }
 TABLES = ("public", "long", "memory", "budgets")
+SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
 BUDGETS = {"wide": (0.9, 1, 2, 4), "embedding": (0.9, 1, 2, 4), "convolution": (0.9, 1, 2)}
 
 
@@ -125,6 +126,29 @@ def kfoc(options: argparse.Namespace) -> list[dict]:
     return results
 
 
+def influence(options: argparse.Namespace) -> list[dict]:
+    """Scores of training data beside kronfluence, what an index answers, and how cost grows."""
+    peers = [name for name in ("kronfisher", "kronfluence") if name in options.peers]
+    repeats, results = ("--repeats", str(max(1, options.repeats // 3))), []
+
+    def add(peer: str, workload: str, what: str, *more: str, **known: object) -> None:
+        outcome = child("influence.py", peer, workload, what, *repeats, *more, timeout=options.timeout)
+        results.append({"what": "influence", "table": what, "peer": peer, "workload": workload, **known, **outcome})
+        print(what, workload, peer, outcome, file=sys.stderr)
+
+    for workload, size in SCORED.items():
+        for peer in peers:
+            for rank in ("", "64"):
+                more = ("--rank", rank) if rank else ()
+                add(peer, workload, "time", "--size", str(size), *more, rank=rank or "full")
+            add(peer, workload, "memory", "--size", "1000")
+        if len(peers) > 1:
+            add("kronfisher", workload, "agreement", "--size", "1000")
+    add("kronfisher", "mlp", "index", "--size", "50000")
+    add("kronfisher", "mlp", "growth")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS), metavar="WHAT")
@@ -157,8 +181,8 @@ def main() -> None:
             results += [{"what": what, **row} for row in outcome.get("rows", [outcome])]
             print(what, outcome.get("figure", outcome.get("skipped")), file=sys.stderr)
             continue
-        if what == "kfoc":
-            results += kfoc(options)
+        if what in ("kfoc", "influence"):
+            results += (kfoc if what == "kfoc" else influence)(options)
             continue
         if what == "steps":
             for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:

@@ -3,13 +3,16 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import kronfisher as kf
 from kronfisher.experiments import commands, data
+from kronfisher.experiments.influence.language import LanguageStudy
 from kronfisher.experiments.influence.logistic import LogisticStudy, Regression
+from kronfisher.experiments.influence.retraining import Regressors, Trainer
 from kronfisher.experiments.influence.wrong_labels import WrongLabelsStudy, with_wrong_labels
 from tests.helpers.command_line import run
 
@@ -64,6 +67,8 @@ def test_a_script_of_the_users_gives_the_scores_of_the_library(capsys, tmp_path)
     [
         (("--study", "imagenet"), "no study 'imagenet'; there are logistic"),
         (("--quick",), "--quick needs --study"),
+        (("--full",), "--full needs --study"),
+        (("--study", "logistic", "--quick", "--full"), "not both"),
         (("--study", "logistic", "--top", "3"), "leave out --top"),
         (("--measurement", "accuracy"), "there are loss, margin, logit"),
         (("--fit", "shampoo"), "no fit 'shampoo'"),
@@ -106,3 +111,62 @@ def test_wrong_labels_are_wrong_and_found():
     shares = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
     assert shares["K-FAC", "found in the first 20%"] > 0.6  # 0.2 by chance
     assert {fit for fit, _ in shares} == {"loss", "gradient norm", "K-FAC"}
+
+
+def test_the_study_of_a_perceptron_averages_networks_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    found = commands.influence_study("perceptron", quick=True, folder=tmp_path)
+    values = {(row["fit"], row["measure"].split(", ")[1]): row["value"] for row in found.rows}
+    assert set(values) == {("identity", "one network"), ("EKFAC", "one network"), ("EKFAC", "2 networks")}
+    assert values["EKFAC", "one network"] > 0.2 and "nan" not in str(found)
+    assert found.draw(tmp_path)[0].stat().st_size > 5000
+    trained, train = [], Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, kept, seed: (trained.append(len(kept)), train(self, kept, seed))[1]
+    )
+    again = commands.influence_study("perceptron", quick=True, folder=tmp_path)
+    assert trained == [300, 300] and [row["value"] for row in again.rows] == [row["value"] for row in found.rows]
+
+
+def test_networks_that_are_trained_side_by_side_are_those_trained_alone():
+    dataset = data.load("digits", train_size=70, test_size=3)
+    x, y = dataset.train_inputs.flatten(1), dataset.train_targets[:, None].float()
+    values = data.Dataset("digits", x, y, dataset.test_inputs.flatten(1), dataset.test_targets[:, None], "values", 1)
+    several = Regressors(values, (8,), seeds=3, epochs=2)
+    kept = torch.arange(0, 70, 2)
+    weights = several.train(kept)
+    model = several.network(0)
+    order = torch.Generator().manual_seed(1)  # that of seed 0, stream 1
+    for _ in range(2):
+        for some in torch.randperm(35, generator=order).split(32):
+            loss = (model(x[kept][some]) - y[kept][some]).square().mean()
+            for p, gradient in zip(
+                model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+            ):
+                p.data.mul_(1 - 0.03 * 1e-5).sub_(gradient, alpha=0.03)
+    for ours, theirs in zip(weights, model.parameters(), strict=True):
+        torch.testing.assert_close(ours[0], theirs.detach(), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(weights[0][0], weights[0][1])
+    errors = (model(values.test_inputs) - values.test_targets).square()[:, 0]
+    alone = Regressors(values, (8,), seeds=1, epochs=2)(kept, 0)
+    torch.testing.assert_close(alone, errors.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_study_of_removals_beats_chance(tmp_path):
+    found = commands.influence_study("concrete", quick=True, folder=tmp_path)
+    values = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
+    assert values["K-FAC", "10 removed"] > values["random", "10 removed"] + 0.01
+    assert set(values) == {(fit, f"{count} removed") for fit in ("random", "K-FAC") for count in (3, 10)}
+
+
+def test_scores_of_characters_add_up_to_those_of_their_text(tmp_path):
+    text = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "input.txt").write_text(40 * text)
+    study = LanguageStudy.quick(tmp_path)
+    found = replace(study, folder=tmp_path / "kept").run()
+    assert len(found.tokens) == 4 * 2 and {len(row["scores"]) for row in found.tokens} == {32}
+    assert all(sum(row["scores"]) > 0 for row in found.tokens)  # the highest scores of a query
+    assert [row["fit"] for row in found.rows] == ["EKFAC"]
+    paths = found.draw(tmp_path / "figures")
+    assert len(paths) == 2 and all(path.stat().st_size > 5000 for path in paths)
+    assert len(json.loads(found.to_json())["tokens"]) == 8

@@ -42,7 +42,7 @@ def test_the_bound_of_truncated_queries_holds_and_full_rank_changes_nothing(buil
 
 def test_queries_of_low_rank_never_form_the_gradient_of_an_example(monkeypatch):
     influence, train, queries = problem(perceptron(4, 40, 3, seed=1), q=40)
-    expected, asked = influence.scores(train, queries, rank=1), influence.gradients(queries)
+    expected, (asked,) = influence.scores(train, queries, rank=1), influence._slices(queries, "loss", None, False)
     monkeypatch.setattr(influence, "_slices", lambda *options: iter([asked]))
     monkeypatch.setattr(Samples, "per_sample", lambda self, room=0: pytest.fail("a gradient was formed"))
     close(influence.scores(train, queries, rank=1).values, expected.values)
@@ -224,3 +224,41 @@ def test_rows_that_are_not_finite_are_named():
         influence.scores(train, queries)
     with pytest.raises(kf.NumericalError, match="query batch 0"):
         influence.scores(train[:1], (queries[0] * torch.inf, queries[1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1}, {"per": "block"}])
+def test_parts_of_the_data_are_scored_apart_and_put_together(tmp_path, options):
+    influence, train, queries = problem()
+    whole = influence.scores(train, queries, **options)
+    for number, part in enumerate((train[:2], train[2:])):
+        influence.scores(part, queries, path=tmp_path / str(number), **options)
+    loaded = kf.Influence.load(tmp_path / "0", tmp_path / "1")
+    close(loaded.values, whole.values, 1e-14)
+    assert loaded.per == whole.per and loaded.names == whole.names
+    if "rank" in options:
+        close(loaded.bounds, whole.bounds, 1e-14)
+    close(kf.Influence.load(tmp_path / "1").values, whole.values[:, 16:], 1e-14)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    influence, train, queries = problem()
+    influence.scores(train[:2], queries, path=tmp_path / "a")
+    influence.scores(train[2:], queries, path=tmp_path / "b", measurement="margin")
+    with pytest.raises(kf.DataError, match=r"other settings than .*a \(measurement\)"):
+        kf.Influence.load(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(kf.DataError, match="no such file"):
+        kf.Influence.load(tmp_path / "a", tmp_path / "c")
+
+    def interrupted():
+        yield train[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        influence.scores(interrupted(), queries, path=tmp_path / "d")
+    with pytest.raises(kf.DataError, match="interrupted"):
+        kf.Influence.load(tmp_path / "d")
+    refined = kf.Influence(influence.model, influence.fisher, kf.Categorical(), refine=2)
+    with pytest.raises(kf.DataError, match="needs all of them"):
+        refined.scores(train[:2], queries)
+    with pytest.raises(kf.DataError, match="one file at least"):
+        kf.Influence.load()

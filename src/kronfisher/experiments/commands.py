@@ -383,6 +383,7 @@ def influence_study(
     name: str,
     *,
     quick: bool = False,
+    full: bool = False,
     data_dir: Path | None = None,
     folder: Path = Path("results"),
     say: Say = ignore,
@@ -391,8 +392,9 @@ def influence_study(
     """Measure how good scores of training data are: against training again, and at finding wrong labels.
 
     Args:
-        name: "logistic" or "wrong-labels".
+        name: "logistic", "perceptron", "concrete", "wrong-labels" or "language".
         quick: the same in seconds.
+        full: the whole of the published protocol, in hours.
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
         folder: of the trainings' results, from which an interrupted study goes on.
         say: called with a line of text whenever a part is done.
@@ -402,13 +404,16 @@ def influence_study(
         Tables (``str``), pictures (``draw``) and numbers (``rows``, ``to_json``).
 
     Raises:
-        ValueError: there is no such study.
+        ValueError: there is no such study, or it is to be quick and full.
         FileNotFoundError: a file of a data set is missing.
     """
+    if quick and full:
+        raise ValueError("a study is quick or full, not both")
     if name not in ATTRIBUTION:
         raise ValueError(f"there is no study {name!r}; there are {', '.join(ATTRIBUTION)}")
-    chosen = ATTRIBUTION[name].quick(data_dir) if quick else ATTRIBUTION[name](data_dir=data_dir)
-    chosen = replace(chosen, folder=folder / f"influence-{name}{'-quick' if quick else ''}")
+    kind, size = ATTRIBUTION[name], "-quick" if quick else "-full" if full else ""
+    chosen = kind.quick(data_dir) if quick else kind.full(data_dir) if full else kind(data_dir=data_dir)
+    chosen = replace(chosen, folder=folder / f"influence-{name}{size}")
     chosen.check()
     with _one_thread():  # seconds of one thread are what the tables say
         return chosen.run(say, step)

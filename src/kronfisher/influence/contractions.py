@@ -4,17 +4,23 @@ For queries of low rank, ``P = U Vᵀ``, no gradient of an example is formed: ``
 position and query. At full rank G is formed once for a few examples at a time, and multiplied with all queries.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.onehot import Indices
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import chunks
+from kronfisher.linalg import chunks, eigh
 
 __all__ = ["LowRank", "by_position", "gradient_norms", "inner_products"]
+
+_CACHE = 2**21  # bytes of temporaries that are read again at once
+_ROOM = 2**25  # bytes of temporaries while queries are truncated
+_BATCH = 256  # rows of a product that reads all queries
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class LowRank:
     """Q matrices ``P_q = U_q V_qᵀ`` of a block.
 
     Attributes:
-        U: ``[Q, H, O, r]``.
-        V: ``[Q, H, I, r]``.
+        U: ``[H, O, Q·r]``.
+        V: ``[H, I, Q·r]``.
         discarded: ``‖P_q − U_q V_qᵀ‖`` ``[Q]``.
     """
 
@@ -33,61 +39,103 @@ class LowRank:
 
     @classmethod
     def of(cls, matrices: Tensor, rank: int) -> "LowRank":
-        """The best approximation of rank `rank` of matrices ``[Q, H, O, I]``, each H by itself."""
-        U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
-        discarded = torch.linalg.vector_norm(S[..., rank:], dim=(1, 2))
-        return cls(U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :].mT, discarded)
+        """The best approximation of rank `rank` of matrices ``[Q, H, O, I]``, each H by itself.
+
+        It projects the shorter side onto the leading eigenvectors of its products, which cost much less than singular
+        vectors. What it leaves out is measured and not derived, so that their rounding does not matter.
+        """
+        count, groups, outputs, inputs = matrices.shape
+        U, V = (matrices.new_empty(groups, size, count, rank) for size in (outputs, inputs))
+        discarded = matrices.new_empty(count)
+        each = 4 * groups * outputs * inputs * matrices.element_size()
+        for low, high in chunks(count, each, _ROOM):
+            some = matrices[low:high]
+            if outputs <= inputs:
+                left = eigh(some @ some.mT, "a query")[1][..., -rank:]
+                right = some.mT @ left
+            else:
+                right = eigh(some.mT @ some, "a query")[1][..., -rank:]
+                left = some @ right
+            discarded[low:high] = torch.linalg.vector_norm(some - left @ right.mT, dim=(1, 2, 3))
+            U[:, :, low:high], V[:, :, low:high] = left.permute(1, 2, 0, 3), right.permute(1, 2, 0, 3)
+        return cls(U.flatten(2), V.flatten(2), discarded)
+
+    def __len__(self) -> int:
+        return len(self.discarded)
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[-1] // len(self)
 
     def matrices(self) -> Tensor:
         """``[Q, H, O, I]``."""
-        return self.U @ self.V.mT
+        U, V = (factor.unflatten(2, (len(self), self.rank)).permute(2, 0, 1, 3) for factor in (self.U, self.V))
+        return U @ V.mT
 
 
 def inner_products(samples: Samples, queries: Tensor | LowRank) -> Tensor:
     """``⟨P_q, G_k⟩`` ``[n, Q]`` for queries ``[Q, H, O, I]``; the cheaper way by multiplications."""
     _, outputs, inputs = samples.shape
-    positions = samples.positions
+    positions, lookup = samples.positions, isinstance(samples.activations, Indices)
     if isinstance(queries, LowRank):
-        count, rank = len(queries.U), queries.U.shape[-1]
-        formed = outputs * inputs * (positions + count)
-        width = 1 if isinstance(samples.activations, Indices) else inputs
-        if positions * count * rank * (width + outputs) < formed or isinstance(samples.activations, Indices):
+        formed = outputs * inputs * (positions + len(queries))
+        if lookup or positions * len(queries) * queries.rank * (inputs + outputs) < formed:
             return _by_factors(samples, queries)
-        queries = queries.matrices()
-    queries = queries.to(samples.gradients)
-    if isinstance(samples.activations, Indices) or (positions == 1 and len(queries) < inputs):
-        return by_position(samples, queries).sum(1)  # as many multiplications, and less to write
-    flat, room = queries.flatten(1).mT, samples.workspace  # many rows: all queries are read for each product
+    matrices = queries if isinstance(queries, Tensor) else queries.matrices()
+    matrices = matrices.to(samples.gradients)
+    if lookup or (positions == 1 and len(matrices) < max(inputs, outputs)):
+        return by_position(samples, matrices).sum(1)  # as many multiplications, and less to write
+    flat = matrices.flatten(1).mT
+    groups, rows = matrices.shape[1], samples.gradients.element_size() * inputs * (outputs + positions)
+    room = max(_BATCH * groups * rows, 2**22)  # many rows, because all queries are read for each product
     return torch.cat([G.transpose(0, 1).flatten(1) @ flat for G in samples.per_sample(room)])
 
 
 def by_position(samples: Samples, queries: Tensor) -> Tensor:
     """``g_tᵀ P_q a_t`` ``[n, T, Q]`` of every position alone, for queries ``[Q, H, O, I]``."""
-    groups, positions, (count, _, outputs, inputs) = len(samples.gradients), samples.positions, queries.shape
-    matrix = queries.to(samples.gradients).permute(1, 3, 0, 2).reshape(groups, inputs, count * outputs)
-    size = 2 * groups * positions * count * outputs * samples.gradients.element_size()
-    parts = []
-    for low, high in chunks(len(samples), size, samples.workspace):
-        rows = samples.activations.times(matrix, low, high).unflatten(-1, (count, outputs))
-        parts.append((rows @ samples.gradients[:, low:high].unsqueeze(-1)).squeeze(-1).sum(0))
-    return torch.cat(parts)
+    queries, g = queries.to(samples.gradients), samples.gradients
+    groups, (count, _, outputs, inputs) = len(g), queries.shape
+    wide = outputs > 2 * inputs and groups == 1 and not isinstance(samples.activations, Indices)
+    found = g.new_empty(len(samples), samples.positions, count)
+    for low, high, some in _pieces(samples, min(outputs, inputs) if wide else outputs, count):
+        rows, inputs_here = g[:, low:high], _times_faster(samples.activations, low, high)
+        for first, last in some:
+            if wide:
+                products = rows[0].flatten(0, 1).expand(last - first, -1, -1) @ queries[first:last, 0]
+                products *= inputs_here.dense()[0].flatten(0, 1)
+                found[low:high, :, first:last] = products.sum(-1).mT.unflatten(0, rows.shape[1:3])
+            else:  # the queries as they lie in memory
+                matrix = queries[first:last].transpose(0, 1).reshape(groups, -1, inputs).mT
+                products = inputs_here.times(matrix).unflatten(-1, (last - first, outputs))
+                found[low:high, :, first:last] = (products @ rows.unsqueeze(-1)).squeeze(-1).sum(0)
+    return found
 
 
 def _by_factors(samples: Samples, queries: LowRank) -> Tensor:
     """``Σ_t (g U)·(a V)``, with no gradient of an example formed."""
-    count, groups, _, rank = queries.U.shape
-    U, V = (
-        factor.to(samples.gradients).permute(1, 2, 0, 3).reshape(groups, -1, count * rank)
-        for factor in (queries.U, queries.V)
-    )
-    size = 3 * groups * samples.positions * count * rank * samples.gradients.element_size()
-    parts = []
-    for low, high in chunks(len(samples), size, samples.workspace):
-        inputs = samples.activations.times(V, low, high)
-        outputs = (samples.gradients[:, low:high].flatten(1, 2) @ U).unflatten(1, inputs.shape[1:3])
-        products = inputs.mul_(outputs) if inputs.is_contiguous() else inputs * outputs
-        parts.append(products.unflatten(-1, (count, rank)).sum(dim=(0, 2, 4)))
-    return torch.cat(parts)
+    found, rank = samples.gradients.new_empty(len(samples), len(queries)), queries.rank
+    for low, high, some in _pieces(samples, 2 * rank, len(queries)):
+        rows, inputs = samples.gradients[:, low:high], _times_faster(samples.activations, low, high)
+        for first, last in some:
+            U, V = (factor[..., first * rank : last * rank].to(rows) for factor in (queries.U, queries.V))
+            products = inputs.times(V)
+            outputs = (rows.flatten(1, 2) @ U).unflatten(1, products.shape[1:3])
+            products = products.mul_(outputs) if products.is_contiguous() else products * outputs
+            found[low:high, first:last] = products.unflatten(-1, (last - first, rank)).sum(dim=(0, 2, 4))
+    return found
+
+
+def _times_faster(activations: Activations, low: int, high: int) -> Activations:
+    """Some of the inputs, for many products: a column of ones is cheaper than adding to each of these."""
+    return Dense(activations.dense(low, high)) if isinstance(activations, Dense) else activations.part(low, high)
+
+
+def _pieces(samples: Samples, width: int, count: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Ranges of samples, and of queries for each, for temporaries of some width for each position and query."""
+    each = len(samples.gradients) * samples.positions * width * samples.gradients.element_size()
+    room = min(samples.workspace, _CACHE) if samples.gradients.device.type == "cpu" else samples.workspace
+    for low, high in chunks(len(samples), each, max(room, min(_BATCH * each, samples.workspace))):
+        yield low, high, list(chunks(count, each * (high - low), room))
 
 
 def gradient_norms(samples: Samples) -> Tensor:

@@ -37,6 +37,7 @@ class Record:
         batches: that were read.
         chain: checksum of all batches so far, in their order.
         notes: anything else, plain JSON.
+        finished: whether there were no more batches.
     """
 
     settings: Mapping[str, str]
@@ -46,6 +47,7 @@ class Record:
     batches: int = 0
     chain: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
 
     @property
     def numbers(self) -> int:
@@ -63,18 +65,22 @@ class RowFile:
 
     Args:
         path: of the file; its record is at the same path with ``.json`` appended.
-        settings: name → hash or text of everything that the numbers depend on besides the batches.
+        settings: name → hash or text of everything that the numbers depend on besides the batches; None: to be read
+            from a file that is there.
 
     Raises:
         DataError: the file is there and was written with other settings, or is damaged. It is left as it is.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, path: str | Path, settings: Mapping[str, str] | None) -> None:
         self.path = Path(path)
-        self.record = Record(dict(settings))
+        self.record = Record(dict(settings or {}))
         self._seen, self._chain = 0, ""
+        if settings is None and not self._record_path.exists():
+            raise DataError(f"{self.path}: there is no such file with a record beside it.")
         if self._record_path.exists():
             self.record = self._read()
+            settings = self.record.settings if settings is None else settings
             if odd := [
                 k for k in {**settings, **self.record.settings} if self.record.settings.get(k) != settings.get(k)
             ]:
@@ -140,7 +146,14 @@ class RowFile:
             file.flush()
             os.fsync(file.fileno())
         self._count(
-            replace(record, rows=record.rows + len(rows), batches=self._seen, chain=self._chain, notes=dict(notes))
+            replace(
+                record,
+                rows=record.rows + len(rows),
+                batches=self._seen,
+                chain=self._chain,
+                notes=dict(notes),
+                finished=False,
+            )
         )
 
     def _count(self, record: Record) -> None:
@@ -162,6 +175,8 @@ class RowFile:
                 f"{self.path} was written from {self.record.batches} batches, and there are {self._seen}; it is left "
                 "as it is."
             )
+        if not self.record.finished:
+            self._count(replace(self.record, finished=True))
 
     def open(self) -> dict[str, Tensor]:
         """Name → ``[rows, ...]``, memory-mapped; what is written into them does not reach the file."""

@@ -2,33 +2,32 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 
-from kronfisher.capture.batches import Batches, Mask, checksum
+from kronfisher.capture.batches import Batches, Mask
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.parameters import covered, fingerprint, unwrapped
 from kronfisher.influence.damping import DampingChoice, read_damping
-from kronfisher.influence.files import RowFile, digest
+from kronfisher.influence.files import RowFile
 from kronfisher.influence.index import Index, Leading, write_index
 from kronfisher.influence.measurements import Measurement, measured
-from kronfisher.influence.preconditioned import Damped, Queries, Rows, add_gradients_, written_out
-from kronfisher.influence.readings import Network, Question, read, require_finite
+from kronfisher.influence.preconditioned import Damped, Queries
+from kronfisher.influence.provenance import asked, provenance
+from kronfisher.influence.queries import query_gradients, require_order
+from kronfisher.influence.readings import Network
 from kronfisher.influence.refinement import refine as refined
 from kronfisher.influence.scores import Scores
 from kronfisher.influence.scoring import Per, Scorer, self_scores
-from kronfisher.influence.streams import collect, join, write
+from kronfisher.influence.streams import collect, join, load, write
+from kronfisher.influence.vectors import Rows, Vectors
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
-from kronfisher.operators.memory import available_memory
 
 __all__ = ["Influence"]
 
@@ -116,6 +115,21 @@ class Influence:
             fisher.info.seed,
         )
 
+    @staticmethod
+    def load(*paths: str | Path) -> Scores:
+        """The scores in the files that `scores` wrote to the path; of several parts of the training data, in order.
+
+        So many processes can share the work: each scores a part of the data (such as a `torch.utils.data.Subset`) with
+        a Fisher of all of them, to a path of its own.
+
+        Args:
+            paths: of finished files of the same model, Fisher, queries and settings.
+
+        Raises:
+            DataError: a file is missing, damaged, not finished, or of others.
+        """
+        return load(paths)
+
     @property
     def damping(self) -> dict[str, float]:
         """Block name → λ."""
@@ -175,11 +189,13 @@ class Influence:
             raise ValueError(
                 f"at_once={at_once}: at least 1, and only without path=, which takes all queries together."
             )
-        _require_order(train, "train")
-        file = None if path is None else RowFile(path, self._settings(queries, measurement, per, rank))
+        require_order(train, "train")
+        options = per, rank, self.normalize, self.refine, self.fisher.count
+        file = None if path is None else RowFile(path, self._facts() | asked(queries, measurement, options))
         batches, number, found = Batches(train), 0, []
-        for gradients in self._slices(queries, measurement, at_once, progress):
-            scorer, residuals = self._solved(gradients, batches, number, per, rank, progress)
+        for vectors in self._slices(queries, measurement, at_once, progress):
+            scorer, residuals = self._solved(vectors, batches, number, per, rank, progress)
+            del vectors  # or its memory would stay taken while the data are read
             number += self.refine + 1
             if file is not None:
                 return write(scorer, batches, number - 1, residuals, file, progress)
@@ -187,19 +203,19 @@ class Influence:
         return join(found)
 
     def _solved(
-        self, gradients: Rows, batches: Batches, number: int, per: Per | None, rank: int | None, progress: Progress
+        self, vectors: Vectors, batches: Batches, number: int, per: Per | None, rank: int | None, progress: Progress
     ) -> tuple[Scorer, Tensor | None]:
         """Queries solved, and how far refinement came; with `refine` it reads the data from reading `number` on."""
         residuals = None
         if self.refine:
-            options = self.network, self.likelihood, self.damped, gradients, batches, self.refine
+            options = self.network, self.likelihood, self.damped, vectors, batches, self.refine
             solved, residuals = refined(*options, first=number, progress=progress)
+            own = vectors.inner(solved)
         else:
             with plain_arithmetic(self.fisher.device):
-                solved = self.damped.solve(gradients)
-        own = self.damped.inner(gradients, solved)
-        asked = Queries(solved, rank)
-        return Scorer(self.network, self.likelihood, self.damped, asked, own, self.normalize, per), residuals
+                own, solved = self.damped.solve_(vectors), vectors
+        options = Queries(solved, rank), own, self.normalize, per
+        return Scorer(self.network, self.likelihood, self.damped, *options), residuals
 
     def index(self, train: Any, path: str | Path, *, size: int = 512) -> Index:
         """Store the leading coordinates of every training gradient, so that new queries need no reading of the data.
@@ -218,8 +234,8 @@ class Influence:
         """
         if size < 1 or self.refine or self.normalize:
             raise ValueError(f"index(size={size}): a positive size, and neither refine= nor normalize=.")
-        _require_order(train, "train")
-        file = RowFile(path, self._common() | {"options": repr((size, self.fisher.count))})
+        require_order(train, "train")
+        file = RowFile(path, self._facts() | {"options": repr((size, self.fisher.count))})
         with plain_arithmetic(self.fisher.device):
             leading = Leading.of(self.damped, size)
         write_index(leading, self.network, self.likelihood, train, file)
@@ -232,26 +248,8 @@ class Influence:
         own = likelihood is self.likelihood  # what counts in any other measurement is its own affair
         return (self.network if own else replace(self.network, mask=None)), likelihood
 
-    def _settings(self, queries: Any, measurement: Measurement, per: Per | None, rank: int | None) -> dict[str, str]:
-        """Name → hash or text of everything that scores depend on besides the training data."""
-        code = getattr(measurement, "__code__", None)
-        batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
-        return self._common() | {
-            "queries": digest(*batches),
-            "measurement": repr(measurement) if code is None else digest(code.co_code, code.co_consts, code.co_names),
-            "options": repr((per, rank, self.normalize, self.refine, self.fisher.count)),
-        }
-
-    def _common(self) -> dict[str, str]:
-        """Name → hash or text of the model and the matrix."""
-        return {
-            "model": fingerprint({**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}),
-            "Fisher": fingerprint(
-                {f"{k} {key}": t for k, (_, op) in enumerate(self.fisher.entries) for key, t in op.tensors().items()}
-            ),
-            "likelihood": repr(self.likelihood),
-            "damping": repr(self.damped.damping),
-        }
+    def _facts(self) -> dict[str, str]:
+        return provenance(self.model, self.fisher, self.likelihood, self.damped.damping)
 
     def self_scores(self, train: Any, *, progress: Progress = False) -> Tensor:
         """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``: how much the loss of an example rises if it is left out.
@@ -263,56 +261,15 @@ class Influence:
         Raises:
             DataError, UnsupportedError, SingularError, IndefiniteError, NumericalError: as `scores`.
         """
-        _require_order(train, "train")
+        require_order(train, "train")
         return self_scores(self.network, self.likelihood, self.damped, train, progress)
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:
         """``∇m`` of every query, ``{name: [Q, *shape]}``."""
         (found,) = self._slices(queries, measurement, None, progress)
-        return found
+        return found.rows()
 
     def _slices(
         self, queries: Any, measurement: Measurement, at_once: int | None, progress: Progress
-    ) -> Iterator[Rows]:
-        """``∇m`` of some queries at a time, batch by batch until there are `at_once`."""
-        _require_order(queries, "queries")
-        questions: dict[str, Question] = {"gradient": lambda _, samples: written_out(samples[0])}
-        network, likelihood = self._measured(measurement)
-        parameters, waiting, limit = dict(self.model.named_parameters()), [], available_memory(self.fisher.device)
-        wide = torch.promote_types(self.fisher.dtype, torch.float32)
-        each, size = self.fisher.dim * wide.itemsize, 0
-
-        def joined() -> Rows:
-            return {name: torch.cat([rows[name] for rows in waiting]) for name in self.fisher.shapes}
-
-        for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress):
-            size += reading.size
-            if 3 * size * each > limit:
-                raise MemoryBudgetError(
-                    f"{reading.where}: the gradients of {size} queries take {size * each:,} bytes three times, more "
-                    f"than the free {limit:,}. Give at_once={max(limit // (4 * each), 1)} with smaller batches."
-                )
-            rows = {
-                name: torch.zeros(reading.size, *shape, dtype=wide, device=parameters[name].device)
-                for name, shape in self.fisher.shapes.items()
-            }
-            with plain_arithmetic(self.fisher.device):
-                for blocks, answer in reading.answers["gradient"].items():
-                    add_gradients_(rows, blocks[0], require_finite(answer, reading.where))
-            waiting.append(rows)
-            if at_once is not None and size >= at_once:
-                yield joined()
-                waiting, size = [], 0
-        if waiting:
-            yield joined()
-
-
-def _require_order(data: Any, what: str) -> None:
-    """DataError for loaders whose order is anybody's guess, or that never end."""
-    if isinstance(getattr(data, "sampler", None), RandomSampler):
-        raise DataError(
-            f"{what} comes from a loader that shuffles, so that nobody knows whose scores they are: make it with "
-            "shuffle=False."
-        )
-    if isinstance(data, cycle):
-        raise DataError(f"{what} never ends: pass a loader that reads every example once.")
+    ) -> Iterator[Vectors]:
+        return query_gradients(*self._measured(measurement), self.fisher, queries, at_once, progress)

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fisher.layout import Blocks, gather, scatter
+from kronfisher.fisher.layout import Blocks, gather
 from kronfisher.fisher.precision import Precision
 from kronfisher.fits.quadratic_forms import quadratics
 from kronfisher.influence.contractions import LowRank
+from kronfisher.influence.vectors import Rows, Vectors, add_gradients_
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
 
-__all__ = ["Damped", "Queries", "add_gradients_", "written_out"]
+__all__ = ["Damped", "Queries", "written_out"]
 
-Rows = dict[str, Tensor]
-"""Parameter → ``[K, *shape]``."""
+_ROOM = 2**25  # bytes of temporaries while queries are solved
 
 
 class Damped:
@@ -39,18 +39,33 @@ class Damped:
             for (_, op), value in zip(fisher.entries, damping, strict=True)
         ]
 
-    def solve(self, rows: Mapping[str, Tensor]) -> Rows:
-        """``(F + λ)⁻¹`` times K vectors ``{name: [K, *shape]}``.
+    def solve_(self, vectors: Vectors) -> Tensor:
+        """Replace K vectors by ``(F + λ)⁻¹`` times them, a few at a time: as much memory again is not needed.
+
+        Returns:
+            ``vᵀ (F + λ)⁻¹ v`` ``[K]``.
 
         Raises:
             SingularError: λ is zero, and a block has no inverse. IndefiniteError: nor has a sum of products that is
                 indefinite.
         """
-        found = {name: torch.zeros_like(tensor) for name, tensor in rows.items()}
-        for (blocks, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
-            if bool((vectors := gather(blocks, rows)).any()):  # a parameter that nothing depends on has no inverse
-                scatter(blocks, precision.solves(vectors.to(precision.operator.dtype)).to(vectors.dtype), found)
-        return found
+        products = vectors.parts[0].new_zeros(len(vectors))
+        for part, precision in zip(vectors.parts, self.precisions, strict=True):
+            if not bool(part.any()):  # a parameter that nothing depends on has no inverse
+                continue
+            for low, high in chunks(len(part), 4 * part[0].nbytes, _ROOM):
+                given = part[low:high]
+                solved = precision.solves(given.to(precision.operator.dtype)).to(given.dtype)
+                products[low:high] += (given * solved).sum(1)
+                given.copy_(solved)
+        return products
+
+    def solve(self, rows: Mapping[str, Tensor]) -> Rows:
+        """``(F + λ)⁻¹`` times K vectors ``{name: [K, *shape]}``; raises as `solve_`."""
+        given = Vectors.of_rows(self.fisher, rows)
+        own = Vectors(self.fisher, tuple(part.clone() for part in given.parts))
+        self.solve_(own)
+        return own.rows()
 
     def together(self, blocks: Sequence[Block]) -> list[Blocks]:
         """Groups of blocks whose gradients an operator of F, or several that share parameters, treat together."""
@@ -101,10 +116,6 @@ class Damped:
             parts.append(total)
         return torch.cat(parts)
 
-    def inner(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-        """``⟨x_k, y_k⟩`` ``[K]``."""
-        return torch.stack([(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]).sum(0)
-
 
 def _names(blocks: Sequence[Block]) -> set[str]:
     return {name for block in blocks for name in block.parameters}
@@ -115,30 +126,22 @@ def written_out(samples: Samples) -> Tensor:
     return torch.cat([G.transpose(0, 1).flatten(1) for G in samples.per_sample()])
 
 
-def add_gradients_(rows: Rows, block: Block, vectors: Tensor) -> None:
-    """Add canonical rows ``[K, D]`` of a block to parameter vectors; a weight in two roles has two blocks."""
-    own = {name: torch.zeros_like(rows[name]) for name in block.parameters}
-    block.scatter(vectors.to(next(iter(own.values())).dtype), own)
-    for name, values in own.items():
-        rows[name] += values
-
-
 class Queries:
     """Preconditioned queries, in the canonical form of whichever block asks.
 
     Args:
-        rows: ``{name: [Q, *shape]}``.
+        vectors: Q of them.
         rank: truncates the matrix of every query and block to it; None: whole.
     """
 
-    def __init__(self, rows: Rows, rank: int | None = None) -> None:
-        self.rows, self.rank = rows, rank
+    def __init__(self, vectors: Vectors, rank: int | None = None) -> None:
+        self.vectors, self.rank = vectors, rank
         self._made: dict[Key, Tensor | LowRank] = {}
 
     def of(self, block: Block) -> Tensor | LowRank:
         """``[Q, H, O, I]``, or of low rank where that is less than full."""
         if block.key not in self._made:
-            matrices = block.gather(self.rows).unflatten(1, block.shape)
+            matrices = self.vectors.of(block)
             low = self.rank is not None and self.rank < min(block.shape[1:])
             self._made[block.key] = LowRank.of(matrices, self.rank) if low and self.rank else matrices
         return self._made[block.key]

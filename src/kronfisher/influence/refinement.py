@@ -12,8 +12,9 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, NumericalError, SingularError
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.fisher.layout import scatter
-from kronfisher.influence.preconditioned import Damped, Rows
+from kronfisher.influence.preconditioned import Damped
 from kronfisher.influence.readings import Network
+from kronfisher.influence.vectors import Rows, Vectors
 from kronfisher.likelihoods import Likelihood, along_outputs
 from kronfisher.linalg import plain_arithmetic, promote
 
@@ -24,19 +25,19 @@ def refine(
     network: Network,
     likelihood: Likelihood,
     damped: Damped,
-    gradients: Rows,
+    vectors: Vectors,
     batches: Batches,
     steps: int,
     first: int = 0,
     progress: Progress = False,
-) -> tuple[Rows, Tensor]:
+) -> tuple[Vectors, Tensor]:
     """``(GGN + λ)⁻¹ v`` for K vectors, by some steps of conjugate gradients from zero; one reading of the data each.
 
     Args:
         network: the model, and how batches go through it.
         likelihood: whose Hessian of the outputs is taken.
         damped: F + λ, which preconditions; λ is that of each of its blocks.
-        gradients: v, ``{name: [K, *shape]}``.
+        vectors: v.
         batches: the training data.
         steps: of conjugate gradients.
         first: number of the first of their readings that are made here.
@@ -49,18 +50,19 @@ def refine(
         SingularError: λ is zero, and a direction has no curvature.
         NumericalError: something is not finite.
     """
+    gradients = vectors.rows()
     shift = _shifts(damped, gradients)
     device = damped.fisher.device
     with plain_arithmetic(device):
         answer = {name: torch.zeros_like(v) for name, v in gradients.items()}
         residual = {name: v.clone() for name, v in gradients.items()}
         direction = damped.solve(residual)
-        product, norm = damped.inner(residual, direction), damped.inner(residual, residual)
+        product, norm = _inner(residual, direction), _inner(residual, residual)
     for number in range(steps):
         image = _gauss_newton(network, likelihood, direction, batches, first + number, damped.fisher.count, progress)
         with plain_arithmetic(device):
             image = {name: image[name] + shift[name] * direction[name] for name in image}
-            curvature = damped.inner(direction, image)
+            curvature = _inner(direction, image)
             active = product > 0
             if not bool(torch.isfinite(curvature).all()):
                 raise NumericalError("refine: a product with the Gauss-Newton matrix holds NaN or Inf.")
@@ -70,12 +72,17 @@ def refine(
             answer = _plus(answer, direction, step)
             residual = _plus(residual, image, -step)
             solved = damped.solve(residual)
-            new = damped.inner(residual, solved)
+            new = _inner(residual, solved)
             direction = _plus(solved, direction, torch.where(active, new / product, 0))
             product = new
     with plain_arithmetic(device):
-        missing = damped.inner(residual, residual)
-        return answer, torch.where(norm > 0, missing / norm, 0).sqrt()
+        missing = _inner(residual, residual)
+        return Vectors.of_rows(damped.fisher, answer), torch.where(norm > 0, missing / norm, 0).sqrt()
+
+
+def _inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+    """``⟨x_k, y_k⟩`` ``[K]``."""
+    return torch.stack([(x[name] * y[name]).reshape(len(x[name]), -1).sum(1) for name in x]).sum(0)
 
 
 def _plus(x: Mapping[str, Tensor], y: Mapping[str, Tensor], factor: Tensor) -> Rows:
@@ -105,7 +112,7 @@ def _gauss_newton(
     parameters = {name: p for name, p in network.model.named_parameters() if name in directions}
     device = next(iter(parameters.values())).device
     total, tell = {name: torch.zeros_like(d) for name, d in directions.items()}, writer(progress)
-    leaves, size = list(parameters.values()), len(next(iter(directions.values())))
+    leaves, size, seen = list(parameters.values()), len(next(iter(directions.values()))), 0
     for where, batch in batches.read(number):
         batches.recognise(batch)
         with isolate(network.model, network.seed + batches.index), sdpa_kernel(SDPBackend.MATH):
@@ -116,6 +123,7 @@ def _gauss_newton(
                 joint = likelihood.joint_dim(outputs, targets)
                 given = positions_of(batch, network.mask, outputs, where)
                 kept = along_outputs(given, outputs, joint, where)
+            seen += len(outputs)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             slopes = torch.autograd.grad(outputs, leaves, dummy, create_graph=True, materialize_grads=True)
             for k in range(size):
@@ -130,6 +138,9 @@ def _gauss_newton(
         tell(f"conjugate gradients, step {number + 1}, {batches.index} batches")
     tell("")
     batches.require_same_number()
-    if not count:
-        raise DataError("the Fisher counts no example.")
+    if not count or seen < count:
+        raise DataError(
+            f"refine: the training data have {seen:,} examples, and the Fisher counts {count:,.0f}: the exact matrix "
+            "needs all of them. Give all, or leave out refine= where they are scored in parts."
+        )
     return {name: value / count for name, value in total.items()}

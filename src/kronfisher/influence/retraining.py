@@ -16,7 +16,7 @@ from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.influence.files import digest
 
-__all__ = ["Job", "Retrain", "run_all"]
+__all__ = ["Job", "Retrain", "Trainings", "run_all"]
 
 Retrain = Callable[[Tensor, int], Any]
 """``retrain(kept, seed)`` trains on the examples with the indices ``kept [n]`` and gives every query's measurement
@@ -75,6 +75,37 @@ def run_all(
         tell(f"trained {total - len(left) + sum(other.key in done for other in left)} of {total}")
     tell("")
     return torch.stack([done[job.key] for job in jobs])
+
+
+@dataclass(frozen=True, eq=False)
+class Trainings:
+    """How a judgement trains again.
+
+    Attributes:
+        retrain: see `Retrain`.
+        seeds: trainings of each subset, whose measurements are averaged.
+        path: as for `run_all`.
+        workers: as for `run_all`.
+        progress: as for `run_all`.
+    """
+
+    retrain: Retrain
+    seeds: int = 1
+    path: str | Path | None = None
+    workers: int = 1
+    progress: Progress = False
+
+    def measure(self, kept: Sequence[Tensor], queries: int) -> Tensor:
+        """The measurements ``[M, Q]`` after training on M subsets, given as sorted indices.
+
+        Raises:
+            DataError: as `run_all`.
+        """
+        jobs = [Job(indices, seed) for indices in kept for seed in range(self.seeds)]
+        found = run_all(
+            self.retrain, jobs, queries=queries, path=self.path, workers=self.workers, progress=self.progress
+        )
+        return found.unflatten(0, (len(kept), self.seeds)).mean(1)
 
 
 def _results(retrain: Retrain, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kronfisher.influence.scores import Scores
 from kronfisher.influence.scoring import Part, Scorer
 from kronfisher.operators.memory import available_memory
 
-__all__ = ["collect", "join", "write"]
+__all__ = ["collect", "join", "load", "write"]
 
 
 def collect(
@@ -86,20 +87,52 @@ def write(
     Raises:
         DataError: the batches are not those that the file was written from.
     """
+    more = None if residuals is None else residuals.tolist()
     for part in scorer.read(batches, number, progress, skip=file.skip):
         parts = {"scores": part.values} | ({} if part.bounds is None else {"bounds": part.bounds})
-        notes: dict[str, Any] = {"names": list(part.names), "fallback": dict(part.fallback)}
+        notes: dict[str, Any] = {"per": scorer.per, "names": list(part.names), "fallback": dict(part.fallback)}
         if file.record.rows and file.record.notes["names"] != notes["names"]:
             raise DataError(f"{part.where}: other blocks than in {file.path}; it is left as it is.")
-        file.add(parts, notes)
+        file.add(parts, notes | {"residuals": more})
     file.finish()
-    kept, found = file.open(), file.record.notes
-    bounds = kept.get("bounds")
+    return _scores_in(file)
+
+
+def load(paths: Sequence[str | Path]) -> Scores:
+    """The scores of some files, one after the other.
+
+    Raises:
+        DataError: a file is missing, damaged or not finished, or the files are of other models, queries or settings.
+    """
+    if not paths:
+        raise DataError("scores are loaded from one file at least.")
+    files = [RowFile(path, None) for path in paths]
+    for file in files:
+        if not file.record.finished:
+            raise DataError(f"{file.path}: its scores were interrupted; ask for them again with the same path first.")
+        first, own = ({**each.record.settings, "names": each.record.notes["names"]} for each in (files[0], file))
+        if odd := [name for name in first if first[name] != own.get(name)]:
+            raise DataError(f"{file.path} was written with other settings than {files[0].path} ({', '.join(odd)}).")
+    found = [_scores_in(file) for file in files]
+    if len(found) == 1:
+        return found[0]
+    bounds = [part.bounds for part in found if part.bounds is not None]
+    return replace(
+        found[0],
+        values=torch.cat([part.values for part in found], dim=1),
+        bounds=torch.cat(bounds, dim=1) if bounds else None,
+        fallback={name: reason for part in found for name, reason in part.fallback.items()},
+    )
+
+
+def _scores_in(file: RowFile) -> Scores:
+    kept, notes = file.open(), file.record.notes
+    bounds, residuals = kept.get("bounds"), notes["residuals"]
     return Scores(
         kept["scores"].transpose(0, 1),
-        scorer.per,
-        tuple(found["names"]),
+        notes["per"],
+        tuple(notes["names"]),
         None if bounds is None else bounds.mT,
-        found["fallback"],
-        residuals,
+        notes["fallback"],
+        None if residuals is None else torch.tensor(residuals, dtype=kept["scores"].dtype),
     )

@@ -170,6 +170,8 @@ class Dense(Activations):
         return product.add_(matrix[:, None, width:]) if self.bias else product  # without copying the rest
 
     def weighted_sums(self, weights: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        if weights.shape[2] < weights.shape[3]:  # fewer positions than rows: a column of ones is cheaper before
+            return weights.mT @ self.dense(low, high)
         product = weights.mT @ self.values[:, low:high]
         return torch.cat([product, weights.sum(2).unsqueeze(-1)], dim=-1) if self.bias else product
 

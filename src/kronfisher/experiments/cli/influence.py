@@ -25,13 +25,14 @@ def add(app: Any) -> None:
     from kronfisher.experiments.influence import STUDIES
 
     data_help, network_help = f"one of {', '.join(data.names())}", f"one of {', '.join(networks.names())}"
-    study_help = f"how good scores are instead: {' or '.join(STUDIES)}; it goes on where it was interrupted"
+    study_help = f"how good scores are instead: {', '.join(STUDIES)}; it goes on where it was interrupted"
 
     @app.command(epilog=example("kronfisher influence --network mlp --queries 4 --output results/influence"))
     def influence(
         context: typer.Context,
         study: Annotated[str | None, option(study_help)] = None,
         quick: Annotated[bool, option("the study in seconds, on data that need no files", "--quick")] = False,
+        full: Annotated[bool, option("the study as it was published, in hours", "--full")] = False,
         script: Annotated[Path | None, option("Python file that defines a trained model, batches and queries")] = None,
         model_name: Annotated[str, option("the script's name of its model", "--model")] = "model",
         train_name: Annotated[str, option("of its batches of training data", "--train")] = "train",
@@ -52,10 +53,10 @@ def add(app: Any) -> None:
     ) -> int:
         """Show which training data are behind the predictions of a network, or measure how good such scores are."""
         with refuse_bad_options():
-            if study is not None or quick:
-                refuse_other_options(context, {"study", "quick", "data_dir", "json", "output"})
-            if quick and study is None:
-                raise ValueError(f"--quick needs --study, one of {', '.join(STUDIES)}")
+            if study is not None or quick or full:
+                refuse_other_options(context, {"study", "quick", "full", "data_dir", "json", "output"})
+            if (quick or full) and study is None:
+                raise ValueError(f"--{'quick' if quick else 'full'} needs --study, one of {', '.join(STUDIES)}")
             json = json or output / f"influence{f'-{study}' if study else ''}.json"
             require_writable(json, folder=False)
             require_writable(output, folder=True)
@@ -65,6 +66,7 @@ def add(app: Any) -> None:
                 commands.influence_study,
                 name=study,
                 quick=quick,
+                full=full,
                 data_dir=data_dir,
                 folder=output,
             )

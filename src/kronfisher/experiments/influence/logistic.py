@@ -109,6 +109,11 @@ class LogisticStudy(Experiment):
         """A few seconds of it, on digits."""
         return cls("digits", 200, 20, 0.01, 10, 5, 4, ("identity", "K-FAC"), data_dir=data_dir)
 
+    @classmethod
+    def full(cls, data_dir: Path | None = None) -> Self:
+        """More examples are left out one at a time."""
+        return cls(left_out=200, data_dir=data_dir)
+
     def check(self) -> None:
         self._problem()
 

@@ -66,6 +66,11 @@ class WrongLabelsStudy(Experiment):
         """A few seconds of it, on digits."""
         return cls("digits", 500, hidden=32, epochs=20, fits=("K-FAC",), data_dir=data_dir)
 
+    @classmethod
+    def full(cls, data_dir: Path | None = None) -> Self:
+        """All 60,000 images."""
+        return cls(train_size=60000, data_dir=data_dir)
+
     def check(self) -> None:
         data.load(self.dataset, data_dir=self.data_dir)
 

@@ -1,0 +1,113 @@
+"""The strength of concrete: how much the error of a prediction rises when the data that it rests on are removed."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kronfisher.experiments import data
+from kronfisher.experiments.influence.findings import InfluenceFindings, record
+from kronfisher.experiments.influence.fits import FITS, make
+from kronfisher.experiments.influence.retraining import Regressors
+from kronfisher.experiments.progress import Say, Step
+from kronfisher.experiments.studies.experiment import Experiment
+from kronfisher.experiments.studies.findings import Record
+from kronfisher.influence import attribution
+from kronfisher.influence.files import digest
+
+__all__ = ["ConcreteStudy"]
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class ConcreteStudy(Experiment):
+    """The settings of the study.
+
+    Attributes:
+        dataset: name of a data set of real values, standardised.
+        queries: test examples.
+        counts: how many of the highest scores are removed together.
+        seeds: networks that are trained for each removal, side by side.
+        epochs: of their training.
+        hidden: widths of their hidden layers.
+        train_size: examples to train on; None: all.
+        fits: names in `FITS`; beside them, random scores.
+        folder: of the trainings' results, from which an interrupted study goes on.
+        data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
+    """
+
+    dataset: str = "concrete"
+    queries: int = 10
+    counts: Sequence[int] = (10, 30)
+    seeds: int = 10
+    epochs: int = 40
+    hidden: tuple[int, ...] = (128, 128, 128)
+    train_size: int | None = None
+    fits: Sequence[str] = ("identity", "K-FAC", "EKFAC", "K-FOC")
+    folder: Path = Path("results/influence-concrete")
+    data_dir: Path | None = None
+
+    @classmethod
+    def quick(cls, data_dir: Path | None = None) -> Self:
+        """A few seconds of it, on digits, whose classes are taken for values."""
+        return cls("digits", 2, (3, 10), 2, 5, (16,), 200, ("K-FAC",), data_dir=data_dir)
+
+    @classmethod
+    def full(cls, data_dir: Path | None = None) -> Self:
+        """All test examples, removals and fits, with fifty networks each."""
+        return cls(queries=103, counts=(5, 10, 15, 20, 25, 30), seeds=50, fits=tuple(FITS), data_dir=data_dir)
+
+    def check(self) -> None:
+        self._problem()
+
+    def _problem(self) -> Regressors:
+        dataset = data.load(self.dataset, data_dir=self.data_dir).head(self.train_size, self.queries)
+        if dataset.task == "classes":  # of the digits: one number for each class
+            parts = {f"{part}_inputs": getattr(dataset, f"{part}_inputs").flatten(1) for part in ("train", "test")}
+            for part in ("train", "test"):
+                parts[f"{part}_targets"] = F.one_hot(getattr(dataset, f"{part}_targets"), dataset.outputs).float()
+            dataset = replace(dataset, **parts, task="values")
+        return Regressors(dataset, self.hidden, self.seeds, self.epochs)
+
+    def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
+        problem, started = self._problem(), time.perf_counter()
+        x = problem.dataset.train_inputs
+        model = problem.first(problem.train(torch.arange(len(x))))
+        with torch.no_grad():
+            error = float((model(problem.dataset.test_inputs) - problem.dataset.test_targets).square().mean())
+        note = f"{self.dataset}: {len(x):,} examples, squared error {error:.3f} of the {self.queries} queries"
+        networks.append({"note": note, "error": error, "seconds": time.perf_counter() - started})
+        say(note)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{digest(repr(self._what()))[:12]}.jsonl"
+        batches = problem.dataset.batches(500)
+        queries = problem.dataset.test_inputs, problem.dataset.test_targets
+        likelihood = problem.dataset.likelihood
+        for name in (RANDOM, *self.fits):
+            step(f"{name}: scores", len(rows), (1 + len(self.fits)) * len(self.counts))
+            began = time.perf_counter()
+            if name == RANDOM:
+                scores: Tensor = torch.randn(self.queries, len(x), generator=torch.Generator().manual_seed(0))
+            else:
+                scores = make(name, model, batches, likelihood).scores(batches, queries).values
+            seconds = time.perf_counter() - began
+            curve = attribution.removal(
+                scores, problem, counts=self.counts, path=path, progress=lambda text: step(text or "trainings", 0, 1)
+            )
+            for count, interval in zip(self.counts, curve.intervals, strict=True):
+                rows.append(record(self.dataset, name, f"{count} removed", interval, seconds))
+                say(f"{name}: squared error {interval} higher with {count} removed")
+
+    def _what(self) -> dict[str, object]:
+        names = ("dataset", "queries", "seeds", "epochs", "hidden", "train_size")
+        return {name: getattr(self, name) for name in names}
+
+    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> InfluenceFindings:
+        settings = {"study": "concrete", **self._what(), "counts": list(self.counts)}
+        return InfluenceFindings(settings, networks, rows, finished)

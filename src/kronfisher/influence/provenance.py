@@ -1,0 +1,37 @@
+"""What numbers in a file depend on besides the training data, as hashes and texts by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from kronfisher.capture.batches import Batches, checksum
+from kronfisher.fisher import Fisher
+from kronfisher.fisher.parameters import fingerprint
+from kronfisher.influence.files import digest
+from kronfisher.influence.measurements import Measurement
+from kronfisher.likelihoods import Likelihood
+
+__all__ = ["asked", "provenance"]
+
+
+def provenance(model: nn.Module, fisher: Fisher, likelihood: Likelihood, damping: Sequence[float]) -> dict[str, str]:
+    """Of a model and its matrix."""
+    operators = {f"{k} {key}": t for k, (_, op) in enumerate(fisher.entries) for key, t in op.tensors().items()}
+    return {
+        "model": fingerprint({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "Fisher": fingerprint(operators),
+        "likelihood": repr(likelihood),
+        "damping": repr(tuple(damping)),
+    }
+
+
+def asked(queries: Any, measurement: Measurement, options: tuple[Any, ...]) -> dict[str, str]:
+    """Of the queries and what is asked of them."""
+    code = getattr(measurement, "__code__", None)
+    batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
+    return {
+        "queries": digest(*batches),
+        "measurement": repr(measurement) if code is None else digest(code.co_code, code.co_consts, code.co_names),
+        "options": repr(options),
+    }

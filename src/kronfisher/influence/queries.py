@@ -1,0 +1,79 @@
+"""The gradients of queries, some at a time."""
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler
+
+from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.estimation.progress import Progress
+from kronfisher.fisher import Fisher
+from kronfisher.influence.preconditioned import written_out
+from kronfisher.influence.readings import Network, Question, read, require_finite
+from kronfisher.influence.vectors import Vectors
+from kronfisher.likelihoods import Likelihood
+from kronfisher.linalg import plain_arithmetic
+from kronfisher.operators.memory import available_memory
+
+__all__ = ["query_gradients", "require_order"]
+
+
+def query_gradients(
+    network: Network,
+    likelihood: Likelihood,
+    fisher: Fisher,
+    queries: Any,
+    at_once: int | None = None,
+    progress: Progress = False,
+) -> Iterator[Vectors]:
+    """``∇m`` of some queries at a time.
+
+    Args:
+        network: the model, and how batches go through it.
+        likelihood: the loss or another measurement, see `kronfisher.influence.measurements`.
+        fisher: in whose form they are.
+        queries: batches in a fixed order.
+        at_once: batches are put together until there are so many; None: all of them.
+        progress: as for `kronfisher.estimate`.
+
+    Raises:
+        DataError: the queries do not fit, or are shuffled.
+        MemoryBudgetError: so many do not fit.
+        NumericalError: a gradient is not finite.
+    """
+    require_order(queries, "queries")
+    questions: dict[str, Question] = {"gradient": lambda _, samples: written_out(samples[0])}
+    wide = torch.promote_types(fisher.dtype, torch.float32)
+    each, size, limit = fisher.dim * wide.itemsize, 0, available_memory(fisher.device)
+    waiting: list[Vectors] = []
+    for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress):
+        size += reading.size
+        if 2 * size * each > limit:
+            raise MemoryBudgetError(
+                f"{reading.where}: the gradients of {size} queries take {size * each:,} bytes twice, more than the "
+                f"free {limit:,}. Give at_once={max(limit // (3 * each), 1)} with smaller batches."
+            )
+        for answer in (answers := dict(reading.answers["gradient"])).values():
+            require_finite(answer, reading.where)
+        with plain_arithmetic(fisher.device):
+            waiting.append(Vectors.of_answers(fisher, answers, reading.size, wide))
+        del answers, reading
+        if at_once is not None and size >= at_once:
+            joined, waiting, size = Vectors.join(waiting), [], 0
+            yield joined
+    if waiting:
+        joined, waiting = Vectors.join(waiting), []
+        yield joined
+
+
+def require_order(data: Any, what: str) -> None:
+    """DataError for loaders whose order is anybody's guess, or that never end."""
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise DataError(
+            f"{what} comes from a loader that shuffles, so that nobody knows whose scores they are: make it with "
+            "shuffle=False."
+        )
+    if isinstance(data, cycle):
+        raise DataError(f"{what} never ends: pass a loader that reads every example once.")
