@@ -137,7 +137,7 @@ def test_networks_that_are_trained_side_by_side_are_those_trained_alone():
     model = several.network(0)
     order = torch.Generator().manual_seed(1)  # that of seed 0, stream 1
     for _ in range(2):
-        for some in torch.randperm(35, generator=order).split(32):
+        for some in [torch.randperm(35, generator=order)[:32]]:  # the last three would be a batch of their own
             loss = (model(x[kept][some]) - y[kept][some]).square().mean()
             for p, gradient in zip(
                 model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
@@ -154,8 +154,8 @@ def test_networks_that_are_trained_side_by_side_are_those_trained_alone():
 def test_the_study_of_removals_beats_chance(tmp_path):
     found = commands.influence_study("concrete", quick=True, folder=tmp_path)
     values = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
-    assert values["K-FAC", "10 removed"] > values["random", "10 removed"] + 0.01
-    assert set(values) == {(fit, f"{count} removed") for fit in ("random", "K-FAC") for count in (3, 10)}
+    assert values["K-FAC", "20 removed"] > values["random", "20 removed"] + 0.005
+    assert set(values) == {(fit, f"{count} removed") for fit in ("random", "K-FAC") for count in (5, 20)}
 
 
 def test_scores_of_characters_add_up_to_those_of_their_text(tmp_path):

@@ -56,7 +56,7 @@ class ConcreteStudy(Experiment):
     @classmethod
     def quick(cls, data_dir: Path | None = None) -> Self:
         """A few seconds of it, on digits, whose classes are taken for values."""
-        return cls("digits", 2, (3, 10), 2, 5, (16,), 200, ("K-FAC",), data_dir=data_dir)
+        return cls("digits", 3, (5, 20), 2, 20, (16,), 200, ("K-FAC",), data_dir=data_dir)
 
     @classmethod
     def full(cls, data_dir: Path | None = None) -> Self:

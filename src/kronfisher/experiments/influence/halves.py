@@ -21,6 +21,8 @@ from kronfisher.influence.files import digest
 
 __all__ = ["HalvesStudy"]
 
+_OTHER = 1000  # the first seed of the networks that are scored
+
 
 @dataclass(frozen=True)
 class HalvesStudy(Experiment):
@@ -33,7 +35,7 @@ class HalvesStudy(Experiment):
         epochs: of training.
         subsets: random halves of the data.
         seeds: trainings of each.
-        models: networks of other seeds, whose scores are averaged.
+        models: networks that are scored; their seeds are none of those that are trained again.
         fits: names in `FITS`, of one network.
         averaged: those among them whose scores are averaged over networks.
         folder: of the trainings' results, from which an interrupted study goes on.
@@ -72,7 +74,7 @@ class HalvesStudy(Experiment):
         for seed in range(self.models):
             step(f"network {seed}", seed, self.models)
             started = time.perf_counter()
-            model = problem.train(problem.everything, seed)
+            model = problem.train(problem.everything, _OTHER + seed)
             with torch.no_grad():
                 loss = float(-problem.dataset.likelihood.log_prob(model(queries[0]), queries[1]).mean())
             note = f"{self.dataset}: network {seed} of {len(problem.everything):,} examples, loss of queries {loss:.3f}"

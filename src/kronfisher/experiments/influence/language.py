@@ -76,7 +76,7 @@ class LanguageStudy(HalvesStudy):
     """
 
     dataset: str = "shakespeare"
-    train_size: int = 512
+    train_size: int = 1024
     queries: int = 64
     epochs: int = 20
     subsets: int = 40
@@ -105,7 +105,7 @@ class LanguageStudy(HalvesStudy):
         def make(seed: int) -> nn.Module:
             return gpt(dataset.outputs, dataset.input_shape[0], width=self.width, depth=self.depth, seed=seed)
 
-        return Trainer(dataset, make, self.epochs, 32, 0.1, 1e-4)
+        return Trainer(dataset, make, self.epochs, 32, 0.003, 0.01, adam=True)
 
     def show(self, fit: str, model: nn.Module, problem: Trainer, scores: Tensor) -> None:
         """The scores of single characters of the first queries' most helpful examples.

@@ -16,7 +16,7 @@ __all__ = ["Regressors", "Trainer"]
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """Training of a network by stochastic gradients with momentum, and the loss of every query after it.
+    """Training of a network by stochastic gradients with momentum, or Adam, and the loss of every query after it.
 
     The loss of training is a mean over examples and, of a text, over its characters.
 
@@ -27,6 +27,7 @@ class Trainer:
         batch_size: examples of a step.
         lr: the first step size; it falls to zero along a cosine.
         decay: weight decay.
+        adam: in the place of momentum.
     """
 
     dataset: Dataset
@@ -35,13 +36,17 @@ class Trainer:
     batch_size: int
     lr: float
     decay: float
+    adam: bool = False
 
     def train(self, kept: Tensor, seed: int) -> nn.Module:
         """A network, in evaluation mode, trained on the examples with the indices `kept`."""
         x, y = self.dataset.train_inputs[kept], self.dataset.train_targets[kept]
         model, order = self.make(seed).train(), generator(seed, 1)
         steps = self.epochs * -(-len(x) // self.batch_size)
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.decay)
+        if self.adam:
+            optimizer = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.decay)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(self.epochs):
             for some in torch.randperm(len(x), generator=order).split(self.batch_size):
@@ -101,7 +106,8 @@ class Regressors:
         orders = [generator(seed, 1) for seed in range(self.seeds)]
         for _ in range(self.epochs):
             places = torch.stack([torch.randperm(len(x), generator=order) for order in orders])
-            for some in places.split(self.batch_size, dim=1):
+            whole = max(len(x) // self.batch_size * self.batch_size, min(len(x), self.batch_size))
+            for some in places[:, :whole].split(self.batch_size, dim=1):  # a last batch of one would be all noise
                 errors = (self.predict(weights, x[some]) - y[some]).square().mean(dim=(1, 2))
                 gradients = torch.autograd.grad(errors.sum(), weights)
                 with torch.no_grad():
