@@ -12,7 +12,7 @@ from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
-from kronfisher.fisher.parameters import covered, fingerprint, unwrapped
+from kronfisher.fisher.parameters import covered, unwrapped
 from kronfisher.influence.damping import DampingChoice, read_damping
 from kronfisher.influence.files import RowFile
 from kronfisher.influence.index import Index, Leading, write_index
