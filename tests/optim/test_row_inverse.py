@@ -54,6 +54,9 @@ def test_rows_give_the_product(rows, outputs, inputs, bias):
     out = {name: torch.empty_like(p).unsqueeze(0) for name, p in model.named_parameters()}
     kept = RowInverse({layer.blocks[0].key: layer}, {layer.name: (a, g)})
     kept.apply(layer, out)
+    assert not kept.slopes  # the gradient gives it
+    kept.spared = set(out)
+    kept.apply(layer, out)
     expected = B @ g.mT @ a @ A
     torch.testing.assert_close(layer.blocks[0].gather(out).reshape(outputs, inputs), expected)
     torch.testing.assert_close(kept.slopes[layer.name], (expected * (g.mT @ a)).sum())
@@ -93,6 +96,28 @@ def test_steps_from_rows_are_steps_from_gradients(options, bias):
         for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
     assert spared > 5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_default_steps_of_convolutions_from_patches_are_steps_from_gradients(bias, monkeypatch):
+    def convolutional():
+        torch.manual_seed(0)
+        body = (nn.Conv2d(2, 16, 3, stride=2, bias=bias), nn.Tanh(), nn.Conv2d(16, 12, 3, 2, 1, bias=bias))
+        return nn.Sequential(*body, nn.Flatten(), nn.Linear(12, 3)).double()
+
+    models = [convolutional(), convolutional()]
+    whole, parts = (kf.NaturalGradient(model, kf.Categorical()) for model in models)
+    kept = []
+    apply = RowInverse.apply
+    monkeypatch.setattr(RowInverse, "apply", lambda rows, one, out: (kept.append(one.name), apply(rows, one, out)))
+    for x, y in [(torch.randn(2, 2, 5, 5, dtype=torch.float64), torch.randint(3, (2,))) for _ in range(12)]:
+        whole.step(lambda x=x: models[0](x), y)
+        parts.zero_grad()
+        parts.backward(parts.forward(x), y)
+        parts.step()
+    assert kept.count("0.weight") > 5 and kept.count("2.weight") > 5
+    for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_are_formed_where_hooks_decay_or_ties_may_change_them():

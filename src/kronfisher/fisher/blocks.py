@@ -52,7 +52,7 @@ class Window:
         offset = int(window.storage_offset() - parameter.storage_offset()) if window is not parameter else 0
         return cls(name, tuple(parameter.shape), parameter.stride(), tuple(window.shape), window.stride(), offset)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return prod(self.size)
 
@@ -60,6 +60,13 @@ class Window:
     def whole(self) -> bool:
         """Whether the window shows every element of the parameter in its own row-major order."""
         return self.row_major and self.numel == prod(self.shape) and self.stride == _row_major(self.size)
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether the window shows adjacent elements of the parameter in its own row-major order."""
+        return self.row_major and all(
+            n == 1 or s == t for n, s, t in zip(self.size, self.stride, _row_major(self.size), strict=True)
+        )
 
     @property
     def complete(self) -> bool:

@@ -254,8 +254,11 @@ class Categorical(Likelihood):
         index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
         counts = index != self.ignore_index
         index = index.where(counts, 0)
-        weights = self._weights(outputs, axis)
         smoothing = self.label_smoothing
+        if self.weight is None and not smoothing:
+            own = counts.to(torch.promote_types(outputs.dtype, torch.float32))
+            return own, own.new_zeros(1), index
+        weights = self._weights(outputs, axis)
         counts = counts.to(weights.dtype)
         return (1 - smoothing) * weights[index] * counts, counts * (smoothing / outputs.shape[axis]), index
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "average_squares_", "divided", "lerp_", "mul_", "norms", "over_roots"]
+__all__ = ["add_products_", "average_squares_", "divided", "lerp_", "mul_", "norms", "over_roots"]
 
 
-def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """``tensor += other``, each."""
-    torch._foreach_add_(list(tensors), list(others))  # pyright: ignore[reportPrivateImportUsage]
+def add_products_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """``tensor += other · factor``, each; factors are 0-dim."""
+    torch._foreach_addcmul_(list(tensors), list(others), list(factors))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def average_squares_(tensors: Sequence[Tensor], others: Sequence[Tensor], decay: float) -> None:

@@ -68,29 +68,30 @@ class Inverses:
         """
         rows = rows or RowInverse({})
         with self._arithmetic():
-            vectors = {name: tensor[None] for name, tensor in gradients.items()}
-            answers: dict[str, Tensor] = {}
+            vectors: dict[str, Tensor] = {}
             out: dict[str, Tensor] = {}
             for one in self.inverses:
                 if one.inverse is None:
                     continue
                 by_rows = rows.holds(one)
-                if not by_rows and (direct := self._apply_directly(one, gradients)) is not None:
-                    answers |= direct
+                if not by_rows and self._apply_directly(one, gradients, out):
                     continue
+                vectors = vectors or {name: tensor[None] for name, tensor in gradients.items()}
                 for name in (name for block in one.blocks for name in block.parameters):
                     if name not in out and (by_rows or name in vectors):
-                        like = self._parameters[name].unsqueeze(0)
-                        out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+                        whole = all(view.whole for block in one.blocks for view in block.views)  # and all is written
+                        make = torch.empty_like if whole else torch.zeros_like
+                        out[name] = make(self._parameters[name], memory_format=torch.contiguous_format)
+                own = {name: out[name][None] for block in one.blocks for name in block.parameters if name in out}
                 if by_rows:
-                    rows.apply(one, out)
+                    rows.apply(one, own)
                 else:
-                    one.apply(vectors, out)
-            return answers | {name: tensor[0] for name, tensor in out.items()}
+                    one.apply(vectors, own)
+            return out
 
-    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The same for one layer in fewer copies; None where that is not possible."""
-        return None
+    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
+        """Write the same of one layer into `out`, in fewer copies; False where that is not possible."""
+        return False
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return plain_arithmetic(next(iter(self._parameters.values())).device)

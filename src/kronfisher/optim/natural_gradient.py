@@ -309,7 +309,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return named
 
     def _options(self, key: str) -> dict[str, float]:
-        return {self._names[id(p)]: float(group[key]) for group in self.param_groups for p in group["params"]}
+        given = ((float(group[key]), group["params"]) for group in self.param_groups)
+        return {self._names[id(p)]: value for value, parameters in given for p in parameters}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimiser; the new parameters get curvature from the next statistics on."""

@@ -172,7 +172,7 @@ class StepParts(ABC):
             raise no_curvature_error(CALL)
         due, loss = self.statistics.is_due(step), self.forward_backward.loss
         if taken.passes and loss is not None:
-            self.watch.follow(loss.double())
+            self.watch.follow(loss)
         self.statistics.merge(step)
         if due and taken.seen:  # values are read here anyway
             self.watch.judge()

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import Call
 from kronfisher.layers import RowOrder
+from kronfisher.layers.convolution import ConvolutionUse
 from kronfisher.layers.linear import RowUse
 from kronfisher.optim.layer_inverse import LayerInverse
 
@@ -42,12 +43,14 @@ class RowInverse:
         rows: layer's name → inputs ``[R, I]`` with the bias coordinate, and output gradients ``[R, O]``.
         slopes: layer's name → ``⟨V, B⁻¹ V A⁻¹⟩`` for layers whose V was never formed, filled by `apply`.
         edges: where the gradients of the outputs of those layers arrive.
+        spared: parameters of those layers.
     """
 
     layers: dict[tuple, LayerInverse]
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     edges: list[GradientEdge] = field(default_factory=list)
+    spared: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, inverses: Iterable[LayerInverse], rates: Mapping[str, float], capture: Capture) -> "RowInverse":
@@ -71,25 +74,25 @@ class RowInverse:
 
     def spare(self, capture: Capture) -> set[str]:
         """Parameters whose gradient need not be formed, because factors go to rows; their calls are kept."""
-        spared: set[str] = set()
         for call in capture.calls:
             for use in call.uses:
                 layer = self.layers.get((use.weight, use.bias))
                 rows = prod(use.lead(call.shape)) if isinstance(use, RowUse) else 0
                 if layer is not None and rows and pays(rows, *layer.blocks[0].shape[1:]):
-                    spared.update(layer.blocks[0].parameters)
+                    self.spared.update(layer.blocks[0].parameters)
                     self.edges.append(call.edge)
-        return spared
+        return self.spared
 
     def receive(self, call: Call, gradient: Tensor) -> None:
-        """Keep one call's rows if that pays."""
+        """Keep one call's rows if that pays; those of a convolution are its patches."""
         for use in call.uses:
             layer = self.layers.get((use.weight, use.bias))
-            if layer is None or not isinstance(use, RowUse):
+            if layer is None or not isinstance(use, RowUse | ConvolutionUse):
                 continue
-            order = RowOrder(prod(use.lead(call.shape)))
-            outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
-            if pays(len(outputs), *layer.blocks[0].shape[1:]):
+            _, width, inputs = layer.blocks[0].shape
+            if pays(gradient.numel() // width, width, inputs):
+                order = RowOrder(prod(use.lead(call.shape)))
+                outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
                 activations = use.activations(order, gradient, use.weight is not None, use.bias is not None)
                 self.rows[layer.name] = activations.dense().flatten(0, 2), outputs
 
@@ -104,15 +107,16 @@ class RowInverse:
                 gradients.update({name: gradient[0] for name, gradient in out.items()})
 
     def apply(self, layer: LayerInverse, out: dict[str, Tensor]) -> None:
-        """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; and keep its slope."""
+        """Write ``B⁻¹ gᵀ a A⁻¹`` into `out`, ``{name: [1, *shape]}``; and keep its slope where no gradient gives it."""
         (block,) = layer.blocks
         inputs, outputs = self.rows[layer.name]
         factors = layer.inverse.product if layer.inverse is not None else None
         assert factors is not None
         right, left = (factor.tensor[0] for factor in factors)
         left, right = left @ outputs.mT, inputs @ right
-        # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
-        self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
+        if self.spared.intersection(block.parameters):
+            # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
+            self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
         if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
             weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
             torch.mm(left, right[:, :-1], out=weight.view(len(left), -1))

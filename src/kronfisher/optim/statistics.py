@@ -76,6 +76,7 @@ class Statistics:
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self._run: Accumulator | None = None
+        self._tables: tuple[Any, set[str]] = (None, set())
         self._groups: int | None = None  # of the run, when the layers were chosen
         self._masked = False  # whether the batch that was accepted has positions that do not count
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
@@ -112,8 +113,13 @@ class Statistics:
     @property
     def tables(self) -> set[str]:
         """Parameters whose rows are looked up."""
-        groups = () if self._run is None else self._run.groups
-        return {name for group in groups for block in group.blocks if block.onehot for name in block.parameters}
+        if self._run is None:
+            return set()
+        known = self._run, len(self._run.groups)  # training asks at every step
+        if known != self._tables[0]:
+            blocks = (block for group in self._run.groups for block in group.blocks if block.onehot)
+            self._tables = known, {name for block in blocks for name in block.parameters}
+        return self._tables[1]
 
     @property
     def examined(self) -> bool:

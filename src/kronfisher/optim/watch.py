@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ MEMORY = 0.05  # the weight of the newest loss in its average
 FIRST = 10  # losses whose mean is the loss at the start
 PATIENCE = 100  # steps before a loss above its start is told, and the least for which one has grown
 UNDONE = 5  # steps undone in a row
+UNREAD = 1000  # losses that are kept apart
 
 __all__ = ["Watch", "no_curvature_error", "require_one_process"]
 
@@ -23,7 +25,7 @@ __all__ = ["Watch", "no_curvature_error", "require_one_process"]
 class Watch:
     """What was seen, and what the user was told.
 
-    The course of the loss is kept as tensors, which are read where statistics are renewed.
+    Losses are kept as tensors until they are read, where statistics are renewed.
 
     Attributes:
         overdue: steps that ran on statistics older than promised.
@@ -31,14 +33,15 @@ class Watch:
         losses: how many were followed.
         undone: compared steps in a row that were undone.
         course: average of the loss now, at the start, at its lowest, the number of losses until then, and how many
-            were not finite, ``[5]``.
+            were not finite.
     """
 
     overdue: int = 0
     told: dict[str, str] = field(default_factory=dict)
     losses: int = 0
     undone: int = 0
-    course: Tensor | None = None
+    course: list[float] | None = None
+    _unread: list[Tensor] = field(default_factory=list, repr=False)
 
     def tell(self, kind: str, message: str) -> None:
         """Warn, unless this kind of trouble was told before."""
@@ -78,21 +81,33 @@ class Watch:
         self.tell(f"unchanged, {gradients}", f"Step {step} preconditions nothing, because {why}.")
 
     def follow(self, loss: Tensor) -> None:
-        """Take the loss of a step into its course, without waiting for a device."""
-        finite = torch.isfinite(loss)
-        now, start, low, at, bad = (loss.new_zeros(5) if self.course is None else self.course.to(loss)).unbind()
-        self.losses += 1
-        now = torch.where(finite, now.lerp(loss, max(1 / self.losses, MEMORY)), now)
-        start = now if self.losses <= FIRST else start
-        lower = (now < low) | (self.losses <= FIRST)
-        low, at = torch.where(lower, now, low), torch.where(lower, self.losses, at)
-        self.course = torch.stack([now, start, low, at.to(low), bad + ~finite])
+        """Take the loss of a step into its course, without waiting for a device: it is read by `judge`."""
+        self._unread.append(loss.detach().reshape(1))
+        if len(self._unread) == UNREAD:
+            self._unread = [torch.cat([some.double() for some in self._unread])]
+
+    def _read(self) -> None:
+        """Follow the losses that wait."""
+        losses = torch.cat([some.double() for some in self._unread]).tolist() if self._unread else []
+        self._unread.clear()
+        now, start, low, at, bad = self.course or (0.0,) * 5
+        for loss in losses:
+            self.losses += 1
+            if isfinite(loss):
+                now += max(1 / self.losses, MEMORY) * (loss - now)
+            else:
+                bad += 1
+            start = now if self.losses <= FIRST else start
+            if now < low or self.losses <= FIRST:
+                low, at = now, self.losses
+            self.course = [now, start, low, float(at), bad]
 
     def judge(self) -> None:
         """Tell of a loss that is not finite, above its start, or growing for long."""
+        self._read()
         if self.course is None:
             return
-        now, start, low, at, bad = self.course.tolist()
+        now, start, low, at, bad = self.course
         if bad:
             self.tell(
                 "not finite",
@@ -138,11 +153,16 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
-        return {**vars(self), "told": dict(self.told)}
+        self._read()
+        own = {name: value for name, value in vars(self).items() if name != "_unread"}
+        return {**own, "told": dict(self.told)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        vars(self).update({**state, "told": dict(state["told"])})
+        course = state["course"]
+        course = course.tolist() if isinstance(course, Tensor) else course
+        vars(self).update({**state, "told": dict(state["told"]), "course": course})
+        self._unread.clear()
 
 
 def no_curvature_error(call: str) -> UnsupportedError:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from kronfisher.fisher.damping import Damping
@@ -12,6 +11,7 @@ from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.layer_inverse import LayerInverse
+from kronfisher.optim.layerwise.product import Product
 
 __all__ = ["RelativeDirection", "Shares"]
 
@@ -52,6 +52,7 @@ class RelativeDirection(Inverses):
     def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh, share: float, data_share: float) -> None:
         super().__init__(parameters, refresh)
         self.share, self.data_share = share, data_share
+        self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
 
     def renew(self, step: int, pass_cost: float) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
@@ -61,10 +62,13 @@ class RelativeDirection(Inverses):
             pass_cost: multiplications of a forward and backward pass over a batch.
         """
         began = time.perf_counter()
-        period = self.refresh.after(step, self.refresh.inverse) - step
         ready = [one for one in self.inverses if one.layer.average is not None]
         missing = [one for one in ready if one.inverse is None]
         due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=lambda one: one.made)
+        if not (missing or due):
+            return
+        self._products.clear()  # they hold the inverses of before
+        period = self.refresh.after(step, self.refresh.inverse) - step
         left = max(pass_cost, sum(map(_cost, ready)) / self.refresh.inverse)
         with self._arithmetic():
             for one in [*missing, *due]:
@@ -83,42 +87,15 @@ class RelativeDirection(Inverses):
             inputs = max(self.share, self.data_share * max(block.shape[2] for block in one.blocks))
         return Shares(inputs=inputs, outputs=self.share)
 
-    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        return _apply_plainly(one, gradients) if _is_plain(one, gradients) else None
+    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
+        known = self._products.get(id(one))
+        if known is None or known[0] is not one.inverse:
+            known = self._products[id(one)] = (one.inverse, Product.of(one))
+        product = known[1]
+        return product is not None and product.apply(gradients, out)
 
 
 def _cost(one: LayerInverse) -> float:
     """Multiplications that are as dear as making the inverse, from the sizes alone."""
     each = EIGENVECTORS if one.layer.passes > 1 else CHOLESKY
     return each * sum(block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3) for block in one.blocks)
-
-
-def _is_plain(one: LayerInverse, gradients: Mapping[str, Tensor]) -> bool:
-    """Whether the layer is one matrix of whole parameters, and its inverse a product of dense factors."""
-    if one.inverse is None or not one.separable:
-        return False
-    (block,) = one.layer.blocks
-    views = block.views
-    return (
-        block.weight is not None
-        and all(view.whole and view.parameter in gradients for view in views)
-        and len(block.parameters) == len(views)
-        and gradients[block.weight.parameter].dtype == one.inverse.dtype
-    )
-
-
-def _apply_plainly(one: LayerInverse, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``B⁻¹ [V v] A⁻¹`` without joining the gradients of weight and bias, and without taking the answer apart."""
-    (block,) = one.blocks
-    assert one.inverse is not None and one.inverse.product is not None and block.weight is not None
-    right, left = (factor.tensor[0] for factor in one.inverse.product)
-    weight = block.weight.parameter
-    given = gradients[weight]
-    middle = left @ given.reshape(len(left), -1)
-    if block.bias is None:
-        return {weight: (middle @ right).view(given.shape)}
-    bias = block.bias.parameter
-    last = left @ gradients[bias].reshape(-1)
-    matrix = torch.addmm(torch.outer(last, right[-1, :-1]), middle, right[:-1, :-1])
-    vector = torch.addmv(last * right[-1, -1], middle, right[:-1, -1])
-    return {weight: matrix.view(given.shape), bias: vector.view(gradients[bias].shape)}

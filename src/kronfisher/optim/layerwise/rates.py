@@ -62,14 +62,16 @@ class Rates:
             finite: whether the gradients are, 0-dim.
         """
         squares = squares.clamp_min(0)
-        norms = (squares * self.path.clamp_min(0)).sqrt()
+        norms = (squares * self.path).sqrt()
         cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp(-1, 1), 1 - MEMORY)
-        path = (decay**2 * self.path + 2 * decay * (1 - decay) * products + (1 - decay) ** 2 * squares).clamp_min(0)
-        beyond = cosine.abs().sub(OVERSHOT).clamp_min(0) * cosine.sign()
+        rest = 1 - decay
+        path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
+        path.clamp_min_(0)
+        beyond = torch.nn.functional.softshrink(cosine, OVERSHOT)
         brake = self.brake * (RECOVERY + BRAKE * beyond).exp()
         signed = self.signed.lerp(products, 1 - MEMORY)
         absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
-        agreement = signed / torch.where(absolute > 0, absolute, 1)
+        agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
         least = (1 + self.steps / SPAN) ** -POWER
         brake = brake.clamp(max=1.0)
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), least * brake), brake)

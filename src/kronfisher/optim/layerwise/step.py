@@ -92,6 +92,7 @@ class LayerwiseParts(StepParts):
     average: Average = field(kw_only=True)
     total_steps: int | None = None
     skipped: int = 0
+    _found: tuple[Any, list[Unit]] = field(default=(None, []), init=False, repr=False)
 
     @property
     def uncovered_step(self) -> str:
@@ -138,8 +139,13 @@ class LayerwiseParts(StepParts):
         return min(1.0, max(left / TAIL, LAST))
 
     def _units(self, trained: TrainedParameters) -> list[Unit]:
-        blocks = [block for layer in self.statistics.layers if layer.average is not None for block in layer.blocks]
-        return find_units(blocks, self.statistics.tables, trained.named)
+        """The units, the same list as long as layers and parameters are the same."""
+        layers = [layer for layer in self.statistics.layers if layer.average is not None]
+        seen = layers, self.statistics.tables, list(trained.named)
+        if seen != self._found[0]:
+            blocks = (block for layer in layers for block in layer.blocks)
+            self._found = seen, find_units(blocks, self.statistics.tables, trained.named)
+        return self._found[1]
 
     @property
     def evaluating(self) -> bool:

@@ -1,0 +1,131 @@
+"""Parameters cut into pieces that stay in a processor's cache while one operation after the other goes over them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kronfisher.optim.foreach import add_products_, norms
+from kronfisher.optim.layerwise.units import Unit
+
+__all__ = ["Pieces"]
+
+MOST = 2**16  # elements of a piece; on an accelerator a parameter is one
+EVERYTHING = 2**62
+
+
+class Pieces:
+    """Some parameters, those of natural units first, as pieces ``[E]``, and which unit each of them belongs to.
+
+    Attributes:
+        members: unit and name of each parameter.
+        names: of the parameters.
+        own: whether each parameter is of a natural unit.
+        most: elements of a piece.
+        border: the number of pieces of natural units.
+        firsts: parameter → its first piece.
+        turns: pieces that are treated at once, all natural or none.
+        moving: units with any of these parameters, ``[U]``.
+        natural: units that follow the natural gradient, ``[U]``.
+        root: the root of the number of elements of these parameters by unit, ``[U]``.
+        table: units that move at the full rate though they are no matrices of layers, ``[U]``.
+        decay: of the momentum of units, ``[U]``; for whoever moves them.
+        relative: the rates of adaptive units ``[U]``, relative to the rate; likewise.
+    """
+
+    decay: Tensor
+    relative: Tensor
+
+    def __init__(
+        self, members: list[tuple[int, str]], units: Sequence[Unit], numel: list[int], device: torch.device
+    ) -> None:
+        self.members, self.names = members, [name for _, name in members]
+        self.own = [units[place].natural for place, _ in members]
+        self.most = MOST if device.type == "cpu" else EVERYTHING
+        self._shares: Tensor | None = None
+        self._digits: list[str] = []
+        index, sizes, self.firsts, self.turns = [], [], [], []
+        self.border = waiting = 0
+        for (place, _), size, own in zip(members, numel, self.own, strict=True):
+            self.firsts.append(len(index))
+            for low in range(0, max(size, 1), self.most):
+                piece = min(size - low, self.most)
+                if waiting + piece > self.most or not self.turns or (not own and len(index) == self.border):
+                    self.turns.append(slice(len(index), len(index)))
+                    waiting = 0
+                index.append(place)
+                sizes.append(float(piece))
+                waiting += piece
+                self.turns[-1] = slice(self.turns[-1].start, len(index))
+                self.border += own
+        self._count, self.index = len(index), torch.tensor(index, device=device)
+        count = torch.zeros(len(units), device=device).index_add_(0, self.index, torch.tensor(sizes, device=device))
+        self.moving, self.root = count > 0, count.sqrt()
+        self.natural, self.table = (
+            torch.tensor([getattr(unit, key) for unit in units], device=device) for key in ("natural", "table")
+        )
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces of tensors of these parameters; copies where they do not lie in row-major order."""
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        if self._count == len(flat):
+            return flat
+        return [piece for one in flat for piece in one.split(self.most)]
+
+    def measure(self, given: list[Tensor], momenta: list[Tensor], directions: list[Tensor]) -> Sequence[Tensor]:
+        """``⟨g, m⟩``, ``⟨g, d⟩`` and ``‖d‖²`` of units ``[U]``."""
+        along, across, lengths = [], [], []
+        for some in self.turns:
+            along += map(torch.dot, given[some], momenta[some])
+            across += map(torch.dot, given[some], directions[some])
+            lengths += norms(directions[some])
+        values = self._stacked([*along, *across, *lengths]).view(3, -1)
+        values[2].square_()
+        return self.moving.new_zeros(3, len(self.moving), dtype=values.dtype).index_add_(1, self.index, values).unbind()
+
+    def lengths(self, each: list[Tensor]) -> Tensor:
+        """Norms of units ``[U]`` from those of pieces."""
+        return torch.zeros_like(self.root).index_add_(0, self.index, self._stacked(each).square_()).sqrt_()
+
+    def _stacked(self, values: list[Tensor]) -> Tensor:
+        """0-dim tensors as one."""
+        if not values:
+            return self.root.new_zeros(0)
+        kind = values[0].dtype
+        alike = all(value.dtype == kind for value in values)
+        return torch.stack(values if alike else [value.float() for value in values]).to(self.root.dtype)
+
+    def share_rates(self, shares: Sequence[float]) -> None:
+        """Take over shares of the largest learning rate; schedules that scale all rates alike leave them alone."""
+        if all(share == 1.0 for share in shares):
+            self._shares = None
+            return
+        digits = [f"{share:.6g}" for share in shares]  # beyond these, quotients of scheduled rates are noise
+        if self._shares is None or digits != self._digits:
+            counts = [b - a for a, b in zip(self.firsts, [*self.firsts[1:], len(self.index)], strict=True)]
+            each = [float(digit) for digit, count in zip(digits, counts, strict=True) for _ in range(count)]
+            self._digits, self._shares = digits, torch.tensor(each, device=self.index.device)
+
+    def spread(self, values: Tensor, like: Sequence[Tensor], places: Sequence[int] | None = None) -> Sequence[Tensor]:
+        """The values ``[U]`` of their units, one 0-dim tensor for each piece, or for the pieces at some places."""
+        each = values[self.index].unbind()
+        return _typed(each if places is None else [each[place] for place in places], like)
+
+    def add_to(self, parameters: Sequence[Tensor], updates: Sequence[Tensor], factors: Tensor) -> None:
+        """Add updates times the factors of their units ``[U]`` and the shares of the learning rate."""
+        chosen = factors[self.index]
+        each = _typed((chosen if self._shares is None else chosen * self._shares).unbind(), updates)
+        flat = [parameter.detach().reshape(-1) for parameter in parameters]
+        pieces = self.cut(flat)
+        for some in self.turns:
+            add_products_(pieces[some], updates[some], each[some])
+        for parameter, one in zip(parameters, flat, strict=True):
+            if not parameter.is_contiguous():  # the pieces were copies
+                parameter.copy_(one.view(parameter.shape))
+
+
+def _typed(values: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The values in the dtypes of some tensors."""
+    if all(value.dtype == tensor.dtype for value, tensor in zip(values, like, strict=True)):
+        return values
+    return [value.to(tensor.dtype) for value, tensor in zip(values, like, strict=True)]
