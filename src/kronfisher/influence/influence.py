@@ -193,7 +193,8 @@ class Influence:
         options = per, rank, self.normalize, self.refine, self.fisher.count
         file = None if path is None else RowFile(path, self._facts() | asked(queries, measurement, options))
         batches, number, found = Batches(train), 0, []
-        for vectors in self._slices(queries, measurement, at_once, progress):
+        later = self.refine or self.normalize == "cosine"  # queries themselves are needed beside solved ones
+        for vectors in self._slices(queries, measurement, at_once, progress, None if later else self.damped):
             scorer, residuals = self._solved(vectors, batches, number, per, rank, progress)
             del vectors  # or its memory would stay taken while the data are read
             number += self.refine + 1
@@ -205,15 +206,17 @@ class Influence:
     def _solved(
         self, vectors: Vectors, batches: Batches, number: int, per: Per | None, rank: int | None, progress: Progress
     ) -> tuple[Scorer, Tensor | None]:
-        """Queries solved, and how far refinement came; with `refine` it reads the data from reading `number` on."""
+        """What scores with the queries, and how far refinement came, which reads the data from reading `number` on."""
         residuals = None
         if self.refine:
             options = self.network, self.likelihood, self.damped, vectors, batches, self.refine
             solved, residuals = refined(*options, first=number, progress=progress)
             own = vectors.inner(solved)
-        else:
+        elif self.normalize == "cosine":
             with plain_arithmetic(self.fisher.device):
                 own, solved = self.damped.solve_(vectors), vectors
+        else:
+            own, solved = vectors.parts[0].new_zeros(len(vectors)), vectors
         options = Queries(solved, rank), own, self.normalize, per
         return Scorer(self.network, self.likelihood, self.damped, *options), residuals
 
@@ -266,10 +269,10 @@ class Influence:
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:
         """``∇m`` of every query, ``{name: [Q, *shape]}``."""
-        (found,) = self._slices(queries, measurement, None, progress)
+        (found,) = self._slices(queries, measurement, None, progress, None)
         return found.rows()
 
     def _slices(
-        self, queries: Any, measurement: Measurement, at_once: int | None, progress: Progress
+        self, queries: Any, measurement: Measurement, at_once: int | None, progress: Progress, damped: Damped | None
     ) -> Iterator[Vectors]:
-        return query_gradients(*self._measured(measurement), self.fisher, queries, at_once, progress)
+        return query_gradients(*self._measured(measurement), self.fisher, queries, at_once, progress, damped)

@@ -9,7 +9,7 @@ from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.layout import Blocks, gather
 from kronfisher.fisher.precision import Precision
-from kronfisher.fits.quadratic_forms import quadratics
+from kronfisher.fits.quadratic_forms import factored, quadratics
 from kronfisher.influence.contractions import LowRank
 from kronfisher.influence.vectors import Rows, Vectors, add_gradients_
 from kronfisher.layers.samples import Samples
@@ -59,6 +59,27 @@ class Damped:
                 products[low:high] += (given * solved).sum(1)
                 given.copy_(solved)
         return products
+
+    def solved(self, block: Block, samples: Samples) -> Tensor | None:
+        """``(F + λ)⁻¹ vec(G_k)`` ``[n, D]``, where inputs and output gradients are rotated at less cost than G is.
+
+        None: where they are not, or the block shares an operator of F with others, or has no basis of factors.
+        """
+        same = [k for k, (mine, _) in enumerate(self.fisher.entries) if [own.key for own in mine] == [block.key]]
+        _, outputs, inputs = samples.shape
+        if not same or samples.positions * (outputs**2 + inputs**2) > outputs * inputs * (outputs + inputs):
+            return None
+        (mine, operator), precision = self.fisher.entries[same[0]], self.precisions[same[0]]
+        if operator.dtype != samples.gradients.dtype or not float(operator.trace()) > 0:
+            return None
+        if (found := factored(precision, mine, samples)) is None:
+            return None
+        basis, weights = found
+        parts = []
+        for piece in samples.rotate(basis.A, basis.B):
+            for G in piece.per_sample():
+                parts.append(basis.back((G * weights[:, None]).transpose(0, 1).flatten(1)))
+        return torch.cat(parts)
 
     def solve(self, rows: Mapping[str, Tensor]) -> Rows:
         """``(F + λ)⁻¹`` times K vectors ``{name: [K, *shape]}``; raises as `solve_`."""

@@ -5,14 +5,17 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
-from kronfisher.influence.preconditioned import written_out
+from kronfisher.fisher.layout import Blocks
+from kronfisher.influence.preconditioned import Damped, written_out
 from kronfisher.influence.readings import Network, Question, read, require_finite
 from kronfisher.influence.vectors import Vectors
+from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators.memory import available_memory
@@ -27,8 +30,9 @@ def query_gradients(
     queries: Any,
     at_once: int | None = None,
     progress: Progress = False,
+    damped: Damped | None = None,
 ) -> Iterator[Vectors]:
-    """``∇m`` of some queries at a time.
+    """``∇m`` of some queries at a time, or ``(F + λ)⁻¹ ∇m``.
 
     Args:
         network: the model, and how batches go through it.
@@ -37,6 +41,7 @@ def query_gradients(
         queries: batches in a fixed order.
         at_once: batches are put together until there are so many; None: all of them.
         progress: as for `kronfisher.estimate`.
+        damped: F + λ, if they are to be solved; where it has a basis of factors, from inputs and output gradients.
 
     Raises:
         DataError: the queries do not fit, or are shuffled.
@@ -44,7 +49,15 @@ def query_gradients(
         NumericalError: a gradient is not finite.
     """
     require_order(queries, "queries")
-    questions: dict[str, Question] = {"gradient": lambda _, samples: written_out(samples[0])}
+    solved: set[Blocks] = set()
+
+    def gradient(blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
+        if damped is not None and (found := damped.solved(blocks[0], samples[0])) is not None:
+            solved.add(blocks)
+            return found
+        return written_out(samples[0])
+
+    questions: dict[str, Question] = {"gradient": gradient}
     wide = torch.promote_types(fisher.dtype, torch.float32)
     each, size, limit = fisher.dim * wide.itemsize, 0, available_memory(fisher.device)
     waiting: list[Vectors] = []
@@ -58,8 +71,13 @@ def query_gradients(
         for answer in (answers := dict(reading.answers["gradient"])).values():
             require_finite(answer, reading.where)
         with plain_arithmetic(fisher.device):
-            waiting.append(Vectors.of_answers(fisher, answers, reading.size, wide))
-        del answers, reading
+            done = {blocks[0]: answers.pop(blocks).to(wide) for blocks in solved}
+            vectors = Vectors.of_answers(fisher, answers, reading.size, wide)
+            if damped is not None:
+                damped.solve_(vectors)
+            waiting.append(vectors.plus(done))
+        solved.clear()
+        del answers, reading, vectors, done
         if at_once is not None and size >= at_once:
             joined, waiting, size = Vectors.join(waiting), [], 0
             yield joined

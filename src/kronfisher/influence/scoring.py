@@ -53,7 +53,7 @@ class Scorer:
         likelihood: of the training data.
         damped: F + λ.
         queries: solved.
-        own: ``∇mᵀ (F + λ)⁻¹ ∇m`` ``[Q]``, for cosines.
+        own: ``∇mᵀ (F + λ)⁻¹ ∇m`` ``[Q]`` where scores are cosines; else anything of that shape.
         normalize: "cosine", "relative" or None.
         per: "block", "group", "position" or None.
     """

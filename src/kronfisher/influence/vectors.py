@@ -1,7 +1,7 @@
 """Vectors over the parameters in the canonical form of F's entries, so that queries are held once and never copied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,14 @@ class Vectors:
         if len(several) == 1:
             return several[0]
         return cls(several[0].fisher, tuple(map(torch.cat, zip(*(one.parts for one in several), strict=True))))
+
+    def plus(self, blocks: Mapping[Block, Tensor]) -> "Vectors":
+        """With canonical rows ``[K, D]`` of entries of a single block added."""
+        parts, places = list(self.parts), _places(self.fisher)
+        for block, values in blocks.items():
+            number, _, _ = places[block.key]
+            parts[number] = parts[number] + values if bool(parts[number].any()) else values
+        return replace(self, parts=tuple(parts))
 
     def rows(self) -> Rows:
         """Parameter vectors ``{name: [K, *shape]}``."""

@@ -57,7 +57,7 @@ class WrongLabelsStudy(Experiment):
     hidden: int = 128
     epochs: int = 10
     shares: Sequence[float] = (0.1, 0.2)
-    fits: Sequence[str] = tuple(name for name in FITS if name != "identity")  # that is the norm of the gradient
+    fits: Sequence[str] = ("diagonal", "K-FAC", "EKFAC", "K-FOC", "EKFAC on K-FOC")
     folder: Path = Path("results/influence-wrong-labels")
     data_dir: Path | None = None
 
@@ -68,8 +68,8 @@ class WrongLabelsStudy(Experiment):
 
     @classmethod
     def full(cls, data_dir: Path | None = None) -> Self:
-        """All 60,000 images."""
-        return cls(train_size=60000, data_dir=data_dir)
+        """All 60,000 images and all fits; the identity is the norm of the gradient."""
+        return cls(train_size=60000, fits=tuple(name for name in FITS if name != "identity"), data_dir=data_dir)
 
     def check(self) -> None:
         data.load(self.dataset, data_dir=self.data_dir)
