@@ -12,9 +12,10 @@ import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
+from browse import browse
 from environments import ROOT, Environment, require
 
-PACKAGES = ("mkdocs-material>=9.6", "mkdocstrings[python]>=0.29")
+PACKAGES = ("mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "ruff>=0.12")
 # Files outside of docs/ → their place in the site.
 OTHERS = {
     "README.md": "index.md",
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--environment", type=Path, help="where mkdocs-material is or is to be (default: in the folder)"
     )
+    parser.add_argument("--browse", action="store_true", help="then open every page in a headless Chromium")
     given = parser.parse_args()
     docs = given.work / "docs"
     shutil.rmtree(docs, ignore_errors=True)
@@ -110,11 +112,14 @@ def main() -> None:
     settings = (ROOT / "tools" / "mkdocs.yml").read_text(encoding="utf-8")
     settings = settings.replace("Reference: []", f"Reference:\n{entries}")
     settings = settings.replace("        python:\n", f"        python:\n          paths: [{ROOT / 'src'}]\n")
+    settings = settings.replace("[docstrings.py]", f"[{ROOT / 'tools' / 'docstrings.py'}]")
     (given.work / "mkdocs.yml").write_text(settings, encoding="utf-8")
     environment = Environment(given.environment or given.work / "environment")
     require(environment.install(*PACKAGES), "mkdocs-material cannot be installed")
     require(environment("-m", "mkdocs", "build", "--strict", "-f", given.work / "mkdocs.yml"), "the site has warnings")
     print(f"built: {given.work / 'html' / 'index.html'}")
+    if given.browse:
+        browse(given.work / "html")
 
 
 if __name__ == "__main__":
