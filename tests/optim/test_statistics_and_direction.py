@@ -233,7 +233,7 @@ def test_bases_are_renewed_more_often_in_the_first_steps():
     data, dues = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(12)], {}
     for fit in ("kfac", "ekfac"):
         model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
-        optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit, refresh=kf.Refresh())
         dues[fit] = []
         for x, y in data:
             optimizer.step(lambda model=model, x=x: model(x), y)

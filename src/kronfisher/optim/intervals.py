@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Refresh"]
+__all__ = ["LAYERWISE", "Refresh"]
 
 BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 
@@ -10,6 +10,10 @@ BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 @dataclass(frozen=True)
 class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
+
+    `LayerwiseStep` has defaults of its own (`LAYERWISE`: ``Refresh(inverse=10, average=0.8, early=6)``), because steps
+    of one size, which no model of the loss shortens, need matrices of the present network; where factorisations
+    outweigh a tenth of the passes, it lengthens their period, up to 50.
 
     Fits that measure eigenvalues in a basis that goes stale (EKFAC) take a quarter for statistics and inverses: with
     half of the steps they fall behind within the first hundred.
@@ -55,3 +59,7 @@ class Refresh:
             return due
         own = place * self.inverse // max(layers, 1)
         return step + 1 + (own - step - 1) % self.inverse
+
+
+LAYERWISE = Refresh(inverse=10, average=0.8, early=6)
+"""The default of `LayerwiseStep`."""

@@ -16,7 +16,7 @@ from kronfisher.optim.attachment import Attachment
 from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.forward_backward import ForwardBackward
-from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.intervals import LAYERWISE, Refresh
 from kronfisher.optim.judge import Judge
 from kronfisher.optim.layerwise import LayerwiseStep
 from kronfisher.optim.layerwise.average import Average
@@ -36,7 +36,6 @@ from kronfisher.optim.watch import Watch
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
-LAYERWISE_INVERSE = 20
 _MISSING: Any = object()
 
 
@@ -142,7 +141,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 Judge(self.rule.schedule),
             )
         else:
-            refresh = refresh or Refresh(inverse=LAYERWISE_INVERSE)
+            refresh = refresh or LAYERWISE
             rule = self.rule
             self.parts = LayerwiseParts(
                 passes,

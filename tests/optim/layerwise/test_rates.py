@@ -2,7 +2,7 @@
 
 import torch
 
-from kronfisher.optim.layerwise.rates import Rates
+from kronfisher.optim.layerwise.rates import LARGEST, Rates
 
 FINITE, DECAY = torch.tensor(True), torch.full((1,), 0.9)
 
@@ -36,11 +36,11 @@ def test_noise_moves_rates_within_their_bounds_and_never_brakes():
     assert float(made.brake) == 1
 
 
-def test_gradients_that_agree_keep_the_full_rate_and_contradiction_brakes():
+def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     made, ones = rates(), torch.ones(3)
-    path = feed(made, [ones] * 50)
-    assert float(made.factors) == 1
-    for _ in range(20):  # every step goes too far, so that the next gradient points back
+    path = feed(made, [ones] * 200)
+    assert float(made.factors) == LARGEST
+    for _ in range(30):  # every step goes too far, so that the next gradient points back
         gradient = -path.sign()
         made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), DECAY, FINITE)
         path = 0.9 * path + 0.1 * gradient
@@ -48,6 +48,14 @@ def test_gradients_that_agree_keep_the_full_rate_and_contradiction_brakes():
     braked = float(made.brake)
     feed(made, [ones] * 40)
     assert float(made.brake) > 2 * braked  # agreement releases it
+
+
+def test_steps_that_signal_lengthened_return_to_one_among_noise():
+    made, generator = rates(), torch.Generator().manual_seed(2)
+    feed(made, [torch.ones(1000)] * 30)
+    longest = float(made.factors)
+    feed(made, [torch.randn(1000, generator=generator) for _ in range(300)])
+    assert longest > 5 and float(made.brake) <= 1 and float(made.factors) <= 1
 
 
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():

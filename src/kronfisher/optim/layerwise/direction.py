@@ -1,5 +1,6 @@
 """Natural gradients of layers, each from an inverse relative to the layer's own mean eigenvalue."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from kronfisher.optim.layerwise.product import Product
 
 __all__ = ["RelativeDirection", "Shares"]
 
+AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for inverses, before their period is lengthened
+LONGEST = 50  # period, in steps, that inverses are put off for that
 CHOLESKY, EIGENVECTORS = 1.5, 20.0  # products as dear as factorising n × n, over n³, from their measured speeds
 
 
@@ -63,13 +66,16 @@ class RelativeDirection(Inverses):
         """
         began = time.perf_counter()
         ready = [one for one in self.inverses if one.layer.average is not None]
+        whole = sum(map(_cost, ready))
+        dear = whole / (AFFORDABLE * pass_cost) if pass_cost else 0.0
+        late = max(self.refresh.inverse, math.ceil(min(dear, LONGEST)))
+        period = self.refresh.after(step, late) - step
         missing = [one for one in ready if one.inverse is None]
         due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=lambda one: one.made)
         if not (missing or due):
             return
         self._products.clear()  # they hold the inverses of before
-        period = self.refresh.after(step, self.refresh.inverse) - step
-        left = max(pass_cost, sum(map(_cost, ready)) / self.refresh.inverse)
+        left = max(pass_cost, whole / late)
         with self._arithmetic():
             for one in [*missing, *due]:
                 if one.inverse is not None and left <= 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Rates"]
+__all__ = ["LARGEST", "Rates"]
 
 MEMORY = 0.9  # of the averages of the evidence
 SPEED = 0.02  # by how much full agreement lengthens a step, and full contradiction shortens it
@@ -16,16 +16,20 @@ POWER = 0.75  # with which it falls: below every 1/k, so that convex problems co
 OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on steps are too long, whatever the noise
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.002  # by how much the bounds rise again at every step
+CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
+RELAPSE = 0.01  # by how much bounds above one fall at every step without such signal
+LARGEST = 10.0  # factor
 
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units, in ``[(1 + k/100)^−3/4, 1]`` at step k, times a brake.
+    """Factors on the rates of all units, in ``[(1 + k/100)^−3/4, 1]`` at step k, times a brake, or a boost.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
     but small beside the gradient: ``c = EMA(⟨g, p⟩ / (‖g‖ ‖p‖))``, with norms in the metric of the inverse curvature,
-    falls below −.15 only where steps overshoot, and then lowers the bounds of f, too; above .15, it raises them again.
+    falls below −.15 only where steps overshoot, and then lowers the bounds of f, too; above .15, it raises them again,
+    and above .5, beyond one: there is hardly any noise, and a step of one size is only as long as it is by convention.
 
     Attributes:
         factors: f ``[U]``.
@@ -67,19 +71,26 @@ class Rates:
         rest = 1 - decay
         path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
         path.clamp_min_(0)
-        beyond = torch.nn.functional.softshrink(cosine, OVERSHOT)
-        brake = self.brake * (RECOVERY + BRAKE * beyond).exp()
+        brake = self._bound(cosine)
         signed = self.signed.lerp(products, 1 - MEMORY)
         absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
         least = (1 + self.steps / SPAN) ** -POWER
-        brake = brake.clamp(max=1.0)
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), least * brake), brake)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
         for name, values in {**new, "factors": factors}.items():
             setattr(self, name, torch.where(finite, values, getattr(self, name)))
         self.steps += 1
         return self.factors
+
+    def _bound(self, cosine: Tensor) -> Tensor:
+        """The factor on the bounds after a step of this cosine: up to one, or beyond."""
+        beyond = torch.nn.functional.softshrink(cosine, OVERSHOT)
+        certain = cosine.sub(CERTAIN).clamp_min(0)
+        change = torch.where(certain > 0, BRAKE * certain, -RELAPSE) + BRAKE * beyond.clamp(max=0)
+        boosted = (self.brake * change.exp()).clamp(max=LARGEST)
+        braked = (self.brake * (RECOVERY + BRAKE * beyond).exp()).clamp(max=1.0)
+        return torch.where((self.brake > 1) | ((self.brake == 1) & (certain > 0)), boosted, braked)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
