@@ -106,12 +106,13 @@ class Ranks:
             values.append(Parcel.open(frame, numbers, device))
         return values
 
-    def share(self, value: Any, device: torch.device) -> list[Any]:
+    def share(self, value: Any, device: torch.device, *, anew: bool = False) -> list[Any]:
         """The values of all ranks, tensors included, at all of them.
 
         Args:
             value: of this rank.
             device: where tensors are wanted.
+            anew: unpack this rank's own, too, so that nothing of it is changed with the answer.
         """
         parcel = Parcel.of(value, self.device)
         values = []
@@ -122,7 +123,7 @@ class Ranks:
             if len(numbers):
                 self._count(numbers if rank == self.rank else numbers[:0])
                 dist.broadcast(numbers, self._global[rank], group=self.group)
-            values.append(value if rank == self.rank else Parcel.open(frame, numbers, device))
+            values.append(value if rank == self.rank and not anew else Parcel.open(frame, numbers, device))
         return values
 
     def _count(self, tensor: Tensor) -> None:

@@ -61,6 +61,8 @@ class Said:
         outputs: how many numbers of the outputs that covers.
         targets: what was taken for targets, in words.
         order: of all batches, if its data were dealt out.
+        brought: whether it has anything to put together.
+        remarks: what it noted about blocks, by name.
         entries: its groups.
     """
 
@@ -74,6 +76,8 @@ class Said:
     outputs: int = 0
     targets: str = ""
     order: str = ""
+    brought: bool = True
+    remarks: Mapping[str, bool] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
 
 
@@ -90,8 +94,13 @@ class Meeting:
         self._owner: dict[tuple[Key, ...], int] = {}
         self._parts: dict[tuple[Key, ...], list[State]] = {}
 
-    def agree(self, said: Said, groups: Groups) -> tuple[list[Said], list[Parcel | None]]:
+    def agree(self, said: Said, groups: Groups, *, pack: bool = True) -> tuple[list[Said], list[Parcel | None]]:
         """Gather what all ranks say.
+
+        Args:
+            said: by this rank.
+            groups: its groups.
+            pack: whether to pack states that do not add, for `merge`.
 
         Raises:
             RankError: a rank failed, or they differ; on all ranks.
@@ -99,8 +108,8 @@ class Meeting:
         """
         parcels: list[Parcel | None] = []
         entries = []
-        for group in () if said.error or said.late else groups:
-            parcel = None if group.done or group.state.adds else Parcel.of(group.state, self.ranks.device)
+        for group in () if said.error or said.late or not said.brought else groups:
+            parcel = None if group.done or group.state.adds or not pack else Parcel.of(group.state, self.ranks.device)
             parcels.append(parcel)
             entries.append(_entry(group, parcel))
         plain = replace(said.known, groups=())
@@ -159,6 +168,24 @@ class Meeting:
                 self._parts[keys] = [replace(state, blocks=group.blocks) for state in states if state is not None]
             if group.owner != self.ranks.rank:
                 group.state.release()
+
+    def merge_everywhere(self, groups: Iterable[Group], numbers: Tensor) -> None:
+        """Put the states of groups together at all ranks, to the same bits; counts and rows of those that add apart.
+
+        Args:
+            groups: alike on all ranks.
+            numbers: others to be summed, float64; in place.
+        """
+        groups = list(groups)
+        adding = [group.state for group in groups if group.state.adds]
+        self.ranks.sum_([numbers, *(tensor for state in adding for tensor in state.sums.values())])
+        if others := [group for group in groups if not group.state.adds]:
+            everywhere = self.ranks.share([group.state for group in others], self.device, anew=True)
+            for group, *parts in zip(others, *everywhere, strict=True):
+                merged = parts[0]
+                for part in parts[1:]:
+                    merged = group.fit.combine(merged, part)
+                group.state = replace(merged, blocks=group.blocks)
 
     def _whole(self, group: Group) -> Group:
         """A group of this rank's own, after states that do not add were merged in the order of ranks."""

@@ -188,6 +188,10 @@ class WaitingState(State):
 
     _source: ClassVar[ref[Activations] | None] = None  # the inputs of what waits last, as they came
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory of whose inputs waits last: in another process they are others."""
+        return {name: value for name, value in vars(self).items() if name != "_source"}
+
     def keep(self) -> None:
         """Copy what was appended last, which is going to wait."""
         self._source = ref(self.waiting[-1].activations)  # pyright: ignore[reportAttributeAccessIssue]

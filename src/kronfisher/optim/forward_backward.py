@@ -210,14 +210,21 @@ class ForwardBackward:
         usable: bool,
     ) -> None:
         """Fill ``.grad`` and collect statistics in one backward pass; neither if the outputs are not finite."""
+        ran = False
 
         def listen(receive: Receiver, count: float | Tensor) -> None:
+            nonlocal ran
+            ran = True
             with capture.listen(lambda call, gradient: receive(call, gradient * count)):
                 loss.backward(retain_graph=statistics.needs_second_backward(step))
 
         with suppress(NumericalError):
             if usable:
                 return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
+        if statistics.ranks is not None:  # others wait for this rank's gradients, and leave theirs out with these
+            if not ran:
+                loss.backward()
+            return
         self.forget()
         self._seen = True
         for parameter in statistics.parameters.values():

@@ -95,7 +95,7 @@ class LayerStatistics:
                 self.average.check()
         else:
             if waits:  # they go on waiting, so that whether they can be summed is tried on a copy
-                self.fit.combine(self.fit.fresh(state), _copy(state)).check()
+                self.fit.combine(self.fit.fresh(state), _copy(state), 0.0, 1.0).check()  # with weights nothing waits
             self.average = state
         self.empty()
 

@@ -21,6 +21,16 @@ class AverageState(State):
 
     states: list[State] = field(default_factory=list)
 
+    @property
+    def adds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether those of all passes do."""
+        return all(state.adds for state in self.states)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Those of all passes, by the number of the pass."""
+        return {f"{name} of pass {k}": sum for k, state in enumerate(self.states) for name, sum in state.sums.items()}
+
     def check(self) -> "AverageState":
         """Itself, if every sum of every pass is finite; NumericalError otherwise."""
         for state in self.states:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kronfisher.distributed import ProcessGroup, ranks_of
 from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
@@ -70,6 +71,8 @@ class NaturalGradient(torch.optim.Optimizer):
         trust: likewise.
         momentum: ``"exact"`` likewise; a number is β of either rule.
         kl_limit: likewise.
+        group: the processes that train together under DDP, each on batches of its own, as a process group of
+            torch.distributed or a one-dimensional device mesh; with the default step. None: this process alone.
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
@@ -77,7 +80,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option is out of range.
-        UnsupportedError: at the first step, no parameter is in a layer that blocks can cover.
+        UnsupportedError: at the first step, no parameter is in a layer that blocks can cover; or several processes
+            and `QuadraticModel`, or a fit of two passes.
+        RankError: in a step, ranks have different weights, settings or layers.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -92,6 +97,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """With ``fit="gram"`` a `SampleSpaceGradient`, which has parts and options of its own."""
         if options.get("fit") == "gram" or isinstance(options.get("fit"), Gram):
+            if ranks_of(options.pop("group", None)) is not None:
+                raise UnsupportedError("fit='gram' steps in the space of one process's samples; leave group= out.")
             return SampleSpaceGradient(*args, **{name: value for name, value in options.items() if name != "fit"})
         return super().__new__(cls)
 
@@ -114,7 +121,9 @@ class NaturalGradient(torch.optim.Optimizer):
         trust: DampingSchedule | float | None = None,
         momentum: float | Literal["exact"] | None = None,
         kl_limit: float | None = None,
+        group: ProcessGroup = None,
     ) -> None:
+        ranks = ranks_of(group)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must not be negative.")
@@ -130,8 +139,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps, self._attachment = 0, Attachment()
         parameters = self.trained()
         passes = ForwardBackward(self._model, likelihood)
-        settings = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
+        settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed, "ranks": ranks}
         if isinstance(self.rule, QuadraticModel):
+            if ranks is not None:
+                raise UnsupportedError(
+                    "step=kf.QuadraticModel(...) evaluates its model and its losses on the batch of one process. With "
+                    "group= of several, use the default, step=kf.LayerwiseStep(), or kf.Preconditioner."
+                )
             refresh = refresh or Refresh()
             self.parts: StepParts = Parts(
                 passes,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kronfisher.distributed import ProcessGroup, ranks_of
 from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
@@ -52,6 +53,8 @@ class Preconditioner:
         scale: ``"gradient"``: each layer gets the norm of its gradient; None: ``(F̆ + λ)⁻¹ .grad`` as it is.
         kl_limit: in place of `scale`, scale ``(F̆ + λ)⁻¹ .grad`` so that its product with ``.grad`` is at most this.
         seed: of the label draws.
+        group: the processes that train together under DDP, each on batches of its own, as a process group of
+            torch.distributed or a one-dimensional device mesh. None: this process alone.
 
     Raises:
         UnsupportedError: `trust` compares losses, which only `NaturalGradient` can do.
@@ -89,6 +92,7 @@ class Preconditioner:
         scale: Literal["gradient"] | None = "gradient",
         kl_limit: float | None = None,
         seed: int = 0,
+        group: ProcessGroup = None,
     ) -> None:
         self._wrapped, self._model = model, unwrapped(model)
         require_kind("damping", damping, Damping, DAMPING)
@@ -120,6 +124,7 @@ class Preconditioner:
             labels=labels,
             samples=samples,
             seed=seed,
+            ranks=ranks_of(group),
         )
         self.direction = Direction(named, damping, refresh)
         self.damping = ScheduledDamping(self.trust)

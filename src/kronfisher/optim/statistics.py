@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.observation import Observation
+from kronfisher.distributed import Ranks
 from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
@@ -24,6 +25,7 @@ from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.moving_average import MovingAverage
+from kronfisher.optim.sharing import Sharing
 from kronfisher.optim.watch import require_one_process
 
 __all__ = ["Statistics"]
@@ -41,6 +43,7 @@ class Statistics:
         labels: as in `estimate`.
         samples: label draws per example.
         seed: of the draws; those of a step depend on the seed and the step alone.
+        ranks: the processes that train together; None: there is one.
         treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
             it is wanted of every block, and of at least one.
 
@@ -64,6 +67,7 @@ class Statistics:
         labels: Labels,
         samples: int,
         seed: int,
+        ranks: Ranks | None = None,
         treats: Callable[[Block], bool] | None = None,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
@@ -75,6 +79,9 @@ class Statistics:
         self.rows: float | Tensor = 0.0
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
+        self.ranks = ranks
+        self._shared: dict[str, float | Tensor] = {"rows": 0.0, "cost": 0.0}  # what the ranks last put together
+        self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
         self._groups: int | None = None  # of the run, when the layers were chosen
@@ -94,7 +101,7 @@ class Statistics:
         self._trained = None
 
     def _accumulator(self) -> Accumulator:
-        recipe = Recipe(self.model, self.likelihood, self.labels, self._samples, seed=self._seed)
+        recipe = Recipe(self.model, self.likelihood, self.labels, self._samples, seed=self._seed, ranks=self.ranks)
         asked = asked_for(self._fit, self.parameters)
         return Accumulator(recipe, self._fits, self.parameters, training=True, fallback=self._spare, asked=asked)
 
@@ -155,7 +162,8 @@ class Statistics:
 
     def prepare(self, step: int) -> None:
         """Begin with empty states, at first and whenever other parameters are trained than before."""
-        require_one_process()
+        if self.ranks is None:
+            require_one_process()
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:
             self._run, self._trained, self.next_due = self._accumulator(), trained, step
@@ -281,12 +289,19 @@ class Statistics:
                 layer = LayerStatistics(group, basis_due=step)
             layer.group = group
             self.layers.append(layer)
+        if self.ranks is not None and (twice := [layer.name for layer in self.layers if layer.passes > 1]):
+            raise UnsupportedError(
+                f"{twice[0]}: {self.layers[0].fit.fit!r} renews its basis within a step, and ranks meet after it: with "
+                "several of them choose a fit of one pass, such as 'kfac'."
+            )
         if not self.layers and self._needed:
             reasons = "\n  ".join(self.uncovered.values())
             raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
 
     def merge(self, step: int) -> None:
-        """Take this step's statistics into the averages; if any is not finite, all are left out."""
+        """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out."""
+        if self._sharing is not None and self._run is not None and self.is_due(step):
+            self._share(self._sharing, self._run, step)
         if not self._open:
             return
         assert self._run is not None
@@ -312,6 +327,20 @@ class Statistics:
                     layer.before = None
                 self.next_due = periods(self.refresh, self.layers).after(step, self.refresh.statistics)
         self.seconds += time.perf_counter() - began
+
+    def _share(self, sharing: Sharing, run: Accumulator, step: int) -> None:
+        """Put this step's statistics together with those of other ranks; if any rank has none, all leave them out."""
+
+        def layers() -> list[LayerStatistics]:
+            self._find_layers(run, step)
+            return self.layers
+
+        numbers = {"rows": self.rows, "cost": self.pass_cost}
+        sums = sharing.share(run, layers, step, brought=self._open, numbers=numbers)
+        self._shared = self._shared if sums is None else {**sums}
+        self.rows, self.pass_cost = self._shared["rows"], self._shared["cost"]  # alike on all ranks, also without sums
+        if sums is None and self._open:
+            self.discard()
 
     def discard(self) -> None:
         """Leave this step's statistics out."""
@@ -358,6 +387,7 @@ class Statistics:
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
         self.next_due, self.dropped, self.rows = state["next_due"], state["dropped"], state["rows"]
+        self._shared = {"rows": self.rows, "cost": self.pass_cost}
         self._open, self._groups = False, None
         if not state["trained"]:  # saved before the first forward pass: go on as before that
             self._run, self._trained, self.layers, self.next_due = None, None, [], 0

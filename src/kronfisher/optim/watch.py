@@ -171,11 +171,11 @@ def no_curvature_error(call: str) -> UnsupportedError:
 
 
 def require_one_process() -> None:
-    """UnsupportedError in a process group of several ranks, whose curvature would differ from rank to rank."""
+    """UnsupportedError where several ranks are initialised, whose curvature would differ from rank to rank."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UnsupportedError(
-            f"Training in a process group of {distributed.get_world_size()} ranks is not supported yet: each rank "
-            "would precondition with its own curvature, and the weights would drift apart. Train in one process, or "
-            "use another optimiser there."
+            f"Training in a process group of {distributed.get_world_size()} ranks without group=: each rank would "
+            "precondition with its own curvature, and the weights would drift apart. Give the optimiser "
+            "group=torch.distributed.group.WORLD."
         )

@@ -1,0 +1,62 @@
+"""Ranks that train together follow one process with all their batches, and have the same weights to the last bit."""
+
+import re
+
+import pytest
+import torch
+
+from tests.distributed import trainings
+from tests.distributed.cases import same_bits
+from tests.helpers.close import close
+
+
+def follow(answers, truth, tolerance=1e-9):
+    assert same_bits(answers)
+    for name, weight in answers[0].items():
+        close(weight, truth[name], tolerance, name)
+
+
+@pytest.mark.parametrize("fit", ["kfac", "block-tridiagonal"])
+def test_steps(ranks, fit):
+    case = (ranks.size, 20, fit)
+    follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
+
+
+def test_a_loop_of_ones_own(ranks):
+    follow(ranks.call(trainings.loop, ranks.size), trainings.loop(None, ranks.size))
+
+
+def test_a_preconditioner(ranks):
+    follow(ranks.call(trainings.preconditioned, ranks.size), trainings.preconditioned(None, ranks.size))
+
+
+@pytest.mark.parametrize(("fit", "labels"), [("kfac", "sampled"), ("kfoc", "observed")])
+def test_what_is_drawn_or_merged_is_alike_on_all_ranks(ranks, fit, labels):
+    answers = ranks.call(trainings.steps, ranks.size, 12, fit, labels)
+    assert same_bits(answers)
+    assert not torch.equal(answers[0]["0.weight"], trainings.weights(trainings.perceptron())["0.weight"])
+
+
+def test_layers_that_some_ranks_do_not_use(ranks):
+    assert same_bits(ranks.call(trainings.unused, ranks.size))
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_moves_nothing(ranks):
+    answers = ranks.call(trainings.not_finite, ranks.size)
+    for found, dropped in answers:
+        assert torch.equal(found[2], found[3]) and not torch.equal(found[3], found[4]) and dropped == answers[0][1]
+        assert all(map(torch.equal, found, answers[0][0]))
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("two passes", "UnsupportedError", "renews its basis within a step"),
+        ("model", "UnsupportedError", "evaluates its model and its losses on the batch of one process"),
+        ("gram", "UnsupportedError", "one process's samples"),
+        ("other weights", "RankError", "parameter 0.weight: rank 0 has"),
+    ],
+)
+def test_what_is_refused(ranks, what, kind, message):
+    for name, text in ranks.call(trainings.refused, what):
+        assert name == kind and re.search(message, text), (name, text)

@@ -1,0 +1,121 @@
+"""Trainings that ranks are asked to run: each function gets its rank first; None is one process with all data."""
+
+import contextlib
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import kronfisher as kf
+from tests.distributed.cases import Branches, fresh, numbers, perceptron
+
+BATCH = 4
+
+
+def batches(rank, ranks, steps, width=4, outputs=3):
+    """Batches of all ranks together, or the part of one."""
+    for step in range(steps):
+        x = numbers(BATCH * ranks, width, seed=step)
+        y = torch.arange(BATCH * ranks).mul(step + 1) % outputs
+        part = slice(None) if rank is None else slice(BATCH * rank, BATCH * (rank + 1))
+        yield x[part], y[part]
+
+
+def around(rank, model, **options):
+    """A model as a rank trains it, and the option of the optimiser."""
+    return (model, {}) if rank is None else (DistributedDataParallel(model, **options), {"group": dist.group.WORLD})
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def steps(rank, ranks, number=20, fit="kfac", labels="observed", **options):
+    """Whole steps of the default optimiser."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    likelihood = kf.Categorical()
+    optimizer = kf.NaturalGradient(wrapped, likelihood, fit=fit, labels=labels, **options, **group)
+    for x, y in batches(rank, ranks, number):
+        optimizer.step(lambda x=x: wrapped(x), y)
+    return weights(model)
+
+
+def loop(rank, ranks, number=12):
+    """A loop of one's own: two batches a step, clipped gradients, weight decay, frozen weights, a scheduler."""
+    model = perceptron()
+    model[0].bias.requires_grad_(False)
+    wrapped, group = around(rank, model)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", weight_decay=0.1, **group)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    data = iter(batches(rank, ranks, 2 * number))
+    for _ in range(number):
+        optimizer.zero_grad()
+        for last in (False, True):
+            x, y = next(data)
+            with contextlib.nullcontext() if last or rank is None else wrapped.no_sync():
+                outputs = optimizer.forward(x)
+                optimizer.backward(outputs, y, optimizer.loss(outputs, y) / 2)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+    return weights(model)
+
+
+def preconditioned(rank, ranks, number=20):
+    """SGD with momentum on gradients that a preconditioner changes."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    preconditioner = kf.Preconditioner(wrapped, kf.Categorical(), labels="observed", **group)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches(rank, ranks, number):
+        sgd.zero_grad()
+        cross_entropy(preconditioner(x, targets=y), y).backward()
+        preconditioner.step()
+        sgd.step()
+    return weights(model)
+
+
+def unused(rank, ranks, number=8):
+    """Layers that some ranks do not use in some steps; in the first one of them is used by rank 0 alone."""
+    model = fresh(Branches())
+    wrapped, group = around(rank, model, find_unused_parameters=True)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    for step, (x, y) in enumerate(batches(rank, ranks, number, 3, 2)):
+        x[:, 0] = x[:, 0].abs() * (-1 if (step + rank) % ranks else 1)
+        optimizer.step(lambda x=x: wrapped(x), y)
+    return weights(model)
+
+
+def not_finite(rank, ranks):
+    """Weights before and after a step in which one rank's batch holds NaN, and after one more."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    found = []
+    for step, (x, y) in enumerate(batches(rank, ranks, 5)):
+        if step == 3 and rank == 1:
+            x = x * float("nan")
+        with warnings.catch_warnings(action="ignore", category=kf.NumericalWarning):  # that statistics are left out
+            optimizer.step(lambda x=x: wrapped(x), y)
+        found.append(torch.cat([value.flatten() for value in weights(model).values()]))
+    return found, optimizer.parts.statistics.dropped
+
+
+def refused(rank, what):
+    """The error of a training that several ranks cannot run."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    try:
+        if what == "other weights":
+            with torch.no_grad():
+                model[0].weight.add_(rank)
+        options = {"two passes": {"fit": "ekfac"}, "model": {"step": kf.QuadraticModel()}, "gram": {"fit": "gram"}}
+        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options.get(what, {}), **group)
+        x, y = next(batches(rank, 3, 1))
+        optimizer.step(lambda: wrapped(x), y)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
