@@ -164,9 +164,9 @@ def measure(name: str, kind: str, size: int | None, rounds: int, period: int) ->
     moments = sum(t.numel() * t.element_size() for s in other.state.values() for t in s.values() if t.dim())
     parameters = sum(p.numel() * p.element_size() for p in workload.model.parameters())
     factors = bytes_of(layer.average for layer in optimizer.parts.statistics.layers if layer.average is not None)
-    for one in (workload.model, twin):
-        one.zero_grad()
-    del twin, other, first
+    for each in (workload.model, twin):
+        each.zero_grad()
+    del each, twin, other, first
     after = held()
     own = sum(size for pointer, size in after.items() if pointer not in before)
     return {

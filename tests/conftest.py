@@ -15,6 +15,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def few_rows_pay(monkeypatch):
+    """Passes are captured for the rows of small networks, too, as they are for large ones."""
+    monkeypatch.setattr("kronfisher.optim.row_inverse.CAPTURING", 0.0)
+
+
 @pytest.fixture(scope="session")
 def on_device():
     """Calls a function in a process that has a simulated device, which it gets first."""

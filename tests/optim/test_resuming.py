@@ -78,6 +78,7 @@ def test_saving_after_any_step_changes_nothing(fit, steps):
     assert torch.equal(weights(model), weights(again))
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_a_resumed_training_from_rows_gives_the_same_bits():
     data, model = batches(40, n=6), wide()
     optimizer = kf.NaturalGradient(model, kf.Categorical())

@@ -11,6 +11,15 @@ from kronfisher.operators import Kronecker
 from kronfisher.optim.row_inverse import RowInverse, pays
 
 
+def test_passes_of_small_networks_are_not_captured_for_rows_alone():
+    for width, captured in ((40, False), (1000, True)):
+        model = nn.Sequential(nn.Linear(30, width), nn.Tanh(), nn.Linear(width, 3))
+        optimizer = kf.NaturalGradient(model, kf.Categorical())
+        optimizer.step(lambda model=model: model(torch.randn(4, 30)), torch.randint(3, (4,)))
+        optimizer.step(lambda model=model: model(torch.randn(4, 30)), torch.randint(3, (4,)))
+        assert optimizer.parts.forward_backward.state_dict()["rows_pay"] == captured
+
+
 def wide(dtype=torch.float64, bias=True):
     torch.manual_seed(5)
     layers = [nn.Linear(30, 40, bias=bias), nn.Tanh(), nn.Linear(40, 12), nn.Tanh(), nn.Linear(12, 20), nn.Tanh()]
@@ -73,6 +82,7 @@ def test_one_factor_alone_never_belongs_on_rows():
         assert min(matrix, both) <= min(left, right)
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 @pytest.mark.parametrize(
     "options",
     [{"momentum": 0.9, "kl_limit": 0.1, "trust": 0.1}, {"refresh": kf.Refresh(model=5), "trust": 0.1}],
@@ -98,6 +108,7 @@ def test_steps_from_rows_are_steps_from_gradients(options, bias):
     assert spared > 5
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 @pytest.mark.parametrize("bias", [True, False])
 def test_default_steps_of_convolutions_from_patches_are_steps_from_gradients(bias, monkeypatch):
     def convolutional():
@@ -120,6 +131,7 @@ def test_default_steps_of_convolutions_from_patches_are_steps_from_gradients(bia
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_gradients_are_formed_where_hooks_decay_or_ties_may_change_them():
     for touch in ("hook", "decay", "tied"):
         model = wide()
@@ -154,6 +166,7 @@ class Tied(nn.Module):
         return self.twice(self.body(x).tanh())
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_a_spared_gradient_is_formed_when_the_inverse_has_another_form():
     model = wide()
     optimizer = kf.NaturalGradient(model, kf.Categorical(), momentum=0.0, trust=0.1)

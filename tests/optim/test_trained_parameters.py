@@ -75,6 +75,7 @@ def test_sparse_gradients_count_and_a_preconditioner_refuses_them():
         preconditioner.step()
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_other_optimisers_find_their_gradients():
     # Batches so small that steps of wide layers are made from rows, and their gradients never formed.
     model, data = wide(), batches(12, n=6)
@@ -87,6 +88,7 @@ def test_other_optimisers_find_their_gradients():
     assert model[3].weight.grad is None
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_steps_from_rows_heed_hooks_and_rates_of_groups():
     data = batches(12, n=6)
 

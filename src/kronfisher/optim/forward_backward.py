@@ -58,7 +58,7 @@ class ForwardBackward:
         self.model, self.likelihood = model, likelihood
         self.loss: Tensor | None = None
         self.running = False
-        self._rows_pay = False  # whether rows were cheaper than gradients at the last captured pass
+        self._rows_pay = False  # whether rows were worth capturing at the last captured pass
         self.forget()
 
     def forget(self) -> None:
@@ -193,7 +193,7 @@ class ForwardBackward:
                     scaled.backward(retain_graph=due)
                 else:
                     self._backward_sparing(scaled, self._rows, capture)
-            self._rows_pay = self._rows is not None and bool(self._rows.rows)
+            self._rows_pay = self._rows is not None and self._rows.pay(capture)
             if usable:
                 with suppress(NumericalError):  # something is not finite: this batch is left out
                     statistics.absorb(capture, outputs, targets, step, retain=False)

@@ -22,6 +22,14 @@ from kronfisher.optim.layer_inverse import LayerInverse
 __all__ = ["RowInverse", "pays"]
 
 
+CAPTURING = 4e6  # multiplications that take as long as capturing and receiving one call
+
+
+def saved(rows: int, outputs: int, inputs: int) -> int:
+    """Multiplications that both factors applied to rows, and the product of these, save over those to the matrix."""
+    return outputs * inputs * (outputs + inputs) - rows * (outputs * inputs + outputs**2 + inputs**2)
+
+
 def pays(rows: int, outputs: int, inputs: int) -> bool:
     """Whether both factors applied to rows, and the product of these, take fewer multiplications than to the matrix.
 
@@ -31,7 +39,7 @@ def pays(rows: int, outputs: int, inputs: int) -> bool:
         >>> pays(128, 1000, 785), pays(4096, 1000, 785), pays(128, 1000, 51)
         (True, False, False)
     """
-    return rows * (outputs * inputs + outputs**2 + inputs**2) < outputs * inputs * (outputs + inputs)
+    return saved(rows, outputs, inputs) > 0
 
 
 @dataclass
@@ -44,6 +52,7 @@ class RowInverse:
         slopes: layer's name → ``⟨V, B⁻¹ V A⁻¹⟩`` for layers whose V was never formed, filled by `apply`.
         edges: where the gradients of the outputs of those layers arrive.
         spared: parameters of those layers.
+        saved: multiplications that the rows save.
     """
 
     layers: dict[tuple, LayerInverse]
@@ -51,6 +60,7 @@ class RowInverse:
     slopes: dict[str, Tensor] = field(default_factory=dict)
     edges: list[GradientEdge] = field(default_factory=list)
     spared: set[str] = field(default_factory=set)
+    saved: int = 0
 
     @classmethod
     def of(cls, inverses: Iterable[LayerInverse], rates: Mapping[str, float], capture: Capture) -> "RowInverse":
@@ -67,6 +77,10 @@ class RowInverse:
                 for key in keys:
                     counts[key] = counts.get(key, 0) + 1
         return cls({key: one for key, one in layers.items() if counts.get(key) == 1 and key not in hooked})
+
+    def pay(self, capture: Capture) -> bool:
+        """Whether these rows are worth capturing a pass that brings nothing else."""
+        return self.saved > CAPTURING * len(capture.calls)
 
     def holds(self, one: LayerInverse) -> bool:
         """Whether rows of this layer are here and its inverse can be applied to them."""
@@ -90,7 +104,8 @@ class RowInverse:
             if layer is None or not isinstance(use, RowUse | ConvolutionUse):
                 continue
             _, width, inputs = layer.blocks[0].shape
-            if pays(gradient.numel() // width, width, inputs):
+            if (less := saved(gradient.numel() // width, width, inputs)) > 0:
+                self.saved += less
                 order = RowOrder(prod(use.lead(call.shape)))
                 outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
                 activations = use.activations(order, gradient, use.weight is not None, use.bias is not None)

@@ -139,12 +139,27 @@ def test_weight_decay_is_decoupled():
         torch.testing.assert_close(p, expected)
 
 
+def test_no_step_collects_statistics_and_makes_inverses_once_periods_allow():
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    renewed = []
+    for step, (x, y) in enumerate(batches(50)):
+        due = optimizer.parts.statistics.is_due(step)
+        optimizer.step(lambda x=x: model(x), y)
+        if any(one.made == step for one in optimizer.parts.direction.inverses):
+            renewed.append(step)
+            assert not due or optimizer.parts.statistics.is_due(step + 1)
+        assert not optimizer.report().stale
+    assert len([step for step in renewed if step > 20]) > 3
+
+
 @pytest.mark.parametrize("option", [{"momentum": 1.0}, {"rate": 0.0}, {"damping": -1.0}, {"data_damping": -1.0}])
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         kf.LayerwiseStep(**option)
 
 
+@pytest.mark.usefixtures("few_rows_pay")
 def test_steps_from_rows_heed_hooks_of_gradients():
     # Batches so small that natural gradients of wide layers are made from rows, where nobody changes gradients.
     model, data = wide(), batches(12, n=6)

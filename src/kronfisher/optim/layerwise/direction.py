@@ -57,24 +57,31 @@ class RelativeDirection(Inverses):
         self.share, self.data_share = share, data_share
         self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
 
-    def renew(self, step: int, pass_cost: float) -> None:
+    def renew(self, step: int, pass_cost: float, *, wait: bool = False) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
 
         Args:
             step: number of the step.
             pass_cost: multiplications of a forward and backward pass over a batch.
+            wait: put inverses that are due off to the next step, because this one collected statistics and that will
+                not, so that no step is much longer than others; those that are missing are made.
         """
         began = time.perf_counter()
         ready = [one for one in self.inverses if one.layer.average is not None]
+        missing = [one for one in ready if one.inverse is None]
+        due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=lambda one: one.made)
+        if wait:
+            alone = [one for one in due if one.layer.passes == 1]  # others go with their bases
+            due = [one for one in due if one.layer.passes > 1]
+            for one in alone:
+                one.due += one.due == step  # not overdue
+        if not (missing or due):
+            return
+        self._products.clear()  # they hold the inverses of before
         whole = sum(map(_cost, ready))
         dear = whole / (AFFORDABLE * pass_cost) if pass_cost else 0.0
         late = max(self.refresh.inverse, math.ceil(min(dear, LONGEST)))
         period = self.refresh.after(step, late) - step
-        missing = [one for one in ready if one.inverse is None]
-        due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=lambda one: one.made)
-        if not (missing or due):
-            return
-        self._products.clear()  # they hold the inverses of before
         left = max(pass_cost, whole / late)
         with self._arithmetic():
             for one in [*missing, *due]:

@@ -109,14 +109,15 @@ class LayerwiseParts(StepParts):
         return self.direction.row_inverse(capture, rates)
 
     def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
-        gradients = trained.gradients()
+        gradients, due = trained.gradients(), self.statistics.is_due(step)
         taken = self.take(gradients, step)
         self.direction.follow(self.statistics.layers, step)
         if not gradients or not (self.statistics.ready or (self.statistics.examined and not self.statistics.layers)):
             self.skipped += 1
             self.watch.idle(step, seen=bool(gradients) or taken.seen)
             return
-        self.direction.renew(step, self.statistics.pass_cost)
+        wait = due and not self.statistics.is_due(step + 1)
+        self.direction.renew(step, self.statistics.pass_cost, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
