@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,13 +13,20 @@ from kronfisher.layers.activations import Activations
 from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, per_axis
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
-from kronfisher.linalg import WORKSPACE, promote
+from kronfisher.linalg import WORKSPACE, mirror_, promote
 
 __all__ = ["TransposedUse"]
 
 
+@dataclass(frozen=True)
 class FlippedPatches(Patches):
-    """Patches whose kernel axes run backwards, as the kernel of a transposed convolution does."""
+    """Patches whose kernel axes run backwards, as the kernel of a transposed convolution does.
+
+    Attributes:
+        steps: of the pixels that are not zeros between others, along each axis.
+    """
+
+    steps: tuple[int, ...]
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         rows = super().dense(low, high)
@@ -33,7 +43,72 @@ class FlippedPatches(Patches):
         return Activations.weighted_sums(self, weights, low, high)  # likewise
 
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
-        Activations.add_covariance_(self, total, workspace)
+        """As for all activations, by phases.
+
+        Under a position p lie only the taps j with j ≡ p + padding modulo the stride, on neighbouring pixels: positions
+        of one phase are those of a convolution of the pixels with every s-th tap, and taps of two phases never meet.
+        """
+        if set(self.window.dilation) != {1} or max(self.steps) == 1:
+            Activations.add_covariance_(self, total, workspace)
+            return
+        images = self.images[(..., *(slice(None, None, step) for step in self.steps))]
+        kernel, channels = self.window.kernel, images.shape[1] // self.groups
+        places = torch.arange(channels * prod(kernel), device=total.device).view(channels, *kernel)
+        for phase in product(*map(self._phases, range(len(kernel)))):
+            if not prod(part.positions for part in phase):
+                continue
+            if not prod(part.taps for part in phase):
+                if self.bias:
+                    total[:, -1, -1] += len(images) * prod(part.positions for part in phase)
+                continue
+            window = Geometry(
+                tuple(part.taps for part in phase),
+                (1,) * len(kernel),
+                tuple(part.padding for part in phase),
+                (1,) * len(kernel),
+            )
+            chosen = places[(slice(None), *(slice(part.first, None, part.step) for part in phase))]
+            index = chosen.flip(tuple(range(1, 1 + len(kernel)))).flatten()
+            index = torch.cat([index, index.new_tensor([total.shape[-1] - 1])]) if self.bias else index
+            sums = total.new_zeros(self.groups, len(index), len(index))
+            Patches(images, window, self.groups, self.samples, self.bias).add_covariance_(sums, workspace)
+            total[:, index[:, None], index] += mirror_(sums)
+
+    def _phases(self, axis: int) -> "list[_Phase]":
+        """The phases along an axis."""
+        size, step, kernel = self.images.shape[2 + axis], self.steps[axis], self.window.kernel[axis]
+        pixels = (size - 1) // step + 1
+        before, after = self.window.padding[axis]
+        positions = size + before + after - kernel + 1
+        return [_Phase.of(first, step, pixels, kernel, kernel - 1 - before, positions) for first in range(step)]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Every `step`-th tap of a kernel along one axis, and the positions where it meets pixels.
+
+    Attributes:
+        first: the first tap.
+        step: the stride.
+        taps: how many.
+        positions: how many.
+        padding: of the pixels, before and after; negative where some meet none of the taps.
+    """
+
+    first: int
+    step: int
+    taps: int
+    positions: int
+    padding: tuple[int, int]
+
+    @classmethod
+    def of(cls, first: int, step: int, pixels: int, kernel: int, cut: int, positions: int) -> "_Phase":
+        """For ``p = q · step + tap − cut`` with positions p and pixels q."""
+        taps = max(0, -(-(kernel - first) // step))
+        low, high = -((first - cut) // step), (positions - 1 + cut - first) // step  # of (p + cut − first) / step
+        count = max(0, high - low + 1)
+        before = taps - 1 - low
+        return cls(first, step, taps, count, (before, count + taps - 1 - pixels - before))
 
 
 @dataclass
@@ -53,7 +128,7 @@ class TransposedUse(ConvolutionUse):
         size = [(n - 1) * step + 1 for n, step in zip(images.shape[2:], self.steps, strict=True)]
         spread = images.new_zeros(*images.shape[:2], *size)
         spread[(..., *(slice(None, None, step) for step in self.steps))] = images
-        return FlippedPatches(spread, self.window, self.groups, order.samples, bias)
+        return FlippedPatches(spread, self.window, self.groups, order.samples, bias, self.steps)
 
 
 @handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

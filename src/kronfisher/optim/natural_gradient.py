@@ -60,7 +60,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: multiplies the step; schedulers may change it.
         weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does;
             `QuadraticModel` adds ``½ η ‖θ‖²`` to the loss.
-        total_steps: the number of steps, if it is known: the rate then falls over the last three tenths of them.
+        total_steps: the number of steps, if it is known: the rate then falls over the last 15 % of them.
         refresh: how often statistics and inverses are renewed.
         params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
         labels: ``"sampled"``: one more backward pass where statistics are due; ``"observed"``: none (the empirical

@@ -17,7 +17,8 @@ from kronfisher.optim.layerwise.product import Product
 __all__ = ["RelativeDirection", "Shares"]
 
 AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for inverses, before their period is lengthened
-LONGEST = 50  # period, in steps, that inverses are put off for that
+AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
+LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
 CHOLESKY, EIGENVECTORS = 1.5, 20.0  # products as dear as factorising n × n, over n³, from their measured speeds
 
 
@@ -81,7 +82,8 @@ class RelativeDirection(Inverses):
         whole = sum(map(_cost, ready))
         dear = whole / (AFFORDABLE * pass_cost) if pass_cost else 0.0
         late = max(self.refresh.inverse, math.ceil(min(dear, LONGEST)))
-        period = self.refresh.after(step, late) - step
+        early = min(step // 2, math.ceil(dear * AFFORDABLE / AFFORDABLE_EARLY))
+        period = max(self.refresh.after(step, late) - step, min(early, late))
         left = max(pass_cost, whole / late)
         with self._arithmetic():
             for one in [*missing, *due]:

@@ -20,7 +20,7 @@ __all__ = ["LayerwiseParts", "LayerwiseStep"]
 
 LAST = 0.01  # the share of the rate that is left at the end of a horizon
 ROWS = 128  # examples times positions in a batch below which the rate falls, with their square root
-TAIL = 0.3  # the share of a horizon over which the rate falls, linearly
+TAIL = 0.15  # the share of a horizon over which the rate falls, linearly
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from kronfisher.experiments.race.order import Order
@@ -31,11 +32,14 @@ def our_batch(loaded: Loaded, folder: Path) -> int:
 
 
 def _share(loaded: Loaded) -> float:
-    """The share of forward and backward in our steps, by the process's clock."""
+    """The share of forward and backward in a plain step of ours, by the process's clock.
+
+    Medians: in the first steps much is renewed that later stays for a while.
+    """
     model, order = loaded.model(0), Order(loaded.size, 0)
     inputs, targets = loaded.dataset.train_inputs, loaded.dataset.train_targets
     racer: Any = CONTESTANTS[OURS](model, loaded, Plan(loaded.problem.name, "trial", OURS, {}, loaded.batch, 0, 1.0))
-    passes = steps = 0.0
+    passes, steps = [], []
     for number in range(WARM + TIMED):
         rows = order.take(loaded.batch)
         x, y = inputs[rows], targets[rows]
@@ -46,6 +50,6 @@ def _share(loaded: Loaded) -> float:
         began_step = time.process_time()
         racer.step(x, y, 1.0)
         if number >= WARM:
-            passes += middle - began
-            steps += time.process_time() - began_step
-    return passes / steps
+            passes.append(middle - began)
+            steps.append(time.process_time() - began_step)
+    return median(passes) / median(steps)
