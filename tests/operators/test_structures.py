@@ -193,8 +193,13 @@ def test_large_sums_stay_lazy_and_say_what_cannot_be_done(make, monkeypatch):
     v = torch.randn(24, 2).double()
     torch.testing.assert_close((X + 0.5) @ v, matrix @ v + 0.5 * v)
     torch.testing.assert_close((X + 0.5).trace(), matrix.trace() + 12)
-    assert isinstance(X + 0.5, Sum)
-    operations = (*INVERSE_LIKE.values(), *(lambda X, name=n: getattr(X, name)() for n in ("sqrt", "spectral")))
+    damped = X + 0.5
+    assert isinstance(damped, Sum)
+    solution = torch.linalg.solve(matrix + 0.5 * torch.eye(24).double(), v)
+    torch.testing.assert_close(damped.solve(v), solution, rtol=1e-8, atol=1e-10)  # from products with the terms
+    assert damped.convergence.converged and "conjugate gradients" in damped.notes
+    rest = [operation for name, operation in INVERSE_LIKE.items() if name != "solve"]
+    operations = (*rest, *(lambda X, name=n: getattr(X, name)() for n in ("sqrt", "spectral")))
     for operation in (*operations, lambda X: X.frobenius_norm(), lambda X: X.eigenvalues()):
         with pytest.raises(UnsupportedError, match=r"24.*conjugate gradients"):
             operation(X)

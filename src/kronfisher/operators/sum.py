@@ -84,8 +84,8 @@ class Sum(Operator, kind="total"):
     def solves(self, rows: Tensor) -> Tensor:
         """By the Cholesky factor of the matrix itself if it is small, else by conjugate gradients on the terms.
 
-        They are preconditioned with the first term that has eigenvectors, of the trace of all, plus the smallest number
-        of those that are diagonal.
+        They are preconditioned with the first term (or first product of a sum of them) that has eigenvectors, scaled to
+        the trace of all, plus the smallest number of those that are diagonal.
 
         Raises:
             UnsupportedError: it is large, and no term has eigenvectors.
@@ -118,17 +118,18 @@ class Sum(Operator, kind="total"):
         diagonals = [values for term in self.terms if (values := term.diagonal_values) is not None]
         shift = sum((float(values.min()) for values in diagonals), start=0.0)
         for term in self.terms:
-            if term.diagonal_values is not None:
+            leading: Operator = getattr(term, "terms", (term,))[0]  # of a sum of products, which leads with its largest
+            if leading.diagonal_values is not None:
                 continue
             try:
-                leading = term.spectral()
+                spectral = leading.spectral()
             except UnsupportedError:
                 continue
-            rest = float(self.trace()) - shift * self.dim
-            factor = max(rest / float(term.trace()), 1.0) if float(term.trace()) > 0 else 1.0
-            high = factor * leading.extremes[1] + shift
+            own, rest = float(leading.trace()), float(self.trace()) - shift * self.dim
+            factor = max(rest / own, 1.0) if own > 0 else 1.0
+            high = factor * spectral.extremes[1] + shift
             noise = negligible(self.dtype) * high
-            return leading.scaled(factor).shifted(max(shift, noise)).inverse(), high, shift > 0
+            return spectral.scaled(factor).shifted(max(shift, noise)).inverse(), high, shift > 0
         return self.write_out("its inverse"), 0.0, False  # raises
 
     def colour(self, noise: Tensor, *, inverse: bool = True) -> Tensor:
