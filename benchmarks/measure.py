@@ -18,6 +18,7 @@ from floors import Floor
 from peers import Skip
 from resident import peak
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS, Batch, Workload
 
 DAMPING = 1e-3
@@ -30,6 +31,28 @@ def seconds(work: Callable[[], object]) -> float:
     elapsed = time.perf_counter() - start
     del result
     return elapsed
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of torch that are called, in backward passes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(work: Callable[[], object]) -> int | None:
+    """How many operators of torch one call of a piece of work takes; None where it cannot be watched."""
+    try:
+        with Operators() as count:
+            work()
+    except Exception:  # some libraries refuse modes within their own
+        return None
+    return count.number
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -62,9 +85,10 @@ def factors(adaptor: Any, workload: Workload, floor: Floor, repeats: int) -> dic
     works = {"own": lambda: adaptor.run(workload.batches), "fb": floor.forward_backward, "gemm": floor.products}
     linear = not any(isinstance(layer, nn.Conv2d) for layer in floor.model.modules())
     if linear:  # a convolution's products have shortcuts, and no such floor
-        works["least"] = floor.least
+        works["least"] = floor.least_kfoc if getattr(adaptor, "fit", "") == "kfoc" else floor.least
     times = alternate(works, repeats)
-    result = {"first": first, **ratios(times, "fb", "gemm")}
+    calls = {name: operators(works[name]) for name in ("own", "fb")}
+    result = {"first": first, "calls": calls, **ratios(times, "fb", "gemm")}
     return {**result, "least": relative(times, "least", "fb", "gemm")} if linear else result
 
 

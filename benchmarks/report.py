@@ -15,7 +15,17 @@ TITLES = {
     "memory": "Peak extra memory of computing the factors",
 }
 COLUMNS = {
-    "factors": ["/ (fb + gemm)", "quartiles", "seconds", "fb", "gemm", "first call / later", "least"],
+    "factors": [
+        "/ (fb + gemm)",
+        "quartiles",
+        "seconds",
+        "fb",
+        "gemm",
+        "first call / later",
+        "least",
+        "calls",
+        "calls of fb",
+    ],
     "solve": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
     "solve-exact": ["/ bare Cholesky", "quartiles", "seconds", "bare"],
     "memory": ["MiB"],
@@ -51,6 +61,7 @@ def cells(result: dict) -> list[str]:
         row += [
             f"{result['first'] / own['median']:.1f}",
             f"{result['least']['median']:.2f}" if "least" in result else "–",
+            *(f"{number:,}" if (number := result["calls"][name]) is not None else "–" for name in ("own", "fb")),
         ]
     return row
 
@@ -112,7 +123,10 @@ def kfoc(results: list[dict]) -> list[str]:
             ],
             rows("public", public, 8),
         ),
-        "Over 20,480 data": (COLUMNS["factors"], rows("long", lambda r: cells(r | {"what": "factors"}), 6)),
+        "Over 20,480 data": (
+            COLUMNS["factors"],
+            rows("long", lambda r: cells(r | {"what": "factors"}), len(COLUMNS["factors"])),
+        ),
         "Peak extra memory, MiB": (["K-FAC", "K-FOC", "ratio"], rows("memory", memory, 3)),
         "Large layers in a memory budget, MiB": (
             ["least accepted", "budget", "the model's own", "peak", "within budget + the model's own"],
