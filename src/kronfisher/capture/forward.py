@@ -1,6 +1,7 @@
 """Run a model on a batch and obtain its outputs and the batch's targets."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +18,15 @@ __all__ = ["Forward", "find_outputs", "not_finite_error", "run"]
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
-def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device, where: str) -> tuple[Tensor, Any]:
-    """The model's outputs on a batch, and the batch's targets.
+def run(
+    model: nn.Module,
+    batch: Any,
+    forward: Forward | None,
+    device: torch.device,
+    where: str,
+    within: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Any]:
+    """The model's outputs on a batch, and the batch's targets; only the model itself runs within the context, if any.
 
     A tensor is passed as ``model(x)``, as is a ``PackedSequence``, a tuple as ``model(*x)``, a mapping or a data class
     as ``model(**x)`` without its ``"labels"``. NumPy arrays become tensors on the model's device, floating-point arrays
@@ -30,10 +38,11 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
     Raises:
         DataError: the batch is on another device, or the outputs are not a single floating-point tensor.
     """
-    batch = without_inference_tensors(batch)
+    batch, within = without_inference_tensors(batch), nullcontext() if within is None else within
     try:
         if forward is not None:
-            answer = forward(model, batch)
+            with within:
+                answer = forward(model, batch)
             if not isinstance(answer, tuple) or len(answer) != 2:
                 raise DataError(f"{where}: forward must return (outputs, targets), not {type(answer).__name__}.")
             outputs, targets = answer
@@ -49,12 +58,13 @@ def run(model: nn.Module, batch: Any, forward: Forward | None, device: torch.dev
                 raise DataError(
                     f"{where} has labels and no inputs. Put the inputs of the model, such as 'input_ids', into it."
                 )
-            if isinstance(inputs, Mapping):
-                outputs = model(**with_decoder_inputs(inputs, targets, model, where))
-            elif isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
-                outputs = model(*inputs)
-            else:
-                outputs = model(inputs)
+            with within:
+                if isinstance(inputs, Mapping):
+                    outputs = model(**with_decoder_inputs(inputs, targets, model, where))
+                elif isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
+                    outputs = model(*inputs)
+                else:
+                    outputs = model(inputs)
             outputs = _logits_of(outputs, where)
             if isinstance(targets, Tensor) and not (isinstance(as_keyed(batch), tuple | list) and len(batch) == 2):
                 targets = shift_labels(targets, outputs, model)

@@ -171,8 +171,8 @@ def observe(
         UnsupportedError: as for `Observation.of`.
     """
     device = next(iter(parameters.values())).device
-    with Capture(parameters, (*model.parameters(), *model.buffers())) as capture:
-        outputs, targets = run(model, batch, forward, device, where)
+    capture = Capture(parameters, (*model.parameters(), *model.buffers()))
+    outputs, targets = run(model, batch, forward, device, where, capture)
     return Observation.of(model, capture, outputs, targets, where, batch)
 
 

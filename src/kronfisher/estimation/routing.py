@@ -58,8 +58,11 @@ class Stream:
 
     def receive(self, call: Call, gradient: Tensor) -> None:
         """Convert the gradient of a call's output to samples."""
+        entries = self._entries.get(call.index)
+        if not entries:
+            return
         with full_precision(gradient.device.type):
-            for number, (part, group, position) in enumerate(self._entries.get(call.index, ())):
+            for number, (part, group, position) in enumerate(entries):
                 began = time.perf_counter()
                 order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
                 exists = part.use.mask(order)
@@ -79,7 +82,7 @@ class Stream:
                     group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
         if self.last:
-            for part, _, _ in self._entries.get(call.index, ()):
+            for part, _, _ in entries:
                 part.use.forget()
 
     def _activations(self, place: tuple[int, int], part: Part, order: RowOrder, gradient: Tensor) -> Activations:

@@ -183,8 +183,9 @@ class Dense(Activations):
         width = rows.shape[-1]
         add_symmetric_product_(total[:, :width, :width], rows)
         if self.bias:  # the last column, without a copy of the rest
-            total[:, :width, width] += rows.sum(dim=1)
-            total[:, width, width] += rows.shape[1]
+            column = total.select(2, width)
+            column.narrow(1, 0, width).add_(rows.sum(dim=1))
+            column.select(1, width).add_(rows.shape[1])
 
     def add_weighted_(self, total: Tensor, weights: Tensor) -> None:
         root, width = weights.sqrt()[..., None], self.values.shape[-1]

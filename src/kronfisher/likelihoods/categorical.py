@@ -180,12 +180,12 @@ class Categorical(Likelihood):
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
         pivot = (scale.unsqueeze(-1) * p[..., :-1] * (after / before.where(before > 0, 1))).sqrt()
-        after = after.where(after > 0, 1)
+        below = pivot / -after.where(after > 0, 1)
         for t in range(p.shape[1]):
             for i in range(p.shape[2] - 1):
                 vector = torch.zeros_like(p)
                 vector[:, t, i] = pivot[:, t, i]
-                vector[:, t, i + 1 :] = -(p[:, t, i + 1 :] / after[:, t, i, None]) * pivot[:, t, i, None]
+                torch.mul(p[:, t, i + 1 :], below[:, t, i, None], out=vector[:, t, i + 1 :])
                 yield like(vector, outputs, axis)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -278,7 +278,7 @@ class Categorical(Likelihood):
         if is_soft(targets):
             return self._soft(targets.detach(), outputs, axis).sum(-1)
         own, even, _ = self._hard(targets, outputs, axis)
-        return own + even * self._weights(outputs, axis).sum()
+        return own + even * self._weights(outputs, axis).sum() if self.label_smoothing else own
 
     def _uniform(self, outputs: Tensor, axis: int, draws: Draws) -> Tensor:
         """One uniform number for every position, `[R]`."""
