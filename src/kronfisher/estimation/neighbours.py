@@ -58,10 +58,10 @@ def find_neighbours(
         The neighbours, or why the batch is refused: layers that were neighbours in earlier
         batches are not neighbours here.
     """
-    graph = observation.graph
-    blocks = {part.block.key: part.block for own in parts.values() for part in own}
-    if graph.signature in known.examined or not any(fits.of(block).chained for block in blocks.values()):
+    graph, chained = observation.graph, (fits.of(part.block).chained for own in parts.values() for part in own)
+    if graph.signature in known.examined or not any(chained):
         return known
+    blocks = {part.block.key: part.block for own in parts.values() for part in own}
     chain = find_chains(observation, parts, orders, fits.why_apart)
     broken = [
         (key, later)

@@ -37,13 +37,16 @@ def dear_blocks(
         fits: which fit treats which block, and which parameters were given theirs by name.
         batches: in a pass over the data; in training one, because each renewal has one.
     """
+    wide = [part for part in _side_parts(parts) if part.block.shape[1] > _SMALL and part.block.key in new]
+    if not wide:
+        return {}
     passed = batches * _forward_backward(observation, parts)
     numbers = _numbers(observation.model)
     share, whole = (1.0, "of the batch") if fits.training else (_SHARE, "over the data")
     found = {}
-    for part in _side_parts(parts):
+    for part in wide:
         name, width = part.block.parameters[0], part.block.shape[1]
-        if width <= _SMALL or part.block.key not in new or name in fits.asked or fits.of(part.block).exact:
+        if name in fits.asked or fits.of(part.block).exact:
             continue
         work = batches * len(observation) * width**2 + _FACTORISING * width**3
         if work > share * passed:

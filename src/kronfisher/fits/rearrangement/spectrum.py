@@ -135,10 +135,11 @@ def _orthogonalise(matrix: Tensor, basis: list[Tensor]) -> Tensor:
     """Without its components along the basis; twice, which is enough."""
     if not basis:
         return matrix
-    stack = torch.stack(basis)
-    before = norm(matrix)
+    stack = torch.stack(basis, dim=1).flatten(2)  # [H, k, D²]
+    before, rest = norm(matrix), matrix.flatten(1).unsqueeze(2)
     for _ in range(2):
-        matrix = matrix - torch.einsum("kh...,kh->h...", stack, torch.einsum("kh...,h...->kh", stack, matrix))
+        rest = torch.baddbmm(rest, stack.mT, stack @ rest, alpha=-1)
+    matrix = rest.view(matrix.shape)
     # What is left of a direction that lay in the span is rounding noise, not a new direction.
     noise = norm(matrix) <= 100 * torch.finfo(matrix.dtype).eps * before
     return torch.where(noise.view(-1, *[1] * (matrix.dim() - 1)), 0, matrix)

@@ -1,6 +1,7 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +38,20 @@ class Weights(Rearranged):
         self.g = torch.cat([_rows(use.gradients, self.columns) for use in samples], dim=1)
         self.shape = samples[0].shape
 
+    @cached_property
+    def a(self) -> Tensor:
+        """Inputs ``[H, n, I]``, written out once for all half steps."""
+        return self.activations.dense()[:, :, 0]
+
     def like(self) -> Tensor:
         return self.g
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        a = self.activations.dense()[:, :, 0]
-        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(a @ A, a)))
+        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(self.a @ A, self.a)))
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        a = self.activations.dense()[:, :, 0]
         weights = torch.linalg.vecdot(self.g @ B, self.g)
-        return _weighted_sum(a, weights if self.columns == 1 else weights.unflatten(1, (-1, self.columns)).sum(2))
+        return _weighted_sum(self.a, weights if self.columns == 1 else weights.unflatten(1, (-1, self.columns)).sum(2))
 
     def _spread(self, weights: Tensor) -> Tensor:
         """``[H, n]`` for every column: ``[H, n·C]``."""
@@ -68,7 +72,7 @@ class Weights(Rearranged):
         """
         if self.columns > 1:  # of one group
             return _sum_products(_square(self.activations.products()), _squares_of_columns(self.g, self.columns))
-        both = self.activations.dense()[:, :, 0], self.g
+        both = self.a, self.g
         lengths = [power_of_two(torch.linalg.vector_norm(rows, dim=-1).amax()) for rows in both]
         a, g = (rows / length for rows, length in zip(both, lengths, strict=True))  # no square vanishes
         products = (a @ a.mT).mul_(g @ g.mT)
@@ -181,11 +185,10 @@ class Gram(Weights):
             _, U = _orthonormalise(Ka, W)
             U, W = _orthonormalise(Kg, U)  # the scales of both Gram matrices cancel
         W, U = self._orthogonalise(W, U)
-        a = self.activations.dense()[:, :, 0]
         (groups, outputs, width), new = self.shape, w.new_empty
         A, B = new(rank, groups, width, width), new(rank, groups, outputs, outputs)
         for r in range(rank):
-            _add_weighted_sum_(A[r].zero_(), a, W[..., r])
+            _add_weighted_sum_(A[r].zero_(), self.a, W[..., r])
             _add_weighted_sum_(B[r].zero_(), self.g, self._spread(U[..., r]))
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
