@@ -156,6 +156,8 @@ def shards(rank):
     shuffled = loader(data, shuffle=True, generator=torch.Generator().manual_seed(3))
     kinds = [loader(data), shuffled, loader(data, batch_size=None), loader(Stream(), batch_size=None)]
     found = [[int(batch[0]) if isinstance(batch, list | tuple) else int(batch) for batch in kf.shard(k)] for k in kinds]
+    equal = [list(kf.shard(every, equal=True)) for every in (list(range(7)), kinds[3])]
+    assert all(len(part) == 7 // dist.get_world_size() for part in equal)
     return [*found, list(kf.shard(list(range(7))))]
 
 

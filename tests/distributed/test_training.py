@@ -41,6 +41,17 @@ def test_layers_that_some_ranks_do_not_use(ranks):
     assert same_bits(ranks.call(trainings.unused, ranks.size))
 
 
+def test_training_goes_on_from_what_rank_0_saved(ranks):
+    whole, parts = (ranks.call(trainings.resumed, ranks.size, saved) for saved in (False, True))
+    assert same_bits([*whole, *parts])
+
+
+def test_parameters_that_are_spread_over_ranks_are_refused_by_placement(ranks):
+    for errors in ranks.call(trainings.spread):
+        assert len(errors) == 2
+        assert all(re.match(r"0\.weight is a DTensor with placements \[Shard\(dim=0\)\]", text) for text in errors)
+
+
 def test_a_batch_that_is_not_finite_on_one_rank_moves_nothing(ranks):
     answers = ranks.call(trainings.not_finite, ranks.size)
     for found, dropped in answers:

@@ -89,6 +89,24 @@ def unused(rank, ranks, number=8):
     return weights(model)
 
 
+def resumed(rank, ranks, saved):
+    """Ten steps, of which the last five start from what rank 0 saved; or none do."""
+    model, likelihood = perceptron(), kf.Categorical()
+    wrapped, group = around(rank, model)
+    optimizer = kf.NaturalGradient(wrapped, likelihood, **group)
+    for step, (x, y) in enumerate(batches(rank, ranks, 10)):
+        if step == 5 and saved:
+            box = [(model.state_dict(), optimizer.state_dict()) if rank == 0 else None]
+            dist.broadcast_object_list(box)
+            model = perceptron()
+            wrapped, group = around(rank, model)
+            optimizer = kf.NaturalGradient(wrapped, likelihood, **group)
+            model.load_state_dict(box[0][0])
+            optimizer.load_state_dict(box[0][1])
+        optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
+    return weights(model)
+
+
 def not_finite(rank, ranks):
     """Weights before and after a step in which one rank's batch holds NaN, and after one more."""
     model = perceptron()
@@ -102,6 +120,24 @@ def not_finite(rank, ranks):
             optimizer.step(lambda x=x: wrapped(x), y)
         found.append(torch.cat([value.flatten() for value in weights(model).values()]))
     return found, optimizer.parts.statistics.dropped
+
+
+def spread(rank):
+    """Errors for parameters that are spread over the ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = perceptron()
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    errors = []
+    for call in (
+        lambda: kf.estimate(model, numbers(4, 4), kf.Categorical(), group=dist.group.WORLD),
+        lambda: kf.NaturalGradient(model, kf.Categorical(), group=dist.group.WORLD),
+    ):
+        try:
+            call()
+        except kf.UnsupportedError as error:
+            errors.append(str(error))
+    return errors
 
 
 def refused(rank, what):

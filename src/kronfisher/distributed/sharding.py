@@ -13,7 +13,7 @@ from kronfisher.errors import DataError
 __all__ = ["Shard", "shard"]
 
 
-def shard(loader: Any, group: ProcessGroup = None) -> Any:
+def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> Any:
     """This rank's part of the batches of a loader: batch k goes to rank k modulo W, whole and once.
 
     Nothing is padded or repeated, so that ranks may get different numbers of batches, and with fewer batches than ranks
@@ -28,6 +28,8 @@ def shard(loader: Any, group: ProcessGroup = None) -> Any:
         loader: a ``DataLoader``, a list of batches, or another iterable of batches.
         group: a process group or a one-dimensional device mesh; None: the default group, or one process where none is
             initialised.
+        equal: leave out the last batches, of which not every rank would get one: for training, where ranks meet at
+            every step.
 
     Returns:
         An iterable of batches that can be read as often as the loader; with one process the loader itself.
@@ -46,7 +48,7 @@ def shard(loader: Any, group: ProcessGroup = None) -> Any:
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     ranks = ranks_of(group)
-    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size)
+    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size, equal)
 
 
 class Shard:
@@ -56,12 +58,13 @@ class Shard:
         loader: of all batches.
         rank: whose part it is.
         ranks: how many there are.
+        equal: leave out the last batches, of which not every rank would get one.
 
     Attributes:
         order: a digest of the order in which all batches were dealt in the last pass, as far as it is known.
     """
 
-    def __init__(self, loader: Any, rank: int, ranks: int) -> None:
+    def __init__(self, loader: Any, rank: int, ranks: int, equal: bool = False) -> None:
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise DataError(
                 "the loader has a DistributedSampler, which deals out examples itself and repeats some where they do "
@@ -72,7 +75,8 @@ class Shard:
         self.loader: Any = loader
         self.rank, self.ranks = rank, ranks
         self.order = ""
-        self._dealt = _dealt(loader, rank, ranks)
+        self.equal = equal
+        self._dealt = _dealt(loader, rank, ranks, equal)
         self._part = None if self._dealt is None else _loading(self.loader, self._dealt)
 
     def __iter__(self) -> Iterator[Any]:
@@ -81,9 +85,14 @@ class Shard:
             self.order = self._dealt.order
             return
         number = 0
-        for number, batch in enumerate(self.loader, 1):
-            if (number - 1) % self.ranks == self.rank:
+
+        def count() -> Iterator[Any]:
+            nonlocal number
+            for batch in self.loader:
+                number += 1
                 yield batch
+
+        yield from deal(count(), self.rank, self.ranks, self.equal)
         self.order = f"{number} batches"
 
     def __len__(self) -> int:
@@ -93,34 +102,53 @@ class Shard:
             TypeError: the loader does not know how many there are.
         """
         total = len(self.loader)
-        return len(range(self.rank, total, self.ranks))
+        return total // self.ranks if self.equal else len(range(self.rank, total, self.ranks))
+
+
+def deal(entries: Iterable[Any], rank: int, ranks: int, equal: bool) -> Iterator[Any]:
+    """Every W-th entry; those of rounds that all ranks take part in, if ranks are to get equally many.
+
+    Example:
+        >>> list(deal(range(5), 0, 2, False)), list(deal(range(5), 0, 2, True))
+        ([0, 2, 4], [0, 2])
+    """
+    own: list[Any] = []
+    for place, entry in enumerate(entries):
+        if place % ranks == rank:
+            own = [entry]
+        if own and (not equal or place % ranks == ranks - 1):
+            yield own.pop()
 
 
 class _Dealt:
     """Every W-th entry of a sampler, and a digest of all entries."""
 
-    def __init__(self, sampler: Iterable[Any], rank: int, ranks: int) -> None:
-        self.sampler, self.rank, self.ranks, self.order = sampler, rank, ranks, ""
+    def __init__(self, sampler: Iterable[Any], rank: int, ranks: int, equal: bool) -> None:
+        self.sampler, self.rank, self.ranks, self.equal, self.order = sampler, rank, ranks, equal, ""
 
     def __iter__(self) -> Iterator[Any]:
         digest = hashlib.sha256()
-        for place, entry in enumerate(self.sampler):
-            digest.update(repr(entry).encode())
-            if place % self.ranks == self.rank:
+
+        def seen() -> Iterator[Any]:
+            for entry in self.sampler:
+                digest.update(repr(entry).encode())
                 yield entry
+
+        yield from deal(seen(), self.rank, self.ranks, self.equal)
         self.order = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         assert isinstance(self.sampler, Sized)
-        return len(range(self.rank, len(self.sampler), self.ranks))
+        total = len(self.sampler)
+        return total // self.ranks if self.equal else len(range(self.rank, total, self.ranks))
 
 
-def _dealt(loader: Any, rank: int, ranks: int) -> _Dealt | None:
+def _dealt(loader: Any, rank: int, ranks: int, equal: bool) -> _Dealt | None:
     """Which examples this rank loads; None where all batches have to be read."""
     plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
     if not plain or isinstance(loader.dataset, IterableDataset):
         return None
-    return _Dealt(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, rank, ranks)
+    return _Dealt(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, rank, ranks, equal)
 
 
 def _loading(loader: DataLoader[Any], dealt: _Dealt) -> DataLoader[Any]:

@@ -1,7 +1,7 @@
 """The trainable parameters of a model, without the wrappers around it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
 
     Raises:
-        UnsupportedError: a part of it is scripted: its operators cannot be seen.
+        UnsupportedError: a part of it is scripted, so that its operators cannot be seen, or its parameters are flat.
         TypeError: it is no module.
     """
     while True:
@@ -28,6 +28,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in _modules(model)):
+        raise UnsupportedError(
+            "the model is wrapped in FullyShardedDataParallel, whose parameters are flat and hold no matrix of a "
+            "layer. Use DistributedDataParallel, or pass the module as it was before it was wrapped."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; pass the torch.nn.Module that owns the parameters.")
     for name, module in model.named_modules():
@@ -39,11 +44,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _modules(model: object) -> Iterable[nn.Module]:
+    return model.modules() if isinstance(model, nn.Module) else ()
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name → parameter of all that require a gradient, in the model's order.
 
     Raises:
-        UnsupportedError: there is none, or one has no elements yet.
+        UnsupportedError: there is none, or one has no elements yet or is spread over processes.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -52,6 +61,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "Set requires_grad_(True) on those to treat."
         )
     for name, parameter in parameters.items():
+        if (placements := getattr(parameter, "placements", None)) is not None:
+            raise UnsupportedError(
+                f"{name} is a DTensor with placements {list(placements)}: each process holds a part of it, and "
+                "matrices of layers (fully_shard, tensor parallel) are not put together yet. Use "
+                "DistributedDataParallel, or pass a model with whole parameters."
+            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise UnsupportedError(f"{name} is not initialised yet. Run the model once on a batch before estimating.")
         if not parameter.is_floating_point():

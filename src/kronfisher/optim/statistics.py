@@ -77,10 +77,10 @@ class Statistics:
         self.seconds = self.seconds_in_backward = 0.0
         self.pass_cost = 0.0
         self.rows: float | Tensor = 0.0
+        self._shared: tuple[float | Tensor, float] = (0.0, 0.0)  # rows and cost, as the ranks last put them together
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self.ranks = ranks
-        self._shared: dict[str, float | Tensor] = {"rows": 0.0, "cost": 0.0}  # what the ranks last put together
         self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
@@ -337,8 +337,8 @@ class Statistics:
 
         numbers = {"rows": self.rows, "cost": self.pass_cost}
         sums = sharing.share(run, layers, step, brought=self._open, numbers=numbers)
-        self._shared = self._shared if sums is None else {**sums}
-        self.rows, self.pass_cost = self._shared["rows"], self._shared["cost"]  # alike on all ranks, also without sums
+        self._shared = self._shared if sums is None else (sums["rows"], sums["cost"])
+        self.rows, self.pass_cost = self._shared  # alike on all ranks, also without sums
         if sums is None and self._open:
             self.discard()
 
@@ -387,7 +387,7 @@ class Statistics:
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
         self.next_due, self.dropped, self.rows = state["next_due"], state["dropped"], state["rows"]
-        self._shared = {"rows": self.rows, "cost": self.pass_cost}
+        self._shared = (self.rows, self.pass_cost)
         self._open, self._groups = False, None
         if not state["trained"]:  # saved before the first forward pass: go on as before that
             self._run, self._trained, self.layers, self.next_due = None, None, [], 0

@@ -1,0 +1,26 @@
+"""The scripts of the page about many processes run under torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.layout import ROOT
+
+SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+
+
+SAYS = [r"300 examples, relative error 0\.\d", r"loss 0\.\d"]
+
+
+@pytest.mark.parametrize(("script", "says"), list(zip(SCRIPTS, SAYS, strict=True)), ids=["estimate", "training"])
+def test_a_script_runs(script, says, tmp_path):
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(re.findall(says, run.stdout)) == 1, run.stdout
