@@ -365,6 +365,7 @@ class Statistics:
         return {
             "next_due": self.next_due,
             "rows": self.rows,
+            "pass_cost": self.pass_cost,
             "dropped": self.dropped,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
@@ -387,6 +388,7 @@ class Statistics:
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
         self.next_due, self.dropped, self.rows = state["next_due"], state["dropped"], state["rows"]
+        self.pass_cost = state.get("pass_cost", 0.0)
         self._shared = (self.rows, self.pass_cost)
         self._open, self._groups = False, None
         if not state["trained"]:  # saved before the first forward pass: go on as before that
