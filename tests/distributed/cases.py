@@ -1,5 +1,8 @@
 """What ranks are asked to do in the tests: each function gets its rank first."""
 
+import os
+import warnings
+
 import torch
 import torch.distributed as dist
 
@@ -159,6 +162,29 @@ def shards(rank):
     equal = [list(kf.shard(every, equal=True)) for every in (list(range(7)), kinds[3])]
     assert all(len(part) == 7 // dist.get_world_size() for part in equal)
     return [*found, list(kf.shard(list(range(7))))]
+
+
+def ended(rank):
+    """The error of the other ranks when the last one ends."""
+    if rank == dist.get_world_size() - 1:
+        os._exit(1)
+    try:
+        kf.estimate(perceptron(), numbers(4, 4), kf.Categorical(), group=dist.group.WORLD)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def warned(rank):
+    """What an estimate warns of without a group, and with a sampler that repeats examples."""
+    data = torch.utils.data.TensorDataset(numbers(7, 4))
+    sampler = torch.utils.data.DistributedSampler(data, shuffle=False)
+    padded = torch.utils.data.DataLoader(data, 2, sampler=sampler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kf.estimate(perceptron(), numbers(4, 4), kf.Categorical())
+        kf.estimate(perceptron(), padded, kf.Categorical(), group=dist.group.WORLD)
+    return [str(each.message) for each in caught]
 
 
 def different(rank, what):

@@ -1,6 +1,7 @@
 """Ranks that read a part of the data each get the matrix that one process gets of all of it."""
 
 import re
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import REGISTRY
 from tests.distributed import cases
 from tests.helpers.close import close
+from tests.helpers.ranks import World, run
 
 BATCHES = [2, 1, 1]  # three ranks get one each, two ranks other numbers of them
 
@@ -116,6 +118,22 @@ def test_ranks_that_differ_or_fail_raise_everywhere(ranks, what, message):
             assert (what, kind) in {("data", "RuntimeError"), ("finish", "SingularError")}, (rank, kind, text)
         else:
             assert re.search(message, text), text
+
+
+def test_what_is_warned_of(ranks):
+    for first, second in ranks.call(cases.warned):
+        assert re.match(rf"{ranks.size} ranks are initialised, and this estimate sees the data of one", first)
+        assert re.search(rf"repeats {-7 % ranks.size} examples, which count twice", second)
+
+
+def test_a_rank_that_ends_ends_the_others(tmp_path):
+    own = World(2, tmp_path)
+    calls = [each.submit(run, cases.ended, rank, ()) for rank, each in enumerate(own.executors)]
+    kind, text = calls[0].result(timeout=90)
+    assert kind == "RankError" and "could not meet the other ranks: one of them has ended" in text
+    with pytest.raises(BrokenProcessPool):
+        calls[1].result(timeout=90)
+    own.end()
 
 
 def test_one_process():

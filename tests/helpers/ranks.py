@@ -45,7 +45,7 @@ class World:
 
         Its other arguments and its answer are pickled. An error on any rank is raised here.
         """
-        calls = [each.submit(_call, function, rank, arguments) for rank, each in enumerate(self.executors)]
+        calls = [each.submit(run, function, rank, arguments) for rank, each in enumerate(self.executors)]
         _, late = wait(calls, timeout=limit)
         if late:
             self.kill()
@@ -91,6 +91,7 @@ def _ready(rank: int) -> None:
     dist.barrier()
 
 
-def _call(function: Callable[..., Any], rank: int, arguments: tuple[Any, ...]) -> Any:
+def run(function: Callable[..., Any], rank: int, arguments: tuple[Any, ...]) -> Any:
+    """The function of a rank, in its process."""
     torch.manual_seed(0)
     return function(rank, *arguments)

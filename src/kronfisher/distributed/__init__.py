@@ -3,6 +3,16 @@
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, ranks_of, warn_of_ranks
-from kronfisher.distributed.sharding import Shard, shard
+from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
 
-__all__ = ["Parcel", "ProcessGroup", "Ranks", "Shard", "owners", "ranks_of", "shard", "warn_of_ranks"]
+__all__ = [
+    "Parcel",
+    "ProcessGroup",
+    "Ranks",
+    "Shard",
+    "owners",
+    "ranks_of",
+    "shard",
+    "warn_of_padding",
+    "warn_of_ranks",
+]

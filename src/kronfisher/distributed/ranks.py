@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kronfisher.distributed.parcel import Parcel
+from kronfisher.errors import RankError
 
 __all__ = ["ProcessGroup", "Ranks", "ranks_of", "warn_of_ranks"]
 
@@ -48,10 +49,20 @@ class Ranks:
         return self  # a process group cannot be copied
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; for small ones without tensors."""
+        """The values of all ranks, in their order; for small ones without tensors.
+
+        Raises:
+            RankError: another rank has ended, or does not come.
+        """
         self.collectives += 1
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} could not meet the other ranks: one of them has ended, or did not come within the "
+                f"group's timeout ({error}). Look at the messages of the others; every rank has to make the same calls."
+            ) from error
         return values
 
     def reduce_(self, tensors: Iterable[tuple[Tensor, int]]) -> None:

@@ -1,6 +1,7 @@
 """Each rank's part of the batches of a loader: dealt in turn, nothing repeated and nothing left out."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from kronfisher.distributed.ranks import ProcessGroup, ranks_of
 from kronfisher.errors import DataError
 
-__all__ = ["Shard", "shard"]
+__all__ = ["Shard", "shard", "warn_of_padding"]
 
 
 def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> Any:
@@ -49,6 +50,19 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
         group = dist.group.WORLD
     ranks = ranks_of(group)
     return loader if ranks is None else Shard(loader, ranks.rank, ranks.size, equal)
+
+
+def warn_of_padding(data: Any) -> None:
+    """Warn of a loader whose sampler repeats examples, so that all ranks get equally many."""
+    sampler = getattr(data, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler.total_size > len(sampler.dataset):  # pyright: ignore[reportArgumentType]
+        more = sampler.total_size - len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+        warnings.warn(
+            f"the loader's DistributedSampler repeats {more} examples, which count twice: give kf.shard(loader) a "
+            "loader without it.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class Shard:

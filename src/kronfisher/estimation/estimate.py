@@ -9,7 +9,7 @@ from torch import nn
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.distributed import ProcessGroup, ranks_of, warn_of_ranks
+from kronfisher.distributed import ProcessGroup, ranks_of, warn_of_padding, warn_of_ranks
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.error import Origin
 from kronfisher.estimation.groups import Group
@@ -120,6 +120,7 @@ def estimate(
     model, ranks = unwrapped(model), ranks_of(group)
     if group is None:
         warn_of_ranks()
+    warn_of_padding(data)
     recipe = Recipe(model, likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict, ranks)
     run = Accumulator(recipe, fit, score=True)
     run.read(data, progress, anew=True)
