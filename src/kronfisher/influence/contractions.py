@@ -20,7 +20,7 @@ __all__ = ["LowRank", "by_position", "gradient_norms", "inner_products"]
 
 _CACHE = 2**21  # bytes of temporaries that are read again at once
 _ROOM = 2**25  # bytes of temporaries while queries are truncated
-_BATCH = 256  # rows of a product that reads all queries
+_BATCH = 128  # rows of a product that reads all queries
 
 
 @dataclass(frozen=True)
