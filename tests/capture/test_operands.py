@@ -22,7 +22,7 @@ def test_a_parameter_as_the_input_of_a_layer():
 
 def test_a_weight_that_is_its_own_input():
     model = Written(lambda m, x: x @ F.linear(m.w, m.w), w=torch.randn(3, 3))
-    assert_fallback(model, torch.randn(5, 3), "w: used by linear")
+    assert_exact(model, torch.randn(5, 3))
 
 
 @pytest.mark.parametrize("kind", ["detach", "data", "no_grad view", "no_grad result", "no_grad use"])
@@ -153,7 +153,7 @@ def test_functional_calls():
     call = torch.func.functional_call
     assert_exact(Written(lambda m, x: call(m.l, dict(m.l.named_parameters()), (x,)), l=layer), x)
     scaled = Written(lambda m, x: call(m.l, {k: p * 2 for k, p in m.l.named_parameters()}, (x,)), l=layer)
-    assert_fallback(scaled, x, r"l\.weight: used by mul")
+    assert_exact(scaled, x)
     others = {name: torch.randn_like(p, requires_grad=True) for name, p in layer.named_parameters()}
     with pytest.raises(kf.UnsupportedError, match="depend on no trainable parameter"):
         kf.estimate(layer, x, kf.Gaussian(), forward=lambda model, x: (call(model, others, (x,)), None))
@@ -178,7 +178,7 @@ def test_sparse_inputs_are_named():
 UNSUPPORTED = {
     "_?weight_norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)),
-        [r"parametrizations\.weight\.original0"],
+        [r"parametrizations\.weight\.original1"],
     ),
 }
 
@@ -203,7 +203,6 @@ def test_bilinear_forms():
     [
         (lambda m, x: m.p[0].expand(len(x), 2), "p: used by SelectBackward0"),
         (lambda m, x: m.p.relu(), "p: used by relu"),
-        (lambda m, x: x @ torch.eye(3)[:, :2] + m.p.sum(), "p: used by sum"),
     ],
 )
 def test_outputs_that_are_made_of_a_parameter_alone(outputs, message):

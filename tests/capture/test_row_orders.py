@@ -10,7 +10,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Probe, RowOrder
-from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written
 from tests.helpers.truth import exact_fisher
 
@@ -216,14 +216,15 @@ def test_coupled_data_are_refused(kind, fit):
 
 
 @pytest.mark.parametrize("rows", [N, 3])
-def test_what_meets_no_data_is_left_to_the_fallback(rows):
+def test_layers_that_meet_no_data_compute_weights(rows):
     """Rows of a table that is made by a layer belong to all data, yet data are not coupled."""
 
     def forward(m, x):
         return m.l1(x + m.l0(torch.linspace(-1, 1, 3 * rows).view(rows, 3)).mean(0))
 
     model = Written(forward, l0=nn.Linear(3, 3), l1=nn.Linear(3, 2))
-    assert_fallback(model, torch.randn(N, 3), r"l0\.weight: used by linear before any data enter")
+    assert_exact(model, torch.randn(N, 3), fit=kf.Full(across_layers=True))
+    assert kf.coverage(model, torch.randn(N, 3)).complete
 
 
 def test_a_convolution_along_the_data():

@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kronfisher.capture.computed import Computed, ComputedWeights
 from kronfisher.capture.graph import Call, Recording
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
@@ -73,6 +74,8 @@ class Capture(TorchFunctionMode):
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
+        self._copies: dict[int, int] = {}  # copy of a parameter → its version
+        self._computed = ComputedWeights(self.view, trainable, lenient)
         self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses without data
         self._receiver: Receiver | None = None
 
@@ -95,9 +98,11 @@ class Capture(TorchFunctionMode):
 
     def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """Name and tensor of the trainable parameter, or of the copy of it, that the tensor is or is a view of."""
-        root = self._roots.get(id(tensor))
-        if root is None and (base := tensor._base) is not None:
-            root = self._roots.get(id(base))
+        root, seen = self._roots.get(id(tensor)), tensor
+        if root is None and tensor._base is not None:
+            root, seen = self._roots.get(id(tensor._base)), tensor._base
+        if root is not None and self._copies.get(id(seen), seen._version) != seen._version:
+            return None  # changed in place since it was copied
         return root
 
     def __torch_function__(
@@ -113,9 +118,13 @@ class Capture(TorchFunctionMode):
             tensors = list(_tensors(args, kwargs))
             views = {id(tensor): self.view(tensor) for tensor in tensors}
             lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
-            if all(map(self._is_constant, tensors)):
+            constant = all(map(self._is_constant, tensors))
+            if constant:
                 lookups = {}  # no data enter here
-            if uses := self._uses(handler, args, kwargs, tensors, Windows(views, lookups, coupled=self._lenient)):
+            uses, found = self._uses(handler, args, kwargs, tensors, views, lookups), None
+            if not constant and not any(use.lookup for use in uses):
+                found = self._by_computed(handler, args, kwargs, tensors, views)
+            if uses := found.uses if found else uses:
                 for tensor in tensors:
                     if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
                         views[id(tensor)] = lookups[id(tensor)].weight
@@ -123,7 +132,14 @@ class Capture(TorchFunctionMode):
                 bases = (tensor._base for tensor in made)  # an in-place operator continues from the base
                 operands: dict[Any, Window | None] = {base.grad_fn: None for base in bases if base is not None}
                 operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
-                return self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
+                result = self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
+                if constant:
+                    self._computed.note(func, args, kwargs, result, uses)
+                if found and found.left_out and result.requires_grad:
+                    call = self.calls[-1]
+                    self.recording.left_out[call.index] = found.left_out
+                    self.recording.meetings.append((call.operator, call.edge))
+                return result
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
             self._note(func, args, kwargs, result)
@@ -137,9 +153,11 @@ class Capture(TorchFunctionMode):
         args: tuple,
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        view: Windows,
+        views: Mapping[int, Window | None],
+        lookups: Mapping[int, Use],
     ) -> tuple[Use, ...]:
         """The uses that an operator makes of trainable parameters; none unless they account for all it receives."""
+        view = Windows(views, lookups, coupled=self._lenient)
         if any(tensor.is_complex() for tensor in tensors):
             return ()  # factors are real: the gradient of the real parameter is a sum of two products
         try:
@@ -158,6 +176,24 @@ class Capture(TorchFunctionMode):
         given = sum(view(tensor) is not None and tensor.numel() > 0 for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
+
+    def _by_computed(
+        self,
+        handler: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        views: dict[int, Window | None],
+    ) -> Computed | None:
+        """The uses that an operator makes of parameters by way of weights computed from them, entered into `views`."""
+        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None and self._is_constant(t)}
+        if not any(windows.values()):
+            return None
+        uses = self._uses(handler, args, kwargs, tensors, {**views, **windows}, {})
+        found = self._computed.uses(uses) if uses else None
+        if found:
+            views.update(windows)
+        return found
 
     def understands(self, operands: Sequence[Tensor]) -> bool:
         """Whether operators with these operands can be treated: real, strided, without overlaps and transforms."""
@@ -256,7 +292,7 @@ class Capture(TorchFunctionMode):
         """Note the nodes that one operator created above its operands, and claim their edges into trainable ones."""
         for node, view in operands.items():
             if view is not None:
-                self._note_chain(node, view.parameter)
+                self._note_chain(node)
         stack = list(nodes)
         self.recording.makers.update(dict.fromkeys(nodes, call.index))
         while stack:
@@ -272,11 +308,17 @@ class Capture(TorchFunctionMode):
                     self.recording.makers[child] = call.index
                     stack.append(child)
 
-    def _note_chain(self, node: Node | None, name: str) -> None:
-        """Note the nodes between a parameter and its use as a chain of views and casts."""
-        while node is not None and node not in self.recording.chains:
-            self.recording.chains[node] = name
-            node = node.next_functions[0][0] if node.next_functions else None
+    def _note_chain(self, node: Node | None) -> frozenset[str]:
+        """Note the nodes between parameters and their use: views, casts, and what computes a weight from weights."""
+        if node is None:
+            return frozenset()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return frozenset({self._roots[id(leaf)][0]} if id(leaf) in self._roots else ())
+        if node not in self.recording.chains:
+            names = frozenset[str]().union(*(self._note_chain(child) for child, _ in node.next_functions))
+            self.recording.chains[node] = names
+        return self.recording.chains[node]
 
     def _is_constant(self, tensor: Tensor) -> bool:
         return id(tensor) in self.recording.constant or id(tensor) in self._roots
@@ -303,6 +345,8 @@ class Capture(TorchFunctionMode):
             operands = operands[:1]  # of another tensor only the dtype and the device are taken
         constant = all(map(self._is_constant, operands))
         self._remember(results, constant)
+        if grad and constant:
+            self._computed.note(func, args, kwargs, result)
         alive = [t for t in results if t.requires_grad and t.grad_fn is not None and not is_functorch_wrapped_tensor(t)]
         if grad and not alive:
             return
@@ -320,6 +364,7 @@ class Capture(TorchFunctionMode):
                     self.recording.hidden.setdefault(name, set()).add(function)
             elif func in COPIES and tensor is root and result.shape == root.shape and result._base is None:
                 self._roots[id(result)] = (name, result)
+                self._copies[id(result)] = result._version
             elif any(tensor._base is not root for tensor in results):
                 form = " in a form that is not known" if func in OPERATORS else ""
                 self.recording.touched.setdefault(name, set()).add(_name(func) + form)

@@ -17,6 +17,7 @@ from kronfisher.layers import Use
 __all__ = ["Call", "Graph", "Recording", "walk"]
 
 _NONE: frozenset[int] = frozenset()
+_NAMELESS: frozenset[str] = frozenset()
 # Nodes that select rows by index, or at places that they do not show.
 _GATHERING = (
     "Index",
@@ -109,7 +110,8 @@ class Recording:
         entrances: node that belongs to operators called out of sight, but whose result others may use → the edges that
             lead out of these operators, or to where output gradients arrive within them.
         inside: index of a call of such operators → the parameters that they use.
-        chains: node between a parameter and its uses, a view or a cast → the parameter's name.
+        chains: node between parameters and their uses (a view, a cast, what computes a weight) → the parameters' names.
+        left_out: index of a call that used computed weights → parameters that no use accounts for, with operators.
         meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
         touched: name → operators, not understood, that received the parameter.
         hidden: name → autograd functions that use it internally, where no graph is recorded.
@@ -123,7 +125,8 @@ class Recording:
     makers: dict[Node, int] = field(default_factory=dict)
     entrances: dict[Node, tuple[tuple[Node | None, int], ...]] = field(default_factory=dict)
     inside: dict[int, set[str]] = field(default_factory=dict)
-    chains: dict[Node, str] = field(default_factory=dict)
+    chains: dict[Node, frozenset[str]] = field(default_factory=dict)
+    left_out: dict[int, Mapping[str, set[str]]] = field(default_factory=dict)
     meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
     touched: dict[str, set[str]] = field(default_factory=dict)
     hidden: dict[str, set[str]] = field(default_factory=dict)
@@ -177,15 +180,19 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
                 # for example a second derivative, which uses the weight within the operator's own nodes
                 for name in recording.inside.get(maker) or {use.name for use in recording.calls[maker].uses}:
                     graph.unclaimed.setdefault(name, set()).add(node.name())
-            name = recording.chains.get(child) or leaves.get(id(getattr(child, "variable", None)))
-            if name is None or node in recording.chains:
+            own = leaves.get(id(getattr(child, "variable", None)))
+            below_child = recording.chains.get(child) or (frozenset((own,)) if own else _NAMELESS)
+            if not below_child or node in recording.chains:
                 stack.append((child, False))
                 continue
-            graph.reached.add(name)
+            graph.reached |= below_child
             index = recording.claims.get((node, child))
             if index is not None:
                 claimed.add(index)
-            else:
+                for name, operators in recording.left_out.get(index, {}).items():
+                    graph.unclaimed.setdefault(name, set()).update(operators)
+                continue
+            for name in below_child:
                 graph.unclaimed.setdefault(name, set()).update(recording.touched.get(name) or {node.name()})
     graph.alive = {index for node, index in calls.items() if node in below}
     for index in claimed - graph.alive:  # its output was replaced later, so that its gradient would never arrive

@@ -40,6 +40,9 @@ class ElementwiseUse(Use):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._widen()
+
+    def _widen(self) -> None:
         if self.bias is not None and self.bias.numel < prod(self.bias.shape):
             # Tables are cut to the length of a batch; the next batch may be longer.
             self.part, self.bias = self.bias, self.bias.all

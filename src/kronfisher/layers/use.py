@@ -15,8 +15,9 @@ Example:
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -171,6 +172,16 @@ class Use:
     def mask(self, order: RowOrder) -> Tensor | None:
         """``[n, T]``: which positions exist, if not all do."""
         return None
+
+    def with_windows(self, weight: Window | None, bias: Window | None) -> Self:
+        """The same use of other windows."""
+        other = copy(self)
+        other.weight, other.bias = weight, bias
+        other._widen()
+        return other
+
+    def _widen(self) -> None:
+        """Let a window stand for more of its parameter."""
 
     def forget(self) -> None:
         """Release the inputs when they are no longer needed, as the backward pass releases its own tensors."""

@@ -27,6 +27,23 @@ def _longer(shape: Shape, axis: int, by: int = 1) -> Shape:
     return tuple(n + by * (k == axis % len(shape)) for k, n in enumerate(shape))
 
 
+def _flat(shape: Shape, columns: int, rows: int = 0) -> Shape:
+    return shape[0] + rows, torch.Size(shape[1:]).numel() + columns
+
+
+def _beside(shape: Shape, rank: int) -> Shape:
+    return shape[0] + torch.Size(shape[1:]).numel(), rank
+
+
+def _outer(p: Tensor, shape: Shape) -> Tensor:
+    return p[: shape[0], :1] * p[shape[0] :, 1:].T
+
+
+def _halved(p: Tensor) -> Tensor:
+    p[:1].mul_(0.5)
+    return p
+
+
 SEEN: dict[str, Seen] = {
     "as it is": Seen(lambda s: s, lambda p, s: p),
     "transposed": Seen(lambda s: (*s[:-2], s[-1], s[-2]), lambda p, s: p.mT),
@@ -51,6 +68,14 @@ SEEN: dict[str, Seen] = {
     "flipped": Seen(lambda s: s, lambda p, s: p.flip(-1)),
     "joined": Seen(lambda s: s, lambda p, s: torch.cat([p[:1], p[1:]])),
     "cloned": Seen(lambda s: s, lambda p, s: p.clone()),
+    "one less": Seen(lambda s: s, lambda p, s: 1 - p / 2),
+    "low rank": Seen(lambda s: _beside(s, 2), lambda p, s: (p[: s[0]] @ p[s[0] :].T).view(s) * 0.5),
+    "twice low rank": Seen(lambda s: _beside(s, 2), lambda p, s: (p[: s[0]] @ p[s[0] :].T + _outer(p, s)).view(s)),
+    "rows scaled": Seen(lambda s: _flat(s, 1), lambda p, s: (p[:, 1:] * p[:, :1]).reshape(s)),
+    "columns scaled": Seen(lambda s: _flat(s, 0, 1), lambda p, s: (p[:1].tanh() - p[1:] * p[:1]).reshape(s)),
+    "weight norm": Seen(lambda s: _flat(s, 1), lambda p, s: torch._weight_norm(p[:, 1:].clone(), p[:, :1], 0).view(s)),
+    "doubled in place": Seen(lambda s: s, lambda p, s: p.clone().mul_(2)),
+    "partly in place": Seen(lambda s: s, lambda p, s: _halved(1 + p)),
     "without gradient": Seen(lambda s: s, lambda p, s: torch.no_grad()(torch.Tensor.mul)(p, 2)),
 }
 

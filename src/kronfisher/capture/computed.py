@@ -1,0 +1,245 @@
+"""Weights computed from weights: what a layer's use of one means for the parameters that it was computed from."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Window
+from kronfisher.layers import Use
+from kronfisher.layers.computed import DiagonalUse, FactorUse, VectorUse
+from kronfisher.layers.elementwise import ElementwiseUse
+from kronfisher.layers.expressions import RULES, Term, leaves
+
+__all__ = ["Computed", "ComputedWeights"]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The uses that a call makes of parameters by way of computed weights.
+
+    Attributes:
+        uses: of parameters.
+        parameters: all that the computed weights depend on.
+        left_out: parameter that no use accounts for → the operators that received it.
+    """
+
+    uses: tuple[Use, ...]
+    left_out: Mapping[str, set[str]]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A call of an operator without data.
+
+    Attributes:
+        version: of the result, which tells whether it was changed in place since.
+        spread: a parameter is repeated along axes that it does not have, which may be those of the examples.
+    """
+
+    function: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Tensor
+    version: int
+    spread: bool
+
+
+@dataclass
+class ComputedWeights:
+    """The computed weights of one forward pass.
+
+    Attributes:
+        view: the window on a trainable parameter that a tensor is.
+        parameters: name → trainable parameter.
+        lenient: as in training.
+    """
+
+    view: Callable[[Any], Window | None]
+    parameters: Mapping[str, Tensor]
+    lenient: bool
+    _expressions: dict[int, Expression] = field(default_factory=dict)
+    _known: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(
+        self, function: Callable, args: tuple, kwargs: dict[str, Any], result: Any, uses: Sequence[Use] = ()
+    ) -> None:
+        """Remember an operator that received parameters and constants alone, and the uses that it made by itself."""
+        if isinstance(result, Tensor) and result.requires_grad and result.grad_fn is not None:
+            shape = tuple(result.shape)
+            spread = any(isinstance(use, ElementwiseUse) and prod(use.lead(shape)) > 1 for use in uses) or any(
+                self._expressions[id(value)].spread for value in args if id(value) in self._expressions
+            )
+            self._expressions[id(result)] = Expression(function, args, kwargs, result, result._version, spread)
+
+    def window(self, tensor: Tensor) -> Window | None:
+        """A window on all of a computed weight, under a name that no parameter has; None if it is none."""
+        own = self._expressions.get(id(tensor))
+        if own is None or own.version != tensor._version or self.view(tensor) is not None:
+            return None
+        name = f"computed {id(tensor)}"
+        self._known[name] = tensor
+        return Window.of(name, tensor)
+
+    def terms(self, tensor: Tensor) -> list[Term]:
+        """How a matrix ``[O, I]`` (or what flattens to one) depends on parameters."""
+        window = self.view(tensor)
+        if window is not None:
+            try:
+                matrix = window.reshaped(1, len(tensor), -1)
+            except RuntimeError:  # memory does not allow to merge the axes
+                return [Term(window.parameter, None, operator="a view")]
+            return [] if matrix.overlaps else [Term(window.parameter, matrix)]
+        own = self._expressions.get(id(tensor))
+        if own is None or own.version != tensor._version:
+            return self.rest(tensor, "an operator in place")
+        name = getattr(own.function, "__name__", str(own.function)).strip("_")
+        rule, found = RULES.get(own.function), None
+        if tensor._is_view():
+            found = self._of_view(tensor)
+        elif rule is not None:
+            try:
+                found = rule(self, tensor, *own.args, **own.kwargs)
+            except (TypeError, ValueError, RuntimeError):  # a form that the rule does not know
+                found = None
+        return self.rest(tensor, name) if found is None else found
+
+    def _of_view(self, tensor: Tensor) -> list[Term] | None:
+        """The terms of a view of a computed weight: its transpose, or the same rows in another shape."""
+        base = tensor._base
+        assert base is not None
+        if not tensor.dim() or not base.dim() or tensor.numel() != base.numel():
+            return None
+        if tensor.is_contiguous() and base.is_contiguous() and len(tensor) == len(base):
+            return self.terms(base)
+        if base.dim() == 2 and tensor.shape == base.shape[::-1] and tensor.stride() == base.stride()[::-1]:
+            return [term.transposed for term in self.terms(base)]
+        return None
+
+    def rest(self, tensor: Tensor, operator: str) -> list[Term]:
+        """The parameters that a tensor depends on, without their windows."""
+        return [Term(name, None, operator=operator) for name in self._names(tensor)]
+
+    def _names(self, tensor: Tensor) -> list[str]:
+        """Names of the trainable parameters that a tensor depends on."""
+        below = {id(leaf) for leaf in leaves(tensor)}
+        return [name for name, parameter in self.parameters.items() if id(parameter) in below]
+
+    def scale(self, tensor: Tensor) -> Term | None:
+        """A window on a parameter as a diagonal; None if the tensor is no such window."""
+        window = self.view(tensor)
+        if window is None or window.overlaps:
+            return None
+        return Term(window.parameter, window.reshaped(1, -1), diagonal=True)
+
+    def uses(self, of_computed: Sequence[Use]) -> Computed | None:
+        """The uses of parameters that some uses of parameters and computed weights amount to; None: of none."""
+        uses: list[Use] = []
+        left_out: dict[str, set[str]] = {}
+        for use in of_computed:
+            own = self._known.get(use.bias.parameter) if isinstance(use, ElementwiseUse) and use.bias else None
+            if own is not None and self._expressions[id(own)].spread:
+                return None  # it met the examples before
+            found = list(self._translate(use))
+            if use.weight is not None and use.weight.parameter in self._known and not found:
+                return None
+            for one in found:
+                if isinstance(one, Term):
+                    left_out.setdefault(one.parameter, set()).add(one.operator)
+                else:
+                    uses.append(one)
+        if not uses:
+            return None
+        whole = [
+            use for use in uses if not {view.parameter for view in (use.weight, use.bias) if view} & left_out.keys()
+        ]
+        return Computed(tuple(whole), left_out) if whole else None
+
+    def _translate(self, use: Use) -> Iterator[Use | Term]:
+        """The uses that one use amounts to, and what no use accounts for."""
+        weight, bias = (self._known.get(view.parameter) if view else None for view in (use.weight, use.bias))
+        if weight is None and bias is None:
+            yield use
+            return
+        if bias is None and (same := self._same(use, "weight")):
+            yield same
+            return
+        if weight is None and (same := self._same(use, "bias")):
+            yield same
+            return
+        if use.weight is not None:
+            alone = use.with_windows(use.weight, None)
+            if weight is None:
+                yield alone
+            else:
+                yield from self._of_matrix(alone, weight)
+        if use.bias is not None:
+            alone = use.with_windows(None, use.bias)
+            if bias is None:
+                yield alone
+            else:
+                yield from self._of_vector(alone, bias)
+
+    def _same(self, use: Use, place: str) -> Use | None:
+        """The use with the window on a parameter whose elements are those of the computed weight, up to constants."""
+        window = getattr(use, place)
+        terms = self.terms(self._known[window.parameter]) if self._known[window.parameter].dim() else []
+        if len(terms) != 1:
+            return None
+        (term,) = terms
+        if term.window is None or term.diagonal or term.left or term.right:
+            return None
+        try:
+            seen = term.window.reshaped(*window.shape)
+        except (RuntimeError, ValueError):  # memory does not allow it
+            return None
+        if any(n > 1 and s != t for n, s, t in zip(window.shape, seen.stride, window.layout, strict=True)):
+            return None
+        own = replace(seen, size=window.size, stride=window.stride, offset=seen.offset + window.offset)
+        return use.with_windows(**{"weight": use.weight, "bias": use.bias, place: own})
+
+    def _of_matrix(self, use: Use, weight: Tensor) -> Iterator[Use | Term]:
+        view = use.weight
+        assert view is not None
+        terms = self.terms(weight) if weight.dim() > 1 else self.rest(weight, "a vector as a matrix")
+        if _normal(view):
+            pass
+        elif _transposed(view):
+            terms = [term.transposed for term in terms]
+        else:
+            terms = self.rest(weight, "a part of it")
+        known = {term.parameter for term in terms}
+        for term in (*terms, *(term for term in self.rest(weight, "computation") if term.parameter not in known)):
+            if term.window is None:
+                yield term
+            elif term.diagonal:
+                single = term.window.numel == 1
+                yield DiagonalUse(None, term.window, None, use, term.left, term.right, single)
+            else:
+                yield FactorUse(term.window, None, use.inputs, use, term.left, term.right)
+
+    def _of_vector(self, use: Use, vector: Tensor) -> Iterator[Use | Term]:
+        view = use.bias
+        assert view is not None
+        for axis, (n, step) in enumerate(zip(vector.shape, vector.stride(), strict=True)):
+            if step == 0 and n > 1:
+                vector = vector.narrow(axis, 0, 1)
+        if view.numel != vector.numel():
+            yield from self.rest(vector, "a part of it")
+            return
+        for name in self._names(vector):
+            origin = self.parameters[name]
+            yield VectorUse(None, Window.of(name, origin).reshaped(1, *origin.shape), None, use, vector, origin)
+
+
+def _normal(view: Window) -> bool:
+    """Whether a window ``[1, O, *]`` shows all of a computed weight as the matrix that its shape says."""
+    if view.whole:
+        return view.size[0] == 1 and view.size[1] == view.shape[0]
+    return view.size == (1, *view.shape) and view.stride[1:] == view.layout
+
+
+def _transposed(view: Window) -> bool:
+    return len(view.shape) == 2 and view.size == (1, *view.shape[::-1]) and view.stride[1:] == view.layout[::-1]

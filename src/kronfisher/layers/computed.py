@@ -1,0 +1,164 @@
+"""Uses of weights that are computed from weights: samples of the weight that a layer used become those of a parameter.
+
+With the gradient ``G_k = Σ_t g aᵀ`` of the computed weight, the gradient of θ in ``W = L θ R`` is ``Σ_t (Lᵀ g)(R a)ᵀ``,
+which is a use in canonical form again; that of a diagonal θ is ``Σ_t (Lᵀ g) ∘ (R a)``; and that of a vector from which
+a vector is computed in any way is the vector-Jacobian product.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronfisher.layers.activations import Activations, Dense, Ones
+from kronfisher.layers.row_order import RowOrder
+from kronfisher.layers.use import Use
+
+__all__ = ["DiagonalUse", "FactorUse", "VectorUse"]
+
+
+@dataclass
+class Through(Use):
+    """A use by way of the use of a computed weight.
+
+    Attributes:
+        inner: that use, whose windows are on the computed weight.
+    """
+
+    inner: Use
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reads_data = self.inner.reads_data
+
+    def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
+        return self.inner.lead(output)
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        return self.inner.rows(gradient)
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        return self.inner.mask(order)
+
+    def forget(self) -> None:
+        super().forget()
+        self.inner.forget()
+
+
+@dataclass
+class Factors(Through):
+    """A use of a matrix θ in ``W = L₁ L₂ … θ … R₂ R₁``.
+
+    Attributes:
+        left: what output gradients meet, the outermost first: numbers, diagonals ``[O]`` or matrices ``[O, O']``.
+        right: what inputs meet, the outermost first: diagonals ``[I]`` or matrices ``[I', I]``.
+    """
+
+    left: Sequence[Tensor] = ()
+    right: Sequence[Tensor] = ()
+
+    def _outputs(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        """``Lᵀ g [1, n, T, O']``."""
+        self.inner.dtype = self.dtype
+        rows = self.inner.gradients(order, gradient)
+        for factor in self.left:
+            own = factor.to(rows)
+            rows = rows @ own if own.dim() == 2 else rows * own
+        return rows
+
+    def _inputs(self, order: RowOrder, gradient: Tensor) -> Activations:
+        """``R a [1, n, T, I']``."""
+        self.inner.dtype = self.dtype
+        inputs = self.inner.activations(order, gradient, True, False)
+        for factor in self.right:
+            own = factor.to(gradient)
+            inputs = Dense(inputs.times(own.mT[None])) if own.dim() == 2 else inputs.scale(own[None])
+        return inputs
+
+
+@dataclass
+class FactorUse(Factors):
+    """A use of a matrix θ in ``W = L θ R``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.onehot = self.inner.onehot and not self.right
+        self.summing = self.inner.summing
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        return self._outputs(order, gradient)
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return self._inputs(order, gradient)
+
+
+@dataclass
+class DiagonalUse(Factors):
+    """A use of ``s`` in ``W = L diag(s) R``, one number for each row or a single one.
+
+    Attributes:
+        single: s is one number.
+    """
+
+    single: bool = False
+    summing = True
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        inputs, outputs = self._inputs(order, gradient), self._outputs(order, gradient)
+        summed = (inputs.dense() * outputs).sum(dim=2, keepdim=True)
+        return summed.sum(dim=-1, keepdim=True) if self.single else summed
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return Ones(gradient, (1, order.samples, 1))
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        return None  # positions are summed out
+
+
+@dataclass
+class VectorUse(Through):
+    """A use of the vector θ from which a vector was computed in any way.
+
+    Attributes:
+        result: the vector that was computed, with its graph.
+        origin: θ.
+    """
+
+    result: Tensor
+    origin: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.summing = self.inner.summing
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        self.inner.dtype = self.dtype
+        rows = self.inner.gradients(order, gradient)
+        pulled = pull_back(self.result, self.origin, rows.reshape(-1, *self.result.shape))
+        return pulled.to(rows.dtype).reshape(*rows.shape[:3], -1)
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return self.inner.activations(order, gradient, False, True)
+
+
+def pull_back(result: Tensor, origin: Tensor, rows: Tensor) -> Tensor:
+    """``Jᵀ v [R, origin.numel]`` of every row v, with J the derivative of `result` by `origin`.
+
+    Args:
+        result: with its graph, which is retained.
+        origin: a leaf of that graph.
+        rows: gradients of the result ``[R, *result.shape]``.
+    """
+    rows = rows.to(result.dtype)
+    if not len(rows):
+        return rows.new_zeros(0, origin.numel())
+    options = {"retain_graph": True, "materialize_grads": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # where torch goes row by row
+            found = torch.autograd.grad(result, origin, rows, is_grads_batched=True, **options)[0]
+    except RuntimeError:  # a derivative that cannot be batched
+        found = torch.stack([torch.autograd.grad(result, origin, row, **options)[0] for row in rows])
+    return found.reshape(len(rows), -1)

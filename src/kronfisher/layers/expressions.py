@@ -1,0 +1,267 @@
+"""How a weight that is computed from others depends on them: sums of products ``L θ R`` with known L and R.
+
+An operator that receives parameters and constants alone, no data, computes a weight. A rule for it says what its result
+is as a matrix ``[O, I]``, whose first axis is O and whose others are I. Where no rule holds, a `Term` without a window
+names the parameters that the result depends on in some other way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Window
+
+__all__ = ["RULES", "Expressions", "Term", "computes", "leaves"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A parameter θ, or a part of it, in a sum of products ``L₁ L₂ … θ … R₂ R₁`` that is a matrix ``[O, I]``.
+
+    Attributes:
+        parameter: θ's name.
+        window: on θ, ``[1, O', I']``, or ``[1, O']`` where it is a diagonal; None: it enters in a way without a rule.
+        left: numbers, diagonals and matrices to the left of θ, the outermost first.
+        right: diagonals and matrices to its right, the outermost first.
+        diagonal: θ stands for the diagonal matrix with these entries, or with this single one.
+        operator: the operator without a rule.
+    """
+
+    parameter: str
+    window: Window | None
+    left: tuple[Tensor, ...] = ()
+    right: tuple[Tensor, ...] = ()
+    diagonal: bool = False
+    operator: str = ""
+
+    @property
+    def transposed(self) -> "Term":
+        """The same θ in the transposed matrix."""
+        numbers, left = tuple(t for t in self.left if not t.dim()), tuple(t for t in self.left if t.dim())
+        window = self.window
+        if window is not None and not self.diagonal:
+            window = window.permuted(0, 2, 1)
+        return replace(
+            self,
+            window=window,
+            left=(*numbers, *(t.mT if t.dim() == 2 else t for t in self.right)),
+            right=tuple(t.mT if t.dim() == 2 else t for t in left),
+        )
+
+    def within(self, left: Sequence[Tensor] = (), right: Sequence[Tensor] = ()) -> "Term":
+        """θ with more factors outside."""
+        return replace(self, left=(*left, *self.left), right=(*right, *self.right))
+
+
+class Expressions(Protocol):
+    """What rules ask of the record of a forward pass.
+
+    Attributes:
+        lenient: as in training, where the norm by which a matrix is divided is held constant.
+    """
+
+    lenient: bool
+
+    def terms(self, tensor: Tensor) -> list[Term]:
+        """How a matrix (or what flattens to one) that does not depend on the data depends on parameters."""
+        ...
+
+    def rest(self, tensor: Tensor, operator: str) -> list[Term]:
+        """The parameters that a tensor depends on, without their windows."""
+        ...
+
+    def scale(self, tensor: Tensor) -> Term | None:
+        """A window on a parameter as a diagonal; None if the tensor is no such window."""
+        ...
+
+
+Rule = Callable[..., "list[Term] | None"]
+
+RULES: dict[Callable, Rule] = {}
+"""Operator of torch → rule of a record, the result and the operator's arguments, which returns None where it fails."""
+
+
+def computes(*operators: Callable) -> Callable[[Rule], Rule]:
+    """Register the rule of some operators."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, rule))
+        return rule
+
+    return register
+
+
+def leaves(tensor: Tensor) -> list[Tensor]:
+    """The leaves of the autograd graph that a tensor depends on, itself if it is one."""
+    if tensor.grad_fn is None:
+        return [tensor]
+    found: list[Tensor] = []
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def _depends(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(len(tensor), -1)
+
+
+@computes(
+    Tensor.to, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as, Tensor.contiguous, Tensor.clone, torch.clone
+)
+def copied(record: Expressions, result: Tensor, input: Tensor, *_: Any, **__: Any) -> list[Term] | None:
+    """The same elements."""
+    return record.terms(input)
+
+
+@computes(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def added(record: Expressions, result: Tensor, input: Any, other: Any, *, alpha: float = 1) -> list[Term] | None:
+    """``V + α W``; constants may be broadcast."""
+    terms: list[Term] = []
+    for value, factor in ((input, 1.0), (other, alpha)):
+        if not _depends(value):
+            continue
+        if value.shape != result.shape:
+            return None
+        own = record.terms(value)
+        terms += own if factor == 1 else [term.within((result.new_tensor(factor),)) for term in own]
+    return terms
+
+
+@computes(torch.sub, Tensor.sub, Tensor.__sub__)
+def subtracted(record: Expressions, result: Tensor, input: Any, other: Any, *, alpha: float = 1) -> list[Term] | None:
+    """``V − α W``."""
+    return added(record, result, input, other, alpha=-alpha)
+
+
+@computes(Tensor.__rsub__)
+def subtracted_from(record: Expressions, result: Tensor, input: Any, other: Any) -> list[Term] | None:
+    """``W − V``."""
+    return added(record, result, other, input, alpha=-1)
+
+
+@computes(torch.neg, Tensor.neg, Tensor.__neg__)
+def negated(record: Expressions, result: Tensor, input: Tensor) -> list[Term] | None:
+    """``−V``."""
+    return [term.within((result.new_tensor(-1.0),)) for term in record.terms(input)]
+
+
+Factors = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # to the left and to the right
+
+
+def _scaling(value: Any, result: Tensor) -> Factors | None:
+    """Factors on the left and on the right that stand for an elementwise product with a tensor or number."""
+    if not isinstance(value, Tensor):
+        return (result.new_tensor(float(value)),), ()
+    value = value.detach()
+    if value.numel() == 1:
+        return (value.reshape(()),), ()
+    sizes = [1] * (result.dim() - value.dim()) + list(value.shape)
+    if prod(sizes[1:]) == 1:
+        return (value.reshape(-1),), ()
+    if sizes[0] == 1:
+        return (), (value.expand(1, *result.shape[1:]).reshape(-1),)
+    return None
+
+
+@computes(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
+def multiplied(record: Expressions, result: Tensor, input: Any, other: Any) -> list[Term] | None:
+    """A matrix times a number, or times a number for each row or column, all of which may be trained."""
+    terms: list[Term] = []
+    for value, factor in ((input, other), (other, input)):
+        if not _depends(value):
+            continue
+        if value.shape == result.shape and (factors := _scaling(factor, result)) is not None:
+            terms += [term.within(*factors) for term in record.terms(value)]
+        elif (own := _diagonal(record, value, factor, result)) is not None:
+            terms.append(own)
+        else:
+            return None
+    return terms
+
+
+def _diagonal(record: Expressions, value: Tensor, factor: Any, result: Tensor) -> Term | None:
+    """A window on a parameter that has one number for each row or column of the other factor."""
+    factors, term = _scaling(value, result), record.scale(value)
+    if factors is None or term is None or not isinstance(factor, Tensor) or factor.shape != result.shape:
+        return None
+    return term.within((), (_matrix(factor),)) if factors[0] else term.within((_matrix(factor),))
+
+
+@computes(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide)
+def divided(record: Expressions, result: Tensor, input: Tensor, other: Any) -> list[Term] | None:
+    """A matrix divided by a constant, or by one for each row or column; in training by a norm of its own, too."""
+    if not _depends(input) or (
+        _depends(other) and not (record.lenient and {*map(id, leaves(other))} <= {*map(id, leaves(input))})
+    ):
+        return None
+    return multiplied(record, result, input, 1 / (other.detach() if isinstance(other, Tensor) else other))
+
+
+@computes(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def product(record: Expressions, result: Tensor, input: Tensor, other: Tensor | None = None, **named: Any):
+    """``V W``."""
+    other = named.get("mat2", other)
+    if other is None or input.dim() != 2 or other.dim() != 2:
+        return None
+    left, right = (record.terms(each) if each.requires_grad else [] for each in (input, other))
+    return [term.within((), (other.detach(),)) for term in left] + [term.within((input.detach(),)) for term in right]
+
+
+@computes(F.linear)
+def linear(record: Expressions, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None):
+    """``V Wᵀ``."""
+    if bias is not None or input.dim() != 2 or weight.dim() != 2:
+        return None
+    left, right = (record.terms(each) if each.requires_grad else [] for each in (input, weight))
+    outer = (input.detach(),)
+    return [t.within((), (weight.detach().mT,)) for t in left] + [t.transposed.within(outer) for t in right]
+
+
+@computes(torch._weight_norm)  # pyright: ignore[reportPrivateImportUsage]
+def weight_norm(record: Expressions, result: Tensor, v: Tensor, g: Tensor, dim: int = 0) -> list[Term] | None:
+    """``diag(g/‖v‖) v``: exact in g."""
+    norm = torch.norm_except_dim(v.detach(), 2, dim)
+    scale = _scaling(g.detach() / norm, result)
+    if scale is None:
+        return None
+    own = _diagonal(record, g, v.detach() / norm, result) if g.requires_grad else None
+    size = [] if not g.requires_grad else record.rest(g, "weight_norm") if own is None else [own]
+    return [*size, *_directions(record, v, scale, "weight_norm")]
+
+
+@computes(F.normalize)
+def normalised(record: Expressions, result: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> list[Term] | None:
+    """``diag(1/‖v‖) v``."""
+    norm = torch.linalg.vector_norm(input.detach(), keepdim=True)
+    p, dim, eps = _normalisation(*args, **kwargs)
+    if isinstance(dim, int):
+        norm = torch.linalg.vector_norm(input.detach(), p, dim, keepdim=True)
+    scale = _scaling(1 / norm.clamp_min(eps), result)
+    return None if scale is None else _directions(record, input, scale, "normalize")
+
+
+def _normalisation(p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> tuple[float, Any, float]:
+    return p, dim, eps
+
+
+def _directions(record: Expressions, v: Tensor, scale: Factors, operator: str) -> list[Term]:
+    """A matrix divided by its own norm, which is held constant in training and has no form of its own elsewhere."""
+    if not v.requires_grad:
+        return []
+    return [term.within(*scale) for term in record.terms(v)] if record.lenient else record.rest(v, operator)

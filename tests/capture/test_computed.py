@@ -1,0 +1,138 @@
+"""Weights computed from weights: exact where the fit is, by layers, as a layer written out, and in training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kronfisher as kf
+from tests.helpers.checks import assert_exact
+from tests.helpers.networks import Written
+
+
+def P(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def frozen(*shape):
+    return nn.Parameter(P(*shape), requires_grad=False)
+
+
+def scores(m, x):
+    places = torch.arange(4)
+    bias = m.table(places[:, None] - places + 3).permute(2, 0, 1).unsqueeze(0)
+    return ((x @ x.mT).unsqueeze(1) + bias).softmax(-1).flatten(1, 2) @ x
+
+
+# x [5, 4, 3] → outputs
+CASES = {
+    "a scale of one and more": lambda: Written(lambda m, x: F.rms_norm(x, (3,)) * (1 + m.w), w=P(3)),
+    "a matrix of one and more": lambda: Written(lambda m, x: F.linear(x, 1 + m.w, m.b), w=P(6, 3), b=P(6)),
+    "half a matrix, transposed": lambda: Written(lambda m, x: x @ (2 - m.w.t() / 2), w=P(6, 3)),
+    "groups of a convolution": lambda: Written(lambda m, x: F.conv1d(x, 1 + m.w, m.b, groups=2), w=P(6, 2, 2), b=P(6)),
+    "low rank beside a frozen matrix": lambda: Written(
+        lambda m, x: F.linear(x, m.m.weight + (m.B @ m.A) * 0.5, m.m.bias),
+        m=nn.Linear(3, 6).requires_grad_(False), B=P(6, 2), A=P(2, 3),
+    ),
+    "low rank beside a trained matrix": lambda: Written(
+        lambda m, x: F.linear(x, m.w + 2 * (m.B @ m.A), m.b), w=P(6, 3), B=P(6, 2), A=P(2, 3), b=P(6)
+    ),
+    "low rank, transposed": lambda: Written(
+        lambda m, x: F.linear(x, m.w - (m.A.t() @ m.B.t()).T), w=P(6, 3), B=P(6, 2), A=P(2, 3)
+    ),
+    "low rank in a convolution": lambda: Written(
+        lambda m, x: F.conv1d(x, m.w + (m.B @ m.A).view(6, 4, 2), m.b.sigmoid()),
+        w=P(6, 4, 2), B=P(6, 2), A=P(2, 8), b=P(6),
+    ),
+    "low rank in a lookup": lambda: Written(
+        lambda m, x: F.embedding((x * 7).long().abs() % 5, m.w + m.B @ m.A).flatten(1), w=P(5, 3), B=P(5, 2), A=P(2, 3)
+    ),
+    "a product of three": lambda: Written(lambda m, x: F.linear(x, m.A @ m.B @ m.C), A=P(6, 2), B=P(2, 4), C=P(4, 3)),
+    "a scale for each row": lambda: Written(lambda m, x: F.linear(x, m.s[:, None] * m.w), w=P(6, 3), s=P(6)),
+    "a scale for each column": lambda: Written(lambda m, x: F.linear(x, m.w * m.s), w=P(6, 3), s=P(3)),
+    "a scale of all": lambda: Written(lambda m, x: F.linear(x, m.w * m.s + m.v), w=P(6, 3), s=P(1)[0], v=P(6, 3)),
+    "the sum with the transposed": lambda: Written(lambda m, x: F.linear(x, m.w + m.w.t()), w=P(3, 3)),
+    "twice": lambda: Written(lambda m, x: F.linear(F.linear(x, 1 + m.w).tanh(), 1 + m.w), w=P(3, 3)),
+    "scales by functions": lambda: Written(
+        lambda m, x: x * torch.tanh(m.w) + F.softplus(m.v) * m.u.norm(), w=P(1), v=P(3), u=P(2, 2)
+    ),
+    "a table of relative positions": lambda: Written(scores, table=nn.Embedding(7, 2)),
+    "a state that meets the examples in an addition": lambda: Written(
+        lambda m, x: F.linear(torch.zeros(len(x), 3) + m.h, m.w).tanh()[:, None] * x, h=P(3), w=P(3, 3)
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def network(case):
+    return nn.Sequential(CASES[case](), nn.Tanh(), nn.Flatten(1)).double()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimates_are_exact_and_by_layers(case):
+    model, x = network(case), torch.randn(5, 4, 3)
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, x, fit=fit, tolerance=1e-10)
+    assert kf.coverage(model, x).complete
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", fit="kfac", strict=True)
+    assert "100.0 % by layers" in str(fisher.report())
+
+
+def test_a_low_rank_path_is_two_layers():
+    """Factors are those of ``x → A x → B A x``, whatever the weight that both are added to."""
+    model = network("low rank beside a frozen matrix")
+    (merged, *_), x = model, torch.randn(5, 4, 3)
+    apart = Written(
+        lambda m, x: (F.linear(x, m.w, m.b) + F.linear(F.linear(x, m.A), m.B) * 0.5).tanh().flatten(1),
+        w=frozen(6, 3), b=frozen(6), A=merged.A, B=merged.B,
+    )  # fmt: skip
+    apart.w.requires_grad_(False).copy_(merged.m.weight)
+    apart.b.requires_grad_(False).copy_(merged.m.bias)
+    for fit in ("kfac", "ekfac", "kfoc"):
+        one, two = (kf.estimate(m, x, kf.Gaussian(), labels="exact", fit=fit) for m in (model, apart))
+        for name in ("A", "B"):
+            torch.testing.assert_close(one[f"0.{name}"].to_dense(), two[name].to_dense(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("build", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_the_length_of_a_normalised_weight_is_by_layers_and_its_direction_is_exact(build):
+    with pytest.warns(FutureWarning) if build is nn.utils.weight_norm else pytest.MonkeyPatch.context():
+        model = nn.Sequential(build(nn.Linear(3, 6)), nn.Tanh(), nn.Flatten(1)).double()
+    x = torch.randn(5, 4, 3)
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, x, fit=fit, tolerance=1e-10)
+    reasons = [row.parameter for row in kf.coverage(model, x).rows if row.reason]
+    assert reasons == [name for name, p in model.named_parameters() if p.dim() == 2 and p.shape[1] == 3]
+
+
+def test_copies_that_are_changed_in_place_are_no_longer_the_weight():
+    model = Written(lambda m, x: F.linear(x, m.w.clone().mul_(2)).flatten(1), w=P(6, 3))
+    for fit in ("full", "diagonal"):
+        assert_exact(model, torch.randn(5, 4, 3), fit=fit, tolerance=1e-10)
+
+    def halved(m, x):
+        w = 1 + m.w
+        w[:2].mul_(0.5)
+        return F.linear(x, w).flatten(1)
+
+    for fit in ("full", "diagonal"):
+        assert_exact(Written(halved, w=P(6, 3)), torch.randn(5, 4, 3), fit=fit, tolerance=1e-10)
+
+
+@pytest.mark.parametrize(
+    "case", ["low rank beside a frozen matrix", "a scale of one and more", "a scale for each row", "weight norm"]
+)
+def test_training_treats_them_by_layers(case):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 6)) if case == "weight norm" else CASES[case]()
+    model, x = nn.Sequential(layer, nn.Tanh(), nn.Flatten(1), nn.LazyLinear(4)).double(), torch.randn(20, 4, 3)
+    y = torch.randn(*model(x).shape)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert "fallback" not in str(optimizer.report())
