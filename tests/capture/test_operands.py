@@ -192,12 +192,6 @@ def test_modules_left_to_the_fallback_are_named_with_their_operator(operator):
         assert_fallback(model, x, rf"module\.{name}: used by .*{operator}")
 
 
-def test_bilinear_forms():
-    assert_fallback(
-        Written(lambda m, x: m.e(x, x), e=nn.Bilinear(3, 3, 2)), torch.randn(4, 3), r"e\.weight: used by bilinear"
-    )
-
-
 @pytest.mark.parametrize(
     "outputs, message",
     [

@@ -28,6 +28,7 @@ from kronfisher.capture.graph import Call, Recording
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers import OPERATORS, REWRITES, Use, Windows
+from kronfisher.layers.picked import PICKING
 
 __all__ = ["Capture", "Receiver"]
 
@@ -142,6 +143,7 @@ class Capture(TorchFunctionMode):
                 return result
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
+            self._computed.note_picked(func, args, result)
             self._note(func, args, kwargs, result)
         elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
             self.recording.constant.pop(id(args[0]), None)
@@ -186,7 +188,7 @@ class Capture(TorchFunctionMode):
         views: dict[int, Window | None],
     ) -> Computed | None:
         """The uses that an operator makes of parameters by way of weights computed from them, entered into `views`."""
-        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None and self._is_constant(t)}
+        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None}
         if not any(windows.values()):
             return None
         uses = self._uses(handler, args, kwargs, tensors, {**views, **windows}, {})
@@ -352,7 +354,7 @@ class Capture(TorchFunctionMode):
             return
         if grad and _name(func) in _PRODUCTS and not all(t.requires_grad or self._is_parameter(t) for t in operands):
             self.recording.combines = True
-        if grad and not constant and any(t.requires_grad and self._is_constant(t) for t in operands):
+        if grad and not constant and self._meets_data(func, operands):
             self.recording.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
         for tensor in operands:
             entry = self._root(tensor)
@@ -368,6 +370,11 @@ class Capture(TorchFunctionMode):
             elif any(tensor._base is not root for tensor in results):
                 form = " in a form that is not known" if func in OPERATORS else ""
                 self.recording.touched.setdefault(name, set()).add(_name(func) + form)
+
+    def _meets_data(self, func: Callable, operands: Sequence[Tensor]) -> bool:
+        """Whether parameters and data are combined; data that only say which weights are picked do not count."""
+        weights = [t for t in operands if t.requires_grad and (self._is_constant(t) or self._computed.picks(t))]
+        return bool(weights) and not (func in PICKING and weights[0] is operands[0])
 
     def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
         """Back-propagate from a scalar and pass output gradients to `receive` as they arrive.

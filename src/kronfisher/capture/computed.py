@@ -12,6 +12,7 @@ from kronfisher.layers import Use
 from kronfisher.layers.computed import DiagonalUse, FactorUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.expressions import RULES, Term, leaves
+from kronfisher.layers.picked import PICKING, Picked, picked
 
 __all__ = ["Computed", "ComputedWeights"]
 
@@ -62,6 +63,8 @@ class ComputedWeights:
     lenient: bool
     _expressions: dict[int, Expression] = field(default_factory=dict)
     _known: dict[str, Tensor] = field(default_factory=dict)
+    _picked: dict[int, Picked] = field(default_factory=dict)
+    _weights: dict[int, Tensor] = field(default_factory=dict)  # that an index picked
 
     def note(
         self, function: Callable, args: tuple, kwargs: dict[str, Any], result: Any, uses: Sequence[Use] = ()
@@ -74,8 +77,24 @@ class ComputedWeights:
             )
             self._expressions[id(result)] = Expression(function, args, kwargs, result, result._version, spread)
 
+    def note_picked(self, function: Callable, args: tuple, result: Any) -> None:
+        """Remember what a tensor index picked of a parameter."""
+        if function not in PICKING or not isinstance(result, Tensor):
+            return
+        if id(args[0]) in self._expressions or self.view(args[0]) is not None or self.picks(args[0]):
+            self._weights[id(result)] = result
+        if own := picked(self.view(args[0]), args, result):
+            self._picked[id(result)] = own
+
+    def picks(self, tensor: Tensor) -> bool:
+        """Whether it holds weights that an index picked, or is a view of such."""
+        return id(tensor) in self._weights or id(tensor._base) in self._weights
+
     def window(self, tensor: Tensor) -> Window | None:
         """A window on all of a computed weight, under a name that no parameter has; None if it is none."""
+        base = tensor if tensor._base is None else tensor._base
+        if (chosen := self._picked.get(id(base))) and chosen.version == tensor._version:
+            return Window.of(f"picked {id(base)}", base, tensor)
         own = self._expressions.get(id(tensor))
         if own is None or own.version != tensor._version or self.view(tensor) is not None:
             return None
@@ -143,7 +162,7 @@ class ComputedWeights:
             if own is not None and self._expressions[id(own)].spread:
                 return None  # it met the examples before
             found = list(self._translate(use))
-            if use.weight is not None and use.weight.parameter in self._known and not found:
+            if use.weight is not None and use.weight.parameter not in self.parameters and not found:
                 return None
             for one in found:
                 if isinstance(one, Term):
@@ -159,6 +178,9 @@ class ComputedWeights:
 
     def _translate(self, use: Use) -> Iterator[Use | Term]:
         """The uses that one use amounts to, and what no use accounts for."""
+        if use.weight is not None and (chosen := self._picked_by_name(use.weight.parameter)):
+            yield from chosen.uses(use)
+            return
         weight, bias = (self._known.get(view.parameter) if view else None for view in (use.weight, use.bias))
         if weight is None and bias is None:
             yield use
@@ -181,6 +203,9 @@ class ComputedWeights:
                 yield alone
             else:
                 yield from self._of_vector(alone, bias)
+
+    def _picked_by_name(self, name: str) -> Picked | None:
+        return self._picked.get(int(name.removeprefix("picked "))) if name.startswith("picked ") else None
 
     def _same(self, use: Use, place: str) -> Use | None:
         """The use with the window on a parameter whose elements are those of the computed weight, up to constants."""

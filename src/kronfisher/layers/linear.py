@@ -1,4 +1,4 @@
-"""Affine maps of the last axis: ``linear``, products with a matrix from either side, ``addmm``."""
+"""Affine maps of the last axis: ``linear``, products with a matrix from either side, ``addmm``, ``bilinear``."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Dense, Ones
+from kronfisher.layers.contraction import products
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
@@ -68,13 +69,14 @@ def mm(view: Windows, input: Tensor, mat2: Tensor) -> Iterator[Use]:
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(view: Windows, input: Tensor, other: Tensor) -> Iterator[Use]:
-    """``x [..., I] @ M [I, O]`` and ``M [O, I] @ x [..., I, n]``, where M is a window on a parameter."""
+    """``x [..., I] @ M [I, O]`` and ``M [O, I] @ x [..., I, n]``, where M is a window on a parameter, or several."""
     left, right = view(input), view(other)
     if bool(left) == bool(right):
         return
     matrix, x = (right, input) if right else (left, other)
     assert matrix is not None
     if len(matrix.size) != 2 or (left and x.dim() < 2):
+        yield from products(view, input, other)
         return
     use = RowUse(
         (matrix.permuted(1, 0) if right else matrix).reshaped(1, *(matrix.size[::-1] if right else matrix.size)),
@@ -98,3 +100,22 @@ def addmm(
 
 def _columns(matrix: Window | None) -> Window | None:
     return matrix.permuted(1, 0).reshaped(1, *matrix.size[::-1]) if matrix else None
+
+
+@handles(F.bilinear)
+def bilinear(
+    view: Windows, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Iterator[Use]:
+    """``y_o = x1ᵀ W_o x2 + b_o``: a linear map of all products of the two inputs."""
+    window, shift = view(weight), view(bias)
+    if not (window or shift) or any(view(each) for each in (input1, input2)):
+        return
+    outputs = len(weight)
+    pairs = (input1.detach().unsqueeze(-1) * input2.detach().unsqueeze(-2)).flatten(-2) if window else None
+    try:
+        matrix = window.reshaped(1, outputs, -1) if window else None
+    except RuntimeError:
+        return
+    use = RowUse(matrix, shift.reshaped(1, outputs) if shift else None, pairs)
+    use.reads_data = input1.grad_fn is None and input2.grad_fn is None
+    yield use

@@ -58,9 +58,10 @@ def modules(weighted: bool) -> list[type[nn.Module]]:
 
 @dataclass(frozen=True)
 class Weight:
-    """An argument that is to be a parameter of this shape."""
+    """An argument that is to be a parameter of this shape, or the rows of one that the ids of a batch pick."""
 
     shape: tuple[int, ...]
+    picked: bool = False
 
 
 Form = Callable[[random.Random, Tensor], tuple[Any, ...]]
@@ -110,6 +111,16 @@ FORMS: dict[str, Form] = {
     "rows 0 id": lambda r, h: (_p(5, 3), 0, "id"),
     "list with p": lambda r, h: (["h", "h'", _p(1, *h.shape[1:])], r.randrange(h.dim())),
     "einsum": lambda r, h: (r.choice(["...i,io->...o", "...i,i->...i", "...i,...i,io->...o"]), "h", _p(h.shape[-1], 3)),
+    "einsum of a stack": lambda r, h: (
+        *r.choice([("...ti,tio->...to", "h"), ("...ti,oti->...o", "h"), ("ti...,tio->to...", "h"), ("...t,too->...t", "h")]),
+        _p(h.shape[-2], h.shape[-1], 3),
+    ),
+    "einsum of scales": lambda r, h: (r.choice(["...ti,ti->...ti", "...ti,ti->...t", "...ti,ti->..."]), "h", _p(*h.shape[-2:])),
+    "einsum of a picked": lambda r, h: ("b...i,bio->b...o", "h", Weight((5, h.shape[-1], 3), True)),
+    "einsum of several picked": lambda r, h: ("b...i,oi,boi->b...o", "h", _p(2, h.shape[-1]), Weight((5, 2, h.shape[-1]), True)),
+    "h picked": lambda r, h: ("h", Weight((5, h.shape[-1], 3), True)),
+    "h picked rows": lambda r, h: ("h", Weight((5, h.shape[-1]), True)),
+    "h stack": lambda r, h: ("h", _p(h.shape[1], h.shape[-1], 3)),
     "h p number": lambda r, h: ("h", _p(h.shape[-1]), 0.5),
     "h": lambda r, h: ("h",),
     "h h": lambda r, h: ("h", "h'"),

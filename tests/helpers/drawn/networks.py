@@ -115,7 +115,7 @@ class Maker:
                 own[name] = self.r.choice(tied)
             else:
                 own[name] = nn.Parameter(torch.rand(shape) + 0.1 - 0.6 * (torch.rand(shape) < 0.3))
-            return Parameter(name, seen, value.shape)
+            return Parameter(name, seen, value.shape, value.picked)
 
         return tuple(map(made, values)), own
 
@@ -221,7 +221,9 @@ class Maker:
 
 _LINEAR = [
     (F.linear, "h rows p"), (F.linear, "h rows"), (F.linear, "h square"), (torch.matmul, "h matrix"),
-    (torch.matmul, "h square"), (torch.matmul, "matrix h"), (torch.mul, "h p"), (torch.sub, "h broadcast"),
+    (torch.einsum, "einsum of a stack"), (torch.einsum, "einsum of scales"), (torch.einsum, "einsum of a picked"),
+    (torch.matmul, "h picked"), (torch.matmul, "h stack"), (torch.bmm, "h picked"), (torch.bmm, "h stack"),
+    (torch.mul, "h picked rows"), (torch.matmul, "h square"), (torch.matmul, "matrix h"), (torch.mul, "h p"), (torch.sub, "h broadcast"),
 ]  # fmt: skip
 _KINDS = [
     "linear", "linear", "torch", "torch", "torch", "weighted", "weighted", "module", "decided", "decided",

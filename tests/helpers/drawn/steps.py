@@ -82,11 +82,16 @@ SEEN: dict[str, Seen] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument that is the step's parameter of this name, seen in some way as a weight of this shape."""
+    """An argument that is the step's parameter of this name, seen in some way as a weight of this shape.
+
+    Attributes:
+        picked: the batch's ids pick rows of it.
+    """
 
     name: str
     seen: str
     shape: Shape
+    picked: bool = False
 
 
 def _view_in_place(h: Tensor) -> Tensor:
@@ -139,7 +144,8 @@ class Step(nn.Module):
 
     def _fill(self, value: Any, h: Tensor, batch: Batch) -> Any:
         if isinstance(value, Parameter):
-            return SEEN[value.seen].shown(getattr(self, value.name), value.shape)
+            shown = SEEN[value.seen].shown(getattr(self, value.name), value.shape)
+            return shown[batch.ids[:, 0]] if value.picked else shown
         if isinstance(value, list):
             return [self._fill(each, h, batch) for each in value]
         if not isinstance(value, str):

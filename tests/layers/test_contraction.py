@@ -1,0 +1,154 @@
+"""Contractions of data with weights, and weights picked by a tensor index: exact, by layers, as written with linear."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kronfisher as kf
+from tests.helpers.checks import assert_exact
+from tests.helpers.networks import Written
+
+
+def P(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def chosen(x, n):
+    return (x[..., 0] * 9).long().abs() % n
+
+
+def each_token(m, x):
+    index = chosen(x, 3).flatten()
+    shifts = m.b[index].unsqueeze(1)
+    return torch.baddbmm(shifts, x.flatten(0, 1).unsqueeze(1), m.w[index]).squeeze(1).unflatten(0, x.shape[:2])
+
+
+def twice(m, x):
+    h = torch.einsum("boi,bti->bto", m.w[chosen(x, 3)[:, 0]], x)
+    return torch.einsum("btoi,bti->bto", m.w[chosen(x, 3)], h)
+
+
+def products(m, x):
+    return F.linear((x[..., None] * x.sin()[..., None, :]).flatten(2), m.w.flatten(1)).tanh().flatten(1)
+
+
+def einsum(equation, *shape):
+    return lambda: Written(lambda m, x: torch.einsum(equation, x, m.w), w=P(*shape))
+
+
+def written(forward, **shapes):
+    return lambda: Written(forward, **{name: P(*shape) for name, shape in shapes.items()})
+
+
+# x [5, 4, 3] → outputs
+CASES = {
+    "heads": einsum("btd,dhk->bthk", 3, 2, 2),
+    "groups": einsum("bgi,gio->bgo", 4, 3, 2),
+    "groups, outputs first": einsum("bgi,goi->bog", 4, 2, 3),
+    "a scale": einsum("...i,i->...i", 3),
+    "a scale, transposed": einsum("bti,it->bti", 3, 4),
+    "a scale, summed": einsum("bti,t->bt", 4),
+    "implicit output": einsum("bti,io", 3, 2),
+    "a vector for each group": einsum("bhd,hd->bh", 4, 3),
+    "along positions": einsum("bti,ts->bsi", 4, 2),
+    "three operands": written(lambda m, x: torch.einsum("bti,ijo,btj->bto", x, m.w, x.sin()), w=(3, 3, 2)),
+    "matrices on the right": written(lambda m, x: x.unsqueeze(2) @ m.w, w=(4, 3, 2)),
+    "matrices on the left": written(lambda m, x: m.w @ x.unsqueeze(-1), w=(4, 2, 3)),
+    "matrices for several": written(lambda m, x: x.unsqueeze(1) @ m.w, w=(1, 2, 3, 2)),
+    "bmm": written(lambda m, x: torch.bmm(x.transpose(0, 1), m.w).transpose(0, 1), w=(4, 3, 2)),
+    "baddbmm": written(
+        lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w).transpose(0, 1), w=(4, 3, 2), b=(4, 1, 2)
+    ),
+    "tensordot": written(lambda m, x: torch.tensordot(x, m.w, dims=([1, 2], [1, 0])), w=(3, 4, 2)),
+    "bilinear": lambda: Written(lambda m, x: m.l(x, x.cos()), l=nn.Bilinear(3, 3, 2)),
+    "einsum of a low-rank path": written(
+        lambda m, x: torch.einsum("bti,oi->bto", x, m.w + m.B @ m.A), w=(4, 3), B=(4, 2), A=(2, 3)
+    ),
+    "picked for each token": written(each_token, w=(3, 3, 2), b=(3, 2)),
+    "picked in einsum": written(lambda m, x: torch.einsum("btoi,bti->bto", m.w[chosen(x, 3)], x), w=(3, 2, 3)),
+    "picked in a product, transposed": written(lambda m, x: x.unsqueeze(2) @ m.w[chosen(x, 3)].mT, w=(3, 2, 3)),
+    "picked several times": written(
+        lambda m, x: torch.einsum("bkoi,bti->btko", m.w[chosen(x, 3)[:, :2]], x), w=(3, 2, 3)
+    ),
+    "picked for each example": written(
+        lambda m, x: torch.einsum("boi,bti->bto", m.w.index_select(0, chosen(x, 3)[:, 0]), x), w=(3, 2, 3)
+    ),
+    "picked by one index": written(lambda m, x: x @ m.w[chosen(x, 3)[0, :1]], w=(3, 3, 2)),
+    "rows of tables": written(lambda m, x: x * m.s[chosen(x, 3)] + m.t[chosen(x, 2)], s=(3, 3), t=(2, 3)),
+    "picked twice": written(twice, w=(3, 3, 3)),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_contractions_are_exact_and_by_layers(case):
+    model, x = nn.Sequential(CASES[case](), nn.Tanh(), nn.Flatten(1)).double(), torch.randn(5, 4, 3)
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, x, fit=fit, tolerance=1e-10)
+    assert kf.coverage(model, x).complete
+
+
+def same_blocks(model, other, x):
+    for fit in ("kfac", "ekfac", "kfoc"):
+        one, two = (kf.estimate(m, x, kf.Gaussian(), labels="exact", fit=fit) for m in (model, other))
+        torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=1e-8, atol=1e-10)
+
+
+def test_factors_are_those_of_linear():
+    x, w = torch.randn(5, 4, 3), P(2, 3)
+    linear = Written(lambda m, x: F.linear(x, m.w).tanh().flatten(1), w=w)
+    same_blocks(Written(lambda m, x: torch.einsum("oi,bti->bto", m.w, x).tanh().flatten(1), w=w), linear, x)
+    both = Written(products, w=P(2, 3, 3))
+    same_blocks(Written(lambda m, x: F.bilinear(x, x.sin(), m.w).tanh().flatten(1), w=P(2, 3, 3)), both, x)
+
+
+def test_factors_of_experts_are_those_of_the_rows_that_picked_them():
+    """As a loop over experts has them, whatever the way to pick; an expert that no row picks has none."""
+    x, w = torch.randn(6, 3), P(4, 3, 2)
+
+    def loop(m, x):
+        index, found = chosen(x, 3), []
+        for expert in range(3):
+            found.append(
+                torch.zeros(len(x), 2).index_add(
+                    0, places := (index == expert).nonzero()[:, 0], x[places] @ m.w[expert]
+                )
+            )
+        return sum(found).tanh()
+
+    picked = Written(lambda m, x: torch.einsum("bio,bi->bo", m.w[chosen(x, 3)], x).tanh(), w=w)
+    one, two = (kf.estimate(m, x, kf.Gaussian(), labels="exact", fit="kfac") for m in (picked, Written(loop, w=w)))
+    torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=1e-8, atol=1e-10)
+    assert one["w[3:4, :, :]"].trace() == 0
+    (one + 1e-3).solve({"w": w})
+
+
+def test_an_eager_loop_over_experts_is_exact():
+    """A weight is picked by an index that data made; it meets them only in the product."""
+
+    def loop(m, x):
+        index, total = chosen(x, 3), torch.zeros(len(x) * 4, 2)
+        for expert in index.unique():
+            places = (index.flatten() == expert).nonzero()[:, 0]
+            total = total.index_add(0, places, F.linear(x.flatten(0, 1)[places], m.w[expert]).tanh())
+        return total.unflatten(0, x.shape[:2]).flatten(1)
+
+    model, x = Written(loop, w=P(3, 2, 3)), torch.randn(5, 4, 3)
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, x, fit=fit, tolerance=1e-10)
+    kf.estimate(model, x, kf.Gaussian(), fit="kfoc")
+
+
+def test_training_treats_experts_by_layers():
+    experts = Written(lambda m, x: torch.einsum("boi,bi->bo", m.w[chosen(x, 3)], x).tanh(), w=P(3, 4, 3))
+    model, x, y = nn.Sequential(experts, nn.Linear(4, 2)), torch.randn(20, 3), torch.randn(20, 2)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
+    assert losses[-1] < losses[0] and "fallback" not in str(optimizer.report())
