@@ -57,6 +57,20 @@ CASES = {
         lambda m, x: x * torch.tanh(m.w) + F.softplus(m.v) * m.u.norm(), w=P(1), v=P(3), u=P(2, 2)
     ),
     "a table of relative positions": lambda: Written(scores, table=nn.Embedding(7, 2)),
+    "a learned query, expanded": lambda: Written(
+        lambda m, x: F.scaled_dot_product_attention(m.l(m.q.expand(len(x), -1, -1)), m.k(x), x),
+        q=P(1, 2, 3), l=nn.Linear(3, 3), k=nn.Linear(3, 3),
+    ),
+    "a learned query, normalised": lambda: Written(
+        lambda m, x: m.n(m.q.expand(len(x), -1, -1)).bmm(x.mT).softmax(-1) @ x, q=P(2, 3), n=nn.LayerNorm(3)
+    ),
+    "a query that a layer makes": lambda: Written(
+        lambda m, x: (m.l(m.q) @ x.mT).softmax(-1) @ x, q=P(2, 3), l=nn.Linear(3, 3)
+    ),
+    "a query for all": lambda: Written(
+        lambda m, x: m.a(m.q.expand(len(x), -1, -1), x, x)[0],
+        q=P(2, 3), a=nn.MultiheadAttention(3, 1, batch_first=True),
+    ),
     "a state that meets the examples in an addition": lambda: Written(
         lambda m, x: F.linear(torch.zeros(len(x), 3) + m.h, m.w).tanh()[:, None] * x, h=P(3), w=P(3, 3)
     ),

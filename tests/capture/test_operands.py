@@ -12,12 +12,15 @@ from tests.helpers.networks import Written, linears
 
 
 def test_a_parameter_as_the_input_of_a_layer():
-    """A learned token through a linear layer: claiming the weight must not claim the token."""
+    """A learned token through a linear layer: it meets the examples where it is expanded for them."""
     model = Written(
         lambda m, x: m.layer(x) + F.linear(m.token.expand(len(x), -1), m.other),
         layer=nn.Linear(3, 4), token=torch.randn(1, 3), other=torch.randn(4, 3),
     )  # fmt: skip
-    assert_fallback(model, torch.randn(5, 3), r"token: used by linear in a form that is not known")
+    x = torch.randn(5, 3)
+    for fit in ("diagonal", kf.Full(across_layers=True)):
+        assert_exact(model, x, fit=fit)
+    assert kf.coverage(model, x).complete
 
 
 def test_a_weight_that_is_its_own_input():

@@ -96,7 +96,7 @@ def test_windows_that_leave_something_out_or_overlap():
     cases = {
         "used in 2 different ways": lambda m, x: F.linear(x, m.w[:4]) + F.linear(x, m.w[2:]),
         "w is used in 2 different ways": lambda m, x: F.linear(F.linear(x, m.w)[:, 1:].tanh(), m.w[1:].t()),
-        "w: used by linear in a form": lambda m, x: (
+        "w is used in 2 different ways .by expand, linear": lambda m, x: (
             F.linear(x, m.w[:1].expand(4, 3)) + F.linear(x, m.w).sum(1)[:, None]
         ),
         "w: used by cat": lambda m, x: F.linear(x, torch.cat([m.w, m.w])),

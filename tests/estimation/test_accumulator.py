@@ -145,15 +145,17 @@ def test_outputs_that_are_apart():
 
 
 def test_all_that_is_not_supported_is_named_at_once():
-    model = Written(lambda m, x: m.l(m.k(x) * m.s.exp()) + m.e(x, x), k=nn.Linear(3, 4), s=torch.randn(4),
-                    l=nn.Linear(4, 2), e=nn.Bilinear(3, 3, 2))  # fmt: skip
+    model = Written(
+        lambda m, x: m.l(torch.addcmul(y := m.k(x), y, m.s)) + torch.hypot(x[:, :2], m.e),
+        k=nn.Linear(3, 4), s=torch.randn(4), l=nn.Linear(4, 2), e=torch.randn(2),
+    )  # fmt: skip
     with pytest.raises(UnsupportedError) as caught:
         kf.estimate(model, torch.randn(5, 3), kf.Gaussian(), strict=True)
     said = str(caught.value)
     assert said.startswith("batch 0: strict=True, and these trainable parameters are used in ways")
-    assert "s: used by exp" in said and "e.weight: used by bilinear" in said and "requires_grad_(False)" in said
+    assert "s: used by addcmul" in said and "e: used by hypot" in said and "requires_grad_(False)" in said
     assert "k.weight" not in said
-    assert_fallback(model, torch.randn(5, 3), "s: used by exp")
+    assert_fallback(model, torch.randn(5, 3), "s: used by addcmul")
     model.s.requires_grad_(False)
     model.e.requires_grad_(False)
     assert_exact(model, torch.randn(5, 3))
@@ -195,10 +197,8 @@ def test_an_accumulator_by_itself():
 
 
 def test_errors_name_the_batch():
-    model = Written(
-        lambda m, x: m.l(x) if len(x) > 1 else F.bilinear(x, x, m.l.weight[None]), l=nn.Linear(3, 3, bias=False)
-    )
-    with pytest.raises(UnsupportedError, match=r"batch 1: l.weight: used by bilinear\. Earlier batches"):
+    model = Written(lambda m, x: m.l(x) if len(x) > 1 else F.linear(x, m.l.weight.abs()), l=nn.Linear(3, 3, bias=False))
+    with pytest.raises(UnsupportedError, match=r"batch 1: l.weight: used by abs\. Earlier batches"):
         kf.estimate(model, iter([torch.randn(2, 3), torch.randn(1, 3)]), kf.Gaussian())
     data = [torch.randn(1, 3), torch.randn(2, 3)]
     for some in (data, data[::-1]):  # known in time, or read again

@@ -17,7 +17,7 @@ from tests.helpers.networks import Written
 MODELS = {
     "chain": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
     "a parameter for the fallback": lambda: Written(
-        lambda m, x: m.l(x * m.s.exp()), s=torch.randn(3), l=nn.Linear(3, 2)
+        lambda m, x: m.l(torch.addcmul(x, x, m.s)), s=torch.randn(3), l=nn.Linear(3, 2)
     ),
     "coupled examples": lambda: Written(lambda m, x: m.l(x) - m.l(x).mean(0), l=nn.Linear(3, 2)),
 }

@@ -7,7 +7,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import walk
-from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written
 
 N, T, S, E = 4, 3, 5, 6  # data, queries, keys, width
@@ -131,12 +131,14 @@ def test_encoder_and_decoder_with_padding():
     assert_exact(whole, x, fit="diagonal", tolerance=1e-4)
 
 
-def test_learned_queries_are_left_to_the_fallback():
+def test_learned_queries_meet_the_examples_where_they_are_expanded():
     attention = nn.MultiheadAttention(E, 2, batch_first=True)
     model = Written(
         lambda m, x: m.a(m.queries.expand(len(x), -1, -1), x, x)[0].flatten(1), a=attention, queries=torch.randn(2, E)
     )
-    assert_fallback(model, inputs(N, T, E), "queries: used by ")
+    for fit in ("diagonal", kf.Full(across_layers=True)):
+        assert_exact(model, inputs(N, T, E), fit=fit)
+    assert kf.coverage(model, inputs(N, T, E)).complete
 
 
 def test_packed_blocks_do_not_depend_on_the_order_of_batches():

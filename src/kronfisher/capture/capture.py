@@ -25,20 +25,16 @@ from torch.overrides import TorchFunctionMode
 
 from kronfisher.capture.computed import Computed, ComputedWeights
 from kronfisher.capture.graph import Call, Recording
+from kronfisher.capture.same_elements import COPIES, VIEWS
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers import OPERATORS, REWRITES, Use, Windows
+from kronfisher.layers.elementwise import expansion
 from kronfisher.layers.picked import PICKING
 
 __all__ = ["Capture", "Receiver"]
 
 Receiver = Callable[[Call, Tensor], None]
-
-# Operators that return a new tensor with the same elements in the same order, such as a cast to another dtype.
-COPIES = {
-    Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as,
-    Tensor.contiguous, Tensor.clone, torch.clone,
-}  # fmt: skip
 
 # Products that combine the rows of one operand as the entries of the other say.
 _PRODUCTS = {
@@ -141,6 +137,8 @@ class Capture(TorchFunctionMode):
                     self.recording.left_out[call.index] = found.left_out
                     self.recording.meetings.append((call.operator, call.edge))
                 return result
+        if torch.is_grad_enabled() and (spread := self._spread_out(func, args, kwargs)):
+            return self.__torch_function__(func, types, *spread)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor | tuple | list):
             self._computed.note_picked(func, args, result)
@@ -188,14 +186,45 @@ class Capture(TorchFunctionMode):
         views: dict[int, Window | None],
     ) -> Computed | None:
         """The uses that an operator makes of parameters by way of weights computed from them, entered into `views`."""
-        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None}
+        rows = {key for key, (_, use) in self._lookups.items() if use.onehot}  # they have a use of their own
+        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None and id(t) not in rows}
         if not any(windows.values()):
             return None
         uses = self._uses(handler, args, kwargs, tensors, {**views, **windows}, {})
-        found = self._computed.uses(uses) if uses else None
+        found = self._computed.uses(uses, max(tensor.dim() for tensor in tensors)) if uses else None
         if found:
             views.update(windows)
         return found
+
+    def _spread_out(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """The arguments with copies of expanded parameters, each of which is a use; None if there are none.
+
+        A learned query, say, meets the examples where it is expanded for each of them.
+        """
+        if _name(func) in VIEWS:
+            return None
+        copies: dict[int, Tensor] = {}
+        for tensor in _tensors(args, kwargs):
+            if not tensor.requires_grad or not tensor.numel() or 0 not in tensor.stride():
+                continue
+            window, node = self.view(tensor), tensor.grad_fn
+            use = expansion(window, tuple(tensor.shape)) if window is not None else None
+            if use is None or node is None:
+                continue
+            with torch._C.DisableTorchFunction():
+                copy = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+            copy = self._record("expand", (use,), [tensor], {id(tensor): window}, {node: window}, copy)
+            self._computed.note(func, (tensor,), {}, copy, (use,))
+            copies[id(tensor)] = copy
+        if not copies:
+            return None
+
+        def replaced(value: Any) -> Any:
+            if isinstance(value, list | tuple) and any(id(each) in copies for each in value):
+                return type(value)(map(replaced, value))  # pyright: ignore[reportCallIssue]
+            return copies.get(id(value), value)
+
+        return tuple(map(replaced, args)), {key: replaced(value) for key, value in kwargs.items()}
 
     def understands(self, operands: Sequence[Tensor]) -> bool:
         """Whether operators with these operands can be treated: real, strided, without overlaps and transforms."""

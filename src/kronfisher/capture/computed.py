@@ -153,16 +153,23 @@ class ComputedWeights:
             return None
         return Term(window.parameter, window.reshaped(1, -1), diagonal=True)
 
-    def uses(self, of_computed: Sequence[Use]) -> Computed | None:
-        """The uses of parameters that some uses of parameters and computed weights amount to; None: of none."""
+    def uses(self, of_computed: Sequence[Use], dimensions: int) -> Computed | None:
+        """The uses of parameters that some uses of parameters and computed weights amount to; None: of none.
+
+        Args:
+            of_computed: what a handler made of windows on computed weights.
+            dimensions: of the output, where the operator is elementwise.
+        """
         uses: list[Use] = []
         left_out: dict[str, set[str]] = {}
         for use in of_computed:
             own = self._known.get(use.bias.parameter) if isinstance(use, ElementwiseUse) and use.bias else None
-            if own is not None and self._expressions[id(own)].spread:
-                return None  # it met the examples before
+            if own is not None and (self._expressions[id(own)].spread or not use.lead((1,) * dimensions)):
+                return None  # it met the examples before, or has elements of its own for each
+            if use.bias is not None and self._picked_by_name(use.bias.parameter):
+                return None
             found = list(self._translate(use))
-            if use.weight is not None and use.weight.parameter not in self.parameters and not found:
+            if not found:
                 return None
             for one in found:
                 if isinstance(one, Term):

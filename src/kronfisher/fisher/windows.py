@@ -40,7 +40,8 @@ def settle(blocks: Iterable[Block], whole: Container[str] = ()) -> Claims:
         alone = all(len(block.views) == 1 for _, block in several)
         if len(several) == 1 and several[0][0].complete:
             continue
-        if alone and name not in whole and swapped([view for view, _ in several]):
+        matrices = all(block.weight is not None for _, block in several)
+        if alone and matrices and name not in whole and swapped([view for view, _ in several]):
             continue
         counts = _counts([view for view, _ in several])
         operators = ", ".join(sorted({block.operator for _, block in several}))

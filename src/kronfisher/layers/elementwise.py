@@ -16,7 +16,7 @@ from kronfisher.layers.activations import Activations, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
-__all__ = ["ElementwiseUse"]
+__all__ = ["ElementwiseUse", "broadcast", "expansion"]
 
 
 @dataclass
@@ -89,6 +89,15 @@ def broadcast(view: Window) -> Window:
         stride.append(following if n == 1 else step)
         following = stride[-1] * n
     return replace(view, size=size, stride=tuple(reversed(stride)))
+
+
+def expansion(window: Window, shape: tuple[int, ...]) -> ElementwiseUse | None:
+    """The use of a parameter by a copy of what it was expanded to, of this shape; None if it was not expanded."""
+    shared = broadcast(window)
+    if not window.overlaps or shared.overlaps:
+        return None
+    use = ElementwiseUse(None, shared, None, shared.size[1:])
+    return use if prod(use.lead(shape)) * shared.numel == prod(shape) else None
 
 
 def _uses(view: Windows, x: object, p: object, multiply: bool, sign: float = 1.0) -> Iterator[Use]:

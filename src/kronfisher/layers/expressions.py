@@ -225,12 +225,18 @@ def product(record: Expressions, result: Tensor, input: Tensor, other: Tensor | 
 
 @computes(F.linear)
 def linear(record: Expressions, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None):
-    """``V Wᵀ``."""
-    if bias is not None or input.dim() != 2 or weight.dim() != 2:
+    """``V Wᵀ + 1 bᵀ``."""
+    if input.dim() != 2 or weight.dim() != 2:
         return None
     left, right = (record.terms(each) if each.requires_grad else [] for each in (input, weight))
     outer = (input.detach(),)
-    return [t.within((), (weight.detach().mT,)) for t in left] + [t.transposed.within(outer) for t in right]
+    shifts = record.terms(bias) if bias is not None and bias.requires_grad else []
+    ones = (result.new_ones(len(input), 1),)
+    return [
+        *(term.within((), (weight.detach().mT,)) for term in left),
+        *(term.transposed.within(outer) for term in right),
+        *(term.transposed.within(ones) for term in shifts),
+    ]
 
 
 @computes(torch._weight_norm)  # pyright: ignore[reportPrivateImportUsage]

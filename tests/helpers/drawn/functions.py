@@ -77,6 +77,9 @@ def _broadcast(r: random.Random, h: Tensor) -> Weight:
     return Weight(tuple(shape[r.randrange(len(shape) + 1) :]))
 
 
+_OF_STACKS = ["...ti,tio->...to", "...ti,tio->...o", "b...ti,tio->...tob", "...ti,tjo,...tj->...io"]
+_OF_SCALES = ["...ti,ti->...ti", "...ti,ti->...t", "...ti,ti->..."]
+
 # Ways to call a function; "h" are activations, "h'" others, "ids" indices of the batch, and what is drawn is constant.
 FORMS: dict[str, Form] = {
     "h p": lambda r, h: ("h", _p(h.shape[-1])),
@@ -111,13 +114,12 @@ FORMS: dict[str, Form] = {
     "rows 0 id": lambda r, h: (_p(5, 3), 0, "id"),
     "list with p": lambda r, h: (["h", "h'", _p(1, *h.shape[1:])], r.randrange(h.dim())),
     "einsum": lambda r, h: (r.choice(["...i,io->...o", "...i,i->...i", "...i,...i,io->...o"]), "h", _p(h.shape[-1], 3)),
-    "einsum of a stack": lambda r, h: (
-        *r.choice([("...ti,tio->...to", "h"), ("...ti,oti->...o", "h"), ("ti...,tio->to...", "h"), ("...t,too->...t", "h")]),
-        _p(h.shape[-2], h.shape[-1], 3),
-    ),
-    "einsum of scales": lambda r, h: (r.choice(["...ti,ti->...ti", "...ti,ti->...t", "...ti,ti->..."]), "h", _p(*h.shape[-2:])),
+    "einsum of a stack": lambda r, h: (r.choice(_OF_STACKS), "h", _p(h.shape[-2], h.shape[-1], 3)),
+    "einsum of scales": lambda r, h: (r.choice(_OF_SCALES), "h", _p(*h.shape[-2:])),
     "einsum of a picked": lambda r, h: ("b...i,bio->b...o", "h", Weight((5, h.shape[-1], 3), True)),
-    "einsum of several picked": lambda r, h: ("b...i,oi,boi->b...o", "h", _p(2, h.shape[-1]), Weight((5, 2, h.shape[-1]), True)),
+    "einsum of several picked": lambda r, h: (
+        "b...i,oi,boi->b...o", "h", _p(2, h.shape[-1]), Weight((5, 2, h.shape[-1]), True)
+    ),
     "h picked": lambda r, h: ("h", Weight((5, h.shape[-1], 3), True)),
     "h picked rows": lambda r, h: ("h", Weight((5, h.shape[-1]), True)),
     "h stack": lambda r, h: ("h", _p(h.shape[1], h.shape[-1], 3)),

@@ -223,7 +223,8 @@ _LINEAR = [
     (F.linear, "h rows p"), (F.linear, "h rows"), (F.linear, "h square"), (torch.matmul, "h matrix"),
     (torch.einsum, "einsum of a stack"), (torch.einsum, "einsum of scales"), (torch.einsum, "einsum of a picked"),
     (torch.matmul, "h picked"), (torch.matmul, "h stack"), (torch.bmm, "h picked"), (torch.bmm, "h stack"),
-    (torch.mul, "h picked rows"), (torch.matmul, "h square"), (torch.matmul, "matrix h"), (torch.mul, "h p"), (torch.sub, "h broadcast"),
+    (torch.mul, "h picked rows"), (torch.matmul, "h square"), (torch.matmul, "matrix h"), (torch.mul, "h p"),
+    (torch.sub, "h broadcast"),
 ]  # fmt: skip
 _KINDS = [
     "linear", "linear", "torch", "torch", "torch", "weighted", "weighted", "module", "decided", "decided",

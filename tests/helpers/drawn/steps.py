@@ -39,6 +39,10 @@ def _outer(p: Tensor, shape: Shape) -> Tensor:
     return p[: shape[0], :1] * p[shape[0] :, 1:].T
 
 
+def _normed(v: Tensor, g: Tensor) -> Tensor:
+    return torch._weight_norm(v, g, 0)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _halved(p: Tensor) -> Tensor:
     p[:1].mul_(0.5)
     return p
@@ -73,7 +77,7 @@ SEEN: dict[str, Seen] = {
     "twice low rank": Seen(lambda s: _beside(s, 2), lambda p, s: (p[: s[0]] @ p[s[0] :].T + _outer(p, s)).view(s)),
     "rows scaled": Seen(lambda s: _flat(s, 1), lambda p, s: (p[:, 1:] * p[:, :1]).reshape(s)),
     "columns scaled": Seen(lambda s: _flat(s, 0, 1), lambda p, s: (p[:1].tanh() - p[1:] * p[:1]).reshape(s)),
-    "weight norm": Seen(lambda s: _flat(s, 1), lambda p, s: torch._weight_norm(p[:, 1:].clone(), p[:, :1], 0).view(s)),
+    "weight norm": Seen(lambda s: _flat(s, 1), lambda p, s: _normed(p[:, 1:].clone(), p[:, :1]).view(s)),
     "doubled in place": Seen(lambda s: s, lambda p, s: p.clone().mul_(2)),
     "partly in place": Seen(lambda s: s, lambda p, s: _halved(1 + p)),
     "without gradient": Seen(lambda s: s, lambda p, s: torch.no_grad()(torch.Tensor.mul)(p, 2)),
