@@ -31,7 +31,7 @@ EXTERNAL = {
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", SIZES, {"input_ids": TOKENS}, ""),
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 1}, {"input_ids": TOKENS}, ""),
     "GemmaForCausalLM": (
-        "GemmaConfig", {**SIZES, "num_key_value_heads": 1, "head_dim": 4}, {"input_ids": TOKENS}, r"norm\.weight",
+        "GemmaConfig", {**SIZES, "num_key_value_heads": 1, "head_dim": 4}, {"input_ids": TOKENS}, "",
     ),
     "AlbertForMaskedLM": (
         "AlbertConfig", {**SIZES, "num_hidden_layers": 2, "embedding_size": 4}, {"input_ids": TOKENS}, "",
@@ -46,7 +46,7 @@ EXTERNAL = {
         {"vocab_size": 17, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "num_mel_bins": 4,
          "max_source_positions": 8, "max_target_positions": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        HEARD, "decoder.embed_positions",
+        HEARD, "",
     ),
     "ConvNextForImageClassification": (
         "ConvNextConfig", {"hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
@@ -77,10 +77,11 @@ def test_networks_of_transformers(kind):
     assert bool(alone) == bool(fallback) and all(re.search(fallback, name) for name in alone)
     full = kf.estimate(model, [batch], likelihood, forward=logits, fit=kf.Full(across_layers=True), seed=3)
     drawn = likelihood.sampled(logits(model, batch)[0].detach(), None, Draws(3))
-    assert_drawn(model, logits(model, batch)[0], drawn, full)
+    tolerance = 1e-8 if kind == "GemmaForCausalLM" else 1e-10  # its norms are in float32
+    assert_drawn(model, logits(model, batch)[0], drawn, full, tolerance)
 
 
-def assert_drawn(model, outputs, drawn, fisher):
+def assert_drawn(model, outputs, drawn, fisher, tolerance=1e-10):
     """The matrix of labels drawn is that of the gradients of single data, one after the other."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     truth = torch.zeros_like(fisher.to_dense())
@@ -90,7 +91,7 @@ def assert_drawn(model, outputs, drawn, fisher):
         found = torch.autograd.grad(outputs, parameters, alone, retain_graph=True, allow_unused=True)
         parts = [p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
         truth += torch.outer(torch.cat(parts), torch.cat(parts)) / len(outputs)
-    assert (fisher.to_dense() - truth).norm() < 1e-10 * truth.norm()
+    assert (fisher.to_dense() - truth).norm() < tolerance * truth.norm()
 
 
 def unet(m, x):
