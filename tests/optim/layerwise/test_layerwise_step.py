@@ -143,14 +143,14 @@ def test_no_step_collects_statistics_and_makes_inverses_once_periods_allow():
     model = network()
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     renewed = []
-    for step, (x, y) in enumerate(batches(50)):
+    for step, (x, y) in enumerate(batches(100)):
         due = optimizer.parts.statistics.is_due(step)
         optimizer.step(lambda x=x: model(x), y)
         if any(one.made == step for one in optimizer.parts.direction.inverses):
             renewed.append(step)
-            assert not due or optimizer.parts.statistics.is_due(step + 1)
+            assert not due or step < 60  # the first steps change much, and inverses follow at once
         assert not optimizer.report().stale
-    assert len([step for step in renewed if step > 20]) > 3
+    assert len([step for step in renewed if step > 60]) > 3
 
 
 @pytest.mark.parametrize("option", [{"momentum": 1.0}, {"rate": 0.0}, {"damping": -1.0}, {"data_damping": -1.0}])

@@ -116,7 +116,8 @@ class LayerwiseParts(StepParts):
             self.skipped += 1
             self.watch.idle(step, seen=bool(gradients) or taken.seen)
             return
-        wait = due and not self.statistics.is_due(step + 1)
+        # In the first steps inverses follow statistics at once: a GPT that used older ones trained half as fast.
+        wait = due and self.statistics.next_due >= step + self.statistics.refresh.statistics
         self.direction.renew(step, self.statistics.pass_cost, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
