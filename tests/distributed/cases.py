@@ -1,8 +1,11 @@
 """What ranks are asked to do in the tests: each function gets its rank first."""
 
+import contextlib
 import os
 import warnings
+from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -125,26 +128,45 @@ def measured(rank):
     return distance.distances, distance.norms, {name: own.values.tolist() for name, own in spectra.items()}
 
 
-def counted(rank):
-    """Bytes that this rank sent in an estimate, how often, and how many of them were its operators."""
-    from kronfisher.distributed import Ranks
+CALLS = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single"),
+    *("barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "recv", "reduce"),
+    *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
+)
 
-    made, old = [], Ranks.__init__
 
-    def init(self, group):
-        old(self, group)
-        made.append(self)
+@contextlib.contextmanager
+def watched():
+    """Calls of torch.distributed, but those within others: name and bytes that this rank gives."""
+    calls, inside = [], []
+    old = {name: getattr(dist, name) for name in CALLS}
 
-    Ranks.__init__ = init
-    try:
+    def watch(name):
+        def call(*args, **kwargs):
+            if not inside:
+                gives = name in ("all_reduce", "reduce", "send") or (name == "broadcast" and args[1] == dist.get_rank())
+                calls.append((name, args[0].numel() * args[0].element_size() if gives else 0))
+            inside.append(name)
+            try:
+                return old[name](*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            for module in (dist, dist.distributed_c10d):
+                patch.setattr(module, name, watch(name))
+        yield calls
+
+
+def counted(rank, fit):
+    """A matrix and what torch.distributed was called with for it."""
+    with watched() as calls:
         data = list(numbers(10, 4).split(2))
-        fisher = kf.estimate(perceptron(), data, kf.Gaussian(), fit="kfac", labels="exact", group=dist.group.WORLD)
-    finally:
-        Ranks.__init__ = old
-    (ranks,) = made
-    own = [o for k, o in enumerate(fisher.blocks.values()) if k == ranks.rank]
-    sizes = [-(-tensor.numel() * 8 // 16) * 16 for o in own for tensor in (o.A, o.B)]
-    return ranks.sent, ranks.collectives, sum(sizes)
+        fisher = kf.estimate(perceptron(), data, kf.Gaussian(), fit=fit, labels="exact", group=dist.group.WORLD)
+    return replace(fisher, context=None), calls
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -9,6 +9,7 @@ import torch
 import kronfisher as kf
 from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import REGISTRY
+from kronfisher.tables import size
 from tests.distributed import cases
 from tests.helpers.close import close
 from tests.helpers.ranks import World, run
@@ -87,10 +88,30 @@ def test_labels_are_drawn_apart(ranks):
 
 def test_bytes_and_collectives(ranks):
     """One agreement, a sum at each of two owners, whether there is another pass; then what each owner has finished."""
+    answers = ranks.call(cases.counted, "kfac")
     sums = 8 * sum(size**2 for size in (5, 4, 5, 3))
-    for sent, collectives, own in ranks.call(cases.counted):
-        assert collectives == 1 + 2 + 1 + 1 + 2
-        assert sent == sums + own
+    for fisher, _ in answers:
+        operators = [-(-tensor.numel() * 8 // 16) * 16 for own in fisher.blocks.values() for tensor in (own.A, own.B)]
+        assert fisher.info.collectives == 1 + 2 + 1 + 1 + 2
+        assert fisher.info.sent == ranks.size * sums + sum(operators)
+
+
+@pytest.mark.parametrize("fit", ["kfac", "kfoc", "ekfac"])
+def test_a_report_says_what_was_sent(ranks, fit):
+    answers = ranks.call(cases.counted, fit)
+    info = answers[0][0].info
+    messages = sum(name == "send" for _, calls in answers for name, _ in calls)
+    assert info.sent == sum(size for _, calls in answers for _, size in calls) > 0
+    assert info.collectives == messages + sum(name not in ("send", "recv") for name, _ in answers[0][1])
+    assert (messages > 0) == (fit == "kfoc")
+    for fisher, _ in answers:
+        assert (fisher.info.ranks, fisher.info.sent, fisher.info.collectives) == (
+            ranks.size,
+            info.sent,
+            info.collectives,
+        )
+    says = f"processes: {ranks.size}, which sent {size(info.sent)} in {info.collectives} collectives"
+    assert says in " ".join(str(answers[0][0].report()).split())
 
 
 def test_shards_hold_every_batch_once(ranks):

@@ -46,6 +46,18 @@ def test_training_goes_on_from_what_rank_0_saved(ranks):
     assert same_bits([*whole, *parts])
 
 
+def test_steps_between_renewals_send_nothing_but_gradients(ranks):
+    """Two calls where statistics are due: what the ranks agree on, and the sums."""
+    answers = ranks.call(trainings.between, ranks.size)
+    for found, report in answers:
+        assert {due for due, _ in found} == {False, True}
+        for due, calls in found:
+            assert [name for name, _ in calls] == (["all_gather_object", "all_reduce"] if due else [])
+        assert report.collectives == sum(len(calls) for _, calls in found)
+        assert report.sent == sum(size for other, _ in answers for _, calls in other for _, size in calls)
+        assert f"sent in {report.collectives} collectives" in str(report)
+
+
 def test_parameters_that_are_spread_over_ranks_are_refused_by_placement(ranks):
     for errors in ranks.call(trainings.spread):
         assert len(errors) == 2

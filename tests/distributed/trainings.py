@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import kronfisher as kf
-from tests.distributed.cases import Branches, fresh, numbers, perceptron
+from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
 
 BATCH = 4
 
@@ -105,6 +105,21 @@ def resumed(rank, ranks, saved):
             optimizer.load_state_dict(box[0][1])
         optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
     return weights(model)
+
+
+def between(rank, ranks):
+    """Calls of torch.distributed in each of twenty steps beside DDP's own, whether it was due, and the report."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    refresh = kf.Refresh(statistics=4)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", refresh=refresh, **group)
+    found = []
+    for step, (x, y) in enumerate(batches(rank, ranks, 20)):
+        due = optimizer.parts.statistics.is_due(step)
+        with watched() as calls:
+            optimizer.step(lambda x=x: wrapped(x), y)
+        found.append((due, calls))
+    return found, optimizer.report()
 
 
 def not_finite(rank, ranks):

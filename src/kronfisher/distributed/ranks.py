@@ -31,8 +31,8 @@ class Ranks:
     Attributes:
         size: W.
         rank: this one's number in the group.
-        collectives: how many were run.
-        sent: bytes that this rank gave into them, those of frames apart.
+        collectives: how many were run; a message from one rank to another counts as one.
+        sent: bytes that all ranks gave into them, alike on all of them; those of small values that are gathered apart.
     """
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
@@ -75,7 +75,7 @@ class Ranks:
         for (owner, _), pairs in groupby(tensors, key=lambda pair: (pair[1], str(pair[0].dtype))):
             for bucket in _buckets([tensor for tensor, _ in pairs]):
                 flat = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-                self._count(flat)
+                self._count(flat.nbytes * self.size)
                 dist.reduce(flat, self._global[owner], group=self.group)
                 if owner != self.rank:
                     continue
@@ -87,7 +87,7 @@ class Ranks:
         for _, alike in groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda t: str(t.dtype)):
             for bucket in _buckets(list(alike)):
                 flat = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-                self._count(flat)
+                self._count(flat.nbytes * self.size)
                 dist.all_reduce(flat, group=self.group)
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
@@ -101,9 +101,11 @@ class Ranks:
             owner: the rank that gets them.
             device: where tensors are wanted.
         """
+        for rank, frame in enumerate(frames):
+            if rank != owner and (size := Parcel.size(frame)):
+                self._count(size)
         if self.rank != owner:
             if len(parcel.numbers):
-                self._count(parcel.numbers)
                 dist.send(parcel.numbers, self._global[owner], group=self.group)
             return []
         values = []
@@ -112,7 +114,6 @@ class Ranks:
             if rank != owner:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
                 if len(numbers):
-                    self.collectives += 1
                     dist.recv(numbers, self._global[rank], group=self.group)
             values.append(Parcel.open(frame, numbers, device))
         return values
@@ -132,14 +133,14 @@ class Ranks:
             if rank != self.rank:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
             if len(numbers):
-                self._count(numbers if rank == self.rank else numbers[:0])
+                self._count(numbers.nbytes)
                 dist.broadcast(numbers, self._global[rank], group=self.group)
             values.append(value if rank == self.rank and not anew else Parcel.open(frame, numbers, device))
         return values
 
-    def _count(self, tensor: Tensor) -> None:
+    def _count(self, sent: int) -> None:
         self.collectives += 1
-        self.sent += tensor.numel() * tensor.element_size()
+        self.sent += sent
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -145,6 +145,9 @@ def estimate(
         outputs=run.outputs,
         parameters=fingerprint(run.parameters),
         targets=run.targets,
+        ranks=1 if ranks is None else ranks.size,
+        sent=0 if ranks is None else ranks.sent,
+        collectives=0 if ranks is None else ranks.collectives,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
     fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))

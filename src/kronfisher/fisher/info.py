@@ -46,6 +46,9 @@ class Info:
         log_likelihood: of the observed targets, summed over data; None if there were none.
         outputs: how many numbers the model gave for the counted data, in all.
         parameters: fingerprint of the parameters at which it was estimated; empty if unknown.
+        ranks: how many processes read the data.
+        sent: bytes that all of them gave to each other; names, shapes and other small values apart.
+        collectives: how many calls that took.
         changes: what was done to the matrix since, in order, such as ``"+ 0.001"`` or ``"inverse"``.
     """
 
@@ -62,6 +65,9 @@ class Info:
     outputs: float = 0.0
     parameters: str = ""
     targets: str = ""
+    ranks: int = 1
+    sent: int = 0
+    collectives: int = 0
     changes: tuple[str, ...] = ()
 
     def changed(self, change: str) -> "Info":
@@ -106,6 +112,9 @@ class Info:
             log_likelihood=log_likelihood,
             outputs=self.outputs + more * other.outputs,
             parameters=self.parameters if self.parameters == other.parameters else "",
+            ranks=max(self.ranks, other.ranks),
+            sent=self.sent + other.sent,
+            collectives=self.collectives + other.collectives,
             changes=changes,
         )
 

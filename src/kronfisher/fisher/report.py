@@ -134,6 +134,8 @@ def report(
         facts["targets"] = info.targets
     if info.trainable:
         facts["coverage"] = f"{total / info.trainable:.1%} of {info.trainable:,} trainable parameters"
+    if info.ranks > 1:
+        facts["processes"] = f"{info.ranks}, which sent {size(info.sent)} in {info.collectives} collectives"
     if info.changes:
         facts["then"] = ", ".join(info.changes)
     return Report(tuple(rows), facts, info.seconds, error)

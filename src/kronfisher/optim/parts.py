@@ -323,6 +323,8 @@ class Parts(StepParts):
             cuts=tuple(statistics.cuts),
             warnings=(*([refusal] if refusal else []), *judge.warnings(), *self.watch.told.values()),
             overdue=self.watch.overdue,
+            sent=statistics.sent,
+            collectives=statistics.collectives,
         )
 
     @staticmethod

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kronfisher.optim.page import page
-from kronfisher.tables import together
+from kronfisher.tables import size, together
 
 __all__ = ["TrainingReport"]
 
@@ -32,6 +32,8 @@ class TrainingReport:
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
         warnings: messages to the user.
         overdue: steps that ran on statistics older than promised.
+        sent: bytes of statistics that all processes gave to each other; gradients are DDP's.
+        collectives: how many calls that took.
     """
 
     step: int
@@ -51,6 +53,8 @@ class TrainingReport:
     cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     overdue: int = 0
+    sent: int = 0
+    collectives: int = 0
 
     def save_report(
         self, path: str | Path, history: Sequence["TrainingReport"] = (), title: str = "Training with natural gradients"
@@ -117,6 +121,8 @@ class TrainingReport:
         ]
         if self.overdue:
             lines.append(f"{self.overdue} steps on statistics older than promised")
+        if self.collectives:
+            lines.append(f"statistics of all processes: {size(self.sent)} sent in {self.collectives} collectives")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]

@@ -139,6 +139,16 @@ class Statistics:
         return 0 if self._run is None else self._run.backward_passes
 
     @property
+    def sent(self) -> int:
+        """Bytes that all ranks gave to each other."""
+        return 0 if self.ranks is None else self.ranks.sent
+
+    @property
+    def collectives(self) -> int:
+        """How many calls that took."""
+        return 0 if self.ranks is None else self.ranks.collectives
+
+    @property
     def uncovered(self) -> dict[str, str]:
         """Parameter → why no block covers it."""
         return {} if self._run is None else dict(self._run.known.fallback)

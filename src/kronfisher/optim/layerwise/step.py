@@ -183,6 +183,8 @@ class LayerwiseParts(StepParts):
             cuts=tuple(statistics.cuts),
             warnings=tuple(self.watch.told.values()),
             overdue=self.watch.overdue,
+            sent=statistics.sent,
+            collectives=statistics.collectives,
         )
 
     @staticmethod
