@@ -1,3 +1,9 @@
+"""What all tests share. Before torch: on some processors MKL's results depend on where in memory a matrix lies."""
+
+import os
+
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # so that the same numbers, loaded or resumed, give the same bits
+
 import pytest
 import torch
 from hypothesis import settings
