@@ -1,5 +1,7 @@
 """Inputs and gradients of any scale: the matrix of every fit scales with their squares, or is refused."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +67,28 @@ def test_tiny_inputs_with_huge_gradients_and_the_other_way_round(name, power):
         assert "kfoc" not in name or "ekfac" in name
         return
     torch.testing.assert_close(far, usual)
+
+
+@pytest.mark.parametrize("power", [-515, -530])  # entries of 1e-310 and 1e-319, of which digits are left
+@pytest.mark.parametrize("name", [*(n for n in FITTED if n not in ("diagonal", "full", "kfac-corrected")), "kpsvd"])
+@pytest.mark.filterwarnings("ignore::kronfisher.NumericalWarning:kronfisher.operators")
+def test_a_matrix_at_the_end_of_the_range_is_right_or_refused_or_said_to_vanish(name, power):
+    """Seen: zero without a word from K-FOC, sums of products and TKFAC for inputs of 1e-155."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False).double(), torch.randn(12, 4).double()
+    fit = FITTED.get(name) or kf.KPSVD()
+    usual = kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact").trace()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            far = kf.estimate(model, x * 2.0**power, kf.Gaussian(), fit=fit, labels="exact").trace()
+        except kf.NumericalError as error:
+            assert str(error).startswith("weight: ")
+            return
+    vanished = [w for w in told if "weight: its gradients are 1e+00 at most and its inputs" in str(w.message)]
+    assert bool(vanished) == (float(far) == 0)
+    if not vanished:
+        assert float(far) * 2.0**-power * 2.0**-power == pytest.approx(float(usual), rel=2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(kf.estimate(model, x * 0, kf.Gaussian(), fit=fit, labels="exact").trace()) == 0

@@ -137,6 +137,60 @@ def test_a_step_that_raises_or_does_not_help_leaves_weights():
     assert torch.equal(flat(model), before) and optimizer.step_length == 0 and optimizer.follower.factor > factor
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_batch_that_is_not_finite_is_refused_and_training_goes_on(name, bad):
+    def setup():
+        torch.manual_seed(0)
+        model = network(2, 4, 3)
+        return model, kf.NaturalGradient(model, LIKELIHOODS[name][0], fit="gram")
+
+    (model, optimizer), (other, plain) = setup(), setup()
+    x, y = torch.randn(10, 2).double(), LIKELIHOODS[name][1](10)
+    for each, of in ((optimizer, model), (plain, other)):
+        each.step(lambda of=of: of(x), y)
+    odd = x.clone()
+    odd[3, 0] = bad
+    before = flat(model)
+    with pytest.raises(NumericalError, match=r"NaN or Inf in 1 of 10 rows|outputs are NaN or infinite"):
+        optimizer.step(lambda: model(odd), y)
+    assert torch.equal(flat(model), before)
+    for each, of in ((optimizer, model), (plain, other)):
+        each.step(lambda of=of: of(x), y)
+    assert torch.equal(flat(model), flat(other))  # memory and λ were left alone
+
+
+def test_gradients_that_are_not_finite_name_the_term_and_the_points():
+    torch.manual_seed(0)
+    model, x = network(1, 4, 1), torch.rand(6, 1).double()
+    optimizer, before = kf.NaturalGradient(model, kf.Residuals({"fine": 1.0, "root": 1.0}), fit="gram"), flat(model)
+
+    def residuals():  # the root of zero has no derivative
+        u = model(x)[:, 0]
+        return {"fine": u, "root": torch.where(torch.arange(6) == 4, 0.0 * u, 1 + u.square()).sqrt()}
+
+    with pytest.raises(NumericalError, match=r"residuals 'root' hold NaN or Inf in 1 of 6 rows \(4\)"):
+        optimizer.step(residuals)
+    assert torch.equal(flat(model), before)
+
+
+def test_steps_into_overflow_are_shortened():
+    """Seen: a step that overflowed raised, where half of it makes the loss fall."""
+    w = nn.Parameter(torch.tensor(1.0).double())
+    holder = nn.Module()
+    holder.w = w
+    optimizer = kf.NaturalGradient(holder, kf.Residuals({"a": 1.0}), fit="gram", damping=1e-6)
+    seen = []
+
+    def residuals():
+        u = w.reshape(1)
+        seen.append(u.item())
+        return {"a": torch.where(u < 0.4, math.inf * torch.ones_like(u), 0.5 * u)}  # a full step goes to zero
+
+    optimizer.step(residuals)
+    assert min(seen) < 0.4 < w.item() < 1 and optimizer.step_length == 0.5
+
+
 def test_what_has_no_meaning_here_is_refused():
     model = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="not in the range"):

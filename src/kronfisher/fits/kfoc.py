@@ -16,6 +16,7 @@ from kronfisher.fits.products import ProductSums
 from kronfisher.fits.rearrangement import ROUTES, SHARING, Diagonals, Rearranged, cheapest, norm, over, rearrange
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
+from kronfisher.fits.scaling import tell_vanished
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import reciprocal
 from kronfisher.layers.samples import Samples
@@ -172,7 +173,7 @@ class KFOC(Fit):
         if not state.waiting:
             return
         state.single = None
-        check_gradients(state)  # decompositions tell less of what is wrong
+        told = check_gradients(state)  # decompositions tell less of what is wrong
         waiting, state.waiting = state.waiting, []
         merging = Merging(
             aggregation=self.aggregation,
@@ -186,6 +187,8 @@ class KFOC(Fit):
         for piece in [waiting] if whole else pieces(waiting, self._size(state, waiting)):
             with naming_errors(state):
                 merging.add_(state, piece)
+        if not told and not bool(state.inputs.any() & state.outputs.any()):
+            tell_vanished(waiting, state.name)
 
     def _size(self, state: ProductSums, waiting: list[Samples]) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""

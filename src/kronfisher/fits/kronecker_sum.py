@@ -13,6 +13,7 @@ from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import balance, inner, naming_errors, pieces
+from kronfisher.fits.scaling import tell_vanished
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import reciprocal
 from kronfisher.fits.term_search import METHODS, Method, TermSearch, squared_norm, squares
@@ -220,6 +221,8 @@ class KroneckerSum(Fit):
             else:
                 for piece in pieces(waiting, PIECE) if waiting else ():
                     self._merge(state, piece, self.carried)
+        if waiting and not bool(state.inputs.any() & state.outputs.any()):
+            tell_vanished(waiting, state.name)
 
     def _merge_alone(self, state: Any, piece: list[Samples]) -> None:
         self._merge(state, piece, self.rank)

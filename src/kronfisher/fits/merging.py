@@ -152,13 +152,13 @@ def _as_term(pair: Pair) -> tuple[Tensor, Tensor]:
     return times(pair.A, root)[None], times(pair.B, root)[None]
 
 
-def check_gradients(state: ProductSums) -> None:
-    """Refuse gradients that are not finite; bring extreme ones to the size of inputs, and say so if they vanish."""
+def check_gradients(state: ProductSums) -> bool:
+    """Refuse infinite gradients, bring extreme ones to the size of inputs; whether it said that they vanish."""
     tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
     sizes = [torch.linalg.vector_norm(samples.gradients) for samples in state.waiting if len(samples)]
     small = (1e9 * tiny) ** 0.5
     if all(small < size < 1 / small for size in (torch.stack(sizes).tolist() if sizes else [])):  # read at once
-        return  # the usual case, at a fraction of the time
+        return False  # the usual case, at a fraction of the time
     if not math.isfinite(_largest(state)):
         state.check()
     state.waiting = level(state.waiting)
@@ -169,6 +169,8 @@ def check_gradients(state: ProductSums) -> None:
             NumericalWarning,
             stacklevel=2,
         )
+        return True
+    return False
 
 
 def _largest(state: ProductSums) -> float:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
-from kronfisher.fits.rearrangement import over
 from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import MAX_DIM, check_max_dim, elements, factor_shapes
 from kronfisher.fits.state import FactorSums, reciprocal
@@ -66,7 +66,9 @@ class TKFAC(Fit):
         state.check()
         inputs = Factor.of(state.inputs).mirror()
         outputs = Factor.of(state.outputs).mirror(reciprocal(state.count))
-        return Kronecker(over(inputs.tensor, inputs.diagonal().sum(1)), outputs.tensor, name=state.name)
+        trace = inputs.diagonal().sum(1).view(-1, *[1] * (inputs.tensor.dim() - 1))
+        share = torch.where(trace > 0, inputs.tensor / trace, 0)  # not times 1/tr F, which overflows for tiny ones
+        return Kronecker(share, outputs.tensor, name=state.name)
 
 
 register("tkfac", TKFAC, "one Kronecker product with the right trace", "TKFAC")

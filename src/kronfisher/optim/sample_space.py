@@ -1,5 +1,6 @@
 """Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -103,7 +104,9 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             The loss before the step, detached.
 
         Raises:
-            DataError, NumericalError, UnsupportedError: something does not fit; weights are as they were.
+            DataError, UnsupportedError: something does not fit; weights, λ and memory are as they were.
+            NumericalError: outputs, residuals or their gradients are NaN or infinite, by the name of the term; likewise
+                as they were, so that a loop may catch it and go on with other points.
         """
         if closure is None:
             raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
@@ -121,10 +124,18 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 return closure()
 
         def again() -> float:
-            return float(self._loss(evaluated(), targets))
+            outputs = evaluated()
+            try:
+                return float(self._loss(outputs, targets))
+            except NumericalError:  # residuals overflow at the end of this step, and a shorter one may help
+                return math.inf
 
-        def values() -> Tensor:
-            terms = self.likelihood.terms(evaluated())  # pyright: ignore[reportAttributeAccessIssue]
+        def values() -> Tensor | None:
+            outputs = evaluated()
+            try:
+                terms = self.likelihood.terms(outputs)  # pyright: ignore[reportAttributeAccessIssue]
+            except NumericalError:
+                return None
             return torch.cat([term.detach() for term in terms.values()])
 
         old = [p.detach().clone() for p in self._parameters.values()]
@@ -145,7 +156,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         rows: Rows,
         old: list[Tensor],
         again: Callable[[], float],
-        values: Callable[[], Tensor] | None,
+        values: Callable[[], Tensor | None] | None,
     ) -> None:
         """Make the longest step that makes the loss fall; without memory if none along it does."""
         mean = float(rows.matrix.square().sum()) / rows.count / rows.matrix.shape[1]
@@ -158,7 +169,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             last = 0.0 if self._last is None else momentum * self._last
             step = last + solve(rows.vector - (rows.matrix @ last if isinstance(last, Tensor) else 0.0))
             if not bool(torch.isfinite(step).all()):
-                raise NumericalError("the step is not finite; give a larger damping, or train in float64.")
+                raise NumericalError(
+                    f"step {self.steps}: the step is not finite though residuals and gradients are; nothing was "
+                    "changed. Give a larger damping, or train in float64."
+                )
             change = rows.matrix @ step
             predicted = float((rows.vector @ change - 0.5 * change @ change) / rows.count)
             bend = self._bend(rows, step, change, old, values, solve) if values is not None else None
@@ -179,7 +193,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         step: Tensor,
         change: Tensor,
         old: list[Tensor],
-        values: Callable[[], Tensor],
+        values: Callable[[], Tensor | None],
         solve: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
         """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012), or None.
@@ -187,7 +201,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         The second derivative of the residuals along the step comes from one more evaluation of them.
         """
         self._set(old, step, _PROBED)
-        found = values()
+        if (found := values()) is None:
+            return None
         second = (found - rows.vector + _PROBED * change) * (2 / _PROBED**2)
         bend = 0.5 * solve(second)
         fine = bool(torch.isfinite(bend).all()) and float(bend.norm()) <= _BENT * float(step.norm())
@@ -225,7 +240,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         likelihood = self.likelihood
         if isinstance(likelihood, Residuals):
             terms = likelihood.terms(outputs)
-            J = torch.cat([self._jacobian.rows(term, f"the residuals {name!r}") for name, term in terms.items()
+            J = torch.cat([self._finite(term, f"the residuals {name!r}") for name, term in terms.items()
                            if term.requires_grad] or [])  # fmt: skip
             vector = torch.cat([term.detach() for term in terms.values() if term.requires_grad])
             return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0)
@@ -234,16 +249,30 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         loss = self._loss(outputs, targets)
         if self.labels == "observed":
             numbers = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
-            J = self._jacobian.rows(numbers)
+            J = self._finite(numbers)
             return loss, Rows(J, torch.ones_like(J[:, 0]), count)
         values, found, columns = outputs.detach(), [], []
         for column in likelihood.exact(values, targets):
             columns.append(column.flatten(1))
-            found.append(self._jacobian.rows((outputs * column).flatten(1).sum(1)))
+            found.append(self._finite((outputs * column).flatten(1).sum(1)))
         roots = torch.stack(columns, 2)  # [N, outputs, V]
         gradient = likelihood.observed(values, targets).flatten(1)
         inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]  # [N, V]
         return loss, Rows(torch.cat(found), inside.mT.reshape(-1).to(found[0]), count)
+
+    def _finite(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
+        """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""
+        J = self._jacobian.rows(numbers, what)
+        whole = torch.isfinite(J).all(1)
+        if not bool(whole.all()):
+            bad = (~whole).nonzero()[:, 0].tolist()
+            some = ", ".join(map(str, bad[:3])) + (", …" if len(bad) > 3 else "")
+            raise NumericalError(
+                f"step {self.steps}: gradients of {what} hold NaN or Inf in {len(bad)} of {len(J)} rows ({some}), "
+                "though the values are finite; nothing was changed. Look for infinite inputs, and functions without "
+                "a derivative at these points (√0, |x| to a power)."
+            )
+        return J
 
     def _set(self, old: list[Tensor], step: Tensor | None, scale: float) -> None:
         with torch.no_grad():
