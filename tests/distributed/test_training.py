@@ -46,6 +46,19 @@ def test_training_goes_on_from_what_rank_0_saved(ranks):
     assert same_bits([*whole, *parts])
 
 
+@pytest.mark.parametrize("how", ["rank 0", "checkpoint"])
+def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, tmp_path):
+    """Two ranks save; three load that, from a file one process as well; they follow one process with their batches."""
+    if ranks.size != 3:
+        pytest.skip("needs a third rank")
+    saved, path, whole = 2, str(tmp_path / "saved"), str(tmp_path / "whole")
+    answers = ranks.call(trainings.handed_on, ranks.size, path, saved, ranks.size, how)
+    follow(answers, trainings.handed_on(None, 1, whole, saved, ranks.size, "rank 0"))
+    if how == "rank 0":
+        truth = trainings.handed_on(None, 1, whole, None, 1, how)
+        follow([trainings.handed_on(None, 1, path, None, 1, how)], truth)
+
+
 def test_steps_between_renewals_send_nothing_but_gradients(ranks):
     """Two calls where statistics are due: what the ranks agree on, and the sums."""
     answers = ranks.call(trainings.between, ranks.size)

@@ -1,10 +1,12 @@
 """Trainings that ranks are asked to run: each function gets its rank first; None is one process with all data."""
 
 import contextlib
+import io
 import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,6 +106,59 @@ def resumed(rank, ranks, saved):
             model.load_state_dict(box[0][0])
             optimizer.load_state_dict(box[0][1])
         optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
+    return weights(model)
+
+
+def handed_on(rank, ranks, path, saved, loaded, how):
+    """Weights after five steps of some ranks, and five steps of other ranks that go on from what these saved.
+
+    Args:
+        rank: of this process; None: it is alone.
+        ranks: of the group.
+        path: of the file or folder.
+        saved: how many ranks train and save at first; None: what others saved is loaded.
+        loaded: how many go on.
+        how: rank 0 saves alone, or all of them through torch.distributed.checkpoint.
+    """
+
+    def some(number):
+        if rank is None:
+            return None
+        return dist.group.WORLD if number == ranks else dist.new_group(list(range(number)))
+
+    def made(group):
+        model = perceptron()
+        wrapped = model if rank is None else DistributedDataParallel(model, process_group=group)
+        return model, wrapped, kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", group=group)
+
+    def go(wrapped, optimizer, number, first):
+        for x, y in list(batches(rank if rank is not None and number > 1 else None, number, first + 5))[first:]:
+            optimizer.step(lambda x=x: wrapped(x), y)
+
+    if saved is not None:
+        group = some(saved)
+        if rank is None or rank < saved:
+            model, wrapped, optimizer = made(group)
+            go(wrapped, optimizer, saved, 0)
+            if how == "checkpoint":
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                state = {"model": model.state_dict(), "optimizer": file.getvalue()}
+                dcp.save(state, checkpoint_id=path, process_group=group)
+            elif not rank:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        if rank is not None:
+            dist.barrier()
+    model, wrapped, optimizer = made(some(loaded))
+    if how == "checkpoint":
+        state = {"model": model.state_dict(), "optimizer": b""}
+        dcp.load(state, checkpoint_id=path, no_dist=rank is None)
+        state["optimizer"] = torch.load(io.BytesIO(state["optimizer"]))
+    else:
+        state = torch.load(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    go(wrapped, optimizer, loaded, 5)
     return weights(model)
 
 
