@@ -34,6 +34,25 @@ def batches(count, n=4, dtype=torch.float64):
     ]
 
 
+def test_weights_in_half_precision_take_the_step_of_their_rows():
+    def run(dtype):
+        model = wide(torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        model.to(dtype)
+        before = [p.detach().float().clone() for p in model.parameters()]
+        optimizer = kf.NaturalGradient(model, kf.Categorical())
+        for x, y in batches(2, dtype=torch.bfloat16):
+            optimizer.step(lambda x=x: model(x.to(dtype)).float(), y)
+        assert all(p.dtype == dtype for p in model.parameters())
+        return torch.cat([(p.detach().float() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+
+    half, full = run(torch.bfloat16), run(torch.float32)
+    assert torch.cosine_similarity(half, full, dim=0) > 0.95
+    assert 0.9 < half.norm() / full.norm() < 1.1
+
+
 def spd(n):
     root = torch.randn(n, n, dtype=torch.float64)
     return root @ root.mT + torch.eye(n)

@@ -132,7 +132,8 @@ class RowInverse:
         if self.spared.intersection(block.parameters):
             # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
             self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)
-        if block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
+        own = all(out[name].dtype == left.dtype for name in block.parameters)  # not those of weights in half precision
+        if own and block.weight is not None and block.bias is not None and block.weight.whole and block.bias.whole:
             weight, bias = out[block.weight.parameter], out[block.bias.parameter]  # without a copy of the joint matrix
             torch.mm(left, right[:, :-1], out=weight.view(len(left), -1))
             torch.mv(left, right[:, -1], out=bias.view(-1))
