@@ -42,6 +42,7 @@ def add(app: Any) -> None:
         problems: Annotated[str, option(f"comma-separated, of {', '.join(PROBLEMS)} (default: the half's)")] = "",
         seconds: Annotated[float | None, option("CPU time of a run (default: 10, and 3 without a table)")] = None,
         tuning_seconds: Annotated[float, option("CPU time of a run of the baselines' searches")] = Suite.tuning,
+        search: Annotated[bool, option("search the baselines' settings anew", "--search")] = Suite.search,
         seeds: Annotated[str, option("comma-separated")] = "0,1,2",
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(BASELINES)}, natural and --options")] = "",
         options: Annotated[str, option('others of ours, as JSON or a file: {"x": {"lr": 0.5}}')] = "{}",
@@ -91,6 +92,7 @@ def add(app: Any) -> None:
                     told = {
                         "horizon": horizon and not fits,
                         "tuning": tuning_seconds,
+                        "search": search,
                         "factor": batch,
                         "only": bool(optimizers or fits),
                     }

@@ -11,7 +11,7 @@ from kronfisher.experiments.race.suite.plan import Plan
 from kronfisher.experiments.race.suite.problem import PROBLEMS, Loaded, require
 from kronfisher.experiments.race.suite.run import Run, carry_out
 from kronfisher.experiments.race.suite.table import Results
-from kronfisher.experiments.race.suite.tune import tune
+from kronfisher.experiments.race.suite.tune import searched, tune
 
 __all__ = ["HORIZON", "Suite"]
 
@@ -28,6 +28,7 @@ class Suite:
         folder: of all files; what it has is not done again.
         seconds: CPU time of a run.
         tuning: CPU time of a run of the baselines' searches.
+        search: search the baselines' settings anew; otherwise those that an earlier search found are taken.
         seeds: of the runs; the searches have another.
         ours: name → settings of `NaturalGradient`.
         factor: our batch over the baselines' first, at most all data; None: by the rule of `our_batch`.
@@ -42,6 +43,7 @@ class Suite:
     folder: Path
     seconds: float = 10.0
     tuning: float = 4.0
+    search: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     ours: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"natural": {}})
     factor: float | None = None
@@ -89,7 +91,8 @@ class Suite:
 
     def _runs(self, loaded: Loaded, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
         for baseline in self.baselines:
-            chosen = tune(baseline, loaded, self.tuning, self.folder, say)
+            known = None if self.search else searched(baseline, loaded.problem.name)
+            chosen = known or tune(baseline, loaded, self.tuning, self.folder, say)
             plan = self._plan(loaded, baseline, baseline, {"lr": chosen["lr"]}, chosen["batch"], seed)
             yield carry_out(plan, loaded, self.folder, again=self.again)
         if self.factor is None:
