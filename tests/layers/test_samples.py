@@ -223,8 +223,7 @@ def test_products_with_patches_of_transposed_convolutions():
     """Their kernels lie the other way round, in every product alike."""
     window = Geometry((3, 2), (1, 1), ((2, 2), (1, 1)), (1, 1))
     images = torch.randn(4, 2, 4, 3, dtype=torch.float64)
-    for kind in (Patches, FlippedPatches):
-        patches = kind(images, window, 1, 4, bias=True)
+    for patches in (Patches(images, window, 1, 4, True), FlippedPatches(images, window, 1, 4, True, (1, 1))):
         M = torch.randn(1, patches.shape[-1], 3, dtype=torch.float64)
         torch.testing.assert_close(patches.times(M), patches.dense() @ M)
         torch.testing.assert_close(patches.times(M, 1, 3), patches.dense(1, 3) @ M)

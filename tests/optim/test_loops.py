@@ -183,7 +183,7 @@ def test_a_step_that_raises_moves_nothing(fails, monkeypatch):
     x, y = data[3]
     with monkeypatch.context() as patch:
         if fails == "inverse":
-            patch.setattr(optimizer.parts.direction, "renew", lambda *_: (_ for _ in ()).throw(MemoryError))
+            patch.setattr(optimizer.parts.direction, "renew", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(kf.DataError if fails == "loss" else MemoryError):
             optimizer.step(lambda: forward(x), y + 7 if fails == "loss" else y)
     assert torch.equal(weights(model), before) and optimizer.steps == 3

@@ -17,7 +17,6 @@ OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on s
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.002  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
-RELAPSE = 0.01  # by how much bounds above one fall at every step without such signal
 LARGEST = 10.0  # factor
 
 
@@ -85,12 +84,10 @@ class Rates:
 
     def _bound(self, cosine: Tensor) -> Tensor:
         """The factor on the bounds after a step of this cosine: up to one, or beyond."""
-        beyond = torch.nn.functional.softshrink(cosine, OVERSHOT)
-        certain = cosine.sub(CERTAIN).clamp_min(0)
-        change = torch.where(certain > 0, BRAKE * certain, -RELAPSE) + BRAKE * beyond.clamp(max=0)
-        boosted = (self.brake * change.exp()).clamp(max=LARGEST)
-        braked = (self.brake * (RECOVERY + BRAKE * beyond).exp()).clamp(max=1.0)
-        return torch.where((self.brake > 1) | ((self.brake == 1) & (certain > 0)), boosted, braked)
+        boosted = (self.brake * (BRAKE * (cosine - CERTAIN)).exp()).clamp(max=LARGEST)
+        change = RECOVERY + BRAKE * torch.nn.functional.softshrink(cosine, OVERSHOT)
+        braked = (self.brake * change.exp()).clamp(max=1.0)
+        return torch.where((self.brake > 1) | ((self.brake == 1) & (cosine > CERTAIN)), boosted, braked)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""

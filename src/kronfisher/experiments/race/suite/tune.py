@@ -21,7 +21,7 @@ LONGEST = 8
 
 
 def searched(name: str, problem: str) -> dict[str, Any] | None:
-    """ "lr" and "batch" that `tune` found for a baseline of a problem, once; None for others."""
+    """The "lr" and "batch" that `tune` found for a baseline of a problem, once; None for others."""
     return json.loads(Path(__file__).with_name("searched.json").read_text()).get(problem, {}).get(name)
 
 
