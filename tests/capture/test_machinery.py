@@ -11,7 +11,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import walk
-from tests.helpers.checks import assert_fallback
+from tests.helpers.checks import assert_exact, assert_fallback
 from tests.helpers.networks import Written, linears
 
 
@@ -71,10 +71,21 @@ def test_hooks_fire_only_in_passes_of_ours():
 def test_every_use_of_a_parameter_that_is_only_partly_claimed_is_found():
     """One supported and one unsupported use of the same weight: the second must not hide behind the first."""
     for second in (
-        lambda m, x: torch.einsum("ni,oi->no", x, m.w),
-        lambda m, x: x @ (m.w * 1).t(),
-        lambda m, x: torch.bmm(x[None], m.w.t()[None])[0],
+        lambda m, x: torch.einsum("ni,oi,oi->no", x, m.w, m.w),
+        lambda m, x: x @ (m.w * m.w).t(),
+        lambda m, x: torch.bmm(x[None], m.w.abs().t()[None])[0],
         lambda m, x: F.linear(x, m.w.abs()),
     ):
         model = Written(lambda m, x, second=second: F.linear(x, m.w) + second(m, x), w=torch.randn(2, 3))
         assert_fallback(model, torch.randn(5, 3), "w: used by")
+
+
+def test_every_use_of_a_parameter_that_is_used_in_several_forms_counts():
+    for second in (
+        lambda m, x: torch.einsum("ni,oi->no", x, m.w),
+        lambda m, x: x @ (m.w * 1).t(),
+        lambda m, x: torch.bmm(x[None], m.w.t()[None])[0],
+    ):
+        model = Written(lambda m, x, second=second: F.linear(x, m.w) + second(m, x), w=torch.randn(2, 3))
+        for fit in ("diagonal", "full", kf.Full(across_layers=True)):
+            assert_exact(model, torch.randn(5, 3), fit=fit)

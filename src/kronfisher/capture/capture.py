@@ -72,7 +72,8 @@ class Capture(TorchFunctionMode):
         self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
         self._copies: dict[int, int] = {}  # copy of a parameter → its version
-        self._computed = ComputedWeights(self.view, trainable, lenient)
+        capture = ref(self)  # a bound method would form a cycle that keeps all activations
+        self._computed = ComputedWeights(lambda tensor: _view(capture(), tensor), trainable, lenient)
         self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses without data
         self._receiver: Receiver | None = None
 
@@ -434,6 +435,10 @@ class Capture(TorchFunctionMode):
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
             self._receiver(call, call.gradient(gradient))
+
+
+def _view(capture: Capture | None, tensor: Any) -> Window | None:
+    return None if capture is None else capture.view(tensor)
 
 
 def _deliver(capture: Capture | None, index: int, gradient: Tensor) -> None:
