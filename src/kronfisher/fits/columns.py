@@ -12,7 +12,7 @@ import torch
 
 from kronfisher.layers.samples import Samples
 
-__all__ = ["Columns", "joined", "shares_columns", "spread"]
+__all__ = ["Columns", "alike", "joined", "shares_columns", "spread"]
 
 MOST = 32  # columns that are joined
 _NARROW, _FLAT = 1024, 8  # numbers of a symmetric factor of the outputs that are few: as such, or for a wide layer
@@ -61,3 +61,8 @@ def joined(before: Samples, use: Samples) -> Samples | None:
 def spread(samples: Sequence[Samples]) -> list[Samples]:
     """Samples one by one."""
     return [use.spread() if isinstance(use, Columns) else use for use in samples]
+
+
+def alike(samples: Sequence[Samples]) -> list[Samples]:
+    """The same samples, one by one where some of them have several positions: those are not taken with columns."""
+    return spread(samples) if any(use.positions > 1 for use in samples) else list(samples)

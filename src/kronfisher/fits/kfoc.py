@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.columns import shares_columns
+from kronfisher.fits.columns import alike, shares_columns
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.half_steps import HalfStep, OutputsStep
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
@@ -174,7 +174,7 @@ class KFOC(Fit):
             return
         state.single = None
         told = check_gradients(state)  # decompositions tell less of what is wrong
-        waiting, state.waiting = state.waiting, []
+        waiting, state.waiting = alike(state.waiting), []
         merging = Merging(
             aggregation=self.aggregation,
             tolerance=self.tolerance,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.columns import shares_columns
+from kronfisher.fits.columns import alike, shares_columns
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
@@ -213,7 +213,7 @@ class KroneckerSum(Fit):
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
         if state.waiting:
             state.check()
-        waiting, state.waiting = state.waiting, []
+        waiting, state.waiting = alike(state.waiting), []
         alone = last and not float(state.pieces) and sum(map(len, waiting)) <= PIECE
         with naming_errors(state):
             if alone and waiting:
