@@ -75,6 +75,23 @@ class Functional(nn.Module):
         return hidden @ self.left.new_ones(4, 2)
 
 
+class Contractions(nn.Module):
+    # Matrices for each of two groups and a form of two inputs, one after another.
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.more = nn.Parameter(torch.randn(2, 3, 2)), nn.Parameter(torch.randn(2, 2, 3))
+        self.last, self.bias = nn.Parameter(torch.randn(2, 3, 2)), nn.Parameter(torch.randn(2, 1, 2))
+        self.joined = nn.Parameter(torch.randn(2, 2, 3))
+        self.form = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("nhi,hio->nho", x, self.heads).tanh()
+        y = torch.bmm(y.transpose(0, 1), self.more).tanh()
+        y = torch.baddbmm(self.bias, y, self.last).transpose(0, 1).tanh()
+        y = torch.tensordot(y, self.joined, 2)
+        return self.form(y, y.sin())
+
+
 class Recurrent(nn.Module):
     # Layers of every kind and cells of every kind in a loop over the steps, side by side.
     def __init__(self) -> None:
@@ -155,3 +172,4 @@ EXAMPLES["conv_transpose3d, no bias"] = lambda: (
     nn.ConvTranspose3d(2, 1, (2, 1, 2), stride=(1, 2, 1), bias=False),
     (3, 2, 2, 1, 2),
 )
+EXAMPLES["contractions"] = lambda: (Contractions(), (5, 2, 3))

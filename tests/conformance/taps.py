@@ -62,6 +62,8 @@ def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tenso
         return _attention(module.attention, "module.attention", *sources(module, x), places)
     if isinstance(module, nn.TransformerEncoderLayer):
         return _transformer_layer(module, x, places)
+    if hasattr(module, "heads"):
+        return _contractions(module, x, places)
     if hasattr(module, "cells"):
         return _recurrent(module, x, places)
     return module(x), vectors(module, "module.", places)  # scales and shifts
@@ -250,6 +252,37 @@ def _matrix_products(module: nn.Module, x: Tensor, places: dict[str, Tensor]) ->
         Tap("module.right", first, x[None], lambda g: g[None], places["module.right"].T[None]),
         Tap("module.left", second, torch.cat([first, ones], dim=1)[None], lambda g: g[None], index[None]),
     ]
+
+
+def _contractions(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    """One datum's products, group by group; zeros are added where the gradients of the three batches arrive."""
+    found, hidden = [], x[0]  # [2, 3]
+    for name in ("heads", "more", "last"):
+        weight, index = getattr(module, name), places[f"module.{name}"].mT
+        y = torch.stack([own @ matrix for own, matrix in zip(hidden, weight, strict=True)])
+        if name == "last":
+            shift = y.new_zeros(2, 2, requires_grad=True)
+            y = y + shift + module.bias[:, 0]
+            bias = places["module.bias"].reshape(1, 4, 1)
+            found.append(Tap("module.bias", shift, y.new_ones(1, 1, 1), lambda g: g.reshape(1, 1, -1), bias))
+        found.append(Tap(f"module.{name}", y, hidden[:, None], lambda g: g[:, None], index))
+        hidden = y.tanh()
+    y = hidden.flatten() @ module.joined.flatten(0, 1)
+    found.append(
+        Tap(
+            "module.joined",
+            y,
+            hidden.reshape(1, 1, -1),
+            lambda g: g[None, None],
+            places["module.joined"].flatten(0, 1).T[None],
+        )
+    )
+    pairs = torch.outer(y, y.sin()).reshape(1, 1, -1)
+    z = module.form(y[None], y.sin()[None])
+    own = {"module.weight": places["module.form.weight"].flatten(1), "module.bias": places["module.form.bias"]}
+    tap = _with_bias(z, pairs, lambda g: g[None], own, module.form)
+    tap.name = "module.form.weight"
+    return z, [*found, tap]
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
