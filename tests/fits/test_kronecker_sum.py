@@ -213,7 +213,7 @@ def test_states_combine():
         assert (joined.to_dense() - dense).norm() < 1e-3 * dense.norm()
 
 
-@pytest.mark.parametrize("method", ["lanczos", "deflation", "gram", "nonnegative"])
+@pytest.mark.parametrize("method", METHODS)
 def test_single_precision(method):
     model, x = with_inputs(False)
     double = estimate(model, x, kf.KroneckerSum(2, method))
@@ -222,6 +222,17 @@ def test_single_precision(method):
     torch.testing.assert_close(
         single.to_dense().double(), double.to_dense(), rtol=1e-2, atol=1e-3 * float(double.to_dense().abs().max())
     )
+
+
+def test_positive_terms_in_single_precision_come_as_close():
+    """They are one of several local optima, which rounding chooses among: their errors are compared, not they."""
+    model, x = with_inputs(False)
+    truth = estimate(model, x, "full").to_dense()
+    double = estimate(model, x, kf.KroneckerSum(2, "nonnegative"))
+    single = estimate(model.float(), x.float(), kf.KroneckerSum(2, "nonnegative"))
+    assert single.dtype == torch.float32
+    missed, best = ((fisher.to_dense().double() - truth).norm() for fisher in (single, double))
+    assert missed < 1.05 * best < 0.06 * truth.norm()
 
 
 def test_nonsense_is_refused():

@@ -9,6 +9,7 @@ from torch import Tensor
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.columns import alike, shares_columns
 from kronfisher.fits.fit import Fit
+from kronfisher.fits.merging import check_gradients
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import Terms, times
 from kronfisher.fits.registry import register
@@ -211,8 +212,7 @@ class KroneckerSum(Fit):
 
     def _flush(self, state: TermSums, last: bool = False) -> None:
         """Merge what has been waiting; a piece that is the only one needs no more terms than are kept."""
-        if state.waiting:
-            state.check()
+        told = bool(state.waiting) and check_gradients(state.check())
         waiting, state.waiting = alike(state.waiting), []
         alone = last and not float(state.pieces) and sum(map(len, waiting)) <= PIECE
         with naming_errors(state):
@@ -221,7 +221,7 @@ class KroneckerSum(Fit):
             else:
                 for piece in pieces(waiting, PIECE) if waiting else ():
                     self._merge(state, piece, self.carried)
-        if waiting and not bool(state.inputs.any() & state.outputs.any()):
+        if waiting and not told and not bool(state.inputs.any() & state.outputs.any()):
             tell_vanished(waiting, state.name)
 
     def _merge_alone(self, state: Any, piece: list[Samples]) -> None:

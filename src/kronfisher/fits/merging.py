@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from kronfisher.fits.rearrangement import (
 from kronfisher.fits.running_sum import add_terms
 from kronfisher.fits.scaling import level
 from kronfisher.fits.shapes import Shapes, has_diagonal
+from kronfisher.fits.state import WaitingState
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.factors import Factor
 
@@ -152,7 +153,7 @@ def _as_term(pair: Pair) -> tuple[Tensor, Tensor]:
     return times(pair.A, root)[None], times(pair.B, root)[None]
 
 
-def check_gradients(state: ProductSums) -> bool:
+def check_gradients(state: WaitingState) -> bool:
     """Refuse infinite gradients, bring extreme ones to the size of inputs; whether it said that they vanish."""
     tiny = torch.finfo(state.waiting[0].gradients.dtype).tiny
     sizes = [torch.linalg.vector_norm(samples.gradients) for samples in state.waiting if len(samples)]
@@ -169,11 +170,13 @@ def check_gradients(state: ProductSums) -> bool:
             NumericalWarning,
             stacklevel=2,
         )
+        # Some processors keep a few digits of such squares, whose inverses overflow: zero on all of them.
+        state.waiting = [replace(use, gradients=torch.zeros_like(use.gradients)) for use in state.waiting]
         return True
     return False
 
 
-def _largest(state: ProductSums) -> float:
+def _largest(state: WaitingState) -> float:
     """Of the numbers in gradients that wait."""
     ends = [end for samples in state.waiting if len(samples) for end in samples.gradients.aminmax()]
     return float(torch.stack(ends).abs().max()) if ends else 0.0
