@@ -43,7 +43,11 @@ def test_layers_that_some_ranks_do_not_use(ranks):
 
 def test_training_goes_on_from_what_rank_0_saved(ranks):
     whole, parts = (ranks.call(trainings.resumed, ranks.size, saved) for saved in (False, True))
-    assert same_bits([*whole, *parts])
+    assert same_bits(whole) and same_bits(parts)
+    # DDP puts gradients together in other buckets in its first step; a sum of two does not depend on that.
+    assert same_bits([*whole, *parts]) or ranks.size > 2
+    for name, value in whole[0].items():
+        torch.testing.assert_close(parts[0][name], value, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("how", ["rank 0", "checkpoint"])
