@@ -57,4 +57,4 @@ def test_a_batch_takes_a_short_way(labels):
     assert stays[0] == "estimation" and "fits" in stays and ("fits", "KFAC.finish") in calls
     assert len(set(stays)) <= 10, stays
     assert len(stays) <= 25, stays
-    assert len(climbs) <= 6, stays
+    assert len(climbs) <= 7, stays  # one of them is once an estimate: whether the loader's sampler repeats examples

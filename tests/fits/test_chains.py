@@ -136,7 +136,11 @@ def test_lookups_other_fits_and_the_fallback_cut_a_chain_and_frozen_layers_do_no
     model, x = perceptron(4, 5, 4, 3), torch.randn(9, 4).double()
     found, cuts = layout(model, x, {"2.*": "kfac", "*": kf.BlockTridiagonal()})
     assert found == [["0.weight"], ["2.weight"], ["4.weight"]] and "2.weight has another fit" in cuts
-    weird = Written(lambda m, x: m.l1(m.l0(x) * torch.linalg.inv(m.w).sum()), w=torch.eye(2), **linear((3, 4), (4, 2)))
+    layers = linear((3, 4), (4, 2))
+    scaled = Written(lambda m, x: m.l1(m.l0(x) * torch.linalg.inv(m.w).sum()), w=torch.eye(2), **layers)
+    found, cuts = layout(scaled.double(), torch.randn(6, 3).double())
+    assert found == [["w"], ["l0.weight"], ["l1.weight"]] and "w is no matrix but a vector" in cuts
+    weird = Written(lambda m, x: m.l1(torch.atan2(m.l0(x), m.w.sum())), w=torch.eye(2), **layers)
     found, cuts = layout(weird.double(), torch.randn(6, 3).double())
     assert ["l0.weight", "l1.weight"] in found and not cuts  # `w` is no call on the way from one to the other
     for p in model[2].parameters():

@@ -188,8 +188,9 @@ class Capture(TorchFunctionMode):
     ) -> Computed | None:
         """The uses that an operator makes of parameters by way of weights computed from them, entered into `views`."""
         rows = {key for key, (_, use) in self._lookups.items() if use.onehot}  # they have a use of their own
-        windows = {id(t): self._computed.window(t) for t in tensors if t.grad_fn is not None and id(t) not in rows}
-        if not any(windows.values()):
+        made = [t for t in tensors if t.grad_fn is not None and id(t) not in rows]
+        windows = {id(t): window for t in made if (window := self._computed.window(t))}  # others keep their views
+        if not windows:
             return None
         uses = self._uses(handler, args, kwargs, tensors, {**views, **windows}, {})
         found = self._computed.uses(uses, max(tensor.dim() for tensor in tensors)) if uses else None

@@ -72,9 +72,10 @@ class ComputedWeights:
         """Remember an operator that received parameters and constants alone, and the uses that it made by itself."""
         if isinstance(result, Tensor) and result.requires_grad and result.grad_fn is not None:
             shape = tuple(result.shape)
-            spread = any(isinstance(use, ElementwiseUse) and prod(use.lead(shape)) > 1 for use in uses) or any(
-                self._expressions[id(value)].spread for value in args if id(value) in self._expressions
-            )
+            wide = any(isinstance(use, ElementwiseUse) and prod(use.lead(shape)) > 1 for use in uses)
+            # A repetition is for the examples even where a batch has a single one: all batches are read alike.
+            spread = wide or (function is Tensor.repeat and bool(uses))
+            spread = spread or any(self._expressions[id(v)].spread for v in args if id(v) in self._expressions)
             self._expressions[id(result)] = Expression(function, args, kwargs, result, result._version, spread)
 
     def note_picked(self, function: Callable, args: tuple, result: Any) -> None:
