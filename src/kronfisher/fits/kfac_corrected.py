@@ -76,6 +76,10 @@ class KFACCorrected(KroneckerSum):
         A, B = (Factor.of(total).mirror().tensor for total in (state.input_covariance, state.output_covariance))
         return A[None], B[None] * reciprocal(state.rows)
 
+    def _vanished(self, state: CorrectedSums) -> bool:
+        """The terms correct K-FAC: they are zero where K-FAC is exact."""
+        return not bool(state.input_covariance.any() & state.output_covariance.any())
+
     def _merge_alone(self, state: CorrectedSums, piece: list[Samples]) -> None:
         state.exact = True
         self._merge(state, piece, 1, Terms(*self._product(state), sign=-1.0))

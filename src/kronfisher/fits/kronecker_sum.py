@@ -221,8 +221,12 @@ class KroneckerSum(Fit):
             else:
                 for piece in pieces(waiting, PIECE) if waiting else ():
                     self._merge(state, piece, self.carried)
-        if waiting and not told and not bool(state.inputs.any() & state.outputs.any()):
+        if waiting and not told and self._vanished(state):
             tell_vanished(waiting, state.name)
+
+    def _vanished(self, state: Any) -> bool:
+        """Whether the matrix of the samples came out as zero."""
+        return not bool(state.inputs.any() & state.outputs.any())
 
     def _merge_alone(self, state: Any, piece: list[Samples]) -> None:
         self._merge(state, piece, self.rank)
