@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
 from kronfisher.linalg import stable_norm
 
-__all__ = ["Convergence", "conjugate_gradients"]
+__all__ = ["Convergence", "Iterative", "conjugate_gradients"]
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -37,6 +37,24 @@ class Convergence:
     def __str__(self) -> str:
         state = "" if self.converged else "not converged, "
         return f"solved by conjugate gradients: {state}{self.iterations} iterations, residual {self.residual:.1e}"
+
+
+class Iterative:
+    """What operators that are solved by conjugate gradients tell of their last solution."""
+
+    @property
+    def notes(self) -> str:
+        """Convergence of the last solution."""
+        return str(self.convergence or "")
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """Of the last solution by conjugate gradients; None if there was none."""
+        return vars(self).get("_convergence")
+
+    def remember(self, convergence: Convergence) -> None:
+        """Keep it for reports; operators are immutable otherwise."""
+        vars(self)["_convergence"] = convergence
 
 
 def conjugate_gradients(

@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfisher.errors import DataError
 from kronfisher.linalg import negligible
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.cg import Convergence, conjugate_gradients
+from kronfisher.operators.cg import Iterative, conjugate_gradients
 from kronfisher.operators.factors import Factor, check_factors, size_text
 from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.kronecker import Kronecker
@@ -22,7 +22,7 @@ __all__ = ["KroneckerSum"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KroneckerSum(Operator, kind="kronecker-sum"):
+class KroneckerSum(Iterative, Operator, kind="kronecker-sum"):
     """``blockdiag_h(Σ_r B_rh ⊗ A_rh) + λ·1``: takes ``W [H, O, I]`` to ``Σ_r B_r W A_rᵀ + λ W``.
 
     The first term leads: it is positive semidefinite, the others are corrections and may be anything symmetric, so that
@@ -101,16 +101,6 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         """Whether every term is positive semidefinite."""
         return self.nonnegative
 
-    @property
-    def notes(self) -> str:
-        """Convergence of the last solution."""
-        return str(self.convergence or "")
-
-    @property
-    def convergence(self) -> Convergence | None:
-        """Of the last solution by conjugate gradients; None if there was none."""
-        return vars(self).get("_convergence")
-
     @cached_property
     def terms(self) -> tuple[Kronecker, ...]:
         """The single products; all but the first may be indefinite."""
@@ -144,7 +134,7 @@ class KroneckerSum(Operator, kind="kronecker-sum"):
         answer, convergence = conjugate_gradients(
             self.matvecs, near.matvecs, rows, scale=high + self.shift, floor=floor, name=label
         )
-        vars(self)["_convergence"] = convergence  # of this very matrix, for reports
+        self.remember(convergence)
         return answer
 
     def noise_dim(self, *, inverse: bool = True) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.linalg import negligible
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.cg import Convergence, conjugate_gradients
+from kronfisher.operators.cg import Iterative, conjugate_gradients
 from kronfisher.operators.diagonal import Diagonal
 from kronfisher.operators.operator import Operator
 
@@ -19,7 +19,7 @@ __all__ = ["Sum"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sum(Operator, kind="total"):
+class Sum(Iterative, Operator, kind="total"):
     """``Σ_i X_i``: products, trace and diagonal are sums; the rest forms the matrix if it is small.
 
     ``+`` makes one where the terms have no common structure.
@@ -99,18 +99,8 @@ class Sum(Operator, kind="total"):
         near, high, definite = self._near
         floor = 0.0 if definite else negligible(self.dtype) * high
         answer, convergence = conjugate_gradients(self.matvecs, near.matvecs, rows, scale=high, floor=floor, name=label)
-        vars(self)["_convergence"] = convergence  # of this very matrix, for reports
+        self.remember(convergence)
         return answer
-
-    @property
-    def notes(self) -> str:
-        """Convergence of the last solution."""
-        return str(self.convergence or "")
-
-    @property
-    def convergence(self) -> Convergence | None:
-        """Of the last solution by conjugate gradients; None if there was none."""
-        return vars(self).get("_convergence")
 
     @cached_property
     def _near(self) -> tuple[Operator, float, bool]:
