@@ -1,23 +1,90 @@
 """Races on residuals of equations: solutions solve them, and a race has its tables, curves and figures."""
 
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from kronfisher.experiments.equations import EQUATIONS, race
+from kronfisher.experiments.equations import EQUATIONS, intervals, race
+from kronfisher.experiments.equations.inverse import NOISE, TRUTH, Conductivity
+from tests.helpers.close import close
+
+
+class Solution(nn.Module):
+    def __init__(self, equation):
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, x):
+        return self.equation.solution(x)[:, None]
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_the_solution_solves_the_equation(name):
     equation = EQUATIONS[name]
-
-    class Solution(torch.nn.Module):
-        def forward(self, x):
-            return equation.solution(x)[:, None]
-
+    network = Solution(equation)
+    if name == "inverse":
+        network = equation.network(0)
+        network.solution = Solution(equation)
+        network.constants.data = torch.tensor(TRUTH).double()
     torch.manual_seed(0)
-    found = equation.residuals(Solution(), *equation.draw())
+    found = equation.residuals(network, *equation.draw())
+    if name == "inverse":
+        noise = found.pop("observations")
+        assert 0.7 * NOISE < float(noise.std()) < 1.4 * NOISE
     assert all(float(term.detach().abs().max()) < 1e-9 for term in found.values())
-    assert equation.error(Solution()) < 1e-12
+    assert equation.error(network) < 1e-12
+
+
+def test_burgers_steepest_slope_is_the_published_one():
+    """152.00516 at t = 1.6037/π (Basdevant et al. 1986, Computers & Fluids 14), in the middle of [−1, 1]."""
+    point = torch.tensor([[0.5, 1.6037 / math.pi]], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(EQUATIONS["burgers"].solution(point).sum(), point)
+    assert abs(float(slope[0, 0]) / 2 + 152.00516) < 1e-4
+
+
+def sensitivities(places, terms=40):
+    """``∂u/∂κ`` at points ``[n, 2]``: ``−∇·(κ∇w_k) = ∇·(x₁^k ∇u)`` with zero boundary, in products of sines.
+
+    With u = sin πx sin πy only sin πy occurs along y, so that an equation along x remains.
+    """
+    n = torch.arange(1, terms + 1).double()
+    x, weights = quadrature(400)
+    s, c = torch.sin(math.pi * x[:, None] * n), math.pi * n * torch.cos(math.pi * x[:, None] * n)
+    mean = lambda f, g, k: f.mT @ (g * (weights * k)[:, None])  # noqa: E731
+    kappa = TRUTH[0] + TRUTH[1] * x
+    stiff = mean(c, c, kappa) + math.pi**2 * mean(s, s, kappa)
+    columns = []
+    for power in (0, 1):
+        right = -(mean(c, c[:, :1], x**power) + math.pi**2 * mean(s, s[:, :1], x**power))
+        own = torch.linalg.solve(stiff, right)[:, 0]
+        columns.append(torch.sin(math.pi * places[:, :1] * n) @ own * torch.sin(math.pi * places[:, 1]))
+    return torch.stack(columns, 1)
+
+
+def quadrature(number):
+    x, weights = np.polynomial.legendre.leggauss(number)
+    return torch.from_numpy(x + 1) / 2, torch.from_numpy(weights) / 2
+
+
+def test_intervals_are_those_of_the_linearised_equation():
+    """The network stands for every solution, so that what is left is ``(SᵀS/σ²)⁻¹`` with S the sensitivities."""
+    equation = replace(EQUATIONS["inverse"], sizes=(2, 16, 1), points=(120, 40))  # enough, and quicker
+    found = intervals(equation, draws=2)
+    for draw in found.draws:
+        network = equation.network(draw.seed)
+        assert isinstance(network, Conductivity)
+        S = sensitivities(network.places)
+        covariance = torch.linalg.inv(S.mT @ S) * NOISE**2
+        close(torch.tensor(draw.deviation).double(), covariance.diagonal().sqrt(), 0.04)
+        error = torch.tensor(draw.mean).double() - torch.tensor(TRUTH).double()
+        shift = covariance @ S.mT @ (network.observed - equation.solution(network.places)) / NOISE**2
+        assert bool(((error - shift).abs() < 0.15 * covariance.diagonal().sqrt()).all())
+    assert "of 2" in str(found.table())
 
 
 def test_a_race_is_written_down(tmp_path):
@@ -25,6 +92,19 @@ def test_a_race_is_written_down(tmp_path):
     assert [run.optimizer for run in curves.runs] == ["gram", "adam", "lbfgs"]
     assert all(run.points[-1][0] >= 0.4 for run in curves.runs)
     assert "gram" in str(curves) and '"poisson2d"' in curves.to_json()
-    assert all(path.exists() for path in curves.draw(tmp_path))
+    paths = curves.draw(tmp_path)
+    assert [path.name for path in paths] == [f"poisson2d-{kind}.png" for kind in ("seconds", "steps", "maps")]
+    assert all(path.exists() for path in paths)
     with pytest.raises(ValueError, match="no optimizer 'sgd'"):
         race(EQUATIONS["poisson2d"], ("sgd",))
+
+
+@pytest.mark.parametrize("name", ["burgers", "inverse", "poisson5d"])
+def test_every_equation_trains_and_is_drawn(name, tmp_path):
+    whole = EQUATIONS[name]  # smaller, to be quick
+    equation = replace(whole, points=tuple(n // 4 for n in whole.points), sizes=(whole.sizes[0], 12, 1))
+    curves = race(equation, ("gram",), seeds=(0,), seconds=0.2, draws=1)
+    losses = [loss for *_, loss in curves.runs[0].points]
+    assert losses[-1] < losses[0] or len(losses) == 1
+    assert all(path.exists() for path in curves.draw(tmp_path))
+    assert ("intervals" in json.loads(curves.to_json())) == (name == "inverse")

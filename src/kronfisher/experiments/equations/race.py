@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.experiments.equations.problems import Equation
+from kronfisher.experiments.equations.equation import Equation
+from kronfisher.experiments.equations.intervals import Intervals, intervals
+from kronfisher.experiments.equations.inverse import Inverse
+from kronfisher.experiments.equations.maps import maps
 from kronfisher.experiments.progress import Say, ignore
 from kronfisher.likelihoods import Residuals
 from kronfisher.optim import NaturalGradient
@@ -48,14 +51,24 @@ class Curve:
 
 @dataclass
 class Curves:
-    """All runs of one equation."""
+    """All runs of one equation.
+
+    Attributes:
+        equation: what was solved.
+        seconds: of CPU time that each run had.
+        runs: of all optimisers and seeds.
+        networks: optimizer → what it trained with the first seed.
+        intervals: of the equation's constants, if it has any.
+    """
 
     equation: Equation
     seconds: float
     runs: list[Curve]
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    intervals: Intervals | None = None
 
     def tables(self) -> list[Table]:
-        """Medians over seeds, at a twelfth, a third and all of the time."""
+        """Medians over seeds, at a twelfth, a third and all of the time; and intervals."""
         times = [self.seconds / 12, self.seconds / 3, self.seconds]
         title = f"{self.equation.title}: relative L2 error, medians over seeds, seconds of CPU time"
         table = Table(title, ("optimizer", *(f"after {t:.3g} s" for t in times), "steps", "setting"))
@@ -63,7 +76,7 @@ class Curves:
             own = [run for run in self.runs if run.optimizer == name]
             errors = [f"{statistics.median(run.error_at(t) for run in own):.1e}" for t in times]
             table.add(name, *errors, f"{statistics.median(run.points[-1][1] for run in own):.0f}", own[0].setting)
-        return [table]
+        return [table] if self.intervals is None else [table, self.intervals.table()]
 
     def notes(self) -> list[str]:
         """None."""
@@ -73,12 +86,15 @@ class Curves:
         return "\n\n".join(str(table) for table in self.tables())
 
     def to_json(self) -> str:
-        """All curves."""
-        runs = [vars(run) for run in self.runs]
-        return json.dumps({"equation": self.equation.name, "seconds": self.seconds, "runs": runs}, indent=1)
+        """All curves, and all intervals."""
+        found: dict[str, Any] = {"equation": self.equation.name, "seconds": self.seconds}
+        found["runs"] = [vars(run) for run in self.runs]
+        if self.intervals is not None:
+            found["intervals"] = self.intervals.records()
+        return json.dumps(found, indent=1)
 
     def draw(self, folder: Path) -> list[Path]:
-        """``<name>-seconds.png`` and ``<name>-steps.png``: error curves of all runs."""
+        """Error curves, solutions and their errors: ``<name>-seconds.png``, ``-steps.png``, ``-maps.png``."""
         from matplotlib.figure import Figure
 
         from kronfisher.experiments.figures import OKABE_ITO, write_figures
@@ -98,6 +114,7 @@ class Curves:
                 axes.set_title(self.equation.title)
                 axes.legend()
                 yield f"{self.equation.name}-{clock}", figure
+            yield f"{self.equation.name}-maps", maps(self.equation, self.networks)
 
         return write_figures(folder, figures)
 
@@ -107,9 +124,12 @@ def race(
     optimizers: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     seconds: float | None = None,
+    draws: int = 20,
     say: Say = ignore,
 ) -> Curves:
     """Train from the same weights with each optimiser; Adam's and SOAP's rates are searched with the first seed.
+
+    Where constants are unknown, `draws` sets of observations give their Laplace intervals, and the coverage of these.
 
     Raises:
         ValueError: there is no such optimiser.
@@ -117,24 +137,27 @@ def race(
     chosen = tuple(optimizers) or tuple(OPTIMIZERS)
     if odd := [name for name in chosen if name not in OPTIMIZERS]:
         raise ValueError(f"there is no optimizer {odd[0]!r} for equations; there are {', '.join(OPTIMIZERS)}")
-    budget, runs = seconds or equation.seconds, []
+    curves = Curves(equation, seconds or equation.seconds, [])
     for name in chosen:
         build, settings = OPTIMIZERS[name]
         best = settings[0]
         if len(settings) > 1:
-            tried = {each: _run(equation, name, build, each, seeds[0], budget / 4).points[-1][2] for each in settings}
+            quarter = curves.seconds / 4
+            tried = {each: _run(equation, name, build, each, seeds[0], quarter)[0].points[-1][2] for each in settings}
             best = min(tried, key=lambda each: tried[each] if math.isfinite(tried[each]) else math.inf)
         for seed in seeds:
-            run = _run(equation, name, build, best, seed, budget)
-            runs.append(run)
+            run, network = _run(equation, name, build, best, seed, curves.seconds)
+            curves.runs.append(run)
+            curves.networks.setdefault(name, network)
             say(f"{name}, seed {seed}: error {run.points[-1][2]:.2e} after {run.points[-1][1]} steps {run.setting}")
-    return Curves(equation, budget, runs)
+    if isinstance(equation, Inverse):
+        curves.intervals = intervals(equation, draws, say)
+    return curves
 
 
-def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, budget: float) -> Curve:
+def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, budget: float) -> tuple[Curve, nn.Module]:
     network = equation.network(seed)
-    names = list(equation.residuals(network, *equation.draw()))
-    likelihood = Residuals(dict.fromkeys(names, 1.0))
+    likelihood = equation.likelihood()
     step: Step = build(equation, network, likelihood, setting)
     curve = Curve(name, seed, setting="" if setting is None else f"rate {setting:g}")
     marks = [budget * 2 ** (-k / 3) for k in reversed(range(MARKS))]
@@ -146,7 +169,7 @@ def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, bud
         if spent >= marks[0] or spent >= budget:
             marks = [mark for mark in marks if mark > spent] or [budget]
             curve.points.append((spent, steps, equation.error(network), loss))
-    return curve
+    return curve, network
 
 
 def _gram(equation: Equation, network: nn.Module, likelihood: Residuals, setting: Any) -> Step:
