@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_products_", "average_squares_", "divided", "lerp_", "mul_", "norms", "over_roots"]
+__all__ = ["add_products_", "average_squares_", "divided", "lerp_", "lerp_to_each_", "mul_", "norms", "over_roots"]
 
 
 def add_products_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
@@ -27,6 +27,11 @@ def divided(tensors: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor
 def lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """``tensor += weight (end − tensor)``, each."""
     torch._foreach_lerp_(list(tensors), list(ends), weight)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def lerp_to_each_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """``tensor += weight (end − tensor)``, each; weights are 0-dim."""
+    torch._foreach_lerp_(list(tensors), list(ends), list(weights))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:

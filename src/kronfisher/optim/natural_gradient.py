@@ -159,7 +159,9 @@ class NaturalGradient(torch.optim.Optimizer):
             rule = self.rule
             self.parts = LayerwiseParts(
                 passes,
-                Statistics(self._model, parameters, likelihood, refresh=refresh, treats=is_matrix, **settings),
+                Statistics(
+                    self._model, parameters, likelihood, refresh=refresh, treats=is_matrix, misfit=True, **settings
+                ),
                 options=rule,
                 direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
                 motion=Motion(rule.momentum, rule.adaptive),

@@ -24,6 +24,7 @@ from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
+from kronfisher.optim.misfit import sum_of_misfits
 from kronfisher.optim.moving_average import MovingAverage
 from kronfisher.optim.sharing import Sharing
 from kronfisher.optim.watch import require_one_process
@@ -46,6 +47,7 @@ class Statistics:
         ranks: the processes that train together; None: there is one.
         treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
             it is wanted of every block, and of at least one.
+        misfit: whether to measure how far predictions are from the data.
 
     Attributes:
         layers: one for each group of blocks, in the order of the first batch.
@@ -53,6 +55,7 @@ class Statistics:
         dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
         pass_cost: multiplications of a forward and backward pass over the last batch that brought statistics.
         rows: the most rows that a layer had in that batch, of all positions of the examples that count.
+        misfit: the mean of `sum_of_misfits` over that batch; None where it is not measured.
         seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
     """
 
@@ -69,6 +72,7 @@ class Statistics:
         seed: int,
         ranks: Ranks | None = None,
         treats: Callable[[Block], bool] | None = None,
+        misfit: bool = False,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
         self.labels: Labels = labels
@@ -77,6 +81,10 @@ class Statistics:
         self.seconds = self.seconds_in_backward = 0.0
         self.pass_cost = 0.0
         self.rows: float | Tensor = 0.0
+        self.misfit: float | Tensor | None = None
+        self._measures_misfit = misfit
+        self._misfits: float | Tensor = 0.0  # of this step
+        self._examples: float | Tensor = 0.0  # of this step
         self._shared: tuple[float | Tensor, float] = (0.0, 0.0)  # rows and cost, as the ranks last put them together
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
@@ -231,7 +239,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
-            self.pass_cost, self.rows = 0.0, 0.0
+            self.pass_cost = self.rows = self._misfits = self._examples = 0.0
             run.start_pass((self._seed << 32) + step)
             for layer in self.layers:
                 layer.begin()
@@ -255,6 +263,9 @@ class Statistics:
             run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
         self._find_layers(run, step)
         self.rows = self.rows + self._look_at_calls(capture) * (run.count - before) / len(observation)
+        self._examples = self._examples + (run.count - before)
+        if self._measures_misfit and self.likelihood.labelled(targets):
+            self._misfits = self._misfits + sum_of_misfits(self.likelihood, outputs, targets)
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
@@ -316,6 +327,7 @@ class Statistics:
             return
         assert self._run is not None
         self._open = False
+        self.misfit = self._misfits / self._examples if self._measures_misfit else None
         began = time.perf_counter()
         with plain_arithmetic(self._run.device):
             try:
@@ -345,10 +357,12 @@ class Statistics:
             self._find_layers(run, step)
             return self.layers
 
-        numbers = {"rows": self.rows, "cost": self.pass_cost}
+        numbers = {"rows": self.rows, "cost": self.pass_cost, "misfits": self._misfits, "examples": self._examples}
         sums = sharing.share(run, layers, step, brought=self._open, numbers=numbers)
         self._shared = self._shared if sums is None else (sums["rows"], sums["cost"])
         self.rows, self.pass_cost = self._shared  # alike on all ranks, also without sums
+        if sums is not None:
+            self._misfits, self._examples = sums["misfits"], sums["examples"]
         if sums is None and self._open:
             self.discard()
 

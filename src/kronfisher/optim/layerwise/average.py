@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.optim.foreach import lerp_
+from kronfisher.optim.foreach import lerp_to_each_
 
 __all__ = ["Average"]
 
@@ -31,14 +31,21 @@ class Average:
     evaluating: bool = False
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """Add the present iterate."""
+    def update(self, parameters: Mapping[str, Tensor], left: Tensor) -> None:
+        """Add the present iterate.
+
+        Args:
+            parameters: of the model, by name.
+            left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
+        """
         self.steps += 1
-        share = min(1.0, HORIZON / (self.steps + HORIZON - 1))
+        share = (HORIZON / ((self.steps + HORIZON - 1) * left.sqrt())).clamp(max=1.0)
         tensors = _tensors(parameters)
         for name in tensors.keys() - self.averages.keys():
             self.averages[name] = tensors[name].clone()
-        lerp_([self.averages[name] for name in tensors], list(tensors.values()), share)
+        shares = {kind: share.to(kind) for kind in {one.dtype for one in tensors.values()}}
+        weights = [shares[one.dtype] for one in tensors.values()]
+        lerp_to_each_([self.averages[name] for name in tensors], list(tensors.values()), weights)
 
     @torch.no_grad()
     def swap(self, parameters: Mapping[str, Tensor]) -> None:

@@ -69,6 +69,7 @@ class Motion:
         gradients: Mapping[str, Tensor],
         natural: Mapping[str, Tensor],
         rate: float | Tensor,
+        left: float | Tensor = 1.0,
     ) -> None:
         """One step of every unit that has a gradient.
 
@@ -77,6 +78,7 @@ class Motion:
             gradients: of this batch, by parameter name.
             natural: natural gradients of natural units, by parameter name; used up.
             rate: of a unit whose factor and learning rate are one.
+            left: the share of the data that is left to fit, for `Rates.update`.
         """
         where = self._find_pieces(gradients, natural, trained)
         states = [self._state(trained, name) for name in where.names]
@@ -92,7 +94,7 @@ class Motion:
         evidence, across, lengths = where.measure(given, momenta, directions)
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        factors = self.rates.update(evidence, squares, where.decay, finite)
+        factors = self.rates.update(evidence, squares, where.decay, finite, left)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)

@@ -15,7 +15,7 @@ SPAN = 100.0  # steps after which the least rate begins to fall
 POWER = 0.75  # with which it falls: below every 1/k, so that convex problems converge, and above the square root
 OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on steps are too long, whatever the noise
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
-RECOVERY = 0.002  # by how much the bounds rise again at every step
+RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
 LARGEST = 10.0  # factor
 
@@ -55,7 +55,9 @@ class Rates:
             values = getattr(self, name).to(device)
             setattr(self, name, torch.cat([values.new_full((1,), float(new)), values])[index])
 
-    def update(self, products: Tensor, squares: Tensor, decay: Tensor, finite: Tensor) -> Tensor:
+    def update(
+        self, products: Tensor, squares: Tensor, decay: Tensor, finite: Tensor, left: float | Tensor = 1.0
+    ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
         Args:
@@ -63,6 +65,7 @@ class Rates:
             squares: ``⟨g, d⟩ [U]`` with the natural gradient d.
             decay: β ``[U]`` of the averages p.
             finite: whether the gradients are, 0-dim.
+            left: multiplies the least factor, 0-dim.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -74,7 +77,7 @@ class Rates:
         signed = self.signed.lerp(products, 1 - MEMORY)
         absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        least = (1 + self.steps / SPAN) ** -POWER
+        least = left * (1 + self.steps / SPAN) ** -POWER
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), least * brake), brake)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
         for name, values in {**new, "factors": factors}.items():

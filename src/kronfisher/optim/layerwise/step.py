@@ -11,6 +11,7 @@ from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
 from kronfisher.optim.layerwise.units import Unit, find_units
+from kronfisher.optim.misfit import Misfit
 from kronfisher.optim.parts import StepParts
 from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.row_inverse import RowInverse
@@ -82,6 +83,7 @@ class LayerwiseParts(StepParts):
         direction: makes natural gradients.
         motion: momentum and sizes.
         average: of the iterates.
+        misfit: how far predictions are from the data.
         total_steps: the horizon, at whose end the rate falls; None: none.
         skipped: steps left out because there was no gradient or no curvature.
     """
@@ -90,6 +92,7 @@ class LayerwiseParts(StepParts):
     direction: RelativeDirection = field(kw_only=True)
     motion: Motion = field(kw_only=True)
     average: Average = field(kw_only=True)
+    misfit: Misfit = field(default_factory=Misfit)
     total_steps: int | None = None
     skipped: int = 0
     _found: tuple[Any, list[Unit]] = field(default=(None, []), init=False, repr=False)
@@ -111,6 +114,8 @@ class LayerwiseParts(StepParts):
     def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
         gradients, due = trained.gradients(), self.statistics.is_due(step)
         taken = self.take(gradients, step)
+        if due and self.statistics.misfit is not None:
+            self.misfit.follow(self.statistics.misfit, next(iter(self.statistics.parameters.values())).device)
         self.direction.follow(self.statistics.layers, step)
         if not gradients or not (self.statistics.ready or (self.statistics.examined and not self.statistics.layers)):
             self.skipped += 1
@@ -123,9 +128,9 @@ class LayerwiseParts(StepParts):
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
-            self.motion.move(trained, gradients, natural, self.rate(step))
+            self.motion.move(trained, gradients, natural, self.rate(step), self.misfit.left)
             if self.options.average:
-                self.average.update(trained.named)
+                self.average.update(trained.named, self.misfit.left)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
@@ -189,7 +194,7 @@ class LayerwiseParts(StepParts):
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        return "forward_backward", "statistics", "direction", "motion", "average", "watch", "skipped"
+        return "forward_backward", "statistics", "direction", "motion", "average", "misfit", "watch", "skipped"
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name).state_dict() for name in self.names() if name != "skipped"}
@@ -202,5 +207,7 @@ class LayerwiseParts(StepParts):
         device = next(iter(self.statistics.parameters.values())).device
         self.motion.load_state_dict(state["motion"], device)
         self.average.load_state_dict(state["average"], device)
+        if "misfit" in state:  # 0.2.0 did not save it
+            self.misfit.load_state_dict(state["misfit"], device)
         self.watch.load_state_dict(state["watch"])
         self.skipped = state["skipped"]
