@@ -151,6 +151,100 @@ def test_bags_of_a_vocabulary():
     assert torch.allclose(kf.estimate(model, x, kf.Categorical(), fit="tkfac").trace(), exact.trace())
 
 
+MANY = 80  # rows of a table whose square costs more than these small networks
+
+BAGS = {
+    "mean": (lambda m, x: m.e(x), lambda m, x: F.embedding(x, m.e.weight).mean(1), {}),
+    "sum": (lambda m, x: F.embedding_bag(x, m.e.weight, mode="sum"), lambda m, x: m.e.weight[x].sum(1), {}),
+    "offsets": (
+        lambda m, x: m.e(x.flatten(), torch.arange(len(x)) * x.shape[1]),
+        lambda m, x: F.embedding(x, m.e.weight).mean(1),
+        {},
+    ),
+    "two bags an example": (
+        lambda m, x: m.e(x.reshape(2 * len(x), -1)).unflatten(0, (len(x), 2)).sin().sum(1),
+        lambda m, x: F.embedding(x.reshape(2 * len(x), -1), m.e.weight).mean(1).unflatten(0, (len(x), 2)).sin().sum(1),
+        {},
+    ),
+    "weights of one": (
+        lambda m, x: m.e(x, per_sample_weights=torch.ones(x.shape, dtype=m.e.weight.dtype)),
+        lambda m, x: F.embedding(x, m.e.weight).sum(1),
+        {"mode": "sum"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "tkfac", "kl", "kfoc", "kronecker-sum"])
+@pytest.mark.parametrize("form", BAGS)
+def test_bags_of_a_large_table_are_lookups_that_are_summed(form, fit):
+    bag, written, options = BAGS[form]
+    torch.manual_seed(0)
+    e, l = nn.EmbeddingBag(MANY, D, **options).double(), nn.Linear(D, 2).double()
+    x = tokens(6, 4, high=MANY)
+    one, two = (Written(lambda m, x, f=f: m.l(f(m, x).tanh()), e=e, l=l) for f in (bag, written))
+    one, two = (kf.estimate(m, [x[:2], x[2:]], kf.Gaussian(), fit=fit, labels="exact") for m in (one, two))
+    assert f"diag({MANY})" in one["e.weight"].structure
+    assert torch.allclose(one.to_dense(), two.to_dense(), rtol=1e-9, atol=1e-12)
+    text = " ".join(str(one.report()).split())
+    assert f"e.weight: entries of a bag count one by one, because a dense factor of {MANY} rows" in text
+    assert one.report().coverage == "100.0 % by layers"
+
+
+def test_bags_of_unequal_lengths_count_the_entries_that_exist():
+    """A counts squared weights of the entries, B the bags' gradients once for each entry; what is padded, nothing."""
+    torch.manual_seed(0)
+    indices, offsets = tokens(9, high=MANY), torch.tensor([0, 2, 2, 5])
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e = nn.EmbeddingBag(MANY, D, padding_idx=int(indices[-1]))
+
+        def forward(self, x):
+            return self.e(indices, x).sin()
+
+    model = Bags().double()
+    fisher = kf.estimate(model, offsets, kf.Gaussian(), fit="kfac", labels="exact")
+    bags = [indices[a:b][indices[a:b] != indices[-1]] for a, b in ((0, 2), (2, 2), (2, 5), (5, 9))]
+    A, B, rows = torch.zeros(MANY).double(), torch.zeros(D, D).double(), 0
+    for bag in bags:
+        if len(bag):
+            value = model.e.weight[bag].mean(0).detach()
+            A += torch.bincount(bag, minlength=MANY).double() / len(bag) ** 2
+            B += len(bag) * value.cos().square().diag()
+            rows += len(bag)
+    assert torch.allclose(fisher["e.weight"].to_dense(), torch.kron(B / rows, A.diag() / 4), rtol=1e-9, atol=1e-12)
+    assert_exact(model, offsets, fit="diagonal")
+    named = kf.estimate(model, offsets, kf.Gaussian(), fit={"e.weight": "kfac", "*": "kfac"}, labels="exact")
+    reduced = kf.estimate(model, offsets, kf.Gaussian(), fit="kfac-reduce", labels="exact")
+    for dense in (named, reduced):  # the sum of a bag as one input, in full
+        assert dense["e.weight"].A.shape == (1, MANY, MANY) and "one by one" not in str(dense.report())
+    truth = exact_fisher(model, offsets)
+    close, far = (float((f.to_dense() - truth).norm() / truth.norm()) for f in (named, fisher))
+    assert close < far < 1
+    assert fisher.error(offsets).relative == pytest.approx(far, rel=1e-6)
+    assert named.error(offsets).relative == pytest.approx(close, rel=1e-6)
+
+
+def test_training_steps_over_a_vocabulary_of_bags():
+    """No matrix of the size of the table squared; the table makes the steps of one that is looked up."""
+    torch.manual_seed(0)
+    bag, written = (
+        Written(lambda m, x, f=f: m.l(f(m, x).tanh()), e=nn.EmbeddingBag(6000, 4), l=nn.Linear(4, 3))
+        for f in (BAGS["mean"][0], BAGS["mean"][1])
+    )
+    written.load_state_dict(bag.state_dict())
+    x, y = tokens(150, 5, high=6000), torch.arange(150) % 3
+    losses = {}
+    for model in (bag, written):
+        optimizer = kf.NaturalGradient(model, kf.Categorical())
+        with Largest() as largest:
+            losses[model] = [float(optimizer.step(lambda m=model: m(x), y)) for _ in range(12)]
+        assert largest.numel <= 6000 * 4 * 6
+        assert optimizer.parts.statistics.tables == {"e.weight"} and not optimizer.report().uncovered
+    assert losses[bag] == pytest.approx(losses[written], rel=1e-4) and losses[bag][-1] < 0.8 * losses[bag][0]
+
+
 @pytest.mark.parametrize("fit", ["kfac", "tkfac", "kl", "kfoc", "auto"])
 def test_a_large_tied_weight_is_solved_as_a_small_one_is(fit, monkeypatch):
     """Above the limit of what is formed, the two roles are a sum of two products; the matrix is the same."""

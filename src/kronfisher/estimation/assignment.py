@@ -127,10 +127,10 @@ def assign(
         masked: whether positions will be masked, so that rows have to be sorted by example.
         batches: in a pass over the data, as far as that is known.
     """
-    graph, before = observation.graph, known.blocks
+    graph, before, fits = observation.graph, known.blocks, replace(fits, dear=known.dear.keys())
     counted = {name for block in before.values() for name in block.parameters}
     fallback, apart, mixed = dict(known.fallback), set(known.apart), set(known.mixed)
-    examined, dear = set(known.examined), dict(known.dear)
+    examined, dear, tables = set(known.examined), dict(known.dear), dict[str, str]()
 
     def give_up(problems: Mapping[str, str]) -> dict[str, str]:
         """Leave parameters to the fallback; return those that earlier batches treated in another way, with reasons."""
@@ -162,8 +162,13 @@ def assign(
         blocks |= {block.key: block for block in singles.values()}
         blocks |= {block.key: block for block in known.foreseen if _holds(block, fallback, apart)}
         new = [block for key, block in blocks.items() if key not in before]
-        dear = {**dear_blocks(observation, parts, {block.key for block in new}, fits, batches), **known.dear}
+        priced = dear_blocks(observation, parts, {block.key for block in new}, fits, batches)
+        dear = {**priced, **tables, **known.dear}
         fits = replace(fits, dear=dear.keys())
+        looked_up = {block.weight.parameter for block in new if block.weight is not None}
+        if bags := {name: reason for name, reason in priced.items() if name in looked_up}:
+            tables |= bags
+            continue
         planned = plan_groups(new, fits, known.groups, known.neighbours.after)
         if isinstance(planned, str):
             return refuse({"": planned}, {**before, **blocks}.values())
@@ -221,6 +226,8 @@ def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], ap
             continue  # no positions: it contributes nothing
         own = parts.setdefault(index, [])
         for use in call.uses:
+            if use.name in fits.dear:
+                use = use.entries_apart() or use
             weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
             if weight and bias and fits.joins(weight.parameter, bias.parameter, apart):
                 own.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))

@@ -133,7 +133,7 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
     for name, parameter in run.parameters.items():
         treatment = repr(run.fits.given[name]) if name in graph.reached else "unused"
         used = operators[name] | graph.unclaimed.get(name, set())
-        if name in known.dear:
+        if name in known.dear and not any(name in block.parameters and block.onehot for block in blocks.values()):
             treatment = repr(run.fits.fallback)
         if name in known.fallback:
             block = per_sample_block(name, parameter)

@@ -287,7 +287,7 @@ def _require_one_treatment(said: list[Said]) -> None:
                     names & union.fallback.keys() or (len(names) > 1 and names & union.apart)
                 ):
                     raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
-                if block.weight is None and names & (union.dear.keys() - other.known.dear.keys()):
+                if not block.onehot and names & (union.dear.keys() - other.known.dear.keys()):
                     raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
                 before, first = placed.setdefault(block.key, (entry.blocks, rank))
                 if [b.key for b in before] != [b.key for b in entry.blocks]:

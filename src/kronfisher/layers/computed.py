@@ -7,7 +7,7 @@ a vector is computed in any way is the vector-Jacobian product.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,7 +85,16 @@ class FactorUse(Factors):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.onehot = self.inner.onehot and not self.right
+        self.looked_up = self.inner.looked_up and not self.right
         self.summing = self.inner.summing
+
+    def entries_apart(self) -> "FactorUse | None":
+        inner = None if self.right else self.inner.entries_apart()
+        if inner is None:
+            return None
+        use = replace(self, inner=inner)
+        use.dtype = self.dtype
+        return use
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         return self._outputs(order, gradient)

@@ -1,7 +1,7 @@
 """Lookups in a table of weights: inputs are indices, never rows of zeros with a one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from math import prod
 
 import torch
@@ -16,24 +16,20 @@ from kronfisher.layers.onehot import Indices
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
-__all__ = ["AddedLookupUse", "LookupUse"]
+__all__ = ["AddedLookupUse", "BagUse", "EntriesUse", "LookupUse"]
 
 
 @dataclass
 class LookupUse(Use):
-    """``y[...] = Σ_j w_j table[i_j]``; indices ``[*lead, J]`` are the inputs, the canonical weight is tableᵀ.
+    """``y[...] = table[i]``; indices ``[*lead, 1]`` are the inputs, the canonical weight is tableᵀ.
 
     Attributes:
-        factors: w, shaped like the indices; None: ones.
         ignored: an index that contributes nothing and whose row gets no gradient.
     """
 
-    factors: Tensor | None = None
     ignored: int | None = None
-
-    @property
-    def onehot(self) -> bool:
-        return self.inputs is not None and self.inputs.shape[-1] == 1 and self.factors is None
+    onehot = True
+    looked_up = True
 
     @property
     def width(self) -> int:
@@ -41,12 +37,10 @@ class LookupUse(Use):
         return self.weight.size[-1]
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Indices and weights, ``[*lead, J]``."""
+        """Indices and weights, ``[*lead, 1]``."""
         indices = self.original_inputs().long()
-        weights = torch.ones_like(indices, dtype=self.dtype) if self.factors is None else self.factors.to(self.dtype)
-        if self.ignored is not None:
-            weights = weights * (indices != self.ignored)
-        return indices, weights
+        weights = torch.ones_like(indices, dtype=self.dtype)
+        return indices, weights if self.ignored is None else weights * (indices != self.ignored)
 
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(output[:-1]) or (1,)
@@ -68,8 +62,59 @@ class LookupUse(Use):
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
         """The use of the lookup's output, which is independent of the data, by an addition that broadcasts it."""
         aligned = [1] * (len(onto) - len(shape)) + list(shape)
-        if self.onehot and prod(onto) > prod(shape) and all(n in (1, m) for n, m in zip(aligned, onto, strict=True)):
+        if prod(onto) > prod(shape) and all(n in (1, m) for n, m in zip(aligned, onto, strict=True)):
             yield AddedLookupUse(self.weight, None, None, tuple(shape), sign=sign, table=self)
+
+
+@dataclass
+class BagUse(LookupUse):
+    """``y[...] = Σ_j w_j table[i_j]`` with indices ``[*lead, J]``: one input for each bag, the sum of its entries.
+
+    Attributes:
+        factors: w, shaped like the indices.
+        counted: which entries exist, shaped like them: bags may be shorter than J.
+    """
+
+    factors: Tensor = field(kw_only=True)
+    counted: Tensor = field(kw_only=True)
+    onehot = False
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return self.original_inputs().long(), self.factors.to(self.dtype)
+
+    def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterator[Use]":
+        return iter(())
+
+    def entries_apart(self) -> "EntriesUse":
+        use = EntriesUse(**{each.name: getattr(self, each.name) for each in fields(self)})
+        use.dtype, use._version = self.dtype, self._version
+        return use
+
+
+@dataclass
+class EntriesUse(BagUse):
+    """A bag whose entries are positions, as of a lookup that is summed afterwards: second moments are a diagonal."""
+
+    onehot = True
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        rows = super().gradients(order, gradient)  # [1, n, T, O]
+        rows = rows.repeat_interleave(self.counted.shape[-1], dim=2)
+        return rows * self._positions(order, self.counted)[..., None]
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        values, weights = self.entries()
+        return Indices(
+            self._positions(order, values)[..., None], self._positions(order, weights)[..., None], self.width
+        )
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        return self._positions(order, self.counted)
+
+    def _positions(self, order: RowOrder, entries: Tensor) -> Tensor:
+        """``[*lead, J] → [n, T·J]``."""
+        rows = self._rows(entries)
+        return order.group(rows, rows.dim() - 1).flatten(1)
 
 
 @dataclass
@@ -82,6 +127,7 @@ class AddedLookupUse(ElementwiseUse):
 
     table: LookupUse | None = None
     onehot = True
+    looked_up = True
 
     @property
     def lookup(self) -> LookupUse:
@@ -143,7 +189,10 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Iterator[Use]:
-    """Sums or means of rows, bags of equal length ``[n, J]``, or of any length with the offset of each."""
+    """Sums or means of rows, bags of equal length ``[n, J]``, or of any length with the offset of each.
+
+    The largest number of a bag is a choice among its rows, for each column another: no product of rows and gradients.
+    """
     table = _table(view, weight, max_norm, scale_grad_by_freq)
     if not table or mode not in ("sum", "mean"):
         return
@@ -167,4 +216,4 @@ def embedding_bag(
         factors = factors * spread
     if mode == "mean":
         factors = factors / factors.sum(dim=1, keepdim=True).clamp_min(1)
-    yield LookupUse(table, None, indices, factors=factors)
+    yield BagUse(table, None, indices, factors=factors, counted=counted)

@@ -132,6 +132,7 @@ class Use:
 
     dtype = torch.float32  # of the samples: the parameter's, at least float32
     onehot = False  # inputs are rows of the identity
+    looked_up = False  # inputs are a few entries of a table, so that no product with all of it is made
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
 
     def __post_init__(self) -> None:
@@ -168,6 +169,10 @@ class Use:
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
         """The uses that arise when the output, of this shape, is added to tensors of shape `onto`."""
         return ()
+
+    def entries_apart(self) -> "Use | None":
+        """The same use with every entry of a bag as a position; None where inputs are no sums of entries of a table."""
+        return None
 
     def mask(self, order: RowOrder) -> Tensor | None:
         """``[n, T]``: which positions exist, if not all do."""
