@@ -50,6 +50,7 @@ def measurements(optimizer: NaturalGradient, prefix: str = "kronfisher/") -> dic
         "undone": report.rejected,
         "skipped": report.skipped,
         "overdue": report.overdue,
+        "beyond": report.beyond,
     }
     return {f"{prefix}{name}": float(v) for name, v in found.items() if v is not None and math.isfinite(v)}
 

@@ -60,7 +60,8 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: multiplies the step; schedulers may change it.
         weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does;
             `QuadraticModel` adds ``½ η ‖θ‖²`` to the loss.
-        total_steps: the number of steps, if it is known: the rate then falls over the last 15 % of them.
+        total_steps: the number of steps, if it is known: the rate then falls over the last 15 % of them, to a
+            hundredth, at which steps beyond it go on with a warning. Only for `LayerwiseStep`.
         refresh: how often statistics and inverses are renewed.
         params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
         labels: ``"sampled"``: one more backward pass where statistics are due; ``"observed"``: none (the empirical
@@ -132,6 +133,11 @@ class NaturalGradient(torch.optim.Optimizer):
         self.rule = _rule(
             step, refresh, {"damping": damping, "trust": trust, "momentum": momentum, "kl_limit": kl_limit}
         )
+        if total_steps is not None and (isinstance(self.rule, QuadraticModel) or not total_steps > 0):
+            raise ValueError(
+                f"total_steps={total_steps!r}: the horizon of `LayerwiseStep` is a positive number of steps, and "
+                "`QuadraticModel` has none, because it finds the length of every step."
+            )
         self._names = {id(p): name for name, p in self._model.named_parameters()}
         super().__init__(
             trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}

@@ -32,6 +32,7 @@ class TrainingReport:
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
         warnings: messages to the user.
         overdue: steps that ran on statistics older than promised.
+        beyond: steps made after `total_steps`, at the rate that is left there.
         sent: bytes of statistics that all processes gave to each other; gradients are DDP's.
         collectives: how many calls that took.
     """
@@ -53,6 +54,7 @@ class TrainingReport:
     cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     overdue: int = 0
+    beyond: int = 0
     sent: int = 0
     collectives: int = 0
 
@@ -93,6 +95,7 @@ class TrainingReport:
             "steps skipped": str(self.skipped),
             "batches without statistics": str(self.dropped),
             "steps on old statistics": str(self.overdue),
+            "steps after total_steps": str(self.beyond),
         }
         values = {
             "loss of the batch": [(each.step, each.loss) for each in course if each.loss is not None],
@@ -121,6 +124,8 @@ class TrainingReport:
         ]
         if self.overdue:
             lines.append(f"{self.overdue} steps on statistics older than promised")
+        if self.beyond:
+            lines.append(f"{self.beyond} steps after total_steps, at the rate that is left there")
         if self.collectives:
             lines.append(f"statistics of all processes: {size(self.sent)} sent in {self.collectives} collectives")
         if self.seconds:

@@ -80,6 +80,15 @@ class Watch:
             why = "no parameter has a gradient: run the backward pass between zero_grad() and preconditioner.step()"
         self.tell(f"unchanged, {gradients}", f"Step {step} preconditions nothing, because {why}.")
 
+    def beyond(self, step: int, total: int, share: float) -> None:
+        """Tell of steps after the last that was announced, at whose end the rate fell to this share."""
+        self.tell(
+            "beyond",
+            f"Step {step + 1} comes after total_steps={total}, at whose end the rate fell to {share:.0%} of its size, "
+            "where it stays: the weights hardly move. Give total_steps= the calls of optimizer.step in all of the "
+            "training (epochs times batches, over the number of batches that are accumulated), or leave it out.",
+        )
+
     def follow(self, loss: Tensor) -> None:
         """Take the loss of a step into its course, without waiting for a device: it is read by `judge`."""
         self._unread.append(loss.detach().reshape(1))

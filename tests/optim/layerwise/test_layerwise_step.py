@@ -127,6 +127,35 @@ def test_a_horizon_anneals_the_rate():
     assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 100])
 
 
+def test_steps_beyond_the_horizon_are_told_once_and_counted():
+    model, data = network(), batches(1) * 9
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), total_steps=4)
+    train(optimizer, model, data[:4])
+    assert optimizer.report().beyond == 0 and "total_steps" not in str(optimizer.report())
+    message = r"Step 5 comes after total_steps=4.*fell to 1%.*hardly move.*leave it out"
+    with pytest.warns(kf.NumericalWarning, match=message) as caught:
+        train(optimizer, model, data[:2])
+    report = optimizer.report()
+    assert len(caught) == 1 and report.beyond == 2 and "2 steps after total_steps" in str(report)
+    assert any(text.startswith("Step 5 comes after") for text in report.warnings)
+    again = network()
+    again.load_state_dict(model.state_dict())
+    resumed = kf.NaturalGradient(again, kf.Categorical(), total_steps=4)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(resumed, again, data[:1])  # it was told
+    assert resumed.report().beyond == 3
+    longer = kf.NaturalGradient(again, kf.Categorical(), total_steps=100)
+    longer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(longer, again, data[:1])
+    assert longer.report().beyond == 0
+
+
+def test_a_horizon_that_means_nothing_is_refused():
+    for options in ({"total_steps": 0}, {"total_steps": -3}, {"total_steps": 10, "step": kf.QuadraticModel()}):
+        with pytest.raises(ValueError, match="total_steps="):
+            kf.NaturalGradient(network(), kf.Categorical(), **options)
+
+
 def test_weight_decay_is_decoupled():
     model, data = network(), batches(1)
     twin = copy.deepcopy(model)

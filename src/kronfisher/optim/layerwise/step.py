@@ -113,6 +113,8 @@ class LayerwiseParts(StepParts):
 
     def make_step(self, model: nn.Module, trained: TrainedParameters, step: int, *, whole: bool) -> None:
         gradients, due = trained.gradients(), self.statistics.is_due(step)
+        if self.total_steps and step >= self.total_steps:
+            self.watch.beyond(step, self.total_steps, LAST)
         taken = self.take(gradients, step)
         if due and self.statistics.misfit is not None:
             self.misfit.follow(self.statistics.misfit, next(iter(self.statistics.parameters.values())).device)
@@ -188,6 +190,7 @@ class LayerwiseParts(StepParts):
             cuts=tuple(statistics.cuts),
             warnings=tuple(self.watch.told.values()),
             overdue=self.watch.overdue,
+            beyond=max(0, step - self.total_steps) if self.total_steps else 0,
             sent=statistics.sent,
             collectives=statistics.collectives,
         )
