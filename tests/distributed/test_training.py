@@ -22,6 +22,17 @@ def test_steps(ranks, fit):
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
+def test_a_group_of_one_trains_alone_beside_others(ranks):
+    answers = ranks.call(trainings.alone, ranks.size)
+    found = [weight for answer in answers for weight in answer]
+    truth = trainings.alone(None, ranks.size)
+    assert len(found) == len(truth) == 3 * ranks.size
+    for own, expected in zip(found, truth, strict=True):
+        for name, weight in own.items():
+            close(weight, expected[name], 1e-9, name)
+    assert not torch.equal(found[0]["0.weight"], found[3]["0.weight"])
+
+
 def test_a_loop_of_ones_own(ranks):
     follow(ranks.call(trainings.loop, ranks.size), trainings.loop(None, ranks.size))
 

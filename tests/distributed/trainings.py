@@ -45,6 +45,31 @@ def steps(rank, ranks, number=20, fit="kfac", labels="observed", **options):
     return weights(model)
 
 
+def alone(rank, ranks, number=8):
+    """Each rank on its own, by a group of itself, on batches of its own: weights by both optimisers and both steps."""
+    groups = [None] * ranks if rank is None else [dist.new_group([each]) for each in range(ranks)]
+    found = []
+    for own in range(ranks) if rank is None else [rank]:
+        for kind in ("default", "papers", "preconditioner"):
+            model, likelihood = perceptron(), kf.Categorical()
+            options = {"group": groups[own], "labels": "observed"}
+            if kind == "preconditioner":
+                made, plain = kf.Preconditioner(model, likelihood, **options), torch.optim.SGD(model.parameters(), 0.1)
+            else:
+                step = kf.QuadraticModel() if kind == "papers" else None
+                made = kf.NaturalGradient(model, likelihood, step=step, **options)
+            for x, y in batches(own, ranks, number):
+                if kind != "preconditioner":
+                    made.step(lambda x=x, m=model: m(x), y)
+                    continue
+                plain.zero_grad()
+                cross_entropy(made(x, targets=y), y).backward()
+                made.step()
+                plain.step()
+            found.append(weights(model))
+    return found
+
+
 def loop(rank, ranks, number=12):
     """A loop of one's own: two batches a step, clipped gradients, weight decay, frozen weights, a scheduler."""
     model = perceptron()

@@ -34,6 +34,32 @@ def test_a_loss_that_goes_wrong_is_told_once(losses, message):
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_losses_of_single_examples_are_noise_until_they_grow(seed):
+    """Exponentially distributed losses, as of batches of one: level or falling they are not told, growing they are."""
+    noise = -torch.rand(800, generator=torch.Generator().manual_seed(seed)).log()
+    assert not follow((2 * noise).tolist()).told
+    assert not follow((torch.linspace(2, 1, 800) * noise).tolist()).told
+    with pytest.warns(kf.NumericalWarning, match="above its start"):
+        assert follow((torch.logspace(0, 2, 800) * noise).tolist()).told
+    fallen = torch.cat([torch.logspace(1, -1, 300), torch.linspace(0.1, 10, 500)])
+    with pytest.warns(kf.NumericalWarning, match="has grown for|above its start"):
+        assert follow((fallen * noise).tolist()).told
+
+
+def test_batches_of_one_learn_without_a_word():
+    """At a rate that falls with the root of the examples."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 4, generator=generator)
+    y = (x[:, 0] + x[:, 1].square() > 1).long() + (x[:, 2] > 0).long()
+    model = network()
+    start = float(nn.functional.cross_entropy(model(x), y).detach())
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    train(optimizer, model, [(x[k : k + 1], y[k : k + 1]) for k in range(600)])
+    end = float(nn.functional.cross_entropy(model(x), y).detach())
+    assert not optimizer.report().warnings and end < 0.95 * start
+
+
 def test_a_loss_that_falls_is_not_told():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(300, generator=generator)

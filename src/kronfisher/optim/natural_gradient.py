@@ -145,7 +145,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps, self._attachment = 0, Attachment()
         parameters = self.trained()
         passes = ForwardBackward(self._model, likelihood)
-        settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed, "ranks": ranks}
+        settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
+        settings |= {"ranks": ranks, "alone": group is not None}
         if isinstance(self.rule, QuadraticModel):
             if ranks is not None:
                 raise UnsupportedError(

@@ -125,6 +125,7 @@ class Preconditioner:
             samples=samples,
             seed=seed,
             ranks=ranks_of(group),
+            alone=group is not None,
         )
         self.direction = Direction(named, damping, refresh)
         self.damping = ScheduledDamping(self.trust)

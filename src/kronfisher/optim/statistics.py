@@ -45,6 +45,7 @@ class Statistics:
         samples: label draws per example.
         seed: of the draws; those of a step depend on the seed and the step alone.
         ranks: the processes that train together; None: there is one.
+        alone: this process was said to train alone, by a group of it; else there must be no others.
         treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
             it is wanted of every block, and of at least one.
         misfit: whether to measure how far predictions are from the data.
@@ -71,6 +72,7 @@ class Statistics:
         samples: int,
         seed: int,
         ranks: Ranks | None = None,
+        alone: bool = False,
         treats: Callable[[Block], bool] | None = None,
         misfit: bool = False,
     ) -> None:
@@ -88,7 +90,7 @@ class Statistics:
         self._shared: tuple[float | Tensor, float] = (0.0, 0.0)  # rows and cost, as the ranks last put them together
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
-        self.ranks = ranks
+        self.ranks, self._alone = ranks, alone
         self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
@@ -180,7 +182,7 @@ class Statistics:
 
     def prepare(self, step: int) -> None:
         """Begin with empty states, at first and whenever other parameters are trained than before."""
-        if self.ranks is None:
+        if self.ranks is None and not self._alone:
             require_one_process()
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:

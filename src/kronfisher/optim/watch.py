@@ -17,6 +17,7 @@ FIRST = 10  # losses whose mean is the loss at the start
 PATIENCE = 100  # steps before a loss above its start is told, and the least for which one has grown
 UNDONE = 5  # steps undone in a row
 UNREAD = 1000  # losses that are kept apart
+CERTAIN = 3.0  # standard errors of an average by which it must have risen: losses of single examples are mostly noise
 
 __all__ = ["Watch", "no_curvature_error", "require_one_process"]
 
@@ -32,8 +33,8 @@ class Watch:
         told: kinds of trouble that were told, with the message.
         losses: how many were followed.
         undone: compared steps in a row that were undone.
-        course: average of the loss now, at the start, at its lowest, the number of losses until then, and how many
-            were not finite.
+        course: average of the loss now, at the start, at its lowest, the number of losses until then, how many were
+            not finite, and their variance about the average.
     """
 
     overdue: int = 0
@@ -99,24 +100,27 @@ class Watch:
         """Follow the losses that wait."""
         losses = torch.cat([some.double() for some in self._unread]).tolist() if self._unread else []
         self._unread.clear()
-        now, start, low, at, bad = self.course or (0.0,) * 5
+        now, start, low, at, bad, variance = self.course or (0.0,) * 6
         for loss in losses:
             self.losses += 1
             if isfinite(loss):
-                now += max(1 / self.losses, MEMORY) * (loss - now)
+                share, change = max(1 / self.losses, MEMORY), loss - now
+                now += share * change
+                variance = (1 - share) * (variance + share * change**2)
             else:
                 bad += 1
             start = now if self.losses <= FIRST else start
             if now < low or self.losses <= FIRST:
                 low, at = now, self.losses
-            self.course = [now, start, low, float(at), bad]
+            self.course = [now, start, low, float(at), bad, variance]
 
     def judge(self) -> None:
         """Tell of a loss that is not finite, above its start, or growing for long."""
         self._read()
         if self.course is None:
             return
-        now, start, low, at, bad = self.course
+        now, start, low, at, bad, variance = self.course
+        noise, first = (CERTAIN * (variance * share) ** 0.5 for share in (MEMORY / 2, 1 / FIRST))  # of both averages
         if bad:
             self.tell(
                 "not finite",
@@ -125,13 +129,13 @@ class Watch:
             )
         if self.losses < PATIENCE:
             return
-        if now > start:
+        if now > start + (noise**2 + first**2) ** 0.5:
             self.tell(
                 "above",
                 f"After {self.losses} steps the loss is above its start ({now:.4g}, at first {start:.4g}): lower "
                 "lr, use larger batches, or scale inputs and targets to about one.",
             )
-        elif self.losses - at > max(PATIENCE, self.losses / 2) and now > low + (start - low) / 2:
+        elif self.losses - at > max(PATIENCE, self.losses / 2) and now > low + max((start - low) / 2, noise):
             self.tell(
                 "growing",
                 f"The loss has grown for {self.losses - int(at)} steps ({now:.4g}, at best {low:.4g}): lower lr, or "
@@ -170,6 +174,7 @@ class Watch:
         """Take over what `state_dict` gave."""
         course = state["course"]
         course = course.tolist() if isinstance(course, Tensor) else course
+        course = course and [*course, 0.0][:6]  # an earlier version kept no variance
         vars(self).update({**state, "told": dict(state["told"]), "course": course})
         self._unread.clear()
 
@@ -186,5 +191,5 @@ def require_one_process() -> None:
         raise UnsupportedError(
             f"Training in a process group of {distributed.get_world_size()} ranks without group=: each rank would "
             "precondition with its own curvature, and the weights would drift apart. Give the optimiser "
-            "group=torch.distributed.group.WORLD."
+            "group=torch.distributed.group.WORLD, or a group of this process alone where it trains a model of its own."
         )
