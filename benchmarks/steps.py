@@ -72,6 +72,10 @@ def small_mlp() -> Workload:
     return Workload(mlp(16, (64, 64), 10), [(torch.randn(128, 16), torch.randint(10, (128,)))], "categorical")
 
 
+def image_mlp() -> Workload:
+    return Workload(mlp(784, (256, 256), 10), [(torch.rand(256, 784), torch.randint(10, (256,)))], "categorical")
+
+
 def tabled() -> Workload:
     return text(Tabled(), 1000, 8)
 
@@ -89,6 +93,7 @@ TRAINED: dict[str, Callable[[], Workload]] = {
     "vit": small_vit,
     "gpt-tables": small_gpt,
     "mlp-small": small_mlp,
+    "mlp-images": image_mlp,
     "positions": tabled,
     "resnet18": resnet18,
 }

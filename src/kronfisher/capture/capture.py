@@ -42,6 +42,13 @@ _PRODUCTS = {
     "chain_matmul", "linear", "spmm", "inner", "dot", "vdot", "sparse_mm", "_sparse_mm", "hspmm", "smm", "sspaddmm",
 }  # fmt: skip
 
+# What tensors tell of themselves: no operators, and models ask for it more often than they compute.
+_ASKED = {
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_nested", "ndim", "requires_grad", "shape")),
+    Tensor.dim, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.numel, Tensor.size,
+    Tensor.storage_offset, Tensor.stride,
+}  # fmt: skip
+
 
 class Capture(TorchFunctionMode):
     """Records how a forward pass uses trainable parameters.
@@ -107,6 +114,8 @@ class Capture(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ASKED:
+            return func(*args, **kwargs)
         if func in REWRITES and torch.is_grad_enabled():
             result = REWRITES[func](self, *args, **kwargs)
             if result is not NotImplemented:

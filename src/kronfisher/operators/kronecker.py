@@ -111,6 +111,13 @@ class Kronecker(Operator, kind="kronecker"):
         lower_a, lower_b = self._lower
         return Kronecker(lower_a.cholesky_inverse().tensor, lower_b.cholesky_inverse().tensor, self.name, definite=True)
 
+    def half_inverse(self, other: "Kronecker", *, outputs: bool) -> "Kronecker":
+        """`inverse` of one factor alone, B if `outputs`; the second is that of another inverse."""
+        factor = self.output_factor if outputs else self.input_factor
+        label = f"{self.name or self.structure} ({'output' if outputs else 'input'} factor)"
+        made = factor.cholesky(label, definite=self.definite).cholesky_inverse().tensor
+        return replace(other, B=made) if outputs else replace(other, A=made)
+
     def spectral(self) -> Eigen:
         """Eigenvectors of both factors; the eigenvalues are all products of theirs."""
         return self._spectral

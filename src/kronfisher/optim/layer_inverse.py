@@ -11,7 +11,7 @@ from kronfisher.errors import NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.layout import gather, scatter
-from kronfisher.operators import Operator
+from kronfisher.operators import Kronecker, Operator
 from kronfisher.operators.spectral import Spectral
 from kronfisher.optim.layer_statistics import LayerStatistics
 
@@ -34,6 +34,8 @@ class LayerInverse:
         mean: the mean eigenvalue of the undamped curvature.
         made: the step at which it was made.
         trouble: what went wrong with the last inverse, empty if nothing.
+        begun: whether the output factor's inverse was made without the input factor's, which is to follow.
+        inputs_due: the step before which the inverse of an input factor of data is kept.
     """
 
     layer: LayerStatistics
@@ -45,6 +47,8 @@ class LayerInverse:
     mean: float = 0.0
     made: int = -1
     trouble: str = ""
+    begun: bool = False
+    inputs_due: int = 0
 
     @property
     def name(self) -> str:
@@ -73,8 +77,15 @@ class LayerInverse:
         self.operator = self.layer.operator()
         self.mean = float(self.operator.trace()) / self.operator.dim
 
-    def make(self, damping: Damping, value: float, step: int) -> None:
-        """Make the inverse of the operator with λ = `value`; λ is raised where that is too small for this layer."""
+    def make(self, damping: Damping, value: float, step: int, *, outputs: bool | None = None) -> None:
+        """Make the inverse of the operator with λ = `value`; λ is raised where that is too small for this layer.
+
+        Args:
+            damping: how λ enters.
+            value: λ.
+            step: number of the step.
+            outputs: of a separable inverse, make that of the output factor alone, or, if False, of the input factor.
+        """
         assert self.operator is not None
         tried = value
         for _ in range(RAISES):
@@ -83,7 +94,7 @@ class LayerInverse:
                     warnings.simplefilter("always", NumericalWarning)
                     damped = damping.at(tried)(self.operator)
                     try:
-                        inverse, solves = damped.inverse(), False
+                        inverse, solves = self._inverse_of(damped, outputs), False
                     except UnsupportedError:
                         inverse, solves = damped, True
                 self.inverse, self.solves = inverse, solves
@@ -102,6 +113,12 @@ class LayerInverse:
                 )
         if not isinstance(self.operator, Spectral):
             self.operator = None
+
+    def _inverse_of(self, damped: Operator, outputs: bool | None) -> Operator:
+        if outputs is None:
+            return damped.inverse()
+        assert isinstance(damped, Kronecker) and isinstance(self.inverse, Kronecker)
+        return damped.half_inverse(self.inverse, outputs=outputs)
 
     def apply(self, rows: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Write the inverse times a vector ``{name: [1, *shape]}`` into `out`."""
@@ -126,10 +143,10 @@ class LayerInverse:
         """Take over what `state_dict` gave."""
         self.operator, self.inverse = (_read(state[key], device) for key in ("operator", "inverse"))
         for key in _NUMBERS:
-            setattr(self, key, state[key])
+            setattr(self, key, state.get(key, getattr(self, key)))
 
 
-_NUMBERS = ("due", "solves", "value", "mean", "made", "trouble")
+_NUMBERS = ("due", "solves", "value", "mean", "made", "trouble", "begun", "inputs_due")
 
 
 def _written(operator: Operator | None) -> dict[str, Any] | None:

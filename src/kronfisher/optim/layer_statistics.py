@@ -177,6 +177,7 @@ class LayerStatistics:
             "average": None if self.average is None else self.average.to_dict(),
             "basis_due": self.basis_due,
             "basis_renewed": self.basis_renewed,
+            "reads_data": self.reads_data,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
@@ -185,6 +186,7 @@ class LayerStatistics:
             self.average = AverageState.from_dict(saved, self.blocks, device)
         self.empty()
         self.basis_due, self.basis_renewed = state["basis_due"], state["basis_renewed"]
+        self.reads_data = state.get("reads_data", False)
 
 
 def periods(refresh: Refresh, layers: Iterable[LayerStatistics]) -> Refresh:

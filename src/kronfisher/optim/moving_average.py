@@ -14,12 +14,20 @@ from kronfisher.operators import Operator
 
 __all__ = ["AverageState", "MovingAverage"]
 
+ENOUGH = 3  # rows of a batch over the width of a layer, of which averages over several batches are good
+FEWEST = 32  # examples that are read of a batch at the least: rows of one example are alike
+
 
 @dataclass
 class AverageState(State):
-    """States of all passes of one fit: of the first pass, and with EKFAC of the eigenvalues in the basis it gave."""
+    """States of all passes of one fit: of the first pass, and with EKFAC of the eigenvalues in the basis it gave.
+
+    Attributes:
+        turn: which part of a batch is read, or was last, where that is not all.
+    """
 
     states: list[State] = field(default_factory=list)
+    turn: int = 0
 
     @property
     def adds(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -80,22 +88,24 @@ class MovingAverage(Fit):
         first, *rest = average.states
         begun = self.fit.init(average.blocks, average.plan, first.like.new_empty(0))
         states = [begun, *(state.empty() for state in rest)]
-        return AverageState(average.blocks, average.plan, states=states)
+        return AverageState(average.blocks, average.plan, states=states, turn=average.turn + 1)
 
     def without_sums(self, state: AverageState) -> AverageState:
         """States of the same kind and bases that take no memory and hold nothing; `fresh` begins with them, too."""
         bare = [replace(one, count=0.0, rows=0.0) for one in state.states]
         for one in bare:
             one.release()
-        return AverageState(state.blocks, state.plan, states=bare)
+        return AverageState(state.blocks, state.plan, states=bare, turn=state.turn)
 
     def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
+        if len(samples) == 1 and state.plan.passes == 1:
+            samples = (_enough(samples[0], state.turn),)
         state.states = [self.fit.update(one, samples) for one in state.states]
         return state
 
     def combine(self, x: Any, y: Any, wx: float = 1.0, wy: float = 1.0) -> AverageState:
         states = [self.fit.combine(old, new, wx, wy) for old, new in zip(x.states, y.states, strict=True)]
-        return replace(x, states=states, count=wx * x.count + wy * y.count)
+        return replace(x, states=states, count=wx * x.count + wy * y.count, turn=y.turn)
 
     def renew_basis(self, average: AverageState) -> AverageState | None:
         """The average with its second pass begun anew from the first; None for a fit of one pass."""
@@ -106,3 +116,20 @@ class MovingAverage(Fit):
 
     def finish(self, state: Any) -> Operator:
         return self.fit.finish(state.states[-1])
+
+
+def _enough(samples: Samples, turn: int) -> Samples:
+    """Some examples of a batch, with gradients that stand for all, where half of them give rows enough; all otherwise.
+
+    Of layers with positions alone: their second moments would cost more than all the rest of a backward pass. Which
+    examples goes round from batch to batch: batches may be sorted.
+    """
+    size, positions, (_, outputs, inputs) = len(samples), samples.positions, samples.shape
+    if positions < 2 or samples.mask is not None or samples.columns > 1:
+        return samples
+    few = max(FEWEST, -(-ENOUGH * max(outputs, inputs) // positions))
+    if 2 * few > size:
+        return samples
+    low = turn % (size // few) * few
+    some = samples.part(low, low + few)
+    return replace(some, gradients=some.gradients * (size / few) ** 0.5)

@@ -260,10 +260,14 @@ class Statistics:
     ) -> None:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
-        before = run.count
-        with run.groups.only(chosen) if self._complete(run) else nullcontext():
+        before, complete = run.count, self._complete(run)
+        if not complete:
+            self._leave_others(run, room=True)
+        with run.groups.only(chosen) if complete else nullcontext():
             run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
         self._find_layers(run, step)
+        if not complete:
+            self._leave_others(run, room=False)
         self.rows = self.rows + self._look_at_calls(capture) * (run.count - before) / len(observation)
         self._examples = self._examples + (run.count - before)
         if self._measures_misfit and self.likelihood.labelled(targets):
@@ -279,6 +283,14 @@ class Statistics:
     def _complete(self, run: Accumulator) -> bool:
         """Whether the layers that are wanted are known, and others need not be read."""
         return len(self.layers) < len(run.groups) == self._groups
+
+    def _leave_others(self, run: Accumulator, *, room: bool) -> None:
+        """Give groups that are not wanted room for a batch in which they have to be read, or take it away again."""
+        wanted = {id(layer.group) for layer in self.layers}
+        for group in run.groups:
+            if self.layers and id(group) not in wanted:
+                assert isinstance(group.fit, MovingAverage)
+                group.state = (group.fit.fresh if room else group.fit.without_sums)(group.state)  # pyright: ignore[reportArgumentType]
 
     def _look_at_calls(self, capture: Capture) -> int:
         """See which layers read data directly and what a pass costs; the most rows of a layer."""

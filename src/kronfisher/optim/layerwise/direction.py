@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kronfisher.fisher.damping import Damping
-from kronfisher.operators import Operator
+from kronfisher.operators import Kronecker, Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.layer_inverse import LayerInverse
@@ -19,6 +19,8 @@ __all__ = ["RelativeDirection", "Shares"]
 AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for inverses, before their period is lengthened
 AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
 LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
+RARE = 5  # periods after which the inverse of an input factor of data is renewed: data do not change
+DEAR = 3.0  # passes: inverses of layers beyond are made half by half
 CHOLESKY, EIGENVECTORS = 1.5, 20.0  # products as dear as factorising n × n, over n³, from their measured speeds
 
 
@@ -61,6 +63,8 @@ class RelativeDirection(Inverses):
     def renew(self, step: int, pass_cost: float, *, wait: bool = False) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
 
+        A layer that is dearer than three of them has its two factors inverted in different steps.
+
         Args:
             step: number of the step.
             pass_cost: multiplications of a forward and backward pass over a batch.
@@ -70,7 +74,7 @@ class RelativeDirection(Inverses):
         began = time.perf_counter()
         ready = [one for one in self.inverses if one.layer.average is not None]
         missing = [one for one in ready if one.inverse is None]
-        due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=lambda one: one.made)
+        due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=_age)
         if wait:
             alone = [one for one in due if one.layer.passes == 1]  # others go with their bases
             due = [one for one in due if one.layer.passes > 1]
@@ -89,11 +93,16 @@ class RelativeDirection(Inverses):
             for one in [*missing, *due]:
                 if one.inverse is not None and left <= 0:
                     break
-                left -= _cost(one)
+                outputs = _half(one, step, DEAR * pass_cost)
+                left -= _cost(one, outputs)
                 one.operator = one.layer.operator()
-                one.make(self._damping(one), 1.0, step)
+                one.make(self._damping(one), 1.0, step, outputs=outputs)
                 one.operator = None
-                one.due = step + period
+                kept = _keeps_inputs(one, step)
+                one.begun = outputs is True and not kept
+                if not one.begun:
+                    one.due = step + period
+                    one.inputs_due = one.inputs_due if kept else step + RARE * period
         self.seconds += time.perf_counter() - began
 
     def _damping(self, one: LayerInverse) -> Shares:
@@ -110,7 +119,27 @@ class RelativeDirection(Inverses):
         return product is not None and product.apply(gradients, out)
 
 
-def _cost(one: LayerInverse) -> float:
-    """Multiplications that are as dear as making the inverse, from the sizes alone."""
+def _age(one: LayerInverse) -> tuple[bool, int]:
+    """Smaller for inverses that are to be made earlier: those of which half is made, then the oldest."""
+    return not one.begun, one.made
+
+
+def _half(one: LayerInverse, step: int, most: float) -> bool | None:
+    """Which factor is inverted now: that of the outputs (True), of the inputs (False), or both (None) up to a cost."""
+    if one.layer.passes > 1 or not (one.separable and isinstance(one.inverse, Kronecker)):
+        return None
+    if one.begun:
+        return False
+    return True if _keeps_inputs(one, step) or _cost(one) > most else None
+
+
+def _keeps_inputs(one: LayerInverse, step: int) -> bool:
+    """Whether the input factor is one of data, and was inverted not long ago."""
+    return one.layer.reads_data and one.inputs_due > step
+
+
+def _cost(one: LayerInverse, outputs: bool | None = None) -> float:
+    """Multiplications that are as dear as making the inverse, or that of one factor, from the sizes alone."""
     each = EIGENVECTORS if one.layer.passes > 1 else CHOLESKY
-    return each * sum(block.shape[0] * (block.shape[1] ** 3 + block.shape[2] ** 3) for block in one.blocks)
+    sides = (1, 2) if outputs is None else (1,) if outputs else (2,)
+    return each * sum(block.shape[0] * block.shape[side] ** 3 for block in one.blocks for side in sides)
