@@ -148,6 +148,11 @@ class LayerStatistics:
             state = replace(state, states=state.states[:1])
         self.group.state = self.fit.fresh(state)
 
+    def announce(self, examples: int) -> None:
+        """Say how many examples are going to be read."""
+        assert isinstance(self.group.state, AverageState)
+        self.group.state.examples = examples
+
     def empty(self) -> None:
         """Forget the batch's statistics, with the memory that they took: `begin` makes room for the next."""
         state = self.average or self.group.state

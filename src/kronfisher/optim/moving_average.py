@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronfisher.errors import UnsupportedError
@@ -15,7 +16,7 @@ from kronfisher.operators import Operator
 __all__ = ["AverageState", "MovingAverage"]
 
 ENOUGH = 3  # rows of a batch over the width of a layer, of which averages over several batches are good
-FEWEST = 32  # examples that are read of a batch at the least: rows of one example are alike
+FEWEST = 32  # examples at the least, where only some are read: rows of one example are alike
 
 
 @dataclass
@@ -23,10 +24,12 @@ class AverageState(State):
     """States of all passes of one fit: of the first pass, and with EKFAC of the eigenvalues in the basis it gave.
 
     Attributes:
+        examples: of the batch that is going to be read; 0: not known.
         turn: which part of a batch is read, or was last, where that is not all.
     """
 
     states: list[State] = field(default_factory=list)
+    examples: int = 0
     turn: int = 0
 
     @property
@@ -99,7 +102,7 @@ class MovingAverage(Fit):
 
     def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
         if len(samples) == 1 and state.plan.passes == 1:
-            samples = (_enough(samples[0], state.turn),)
+            samples = (_enough(samples[0], state.examples, state.turn),)
         state.states = [self.fit.update(one, samples) for one in state.states]
         return state
 
@@ -118,18 +121,23 @@ class MovingAverage(Fit):
         return self.fit.finish(state.states[-1])
 
 
-def _enough(samples: Samples, turn: int) -> Samples:
-    """Some examples of a batch, with gradients that stand for all, where half of them give rows enough; all otherwise.
+def _enough(samples: Samples, examples: int, turn: int) -> Samples:
+    """Part of the rows of a batch, with gradients that stand for all, if half of them is enough; all otherwise.
 
-    Of layers with positions alone: their second moments would cost more than all the rest of a backward pass. Which
-    examples goes round from batch to batch: batches may be sorted.
+    Of layers with positions alone: second moments of all their rows would cost more than the rest of a backward pass.
+    Where rows are sorted by example, some examples; otherwise one row of so many, of all examples. Which ones goes
+    round from batch to batch: batches may be sorted.
     """
-    size, positions, (_, outputs, inputs) = len(samples), samples.positions, samples.shape
-    if positions < 2 or samples.mask is not None or samples.columns > 1:
+    size, positions = len(samples), samples.positions
+    if samples.mask is not None or samples.columns > 1 or not examples or size * positions <= examples:
         return samples
-    few = max(FEWEST, -(-ENOUGH * max(outputs, inputs) // positions))
-    if 2 * few > size:
+    rows = ENOUGH * max(samples.shape[1:])
+    times = size // (max(FEWEST, -(-rows // positions)) if positions > 1 else max(rows, examples))
+    if times < 2:
         return samples
-    low = turn % (size // few) * few
-    some = samples.part(low, low + few)
-    return replace(some, gradients=some.gradients * (size / few) ** 0.5)
+    low = turn % times
+    if positions > 1:
+        some = samples.part(low * (size // times), (low + 1) * (size // times))
+    else:
+        some = samples.select(torch.arange(low, size, times, device=samples.gradients.device))
+    return replace(some, gradients=some.gradients * (size / len(some)) ** 0.5)

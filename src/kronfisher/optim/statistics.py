@@ -260,6 +260,8 @@ class Statistics:
     ) -> None:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
+        for layer in self.layers:
+            layer.announce(len(observation))
         before, complete = run.count, self._complete(run)
         if not complete:
             self._leave_others(run, room=True)

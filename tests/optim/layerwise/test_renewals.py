@@ -12,6 +12,7 @@ from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits import KFAC
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
+from kronfisher.operators import Kronecker
 from kronfisher.optim.layerwise import direction
 from kronfisher.optim.moving_average import ENOUGH, FEWEST, MovingAverage
 from tests.helpers.training import batches, network, wide
@@ -106,19 +107,24 @@ def group_of(samples):
     return (Block("w", "linear", Window.of("w", torch.zeros(samples.shape))),)
 
 
-def test_parts_of_large_batches_stand_for_all_and_go_round():
+@pytest.mark.parametrize("flat", [False, True])
+def test_parts_of_large_batches_stand_for_all_and_go_round(flat):
     torch.manual_seed(0)
-    size, positions, width = 3 * FEWEST, 7, 4
-    a, g = (torch.randn(1, size, positions, n, dtype=torch.float64) for n in (width, 3))
+    size, positions, width = 3 * FEWEST, 3, 4  # or as rows in any order, as K-FAC of a linear layer has them
+    shape = (1, size * positions, 1) if flat else (1, size, positions)
+    a, g = (torch.randn(*shape, n, dtype=torch.float64) for n in (width, 3))
     whole, fit = Samples(Dense(a), g), MovingAverage(KFAC())
     average, group = None, group_of(whole)
     state = fit.init(group, fit.plan(group, 8), g)
     for _ in range(3):  # of equal weights
         state.count = state.states[0].count = float(size)
+        state.examples = size
         state = fit.update(state, (whole,))
+        assert state.states[0].rows == FEWEST * positions
         average = state if average is None else fit.combine(average, state, 1.0, 1.0)
         state = fit.fresh(average)
     found, rows = fit.finish(average), a.flatten(0, 2)
+    assert isinstance(found, Kronecker)
     torch.testing.assert_close(found.A[0], rows.mT @ rows / len(rows))
     torch.testing.assert_close(found.B[0], g.flatten(0, 2).mT @ g.flatten(0, 2) / size)
 
@@ -126,7 +132,10 @@ def test_parts_of_large_batches_stand_for_all_and_go_round():
 def test_batches_are_read_whole_where_half_of_them_is_too_few_or_no_layer_has_positions_or_some_do_not_count():
     fit = MovingAverage(KFAC())
     wide = 2 * FEWEST * 9 // (2 * ENOUGH) + 1
-    cases = ((2 * FEWEST - 1, 9, 4, False), (2 * FEWEST, 9, wide, False), (999, 1, 4, False), (999, 9, 4, True))
+    cases = (
+        *((2 * FEWEST - 1, 9, 4, False), (2 * FEWEST, 9, wide, False), (999, 1, 4, False), (999, 9, 4, True)),
+        (1998, 1, 999 // ENOUGH + 1, False),  # two rows of each example
+    )
     for size, positions, width, mask in cases:
         samples = Samples(
             Dense(torch.randn(1, size, positions, width)),
@@ -134,5 +143,7 @@ def test_batches_are_read_whole_where_half_of_them_is_too_few_or_no_layer_has_po
             mask=torch.ones(size, positions) if mask else None,
         )
         group = group_of(samples)
-        state = fit.update(fit.init(group, fit.plan(group, 4), samples.gradients), (samples,))
+        state = fit.init(group, fit.plan(group, 4), samples.gradients)
+        state.examples = min(size, 999)
+        state = fit.update(state, (samples,))
         assert state.states[0].rows == size * positions
