@@ -10,7 +10,7 @@ export KRONFISHER_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs site dist matrix release format clean
+.PHONY: help demo test check bench docs gallery site dist matrix release format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ bench: $(READY)  ## side by side with other libraries (makes its own environment
 
 docs: $(READY)  ## run the examples of the README and the documentation
 	$(PYTHON) -m pytest --doctest-glob='*.md' README.md docs $(ARGS)
+
+gallery: $(READY)  ## run the gallery's pages, and draw their pictures anew
+	$(PYTHON) -m pytest --doctest-glob='*.md' docs/gallery --pictures $(ARGS)
 
 site:  ## the documentation as a site, built strictly (makes its own environment)
 	$(PYTHON3) tools/documentation.py $(ARGS)

@@ -189,6 +189,10 @@ def markdown(run: dict) -> str:
             lines += ["", f"### {workload}", "", *table(["library", "likelihood", *COLUMNS[what]], rows)]
     lines += kfoc([result for result in run["results"] if result["what"] == "kfoc"])
     lines += influence([result for result in run["results"] if result["what"] == "influence"])
+    if pages := [result for result in run["results"] if result["what"] == "migration"]:
+        rows = [[r["page"], r.get("skipped") or f"{r['examples']} examples, {r['failed']} failed"] for r in pages]
+        lines += ["", "## Pages for those who come from another library", "", *table(["page", ""], rows)]
+        lines += [f"\n{r['page']}:\n\n```\n{r['messages']}\n```" for r in pages if r.get("failed")]
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

@@ -1,6 +1,6 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence] [--peers ...]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration] [--peers ...]
                          [--workloads ...] [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
@@ -31,9 +31,9 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence")} | {
-    "solve": ["solve", "solve-exact"]
-}
+WHATS = {
+    name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration")
+} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
 SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
 BUDGETS = {"wide": (0.9, 1, 2, 4), "embedding": (0.9, 1, 2, 4), "convolution": (0.9, 1, 2)}
@@ -149,6 +149,22 @@ def influence(options: argparse.Namespace) -> list[dict]:
     return results
 
 
+def migration(options: argparse.Namespace) -> list[dict]:
+    """Every page of docs/migration beside its library; kfac-pytorch is on no index and comes from a clone."""
+    clone = options.sources and options.sources.resolve() / "kfac-pytorch"
+    if clone and clone.exists() and (complaint := pip("install", "--no-deps", str(clone))):
+        print(f"{clone} cannot be installed: {complaint}", file=sys.stderr)
+    results = []
+    for page in sorted((ROOT / "docs" / "migration").glob("*.md")):
+        outcome = child("migration.py", page.stem, timeout=options.timeout)
+        results.append({"what": "migration", "page": page.stem, **outcome})
+        print("migration", page.stem, outcome, file=sys.stderr)
+    return results
+
+
+OWN = {"kfoc": kfoc, "influence": influence, "migration": migration}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS), metavar="WHAT")
@@ -158,7 +174,9 @@ def main() -> None:
     parser.add_argument(
         "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="of --what kfoc", metavar="TABLE"
     )
-    parser.add_argument("--sources", type=Path, help="folder with clones of BPNN and curvlinops, for --what kfoc")
+    parser.add_argument(
+        "--sources", type=Path, help="folder with clones: BPNN and curvlinops for kfoc, kfac-pytorch for migration"
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
     options = parser.parse_args()
     versions = environment()
@@ -181,8 +199,8 @@ def main() -> None:
             results += [{"what": what, **row} for row in outcome.get("rows", [outcome])]
             print(what, outcome.get("figure", outcome.get("skipped")), file=sys.stderr)
             continue
-        if what in ("kfoc", "influence"):
-            results += (kfoc if what == "kfoc" else influence)(options)
+        if what in OWN:
+            results += OWN[what](options)
             continue
         if what == "steps":
             for workload in [name for name in options.workloads if name in ("autoencoder", "alexnet", "gpt")]:
@@ -221,6 +239,8 @@ def main() -> None:
         sys.exit(f"benchmarks: nothing was compared with {', '.join(lost)}; see the table")
     if any(report.disagrees(result) for result in results):
         sys.exit("benchmarks: some matrices differ by more than they should; see the table")
+    if wrong := [r["page"] for r in results if r["what"] == "migration" and r.get("failed")]:
+        sys.exit(f"benchmarks: examples failed in {', '.join(wrong)}; see the table")
 
 
 if __name__ == "__main__":

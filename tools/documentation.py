@@ -102,7 +102,7 @@ def main() -> None:
     given = parser.parse_args()
     docs = given.work / "docs"
     shutil.rmtree(docs, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", docs)
+    shutil.copytree(ROOT / "docs", docs, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for source, place in OTHERS.items():
         shutil.copy(ROOT / source, docs / place)
     for place, text in pages().items():

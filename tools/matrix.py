@@ -12,10 +12,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-from environments import ROOT, Environment
+from environments import ROOT, Environment, require
 
 # Rooms that depend on what torch is: the rest stands on them.
-TESTS = ("tests/operators", "tests/fisher", "tests/layers", "tests/capture", "tests/estimation/test_estimate.py")
+ROOMS = ("operators", "fisher", "layers", "capture", "optim", "estimation/test_estimate.py")
+TESTS = tuple(f"tests/{room}" for room in ROOMS)
+PACKAGES = ("numpy", "pytest>=8.2", "hypothesis>=6.100", "ninja", "setuptools", "safetensors", "scipy", "scikit-learn",
+            "matplotlib", "jinja2")  # fmt: skip
 
 
 def floors() -> tuple[str, str]:
@@ -80,8 +83,9 @@ def main() -> None:
 def _tested(python: Path, version: str, torch: str, work: Path, tests: tuple[str, ...]) -> str:
     environment = Environment(work / f"python{version}-torch{torch}", python)
     wanted = "torch" if torch == "newest" else f"torch=={torch}.*" if torch.count(".") == 1 else f"torch=={torch}"
-    if environment.install(wanted, "numpy", "pytest>=8.2", "hypothesis>=6.100", "safetensors", "scipy").returncode:
+    if environment.install(wanted, *PACKAGES).returncode:
         return f"not run: pip finds no {wanted} for it"
+    require(environment.install("--no-deps", ROOT), "kronfisher cannot be installed")  # it is asked for its version
     done = environment("-c", "import torch; print(torch.__version__)")
     settings = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)

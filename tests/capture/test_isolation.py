@@ -1,6 +1,7 @@
 """Nothing of the user's is different after an estimate, whether it succeeds or fails, and however it fails."""
 
 import random
+import warnings
 from collections import OrderedDict
 from threading import Thread
 
@@ -374,7 +375,7 @@ def test_distributed_wrapper(tmp_path):
 
 
 def test_scripted_modules_are_refused():
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of newer versions of torch
         scripted = torch.jit.script(nn.Linear(3, 2))
     with pytest.raises(kf.UnsupportedError, match="the model is a scripted module"):
         kf.estimate(scripted, torch.randn(4, 3), kf.Gaussian())

@@ -14,6 +14,7 @@ N = 3
 ELSEWHERE = {  # on other devices, or other versions of torch
     "ReshapeAlias", "CudnnBatchNorm", "MiopenBatchNorm", "ScaledDotProductFlashAttention", "FusedRmsNorm",
     "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention", "MkldnnAdaptiveAvgPool2D", "SafeSoftmax",
+    "Aminmax",
 }  # fmt: skip
 
 

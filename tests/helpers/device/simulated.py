@@ -40,6 +40,8 @@ def missing() -> str | None:
         return "the simulated device needs a C++ compiler (g++)"
     if not cpp_extension.is_ninja_available():
         return "the simulated device needs ninja: pip install ninja"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        return f"the simulated device is written for the headers of torch 2.13 and newer, this is {torch.__version__}"
     return None
 
 

@@ -1,0 +1,50 @@
+"""Pages of the documentation: what a gallery's page draws and shows, and which pages the benchmarks run."""
+
+import ast
+import re
+
+import pytest
+
+from tests.helpers.layout import ROOT
+
+GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.md"))
+MIGRATION = {path.stem for path in (ROOT / "docs" / "migration").glob("*.md")}
+
+
+def assigned(path, name):
+    """What a file assigns to a name, a literal, without importing the file."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    (value,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+    return ast.literal_eval(value)
+
+
+@pytest.mark.parametrize("path", GALLERY, ids=lambda path: path.stem)
+def test_a_page_of_the_gallery_shows_what_it_draws(path):
+    text = path.read_text(encoding="utf-8")
+    shown = dict(re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text))
+    drawn = re.findall(r'savefig\("([^"]+)"\)', text)
+    assert drawn and sorted(shown.values()) == sorted(drawn)
+    assert all(len(description) > 40 for description in shown)
+    assert all((path.parent / name).stat().st_size < 300_000 for name in drawn)
+
+
+def test_the_gallery_has_no_pictures_of_pages_that_are_gone():
+    assert len(GALLERY) >= 12
+    drawn = {name for path in GALLERY for name in re.findall(r'savefig\("([^"]+)"\)', path.read_text())}
+    assert drawn == {path.name for path in (ROOT / "docs" / "gallery").glob("*.png")}
+
+
+def test_every_page_of_a_library_is_run_beside_it_and_the_overview_leads_to_it():
+    beside = assigned("benchmarks/migration.py", "LIBRARIES")
+    assert beside.keys() == MIGRATION
+    elsewhere = assigned("docs/conftest.py", "LIBRARIES")
+    assert elsewhere.keys() <= MIGRATION
+    assert all(beside[page][0] == package for page, package in elsewhere.items())
+    text = (ROOT / "docs" / "migration.md").read_text()
+    assert set(re.findall(r"\(migration/([\w-]+)\.md\)", text)) == MIGRATION
+    for page in MIGRATION:
+        text = (ROOT / "docs" / "migration" / f"{page}.md").read_text()
+        assert re.search(r"^>>> .*(allclose|all\().*\nTrue$", text, re.MULTILINE), f"{page} compares nothing"
+        assert "| there | here |" in text
