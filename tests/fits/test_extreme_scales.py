@@ -70,7 +70,7 @@ def test_tiny_inputs_with_huge_gradients_and_the_other_way_round(name, power):
 
 
 @pytest.mark.parametrize("power", [-515, -530])  # entries of 1e-310 and 1e-319, of which digits are left
-@pytest.mark.parametrize("name", [*(n for n in FITTED if n not in ("diagonal", "full", "kfac-corrected")), "kpsvd"])
+@pytest.mark.parametrize("name", [*(n for n in FITTED if n not in ("diagonal", "full")), "kpsvd"])
 @pytest.mark.filterwarnings("ignore::kronfisher.NumericalWarning:kronfisher.operators")
 def test_a_matrix_at_the_end_of_the_range_is_right_or_refused_or_said_to_vanish(name, power):
     """Seen: zero without a word from K-FOC, sums of products and TKFAC for inputs of 1e-155."""
@@ -92,3 +92,24 @@ def test_a_matrix_at_the_end_of_the_range_is_right_or_refused_or_said_to_vanish(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert float(kf.estimate(model, x * 0, kf.Gaussian(), fit=fit, labels="exact").trace()) == 0
+
+
+@pytest.mark.parametrize(("dtype", "inputs", "gradients"), [
+    (torch.float32, 2.0**-33, 2.0**-37), (torch.float32, 1, 2.0**-70), (torch.float64, 1, 2.0**-515),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["kfoc", "kfoc-exact", "kpsvd", "kfac-corrected", "kronecker-sum"])
+@pytest.mark.filterwarnings("ignore::kronfisher.NumericalWarning")
+def test_factors_of_a_matrix_below_the_range_are_right_or_zero_and_never_nan(name, dtype, inputs, gradients):
+    """Seen: infinite and undefined factors from K-FOC, because one over a weight of 1e-43 was infinite."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3, bias=False).to(dtype), torch.randn(12, 4, dtype=dtype)
+    fit = FITTED.get(name) or kf.KPSVD()
+
+    def estimate(a, g):
+        options = {"labels": "exact", "forward": lambda model, batch: (model(batch[0]) * g, None)}
+        found = kf.estimate(model, [(x * a, None)], kf.Gaussian(), fit=fit, **options)["weight"]
+        A, B = (factor.double().flatten(-2) for factor in (found.A, found.B))
+        return torch.einsum("...i,...o->io", A / (a * g), B / (a * g))  # scaled before they are multiplied
+
+    usual, far = estimate(1, 1), estimate(inputs, gradients)
+    assert torch.equal(far, torch.zeros_like(far)) or float((far - usual).norm() / usual.norm()) < 0.05

@@ -13,7 +13,8 @@ from kronfisher.fits.half_steps import HalfStep, OutputsStep
 from kronfisher.fits.merging import BY_BATCH, Aggregation, Merging, check_gradients
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.products import ProductSums
-from kronfisher.fits.rearrangement import ROUTES, SHARING, Diagonals, Rearranged, cheapest, norm, over, rearrange
+from kronfisher.fits.rearrangement import ROUTES, SHARING, Diagonals, Rearranged, cheapest, norm, over, rearrange, times
+from kronfisher.fits.rearrangement.scales import power_of_two
 from kronfisher.fits.registry import register
 from kronfisher.fits.running_sum import add_terms, balance, leading, naming_errors, pieces
 from kronfisher.fits.scaling import tell_vanished
@@ -274,7 +275,8 @@ class KFOC(Fit):
         if len(state.inputs) > 1 and not (state.route == "projected" and float(state.pieces) == 1):
             A, B = leading(state.inputs, state.outputs, state.name)  # else one term, semidefinite as it was made
         if len(state.inputs) == 1 and self.aggregation != "running":
-            scale = scale * torch.where(state.weight > 0, 1 / state.weight, 0)
+            unit = power_of_two(state.weight)  # weights at the end of the range have no inverse
+            scale, B = scale * torch.where(state.weight > 0, unit / state.weight, 0), times(B, 1 / unit)
         return balance(A, B, scale, state.name)
 
     def error(self, state: ProductSums | HalfStep, operator: Operator) -> float | None:

@@ -286,7 +286,7 @@ def _balance(A: Tensor, B: Tensor) -> Tensor:
     """``√((tr B / O) / (tr A / I))`` of every group, one where either is zero."""
     right, left = (Factor.of(factor).diagonal().mean(-1).clamp_min(0) for factor in (A, B))
     some = (left > 0) & (right > 0)
-    return (torch.where(some, left, 1) / torch.where(some, right, 1)).sqrt()
+    return torch.where(some, left, 1).sqrt() / torch.where(some, right, 1).sqrt()  # whose ratio may leave the range
 
 
 register("kronecker-sum", KroneckerSum, "the best sum of two products", "Kronecker sum")

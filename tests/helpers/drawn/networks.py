@@ -133,7 +133,8 @@ class Maker:
                 values = FORMS[name](r, h)
             except (IndexError, ValueError):  # too few axes
                 continue
-            for options in [*(r.sample(OPTIONS, 4) if kind != "linear" and r.random() < 0.4 else []), {}]:
+            padded = [{"padding_idx": 1}] if "ids" in name.split() and len(self.steps) % 2 else []  # else hardly drawn
+            for options in [*(r.sample(OPTIONS, 4) if kind != "linear" and r.random() < 0.4 else []), *padded, {}]:
                 words = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
                 found.append(Step(f"{function.__name__}({words})", function, values, options, {}))
         return found

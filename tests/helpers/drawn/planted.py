@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytest import MonkeyPatch
 from torch import Tensor
 
@@ -19,7 +21,6 @@ from kronfisher.layers import OPERATORS, RowOrder
 from kronfisher.layers import convolution as convolutions
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.elementwise import ElementwiseUse
-from kronfisher.layers.embedding import LookupUse
 from kronfisher.layers.linear import RowUse
 from kronfisher.layers.use import Use, Windows
 
@@ -123,8 +124,16 @@ def _sign(patch: MonkeyPatch) -> None:
 
 @plant("layers: the index that is padding counts")
 def _padding(patch: MonkeyPatch) -> None:
-    init = LookupUse.__post_init__
-    patch.setattr(LookupUse, "__post_init__", lambda self: (init(self), setattr(self, "ignored", None))[0])
+    def without(handler: Any) -> Any:
+        def handle(*args: Any, **kwargs: Any) -> Any:
+            given = signature(handler).bind(*args, **kwargs)
+            given.arguments.pop("padding_idx", None)
+            return handler(**given.arguments)
+
+        return handle
+
+    for operator in (F.embedding, F.embedding_bag):
+        patch.setitem(OPERATORS, operator, without(OPERATORS[operator]))
 
 
 @plant("layers: rows belong to examples as the shape suggests first")
