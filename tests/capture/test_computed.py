@@ -1,13 +1,17 @@
 """Weights computed from weights: exact where the fit is, by layers, as a layer written out, and in training."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
-from tests.helpers.checks import assert_exact
+from tests.helpers.checks import assert_exact, assert_fallback
+from tests.helpers.close import close
 from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 
 def P(*shape):
@@ -123,6 +127,69 @@ def test_the_length_of_a_normalised_weight_is_by_layers_and_its_direction_is_exa
         assert_exact(model, x, fit=fit, tolerance=1e-10)
     reasons = [row.parameter for row in kf.coverage(model, x).rows if row.reason]
     assert reasons == [name for name, p in model.named_parameters() if p.dim() == 2 and p.shape[1] == 3]
+
+
+def normed_by(length, *shape):
+    return Written(lambda m, x: F.linear(x, m.w / length(m)), w=P(*shape), s=P(1))
+
+
+PARAMETRISATIONS = nn.utils.parametrizations
+DIVIDED = {
+    "spectral norm": lambda: PARAMETRISATIONS.spectral_norm(nn.Linear(3, 6)),
+    "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(3, 6)),
+    "spectral norm of a convolution": lambda: nn.Sequential(
+        Written(lambda m, x: x.mT), PARAMETRISATIONS.spectral_norm(nn.Conv1d(3, 6, 2))
+    ),
+    "all of the matrix": lambda: normed_by(lambda m: m.w.norm(), 2, 3),
+    "the root of a mean square": lambda: normed_by(lambda m: (m.w.square().mean() + 1e-3).sqrt(), 6, 3),
+    "a sum of its own and another's": lambda: normed_by(lambda m: 5 + m.w[0, 1] * m.w[1].sum(), 6, 3),
+    "the corner of its square": lambda: normed_by(lambda m: 3 + (m.w @ m.w.mT)[0, 0].tanh(), 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_matrix_divided_by_a_number_of_its_own_is_by_layers_in_estimates(name):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(DIVIDED[name](), nn.Tanh(), nn.Flatten(1)).double().eval()
+    x = torch.randn(5, 4, 3).double()
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, [x[:3], x[3:]], fit=fit, tolerance=1e-10)
+    assert kf.coverage(model, x).complete
+    matrix = max(dict(model.named_parameters()), key=lambda key: model.get_parameter(key).numel())
+    truth = exact_fisher(model, x)
+    for fit in ("ekfac", "tkfac"):  # which keep the trace
+        fisher = kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact")
+        assert fisher[matrix].kind != "diagonal"
+        close(fisher.trace(), truth.trace(), 1e-8)
+    kfac = kf.estimate(model, x, kf.Gaussian(), fit="kfac", labels="exact")
+    assert kfac.error(x).blocks[matrix] < 1
+
+
+def test_the_factors_of_a_spectrally_normalised_layer_do_not_see_what_its_norm_adds():
+    """K-FAC's factors are those of the layer with its norm held constant; K-FOC, which sees products, is closer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(PARAMETRISATIONS.spectral_norm(nn.Linear(3, 6)), nn.Tanh(), nn.Flatten(1)).double().eval()
+    norm = float(torch.linalg.matrix_norm(model[0].parametrizations.weight.original.detach(), 2))
+    held = Written(lambda m, x: F.linear(x, m.w / norm, m.b).tanh().flatten(1), w=P(6, 3), b=P(6)).double()
+    with torch.no_grad():
+        held.w.copy_(model[0].parametrizations.weight.original)
+        held.b.copy_(model[0].bias)
+        u, v = model[0].parametrizations.weight[0]._u, model[0].parametrizations.weight[0]._v
+        left, _, right = torch.linalg.svd(held.w)
+        u.copy_(left[:, 0])
+        v.copy_(right[0])
+    x, name = torch.randn(50, 4, 3).double(), "0.parametrizations.weight.original"
+    one, two = (kf.estimate(m, x, kf.Gaussian(), fit={"*": "kfac"}, labels="exact") for m in (model, held))
+    torch.testing.assert_close(one[name].to_dense(), two["w"].to_dense(), rtol=1e-8, atol=1e-10)
+    best = kf.estimate(model, x, kf.Gaussian(), fit="kfoc-exact", labels="exact")
+    assert best.error(x).blocks[name] < one.error(x).blocks[name] < 0.5
+
+
+def test_norms_whose_derivative_is_no_sum_of_few_products_are_left_to_the_fallback():
+    model = nn.Sequential(normed_by(lambda m: m.w.norm(), 6, 5), nn.Flatten(1)).double()
+    assert_fallback(model, torch.randn(5, 4, 5).double(), r"0\.w: used by ")
 
 
 def test_copies_that_are_changed_in_place_are_no_longer_the_weight():

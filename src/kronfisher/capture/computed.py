@@ -5,16 +5,19 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers import Use
-from kronfisher.layers.computed import DiagonalUse, FactorUse, VectorUse
+from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.expressions import RULES, Term, leaves
 from kronfisher.layers.picked import PICKING, Picked, picked
 
 __all__ = ["Computed", "ComputedWeights"]
+
+_FEW = 4  # products of a column and a row in the derivative of a number
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,20 @@ class ComputedWeights:
             return None
         return Term(window.parameter, window.reshaped(1, -1), diagonal=True)
 
+    def number(self, tensor: Tensor) -> list[Term]:
+        """How a matrix that a number multiplies depends on the parameters that the number depends on."""
+        found = []
+        for name in self._names(tensor):
+            origin = self.parameters[name]
+            (slope,) = torch.autograd.grad(tensor.sum(), origin, retain_graph=True)
+            derivative = few_products(slope.reshape(len(slope), -1)) if slope.dim() > 1 else None
+            if derivative is None:
+                found.append(Term(name, None, operator="a norm"))
+            else:
+                window = Window.of(name, origin).reshaped(1, len(origin), -1)
+                found.append(Term(name, window, derivative=derivative))
+        return found
+
     def uses(self, of_computed: Sequence[Use], dimensions: int) -> Computed | None:
         """The uses of parameters that some uses of parameters and computed weights amount to; None: of none.
 
@@ -247,6 +264,8 @@ class ComputedWeights:
         for term in (*terms, *(term for term in self.rest(weight, "computation") if term.parameter not in known)):
             if term.window is None:
                 yield term
+            elif term.derivative is not None:
+                yield NumberUse(term.window, None, None, use, term.left, term.right, derivative=term.derivative)
             elif term.diagonal:
                 single = term.window.numel == 1
                 yield DiagonalUse(None, term.window, None, use, term.left, term.right, single)
@@ -265,6 +284,22 @@ class ComputedWeights:
         for name in self._names(vector):
             origin = self.parameters[name]
             yield VectorUse(None, Window.of(name, origin).reshaped(1, *origin.shape), None, use, vector, origin)
+
+
+def few_products(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """P ``[O, r]`` and Q ``[r, I]``, whose product is the matrix, r up to `_FEW`, by crosses; None: it takes more."""
+    rest, columns, rows = matrix.clone(), [], []
+    size = rest.abs().amax() * torch.finfo(rest.dtype).eps * 32
+    for _ in range(_FEW):
+        place = rest.abs().argmax()
+        row, column = place // rest.shape[1], place % rest.shape[1]
+        pivot = rest[row, column]
+        columns.append(rest[:, column] / torch.where(pivot == 0, 1, pivot))
+        rows.append(rest[row].clone())
+        rest = rest - torch.outer(columns[-1], rows[-1])
+        if bool(rest.abs().amax() <= size):
+            return torch.stack(columns, 1), torch.stack(rows)
+    return None
 
 
 def _normal(view: Window) -> bool:

@@ -7,7 +7,7 @@ a vector is computed in any way is the vector-Jacobian product.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use
 
-__all__ = ["DiagonalUse", "FactorUse", "VectorUse"]
+__all__ = ["DiagonalUse", "FactorUse", "NumberUse", "VectorUse"]
+
+_SMALL = 2.0**-20  # a power of two changes no digit
 
 
 @dataclass
@@ -124,6 +126,35 @@ class DiagonalUse(Factors):
 
     def mask(self, order: RowOrder) -> Tensor | None:
         return None  # positions are summed out
+
+
+@dataclass
+class NumberUse(Factors):
+    """A use of θ in ``W = L q(θ) R``, where θ enters by a number q: ``G_k ↦ ⟨Lᵀ G_k, R⟩ ∂q/∂θ``.
+
+    Its samples are positions beside those of other uses of θ: inputs are the rows of Q, and output gradients multiples
+    of the columns of P in ``∂q/∂θ = P Q``. None of them counts as a position, and P's are made so small that sums of
+    output gradients alone do not see them; products of both are exact.
+
+    Attributes:
+        derivative: P ``[O', r]`` and Q ``[r, I']``.
+    """
+
+    derivative: tuple[Tensor, Tensor] = field(kw_only=True)
+    summing = True
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        inputs, outputs = self._inputs(order, gradient), self._outputs(order, gradient)
+        sums = (inputs.dense() * outputs).sum(dim=(2, 3))[..., None, None]  # [1, n, 1, 1]
+        return sums * (self.derivative[0].mT.to(sums) * _SMALL)
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        rows = self.derivative[1].to(gradient) / _SMALL
+        return Dense(rows.expand(1, order.samples, *rows.shape))
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        columns = self.derivative[0]
+        return columns.new_zeros(order.samples, columns.shape[1], dtype=torch.bool)
 
 
 @dataclass

@@ -30,6 +30,8 @@ class Term:
         right: diagonals and matrices to its right, the outermost first.
         diagonal: θ stands for the diagonal matrix with these entries, or with this single one.
         operator: the operator without a rule.
+        derivative: with it θ enters by a number q(θ) that multiplies ``left right``: ``∂q/∂θ = P Q``, as
+            P ``[O', r]`` and Q ``[r, I']``.
     """
 
     parameter: str
@@ -38,13 +40,14 @@ class Term:
     right: tuple[Tensor, ...] = ()
     diagonal: bool = False
     operator: str = ""
+    derivative: tuple[Tensor, Tensor] | None = None
 
     @property
     def transposed(self) -> "Term":
         """The same θ in the transposed matrix."""
         numbers, left = tuple(t for t in self.left if not t.dim()), tuple(t for t in self.left if t.dim())
         window = self.window
-        if window is not None and not self.diagonal:
+        if window is not None and not self.diagonal and self.derivative is None:
             window = window.permuted(0, 2, 1)
         return replace(
             self,
@@ -77,6 +80,10 @@ class Expressions(Protocol):
 
     def scale(self, tensor: Tensor) -> Term | None:
         """A window on a parameter as a diagonal; None if the tensor is no such window."""
+        ...
+
+    def number(self, tensor: Tensor) -> list[Term]:
+        """How a matrix that a number multiplies depends on the parameters that the number depends on."""
         ...
 
 
@@ -205,12 +212,21 @@ def _diagonal(record: Expressions, value: Tensor, factor: Any, result: Tensor) -
 
 @computes(torch.div, Tensor.div, Tensor.__truediv__, torch.true_divide)
 def divided(record: Expressions, result: Tensor, input: Tensor, other: Any) -> list[Term] | None:
-    """A matrix divided by a constant, or by one for each row or column; in training by a norm of its own, too."""
-    if not _depends(input) or (
-        _depends(other) and not (record.lenient and {*map(id, leaves(other))} <= {*map(id, leaves(input))})
-    ):
+    """A matrix divided by a constant, or by one for each row or column, or by a number of its own, as its norm.
+
+    In training norms of its own are held constant; elsewhere ``V/s`` depends on the parameters of s by
+    ``−V/s² · ∂s/∂θ``.
+    """
+    if not _depends(input):
         return None
-    return multiplied(record, result, input, 1 / (other.detach() if isinstance(other, Tensor) else other))
+    terms: list[Term] = []
+    if _depends(other) and not (record.lenient and {*map(id, leaves(other))} <= {*map(id, leaves(input))}):
+        if other.numel() != 1:
+            return None
+        factors = (-other.detach().reshape(()).square().reciprocal(),), (_matrix(input.detach()),)
+        terms = [term.within(*factors) for term in record.number(other)]
+    held = multiplied(record, result, input, 1 / (other.detach() if isinstance(other, Tensor) else other))
+    return None if held is None else [*held, *terms]
 
 
 @computes(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
