@@ -223,6 +223,6 @@ def test_training_is_resumed_to_the_same_bits():
 def test_the_page_on_residuals_runs():
     text = (ROOT / "docs" / "residuals.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert blocks
     torch.manual_seed(0)
     exec("\n".join(blocks), {})

@@ -149,7 +149,7 @@ class LayerStatistics:
         self.group.state = self.fit.fresh(state)
 
     def announce(self, examples: int) -> None:
-        """Say how many examples are going to be read."""
+        """Say how many examples are going to be read, so that part of many rows is enough; 0: all rows are wanted."""
         assert isinstance(self.group.state, AverageState)
         self.group.state.examples = examples
 

@@ -24,7 +24,7 @@ class AverageState(State):
     """States of all passes of one fit: of the first pass, and with EKFAC of the eigenvalues in the basis it gave.
 
     Attributes:
-        examples: of the batch that is going to be read; 0: not known.
+        examples: of the batch that is going to be read, if part of its rows is enough; 0: it is not.
         turn: which part of a batch is read, or was last, where that is not all.
     """
 

@@ -167,7 +167,14 @@ class NaturalGradient(torch.optim.Optimizer):
             self.parts = LayerwiseParts(
                 passes,
                 Statistics(
-                    self._model, parameters, likelihood, refresh=refresh, treats=is_matrix, misfit=True, **settings
+                    self._model,
+                    parameters,
+                    likelihood,
+                    refresh=refresh,
+                    treats=is_matrix,
+                    misfit=True,
+                    partly=True,
+                    **settings,
                 ),
                 options=rule,
                 direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),

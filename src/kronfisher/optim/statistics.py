@@ -49,6 +49,7 @@ class Statistics:
         treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
             it is wanted of every block, and of at least one.
         misfit: whether to measure how far predictions are from the data.
+        partly: whether part of the rows of a batch does, where a layer has many.
 
     Attributes:
         layers: one for each group of blocks, in the order of the first batch.
@@ -75,6 +76,7 @@ class Statistics:
         alone: bool = False,
         treats: Callable[[Block], bool] | None = None,
         misfit: bool = False,
+        partly: bool = False,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
         self.labels: Labels = labels
@@ -84,7 +86,7 @@ class Statistics:
         self.pass_cost = 0.0
         self.rows: float | Tensor = 0.0
         self.misfit: float | Tensor | None = None
-        self._measures_misfit = misfit
+        self._measures_misfit, self._partly = misfit, partly
         self._misfits: float | Tensor = 0.0  # of this step
         self._examples: float | Tensor = 0.0  # of this step
         self._shared: tuple[float | Tensor, float] = (0.0, 0.0)  # rows and cost, as the ranks last put them together
@@ -261,7 +263,7 @@ class Statistics:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
         for layer in self.layers:
-            layer.announce(len(observation))
+            layer.announce(len(observation) if self._partly else 0)
         before, complete = run.count, self._complete(run)
         if not complete:
             self._leave_others(run, room=True)

@@ -12,7 +12,7 @@ __all__ = ["LARGEST", "Rates"]
 MEMORY = 0.9  # of the averages of the evidence
 SPEED = 0.02  # by how much full agreement lengthens a step, and full contradiction shortens it
 SPAN = 100.0  # steps after which the least rate begins to fall
-POWER = 0.75  # with which it falls: below every 1/k, so that convex problems converge, and above the square root
+POWER = 0.5  # with which it falls: averages of iterates still converge, and noise alone is no reason to fall faster
 OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on steps are too long, whatever the noise
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.02  # by how much the bounds rise again at every step
@@ -22,7 +22,7 @@ LARGEST = 10.0  # factor
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units, in ``[(1 + k/100)^−3/4, 1]`` at step k, times a brake, or a boost.
+    """Factors on the rates of all units, in ``[(1 + k/100)^−1/2, 1]`` at step k, times a brake, or a boost.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
