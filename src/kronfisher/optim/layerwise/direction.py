@@ -19,7 +19,7 @@ __all__ = ["RelativeDirection", "Shares"]
 AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for inverses, before their period is lengthened
 AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
 LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
-RARE = 5  # periods after which the inverse of an input factor of data is renewed: data do not change
+RARE = 5  # periods after which the inverse of an input factor of data is renewed where it is dear: data do not change
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
 CHOLESKY, EIGENVECTORS = 1.5, 20.0  # products as dear as factorising n × n, over n³, from their measured speeds
 
@@ -93,12 +93,12 @@ class RelativeDirection(Inverses):
             for one in [*missing, *due]:
                 if one.inverse is not None and left <= 0:
                     break
-                outputs = _half(one, step, DEAR * pass_cost)
+                outputs = _half(one, step, pass_cost)
                 left -= _cost(one, outputs)
                 one.operator = one.layer.operator()
                 one.make(self._damping(one), 1.0, step, outputs=outputs)
                 one.operator = None
-                kept = _keeps_inputs(one, step)
+                kept = _keeps_inputs(one, step, pass_cost)
                 one.begun = outputs is True and not kept
                 if not one.begun:
                     one.due = step + period
@@ -124,18 +124,19 @@ def _age(one: LayerInverse) -> tuple[bool, int]:
     return not one.begun, one.made
 
 
-def _half(one: LayerInverse, step: int, most: float) -> bool | None:
-    """Which factor is inverted now: that of the outputs (True), of the inputs (False), or both (None) up to a cost."""
+def _half(one: LayerInverse, step: int, pass_cost: float) -> bool | None:
+    """Which factor is inverted now: that of the outputs (True), of the inputs (False), or both (None)."""
     if one.layer.passes > 1 or not (one.separable and isinstance(one.inverse, Kronecker)):
         return None
     if one.begun:
         return False
-    return True if _keeps_inputs(one, step) or _cost(one) > most else None
+    return True if _keeps_inputs(one, step, pass_cost) or _cost(one) > DEAR * pass_cost else None
 
 
-def _keeps_inputs(one: LayerInverse, step: int) -> bool:
-    """Whether the input factor is one of data, and was inverted not long ago."""
-    return one.layer.reads_data and one.inputs_due > step
+def _keeps_inputs(one: LayerInverse, step: int, pass_cost: float) -> bool:
+    """Whether the input factor is one of data, dear, and was inverted not long ago."""
+    dear = _cost(one, outputs=False) > AFFORDABLE * pass_cost
+    return one.layer.reads_data and dear and one.inputs_due > step
 
 
 def _cost(one: LayerInverse, outputs: bool | None = None) -> float:
