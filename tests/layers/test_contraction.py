@@ -60,6 +60,11 @@ CASES = {
     "baddbmm": written(
         lambda m, x: torch.baddbmm(m.b, x.transpose(0, 1), m.w).transpose(0, 1), w=(4, 3, 2), b=(4, 1, 2)
     ),
+    "bmm with a matrix for all": written(lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1)), w=(3, 2)),
+    "a matrix for all on the left": written(lambda m, x: m.w.expand(len(x), 2, 4) @ x, w=(2, 4)),
+    "a stack of matrices for all": written(
+        lambda m, x: x.unsqueeze(2) @ m.w.unsqueeze(0).expand(len(x), -1, -1, -1), w=(4, 3, 2)
+    ),
     "tensordot": written(lambda m, x: torch.tensordot(x, m.w, dims=([1, 2], [1, 0])), w=(3, 4, 2)),
     "bilinear": lambda: Written(lambda m, x: m.l(x, x.cos()), l=nn.Bilinear(3, 3, 2)),
     "einsum of a low-rank path": written(
@@ -152,3 +157,19 @@ def test_training_treats_experts_by_layers():
     optimizer = kf.NaturalGradient(model, kf.Gaussian())
     losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
     assert losses[-1] < losses[0] and "fallback" not in str(optimizer.report())
+
+
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "kfoc"])
+def test_a_matrix_that_is_expanded_for_a_batched_product_is_that_of_a_linear_layer(fit):
+    """Seen: exact, but with a dense factor of all its elements."""
+    torch.manual_seed(0)
+    expanded = Written(lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1)).tanh().flatten(1), w=P(3, 4)).double()
+    plain = Written(lambda m, x: (x @ m.w).tanh().flatten(1), w=P(3, 4)).double()
+    x = torch.randn(6, 4, 3).double()
+    for data in (x, [x[:1], x[1:]], [x[1:], x[:1]]):
+        one, two = (kf.estimate(m, data, kf.Gaussian(), fit=fit, labels="exact", strict=True) for m in (expanded, plain))
+        assert one["w"].structure == two["w"].structure and "3x4" in one["w"].structure
+        torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=1e-9, atol=1e-12)
+    optimizer = kf.NaturalGradient(expanded, kf.Gaussian())
+    losses = [float(optimizer.step(lambda: expanded(x), torch.zeros(6, 16).double())) for _ in range(6)]
+    assert losses[-1] < losses[0] and not optimizer.report().uncovered

@@ -197,10 +197,10 @@ def _contract(view: Windows, equation: str, operands: Sequence[Tensor]) -> Itera
     for name, operand in zip(names, operands, strict=True):
         for c, n in zip(name, operand.shape, strict=True):
             sizes[c] = max(sizes.get(c, 1), n)
-    repeated = [k for k, c in enumerate(weight) if operands[place].shape[k] == 1 and sizes[c] > 1]
+    repeated = [k for k, c in enumerate(weight) if sizes[c] > 1 and (window.size[k] == 1 or window.stride[k] == 0)]
     if repeated:
         kept = [k for k in range(len(weight)) if k not in repeated]
-        window = window.permuted(*kept)  # axes of size one say nothing
+        window = window.permuted(*kept)  # where it is repeated an axis says nothing
         weight = "".join(weight[k] for k in kept)
     others = [k for k in range(len(operands)) if k != place]
     if not others:
