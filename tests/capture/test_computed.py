@@ -13,6 +13,8 @@ from tests.helpers.close import close
 from tests.helpers.networks import Written
 from tests.helpers.truth import exact_fisher
 
+PARAMETRISATIONS = nn.utils.parametrizations
+
 
 def P(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -119,21 +121,59 @@ def test_a_low_rank_path_is_two_layers():
 
 
 @pytest.mark.parametrize("build", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
-def test_the_length_of_a_normalised_weight_is_by_layers_and_its_direction_is_exact(build):
+def test_length_and_direction_of_a_normalised_weight_are_by_layers(build):
     with pytest.warns(FutureWarning) if build is nn.utils.weight_norm else pytest.MonkeyPatch.context():
         model = nn.Sequential(build(nn.Linear(3, 6)), nn.Tanh(), nn.Flatten(1)).double()
-    x = torch.randn(5, 4, 3)
+    x = torch.randn(5, 4, 3).double()
+    truth = exact_fisher(model, x)
     for fit in (kf.Full(across_layers=True), "diagonal"):
-        assert_exact(model, x, fit=fit, tolerance=1e-10)
-    reasons = [row.parameter for row in kf.coverage(model, x).rows if row.reason]
-    assert reasons == [name for name, p in model.named_parameters() if p.dim() == 2 and p.shape[1] == 3]
+        assert_exact(model, [x[:3], x[3:]], fit=fit, tolerance=1e-10, truth=truth)
+    for fit in ("ekfac", "tkfac"):
+        fisher = kf.estimate(model, x, kf.Gaussian(), fit=fit, labels="exact", strict=True)
+        assert all(block.kind != "diagonal" for _, block in fisher.entries)
+        close(fisher.trace(), truth.trace(), 1e-8)
+
+
+def test_factors_of_normalised_rows_are_closer_than_the_diagonal():
+    torch.manual_seed(0)
+    build = PARAMETRISATIONS.weight_norm
+    model = nn.Sequential(build(nn.Linear(20, 16)), nn.Tanh(), build(nn.Linear(16, 5)), nn.Flatten(1)).double()
+    x = torch.randn(100, 4, 20).double() * torch.linspace(2, 0.2, 20).double() + 0.5
+    kfac, diagonal = (kf.estimate(model, x, kf.Gaussian(), fit=fit).error(x).blocks for fit in ("kfac", "diagonal"))
+    for name in ("0.parametrizations.weight.original1", "2.parametrizations.weight.original1"):
+        assert kfac[name] < 0.8 * diagonal[name]
+
+
+NORMED = {
+    "rows": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w)).flatten(1), w=P(6, 3)), True),
+    "rows of an image": (
+        lambda: Written(
+            lambda m, x: F.conv1d(x.mT, F.normalize(m.w.flatten(1)).view(6, 3, 2)).flatten(1), w=P(6, 3, 2)
+        ),
+        True,
+    ),
+    "columns": (lambda: Written(lambda m, x: (x @ F.normalize(m.w, dim=0)).flatten(1), w=P(3, 6)), False),
+    "rows on the right": (lambda: Written(lambda m, x: (x @ F.normalize(m.w)).flatten(1), w=P(3, 6)), False),
+    "too many numbers": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w)).flatten(1), w=P(6, 3)), False),
+    "another norm": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w, p=1)).flatten(1), w=P(6, 3)), False),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_norms_of_rows_are_exact_whether_they_have_a_form_or_not(name, monkeypatch):
+    build, known = NORMED[name]
+    if name == "too many numbers":
+        monkeypatch.setattr("kronfisher.layers.expressions._NUMBERS", 6 * (6 + 3) - 1)
+    model, x = build().double(), torch.randn(4, 4, 3).double()
+    for fit in ("full", "diagonal"):
+        assert_exact(model, [x[:3], x[3:]], fit=fit, tolerance=1e-10)
+    assert kf.coverage(model, x).complete == known
 
 
 def normed_by(length, *shape):
     return Written(lambda m, x: F.linear(x, m.w / length(m)), w=P(*shape), s=P(1))
 
 
-PARAMETRISATIONS = nn.utils.parametrizations
 DIVIDED = {
     "spectral norm": lambda: PARAMETRISATIONS.spectral_norm(nn.Linear(3, 6)),
     "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(3, 6)),

@@ -167,7 +167,9 @@ def test_a_matrix_that_is_expanded_for_a_batched_product_is_that_of_a_linear_lay
     plain = Written(lambda m, x: (x @ m.w).tanh().flatten(1), w=P(3, 4)).double()
     x = torch.randn(6, 4, 3).double()
     for data in (x, [x[:1], x[1:]], [x[1:], x[:1]]):
-        one, two = (kf.estimate(m, data, kf.Gaussian(), fit=fit, labels="exact", strict=True) for m in (expanded, plain))
+        one, two = (
+            kf.estimate(m, data, kf.Gaussian(), fit=fit, labels="exact", strict=True) for m in (expanded, plain)
+        )
         assert one["w"].structure == two["w"].structure and "3x4" in one["w"].structure
         torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=1e-9, atol=1e-12)
     optimizer = kf.NaturalGradient(expanded, kf.Gaussian())

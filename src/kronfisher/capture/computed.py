@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers import Use
-from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, VectorUse
+from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, RowsUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.expressions import RULES, Term, leaves
 from kronfisher.layers.picked import PICKING, Picked, picked
@@ -266,6 +266,8 @@ class ComputedWeights:
                 yield term
             elif term.derivative is not None:
                 yield NumberUse(term.window, None, None, use, term.left, term.right, derivative=term.derivative)
+            elif term.slopes is not None:
+                yield RowsUse(term.window, None, None, use, term.left, term.right, slopes=term.slopes)
             elif term.diagonal:
                 single = term.window.numel == 1
                 yield DiagonalUse(None, term.window, None, use, term.left, term.right, single)

@@ -16,7 +16,7 @@ from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use
 
-__all__ = ["DiagonalUse", "FactorUse", "NumberUse", "VectorUse"]
+__all__ = ["DiagonalUse", "FactorUse", "NumberUse", "RowsUse", "VectorUse"]
 
 _SMALL = 2.0**-20  # a power of two changes no digit
 
@@ -155,6 +155,30 @@ class NumberUse(Factors):
     def mask(self, order: RowOrder) -> Tensor | None:
         columns = self.derivative[0]
         return columns.new_zeros(order.samples, columns.shape[1], dtype=torch.bool)
+
+
+@dataclass
+class RowsUse(Factors):
+    """A use of θ in ``W = L diag(q) R``, where θ enters by q, each number by its own row of θ.
+
+    As in `NumberUse` the samples are positions that do not count, here one for each row of θ.
+
+    Attributes:
+        slopes: ``∂q_o/∂θ_o`` as ``[O, I]``.
+    """
+
+    slopes: Tensor = field(kw_only=True)
+    summing = True
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        inputs, outputs = self._inputs(order, gradient), self._outputs(order, gradient)
+        return torch.diag_embed((inputs.dense() * outputs).sum(dim=2) * _SMALL)
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        return Dense((self.slopes.to(gradient) / _SMALL).expand(1, order.samples, *self.slopes.shape))
+
+    def mask(self, order: RowOrder) -> Tensor | None:
+        return self.slopes.new_zeros(order.samples, len(self.slopes), dtype=torch.bool)
 
 
 @dataclass

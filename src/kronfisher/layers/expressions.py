@@ -32,6 +32,8 @@ class Term:
         operator: the operator without a rule.
         derivative: with it θ enters by a number q(θ) that multiplies ``left right``: ``∂q/∂θ = P Q``, as
             P ``[O', r]`` and Q ``[r, I']``.
+        slopes: with them θ enters by numbers q_o that multiply the rows of ``right``, each by its own row of θ:
+            ``∂q_o/∂θ_o`` as ``[O', I']``.
     """
 
     parameter: str
@@ -41,17 +43,22 @@ class Term:
     diagonal: bool = False
     operator: str = ""
     derivative: tuple[Tensor, Tensor] | None = None
+    slopes: Tensor | None = None
 
     @property
     def transposed(self) -> "Term":
         """The same θ in the transposed matrix."""
+        if self.slopes is not None:
+            return Term(self.parameter, None, operator="norms of columns")
+        derivative = None if self.derivative is None else (self.derivative[1].mT, self.derivative[0].mT)
         numbers, left = tuple(t for t in self.left if not t.dim()), tuple(t for t in self.left if t.dim())
         window = self.window
-        if window is not None and not self.diagonal and self.derivative is None:
+        if window is not None and not self.diagonal:
             window = window.permuted(0, 2, 1)
         return replace(
             self,
             window=window,
+            derivative=derivative,
             left=(*numbers, *(t.mT if t.dim() == 2 else t for t in self.right)),
             right=tuple(t.mT if t.dim() == 2 else t for t in left),
         )
@@ -86,6 +93,8 @@ class Expressions(Protocol):
         """How a matrix that a number multiplies depends on the parameters that the number depends on."""
         ...
 
+
+_NUMBERS = 2**17  # of an example, at most, where each row of a weight has a norm
 
 Rule = Callable[..., "list[Term] | None"]
 
@@ -257,14 +266,15 @@ def linear(record: Expressions, result: Tensor, input: Tensor, weight: Tensor, b
 
 @computes(torch._weight_norm)  # pyright: ignore[reportPrivateImportUsage]
 def weight_norm(record: Expressions, result: Tensor, v: Tensor, g: Tensor, dim: int = 0) -> list[Term] | None:
-    """``diag(g/‖v‖) v``: exact in g."""
+    """``diag(g/‖v‖) v``."""
     norm = torch.norm_except_dim(v.detach(), 2, dim)
-    scale = _scaling(g.detach() / norm, result)
+    ratio = g.detach() / norm
+    scale = _scaling(ratio, result)
     if scale is None:
         return None
     own = _diagonal(record, g, v.detach() / norm, result) if g.requires_grad else None
     size = [] if not g.requires_grad else record.rest(g, "weight_norm") if own is None else [own]
-    return [*size, *_directions(record, v, scale, "weight_norm")]
+    return [*size, *_directions(record, v, scale, -ratio / norm.square() * v.detach(), "weight_norm")]
 
 
 @computes(F.normalize)
@@ -275,15 +285,30 @@ def normalised(record: Expressions, result: Tensor, input: Tensor, *args: Any, *
     if isinstance(dim, int):
         norm = torch.linalg.vector_norm(input.detach(), p, dim, keepdim=True)
     scale = _scaling(1 / norm.clamp_min(eps), result)
-    return None if scale is None else _directions(record, input, scale, "normalize")
+    if scale is None:
+        return None
+    known = p == 2 and bool((norm > eps).all())
+    return _directions(record, input, scale, -input.detach() / norm**3 if known else None, "normalize")
 
 
 def _normalisation(p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> tuple[float, Any, float]:
     return p, dim, eps
 
 
-def _directions(record: Expressions, v: Tensor, scale: Factors, operator: str) -> list[Term]:
-    """A matrix divided by its own norm, which is held constant in training and has no form of its own elsewhere."""
+def _directions(record: Expressions, v: Tensor, scale: Factors, slopes: Tensor | None, operator: str) -> list[Term]:
+    """A matrix whose rows are multiplied by numbers, each of its own row, with these slopes if they are known.
+
+    In training the numbers are held constant. Elsewhere they have a form of their own where that is small enough.
+    """
     if not v.requires_grad:
         return []
-    return [term.within(*scale) for term in record.terms(v)] if record.lenient else record.rest(v, operator)
+    terms = record.terms(v)
+    held = [term.within(*scale) for term in terms]
+    if record.lenient:
+        return held
+    rows = len(scale[0]) == 1 and scale[0][0].dim() == 1 and not scale[1]
+    plain = len(terms) == 1 and terms[0].window is not None and not (terms[0].left or terms[0].right)
+    outputs, inputs = _matrix(v).shape
+    if slopes is None or not (rows and plain) or outputs * (outputs + inputs) > _NUMBERS:
+        return record.rest(v, operator)
+    return [*held, replace(terms[0], right=(_matrix(v),), slopes=_matrix(slopes))]
