@@ -10,7 +10,7 @@ export KRONFISHER_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs gallery site dist matrix release format clean
+.PHONY: help demo test check bench docs gallery trainers site dist matrix release format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ docs: $(READY)  ## run the examples of the README and the documentation
 
 gallery: $(READY)  ## run the gallery's pages, and draw their pictures anew
 	$(PYTHON) -m pytest --doctest-glob='*.md' docs/gallery --pictures $(ARGS)
+
+trainers: $(READY)  ## run the pages about Lightning and TRL (makes its own environment)
+	$(PYTHON) tools/trainers.py $(ARGS)
 
 site:  ## the documentation as a site, built strictly (makes its own environment)
 	$(PYTHON3) tools/documentation.py $(ARGS)

@@ -12,9 +12,16 @@ import torch
 
 torch.set_num_threads(1)  # as in the tests
 
-# Pages about libraries that nothing else here needs; `make bench ARGS="--what migration"` has them all.
-LIBRARIES = {"nngeometry": "nngeometry", "asdl": "asdl", "kfac-pytorch": "kfac", "kronfluence": "kronfluence"}
-collect_ignore = [f"migration/{page}.md" for page, package in LIBRARIES.items() if find_spec(package) is None]
+# About libraries that nothing else here needs: `make bench ARGS="--what migration"` and `make trainers` have them.
+LIBRARIES = {
+    "migration/nngeometry": "nngeometry",
+    "migration/asdl": "asdl",
+    "migration/kfac-pytorch": "kfac",
+    "migration/kronfluence": "kronfluence",
+    "trainers/lightning": "lightning",
+    "trainers/trl": "trl",
+}
+collect_ignore = [f"{page}.md" for page, package in LIBRARIES.items() if find_spec(package) is None]
 
 
 def pytest_addoption(parser):

@@ -36,12 +36,14 @@ def test_the_gallery_has_no_pictures_of_pages_that_are_gone():
     assert drawn == {path.name for path in (ROOT / "docs" / "gallery").glob("*.png")}
 
 
-def test_every_page_of_a_library_is_run_beside_it_and_the_overview_leads_to_it():
+def test_every_page_about_a_library_is_run_beside_it_and_the_overview_leads_to_it():
     beside = assigned("benchmarks/migration.py", "LIBRARIES")
     assert beside.keys() == MIGRATION
-    elsewhere = assigned("docs/conftest.py", "LIBRARIES")
-    assert elsewhere.keys() <= MIGRATION
-    assert all(beside[page][0] == package for page, package in elsewhere.items())
+    trainers = assigned("tools/trainers.py", "TRAINERS")
+    assert trainers.keys() == {path.stem for path in (ROOT / "docs" / "trainers").glob("*.md")}
+    run = {f"migration/{page}": package for page, (package, _) in beside.items()}
+    run |= {f"trainers/{page}": package for page, package in trainers.items()}
+    assert assigned("docs/conftest.py", "LIBRARIES").items() <= run.items()
     text = (ROOT / "docs" / "migration.md").read_text()
     assert set(re.findall(r"\(migration/([\w-]+)\.md\)", text)) == MIGRATION
     for page in MIGRATION:

@@ -9,6 +9,7 @@ import kronfisher as kf
 from kronfisher import attribution
 from kronfisher.influence.statistics import mean_interval, share_interval, spearman
 from tests.helpers.close import close
+from tests.helpers.optional import require
 
 N, Q = 30, 4
 
@@ -58,6 +59,16 @@ def test_ranks_of_ties_are_shared():
     x = torch.tensor([[1.0], [2.0], [2.0], [3.0]])
     assert float(spearman(x, torch.tensor([[1.0], [3.0], [2.0], [4.0]]))) == pytest.approx(0.9486833)
     assert float(spearman(x, torch.ones(4, 1))) == 0.0
+
+
+def test_ranks_and_intervals_of_shares_are_those_of_scipy():
+    stats = require("scipy.stats")
+    x, y = torch.randint(6, (40, 3)).double(), torch.randint(6, (40, 3)).double()
+    known = [stats.spearmanr(x[:, k].numpy(), y[:, k].numpy()).statistic for k in range(3)]
+    close(spearman(x, y), torch.tensor(known, dtype=torch.float64))
+    for found, of in ((0, 20), (3, 7), (10, 10)):
+        interval, expected = share_interval(found, of), stats.binomtest(found, of).proportion_ci(method="wilson")
+        assert [interval.low, interval.high] == pytest.approx([expected.low, expected.high], abs=1e-6)
 
 
 def test_removing_the_highest_raises_what_is_measured_by_their_sum():
