@@ -6,7 +6,7 @@ on global flags and a matrix that cannot be factorised is reported by the name o
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,14 +37,22 @@ _FEW = 192  # columns of a product for narrower panels
 _TILE = 128
 
 
-@contextmanager
-def full_precision(device_type: str = "cpu") -> Iterator[None]:
+def full_precision(device_type: str = "cpu") -> AbstractContextManager[None]:
     """Run float32 products in float32, whatever the global matmul flags and autocast say.
 
     Second moments of bfloat16 or TF32 products lose the small eigenvalues that an inverse is made of.
     """
-    precision = torch.get_float32_matmul_precision()
-    autocast = torch.is_autocast_enabled(device_type)
+    precision, autocast = torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device_type)
+    if precision == "highest" and not autocast:
+        return _NOTHING  # as usual: every layer of every batch asks
+    return _full_precision(device_type, precision, autocast)
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _full_precision(device_type: str, precision: str, autocast: bool) -> Iterator[None]:
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
@@ -142,6 +150,9 @@ def mirror(upper: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 def mirror_(matrices: Tensor, odd: bool = False) -> Tensor:
     """The upper triangles of ``[..., D, D]`` onto the lower ones, in place; with the other sign where `odd`."""
     width = matrices.shape[-1]
+    if width <= _TILE:
+        matrices.triu_()
+        return matrices.sub_(matrices.triu(1).mT) if odd else matrices.add_(matrices.triu(1).mT)
     keep = torch.ones(min(_TILE, width), min(_TILE, width), dtype=torch.bool, device=matrices.device).triu()
     # Tile by tile: a large matrix that is read by columns misses the cache at every number.
     for matrix in matrices.view(-1, width, width):

@@ -12,6 +12,7 @@ import torch
 from kronfisher.errors import DataError, MemoryBudgetError, SingularError
 from kronfisher.fisher import Fisher, Info
 from kronfisher.fisher.blocks import Block, Window
+from kronfisher.fisher.parameters import fingerprint
 from kronfisher.operators import Diagonal, Kronecker, memory
 from tests.helpers.close import close
 from tests.helpers.optional import require
@@ -400,3 +401,19 @@ def test_flat_vectors_over_parameters_of_any_shape(columns):
     close(F.solve(v), v / factors, 1e-15)
     by_name = F @ named(v, F.shapes)
     close(by_name["number"], (v * factors)[0], 1e-15)
+
+
+def test_hashes_of_parameters_do_not_depend_on_the_pieces_that_are_read(monkeypatch):
+    parameters = {"w": torch.randn(5, 7), "none": torch.zeros(0), "h": torch.randn(9).half(), "c": torch.randn(3) + 1j}
+    whole = fingerprint(parameters)
+    monkeypatch.setattr("kronfisher.fisher.parameters._PIECE", 4)
+    assert fingerprint(parameters) == whole
+    swapped = {**parameters, "w": parameters["w"].flip(0)}
+    assert fingerprint(swapped) != whole
+
+
+def test_windows_on_whole_parameters_are_made_once():
+    one, other = (Window.of("w", torch.zeros(2, 3)) for _ in range(2))
+    assert one is other and one.grouped is other.grouped and one.grouped == one.reshaped(1, 2, 3)
+    assert Window.of("w", torch.zeros(3, 2).t()) != one  # laid out in another order
+    assert pickle.loads(pickle.dumps(one.grouped)) == one.grouped

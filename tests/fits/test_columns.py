@@ -53,6 +53,31 @@ def test_columns_are_samples_with_the_same_inputs(source, outputs):
     torch.testing.assert_close(*sums, rtol=1e-2, atol=1e-2 * float(sums[1].abs().max()))
 
 
+@pytest.mark.parametrize("number, groups, outputs", [(1, 1, 5), (1, 2, 5), (3, 1, 5), (3, 1, 20)])
+@pytest.mark.parametrize("source", [Weights, Gram])
+def test_norms_of_more_samples_than_a_panel_are_those_of_all_pairs(source, number, groups, outputs):
+    piece = [columns(number, n=300, H=groups, O=outputs) if number > 1 else random_samples(300, H=groups, O=outputs)]
+    same, pairs = source(piece).squared_products()
+    G = torch.cat([torch.cat(list(use.per_sample()), dim=1) for use in spread(piece)], dim=1)  # [H, n, O, I]
+    products = torch.einsum("hkoi,hloi->kl", G, G).square()
+    if number == 1:
+        torch.testing.assert_close(same, products.diagonal().sum())
+    torch.testing.assert_close(same + pairs, products.sum())
+
+
+@pytest.mark.parametrize("labels", ["exact", "sampled"])
+def test_eigenvalues_are_the_same_where_columns_do_not_share_the_squares_of_inputs(labels, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.randint(4, (n,))) for n in (30, 20)]
+    options = {"fit": kf.EKFAC(), "labels": labels, "samples": 3 if labels == "sampled" else 1}
+    shared = kf.estimate(model, batches, kf.Categorical(), **options)
+    monkeypatch.setattr("kronfisher.fits.ekfac._SHARED", 0)
+    apart = kf.estimate(model, batches, kf.Categorical(), **options)
+    for name in shared.info.blocks:
+        torch.testing.assert_close(shared[name].to_dense(), apart[name].to_dense())
+
+
 @pytest.mark.parametrize("fit", [kf.KFOC(**SHARP), kf.KroneckerSum(tolerance=1e-12)], ids=["K-FOC", "two terms"])
 def test_exact_labels_of_a_piece_of_examples_are_one_piece(fit):
     """A thousand samples of 250 examples: the best product or sum of all of them, whatever the batches."""

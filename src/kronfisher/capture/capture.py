@@ -78,6 +78,7 @@ class Capture(TorchFunctionMode):
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
+        self._dtypes = {name: torch.promote_types(p.dtype, torch.float32) for name, p in trainable.items()}
         self._copies: dict[int, int] = {}  # copy of a parameter → its version
         capture = ref(self)  # a bound method would form a cycle that keeps all activations
         self._computed = ComputedWeights(lambda tensor: _view(capture(), tensor), trainable, lenient)
@@ -96,17 +97,19 @@ class Capture(TorchFunctionMode):
 
     def view(self, tensor: Any) -> Window | None:
         """The window on a trainable parameter that the tensor represents, or None."""
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad or _is_detached_view(tensor):
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
         root = self._root(tensor)
+        if root is not None and _is_detached_view(tensor):
+            return None
         return Window.of(*root, tensor) if root else None
 
     def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """Name and tensor of the trainable parameter, or of the copy of it, that the tensor is or is a view of."""
         root, seen = self._roots.get(id(tensor)), tensor
-        if root is None and tensor._base is not None:
-            root, seen = self._roots.get(id(tensor._base)), tensor._base
-        if root is not None and self._copies.get(id(seen), seen._version) != seen._version:
+        if root is None and (base := tensor._base) is not None:
+            root, seen = self._roots.get(id(base)), base
+        if root is not None and self._copies and self._copies.get(id(seen), seen._version) != seen._version:
             return None  # changed in place since it was copied
         return root
 
@@ -116,30 +119,34 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ASKED:
             return func(*args, **kwargs)
-        if func in REWRITES and torch.is_grad_enabled():
+        grad, tensors = torch.is_grad_enabled(), _tensors(args, kwargs)
+        if grad and func in REWRITES:
             result = REWRITES[func](self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         handler = OPERATORS.get(func)
-        if handler is not None and torch.is_grad_enabled():
-            tensors = list(_tensors(args, kwargs))
+        if grad and handler is not None:
             views = {id(tensor): self.view(tensor) for tensor in tensors}
-            lookups = {id(tensor): self._lookups[id(tensor)][1] for tensor in tensors if id(tensor) in self._lookups}
-            constant = all(map(self._is_constant, tensors))
-            if constant:
-                lookups = {}  # no data enter here
+            constant = self._are_constant(tensors)
+            lookups: dict[int, Use] = {}
+            if self._lookups and not constant:  # else no data enter here
+                known = self._lookups
+                lookups = {id(tensor): known[id(tensor)][1] for tensor in tensors if id(tensor) in known}
             uses, found = self._uses(handler, args, kwargs, tensors, views, lookups), None
-            if not constant and not any(use.lookup for use in uses):
+            if not constant and self._computed and not any(use.lookup for use in uses):
                 found = self._by_computed(handler, args, kwargs, tensors, views)
             if uses := found.uses if found else uses:
-                for tensor in tensors:
+                for tensor in tensors if lookups else ():
                     if any(use.lookup is not None and use.lookup is lookups.get(id(tensor)) for use in uses):
                         views[id(tensor)] = lookups[id(tensor)].weight
+                operands: dict[Any, Window | None] = {}
                 made = [tensor for tensor in tensors if tensor.grad_fn is not None]
-                bases = (tensor._base for tensor in made)  # an in-place operator continues from the base
-                operands: dict[Any, Window | None] = {base.grad_fn: None for base in bases if base is not None}
-                operands |= {tensor.grad_fn: views[id(tensor)] for tensor in made}
-                result = self._record(_name(func), uses, tensors, views, operands, func(*args, **kwargs))
+                for tensor in made:
+                    if (base := tensor._base) is not None:  # an in-place operator continues from the base
+                        operands[base.grad_fn] = None
+                for tensor in made:
+                    operands[tensor.grad_fn] = views[id(tensor)]
+                result = self._record(_name(func), uses, constant, views, operands, func(*args, **kwargs))
                 if constant:
                     self._computed.note(func, args, kwargs, result, uses)
                 if found and found.left_out and result.requires_grad:
@@ -147,13 +154,13 @@ class Capture(TorchFunctionMode):
                     self.recording.left_out[call.index] = found.left_out
                     self.recording.meetings.append((call.operator, call.edge))
                 return result
-        if torch.is_grad_enabled() and (spread := self._spread_out(func, args, kwargs)):
+        if grad and (spread := self._spread_out(func, args, kwargs, tensors)):
             return self.__torch_function__(func, types, *spread)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor | tuple | list):
+        if isinstance(result, (Tensor, tuple, list)):
             self._computed.note_picked(func, args, result)
-            self._note(func, args, kwargs, result)
-        elif func is Tensor.__setitem__ and not all(map(self._is_constant, _tensors(args, kwargs))):
+            self._note(func, args, kwargs, tensors, result)
+        elif func is Tensor.__setitem__ and not self._are_constant(tensors):
             self.recording.constant.pop(id(args[0]), None)
         return result
 
@@ -183,7 +190,7 @@ class Capture(TorchFunctionMode):
         if not uses:
             return ()
         windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
-        given = sum(view(tensor) is not None and tensor.numel() > 0 for tensor in tensors)
+        given = sum(views.get(id(tensor)) is not None and tensor.numel() > 0 for tensor in tensors)
         strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
@@ -207,24 +214,26 @@ class Capture(TorchFunctionMode):
             views.update(windows)
         return found
 
-    def _spread_out(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _spread_out(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments with copies of expanded parameters, each of which is a use; None if there are none.
 
         A learned query, say, meets the examples where it is expanded for each of them.
         """
-        if _name(func) in VIEWS:
+        expanded = [t for t in tensors if t.requires_grad and 0 in t.stride() and t.numel()]
+        if not expanded or _name(func) in VIEWS:
             return None
         copies: dict[int, Tensor] = {}
-        for tensor in _tensors(args, kwargs):
-            if not tensor.requires_grad or not tensor.numel() or 0 not in tensor.stride():
-                continue
+        for tensor in expanded:
             window, node = self.view(tensor), tensor.grad_fn
             use = expansion(window, tuple(tensor.shape)) if window is not None else None
             if use is None or node is None:
                 continue
             with torch._C.DisableTorchFunction():
                 copy = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
-            copy = self._record("expand", (use,), [tensor], {id(tensor): window}, {node: window}, copy)
+            constant = self._are_constant([tensor])
+            copy = self._record("expand", (use,), constant, {id(tensor): window}, {node: window}, copy)
             self._computed.note(func, (tensor,), {}, copy, (use,))
             copies[id(tensor)] = copy
         if not copies:
@@ -247,13 +256,12 @@ class Capture(TorchFunctionMode):
         self,
         operator: str,
         uses: tuple[Use, ...],
-        tensors: list[Tensor],
+        constant: bool,
         views: Mapping[int, Window | None],
         operands: Mapping[Node, Window | None],
         result: Tensor,
     ) -> Tensor:
         _refuse_transforms(operator, uses, (result,))
-        constant = all(map(self._is_constant, tensors))
         if not result.requires_grad:
             self._remember((result,), constant)
             return result
@@ -289,7 +297,7 @@ class Capture(TorchFunctionMode):
         anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
         call.hooks = anchor._backward_hooks or {}
         for use in uses:
-            use.dtype = torch.promote_types(self.parameters[use.name].dtype, torch.float32)
+            use.dtype = self._dtypes[use.name]
         return call
 
     def record(
@@ -306,7 +314,7 @@ class Capture(TorchFunctionMode):
         if sum(window.numel for window in windows) != sum(window.numel for window in given):
             return  # the walk over the graph finds the rest unclaimed
         _refuse_transforms(operator, [use for _, uses in noted for use in uses], results)
-        constant = all(map(self._is_constant, operands))
+        constant = self._are_constant(operands)
         self._remember(results, constant)
         calls = [
             self._add_call(operator, uses, anchor, tuple(anchor.shape), constant) for anchor, uses in noted if uses
@@ -365,6 +373,9 @@ class Capture(TorchFunctionMode):
     def _is_constant(self, tensor: Tensor) -> bool:
         return id(tensor) in self.recording.constant or id(tensor) in self._roots
 
+    def _are_constant(self, tensors: Iterable[Tensor]) -> bool:
+        return all(map(self._is_constant, tensors))
+
     def _is_parameter(self, tensor: Tensor) -> bool:
         """Whether it is a parameter of the model, trainable or frozen, or a view of one."""
         return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
@@ -377,15 +388,15 @@ class Capture(TorchFunctionMode):
             else:
                 self.recording.constant.pop(id(tensor), None)  # overwritten in place
 
-    def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+    def _note(self, func: Callable, args: tuple, kwargs: dict[str, Any], operands: list[Tensor], result: Any) -> None:
         """Follow copies of parameters, and remember which operators, not understood, received which parameter."""
-        results = [result] if isinstance(result, Tensor) else list(_tensors((result,), {}))
+        results = [result] if isinstance(result, Tensor) else _tensors((result,), {})
         if not results:
             return
-        operands, grad = list(_tensors(args, kwargs)), torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
         if func in COPIES:
             operands = operands[:1]  # of another tensor only the dtype and the device are taken
-        constant = all(map(self._is_constant, operands))
+        constant = self._are_constant(operands)
         self._remember(results, constant)
         if grad and constant:
             self._computed.note(func, args, kwargs, result)
@@ -429,8 +440,11 @@ class Capture(TorchFunctionMode):
         edges = dict.fromkeys(self.calls[index].edge for index in sources)
         if not edges:
             return
-        with self.listen(receive):
+        self._receiver = receive
+        try:
             torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+        finally:
+            self._receiver = None
 
     @contextmanager
     def listen(self, receive: Receiver) -> Iterator[None]:
@@ -478,15 +492,17 @@ def _accepts(handler: Callable, *args: Any, **kwargs: Any) -> bool:
 
 
 def _name(func: Callable) -> str:
-    return getattr(func, "__name__", str(func)).strip("_")
+    return (getattr(func, "__name__", None) or str(func)).strip("_")
 
 
-def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from (item for item in value if isinstance(item, Tensor))
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 def _running_function() -> str:

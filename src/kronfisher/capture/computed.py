@@ -69,6 +69,10 @@ class ComputedWeights:
     _picked: dict[int, Picked] = field(default_factory=dict)
     _weights: dict[int, Tensor] = field(default_factory=dict)  # that an index picked
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._expressions or self._picked)
+
     def note(
         self, function: Callable, args: tuple, kwargs: dict[str, Any], result: Any, uses: Sequence[Use] = ()
     ) -> None:

@@ -148,52 +148,60 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     calls = {call.edge.node: call.index for call in recording.calls if call.edge.node not in recording.chains}
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
-    nodes: list[tuple] = []
+    nodes: list[str] = []
+    alone = {node: frozenset((index,)) for node, index in calls.items()}
     numbers: dict[Node, int] = {}
     end = get_gradient_edge(outputs).node
     stack: list[tuple[Node, bool]] = [(end, False)]
+    makers, chains, entrances, claims = recording.makers, recording.chains, recording.entrances, recording.claims
     while stack:
         node, done = stack.pop()
-        following = recording.entrances.get(node, node.next_functions)
+        following = entrances.get(node, node.next_functions)
         children = [child for child, _ in following if child is not None]
         if done:
-            nearest = {frozenset((calls[child],)) if child in calls else below.get(child, _NONE) for child in children}
+            nearest = {alone[child] if child in alone else below.get(child, _NONE) for child in children}
             below[node] = nearest.pop() if len(nearest) == 1 else _NONE.union(*nearest)
             continue
         if node in below:
             continue
         below[node] = _NONE
         stack.append((node, True))
-        edges = tuple((numbers.setdefault(child, len(numbers)), place) for child, place in following if child)
-        nodes.append((node.name(), edges, *_describe(node)))
-        if "CheckpointFunction" in nodes[-1][0]:
+        edges = [(numbers.setdefault(child, len(numbers)), place) for child, place in following if child]
+        name = node.name()
+        nodes.append(f"{name} {edges} {_describe(node)}")
+        if "CheckpointFunction" in name:
             raise UnsupportedError(
                 "The model uses reentrant checkpointing, which hides its layers from the graph. "
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if isinstance(node, BackwardCFunction):
             _note_arguments(recording, node, graph, leaves, constant)
+        maker_of_node, in_chain = makers.get(node), node in chains
         for child in children:
-            maker = recording.makers.get(child)
-            known = child in calls or child in recording.chains or child in recording.entrances
-            if maker is not None and not known and maker != recording.makers.get(node):
+            maker = makers.get(child)
+            if (
+                maker is not None
+                and maker != maker_of_node
+                and not (child in calls or child in chains or child in entrances)
+            ):
                 # for example a second derivative, which uses the weight within the operator's own nodes
-                for name in recording.inside.get(maker) or {use.name for use in recording.calls[maker].uses}:
-                    graph.unclaimed.setdefault(name, set()).add(node.name())
-            own = leaves.get(id(getattr(child, "variable", None)))
-            below_child = recording.chains.get(child) or (frozenset((own,)) if own else _NAMELESS)
-            if not below_child or node in recording.chains:
+                for use_name in recording.inside.get(maker) or {use.name for use in recording.calls[maker].uses}:
+                    graph.unclaimed.setdefault(use_name, set()).add(name)
+            leaf = getattr(child, "variable", None)
+            own = None if leaf is None else leaves.get(id(leaf))
+            below_child = chains.get(child) or (frozenset((own,)) if own else _NAMELESS)
+            if not below_child or in_chain:
                 stack.append((child, False))
                 continue
             graph.reached |= below_child
-            index = recording.claims.get((node, child))
+            index = claims.get((node, child))
             if index is not None:
                 claimed.add(index)
-                for name, operators in recording.left_out.get(index, {}).items():
-                    graph.unclaimed.setdefault(name, set()).update(operators)
+                for each, operators in recording.left_out.get(index, {}).items():
+                    graph.unclaimed.setdefault(each, set()).update(operators)
                 continue
-            for name in below_child:
-                graph.unclaimed.setdefault(name, set()).update(recording.touched.get(name) or {node.name()})
+            for each in below_child:
+                graph.unclaimed.setdefault(each, set()).update(recording.touched.get(each) or {name})
     graph.alive = {index for node, index in calls.items() if node in below}
     for index in claimed - graph.alive:  # its output was replaced later, so that its gradient would never arrive
         for use in recording.calls[index].uses:
@@ -205,14 +213,14 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.hidden = {name: functions for name, functions in graph.hidden.items() if functions}
     graph.meetings += recording.meetings
     graph.signature = hash(tuple(nodes))
-    selecting = (node.name() for node in below if recording.makers.get(node) not in graph.alive)
-    graph.gathers = any(name.startswith(_GATHERING) for name in selecting)  # a lookup in a weight does not select data
+    selecting = (node for node in below if node.name().startswith(_GATHERING))
+    graph.gathers = any(makers.get(node) not in graph.alive for node in selecting)  # lookups in weights select no data
     graph.combines = recording.combines
     return graph
 
 
-def _describe(node: Any) -> tuple:
-    """The shapes and dtypes of a node's outputs and all that it saved but tensors: sizes, axes, places, flags."""
+def _describe(node: Any) -> str:
+    """In words the shapes and dtypes of a node's outputs and what it saved but tensors: sizes, axes, places, flags."""
     names = _ATTRIBUTES.get(type(node))
     if names is None:
         saved = [name for name in dir(node) if name.startswith("_saved_")]
@@ -220,8 +228,8 @@ def _describe(node: Any) -> tuple:
         if type(node).__name__ == "AccumulateGrad" or isinstance(node, BackwardCFunction):
             names = ()
         _ATTRIBUTES[type(node)] = names
-    outputs = tuple((repr(output.shape), output.dtype) for output in getattr(node, "_input_metadata", ()))
-    return outputs, *(repr(getattr(node, name, None)) for name in names)
+    outputs = [(tuple(output.shape), output.dtype) for output in getattr(node, "_input_metadata", ())]
+    return f"{outputs} {[getattr(node, name, None) for name in names]}"
 
 
 def _note_arguments(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 __all__ = ["isolate", "replace_contents", "without_weight_cache"]
@@ -35,15 +35,27 @@ def isolate(model: nn.Module, seed: int) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # otherwise nothing can be compiled, and importing it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(replace_contents(_backward_hooks(model), {}))
-        copies: dict[int, Tensor] = {}
-        for module in model.modules():
-            buffers = {
-                name: copies.setdefault(id(b), b.detach().clone())
-                for name, b in module._buffers.items()
-                if b is not None
-            }
-            stack.enter_context(replace_contents([module._buffers], {**module._buffers, **buffers}))
+        stack.enter_context(_buffers_copied(model))
         yield
+
+
+@contextmanager
+def _buffers_copied(model: nn.Module) -> Iterator[None]:
+    """Let the model work on copies of its buffers; one that several modules share has one copy."""
+    saved = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    shared = {id(buffer): buffer for _, own in saved for buffer in own.values() if buffer is not None}
+    copies = {key: buffer.detach().clone() for key, buffer in shared.items()}
+    try:
+        for buffers, own in saved:
+            for name, buffer in own.items():
+                if buffer is not None:
+                    buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for buffers, own in saved:
+            if buffers or own:
+                buffers.clear()
+                buffers.update(own)
 
 
 @contextmanager
@@ -85,13 +97,15 @@ def replace_contents(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[A
     saved = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
     try:
         for dictionary, _ in saved:
-            dictionary.clear()
-            dictionary.update(contents)
+            if dictionary or contents:
+                dictionary.clear()
+                dictionary.update(contents)
         yield
     finally:
         for dictionary, old in saved:
-            dictionary.clear()
-            dictionary.update(old)
+            if dictionary or old:
+                dictionary.clear()
+                dictionary.update(old)
 
 
 def _backward_hooks(model: nn.Module) -> Iterator[dict[Any, Any]]:

@@ -171,9 +171,28 @@ def observe(
         UnsupportedError: as for `Observation.of`.
     """
     device = next(iter(parameters.values())).device
-    capture = Capture(parameters, (*model.parameters(), *model.buffers()))
+    capture = Capture(parameters, _constants(model))
     outputs, targets = run(model, batch, forward, device, where, capture)
     return Observation.of(model, capture, outputs, targets, where, batch)
+
+
+def _constants(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers: what ``parameters()`` and ``buffers()`` give, without names, which cost more."""
+    for module in _modules(model):
+        for kind in (module._parameters, module._buffers):
+            for tensor in kind.values():
+                if tensor is not None:
+                    yield tensor
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    found, seen = [module], {id(module)}
+    for each in found:
+        for child in each._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 def observe_all(

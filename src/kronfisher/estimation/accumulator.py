@@ -362,7 +362,8 @@ class Accumulator:
 
     def _take_on(self, observation: Observation, assignment: Assignment) -> None:
         """Remember the assignment of the batch, and create states for new groups."""
-        self.groups.add(assignment.new, rows_of_example(observation, assignment.parts), self.count)
+        if assignment.new:
+            self.groups.add(assignment.new, rows_of_example(observation, assignment.parts), self.count)
         self.known = replace(assignment.known, groups=tuple(self.groups))
 
     def _masks(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from kronfisher.capture.row_orders import RowOrders, row_orders
 from kronfisher.estimation.groups import Fits, Group, Planned, plan_groups
 from kronfisher.estimation.neighbours import Neighbours, find_neighbours
 from kronfisher.estimation.side_blocks import dear_blocks
-from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.blocks import Block, Key, Window
 from kronfisher.fisher.windows import settle
 from kronfisher.layers import RowOrder
 from kronfisher.layers.row_order import mixed_rows_message
@@ -164,7 +165,8 @@ def assign(
         new = [block for key, block in blocks.items() if key not in before]
         priced = dear_blocks(observation, parts, {block.key for block in new}, fits, batches)
         dear = {**priced, **tables, **known.dear}
-        fits = replace(fits, dear=dear.keys())
+        if dear.keys() != fits.dear:
+            fits = replace(fits, dear=dear.keys())
         looked_up = {block.weight.parameter for block in new if block.weight is not None}
         if bags := {name: reason for name, reason in priced.items() if name in looked_up}:
             tables |= bags
@@ -230,13 +232,19 @@ def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], ap
                 use = use.entries_apart() or use
             weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
             if weight and bias and fits.joins(weight.parameter, bias.parameter, apart):
-                own.append(Part(use, Block(weight.label, call.operator, weight, bias, use.onehot), True, True))
+                own.append(Part(use, _block(call.operator, weight, bias, use.onehot), True, True))
                 continue
             if weight:
-                own.append(Part(use, Block(weight.label, call.operator, weight, None, use.onehot), True, False))
+                own.append(Part(use, _block(call.operator, weight, None, use.onehot), True, False))
             if bias:
-                own.append(Part(use, Block(bias.label, call.operator, None, bias), False, True))
+                own.append(Part(use, _block(call.operator, None, bias), False, True))
     return parts
+
+
+@lru_cache(maxsize=4096)  # the same in every batch, with what is known of it
+def _block(operator: str, weight: Window | None, bias: Window | None, onehot: bool = False) -> Block:
+    name = next(view.label for view in (weight, bias) if view)
+    return Block(name, operator, weight, bias, onehot)
 
 
 def _blocks(parts: Mapping[int, list[Part]]) -> dict[Key, Block]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -42,6 +43,11 @@ class Fits:
     fallback: Fit = field(default_factory=Diagonal)
     asked: AbstractSet[str] = frozenset()
     dear: AbstractSet[str] = frozenset()
+
+    @cached_property
+    def chained(self) -> bool:
+        """Whether any of them treats neighbours together."""
+        return any(fit.chained for fit in {id(fit): fit for fit in (*self.given.values(), self.fallback)}.values())
 
     def of(self, block: Block) -> Fit:
         """The fit of the block's parameters, or the fallback's fit if that cannot treat the block."""

@@ -58,8 +58,10 @@ def find_neighbours(
         The neighbours, or why the batch is refused: layers that were neighbours in earlier
         batches are not neighbours here.
     """
-    graph, chained = observation.graph, (fits.of(part.block).chained for own in parts.values() for part in own)
-    if graph.signature in known.examined or not any(chained):
+    graph = observation.graph
+    if not fits.chained or graph.signature in known.examined:
+        return known
+    if not any(fits.of(part.block).chained for own in parts.values() for part in own):
         return known
     blocks = {part.block.key: part.block for own in parts.values() for part in own}
     chain = find_chains(observation, parts, orders, fits.why_apart)

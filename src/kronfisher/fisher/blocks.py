@@ -8,7 +8,7 @@ change of basis between the two worlds.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -48,8 +48,9 @@ class Window:
             >>> Window.of("w", weight, weight.t()).stride
             (1, 3)
         """
-        window = parameter if window is None else window
-        offset = int(window.storage_offset() - parameter.storage_offset()) if window is not parameter else 0
+        if window is None or window is parameter:
+            return _on_all(name, tuple(parameter.shape), parameter.stride())
+        offset = int(window.storage_offset() - parameter.storage_offset())
         return cls(name, tuple(parameter.shape), parameter.stride(), tuple(window.shape), window.stride(), offset)
 
     @cached_property
@@ -77,7 +78,7 @@ class Window:
     def row_major(self) -> bool:
         return all(n == 1 or s == t for n, s, t in zip(self.shape, self.layout, _row_major(self.shape), strict=True))
 
-    @property
+    @cached_property
     def overlaps(self) -> bool:
         """Whether the window shows an element more than once (``expand``, ``unfold``)."""
         reach = 0  # of the axes with smaller strides
@@ -87,7 +88,7 @@ class Window:
             reach += stride * (size - 1)
         return False
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The parameter's name, with the ranges of its axes that the window shows if not all of it.
 
@@ -114,10 +115,15 @@ class Window:
     def reshaped(self, *size: int) -> "Window":
         """The same elements under another shape; axes may be split or added, or merged where memory allows."""
         if size == (1, *self.size):  # as most operators do; a view on the meta device takes its time
-            stride = (self.size[0] * self.stride[0] if self.size else 1, *self.stride)
-            return Window(self.parameter, self.shape, self.layout, size, stride, self.offset)
+            return self.grouped
         viewed = torch.empty_strided(self.size, self.stride, device="meta").view(*size)
         return Window(self.parameter, self.shape, self.layout, tuple(viewed.shape), viewed.stride(), self.offset)
+
+    @cached_property
+    def grouped(self) -> "Window":
+        """The same elements with a leading axis of one, for H."""
+        stride = (self.size[0] * self.stride[0] if self.size else 1, *self.stride)
+        return Window(self.parameter, self.shape, self.layout, (1, *self.size), stride, self.offset)
 
     @property
     def all(self) -> "Window":
@@ -163,6 +169,11 @@ class Window:
         return memory.copy_(vectors)
 
 
+@lru_cache(maxsize=4096)  # every forward pass asks for the same ones, which are then equal by being the same object
+def _on_all(name: str, shape: Sizes, layout: Sizes) -> Window:
+    return Window(name, shape, layout, shape, layout)
+
+
 def _row_major(shape: Sizes) -> Sizes:
     strides, step = [], 1
     for n in reversed(shape):
@@ -201,11 +212,11 @@ class Block:
     bias: Window | None = None
     onehot: bool = False
 
-    @property
+    @cached_property
     def views(self) -> tuple[Window, ...]:
         return tuple(v for v in (self.weight, self.bias) if v is not None)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(v.parameter for v in self.views))
 
@@ -214,7 +225,7 @@ class Block:
         """Uses with the same key share one matrix."""
         return self.weight, self.bias
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """H, O, I; I counts the bias column."""
         if self.weight is None:

@@ -119,16 +119,19 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
         (True, False)
     """
     found = hashlib.sha256()
-    sums = []
+    sums: list[Tensor] = []
+    odd = torch.zeros(0, dtype=torch.long)
     for name, tensor in parameters.items():
         flat = tensor.detach()
         flat = (torch.view_as_real(flat) if flat.is_complex() else flat).contiguous().flatten()
-        bits, total = flat.view(_BITS[flat.element_size()]), torch.zeros((), dtype=torch.long, device=flat.device)
-        for low in range(0, len(bits), _PIECE):
-            piece = bits[low : low + _PIECE].long()
-            order = torch.arange(low, low + len(piece), device=piece.device)
-            total = total + (piece * (2 * order + 1)).sum()  # odd factors, modulo 2^64
+        bits = flat.view(_BITS[flat.element_size()])
+        if len(odd) < min(len(bits), _PIECE) or odd.device != bits.device:
+            odd = torch.arange(1, 2 * min(len(bits), _PIECE), 2, device=bits.device)
+        parts = []
+        for number, piece in enumerate(bits.split(_PIECE)):
+            factors = odd[: len(piece)] + 2 * _PIECE * number if number else odd[: len(piece)]
+            parts.append((piece.long() * factors).sum())  # odd factors, modulo 2^64
         found.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        sums.append(total.cpu())
-    found.update(repr([int(total) for total in sums]).encode())
+        sums.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+    found.update(repr(torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []).encode())
     return found.hexdigest()

@@ -1,6 +1,8 @@
 """EKFAC: the eigenbasis of a Kronecker product, with eigenvalues measured in it."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ from kronfisher.fits.plan import Plan
 from kronfisher.fits.registry import register, resolve
 from kronfisher.fits.shapes import elements, sizes
 from kronfisher.fits.state import Fixed, State, Total, reciprocal
+from kronfisher.layers.activations import Activations
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Eigen, KroneckerBasis
 from kronfisher.operators.factors import Factor, sandwich
 
 __all__ = ["EKFAC"]
+
+_SHARED = 2**18  # numbers of inputs whose squares may stay until further columns come
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,29 @@ class Eigenvalues(State):
     outputs: Fixed
     input_values: Fixed
     output_values: Fixed
+
+    _inputs: ClassVar[tuple[ref[Activations], Tensor] | None] = None  # those of the column before, squares in U_A
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory of the last inputs: in another process they are others."""
+        return {name: value for name, value in vars(self).items() if name != "_inputs"}
+
+    def add_column_(self, use: Samples) -> bool:
+        """Add samples with few inputs, which further columns of the same examples share; whether it did.
+
+        With one position ``(U_Bᵀ g)∘² ((U_Aᵀ a)∘²)ᵀ`` is the square, and the inputs' half is the same for all columns.
+        """
+        A, B = Factor.of(self.inputs), Factor.of(self.outputs)
+        small = use.activations.shape[1] * use.activations.shape[3] <= _SHARED
+        if use.positions > 1 or A.is_diagonal or use.activations.onehot or not small:
+            return False
+        known = self._inputs
+        if known is None or known[0]() is not use.activations:
+            squares = A.rotate(use.activations.dense())[:, :, 0].square()
+            known = ref(use.activations), squares
+            self._inputs = known  # pyright: ignore[reportAttributeAccessIssue]
+        self.eigenvalues += B.rotate(use.gradients)[:, :, 0].square().mT @ known[1]
+        return True
 
 
 @dataclass(frozen=True)
@@ -84,8 +112,9 @@ class EKFAC(Fit):
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        for part in use.rotate(state.inputs, state.outputs):
-            state.eigenvalues += part.squares()
+        if not state.add_column_(use):
+            for part in use.rotate(state.inputs, state.outputs):
+                state.eigenvalues += part.squares()
         return state
 
     def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache, partial
+from math import isfinite
 from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import NumericalError, require, together
+from kronfisher.errors import NumericalError, require, together, waiting
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.columns import joined
 from kronfisher.fits.plan import Plan
@@ -95,8 +96,11 @@ class State:
                 "input of this layer overflowed: look at its weights, or use float64."
             )
 
+        entries = list(self._checkable())
+        if not waiting() and isfinite(sum(value.sum() for _, value in entries)):
+            return self  # at once; a sum of sums may overflow where they do not
         with together():
-            for name, value in self._checkable():
+            for name, value in entries:
                 require(torch.isfinite(value.sum()), partial(error, name))  # one NaN or Inf makes the sum one
         return self
 

@@ -12,6 +12,8 @@ from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, mirror_
 
 __all__ = ["Activations", "Dense", "Masked", "Ones"]
 
+_FEW = 2**14  # numbers that are copied in the time of a few calls
+
 
 class Activations:
     """Layer inputs ``a [H, n, T, I]``, possibly in a compact form that subclasses define.
@@ -181,6 +183,9 @@ class Dense(Activations):
     def add_covariance_(self, total: Tensor, workspace: int = WORKSPACE) -> None:
         rows = self.values.to(total.dtype).flatten(1, 2)
         width = rows.shape[-1]
+        if self.bias and rows.numel() < _FEW:  # fewer calls count for more than a copy
+            add_symmetric_product_(total, torch.cat([rows, rows.new_ones(()).expand(*rows.shape[:2], 1)], dim=-1))
+            return
         add_symmetric_product_(total[:, :width, :width], rows)
         if self.bias:  # the last column, without a copy of the rest
             column = total.select(2, width)

@@ -27,6 +27,8 @@ from kronfisher.likelihoods.softmax import (
 )
 from kronfisher.linalg import promote
 
+_COLUMNS = 2**15  # numbers of exact columns that are made at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Categorical(Likelihood):
@@ -181,12 +183,17 @@ class Categorical(Likelihood):
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
         pivot = (scale.unsqueeze(-1) * p[..., :-1] * (after / before.where(before > 0, 1))).sqrt()
         below = pivot / -after.where(after > 0, 1)
+        several = max(_COLUMNS // max(p[:, :1].numel(), 1), 1)  # at a time: calls count where there are few numbers
         for t in range(p.shape[1]):
-            for i in range(p.shape[2] - 1):
-                vector = torch.zeros_like(p)
-                vector[:, t, i] = pivot[:, t, i]
-                torch.mul(p[:, t, i + 1 :], below[:, t, i, None], out=vector[:, t, i + 1 :])
-                yield like(vector, outputs, axis)
+            for low in range(0, p.shape[2] - 1, several):
+                some = slice(low, low + several)
+                columns = (below[:, t, some, None] * p[:, t, None, :]).triu_(low + 1)
+                columns.diagonal(low, 1, 2).copy_(pivot[:, t, some])
+                for vector in columns.unbind(1):
+                    if p.shape[1] > 1:
+                        column, vector = vector, torch.zeros_like(p)
+                        vector[:, t] = column
+                    yield like(vector, outputs, axis)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
         """`w_y (p ∘ u - p (p·u))` per position; see the base class."""

@@ -1,7 +1,6 @@
 """Memory that is available."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -35,8 +34,9 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
 
 def _system() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        with open("/proc/meminfo", "rb", buffering=0) as file:  # every estimate asks
+            lines = file.read(512).splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(b"MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         pass
     try:
@@ -46,8 +46,11 @@ def _system() -> int | None:
 
 
 def _container() -> int | None:
-    root = Path("/sys/fs/cgroup")
+    numbers = []
     try:
-        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+        for name in ("max", "current"):
+            with open(f"/sys/fs/cgroup/memory.{name}", "rb", buffering=0) as file:
+                numbers.append(int(file.read(64)))
+        return numbers[0] - numbers[1]
     except (OSError, ValueError):  # no container, or no limit ("max")
         return None

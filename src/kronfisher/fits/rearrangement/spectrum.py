@@ -99,29 +99,27 @@ def lanczos(
         A, B = (like.new_zeros(rank, *shape) for shape in source.factor_shapes)
         zero = like.new_zeros(())
         return Triplets(A, B, like.new_zeros(rank, groups), zero, zero)
-    v = random_start(source, antisymmetric)
-    V, U = [v], []
+    V, U = [random_start(source, antisymmetric)], []
     alphas, betas = [], []
     previous, change = None, like.new_full((), torch.inf)
     for step in range(limit):
-        u = _orthogonalise(source.outputs(V[-1]), U)
-        alpha = norm(u)
+        u, alpha = _orthogonalise(source.outputs(V[-1]), U)
         alphas.append(alpha)
         U.append(over(u, alpha))
-        v = _orthogonalise(source.inputs(U[-1]), V)
-        beta = norm(v)
-        P, sigma, _ = torch.linalg.svd(_bidiagonal(alphas, betas).double())
-        largest = sigma[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
-        change = ((beta.double()[:, None] * P[:, -1].abs())[:, : min(rank, step + 1)] / largest).amax().to(like)
+        v, beta = _orthogonalise(source.inputs(U[-1]), V)
         previous = step + 1
+        if previous >= min(rank, limit):
+            P, sigma, _ = torch.linalg.svd(_bidiagonal(alphas, betas))
+            largest = sigma[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+            change = ((beta.double()[:, None] * P[:, -1].abs())[:, : min(rank, previous)] / largest).amax().to(like)
         V.append(over(v, beta))
         betas.append(beta)
-        if step + 1 == limit or (step + 1 >= rank and bool(change <= tolerance)):
+        if previous == limit or (previous >= rank and bool(change <= tolerance)):
             break
     if len(U) == dimensions[1]:
         change = torch.zeros_like(change)  # all there is
     # With the last direction as well: what the outputs span is exact then, and it is everything where they are few.
-    P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas).double(), full_matrices=False)
+    P, sigma, Q = torch.linalg.svd(_bidiagonal(alphas, betas), full_matrices=False)
     keep = min(rank, len(U))
     B = torch.einsum("kh...,hkr->rh...", torch.stack(U), P[:, :, :keep].to(like))
     A = torch.einsum("kh...,hrk->rh...", torch.stack(V), Q[:, :keep].to(like))
@@ -131,28 +129,32 @@ def lanczos(
     return Triplets(A, B, sizes, like.new_full((), previous or 0), change)
 
 
-def _orthogonalise(matrix: Tensor, basis: list[Tensor]) -> Tensor:
-    """Without its components along the basis; twice, which is enough."""
+def _orthogonalise(matrix: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Without its components along the basis (twice, which is enough), and the norm of what is left."""
     if not basis:
-        return matrix
+        return matrix, norm(matrix)
     stack = torch.stack(basis, dim=1).flatten(2)  # [H, k, D²]
     before, rest = norm(matrix), matrix.flatten(1).unsqueeze(2)
     for _ in range(2):
         rest = torch.baddbmm(rest, stack.mT, stack @ rest, alpha=-1)
     matrix = rest.view(matrix.shape)
     # What is left of a direction that lay in the span is rounding noise, not a new direction.
-    noise = norm(matrix) <= 100 * torch.finfo(matrix.dtype).eps * before
-    return torch.where(noise.view(-1, *[1] * (matrix.dim() - 1)), 0, matrix)
+    left = norm(matrix)
+    left = torch.where(left <= 100 * torch.finfo(matrix.dtype).eps * before, 0, left)
+    return torch.where((left > 0).view(-1, *[1] * (matrix.dim() - 1)), matrix, 0), left
 
 
 def _bidiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
-    """``[H, k, k]`` with the alphas on the diagonal and the betas above it; one more column if there are k betas."""
-    matrix = torch.diag_embed(torch.stack(alphas, dim=1))
-    if not betas:
-        return matrix
-    above = torch.diag_embed(torch.stack(betas, dim=1), offset=1)
-    wide = torch.cat([matrix, matrix.new_zeros(*matrix.shape[:2], above.shape[-1] - matrix.shape[-1])], dim=2)
-    return wide + above[:, : wide.shape[1]]
+    """``[H, k, k]`` with the alphas on the diagonal and the betas above it; one more column if there are k betas.
+
+    In float64, as what is made of it.
+    """
+    rows, columns = len(alphas), max(len(alphas), len(betas) + 1)
+    matrix = alphas[0].new_zeros(len(alphas[0]), rows, columns, dtype=torch.float64)
+    matrix.diagonal(dim1=1, dim2=2).copy_(torch.stack(alphas, dim=1))
+    if betas:
+        matrix.diagonal(1, dim1=1, dim2=2).copy_(torch.stack(betas, dim=1))
+    return matrix
 
 
 def deflate(

@@ -18,6 +18,7 @@ from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror, m
 __all__ = ["Gram", "Weights"]
 
 _STEPS = 2  # double steps from noise to other terms
+_PANEL = 128  # samples whose products with all others are in hand at a time
 
 
 class Weights(Rearranged):
@@ -70,15 +71,13 @@ class Weights(Rearranged):
 
         Where columns share inputs the first takes in the products of the columns of one input with each other.
         """
-        if self.columns > 1:  # of one group
+        packs = self.columns > 1 and _packs(self.g, self.columns)
+        if self.columns > 1 and not packs:  # of one group
             return _sum_products(_square(self.activations.products()), _squares_of_columns(self.g, self.columns))
         both = self.a, self.g
         lengths = [power_of_two(torch.linalg.vector_norm(rows, dim=-1).amax()) for rows in both]
         a, g = (rows / length for rows, length in zip(both, lengths, strict=True))  # no square vanishes
-        products = (a @ a.mT).mul_(g @ g.mT)
-        products = products[0] if len(products) == 1 else products.sum(0)
-        same = products.diagonal().square().sum(dtype=torch.float64)
-        every = torch.linalg.vector_norm(products, dtype=torch.float64).square()
+        same, every = _sum_over_pairs(a, *(_packed(g, self.columns) if packs else (g, None)))
         scale = (lengths[0].double() * lengths[1].double()).square().square()
         return same * scale, (every - same) * scale
 
@@ -236,6 +235,48 @@ def _sum_products(inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor])
     return same * scale, (products.sum(dtype=torch.float64) - same) * scale
 
 
+def _packs(g: Tensor, columns: int) -> bool:
+    """Whether ``Σ_c g_c g_cᵀ`` of each input takes fewer numbers than the products of all columns of two inputs."""
+    width = g.shape[-1]
+    return width * (width + 1) // 2 <= columns**2 * width
+
+
+def _packed(g: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of ``S_k = Σ_c g_kc g_kcᵀ`` for ``[H, n·C, O]`` the upper triangle in a row ``[H, n, O(O+1)/2]``.
+
+    And the weights of their entries with which inner products of rows are those of the S_k, ``Σ_{c,d} ⟨g_kc, g_ld⟩²``:
+    two beside the diagonal.
+    """
+    g = g.unflatten(1, (-1, columns))
+    twice = g.new_full(2 * g.shape[-1:], 2.0).fill_diagonal_(1.0)
+    return _triangle(g.mT @ g), _triangle(twice)
+
+
+def _triangle(matrices: Tensor) -> Tensor:
+    """The upper triangle of ``[..., D, D]``, row after row."""
+    return torch.cat([row[..., k:] for k, row in enumerate(matrices.unbind(-2))], dim=-1)
+
+
+def _sum_over_pairs(a: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``Σ_k`` and ``Σ_{k,l}`` of ``(Σ_h ⟨a_k, a_l⟩ ⟨g_k, g_l⟩)²``; of ``⟨a_k, a_l⟩² ⟨g_k, g_l⟩`` if g are packed.
+
+    A panel at a time, which is no more than a processor's cache holds, and from the diagonal on.
+    """
+    same, every = [], []
+    for low in range(0, a.shape[1], _PANEL):
+        left, part = a[:, low : low + _PANEL] @ a[:, low:].mT, g[:, low : low + _PANEL]
+        right = (part if weights is None else part * weights) @ g[:, low:].mT
+        if weights is None:
+            left = right = left.mul_(right)[0] if len(left) == 1 else left.mul_(right).sum(0)
+        else:  # of one group
+            left, right = left.square_()[0], right[0]
+        square = slice(len(left))  # products of the panel's samples with each other, which are there twice
+        same.append((left.diagonal() * right.diagonal()).sum(dtype=torch.float64))
+        every.append(2 * torch.linalg.vecdot(left, right).sum(dtype=torch.float64))
+        every.append(-torch.linalg.vecdot(left[:, square], right[:, square]).sum(dtype=torch.float64))
+    return torch.stack(same).sum(), torch.stack(every).sum()
+
+
 def _rows(gradients: Tensor, columns: int) -> Tensor:
     """``[H, n, c, O]`` with zeros for so many columns, as rows ``[H, n·C, O]``."""
     missing = columns - gradients.shape[2]
@@ -244,13 +285,12 @@ def _rows(gradients: Tensor, columns: int) -> Tensor:
 
 def _squares_of_columns(g: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """``Σ_{c,d} ⟨g_kc, g_ld⟩² [H, n, n]``, divided by about the largest, and the root of that, for ``[H, n·C, O]``."""
-    length, width = power_of_two(torch.linalg.vector_norm(g, dim=-1).amax(1)), g.shape[-1]
+    length = power_of_two(torch.linalg.vector_norm(g, dim=-1).amax(1))
     g = over(g, length).unflatten(1, (-1, columns))
-    if width * (width + 1) // 2 <= columns**2 * width:
-        sums = g.mT @ g  # Σ_c g_c g_cᵀ, whose inner products they are
-        row, column = torch.triu_indices(width, width, device=g.device)
-        flat = sums[..., row, column] * torch.where(row == column, 1, 2).to(g).sqrt()
-        gram = mirror_(add_symmetric_product_(flat.new_zeros(len(g), *2 * g.shape[1:2]), flat.mT))
+    if _packs(g, columns):
+        flat, weights = _packed(g.flatten(1, 2), columns)
+        gram = flat.new_zeros(len(g), *2 * g.shape[1:2])
+        gram = mirror_(add_symmetric_product_(gram, flat.mT, (flat * weights).mT))
     else:
         rows = g.flatten(1, 2).mT
         gram = g.new_zeros(len(g), *2 * g.shape[1:2])
