@@ -38,6 +38,7 @@ def test_a_step_is_the_damped_natural_gradient(name, labels, n):
     loss = -likelihood.log_prob(model(x), y).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", labels=labels), flat(model)
+    optimizer.bends = False
     close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
     step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
     assert optimizer.step_length > 0
@@ -48,6 +49,7 @@ def test_memory_is_that_of_spring():
     torch.manual_seed(0)
     model, x, y = network(2, 4, 1), torch.randn(30, 2).double(), torch.randn(30, 1).double()
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit="gram", momentum=0.7)
+    optimizer.bends = False
     optimizer.step(lambda: model(x), y)
     last, before = optimizer._last.clone(), flat(model)
     J, r = rows(model(x)[:, 0], model), (model(x) - y).detach()[:, 0]
@@ -55,6 +57,43 @@ def test_memory_is_that_of_spring():
     inner = J @ J.mT + 30 * optimizer.damping * torch.eye(30).double()
     step = 0.7 * last + J.mT @ torch.linalg.solve(inner, r - 0.7 * J @ last)
     close(before - flat(model), optimizer.step_length * step, 1e-8)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_step_bends_by_the_second_derivative_of_the_outputs(name):
+    """``θ₀ − s(δ + s b)`` with ``b = −½ (F + λ)⁻¹ Jᵀ H f″/N``: of ``‖J(b) + ½ f″‖²`` in the metric, damped."""
+    torch.manual_seed(0)
+    (likelihood, draw), model = LIKELIHOODS[name], network(2, 4, 3)
+    x, y = torch.randn(20, 2).double(), draw(20)
+    F = dense_fisher(model, x, y, likelihood, "exact")
+    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", damping=5.0), flat(model)
+    gradient = torch.autograd.grad(-likelihood.log_prob(model(x), y).mean(), list(model.parameters()))
+    shapes = {key: p.shape for key, p in model.named_parameters()}
+
+    def outputs(t, direction):
+        moved, start = {}, 0
+        for key, p in model.named_parameters():
+            step = direction[start : (start := start + p.numel())].view(shapes[key])
+            moved[key] = p.detach() - t * step
+        return torch.func.functional_call(model, moved, (x,))
+
+    optimizer.step(lambda: model(x), y)
+    scale, moved = optimizer.step_length, before - flat(model)
+    start = 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(before[start : (start := start + p.numel())].view(p.shape))
+    damped = F + optimizer.damping * torch.eye(len(F)).double()
+    step = torch.linalg.solve(damped, torch.cat([g.flatten() for g in gradient]))
+    h = 0.1
+    second = (outputs(h, step) - outputs(0, step)) * 2 / h**2
+    first = torch.autograd.functional.jacobian(lambda t: outputs(t, step), torch.zeros(()).double())
+    second = (second - first * 2 / h).detach()
+    hessian = sum(c * (c * second).flatten(1).sum(1).view(-1, 1) for c in likelihood.exact(model(x).detach(), y))
+    back = torch.autograd.grad(model(x), list(model.parameters()), hessian)
+    bend = torch.linalg.solve(damped, torch.cat([g.flatten() for g in back]) / 20) / 2
+    assert scale > 0 and 1e-3 < float(bend.norm() / step.norm()) < 0.375
+    close(moved, scale * (step + scale * bend), 1e-7)
 
 
 @pytest.mark.parametrize("decades", [6, 13, 18])

@@ -231,6 +231,28 @@ class Rows:
         """Rows low to high written out, ``[k, D]``."""
         return torch.cat([_part(part, low, high).dense() for part in self.parts], dim=1)
 
+    def select(self, index: Tensor) -> "Rows":
+        """The rows of these numbers, in memory of their own."""
+        parts = []
+        for part in self.parts:
+            if isinstance(part, PlainRows):
+                parts.append(PlainRows(part.rows[index]))
+            else:
+                used, examples = part.examples[index].unique(return_inverse=True)
+                parts.append(OuterRows(part.inputs[used], part.gradients[index], examples))
+        return Rows(tuple(parts))
+
+    def scaled_rows(self, factor: Tensor) -> "Rows":
+        """``diag(factor) J``."""
+        parts = []
+        for part in self.parts:
+            if isinstance(part, PlainRows):
+                parts.append(PlainRows(part.rows * factor[:, None].to(part.rows)))
+            else:
+                gradients = part.gradients * factor[:, None].to(part.gradients)
+                parts.append(OuterRows(part.inputs, gradients, part.examples))
+        return Rows(tuple(parts))
+
     def scaled_columns(self, factor: Tensor) -> "Rows":
         """``J diag(factor)``, written out."""
         pieces = factor.split(self.sizes)

@@ -86,7 +86,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self._parameters = {names.get(id(p), f"parameter {k}"): p for k, p in enumerate(chosen)}
         self._jacobian = Jacobian(self._parameters)
         self.follower = Follower(damping)
-        self.bends = isinstance(likelihood, Residuals)
+        self.bends = True
         self.steps = 0
         self.damping: float | None = None
         self.step_length: float | None = None
@@ -115,7 +115,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         with torch.enable_grad():
             outputs = closure()
             after = torch.get_rng_state()
-            loss, rows = self._rows(outputs, targets)
+            loss, rows, columns = self._rows(outputs, targets)
         del outputs
 
         def evaluated() -> Any:
@@ -131,12 +131,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 return math.inf
 
         def values() -> Tensor | None:
-            outputs = evaluated()
             try:
-                terms = self.likelihood.terms(outputs)  # pyright: ignore[reportAttributeAccessIssue]
+                return self._values(evaluated(), columns)
             except NumericalError:
                 return None
-            return torch.cat([term.detach() for term in terms.values()])
 
         old = [p.detach().clone() for p in self._parameters.values()]
         try:
@@ -198,12 +196,12 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     ) -> Tensor | None:
         """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012), or None.
 
-        The second derivative of the residuals along the step comes from one more evaluation of them.
+        The second derivative of residuals or outputs along the step comes from one more evaluation of them.
         """
         self._set(old, step, _PROBED)
-        if (found := values()) is None:
+        if rows.values is None or (found := values()) is None:
             return None
-        second = (found - rows.vector + _PROBED * change) * (2 / _PROBED**2)
+        second = (found - rows.values + _PROBED * change) * (2 / _PROBED**2)
         bend = 0.5 * solve(second)
         fine = bool(torch.isfinite(bend).all()) and float(bend.norm()) <= _BENT * float(step.norm())
         return bend if fine else None
@@ -235,30 +233,38 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             return self.likelihood.loss(outputs).detach()
         return -self.likelihood.log_prob(promote(outputs.detach()), targets).mean()
 
-    def _rows(self, outputs: Any, targets: Any) -> tuple[Tensor, Rows]:
-        """The loss, and the rows of the batch."""
+    def _rows(self, outputs: Any, targets: Any) -> tuple[Tensor, Rows, list[Tensor]]:
+        """The loss, the rows of the batch, and the exact columns of outputs."""
         likelihood = self.likelihood
         if isinstance(likelihood, Residuals):
             terms = likelihood.terms(outputs)
             J = torch.cat([self._finite(term, f"the residuals {name!r}") for name, term in terms.items()
                            if term.requires_grad] or [])  # fmt: skip
-            vector = torch.cat([term.detach() for term in terms.values() if term.requires_grad])
-            return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0)
+            vector = self._values(outputs, [])
+            return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0, vector), []
         likelihood.check(outputs, targets, f"step {self.steps}", "observed")
         count = likelihood.count(outputs)
         loss = self._loss(outputs, targets)
         if self.labels == "observed":
             numbers = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
             J = self._finite(numbers)
-            return loss, Rows(J, torch.ones_like(J[:, 0]), count)
+            return loss, Rows(J, torch.ones_like(J[:, 0]), count), []
         values, found, columns = outputs.detach(), [], []
         for column in likelihood.exact(values, targets):
-            columns.append(column.flatten(1))
+            columns.append(column)
             found.append(self._finite((outputs * column).flatten(1).sum(1)))
-        roots = torch.stack(columns, 2)  # [N, outputs, V]
+        roots = torch.stack([column.flatten(1) for column in columns], 2)  # [N, outputs, V]
         gradient = likelihood.observed(values, targets).flatten(1)
         inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]  # [N, V]
-        return loss, Rows(torch.cat(found), inside.mT.reshape(-1).to(found[0]), count)
+        vector = inside.mT.reshape(-1).to(found[0])
+        return loss, Rows(torch.cat(found), vector, count, self._values(values, columns)), columns
+
+    def _values(self, outputs: Any, columns: list[Tensor]) -> Tensor:
+        """What the rows are derivatives of."""
+        if isinstance(self.likelihood, Residuals):
+            terms = self.likelihood.terms(outputs)
+            return torch.cat([term.detach() for name, term in terms.items() if outputs[name].requires_grad])
+        return torch.cat([(outputs.detach() * column).flatten(1).sum(1) for column in columns])
 
     def _finite(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
         """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalError
-from kronfisher.linalg import full_precision
+from kronfisher.linalg import add_symmetric_product_, full_precision
 
 __all__ = ["Follower", "Rows"]
 
@@ -47,11 +47,13 @@ class Rows:
         matrix: J ``[K, P]``.
         vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
         count: N.
+        values: what J is the derivative of: the residuals, or the outputs along their exact columns; None: not known.
     """
 
     matrix: Tensor
     vector: Tensor
     count: float
+    values: Tensor | None = None
 
     def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
         """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
@@ -69,13 +71,14 @@ class Rows:
             )
         with full_precision(J.device.type):
             if shift > torch.finfo(J.dtype).eps ** 0.6 * size:
-                side = J @ J.mT if rows <= columns else J.mT @ J
+                side = J.new_zeros(2 * (min(rows, columns),))
+                add_symmetric_product_(side, J.mT if rows <= columns else J)
                 side.diagonal().add_(shift)
-                factor, info = torch.linalg.cholesky_ex(side)
+                factor, info = torch.linalg.cholesky_ex(side, upper=True)
                 if int(info) == 0 and rows <= columns:
-                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor)[:, 0]
+                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor, upper=True)[:, 0]
                 if int(info) == 0:
-                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor)[:, 0]
+                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor, upper=True)[:, 0]
             eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
             if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
                 Q, R = torch.linalg.qr(torch.cat([J, eye]))

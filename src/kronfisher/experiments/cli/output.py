@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kronfisher.experiments.doctor import Health
     from kronfisher.experiments.equations import Curves
     from kronfisher.experiments.influence.tracing import Traces
+    from kronfisher.experiments.race.small_data import Contest
     from kronfisher.experiments.race.standings import Standings
     from kronfisher.experiments.race.suite.rates import Pairs
     from kronfisher.experiments.race.suite.stability import Starts
@@ -111,7 +112,9 @@ def finish(
     return 0 if useful else 1
 
 
-def show(result: "Findings | Comparison | Curves | Standings | Results | Starts | Pairs | Traces | Health") -> None:
+def show(
+    result: "Findings | Comparison | Contest | Curves | Standings | Results | Starts | Pairs | Traces | Health",
+) -> None:
     """The tables: drawn for a terminal, plain text for a file or a pipe."""
     from rich.console import Console
     from rich.table import Table

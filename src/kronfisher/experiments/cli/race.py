@@ -37,7 +37,7 @@ def add(app: Any) -> None:
 
     @app.command(epilog=example("kronfisher race curves --optimizers adamw,layerwise --budget 60"))
     def race(
-        problem: Annotated[str, typer.Argument(help=f"one of {', '.join((*PROBLEMS, *EQUATIONS))}")],
+        problem: Annotated[str, typer.Argument(help=f"one of {', '.join((*PROBLEMS, *EQUATIONS, 'uci'))}")],
         optimizers: Annotated[str, option(f"comma-separated, of {', '.join(COMPETITORS)}")] = "",
         budget: Annotated[float | None, option("training time of a run in seconds (default: the problem's)")] = None,
         steps: Annotated[int | None, option("at most so many steps a run")] = None,
@@ -60,11 +60,12 @@ def add(app: Any) -> None:
         What is in the folder already is not done again, and an interrupted race continues where it was. Two processes
         may share a folder if they have different optimizers, or different seeds once the searches are done.
         """
-        if problem in EQUATIONS:
+        if problem in EQUATIONS or problem == "uci":
             with refuse_bad_options():
-                drawn = {"optimizers": names(optimizers), "seconds": budget}
+                drawn: dict[str, Any] = {"optimizers": names(optimizers), "seconds": budget}
                 drawn |= {"seeds": tuple(map(whole, names(seeds)))} if seeds else {}
-                return _equation(problem, output or Path("results/race") / problem, drawn)
+                drawn |= {"data_dir": data_dir} if problem == "uci" else {"equation": EQUATIONS[problem]}
+                return _side_by_side(output or Path("results/race") / problem, drawn)
         with refuse_bad_options():
             chosen = {
                 "optimizers": names(optimizers),
@@ -97,13 +98,14 @@ def add(app: Any) -> None:
         return 0 if finished else 130
 
 
-def _equation(name: str, folder: Path, options: dict[str, Any]) -> int:
-    """A race on the residuals of an equation, whose files are JSON and figures."""
-    from kronfisher.experiments.equations import EQUATIONS
+def _side_by_side(folder: Path, options: dict[str, Any]) -> int:
+    """A race on the residuals of an equation, or on small tables, whose files are JSON and figures."""
     from kronfisher.experiments.equations import race as race_equation
+    from kronfisher.experiments.race.small_data import contest
 
     require_writable(folder, folder=True)
-    curves = race_equation(EQUATIONS[name], **options, say=lambda line: print(line, file=sys.stderr))
+    race = race_equation if "equation" in options else contest
+    curves = race(**options, say=lambda line: print(line, file=sys.stderr))
     print_tables(curves)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "race.json"
