@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import warnings
 from dataclasses import replace
 
@@ -186,9 +187,86 @@ def shards(rank):
     return [*found, list(kf.shard(list(range(7))))]
 
 
+def alone(rank):
+    """A matrix, and weights after two steps of two optimisers, of a process in a group of its own."""
+    groups = [] if rank is None else [dist.new_group([own]) for own in range(dist.get_world_size())]
+    group = {} if rank is None else {"group": groups[rank]}
+    model, x, y = perceptron(), numbers(6, 4), torch.arange(6) % 3
+    data = [(x[:2], y[:2]), (x[2:], y[2:])]
+    data = data if rank is None else kf.shard(data, groups[rank])
+    blocks, _ = described(kf.estimate(model, data, kf.Categorical(), labels="exact", **group))
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), **group)
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), **group)
+    for _ in range(2):
+        optimizer.step(lambda: model(x), y)
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(preconditioner(x, targets=y), y).backward()
+        preconditioner.step()
+    return blocks, {name: p.grad for name, p in model.named_parameters()} | dict(model.state_dict())
+
+
+class Tied(torch.nn.Module):
+    """A table whose rows are looked up, and which is the last layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.layer(self.table(x)), self.table.weight)
+
+
+def used(fisher):
+    """Products, solutions, numbers and other matrices, as tensors."""
+    flat = numbers(fisher.dim, 2)
+    named = {name: numbers(*shape) for name, shape in fisher.shapes.items()}
+    damped = fisher + 0.1
+    found = {"product": fisher @ flat, "solution": damped.solve(flat), "dense": fisher.to_dense()}
+    found |= {f"{name} of a product": value for name, value in (fisher @ named).items()}
+    found |= {"trace": fisher.trace(), "determinant": damped.logdet(), "diagonal": fisher.diagonal()}
+    found |= {"norm": fisher.frobenius_norm(), "factored": (fisher + kf.FactoredTikhonov(0.1)).solve(flat)}
+    found |= {"roots": damped.inverse_sqrt() @ flat, "sum": (fisher + 3 * fisher) @ flat}
+    found |= {"draw": damped.sample(2, seed=4), "narrow": fisher.to(dtype=torch.float32) @ flat.float()}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def owned(rank, fit, tied):
+    """What is made of a matrix that every rank holds, and of one whose blocks stay with their owners; its memory."""
+    model, x = (fresh(Tied()), torch.arange(10) % 5) if tied else (perceptron(), numbers(10, 4))
+    data, group = of_all(rank, list(x.split(3)))
+    how = {"fit": fit, "labels": "exact", **group}
+    whole = kf.estimate(model, data, kf.Categorical(), **how)
+    own = kf.estimate(model, data, kf.Categorical(), share="owned", **how)
+    with watched() as calls:
+        own @ numbers(own.dim)
+    memory = whole.bytes, own.bytes, len(whole.blocks), sum(row.bytes for row in own.report().rows)
+    return used(whole), used(own), memory, [name for name, _ in calls]
+
+
+def owned_elsewhere(rank):
+    """Errors of what a matrix whose blocks stay with their owners does not give."""
+    model, x = perceptron(), numbers(10, 4)
+    data, group = of_all(rank, list(x.split(3)))
+    fisher = kf.estimate(model, data, kf.Categorical(), labels="exact", share="owned", **group)
+    errors = {}
+    for name, call in {
+        "error": lambda: fisher.error(data),
+        "posterior": lambda: kf.Laplace(model, fisher),
+        "influence": lambda: kf.Influence(model, fisher, kf.Categorical()),
+        "file": lambda: fisher.save("nowhere.safetensors"),
+        "singular": lambda: fisher.solve(numbers(fisher.dim)),
+    }.items():
+        try:
+            call()
+        except Exception as error:
+            errors[name] = type(error).__name__, str(error)
+    return errors, fisher.spectrum(data, rank=1)["0.weight"].values.tolist()
+
+
 def ended(rank):
-    """The error of the other ranks when the last one ends."""
+    """The error of the other ranks when the last one ends, once they have come to meet it."""
     if rank == dist.get_world_size() - 1:
+        time.sleep(1)
         os._exit(1)
     try:
         kf.estimate(perceptron(), numbers(4, 4), kf.Categorical(), group=dist.group.WORLD)

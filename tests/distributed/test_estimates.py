@@ -77,6 +77,30 @@ def test_errors_and_spectra_are_those_over_all_data(ranks):
         assert own == {name: pytest.approx(value, rel=1e-10, abs=1e-12) for name, value in true.items()}
 
 
+@pytest.mark.parametrize(("fit", "tied"), [("kfac", False), ("ekfac", False), ("full", False), ("kfac", True)])
+def test_blocks_that_stay_with_their_owners_are_the_whole_together(ranks, fit, tied):
+    """Every product costs one broadcast a block; all ranks together hold each block once."""
+    answers = ranks.call(cases.owned, fit, tied)
+    assert cases.same_bits([own for _, own, _, _ in answers])
+    whole, own, (bytes_of_all, _, blocks, _), calls = answers[0]
+    assert whole.keys() == own.keys() and len(own) > 10
+    for name, value in own.items():
+        close(value, whole[name], 1e-5 if name == "narrow" else 1e-12, name)
+    assert calls == ["broadcast"] * blocks
+    assert sum(held for _, _, (_, held, _, _), _ in answers) == bytes_of_all
+    assert all(reported == held < bytes_of_all for _, _, (_, held, _, reported), _ in answers)
+
+
+def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
+    for errors, spectrum in ranks.call(cases.owned_elsewhere):
+        for name in ("error", "posterior", "influence", "file"):
+            kind, text = errors[name]
+            assert kind == "UnsupportedError" and re.match(r"0\.weight: rank \d alone holds this block", text), name
+        kind, text = errors["singular"]
+        assert kind in ("SingularError", "RankError") and "SingularError" in kind + text
+        assert 0 < spectrum[0] <= 1
+
+
 def test_labels_are_drawn_apart(ranks):
     """In distribution the same: over many draws the exact matrix."""
     answers = ranks.call(cases.sampled, 400)
@@ -89,7 +113,7 @@ def test_labels_are_drawn_apart(ranks):
 def test_bytes_and_collectives(ranks):
     """One agreement, a sum at each of two owners, whether there is another pass; then what each owner has finished."""
     answers = ranks.call(cases.counted, "kfac")
-    sums = 8 * sum(size**2 for size in (5, 4, 5, 3))
+    sums = 8 * sum((size + 1) // 2 * (size + 1) for size in (5, 4, 5, 3))  # upper triangles
     for fisher, _ in answers:
         operators = [-(-tensor.numel() * 8 // 16) * 16 for own in fisher.blocks.values() for tensor in (own.A, own.B)]
         assert fisher.info.collectives == 1 + 2 + 1 + 1 + 2
@@ -102,6 +126,8 @@ def test_a_report_says_what_was_sent(ranks, fit):
     info = answers[0][0].info
     messages = sum(name == "send" for _, calls in answers for name, _ in calls)
     assert info.sent == sum(size for _, calls in answers for _, size in calls) > 0
+    planned = sum(size for _, calls in answers for name, size in calls if name in ("reduce", "send"))
+    assert info.sent > info.planned == planned > 0
     assert info.collectives == messages + sum(name not in ("send", "recv") for name, _ in answers[0][1])
     assert (messages > 0) == (fit == "kfoc")
     for fisher, _ in answers:
@@ -110,7 +136,8 @@ def test_a_report_says_what_was_sent(ranks, fit):
             info.sent,
             info.collectives,
         )
-    says = f"processes: {ranks.size}, which sent {size(info.sent)} in {info.collectives} collectives"
+    says = f"processes: {ranks.size}, which sent {size(info.sent)} in {info.collectives} collectives, "
+    says += f"{size(info.planned)} of it sums, as planned"
     assert says in " ".join(str(answers[0][0].report()).split())
 
 
@@ -148,13 +175,21 @@ def test_what_is_warned_of(ranks):
 
 
 def test_a_rank_that_ends_ends_the_others(tmp_path):
-    own = World(2, tmp_path)
+    own = World(3, tmp_path)
     calls = [each.submit(run, cases.ended, rank, ()) for rank, each in enumerate(own.executors)]
-    kind, text = calls[0].result(timeout=90)
-    assert kind == "RankError" and "could not meet the other ranks: one of them has ended" in text
+    for call in calls[:2]:
+        kind, text = call.result(timeout=90)
+        assert kind == "RankError" and "could not meet the other ranks: rank 2 has ended" in text
     with pytest.raises(BrokenProcessPool):
-        calls[1].result(timeout=90)
+        calls[2].result(timeout=90)
     own.end()
+
+
+def test_a_group_of_one_rank_is_one_process(ranks):
+    truth = cases.alone(None)
+    for blocks, weights in ranks.call(cases.alone):
+        for one, true in ((blocks, truth[0]), (weights, truth[1])):
+            assert one.keys() == true.keys() and all(torch.equal(one[name], true[name]) for name in true)
 
 
 def test_one_process():

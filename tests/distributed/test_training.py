@@ -1,6 +1,7 @@
 """Ranks that train together follow one process with all their batches, and have the same weights to the last bit."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.distributed import trainings
 from tests.distributed.cases import same_bits
 from tests.helpers.close import close
+from tests.helpers.ranks import LIMIT, run
 
 
 def follow(answers, truth, tolerance=1e-9):
@@ -72,6 +74,22 @@ def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, tmp_path):
     if how == "rank 0":
         truth = trainings.handed_on(None, 1, whole, None, 1, how)
         follow([trainings.handed_on(None, 1, path, None, 1, how)], truth)
+
+
+def test_ranks_that_are_killed_go_on_to_the_same_bits(ranks, tmp_path):
+    if ranks.size != 2:  # sums of three depend on DDP's buckets, which are others in its first step
+        pytest.skip("two ranks are enough")
+    whole, path = str(tmp_path / "whole"), tmp_path / "killed"
+    for rank, each in enumerate(ranks.executors):
+        each.submit(run, trainings.saving, rank, (ranks.size, str(path), 1_000_000))
+    before = time.monotonic()
+    while not path.exists() and time.monotonic() < before + LIMIT:
+        time.sleep(0.01)
+    ranks.kill()  # at any moment of a step
+    ranks.start()
+    saved = torch.load(path)["optimizer"]["natural_gradient"]["steps"]
+    answers = [ranks.call(trainings.saving, ranks.size, file, saved + 5) for file in (str(path), whole)]
+    assert saved and same_bits([*answers[0], *answers[1]])
 
 
 def test_steps_between_renewals_send_nothing_but_gradients(ranks):

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import warnings
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -131,6 +133,23 @@ def resumed(rank, ranks, saved):
             model.load_state_dict(box[0][0])
             optimizer.load_state_dict(box[0][1])
         optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
+    return weights(model)
+
+
+def saving(rank, ranks, path, number):
+    """Weights after so many steps, which go on from the file that rank 0 writes after each of them."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), weight_decay=0.01, **group)
+    if os.path.exists(path):
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for x, y in islice(batches(rank, ranks, number), optimizer.steps, None):
+        optimizer.step(lambda x=x: wrapped(x), y)
+        if rank == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path + " new")
+            os.replace(path + " new", path)
     return weights(model)
 
 

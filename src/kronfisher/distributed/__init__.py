@@ -2,14 +2,18 @@
 
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel
-from kronfisher.distributed.ranks import ProcessGroup, Ranks, ranks_of, warn_of_ranks
+from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
 from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
+from kronfisher.distributed.sums import Sum, buckets
 
 __all__ = [
     "Parcel",
     "ProcessGroup",
     "Ranks",
     "Shard",
+    "Sum",
+    "buckets",
+    "describe",
     "owners",
     "ranks_of",
     "shard",

@@ -1,8 +1,8 @@
 """A process group of torch.distributed: the few collectives that are used, counted."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kronfisher.distributed.parcel import Parcel
+from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.errors import RankError
 
-__all__ = ["ProcessGroup", "Ranks", "ranks_of", "warn_of_ranks"]
+__all__ = ["ProcessGroup", "Ranks", "describe", "ranks_of", "warn_of_ranks"]
 
 ProcessGroup = Any
 """A process group, a one-dimensional device mesh, or None for one process."""
-
-_BUCKET = 25 * 2**20  # bytes that are reduced at once
 
 
 class Ranks:
@@ -40,6 +39,7 @@ class Ranks:
         on_cuda = "nccl" in str(dist.get_backend(group))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         self._global = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        self._store = group.get_group_store() if hasattr(group, "get_group_store") else None  # torch 2.6 has no such
         self.collectives = self.sent = 0
 
     def __repr__(self) -> str:
@@ -56,41 +56,26 @@ class Ranks:
         """
         self.collectives += 1
         values: list[Any] = [None] * self.size
-        try:
+        with self._together(comes=True):
             dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} could not meet the other ranks: one of them has ended, or did not come within the "
-                f"group's timeout ({error}). Look at the messages of the others; every rank has to make the same calls."
-            ) from error
         return values
 
-    def reduce_(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
-        """Sum tensors over all ranks, each at its owner; elsewhere their numbers are lost afterwards.
+    def sum_(self, sums: Iterable[Sum]) -> None:
+        """Sum tensors over all ranks, each at its owner; at all of them, to the same bits, where it has none.
 
         Args:
-            tensors: with their owners; alike on all ranks but for their numbers.
+            sums: alike on all ranks but for their numbers; where another rank is the owner, these are lost.
         """
-        tensors = sorted(tensors, key=lambda pair: (pair[1], str(pair[0].dtype)))
-        for (owner, _), pairs in groupby(tensors, key=lambda pair: (pair[1], str(pair[0].dtype))):
-            for bucket in _buckets([tensor for tensor, _ in pairs]):
-                flat = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-                self._count(flat.nbytes * self.size)
-                dist.reduce(flat, self._global[owner], group=self.group)
-                if owner != self.rank:
-                    continue
-                for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over all ranks, at all of them, to the same bits everywhere."""
-        for _, alike in groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda t: str(t.dtype)):
-            for bucket in _buckets(list(alike)):
-                flat = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-                self._count(flat.nbytes * self.size)
-                dist.all_reduce(flat, group=self.group)
-                for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
+        for bucket in buckets(sums):
+            flat, owner = bucket.packed(self.device), bucket.sums[0].owner
+            self._count(flat.nbytes * self.size)
+            with self._together():
+                if owner < 0:
+                    dist.all_reduce(flat, group=self.group)
+                else:
+                    dist.reduce(flat, self._global[owner], group=self.group)
+            if owner in (-1, self.rank):
+                bucket.take_(flat)
 
     def collect(self, parcel: Parcel, frames: Sequence[bytes], owner: int, device: torch.device) -> list[Any]:
         """What all ranks have, at one of them, in the order of ranks; elsewhere nothing.
@@ -106,7 +91,8 @@ class Ranks:
                 self._count(size)
         if self.rank != owner:
             if len(parcel.numbers):
-                dist.send(parcel.numbers, self._global[owner], group=self.group)
+                with self._together():
+                    dist.send(parcel.numbers, self._global[owner], group=self.group)
             return []
         values = []
         for rank, frame in enumerate(frames):
@@ -114,7 +100,8 @@ class Ranks:
             if rank != owner:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
                 if len(numbers):
-                    dist.recv(numbers, self._global[rank], group=self.group)
+                    with self._together():
+                        dist.recv(numbers, self._global[rank], group=self.group)
             values.append(Parcel.open(frame, numbers, device))
         return values
 
@@ -133,29 +120,120 @@ class Ranks:
             if rank != self.rank:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
             if len(numbers):
-                self._count(numbers.nbytes)
-                dist.broadcast(numbers, self._global[rank], group=self.group)
+                self._broadcast(numbers, rank)
             values.append(value if rank == self.rank and not anew else Parcel.open(frame, numbers, device))
         return values
+
+    def of(self, owner: int, function: Callable[[], Any], device: torch.device) -> Any:
+        """A value that one rank computes, tensors included, at all of them.
+
+        Args:
+            owner: the rank.
+            function: called there alone.
+            device: where tensors are wanted.
+
+        Raises:
+            RankError: the function failed; on the other ranks. The owner gets its own error.
+        """
+        value, error, parcel = None, None, _NOTHING
+        if self.rank == owner:
+            try:
+                parcel = Parcel.of(value := function(), self.device)
+            except Exception as problem:
+                error = problem
+        box: list[Any] = [(describe(error), parcel.frame)]
+        self.collectives += 1
+        with self._together():
+            dist.broadcast_object_list(box, self._global[owner], group=self.group)
+        failure, frame = box[0]
+        if failure:
+            raise error or RankError(f"rank {owner}: {failure}")
+        numbers = parcel.numbers
+        if self.rank != owner:
+            numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
+        if len(numbers):
+            self._broadcast(numbers, owner)
+        return value if self.rank == owner else Parcel.open(frame, numbers, device)
+
+    def fill(self, like: Tensor, owner: int, function: Callable[[], Tensor]) -> Tensor:
+        """A tensor that one rank computes, at all of them, by one broadcast unless it fails.
+
+        Args:
+            like: of its shape and dtype, on the device where it is wanted.
+            owner: the rank.
+            function: called there alone.
+
+        Raises:
+            RankError: as in `of`.
+        """
+        numbers, error = torch.zeros(like.numel() + 1, dtype=like.dtype, device=self.device), None
+        if self.rank == owner:
+            try:
+                numbers[:-1] = function().flatten()
+            except Exception as problem:
+                numbers[-1], error = 1.0, problem
+        self._broadcast(numbers, owner)
+        if bool(numbers[-1]):
+
+            def again() -> Any:
+                assert error is not None
+                raise error
+
+            self.of(owner, again, like.device)
+        return numbers[:-1].view(like.shape).to(like.device)
+
+    def hand(self, value: Any, giver: int, taker: int, device: torch.device) -> Any:
+        """A value of one rank, tensors included, at another; None elsewhere."""
+        frame = self.gather(Parcel.of(value, self.device).frame if self.rank == giver else b"")[giver]
+        parcel = Parcel.of(value, self.device) if self.rank == giver else _NOTHING
+        frames = [frame if rank == giver else _NOTHING.frame for rank in range(self.size)]
+        found = self.collect(parcel, frames, taker, device)
+        return found[giver] if found else None
+
+    def _broadcast(self, numbers: Tensor, owner: int) -> None:
+        self._count(numbers.nbytes)
+        with self._together():
+            dist.broadcast(numbers, self._global[owner], group=self.group)
+
+    @contextmanager
+    def _together(self, *, comes: bool = False) -> Iterator[None]:
+        """What the others take part in; if it fails, the error names those that have not come.
+
+        Args:
+            comes: whether a meeting begins, of which each rank leaves a mark in the group's store.
+        """
+        try:
+            if comes and self._store is not None:
+                self._store.add(f"kronfisher meetings of {self.rank}", 1)
+            yield
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} could not meet the other ranks: {self._missing()} ({error}). Look at the messages "
+                "of the others; every rank has to make the same calls."
+            ) from error
+
+    def _missing(self) -> str:
+        """Who has not come to a meeting that failed, in words."""
+        missing = []
+        if self._store is not None:
+            try:
+                met = [self._store.add(f"kronfisher meetings of {rank}", 0) for rank in range(self.size)]
+            except RuntimeError:
+                return "the process that holds the group's store, rank 0 unless torchrun does, has ended"
+            missing = [f"rank {rank}" for rank, times in enumerate(met) if times < met[self.rank]]
+        return f"{', '.join(missing) or 'one of them'} has ended, or did not come within the group's timeout"
 
     def _count(self, sent: int) -> None:
         self.collectives += 1
         self.sent += sent
 
 
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one dtype in their order, together as large as is sent at once; larger ones alone."""
-    buckets, room = [], 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if not size:
-            continue
-        if not buckets or size > room:
-            buckets.append([])
-            room = _BUCKET
-        buckets[-1].append(tensor)
-        room -= size
-    return buckets
+_NOTHING = Parcel.of(None)
+
+
+def describe(error: BaseException | None) -> str:
+    """An error, for other ranks."""
+    return "" if error is None else f"{type(error).__name__}: {error}"
 
 
 def ranks_of(group: ProcessGroup) -> Ranks | None:

@@ -16,10 +16,11 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe, observe_all
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import refuse, strict_error
+from kronfisher.distributed import describe
 from kronfisher.errors import DataError, NumericalError, RankError, UnsupportedError, together
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
 from kronfisher.estimation.groups import Fits, Group, Groups, plan_groups, rows_of_example
-from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, describe, facts_of
+from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, facts_of
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.estimation.routing import Stream

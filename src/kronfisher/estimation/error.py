@@ -30,6 +30,7 @@ from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror, plain_arithmetic, promote
 from kronfisher.operators import Operator
 from kronfisher.operators.memory import available_memory
+from kronfisher.operators.owned import require_whole
 
 __all__ = ["Distance", "Origin", "measure"]
 
@@ -97,11 +98,13 @@ def measure(
 
     Raises:
         MemoryBudgetError: the samples do not fit; pass fewer examples.
+        UnsupportedError: each rank of several holds the blocks that it owns (``share="owned"``).
         DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its
             parameters are not those of the matrix.
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no longer an approximation of the Fisher matrix ({', '.join(sorted(odd))}).")
+    require_whole(fisher.blocks.values(), "its error")
     parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)

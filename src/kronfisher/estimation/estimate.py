@@ -46,6 +46,7 @@ def estimate(
     strict: bool = False,
     progress: Progress = False,
     group: ProcessGroup = None,
+    share: Literal["all", "owned"] = "all",
 ) -> Fisher:
     """The Fisher matrix of a model's trainable parameters on some data, in the structure that `fit` gives it.
 
@@ -89,6 +90,9 @@ def estimate(
         group: the processes that read a part of the data each (``kf.shard(loader)``), as a process group of
             torch.distributed or a one-dimensional device mesh: all of them call this, and get the same matrix, that of
             all data. None: this process alone.
+        share: ``"all"``: every process holds the whole matrix; ``"owned"``: each block stays with the process that
+            finished it, so that all of them together hold it once. Products, solutions, numbers and other matrices are
+            then made by all processes together, which have to make the same calls.
 
     Returns:
         A symmetric positive semidefinite linear operator over the parameters.
@@ -116,6 +120,8 @@ def estimate(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'sum'.")
+    if share not in ("all", "owned"):
+        raise ValueError(f"share={share!r}: use 'all' or 'owned'.")
     began = time.perf_counter()
     model, ranks = unwrapped(model), ranks_of(group)
     if group is None:
@@ -126,7 +132,10 @@ def estimate(
     run.read(data, progress, anew=True)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        finished = run.of(run.groups, lambda group: _finish(run, group))
+        if run.meeting is not None and share == "owned":
+            finished = run.meeting.kept_by_owners(run.groups, lambda group: _finish(run, group))
+        else:
+            finished = run.of(run.groups, lambda group: _finish(run, group))
         entries: list[Entry] = [(group.blocks, *own) for group, own in zip(run.groups, finished, strict=True)]
         entries = _merge_roles(entries)
         entries += [((block,), operator, BlockInfo("unused: zero")) for block, operator in _unused_blocks(run)]
@@ -147,6 +156,7 @@ def estimate(
         targets=run.targets,
         ranks=1 if ranks is None else ranks.size,
         sent=0 if ranks is None else ranks.sent,
+        planned=0 if run.meeting is None else run.meeting.planned,
         collectives=0 if ranks is None else ranks.collectives,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.distributed import Parcel, Ranks, owners
+from kronfisher.distributed import Parcel, Ranks, Sum, buckets, describe, owners
 from kronfisher.errors import RankError
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.groups import Fits, Group, Groups, Planned
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.info import BlockInfo
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.fits import State
 from kronfisher.linalg import promote
+from kronfisher.operators import Operator, Outline, Owned
 
-__all__ = ["LateKnowledge", "Meeting", "Said", "describe", "facts_of"]
+__all__ = ["LateKnowledge", "Meeting", "Said", "facts_of"]
 
 
 class LateKnowledge(Exception):
@@ -87,10 +89,14 @@ class Meeting:
     Args:
         ranks: of the process group.
         device: of the model.
+
+    Attributes:
+        planned: bytes of sums that all ranks give in all passes, as the shapes tell that they agreed on beforehand.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
+        self.planned = 0
         self._owner: dict[tuple[Key, ...], int] = {}
         self._parts: dict[tuple[Key, ...], list[State]] = {}
 
@@ -154,7 +160,9 @@ class Meeting:
         own = dict(zip(entries[self.ranks.rank], parcels, strict=True))
         reading = [group for group in groups if not group.done]
         adding = [group for group in reading if group.state.adds]
-        self.ranks.reduce_([(tensor, group.owner) for group in adding for tensor in group.state.sums.values()])
+        sums = [one for group in adding for one in _sums(group.state, group.owner)]
+        self.planned += self.ranks.size * sum(bucket.nbytes for bucket in buckets(sums))
+        self.ranks.sum_(sums)
         for group in reading:
             keys = tuple(block.key for block in group.blocks)
             there = [(rank, of_rank[keys]) for rank, of_rank in enumerate(entries) if keys in of_rank]
@@ -164,6 +172,7 @@ class Meeting:
             else:
                 frames = [of_rank[keys].frame if keys in of_rank else None for of_rank in entries]
                 frames = [frame or _NOTHING.frame for frame in frames]
+                self.planned += sum(Parcel.size(frame) for rank, frame in enumerate(frames) if rank != group.owner)
                 states = self.ranks.collect(own.get(keys) or _NOTHING, frames, group.owner, self.device)
                 self._parts[keys] = [replace(state, blocks=group.blocks) for state in states if state is not None]
             if group.owner != self.ranks.rank:
@@ -178,7 +187,7 @@ class Meeting:
         """
         groups = list(groups)
         adding = [group.state for group in groups if group.state.adds]
-        self.ranks.sum_([numbers, *(tensor for state in adding for tensor in state.sums.values())])
+        self.ranks.sum_([Sum(numbers), *(one for state in adding for one in _sums(state))])
         if others := [group for group in groups if not group.state.adds]:
             everywhere = self.ranks.share([group.state for group in others], self.device, anew=True)
             for group, *parts in zip(others, *everywhere, strict=True):
@@ -215,6 +224,27 @@ class Meeting:
             values.update(found)
         return [values[place] for place in range(len(groups))]
 
+    def kept_by_owners(
+        self, groups: Iterable[Group], finish: Callable[[Group], tuple[Operator, BlockInfo]]
+    ) -> list[tuple[Operator, BlockInfo]]:
+        """What each owner makes of its groups: the operators stay there, and all know what they are and multiply.
+
+        Raises:
+            RankError: as in `at_owners`.
+        """
+        groups, made = list(groups), {}
+
+        def outlined(group: Group) -> tuple[Outline, BlockInfo]:
+            operator, info = finish(group)
+            made[id(group)] = operator
+            return Outline.of(operator), info
+
+        found = zip(groups, self.at_owners(groups, outlined), strict=True)
+        return [
+            (Owned(made.get(id(group)), group.owner, self.ranks, outline, self.device), info)
+            for group, (outline, info) in found
+        ]
+
 
 _NOTHING = Parcel.of(None)
 _ORDER = (
@@ -222,11 +252,6 @@ _ORDER = (
     "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
 )
 _TREATMENT = "ranks treated it in different ways; give data that can be read again, so that all can begin anew."
-
-
-def describe(error: BaseException | None) -> str:
-    """An error, for other ranks."""
-    return "" if error is None else f"{type(error).__name__}: {error}"
 
 
 def facts_of(recipe: Recipe, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -238,6 +263,12 @@ def facts_of(recipe: Recipe, parameters: Mapping[str, Tensor]) -> dict[str, Any]
     for kind, name, tensor in tensors:
         facts[f"{kind} {name}"] = f"{list(tensor.shape)} {tensor.dtype} {fingerprint({name: tensor})[:12]}"
     return facts
+
+
+def _sums(state: State, owner: int = -1) -> list[Sum]:
+    """Those of a state, as they travel."""
+    triangles = state.triangles
+    return [Sum(tensor, owner, name in triangles) for name, tensor in state.sums.items()]
 
 
 def _entry(group: Group, parcel: Parcel | None) -> Entry:

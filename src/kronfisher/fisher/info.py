@@ -48,6 +48,7 @@ class Info:
         parameters: fingerprint of the parameters at which it was estimated; empty if unknown.
         ranks: how many processes read the data.
         sent: bytes that all of them gave to each other; names, shapes and other small values apart.
+        planned: those of sums, which were known from shapes before any were sent; the rest is what owners made of them.
         collectives: how many calls that took.
         changes: what was done to the matrix since, in order, such as ``"+ 0.001"`` or ``"inverse"``.
     """
@@ -67,6 +68,7 @@ class Info:
     targets: str = ""
     ranks: int = 1
     sent: int = 0
+    planned: int = 0
     collectives: int = 0
     changes: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ class Info:
             parameters=self.parameters if self.parameters == other.parameters else "",
             ranks=max(self.ranks, other.ranks),
             sent=self.sent + other.sent,
+            planned=self.planned + other.planned,
             collectives=self.collectives + other.collectives,
             changes=changes,
         )

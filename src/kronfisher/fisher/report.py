@@ -135,7 +135,8 @@ def report(
     if info.trainable:
         facts["coverage"] = f"{total / info.trainable:.1%} of {info.trainable:,} trainable parameters"
     if info.ranks > 1:
-        facts["processes"] = f"{info.ranks}, which sent {size(info.sent)} in {info.collectives} collectives"
+        sent = f"{size(info.sent)} in {info.collectives} collectives, {size(info.planned)} of it sums, as planned"
+        facts["processes"] = f"{info.ranks}, which sent {sent}"
     if info.changes:
         facts["then"] = ", ".join(info.changes)
     return Report(tuple(rows), facts, info.seconds, error)

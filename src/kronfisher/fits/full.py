@@ -10,7 +10,7 @@ from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.registry import register
-from kronfisher.fits.state import State, Total, reciprocal
+from kronfisher.fits.state import State, Upper, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, mirror
 from kronfisher.operators import Dense
@@ -22,7 +22,12 @@ __all__ = ["Full"]
 class Products(State):
     """``Σ_k vec(G_k) vec(G_k)ᵀ`` ``[D, D]``, the upper triangle."""
 
-    products: Total
+    products: Upper
+
+    @property
+    def triangles(self) -> set[str]:
+        """That of all products."""
+        return {"products"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kronfisher.fits.plan import Plan
 from kronfisher.fits.rearrangement import norm, over, times
 from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import MAX_DIM, check_max_dim, elements, factor_shapes, sizes
-from kronfisher.fits.state import Fixed, State, Total, reciprocal
+from kronfisher.fits.state import Fixed, State, Upper, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.operators import Kronecker
 from kronfisher.operators.algebra import nonnegative
@@ -59,7 +59,7 @@ class FlipOutputs(FlipStep):
     """
 
     B: Fixed | None = None
-    outputs: Total
+    outputs: Upper
 
     def add_(self, use: Samples) -> None:
         for part in use.rotate(self.root if self.phase else None, None):
@@ -80,7 +80,7 @@ class FlipInputs(FlipStep):
     """
 
     B: Fixed
-    inputs: Total
+    inputs: Upper
 
     def add_(self, use: Samples) -> None:
         for part in use.rotate(None, self.root):

@@ -25,7 +25,19 @@ from kronfisher.fits.saving import from_plain, to_plain
 from kronfisher.layers.activations import Activations
 from kronfisher.layers.samples import Samples
 
-__all__ = ["FactorSums", "Fixed", "Number", "Stack", "State", "Total", "Totals", "WaitingState", "reciprocal"]
+__all__ = [
+    "FactorSums",
+    "Fixed",
+    "Number",
+    "Stack",
+    "State",
+    "Total",
+    "Totals",
+    "Upper",
+    "Uppers",
+    "WaitingState",
+    "reciprocal",
+]
 
 Number = float | Tensor
 
@@ -36,11 +48,16 @@ class Role(Enum):
     TOTAL = "total"
     FIXED = "fixed"
     STACK = "stack"
+    UPPER = "upper"
 
 
 Total = Annotated[Tensor, Role.TOTAL]
 """A sum over samples, unscaled."""
 Totals = Annotated[tuple[Tensor, ...], Role.TOTAL]
+"""The same of every block of a group."""
+Upper = Annotated[Tensor, Role.TOTAL, Role.UPPER]
+"""A sum over samples of which only the upper triangles count where it has three axes; with two it is a diagonal."""
+Uppers = Annotated[tuple[Tensor, ...], Role.TOTAL, Role.UPPER]
 """The same of every block of a group."""
 Fixed = Annotated[Tensor, Role.FIXED]
 """A tensor that stays during a pass, such as a basis; with ``Fixed | None`` it may be missing."""
@@ -77,6 +94,11 @@ class State:
     def sums(self) -> dict[str, Tensor]:
         """Name → tensor of every sum over samples, terms included; a tuple's entries have their place in the name."""
         return dict(_tensors(self, Role.TOTAL)) | dict(_tensors(self, Role.STACK))
+
+    @property
+    def triangles(self) -> set[str]:
+        """Names of the sums of which only the upper triangles count."""
+        return {name for name, tensor in _tensors(self, Role.UPPER) if tensor.dim() == 3}
 
     @property
     def like(self) -> Tensor:
@@ -174,8 +196,8 @@ class State:
 class FactorSums(State):
     """Sums of which the input and the output factor are made: ``[H, D, D]``, the upper triangle, or ``[H, D]``."""
 
-    inputs: Total
-    outputs: Total
+    inputs: Upper
+    outputs: Upper
 
 
 @dataclass(kw_only=True)

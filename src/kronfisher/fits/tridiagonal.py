@@ -13,7 +13,7 @@ from kronfisher.fits.fit import Fit
 from kronfisher.fits.kfac import KFAC
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.registry import register, resolve
-from kronfisher.fits.state import State, Totals, reciprocal
+from kronfisher.fits.state import State, Totals, Uppers, reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import mirror
 from kronfisher.operators import Kronecker, Operator, Tridiagonal
@@ -32,8 +32,8 @@ class Chain(State):
         output_links: ``Σ g_i g_{i+1}ᵀ``.
     """
 
-    inputs: Totals
-    outputs: Totals
+    inputs: Uppers
+    outputs: Uppers
     input_links: Totals
     output_links: Totals
 

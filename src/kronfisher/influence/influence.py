@@ -28,6 +28,7 @@ from kronfisher.influence.streams import collect, join, load, write
 from kronfisher.influence.vectors import Rows, Vectors
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
+from kronfisher.operators.owned import require_whole
 
 __all__ = ["Influence"]
 
@@ -103,6 +104,7 @@ class Influence:
             raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
         self.refine = refine
+        require_whole(fisher.blocks.values(), "influence")
         covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))

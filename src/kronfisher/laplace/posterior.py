@@ -17,6 +17,7 @@ from kronfisher.laplace.linearised import Linearised
 from kronfisher.laplace.prior import PriorPrecision, entries, read_mean, read_prior
 from kronfisher.likelihoods import Likelihood
 from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.owned import require_whole
 
 __all__ = ["Posterior"]
 
@@ -58,6 +59,7 @@ class Posterior:
                 f"the Fisher was changed since its estimate ({', '.join(fisher.info.changes)}); pass it as estimated: "
                 "Laplace adds the prior precision to it."
             )
+        require_whole(fisher.blocks.values(), "a posterior")
         self.model, self.fisher, self.likelihood = unwrapped(model), fisher, likelihood
         self.forward = forward or getattr(recipe, "forward", None)
         parameters = covered(self.model, fisher.shapes, fisher.device)

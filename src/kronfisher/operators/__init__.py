@@ -10,6 +10,7 @@ from kronfisher.operators.kronecker import Kronecker
 from kronfisher.operators.kronecker_sum import KroneckerSum
 from kronfisher.operators.operator import Operator
 from kronfisher.operators.outer_sum import OuterSum
+from kronfisher.operators.owned import Outline, Owned
 from kronfisher.operators.pair import Pair
 from kronfisher.operators.prototyped import Prototyped
 from kronfisher.operators.sum import Sum
@@ -28,6 +29,8 @@ __all__ = [
     "KroneckerSum",
     "Operator",
     "OuterSum",
+    "Outline",
+    "Owned",
     "Pair",
     "Prototyped",
     "Sum",

@@ -42,6 +42,11 @@ class AverageState(State):
         """Those of all passes, by the number of the pass."""
         return {f"{name} of pass {k}": sum for k, state in enumerate(self.states) for name, sum in state.sums.items()}
 
+    @property
+    def triangles(self) -> set[str]:
+        """Likewise."""
+        return {f"{name} of pass {k}" for k, state in enumerate(self.states) for name in state.triangles}
+
     def check(self) -> "AverageState":
         """Itself, if every sum of every pass is finite; NumericalError otherwise."""
         for state in self.states:

@@ -32,7 +32,7 @@ from kronfisher.optim.sample_space import SampleSpaceGradient
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
-from kronfisher.optim.watch import Watch
+from kronfisher.optim.watch import Watch, require_one_process
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
@@ -98,7 +98,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """With ``fit="gram"`` a `SampleSpaceGradient`, which has parts and options of its own."""
         if options.get("fit") == "gram" or isinstance(options.get("fit"), Gram):
-            if ranks_of(options.pop("group", None)) is not None:
+            if (group := options.pop("group", None)) is None:
+                require_one_process()
+            elif ranks_of(group) is not None:
                 raise UnsupportedError("fit='gram' steps in the space of one process's samples; leave group= out.")
             return SampleSpaceGradient(*args, **{name: value for name, value in options.items() if name != "fit"})
         return super().__new__(cls)
