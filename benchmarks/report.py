@@ -8,6 +8,8 @@ from pathlib import Path
 TOLERANCE = 1e-5
 PROMISED = (("kronfluence", "GPT"), ("curvlinops", "ViT"))  # that a library fell over must not look like agreement
 
+PARTS = ("read", "sum", "share")  # of an estimate in several processes
+
 TITLES = {
     "factors": "K-FAC factors: time over (forward and backward + bare products)",
     "solve": "Factored damping: factorise, invert, one product",
@@ -175,6 +177,49 @@ def influence(results: list[dict]) -> list[str]:
     return lines
 
 
+def processes(results: dict) -> str:
+    """Estimates in several processes, measured and simulated."""
+    lines = ["## Estimates in W processes over gloo, K-FAC, 12 batches of 128", ""]
+    header = [
+        "workload",
+        "W",
+        "processor s of a rank",
+        "of W = 1",
+        "reading",
+        "sums",
+        "shares",
+        "wall s",
+        "sent",
+        "of it sums",
+    ]
+    header += ["collectives"]
+    rows = []
+    for one in results["measured"]:
+        first = next(r for r in results["measured"] if r["workload"] == one["workload"] and r["ranks"] == 1)
+        seconds = [f"{one[key]:.3f}" for key in PARTS]
+        rows.append([one["workload"], str(one["ranks"]), f"{one['seconds']:.3f}"])
+        rows[-1] += [f"{one['seconds'] / first['seconds']:.2f}", *seconds, f"{one['wall']:.2f}"]
+        rows[-1] += [f"{one['sent'] / 1e6:.1f}", f"{one['planned'] / 1e6:.1f}", f"{one['collectives']:.0f}"]
+    lines += table(header, rows)
+    if (check := results.get("check")) is not None:
+        lines += [
+            "",
+            f"Simulator: fitted on {check['fit']} with two ranks ({check['multiplications']:.3g} multiplications/s, "
+            f"{check['bandwidth']:.3g} bytes/s); {check['check']} with three ranks took {check['measured']:.3f} s, "
+            f"predicted {check['predicted']:.3f} s ({check['predicted'] / check['measured'] - 1:+.0%}).",
+        ]
+    lines += ["", f"## Simulated: {results['machine']}", ""]
+    header = ["network", "W", "what", "seconds", "where the time goes", "memory, GB", "kept, GB"]
+    rows = []
+    for one in results["simulated"]:
+        parts = {k: v for k, v in one.items() if isinstance(v, float) and k not in ("seconds", "memory", "kept")}
+        most = sorted(parts, key=parts.__getitem__, reverse=True)[:3]
+        where = ", ".join(f"{part} {parts[part] / one['seconds']:.0%}" for part in most)
+        rows.append([one["network"], str(one["ranks"]), one["kind"], f"{one['seconds']:.3g}", where])
+        rows[-1] += [f"{one['memory'] / 1e9:.2f}", f"{one['kept'] / 1e9:.2f}" if "kept" in one else "–"]
+    return "\n".join([*lines, *table(header, rows)])
+
+
 def markdown(run: dict) -> str:
     """The whole report."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -193,6 +238,8 @@ def markdown(run: dict) -> str:
         rows = [[r["page"], r.get("skipped") or f"{r['examples']} examples, {r['failed']} failed"] for r in pages]
         lines += ["", "## Pages for those who come from another library", "", *table(["page", ""], rows)]
         lines += [f"\n{r['page']}:\n\n```\n{r['messages']}\n```" for r in pages if r.get("failed")]
+    for ranks in (result for result in run["results"] if result["what"] == "distributed"):
+        lines += ["", f"skipped: {ranks['skipped']}" if "skipped" in ranks else processes(ranks)]
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

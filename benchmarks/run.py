@@ -1,6 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration] [--peers ...]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed]
+                         [--peers ...]
                          [--workloads ...] [--repeats N]
 
 The first call makes an environment for all libraries, benchmarks/.venv-peers. README.md says what is measured and how.
@@ -31,9 +32,8 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-WHATS = {
-    name: [name] for name in ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration")
-} | {"solve": ["solve", "solve-exact"]}
+NAMES = ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed")
+WHATS = {name: [name] for name in NAMES} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
 SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
 BUDGETS = {"wide": (0.9, 1, 2, 4), "embedding": (0.9, 1, 2, 4), "convolution": (0.9, 1, 2)}
@@ -162,7 +162,13 @@ def migration(options: argparse.Namespace) -> list[dict]:
     return results
 
 
-OWN = {"kfoc": kfoc, "influence": influence, "migration": migration}
+def distributed(options: argparse.Namespace) -> list[dict]:
+    """Estimates in several processes, with the project's own interpreter, which starts the ranks."""
+    arguments = ("distributed.py", "--more", "alexnet", "--repeats", str(max(2, options.repeats // 3)))
+    return [{"what": "distributed", **child(*arguments, timeout=options.timeout, python=sys.executable)}]
+
+
+OWN = {"kfoc": kfoc, "influence": influence, "migration": migration, "distributed": distributed}
 
 
 def main() -> None:

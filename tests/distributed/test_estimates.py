@@ -70,6 +70,13 @@ def test_wrapped_in_ddp(ranks):
     agree(ranks.call(cases.wrapped), cases.wrapped(None))
 
 
+@pytest.mark.parametrize(("fit", "how"), [("kfac", "rows"), ("ekfac", "both"), ("full", "replicas")])
+def test_a_model_that_fully_shard_spread_over_ranks(ranks, fit, how):
+    answers, truth = ranks.call(cases.sharded, fit, how), cases.sharded(None, fit, how)
+    agree([answer[:2] for answer in answers], truth[:2])
+    assert all(answer[2] == pytest.approx(truth[2], rel=1e-9) and answer[3] for answer in answers)
+
+
 def test_errors_and_spectra_are_those_over_all_data(ranks):
     answers, truth = ranks.call(cases.measured), cases.measured(None)
     assert all(answer == answers[0] for answer in answers)

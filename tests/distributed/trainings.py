@@ -93,11 +93,11 @@ def loop(rank, ranks, number=12):
     return weights(model)
 
 
-def preconditioned(rank, ranks, number=20):
+def preconditioned(rank, ranks, fit, number=20):
     """SGD with momentum on gradients that a preconditioner changes."""
     model = perceptron()
     wrapped, group = around(rank, model)
-    preconditioner = kf.Preconditioner(wrapped, kf.Categorical(), labels="observed", **group)
+    preconditioner = kf.Preconditioner(wrapped, kf.Categorical(), fit=fit, labels="observed", **group)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x, y in batches(rank, ranks, number):
         sgd.zero_grad()
@@ -107,11 +107,11 @@ def preconditioned(rank, ranks, number=20):
     return weights(model)
 
 
-def unused(rank, ranks, number=8):
+def unused(rank, ranks, fit, number=8):
     """Layers that some ranks do not use in some steps; in the first one of them is used by rank 0 alone."""
     model = fresh(Branches())
     wrapped, group = around(rank, model, find_unused_parameters=True)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels="observed", **group)
     for step, (x, y) in enumerate(batches(rank, ranks, number, 3, 2)):
         x[:, 0] = x[:, 0].abs() * (-1 if (step + rank) % ranks else 1)
         optimizer.step(lambda x=x: wrapped(x), y)
@@ -221,11 +221,11 @@ def between(rank, ranks):
     return found, optimizer.report()
 
 
-def not_finite(rank, ranks):
+def not_finite(rank, ranks, fit, labels):
     """Weights before and after a step in which one rank's batch holds NaN, and after one more."""
     model = perceptron()
     wrapped, group = around(rank, model)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels=labels, **group)
     found = []
     for step, (x, y) in enumerate(batches(rank, ranks, 5)):
         if step == 3 and rank == 1:
@@ -237,20 +237,31 @@ def not_finite(rank, ranks):
 
 
 def spread(rank):
-    """Errors for parameters that are spread over the ranks."""
-    from torch.distributed.fsdp import fully_shard
+    """Errors for parameters that are spread over the ranks, by what was called."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = perceptron()
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
-    errors = []
-    for call in (
-        lambda: kf.estimate(model, numbers(4, 4), kf.Categorical(), group=dist.group.WORLD),
-        lambda: kf.NaturalGradient(model, kf.Categorical(), group=dist.group.WORLD),
-    ):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    x, group = numbers(4, 4), {"group": dist.group.WORLD}
+    sharded, parallel, narrow = perceptron(), perceptron(), perceptron()
+    fully_shard(sharded, mesh=mesh)
+    fully_shard(narrow, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
+    fisher = kf.estimate(sharded, x, kf.Categorical(), **group)
+    errors = {}
+    for name, call in {
+        "training": lambda: kf.NaturalGradient(sharded, kf.Categorical(), **group),
+        "preconditioning": lambda: kf.Preconditioner(sharded, kf.Categorical(), **group),
+        "posterior": lambda: kf.Laplace(sharded, fisher),
+        "influence": lambda: kf.Influence(sharded, fisher, kf.Categorical()),
+        "penalty": lambda: fisher.penalty(sharded),
+        "tensor parallel": lambda: kf.estimate(parallel, x, kf.Categorical(), **group),
+        "narrow": lambda: kf.estimate(narrow, x, kf.Categorical(), **group),
+    }.items():
         try:
             call()
         except kf.UnsupportedError as error:
-            errors.append(str(error))
+            errors[name] = str(error)
     return errors
 
 
@@ -262,7 +273,7 @@ def refused(rank, what):
         if what == "other weights":
             with torch.no_grad():
                 model[0].weight.add_(rank)
-        options = {"two passes": {"fit": "ekfac"}, "model": {"step": kf.QuadraticModel()}, "gram": {"fit": "gram"}}
+        options = {"model": {"step": kf.QuadraticModel()}, "gram": {"fit": "gram"}}
         optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options.get(what, {}), **group)
         x, y = next(batches(rank, 3, 1))
         optimizer.step(lambda: wrapped(x), y)

@@ -5,6 +5,7 @@ from kronfisher.distributed.parcel import Parcel
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
 from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
 from kronfisher.distributed.sums import Sum, buckets
+from kronfisher.distributed.whole import whole
 
 __all__ = [
     "Parcel",
@@ -19,4 +20,5 @@ __all__ = [
     "shard",
     "warn_of_padding",
     "warn_of_ranks",
+    "whole",
 ]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kronfisher.distributed import whole
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
@@ -75,13 +76,15 @@ class Origin:
 
     def error(self, fisher: Fisher, data: Any, **options: Any) -> Distance:
         """See `measure`."""
-        return measure(fisher, data, self.recipe, **options)
+        with whole(self.recipe.model):
+            return measure(fisher, data, self.recipe, **options)
 
     def spectrum(
         self, fisher: Fisher, data: Any, block: str | None = None, rank: int = 8, **options: Any
     ) -> dict[str, Spectrum]:
         """See `kronfisher.estimation.spectrum.leading_spectra`."""
-        return leading_spectra(fisher, data, self.recipe, block, rank, **options)
+        with whole(self.recipe.model):
+            return leading_spectra(fisher, data, self.recipe, block, rank, **options)
 
 
 def measure(

@@ -9,7 +9,7 @@ from torch import nn
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.distributed import ProcessGroup, ranks_of, warn_of_padding, warn_of_ranks
+from kronfisher.distributed import ProcessGroup, ranks_of, warn_of_padding, warn_of_ranks, whole
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.error import Origin
 from kronfisher.estimation.groups import Group
@@ -57,7 +57,8 @@ def estimate(
 
     Args:
         model: any module; parameters with ``requires_grad=False`` cost nothing and are left out. ``DataParallel``, DDP
-            and ``torch.compile`` wrappers are removed, compiled parts run eagerly.
+            and ``torch.compile`` wrappers are removed, compiled parts run eagerly. What ``fully_shard`` spread over
+            processes is whole on each of them while this runs.
         data: a loader (any iterable) of batches ``(inputs, targets)``, one such tuple, or a tensor of inputs. Inputs
             go in as ``model(x)`` (a tensor or array), ``model(*x)`` (a tuple) or ``model(**x)`` (a mapping). A batch
             may also be one mapping or data class, with targets under the key ``"labels"``. Of the outputs their tensor
@@ -128,11 +129,28 @@ def estimate(
         warn_of_ranks()
     warn_of_padding(data)
     recipe = Recipe(model, likelihood, labels, samples, forward, seed, memory_budget, exact_limit, mask, strict, ranks)
+    with whole(model):
+        fisher = _estimate(recipe, fit, data, progress, owned=share == "owned", began=began)
+    return fisher if reduction == "mean" else fisher.reduced("sum")
+
+
+def _estimate(recipe: Recipe, fit: Choice, data: Any, progress: Progress, *, owned: bool, began: float) -> Fisher:
+    """The mean over data.
+
+    Args:
+        recipe: the settings.
+        fit: as for `estimate`.
+        data: as for `estimate`.
+        progress: as for `estimate`.
+        owned: whether blocks stay with their owners.
+        began: time of the call.
+    """
+    ranks = recipe.ranks
     run = Accumulator(recipe, fit, score=True)
     run.read(data, progress, anew=True)
     count = float(run.count)
     with plain_arithmetic(run.device):
-        if run.meeting is not None and share == "owned":
+        if run.meeting is not None and owned:
             finished = run.meeting.kept_by_owners(run.groups, lambda group: _finish(run, group))
         else:
             finished = run.of(run.groups, lambda group: _finish(run, group))
@@ -143,10 +161,10 @@ def estimate(
     entries.sort(key=lambda entry: order[entry[0][0].parameters[0]])
     info = Info(
         count=count,
-        labels=labels,
-        samples=samples,
-        seed=seed,
-        likelihood=repr(likelihood),
+        labels=recipe.labels,
+        samples=recipe.samples,
+        seed=recipe.seed,
+        likelihood=repr(recipe.likelihood),
         seconds=time.perf_counter() - began,
         trainable=sum(p.numel() for p in run.parameters.values()),
         blocks={block_name(blocks): info for blocks, _, info in entries},
@@ -160,8 +178,7 @@ def estimate(
         collectives=0 if ranks is None else ranks.collectives,
     )
     shapes = {name: p.shape for name, p in run.parameters.items()}
-    fisher = Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))
-    return fisher if reduction == "mean" else fisher.reduced("sum")
+    return Fisher(tuple((blocks, operator) for blocks, operator, _ in entries), shapes, info, Origin(recipe))
 
 
 def _finish(run: Accumulator, group: Group) -> tuple[Operator, BlockInfo]:

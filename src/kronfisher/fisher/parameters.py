@@ -60,13 +60,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "The model has no trainable parameters, so its Fisher matrix is empty. "
             "Set requires_grad_(True) on those to treat."
         )
+    _require_whole(parameters)
     for name, parameter in parameters.items():
-        if (placements := getattr(parameter, "placements", None)) is not None:
-            raise UnsupportedError(
-                f"{name} is a DTensor with placements {list(placements)}: each process holds a part of it, and "
-                "matrices of layers (fully_shard, tensor parallel) are not put together yet. Use "
-                "DistributedDataParallel, or pass a model with whole parameters."
-            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise UnsupportedError(f"{name} is not initialised yet. Run the model once on a batch before estimating.")
         if not parameter.is_floating_point():
@@ -79,6 +74,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
                 "dense parameters that hold numbers are supported. Freeze it with requires_grad_(False)."
             )
     return parameters
+
+
+def _require_whole(parameters: Mapping[str, Tensor]) -> None:
+    """UnsupportedError if a parameter is spread over processes."""
+    for name, parameter in parameters.items():
+        if (placements := getattr(parameter, "placements", None)) is not None:
+            raise UnsupportedError(
+                f"{name} is a DTensor with placements {list(placements)}: each process holds a part of it. Estimates "
+                "take models of fully_shard; training, posteriors, influence and tensor parallel models need whole "
+                "parameters: use DistributedDataParallel, or pass a model that is not sharded."
+            )
 
 
 def covered(
@@ -94,8 +100,10 @@ def covered(
 
     Raises:
         DataError: a name, shape or device is not the model's, or the parameters have other values now.
+        UnsupportedError: a parameter is spread over processes.
     """
     parameters = dict(unwrapped(model).named_parameters())
+    _require_whole({name: parameters[name] for name in shapes if name in parameters})
     for name, shape in shapes.items():
         if name not in parameters or parameters[name].shape != shape:
             raise DataError(f"{name} {list(shape)} of the Fisher is no parameter of this model.")

@@ -86,6 +86,7 @@ class EKFAC(Fit):
     """
 
     basis: Fit = field(default_factory=KFAC)
+    renews: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "basis", resolve(self.basis))

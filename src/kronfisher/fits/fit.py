@@ -31,12 +31,14 @@ class Fit:
         exact: what it stores is exact, whatever the source of the gradients.
         additive: what it makes of a weight in two roles is a sum over the roles, so that it needs no products of them.
         trains: moving averages of its states can be kept, as in training.
+        renews: training renews the basis of its second pass from the average of the first, within a step.
         largest_tried: rows of the block up to which `Auto` tries it.
     """
 
     exact: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    renews: ClassVar[bool] = False
     largest_tried: ClassVar[float] = float("inf")
 
     @property

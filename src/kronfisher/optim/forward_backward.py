@@ -197,6 +197,8 @@ class ForwardBackward:
             if usable:
                 with suppress(NumericalError):  # something is not finite: this batch is left out
                     statistics.absorb(capture, outputs, targets, step, retain=False)
+            elif due:
+                statistics.miss(step)
         return _rounded(self.loss, outputs)
 
     def _backward_observed(
@@ -224,6 +226,8 @@ class ForwardBackward:
         if statistics.ranks is not None:  # others wait for this rank's gradients, and leave theirs out with these
             if not ran:
                 loss.backward()
+            if not usable:
+                statistics.miss(step)
             return
         self.forget()
         self._seen = True

@@ -17,7 +17,7 @@ __all__ = ["Sharing"]
 
 
 class Sharing:
-    """The meetings of one training: one at every step that is to bring statistics, none in between.
+    """The meetings of one training: at every step that is to bring statistics, none in between.
 
     All ranks get the same sums, bit by bit, and so the same averages, inverses and steps.
 
@@ -38,6 +38,7 @@ class Sharing:
         *,
         brought: bool,
         numbers: Mapping[str, float | Tensor],
+        only: Callable[[LayerStatistics], bool] = lambda layer: True,
     ) -> dict[str, float] | None:
         """Sum the statistics of this step over all ranks; None if any of them has none, or none that are finite.
 
@@ -47,6 +48,7 @@ class Sharing:
             step: its number.
             brought: whether this rank has any.
             numbers: others to be summed.
+            only: whose statistics are meant; those of other layers stay those of this rank.
 
         Returns:
             The sums of the other numbers.
@@ -70,6 +72,7 @@ class Sharing:
         found = layers()
         for layer in found:
             layer.reads_data = any(other.remarks.get(layer.name, False) for other in everywhere)
+        found = [layer for layer in found if only(layer)]
         self._sum(found, sums := _Numbers(numbers, found, run.device))
         return sums.others
 

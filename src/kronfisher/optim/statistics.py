@@ -98,6 +98,7 @@ class Statistics:
         self._tables: tuple[Any, set[str]] = (None, set())
         self._groups: int | None = None  # of the run, when the layers were chosen
         self._masked = False  # whether the batch that was accepted has positions that do not count
+        self._missed = -1  # the last step of which some rank had no statistics when they met within it
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
         self.extend(parameters)
@@ -219,10 +220,13 @@ class Statistics:
         with suppress(NumericalError):  # the loss shows that, too
             if self.accepts(outputs, targets, step):
                 self.absorb(capture, outputs, targets, step, retain=True)
+            else:
+                self.miss(step)
 
     def needs_second_backward(self, step: int) -> bool:
         """Whether statistics of this step may need the graph once more, because a basis is renewed."""
-        return not self.layers or any(layer.renews_basis(step) for layer in self.layers)
+        elsewhere = self.ranks is not None and self._renews  # a layer that is new on another rank renews its basis, too
+        return not self.layers or elsewhere or any(layer.renews_basis(step) for layer in self.layers)
 
     def absorb(
         self,
@@ -267,8 +271,12 @@ class Statistics:
         before, complete = run.count, self._complete(run)
         if not complete:
             self._leave_others(run, room=True)
-        with run.groups.only(chosen) if complete else nullcontext():
-            run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
+        try:
+            with run.groups.only(chosen) if complete else nullcontext():
+                run.absorb(observation, retain=retain or self.needs_second_backward(step), own=own, masked=self._masked)
+        except NumericalError:
+            self.miss(step)
+            raise
         self._find_layers(run, step)
         if not complete:
             self._leave_others(run, room=False)
@@ -276,13 +284,55 @@ class Statistics:
         self._examples = self._examples + (run.count - before)
         if self._measures_misfit and self.likelihood.labelled(targets):
             self._misfits = self._misfits + sum_of_misfits(self.likelihood, outputs, targets)
+        if not self._meet_within(step, brought=True):
+            return
         keep = self.refresh.average
         renewed = [layer for layer in self.layers if layer.renews_basis(step) and layer.renew_basis(keep)]
         if renewed:
-            with run.groups.only(layer.group for layer in renewed):
-                run.absorb(observation, retain=retain, masked=self._masked)
-            for layer in renewed:
-                layer.merge_second_pass(step)
+            try:
+                with run.groups.only(layer.group for layer in renewed):
+                    run.absorb(observation, retain=retain, masked=self._masked)
+            except NumericalError:
+                self.miss(step)
+                raise
+            if self._meet_within(step, brought=True):
+                for layer in renewed:
+                    layer.merge_second_pass(step)
+
+    def miss(self, step: int) -> None:
+        """Tell other ranks, where they meet to renew bases, that this rank's batch has nothing for them."""
+        self._meet_within(step, brought=False)
+
+    def _meet_within(self, step: int, *, brought: bool) -> bool:
+        """Put statistics from which bases are renewed, or that are measured in new ones, together with other ranks'.
+
+        Returns:
+            Whether the step's statistics stay: every rank has some.
+        """
+        if self._sharing is None or self._run is None or not self.is_due(step) or not self._renews:
+            return brought
+        sums = self._sharing.share(
+            self._run,
+            lambda: self._current_layers(step),
+            step,
+            brought=brought,
+            numbers={},
+            only=lambda layer: layer.renews_basis(step),
+        )
+        self._missed = step if sums is None else -1
+        if sums is None and self._open:
+            self.discard()
+        return sums is not None
+
+    @property
+    def _renews(self) -> bool:
+        """Whether any fit renews a basis within a step."""
+        return any(average.fit.renews for average in self._fits.values())
+
+    def _current_layers(self, step: int) -> list[LayerStatistics]:
+        assert self._run is not None
+        self._find_layers(self._run, step)
+        return self.layers
 
     def _complete(self, run: Accumulator) -> bool:
         """Whether the layers that are wanted are known, and others need not be read."""
@@ -328,11 +378,6 @@ class Statistics:
                 layer = LayerStatistics(group, basis_due=step)
             layer.group = group
             self.layers.append(layer)
-        if self.ranks is not None and (twice := [layer.name for layer in self.layers if layer.passes > 1]):
-            raise UnsupportedError(
-                f"{twice[0]}: {self.layers[0].fit.fit!r} renews its basis within a step, and ranks meet after it: with "
-                "several of them choose a fit of one pass, such as 'kfac'."
-            )
         if not self.layers and self._needed:
             reasons = "\n  ".join(self.uncovered.values())
             raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
@@ -340,7 +385,9 @@ class Statistics:
     def merge(self, step: int) -> None:
         """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out."""
         if self._sharing is not None and self._run is not None and self.is_due(step):
-            self._share(self._sharing, self._run, step)
+            if self._missed != step:
+                self._share(self._sharing, self._run, step)
+            self.rows, self.pass_cost = self._shared  # alike on all ranks, also without sums
         if not self._open:
             return
         assert self._run is not None
@@ -370,15 +417,9 @@ class Statistics:
 
     def _share(self, sharing: Sharing, run: Accumulator, step: int) -> None:
         """Put this step's statistics together with those of other ranks; if any rank has none, all leave them out."""
-
-        def layers() -> list[LayerStatistics]:
-            self._find_layers(run, step)
-            return self.layers
-
         numbers = {"rows": self.rows, "cost": self.pass_cost, "misfits": self._misfits, "examples": self._examples}
-        sums = sharing.share(run, layers, step, brought=self._open, numbers=numbers)
+        sums = sharing.share(run, lambda: self._current_layers(step), step, brought=self._open, numbers=numbers)
         self._shared = self._shared if sums is None else (sums["rows"], sums["cost"])
-        self.rows, self.pass_cost = self._shared  # alike on all ranks, also without sums
         if sums is not None:
             self._misfits, self._examples = sums["misfits"], sums["examples"]
         if sums is None and self._open:
