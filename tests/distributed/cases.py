@@ -231,6 +231,39 @@ def sharded(rank, fit, how):
     return *described(fisher), distance, same
 
 
+def compared(rank):
+    """Rows of a comparison, without their seconds."""
+    data, group = of_all(rank, list(numbers(10, 4).split(2)))
+    table = kf.compare(perceptron(), data, kf.Categorical(), fits=["kfac", "ekfac", "gram"], labels="exact", **group)
+    return [(row.fit, row.count, row.error, row.trace, row.failure) for row in table.rows]
+
+
+def posterior(rank, empty):
+    """The evidence and the calibrated prior precision of a posterior; a rank may be without validation data."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    data, group = of_all(rank, list(zip(x.split(3), y.split(3), strict=True)))
+    fisher = kf.estimate(model, data, kf.Categorical(), fit="kfac", labels="exact", **group)
+    unlabelled, _ = of_all(rank, list(x.split(3)))
+    later = kf.Laplace(model, kf.estimate(model, unlabelled, kf.Categorical(), labels="exact", fit="kfac", **group))
+    laplace, scored = kf.Laplace(model, fisher).optimize_prior(), later.score(data, **group)
+    evidence = [float(each.log_marginal_likelihood()) for each in (laplace, scored)]
+    validation = [(numbers(6, 4, seed=5), torch.arange(6) % 3)] if empty else data
+    validation = of_all(rank, validation)[0] if empty else validation
+    laplace.calibrate(validation, **group)
+    return evidence, [float(value) for value in laplace.prior_precision.values()]
+
+
+def uncalibrated(rank):
+    """The error where one rank's validation data do not fit."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    laplace = kf.Laplace(model, kf.estimate(model, (x, y), kf.Categorical(), fit="kfac", group=dist.group.WORLD))
+    try:
+        laplace.calibrate([(x, y + 9 * (rank == 1))], group=dist.group.WORLD)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
 class Tied(torch.nn.Module):
     """A table whose rows are looked up, and which is the last layer, too."""
 

@@ -108,6 +108,28 @@ def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
         assert 0 < spectrum[0] <= 1
 
 
+def test_fits_are_compared_over_all_data(ranks):
+    answers, truth = ranks.call(cases.compared), cases.compared(None)
+    for answer in answers:
+        assert answer == answers[0]
+        for row, true in zip(answer, truth, strict=True):
+            assert row[:2] == true[:2] and row[4] == true[4]
+            assert row[2:4] == pytest.approx(true[2:4], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_evidence_and_calibration_over_all_data(ranks, empty):
+    answers, truth = ranks.call(cases.posterior, empty), cases.posterior(None, empty)
+    for answer in answers:
+        assert answer == answers[0]
+        assert all(own == pytest.approx(true, rel=1e-10) for own, true in zip(answer, truth, strict=True))
+
+
+def test_validation_data_that_do_not_fit_on_one_rank(ranks):
+    for rank, (kind, text) in enumerate(ranks.call(cases.uncalibrated)):
+        assert (kind == "DataError") if rank == 1 else (kind == "RankError" and "rank 1: DataError" in text)
+
+
 def test_labels_are_drawn_apart(ranks):
     """In distribution the same: over many draws the exact matrix."""
     answers = ranks.call(cases.sampled, 400)

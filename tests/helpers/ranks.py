@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LIMIT = 90  # seconds that one call may take
-PATIENCE = 60  # seconds that a rank waits for another
+LIMIT = 180  # seconds that one call may take
+PATIENCE = 120  # seconds that a rank waits for another
 
 
 class World:
@@ -33,7 +33,8 @@ class World:
         """Start all ranks."""
         self.started += 1
         context = multiprocessing.get_context("forkserver")  # which imports once, and computes nothing before it forks
-        context.set_forkserver_preload(["torch.distributed", "kronfisher", "tests.conformance.problems"])
+        modules = ["torch.distributed", "torch.distributed.fsdp", "torch._dynamo"]  # DDP needs the last one
+        context.set_forkserver_preload([*modules, "kronfisher", "tests.conformance.problems"])
         self.executors = [
             ProcessPoolExecutor(1, context, _begin, (sys.path, f"{self.folder}/store {self.started}", rank, self.size))
             for rank in range(self.size)

@@ -60,6 +60,23 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def added(self, read: Callable[[], Sequence[float]]) -> list[float]:
+        """Numbers that each rank reads from its own data, added up in the order of ranks.
+
+        Raises:
+            RankError: reading failed on another rank. Where it failed, its own error.
+        """
+        numbers, error = [], None
+        try:
+            numbers = list(read())
+        except Exception as problem:
+            error = problem
+        everywhere = self.gather((describe(error), numbers))
+        for rank, (failure, _) in enumerate(everywhere):
+            if failure:
+                raise error or RankError(f"rank {rank}: {failure}")
+        return [sum(parts) for parts in zip(*(own for _, own in everywhere), strict=True)]
+
     def sum_(self, sums: Iterable[Sum]) -> None:
         """Sum tensors over all ranks, each at its owner; at all of them, to the same bits, where it has none.
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronfisher.capture.batches import as_batches
-from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
+from kronfisher.distributed import ProcessGroup, ranks_of
+from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, RankError, UnsupportedError
 from kronfisher.estimation.comparison import Comparison, Row
 from kronfisher.estimation.estimate import estimate
 from kronfisher.fits import FITS, Fit
@@ -33,6 +34,7 @@ def compare(
     seed: int = 0,
     memory_budget: int | None = None,
     progress: bool = False,
+    group: ProcessGroup = None,
 ) -> Comparison:
     """Estimate the Fisher of `model` with every fit and measure each against the exact blocks.
 
@@ -49,6 +51,8 @@ def compare(
         seed: of the draws, the same for all fits.
         memory_budget: bytes; a fit that would take more is reported as refused.
         progress: print a line on standard error as each fit is done.
+        group: the processes that read a part of the data each, as for `kronfisher.estimate`; all of them call this, and
+            each gets the same errors, with seconds of its own.
 
     Returns:
         One row per fit. A fit that cannot be computed has its reason instead of numbers.
@@ -66,7 +70,7 @@ def compare(
     """
     options = {"labels": labels, "samples": samples, "seed": seed, "memory_budget": memory_budget}
     rows = []
-    for row in measure(model, data, likelihood, fits, **options):
+    for row in measure(model, data, likelihood, fits, **options, group=group):
         rows.append(row)
         if progress:
             print(row, file=sys.stderr, flush=True)
@@ -87,23 +91,24 @@ def measure(
             "compare reads the data once for every fit, and an iterator is empty after the first: give a list"
         )
     first = list(islice(as_batches(data)[0], 1))  # a batch in a list, as loaders make batches that are lists
-    if not first:
+    several = ranks_of(options.get("group")) is not None
+    if not first and not several:
         raise DataError("compare was given no batches: the data are empty")
     options["progress"] = progress
     # The first estimate in a process pays for loading and allocating; it also raises early if the model is refused.
-    estimate(model, first, likelihood, fit="diagonal", **options)
+    estimate(model, data if several else first, likelihood, fit="diagonal", **options)
     exact = _time_estimate(model, data, likelihood, "diagonal", options)  # has the exact trace
     for fit in fits if fits is not None else tuple(name for name, fit in FITS.items() if fit.standard):
         try:
             fisher, seconds = exact if fit == "diagonal" else _time_estimate(model, data, likelihood, fit, options)
-        except (UnsupportedError, MemoryBudgetError, NumericalError) as reason:
+        except (UnsupportedError, MemoryBudgetError, NumericalError, RankError) as reason:
             yield Row(_label(fit), failure=str(reason))
             continue
         ratio = float(fisher.trace() / exact[0].trace())
         row = Row(_label(fit), int(fisher.count), seconds, fisher.bytes, trace=ratio, shown=_shown(fisher))
         try:
             error = fisher.error(data, progress=progress)
-        except (MemoryBudgetError, NumericalError) as reason:
+        except (MemoryBudgetError, NumericalError, RankError) as reason:
             yield replace(row, failure=f"its error could not be measured: {reason}")
             continue
         yield replace(row, error=float(error.relative), blocks=dict(error.blocks))
@@ -115,14 +120,17 @@ def parameters(model: nn.Module) -> int:
 
 
 def _time_estimate(model: nn.Module, data: Any, likelihood: Likelihood, fit: str | Fit, options: dict[str, Any]) -> Any:
-    """The estimate and its wall time: the shortest of three for short ones, because a busy machine adds to it."""
+    """The estimate and its wall time: the shortest of three for short ones, because a busy machine adds to it.
+
+    Several ranks make one: they have to make the same calls.
+    """
     best, began = math.inf, time.perf_counter()
     for _ in range(3):
         start = time.perf_counter()
         fisher = estimate(model, data, likelihood, fit=fit, **options)
         now = time.perf_counter()
         best = min(best, now - start)
-        if now - began > 2:
+        if now - began > 2 or options.get("group") is not None:
             break
     return fisher, best
 

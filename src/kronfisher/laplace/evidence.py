@@ -10,6 +10,7 @@ from torch import Tensor
 from kronfisher.capture.batches import as_batches
 from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
+from kronfisher.distributed import Ranks
 from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
 from kronfisher.fisher.layout import gather
 from kronfisher.fisher.precision import logdet
@@ -82,8 +83,13 @@ def best_factors(posterior: Posterior, *, per_block: bool, noise: bool, steps: i
     return best[:own] * (1 if per_block else blocks), best[-1] if noise else None
 
 
-def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
+def score_training_data(posterior: Posterior, data: Any, ranks: Ranks | None = None) -> tuple[float, int]:
     """The log likelihood of training data at the mean of the posterior, and how many outputs they have.
+
+    Args:
+        posterior: whose model and likelihood are meant.
+        data: batches of inputs and targets.
+        ranks: which read a part of the data each; None: this process reads all.
 
     Raises:
         DataError: there are no data, or a batch has no targets, or none that fit.
@@ -94,17 +100,22 @@ def score_training_data(posterior: Posterior, data: Any) -> tuple[float, int]:
             "the Fisher matrix was estimated with a mask, which the likelihood of the targets does not know; mark "
             "ignored positions in the targets (ignore_index) for the marginal likelihood, or calibrate."
         )
-    total, outputs = 0.0, 0
-    with isolate(posterior.model, 0):  # with gradients: the forward pass may take derivatives of its own
-        for k, batch in enumerate(as_batches(data)[0]):
-            values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
-            values = values.detach()
-            posterior.likelihood.check(values, targets, f"batch {k}", "observed")
-            total += float(posterior.likelihood.log_likelihood(values, targets))
-            outputs += values.numel()
+
+    def read() -> tuple[float, int]:
+        total, outputs = 0.0, 0
+        with isolate(posterior.model, 0):  # with gradients: the forward pass may take derivatives of its own
+            for k, batch in enumerate(as_batches(data)[0]):
+                values, targets = run(posterior.model, batch, posterior.forward, posterior.fisher.device, f"batch {k}")
+                values = values.detach()
+                posterior.likelihood.check(values, targets, f"batch {k}", "observed")
+                total += float(posterior.likelihood.log_likelihood(values, targets))
+                outputs += values.numel()
+        return total, outputs
+
+    total, outputs = read() if ranks is None else ranks.added(read)
     if not outputs:
         raise DataError("the training data hold no batch.")
-    return total, outputs
+    return total, int(outputs)
 
 
 def mean_square(log_likelihood: float, outputs: float, variance: float) -> float:

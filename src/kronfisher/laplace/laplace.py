@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.forward import Forward
+from kronfisher.distributed import ProcessGroup, ranks_of
 from kronfisher.fisher import Fisher
 from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
@@ -96,11 +97,12 @@ class Laplace(Posterior):
             return log_evidence(self, noise=noise)
         return log_evidence(self, priors=read_prior(prior_precision, self.fisher), noise=noise)
 
-    def score(self, data: Any) -> Self:
+    def score(self, data: Any, *, group: ProcessGroup = None) -> Self:
         """Read the likelihood of the training data, where the Fisher matrix was estimated without targets.
 
         Args:
             data: batches of inputs and targets, those of the estimate.
+            group: the processes that read a part of the data each, as for `estimate`; all of them call this.
 
         Returns:
             Itself.
@@ -109,7 +111,7 @@ class Laplace(Posterior):
             DataError: a batch has no targets, or they do not fit.
             UnsupportedError: the Fisher matrix was estimated with a mask.
         """
-        self._log_likelihood = score_training_data(self, data)
+        self._log_likelihood = score_training_data(self, data, ranks_of(group))
         return self
 
     def optimize_prior(self, *, per_block: bool = False, noise: bool = False, steps: int = 100) -> Self:
@@ -246,7 +248,15 @@ class Laplace(Posterior):
         batch = x if self.forward is not None or targets is None else (x, targets)
         return read_targets(self, batch, "the batch to predict", targets if self.forward is not None else None)
 
-    def calibrate(self, data: Any, *, predictor: str | None = None, samples: int = 100, seed: int = 0) -> "Laplace":
+    def calibrate(
+        self,
+        data: Any,
+        *,
+        predictor: str | None = None,
+        samples: int = 100,
+        seed: int = 0,
+        group: ProcessGroup = None,
+    ) -> "Laplace":
         """Scale the prior precision so that predictions of validation data are best, in log density.
 
         All candidates are judged in the same pass over the data: factors from 1e-4 to 1e4, then finer ones around the
@@ -257,6 +267,7 @@ class Laplace(Posterior):
             predictor: which will be used, as in `predict`.
             samples: as in `predict`.
             seed: as in `predict`.
+            group: the processes that read a part of the data each, as for `estimate`; all of them call this.
 
         Returns:
             Itself.
@@ -268,7 +279,7 @@ class Laplace(Posterior):
         before, self.calibrated_for = self.calibrated_for, None
         try:
             predictor = choose_predictor(self, predictor)
-            calibrated = best_scale(self, data, predictor, samples, seed)
+            calibrated = best_scale(self, data, predictor, samples, seed, ranks_of(group))
         except BaseException:
             self.calibrated_for = before
             raise
