@@ -313,6 +313,7 @@ def test_to(fisher):
         F.to(dtype=torch.float16)
 
 
+@pytest.mark.filterwarnings("ignore:Calling `matvec` on:FutureWarning")  # of SciPy 1.18 and newer
 def test_scipy(fisher):
     linalg = require("scipy.sparse.linalg")
     F, dense = fisher
