@@ -44,7 +44,7 @@ class Misfit:
     def follow(self, mean: float | Tensor, device: torch.device) -> None:
         """Take over the mean misfit of one batch, unless that is not finite."""
         now, worst = self.now.to(device), self.worst.to(device)
-        new = now.new_tensor(mean) if isinstance(mean, float) else mean.to(now)
+        new = mean.to(now) if isinstance(mean, Tensor) else now.new_tensor(mean)
         new = torch.where(torch.isfinite(new), new, now)
         self.now = torch.where(now < 0, new, now.lerp(new, 1 - MEMORY))
         self.worst = torch.maximum(worst, self.now)

@@ -122,19 +122,25 @@ class Preconditioned(baselines.FirstOrder):
         super().__init__(model, task, torch.optim.SGD(trained, settings["lr"], settings["momentum"], nesterov=True))
         self.preconditioner = Preconditioner(model, task.loaded.likelihood, seed=seed)
         self.optimizers[0].register_step_pre_hook(lambda *_: self.preconditioner.step())
-        self.model = _Through(model, self.preconditioner)
+        self.model = self.through = _Through(model, self.preconditioner)
+
+    def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        """One step; see `Racer`."""
+        self.through.targets = y
+        return super().step(x, y, factor)
 
 
 class _Through(nn.Module):
-    """A model that is called through its preconditioner."""
+    """A model that is called through its preconditioner, which may need targets to know where classes are."""
 
     def __init__(self, model: nn.Module, preconditioner: Any) -> None:
         super().__init__()
         self.inner, self.preconditioner = model, preconditioner
+        self.targets: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's outputs."""
-        return self.preconditioner(x)
+        return self.preconditioner(x, targets=self.targets)
 
 
 def _baseline(build: Callable[..., Racer], **extra: Any) -> Callable[..., Contestant]:
