@@ -89,7 +89,9 @@ def test_a_resumed_training_from_rows_gives_the_same_bits():
     resumed = kf.NaturalGradient(other, kf.Categorical())
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    assert resumed.parts.statistics.pass_cost == optimizer.parts.statistics.pass_cost > 0  # it decides on renewals
+    assert (
+        resumed.parts.statistics.figures.pass_cost == optimizer.parts.statistics.figures.pass_cost > 0
+    )  # it decides on renewals
     train(resumed, other, data[22:])
     assert torch.equal(weights(model), weights(other))
 

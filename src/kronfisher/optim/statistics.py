@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from math import prod
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from kronfisher.fisher.storage import block_of
 from kronfisher.fits import Choice, Diagonal, asked_for, choose
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
+from kronfisher.optim.batch_figures import BatchFigures
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
@@ -55,9 +55,7 @@ class Statistics:
         layers: one for each group of blocks, in the order of the first batch.
         next_due: the step at which a batch is to bring statistics again.
         dropped: the number of batches that were left out, because their statistics were not finite or incomplete.
-        pass_cost: multiplications of a forward and backward pass over the last batch that brought statistics.
-        rows: the most rows that a layer had in that batch, of all positions of the examples that count.
-        misfit: the mean of `sum_of_misfits` over that batch; None where it is not measured.
+        figures: of the last batch that brought statistics.
         seconds: spent here; `seconds_in_backward` of them within backward passes of the caller's.
     """
 
@@ -83,13 +81,8 @@ class Statistics:
         self.layers: list[LayerStatistics] = []
         self.next_due = self.dropped = 0
         self.seconds = self.seconds_in_backward = 0.0
-        self.pass_cost = 0.0
-        self.rows: float | Tensor = 0.0
-        self.misfit: float | Tensor | None = None
+        self.figures = BatchFigures()
         self._measures_misfit, self._partly = misfit, partly
-        self._misfits: float | Tensor = 0.0  # of this step
-        self._examples: float | Tensor = 0.0  # of this step
-        self._shared: tuple[float | Tensor, float] = (0.0, 0.0)  # rows and cost, as the ranks last put them together
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self.ranks, self._alone = ranks, alone
@@ -247,7 +240,7 @@ class Statistics:
         began = time.perf_counter()
         if not self._open:
             self._open = True
-            self.pass_cost = self.rows = self._misfits = self._examples = 0.0
+            self.figures.begin()
             run.start_pass((self._seed << 32) + step)
             for layer in self.layers:
                 layer.begin()
@@ -280,10 +273,10 @@ class Statistics:
         self._find_layers(run, step)
         if not complete:
             self._leave_others(run, room=False)
-        self.rows = self.rows + self._look_at_calls(capture) * (run.count - before) / len(observation)
-        self._examples = self._examples + (run.count - before)
-        if self._measures_misfit and self.likelihood.labelled(targets):
-            self._misfits = self._misfits + sum_of_misfits(self.likelihood, outputs, targets)
+        self._find_readers(capture)
+        measured = self._measures_misfit and self.likelihood.labelled(targets)
+        misfits = sum_of_misfits(self.likelihood, outputs, targets) if measured else None
+        self.figures.add(capture, run.count - before, len(observation), misfits)
         if not self._meet_within(step, brought=True):
             return
         keep = self.refresh.average
@@ -346,22 +339,15 @@ class Statistics:
                 assert isinstance(group.fit, MovingAverage)
                 group.state = (group.fit.fresh if room else group.fit.without_sums)(group.state)  # pyright: ignore[reportArgumentType]
 
-    def _look_at_calls(self, capture: Capture) -> int:
-        """See which layers read data directly and what a pass costs; the most rows of a layer."""
-        most = 0
+    def _find_readers(self, capture: Capture) -> None:
+        """See which layers read data directly."""
         from_data: dict[Key, bool] = {}
         for call in capture.calls:
             for use in call.uses:
                 for key in ((use.weight, use.bias), (use.weight, None)):
                     from_data[key] = from_data.get(key, True) and use.reads_data
-                if use.weight is not None:
-                    outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
-                    rows = prod(call.shape) // max(outputs, 1)
-                    self.pass_cost += 3.0 * rows * outputs * inputs
-                    most = max(most, rows)
         for layer in self.layers:
             layer.reads_data = all(from_data.get(block.key, False) for block in layer.blocks)
-        return most
 
     def _find_layers(self, run: Accumulator, step: int) -> None:
         """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""
@@ -385,14 +371,11 @@ class Statistics:
     def merge(self, step: int) -> None:
         """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out."""
         if self._sharing is not None and self._run is not None and self.is_due(step):
-            if self._missed != step:
-                self._share(self._sharing, self._run, step)
-            self.rows, self.pass_cost = self._shared  # alike on all ranks, also without sums
+            self._share(self._sharing, self._run, step)
         if not self._open:
             return
         assert self._run is not None
         self._open = False
-        self.misfit = self._misfits / self._examples if self._measures_misfit else None
         began = time.perf_counter()
         with plain_arithmetic(self._run.device):
             try:
@@ -417,11 +400,11 @@ class Statistics:
 
     def _share(self, sharing: Sharing, run: Accumulator, step: int) -> None:
         """Put this step's statistics together with those of other ranks; if any rank has none, all leave them out."""
-        numbers = {"rows": self.rows, "cost": self.pass_cost, "misfits": self._misfits, "examples": self._examples}
-        sums = sharing.share(run, lambda: self._current_layers(step), step, brought=self._open, numbers=numbers)
-        self._shared = self._shared if sums is None else (sums["rows"], sums["cost"])
-        if sums is not None:
-            self._misfits, self._examples = sums["misfits"], sums["examples"]
+        sums = None
+        if self._missed != step:
+            numbers = self.figures.numbers()
+            sums = sharing.share(run, lambda: self._current_layers(step), step, brought=self._open, numbers=numbers)
+        self.figures.settle(sums)
         if sums is None and self._open:
             self.discard()
 
@@ -447,8 +430,7 @@ class Statistics:
         """Everything that a resumed training needs, as tensors, numbers and strings."""
         return {
             "next_due": self.next_due,
-            "rows": self.rows,
-            "pass_cost": self.pass_cost,
+            **self.figures.state_dict(),
             "dropped": self.dropped,
             "uncovered": dict(self.uncovered),
             "coupled": list(self.coupled),
@@ -470,9 +452,8 @@ class Statistics:
             raise DataError(
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
-        self.next_due, self.dropped, self.rows = state["next_due"], state["dropped"], state["rows"]
-        self.pass_cost = state.get("pass_cost", 0.0)
-        self._shared = (self.rows, self.pass_cost)
+        self.next_due, self.dropped = state["next_due"], state["dropped"]
+        self.figures.load_state_dict(state)
         self._open, self._groups = False, None
         if not state["trained"]:  # saved before the first forward pass: go on as before that
             self._run, self._trained, self.layers, self.next_due = None, None, [], 0

@@ -116,8 +116,9 @@ class LayerwiseParts(StepParts):
         if self.total_steps and step >= self.total_steps:
             self.watch.beyond(step, self.total_steps, LAST)
         taken = self.take(gradients, step)
-        if due and self.statistics.misfit is not None:
-            self.misfit.follow(self.statistics.misfit, next(iter(self.statistics.parameters.values())).device)
+        figures = self.statistics.figures
+        if due and (misfit := figures.misfit) is not None:
+            self.misfit.follow(misfit, next(iter(self.statistics.parameters.values())).device)
         self.direction.follow(self.statistics.layers, step)
         if not gradients or not (self.statistics.ready or (self.statistics.examined and not self.statistics.layers)):
             self.skipped += 1
@@ -125,7 +126,7 @@ class LayerwiseParts(StepParts):
             return
         # In the first steps inverses follow statistics at once: a GPT that used older ones trained half as fast.
         wait = due and self.statistics.next_due >= step + self.statistics.refresh.statistics
-        self.direction.renew(step, self.statistics.pass_cost, wait=wait)
+        self.direction.renew(step, figures.pass_cost, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
@@ -136,7 +137,7 @@ class LayerwiseParts(StepParts):
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
-        rows = self.statistics.rows  # a tensor where examples are masked
+        rows = self.statistics.figures.rows  # a tensor where examples are masked
         few = rows.div(ROWS).clamp(max=1.0) if isinstance(rows, Tensor) else min(1.0, rows / ROWS)
         return self.options.rate * self.annealing(step) * few**0.5
 
