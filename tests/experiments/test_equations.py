@@ -11,7 +11,9 @@ from torch import nn
 
 from kronfisher.experiments.equations import EQUATIONS, intervals, race
 from kronfisher.experiments.equations.inverse import NOISE, TRUTH, Conductivity
+from kronfisher.experiments.schemas import schema
 from tests.helpers.close import close
+from tests.helpers.optional import require
 
 
 class Solution(nn.Module):
@@ -107,4 +109,8 @@ def test_every_equation_trains_and_is_drawn(name, tmp_path):
     losses = [loss for *_, loss in curves.runs[0].points]
     assert losses[-1] < losses[0] or len(losses) == 1
     assert all(path.exists() for path in curves.draw(tmp_path))
-    assert ("intervals" in json.loads(curves.to_json())) == (name == "inverse")
+    written = json.loads(curves.to_json())
+    assert ("intervals" in written) == (name == "inverse")
+    require("jsonschema").validate(written, schema(f"race {name}"))
+    curves.runs[0].points[-1] = (0.2, 1, float("inf"), float("nan"))
+    assert json.loads(curves.to_json())["runs"][0]["points"][-1] == [0.2, 1, None, None]

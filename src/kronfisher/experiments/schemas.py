@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from kronfisher.experiments.equations.problems import EQUATIONS
+
 __all__ = ["SCHEMAS", "schema"]
 
 _NUMBER: dict[str, Any] = {"type": ["number", "null"], "description": "null: not finite, or not known"}
@@ -43,6 +45,25 @@ _FIT = _object(
     failure={"type": ["string", "null"], "description": "why there is no number"},
 )
 _COMPARISON = _document(rows=_list(_FIT))
+_SECONDS: dict[str, Any] = {"type": "number", "description": "CPU time of a run"}
+_POINT = {"type": "array", "prefixItems": [_NUMBER, _COUNT, _NUMBER, _NUMBER], "minItems": 4, "maxItems": 4}
+_CURVE = _object(
+    "one training",
+    optimizer=_TEXT,
+    seed=_COUNT,
+    points=_list(_POINT) | {"description": "seconds of CPU time, steps, relative error, loss"},
+    setting=_TEXT,
+)
+_INTERVAL = _object(
+    "the equation's constants, from one draw of the observations",
+    seed=_COUNT,
+    mean=_list(_NUMBER),
+    deviation=_list(_NUMBER),
+    steps=_COUNT,
+    loss=_NUMBER,
+)
+_EQUATION = _object(equation=_TEXT, seconds=_SECONDS, runs=_list(_CURVE))
+_EQUATION["properties"]["intervals"] = _list(_INTERVAL) | {"description": "only where constants are unknown"}
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "compare": _COMPARISON,
@@ -57,8 +78,26 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         ),
         runs=_list(_ANY),
     ),
+    **{f"race {name}": _EQUATION for name in EQUATIONS},
+    "race uci": _object(
+        seconds=_SECONDS,
+        runs=_list(
+            _object(
+                "one training",
+                problem=_TEXT,
+                optimizer=_TEXT,
+                seed=_COUNT,
+                seconds=_list(_NUMBER) | {"description": "CPU time at which each of the losses was known"},
+                losses=_list(_NUMBER) | {"description": "of the training data, at most some 200"},
+                test=_NUMBER | {"description": "root mean square error on the test data"},
+                setting=_TEXT,
+                last=_NUMBER | {"description": "training loss at the end"},
+                steps=_COUNT,
+            )
+        ),
+    ),
     "race suite": _object(
-        seconds={"type": "number", "description": "CPU time of a run"},
+        seconds=_SECONDS,
         summary={},
         runs=_list(_object(problem=_TEXT, name=_TEXT, seed=_COUNT, settings=_ANY, steps=_COUNT, failure={})),
     ),

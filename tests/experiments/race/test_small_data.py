@@ -9,6 +9,8 @@ import torch
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.race import small_data
 from kronfisher.experiments.race.small_data import Contest, Run, contest
+from kronfisher.experiments.schemas import schema
+from tests.helpers.optional import require
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def test_a_contest_is_written_down(tables, tmp_path):
         assert run.seconds[0] == 0 and run.seconds[-1] >= 0.2 and run.losses[-1] < run.losses[0]
         first = next(other for other in result.runs if other.problem == run.problem).losses[0]
         assert math.isclose(run.losses[0], first, rel_tol=1e-9)  # the same weights, and the same loss
-    assert "of 2" in str(result) and len(json.loads(result.to_json())["runs"]) == 6
+    written = json.loads(result.to_json())
+    assert "of 2" in str(result) and len(written["runs"]) == 6
+    require("jsonschema").validate(written, schema("race uci"))
     assert all(path.exists() for path in result.draw(tmp_path))
 
 
@@ -46,6 +50,7 @@ def test_shares_are_of_the_better_baselines_own_time():
     assert result.shares("yacht")[0] == (ours, better, 0.25)
     assert result.notes() == ["At most a third of the better baseline's time on 1 of 1."]
     assert "0.250" in str(result)
+    assert [run["test"] for run in json.loads(result.to_json())["runs"]] == [None] * 3  # JSON has no NaN
     ours.losses[:] = [9.0, 8.0, 7.0]
     assert "not reached" in str(result) and "on 0 of 1" in str(result)
 

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from kronfisher.errors import DataError, NumericalError, UnsupportedError
-from kronfisher.experiments.cli.options import stop
+from kronfisher.experiments.cli.options import example, stop
 
 __all__ = ["main"]
 
@@ -53,6 +53,7 @@ def _app() -> Any:
     app = typer.Typer(
         cls=Commands,
         help="Kronecker-factored Fisher matrices: estimate them, and see how good each approximation is.",
+        epilog=example("kronfisher demo"),
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfisher.estimation.documents import replace_nonfinite
 from kronfisher.experiments.equations.equation import Equation
 from kronfisher.experiments.equations.intervals import Intervals, intervals
 from kronfisher.experiments.equations.inverse import Inverse
@@ -91,7 +92,7 @@ class Curves:
         found["runs"] = [vars(run) for run in self.runs]
         if self.intervals is not None:
             found["intervals"] = self.intervals.records()
-        return json.dumps(found, indent=1)
+        return json.dumps(replace_nonfinite(found), indent=1)
 
     def draw(self, folder: Path) -> list[Path]:
         """Error curves, solutions and their errors: ``<name>-seconds.png``, ``-steps.png``, ``-maps.png``."""

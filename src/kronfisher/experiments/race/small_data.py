@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfisher.estimation.documents import replace_nonfinite
 from kronfisher.experiments import data
 from kronfisher.experiments.networks.feedforward import mlp
 from kronfisher.experiments.progress import Say, ignore
@@ -112,7 +113,7 @@ class Contest:
             thin = max(1, len(run.losses) // 200)
             curve = {"seconds": run.seconds[::thin], "losses": run.losses[::thin]}
             runs.append({**vars(run), **curve, "last": run.losses[-1], "steps": len(run.losses)})
-        return json.dumps({"seconds": self.seconds, "runs": runs}, indent=1)
+        return json.dumps(replace_nonfinite({"seconds": self.seconds, "runs": runs}), indent=1)
 
     def draw(self, folder: Path) -> list[Path]:
         """``uci.png``: training loss against seconds of CPU time."""
