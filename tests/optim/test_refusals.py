@@ -32,6 +32,39 @@ def test_misuse_is_refused_with_a_reason():
         )
 
 
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("way", ["step", "forward", "attach", "preconditioner"])
+def test_an_empty_batch_is_refused_at_any_step_and_training_goes_on_without_it(way: str, before: int):
+    model, given = network(), batches(before + 1)
+    optimizer = kf.Preconditioner(model, kf.Categorical()) if way == "preconditioner" else None
+    trained = kf.NaturalGradient(model, kf.Categorical(), refresh=kf.Refresh(statistics=1))
+    if way == "attach":
+        trained.attach()
+
+    def train(x: torch.Tensor, y: torch.Tensor) -> None:
+        if way == "step":
+            trained.step(lambda: model(x), y)
+        elif way == "forward":
+            trained.zero_grad()
+            trained.backward(trained.forward(x), y)
+            trained.step()
+        else:
+            model.zero_grad()
+            nn.functional.cross_entropy((model if optimizer is None else optimizer)(x), y).backward()
+            (trained if optimizer is None else optimizer).step()
+
+    for x, y in given[:-1]:
+        train(x, y)
+    x, y = given[-1]
+    with pytest.raises(kf.DataError, match="the batch is empty"):
+        train(x[:0], y[:0])
+    old = [p.detach().clone() for p in model.parameters()]
+    train(x, y)
+    if optimizer is None:
+        assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), old, strict=True))
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 def test_errors_of_the_first_step_name_their_cause():
     x, y = batches(1)[0]
     squared = Written(lambda m, x: x @ m.w.square(), w=torch.randn(4, 3))

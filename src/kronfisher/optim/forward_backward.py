@@ -262,7 +262,7 @@ def require_outputs(answer: Any) -> Tensor:
     """The outputs of a model: what it returned, or the ``logits`` of that.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or they are those of no example.
     """
     outputs = find_outputs(answer)
     if outputs is None:
@@ -272,4 +272,6 @@ def require_outputs(answer: Any) -> Tensor:
         )
     if outputs.dim() == 0:
         raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")
+    if len(outputs) == 0:
+        raise DataError(f"the batch is empty: the outputs have shape {list(outputs.shape)}. Drop empty batches.")
     return outputs
