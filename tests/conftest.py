@@ -22,6 +22,14 @@ def seed():
 
 
 @pytest.fixture
+def double():
+    """Tensors are in double precision where nothing else is said."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def few_rows_pay(monkeypatch):
     """Passes are captured for the rows of small networks, too, as they are for large ones."""
     monkeypatch.setattr("kronfisher.optim.row_inverse.CAPTURING", 0.0)

@@ -7,7 +7,6 @@ proves the networks themselves: every planted error is found, by the network who
 import warnings
 
 import pytest
-import torch
 
 from tests.helpers.drawn.networks import draw
 from tests.helpers.drawn.outcome import count, faults, rows_read_off
@@ -15,12 +14,10 @@ from tests.helpers.drawn.planted import PLANTED
 
 
 @pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+def quiet(double):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about the functions drawn
         yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("start", range(0, 80, 20))

@@ -395,12 +395,7 @@ def captured(model, x, targets) -> dict[Block, Samples]:
     return recorder.found
 
 
-@pytest.fixture(autouse=True)
-def double():
-    """Everything here is in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -52,10 +52,7 @@ def _buffers_copied(model: nn.Module) -> Iterator[None]:
                     buffers[name] = copies[id(buffer)]
         yield
     finally:
-        for buffers, own in saved:
-            if buffers or own:
-                buffers.clear()
-                buffers.update(own)
+        _put_back(saved)
 
 
 @contextmanager
@@ -102,10 +99,15 @@ def replace_contents(dictionaries: Iterable[dict[Any, Any]], contents: Mapping[A
                 dictionary.update(contents)
         yield
     finally:
-        for dictionary, old in saved:
-            if dictionary or old:
-                dictionary.clear()
-                dictionary.update(old)
+        _put_back(saved)
+
+
+def _put_back(saved: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
+    """Give dictionaries the contents that they had."""
+    for dictionary, old in saved:
+        if dictionary or old:
+            dictionary.clear()
+            dictionary.update(old)
 
 
 def _backward_hooks(model: nn.Module) -> Iterator[dict[Any, Any]]:

@@ -31,7 +31,7 @@ def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Ten
 
 @dataclass
 class Misfit:
-    """The average of the mean misfit, and the largest it was.
+    """The average of the mean misfit, and the largest it was; a rule of this library's own, from no paper.
 
     Attributes:
         now: the average, 0-dim; negative before the first batch.

@@ -16,7 +16,7 @@ HORIZON = 9.0  # the newest iterate's weight is 9 / (k + 8): the average looks b
 
 @dataclass
 class Average:
-    """``θ̄ ← θ̄ + 9/(k + 8) (θ − θ̄)`` of all trained parameters.
+    """``θ̄ ← θ̄ + min(1, 9/((k + 8) √u)) (θ − θ̄)`` of all trained parameters, with the share u left to fit (`Misfit`).
 
     Buffers stay as they are: running statistics of batch normalisation are averages over the last iterates already.
 

@@ -22,7 +22,7 @@ LARGEST = 10.0  # factor
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units, in ``[(1 + k/100)^−1/2, 1]`` at step k, times a brake, or a boost.
+    """Factors on the rates of all units, in ``[u (1 + k/100)^−1/2, 1]`` at step k, times a brake, or a boost.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
@@ -65,7 +65,7 @@ class Rates:
             squares: ``⟨g, d⟩ [U]`` with the natural gradient d.
             decay: β ``[U]`` of the averages p.
             finite: whether the gradients are, 0-dim.
-            left: multiplies the least factor, 0-dim.
+            left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()

@@ -211,7 +211,6 @@ class LayerwiseParts(StepParts):
         device = next(iter(self.statistics.parameters.values())).device
         self.motion.load_state_dict(state["motion"], device)
         self.average.load_state_dict(state["average"], device)
-        if "misfit" in state:  # 0.2.0 did not save it
-            self.misfit.load_state_dict(state["misfit"], device)
+        self.misfit.load_state_dict(state["misfit"], device)
         self.watch.load_state_dict(state["watch"])
         self.skipped = state["skipped"]
