@@ -119,6 +119,19 @@ def test_contractions(kind, positions, workspace):
     close(mirror(total), flat.mT @ flat, 1e-12)
 
 
+@kinds
+@workspaces
+@pytest.mark.parametrize("positions", [1, 3, 4, 7], ids=["one", "rows", "inputs after the sum", "both after the sum"])
+def test_rotated_gradients_and_their_squares(kind, positions, workspace):
+    samples, G = make(kind, positions, workspace)
+    inputs, outputs = randn(H, G.shape[-1], G.shape[-1]), randn(H, O, O)
+    for A, B in ((inputs, outputs), (inputs.diagonal(dim1=1, dim2=2), outputs.diagonal(dim1=1, dim2=2))):
+        wide, tall = (factor if factor.dim() == 3 else torch.diag_embed(factor) for factor in (A, B))
+        turned = tall.mT.unsqueeze(1) @ G @ wide.unsqueeze(1)
+        close(gathered(samples.rotated(A, B)), turned, 1e-12)
+        close(samples.rotated_squares(A, B), turned.square().sum(1), 1e-12)
+
+
 def test_chunks_cover_everything_within_the_workspace():
     for total in (1, 2, 7):
         for each in (0, 1, 3, 100):

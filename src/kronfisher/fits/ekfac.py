@@ -114,8 +114,7 @@ class EKFAC(Fit):
         if use.first:
             state.rows = state.rows + use.rows
         if not state.add_column_(use):
-            for part in use.rotate(state.inputs, state.outputs):
-                state.eigenvalues += part.squares()
+            state.eigenvalues += use.rotated_squares(state.inputs, state.outputs)
         return state
 
     def combine(self, x: State, y: State, wx: float = 1.0, wy: float = 1.0) -> State:

@@ -27,14 +27,15 @@ def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group
             parts.append((rows * precision.solves(rows)).sum(1))
         return torch.cat(parts)
     basis, weights = found
+    if samples[0].positions > 1 and not _is_lookup(samples[0]):
+        written = samples[0].rotated(basis.A, basis.B)
+        return torch.cat([(G.square() * weights[:, None]).sum(dim=(0, 2, 3)) for G in written])
     for piece in samples[0].rotate(basis.A, basis.B):
         if _is_lookup(piece):
             parts.append(_lookup_pairs([piece.gradients], piece, weights)[:, 0, 0])
-        elif piece.positions == 1:
+        else:
             a, g = piece.activations.dense()[:, :, 0].square(), piece.gradients[:, :, 0].square()
             parts.append(((g @ weights) * a).sum(dim=(0, 2)))
-        else:
-            parts.extend((G.square() * weights[:, None]).sum(dim=(0, 2, 3)) for G in piece.per_sample())
     return torch.cat(parts)
 
 

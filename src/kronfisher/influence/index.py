@@ -78,13 +78,13 @@ class Leading:
         assert own is not None
         basis, inverse = own
         root, (_, _, width) = inverse.flatten()[chosen].sqrt(), samples[0].shape
+        if samples[0].positions > 1 or samples[0].shape[0] > 1:
+            written = samples[0].rotated(basis.A, basis.B)
+            return torch.cat([G.transpose(0, 1).flatten(1)[:, chosen] for G in written]) * root
         parts = []
         for piece in samples[0].rotate(basis.A, basis.B):
-            if piece.positions == 1 and piece.shape[0] == 1:
-                a, g = piece.activations.dense()[0, :, 0], piece.gradients[0, :, 0]
-                parts.append(g[:, chosen // width] * a[:, chosen % width])
-            else:
-                parts.extend(G.transpose(0, 1).flatten(1)[:, chosen] for G in piece.per_sample())
+            a, g = piece.activations.dense()[0, :, 0], piece.gradients[0, :, 0]
+            parts.append(g[:, chosen // width] * a[:, chosen % width])
         return torch.cat(parts) * root
 
     def gather(self, reading: Reading) -> tuple[Tensor, Tensor]:

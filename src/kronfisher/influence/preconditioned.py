@@ -75,11 +75,8 @@ class Damped:
         if (found := factored(precision, mine, samples)) is None:
             return None
         basis, weights = found
-        parts = []
-        for piece in samples.rotate(basis.A, basis.B):
-            for G in piece.per_sample():
-                parts.append(basis.back((G * weights[:, None]).transpose(0, 1).flatten(1)))
-        return torch.cat(parts)
+        written = samples.rotated(basis.A, basis.B)
+        return torch.cat([basis.back((G * weights[:, None]).transpose(0, 1).flatten(1)) for G in written])
 
     def solve(self, rows: Mapping[str, Tensor]) -> Rows:
         """``(F + λ)⁻¹`` times K vectors ``{name: [K, *shape]}``; raises as `solve_`."""

@@ -225,6 +225,26 @@ class Samples:
             activations = Dense(A.rotate(self.activations.dense(low, high)) if rows is None else rows)
             yield replace(self, activations=activations, gradients=_rotate(self.gradients[:, low:high], B), mask=None)
 
+    def rotated(self, inputs: Tensor, outputs: Tensor) -> Iterator[Tensor]:
+        """``U_Bᵀ G_k U_A`` ``[H, n', O, I]`` written out for a few samples at a time; arguments as for `rotate`.
+
+        A side is rotated before positions are summed or after, whichever takes fewer multiplications.
+        """
+        (_, width, height), positions = self.shape, self.positions
+        A, B = Factor.of(inputs), Factor.of(outputs)
+        late_A, late_B = (not A.is_diagonal and positions > width), (not B.is_diagonal and positions > height)
+        for piece in self.rotate(None if late_A else inputs, None if late_B else outputs):
+            for gradients in piece.per_sample():
+                if late_A:
+                    gradients = A.rotate(gradients)
+                yield B.rotate(gradients.mT).mT if late_B else gradients
+
+    def rotated_squares(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """``Σ_k (U_Bᵀ G_k U_A)∘²`` ``[H, O, I]``."""
+        if self.positions > min(self.shape[1:]) and not self.activations.onehot:
+            return torch.stack([gradients.square().sum(1) for gradients in self.rotated(inputs, outputs)]).sum(0)
+        return torch.stack([piece.squares() for piece in self.rotate(inputs, outputs)]).sum(0)
+
     def inner(self, other: "Samples") -> Tensor:
         """``Σ_k ⟨G_k, G'_k⟩`` with the gradients G' of other samples of the same shape, in float64."""
         if self.positions == 1:
