@@ -44,7 +44,7 @@ site:  ## the documentation as a site, built strictly (makes its own environment
 dist:  ## build wheel and source archive, install them beside torch and numpy alone, try every extra
 	$(PYTHON3) tools/dist.py $(ARGS)
 
-matrix:  ## tests under the oldest and the newest torch that is admitted, on every Python found
+matrix:  ## tests with the oldest packages that are admitted, and with the newest on every Python found
 	$(PYTHON3) tools/matrix.py $(ARGS)
 
 release: $(READY)  ## what can be checked before a release, and what a person has to do then

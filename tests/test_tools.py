@@ -63,10 +63,14 @@ def test_what_has_outstayed_its_deprecation_is_found(tool, monkeypatch, tmp_path
 
 def test_the_matrix_knows_the_floors_and_finds_this_python(tool):
     matrix = tool("matrix")
-    python, torch = matrix.floors()
+    python, asked = matrix.admitted()
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert re.fullmatch(r"3\.\d+", python) and re.fullmatch(r"\d+\.\d+", torch)
+    assert re.fullmatch(r"3\.\d+", python)
     assert here in matrix.pythons(python) and not matrix.pythons("9.0")
+    floors = matrix.packages(asked, "oldest")
+    assert {"torch", "numpy", "scipy", "safetensors"} <= {line.partition("==")[0] for line in floors}
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+\.\*", line) for line in floors)
+    assert matrix.packages(asked, "newest") == asked
 
 
 def test_every_extra_but_those_for_developers_is_tried_alone(tool):

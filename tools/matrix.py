@@ -1,7 +1,7 @@
-"""``make matrix``: the tests under the oldest and the newest torch that the metadata admit, on every Python found.
+"""``make matrix``: the tests under the oldest and the newest packages that the metadata admit, on every Python found.
 
-One line for each pair; what cannot be installed (an old torch has no wheels for a new Python) is named and no failure,
-unless a Python or a torch is left with nothing. The metadata's floors have to be among what ran.
+The newest run on every Python, the oldest on the oldest one: a line for each. Where one cannot be installed, or nothing
+was run, the command fails: what the metadata admit is what has been run.
 """
 
 import argparse
@@ -14,18 +14,25 @@ from pathlib import Path
 
 from environments import ROOT, Environment, require
 
-# Rooms that depend on what torch is: the rest stands on them.
-ROOMS = ("operators", "fisher", "layers", "capture", "optim", "estimation/test_estimate.py")
+# What depends on torch and NumPy; studies and the command line stand on it.
+ROOMS = (
+    "operators", "likelihoods", "fisher", "layers", "capture", "fits", "estimation", "optim", "laplace", "influence",
+)  # fmt: skip
 TESTS = tuple(f"tests/{room}" for room in ROOMS)
-PACKAGES = ("numpy", "pytest>=8.2", "hypothesis>=6.100", "ninja", "setuptools", "safetensors", "scipy", "scikit-learn",
-            "matplotlib", "jinja2")  # fmt: skip
+TOOLS = ("pytest", "hypothesis", "ninja", "setuptools")  # those of the tests, in their newest versions
+EXTRAS = ("io", "scipy", "report", "experiments")
 
 
-def floors() -> tuple[str, str]:
-    """The oldest Python and the oldest torch of the metadata."""
+def admitted() -> tuple[str, list[str]]:
+    """The oldest Python of the metadata, and what they ask for, with the extras that these tests use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (torch,) = (d for d in project["dependencies"] if d.startswith("torch>="))
-    return project["requires-python"].removeprefix(">="), torch.removeprefix("torch>=")
+    asked = project["dependencies"] + [line for name in EXTRAS for line in project["optional-dependencies"][name]]
+    return project["requires-python"].removeprefix(">="), [line for line in asked if not line.startswith("kronfisher")]
+
+
+def packages(asked: list[str], age: str) -> list[str]:
+    """What pip is asked for: of the oldest the last patch of each floor, else as the metadata say."""
+    return [re.sub(r">=([\d.]+)$", r"==\1.*", line) for line in asked] if age == "oldest" else asked
 
 
 def pythons(oldest: str) -> dict[str, Path]:
@@ -51,47 +58,36 @@ def _number(version: str) -> tuple[int, ...]:
 
 def main() -> None:
     """Every pair, one after the other."""
-    oldest_python, oldest_torch = floors()
+    oldest, asked = admitted()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "matrix", help="folder of the environments")
-    parser.add_argument("--python", default="", help="comma-separated versions, of those found (default: all)")
-    parser.add_argument("--torch", default=f"{oldest_torch},newest", help="comma-separated versions, or newest")
+    parser.add_argument("--only", default="", help="one of the pairs, such as python3.12-newest (default: all)")
     parser.add_argument("tests", nargs="*", default=TESTS, help="arguments of pytest")
     given = parser.parse_args()
-    found = pythons(oldest_python)
-    chosen = [version for version in found if not given.python or version in given.python.split(",")]
-    print(f"found: Python {', '.join(found)}; the metadata admit {oldest_python} and torch {oldest_torch} or newer")
-    outcomes: dict[tuple[str, str], str] = {}
-    for version in chosen:
-        for torch in given.torch.split(","):
-            outcome = _tested(found[version], version, torch, given.work, given.tests)
-            outcomes[version, torch] = outcome
-            print(f"Python {version}, torch {torch}: {outcome}", flush=True)
-    failed = [pair for pair, outcome in outcomes.items() if outcome.startswith("failed")]
-    ran = [pair for pair, outcome in outcomes.items() if outcome.startswith("passed")]
-    left = [
-        what
-        for k, names in enumerate((chosen, given.torch.split(",")))
-        for what in names
-        if what not in {p[k] for p in ran}
-    ]
-    if left:
-        print(f"nothing passed with {', '.join(left)}")
-    sys.exit(1 if failed or left else 0)
+    found = pythons(oldest)
+    print(f"found: Python {', '.join(found)}; the metadata admit {oldest} or newer, {', '.join(asked)}")
+    pairs = [(next(iter(found)), "oldest"), *((version, "newest") for version in found)]
+    failed = oldest not in found
+    if failed:
+        print(f"Python {oldest} is not here, and has not been tried")
+    for version, age in pairs:
+        name = f"python{version}-{age}"
+        if not given.only or given.only == name:
+            outcome = _tested(Environment(given.work / name, found[version]), packages(asked, age), given.tests)
+            failed |= not outcome.startswith("passed")
+            print(f"Python {version}, {age} packages: {outcome}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
-def _tested(python: Path, version: str, torch: str, work: Path, tests: tuple[str, ...]) -> str:
-    environment = Environment(work / f"python{version}-torch{torch}", python)
-    wanted = "torch" if torch == "newest" else f"torch=={torch}.*" if torch.count(".") == 1 else f"torch=={torch}"
-    if environment.install(wanted, *PACKAGES).returncode:
-        return f"not run: pip finds no {wanted} for it"
+def _tested(environment: Environment, wanted: list[str], tests: tuple[str, ...]) -> str:
+    if environment.install(*wanted, *TOOLS).returncode:
+        return f"not run: pip cannot install {', '.join(wanted)}"
     require(environment.install("--no-deps", ROOT), "kronfisher cannot be installed")  # it is asked for its version
-    done = environment("-c", "import torch; print(torch.__version__)")
+    done = environment("-c", "import torch, numpy; print(f'torch {torch.__version__}, NumPy {numpy.__version__}')")
     settings = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    result = environment(*command, cwd=ROOT, env=settings)
+    result = environment("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT, env=settings)
     last = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else "no output"
-    return f"{'passed' if result.returncode == 0 else 'failed'} with torch {done.stdout.strip()}: {last.strip('= ')}"
+    return f"{'passed' if result.returncode == 0 else 'failed'} with {done.stdout.strip()}: {last.strip('= ')}"
 
 
 if __name__ == "__main__":

@@ -26,35 +26,114 @@ __all__ = [
 
 
 class UnsupportedError(NotImplementedError):
-    """The model does something this library does not treat; the message names the parameter and the operator."""
+    """The model does something this library does not treat; the message names the parameter and the operator.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))  # its mean ties examples
+        >>> try:
+        ...     kf.estimate(model, torch.randn(5, 3), kf.Gaussian())
+        ... except kf.UnsupportedError as error:
+        ...     print(error)
+        BatchNorm of 1.weight is in train mode... Call model.eval()...
+    """
 
 
 class DataError(ValueError):
-    """A batch, a target or a loader does not fit what was asked; the message names the batch."""
+    """A batch, a target or a loader does not fit what was asked; the message names the batch.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> inputs, targets = torch.randn(5, 3), torch.randn(4, 2)
+        >>> try:
+        ...     kf.estimate(torch.nn.Linear(3, 2), (inputs, targets), kf.Gaussian(), labels="observed")
+        ... except kf.DataError as error:
+        ...     print(error)
+        batch 0: targets [4, 2] and outputs [5, 2] differ in the number of examples...
+    """
 
 
 class NumericalError(ArithmeticError):
-    """A number is not finite, or a factorisation failed; the message names the block."""
+    """A number is not finite, or a factorisation failed; the message names the block.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> try:
+        ...     kf.estimate(torch.nn.Linear(3, 2), torch.full((5, 3), torch.inf), kf.Gaussian())
+        ... except kf.NumericalError as error:
+        ...     print(error)
+        batch 0: the batch contains 15 values that are NaN or Inf... Clean or drop them; nothing was changed.
+    """
 
 
 class SingularError(NumericalError):
-    """A matrix that has to be inverted has (numerically) zero eigenvalues; the message says how much damping helps."""
+    """A matrix that has to be inverted has (numerically) zero eigenvalues; the message says how much damping helps.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.zeros(5, 3), kf.Gaussian(), labels="exact")
+        >>> try:
+        ...     fisher.solve(torch.ones(8))
+        ... except kf.SingularError as error:
+        ...     print(error)
+        weight (input factor) is singular to torch.float32 precision... Add damping first...
+        >>> (fisher + 0.1).solve(torch.ones(8)).shape
+        torch.Size([8])
+    """
 
 
 class IndefiniteError(SingularError):
-    """A matrix that has to be positive definite has negative eigenvalues; it is never modified implicitly."""
+    """A matrix that has to be positive definite has negative eigenvalues; it is never modified implicitly.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> data = 3 * torch.randn(5, 3)
+        >>> fisher = kf.estimate(model, data, kf.Bernoulli(), fit=kf.KroneckerSum(2), labels="exact")
+        >>> try:
+        ...     fisher.inverse()
+        ... except kf.IndefiniteError as error:
+        ...     print(error)
+        0.weight is indefinite... Damp it, choose a fit... or change its spectrum explicitly...
+        >>> bool((fisher.clamped() + 0.1).inverse().trace() > 0)
+        True
+    """
 
 
 class MemoryBudgetError(MemoryError):
-    """The work does not fit the memory given; the message says how many bytes it takes."""
+    """The work does not fit the memory given; the message says how many bytes it takes.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> try:
+        ...     kf.estimate(torch.nn.Linear(99, 99), torch.randn(5, 99), kf.Gaussian(), fit="full", memory_budget=10**6)
+        ... except kf.MemoryBudgetError as error:
+        ...     print(error)
+        The estimate needs 784,082,388 bytes...
+    """
 
 
 class RankError(RuntimeError):
-    """A rank of a process group failed, or ranks disagree; it is raised on all of them and names block and rank."""
+    """A rank of a process group failed, or ranks disagree; it is raised on all of them and names block and rank.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> def estimate(model, loader, group):  # on every rank; one that fails tells the others
+        ...     try:
+        ...         return kf.estimate(model, kf.shard(loader, group=group), kf.Categorical(), group=group)
+        ...     except kf.RankError as error:
+        ...         raise SystemExit(f"stopped on all ranks: {error}")
+    """
 
 
 class NumericalWarning(UserWarning):
-    """A result is usable but less precise than asked for: a fallback or a floor acted."""
+    """A result is usable but less precise than asked for: a fallback or a floor acted.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> warnings.filterwarnings("error", category=kf.NumericalWarning)  # where nothing less precise will do
+    """
 
 
 def require_kind(name: str, value: object, kinds: type | tuple[type, ...], remedy: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kronfisher as kf
+from kronfisher.distributed.parcel import Parcel
 from kronfisher.fits import FITS, resolve
 from kronfisher.likelihoods import REGISTRY
 from kronfisher.tables import size
@@ -219,6 +220,11 @@ def test_a_group_of_one_rank_is_one_process(ranks):
     for blocks, weights in ranks.call(cases.alone):
         for one, true in ((blocks, truth[0]), (weights, truth[1])):
             assert one.keys() == true.keys() and all(torch.equal(one[name], true[name]) for name in true)
+
+
+def test_a_parcel_holds_one_number_of_any_stride():
+    parcel = Parcel.of({"one": torch.tensor(2.0).expand(1, 1)})
+    assert torch.equal(Parcel.open(parcel.frame, parcel.numbers)["one"], torch.tensor([[2.0]]))
 
 
 def test_one_process():

@@ -8,7 +8,10 @@ import torch
 
 import kronfisher as kf
 from kronfisher.errors import DataError
-from kronfisher.fisher import load, storage
+from kronfisher.fisher import Fisher, load, storage
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.fisher.info import Info
+from kronfisher.operators import Diagonal
 from tests.helpers.optional import require
 
 safetensors = require("safetensors")
@@ -43,6 +46,14 @@ def test_tensors_that_share_memory_are_saved(fisher, model, path):
     doubled = F + F  # every tensor of a lazy sum occurs twice
     doubled.save(str(path))
     assert torch.equal(load(str(path), model).to_dense(), doubled.to_dense())
+
+
+def test_one_number_of_any_stride_is_saved(path):
+    """A single number that was expanded has stride zero, and counts as contiguous."""
+    one = Diagonal(torch.tensor(2.0).expand(1))
+    block = Block("w", "linear", Window.of("w", torch.zeros(1, 1, 1)))
+    Fisher([(block, one)], {"w": (1, 1, 1)}, Info(count=1)).save(path)
+    assert load(path).to_dense().item() == 2.0
 
 
 def test_the_file_says_what_it_holds(fisher, path):

@@ -89,6 +89,6 @@ def _aligned(size: int) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().flatten().view(torch.uint8)
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # one number may have any stride
     missing = _aligned(len(flat)) - len(flat)
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat

@@ -25,6 +25,16 @@ class Comparison:
         rows: one per fit, in the order asked for.
         settings: everything that the numbers depend on: labels, samples, seed, number of parameters, …
         finished: whether every fit asked for is there.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model, x = torch.nn.Linear(3, 2), torch.randn(20, 3)
+        >>> found = kf.compare(model, x, kf.Categorical(), fits=["kfac", "diagonal"], labels="exact")
+        >>> [row.fit for row in found.rows], found.finished
+        (['kfac', 'diagonal'], True)
+        >>> again = kf.Comparison.from_json(found.to_json())
+        >>> [table.title for table in again.tables()][1]
+        'Relative error of each block'
     """
 
     rows: tuple[Row, ...]

@@ -57,6 +57,12 @@ class Coverage:
         frozen: how many numbers do not require a gradient and are left out.
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together; and for which
             parameters a dense factor would be too dear.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> found = kf.coverage(torch.nn.Linear(3, 2), torch.randn(5, 3))
+        >>> found.share, found.complete, found.rows[0].operators
+        (1.0, True, ('linear',))
     """
 
     rows: tuple[CoverageRow, ...]

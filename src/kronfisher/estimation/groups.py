@@ -18,6 +18,7 @@ from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits import Diagonal, Fit, Plan, State
 from kronfisher.linalg import WORKSPACE, promote
 from kronfisher.operators.memory import available_memory
+from kronfisher.tables import size
 
 __all__ = ["Fits", "Group", "Groups", "Planned", "plan_groups", "rows_of_example"]
 
@@ -224,9 +225,9 @@ class Groups:
         limit = available_memory(self.device) if self.memory_budget is None else self.memory_budget
         if needed > limit:
             raise MemoryBudgetError(
-                f"The estimate needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for its matrices and one example, "
+                f"The estimate needs {needed:,} bytes ({size(needed)}) for its matrices and one example, "
                 f"more than the {'free memory' if self.memory_budget is None else 'memory_budget'} of {limit:,} bytes "
-                f"({limit / 2**30:.2f} GiB). Use a smaller structure for the largest layers, for example "
+                f"({size(limit)}). Use a smaller structure for the largest layers, for example "
                 "fit={'name.of.layer*': 'diagonal', '*': 'kfac'}."
             )
         return WORKSPACE if self.memory_budget is None else max(min(WORKSPACE, limit - standing), 1)

@@ -28,6 +28,16 @@ def load(path: str | Path, model: torch.nn.Module | None = None) -> Fisher:
         DataError: the file is damaged or of another format, or the model does not match; the message says where.
         FileNotFoundError: there is no such file.
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+
+    Example:
+        >>> import tempfile, kronfisher as kf
+        >>> model = torch.nn.Linear(3, 2)
+        >>> fisher = kf.estimate(model, torch.randn(20, 3), kf.Categorical())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fisher.save(f"{folder}/fisher.safetensors")
+        ...     again = kf.load(f"{folder}/fisher.safetensors", model)
+        >>> bool((again.to_dense() == fisher.to_dense()).all())
+        True
     """
     return read(path, model)[0]
 

@@ -122,12 +122,26 @@ class Fisher(Algebra["Fisher"]):
 
     @property
     def reduction(self) -> str:
-        """``"mean"`` or ``"sum"`` over data."""
+        """``"mean"`` or ``"sum"`` over data.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> fisher.reduction, fisher.reduced("sum").reduction
+            ('mean', 'sum')
+        """
         return self.info.reduction
 
     @property
     def labels(self) -> str:
-        """``"exact"``, ``"sampled"`` or ``"observed"``."""
+        """``"exact"``, ``"sampled"`` or ``"observed"``.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> fisher.labels
+            'exact'
+        """
         return self.info.labels
 
     def __getitem__(self, name: str) -> Operator:
@@ -207,7 +221,14 @@ class Fisher(Algebra["Fisher"]):
         return torch.stack([operator.logdet().to(self.dtype) for _, operator in self.entries]).sum()
 
     def frobenius_norm(self) -> Tensor:
-        """``√(Σ F_ij²)``, a 0-dim tensor."""
+        """``√(Σ F_ij²)``, a 0-dim tensor.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> bool((fisher.frobenius_norm() - fisher.to_dense().norm()).abs() < 1e-4)
+            True
+        """
         norms = [operator.frobenius_norm().to(self.dtype) for _, operator in self.entries]
         return stable_norm(torch.stack(norms))
 
@@ -318,7 +339,16 @@ class Fisher(Algebra["Fisher"]):
     # Operations that give a Fisher ------------------------------------------------------------------------------------
 
     def mapped(self, function: Callable[[Operator], Operator], change: str) -> "Fisher":
-        """A Fisher of changed blocks; `change` says in a word what was done to them."""
+        """A Fisher of changed blocks; `change` says in a word what was done to them.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> from kronfisher.operators import Diagonal
+            >>> alone = fisher.mapped(lambda block: Diagonal(block.diagonal(), name=block.name), "diagonal alone")
+            >>> bool((alone.diagonal()["bias"] == fisher.diagonal()["bias"]).all())
+            True
+        """
         entries = tuple((blocks, function(operator)) for blocks, operator in self.entries)
         return replace(self, entries=entries, info=self.info.changed(change) if change else self.info)
 
@@ -331,7 +361,15 @@ class Fisher(Algebra["Fisher"]):
         return self.mapped(lambda operator: operator.sqrt(), "sqrt")
 
     def inverse_sqrt(self) -> "Fisher":
-        """The symmetric ``F^{-1/2}``; SingularError as in `solve`."""
+        """The symmetric ``F^{-1/2}``; SingularError as in `solve`.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> root = fisher.inverse_sqrt().to_dense()
+            >>> bool(((root @ root @ fisher.to_dense() - torch.eye(8)).abs() < 1e-2).all())
+            True
+        """
         return self.mapped(lambda operator: operator.inverse_sqrt(), "inverse sqrt")
 
     def shifted(self, damping: float) -> "Fisher":
@@ -339,12 +377,25 @@ class Fisher(Algebra["Fisher"]):
 
         Raises:
             ValueError: λ is negative or not finite.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> bool((fisher.shifted(0.5).trace() - fisher.trace() - 8 * 0.5).abs() < 1e-4)  # the same as fisher + 0.5
+            True
         """
         shift = nonnegative(damping, "the damping λ")
         return self.mapped(lambda operator: operator.shifted(shift), f"+ {shift:g}") if shift else self
 
     def scaled(self, factor: float) -> "Fisher":
-        """``α·F`` for α of at least 0 (ValueError otherwise)."""
+        """``α·F`` for α of at least 0 (ValueError otherwise).
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> bool((fisher.scaled(3.0).trace() - 3 * fisher.trace()).abs() < 1e-4)  # the same as 3.0 * fisher
+            True
+        """
         factor = nonnegative(factor, "the factor")
         return self.mapped(lambda operator: operator.scaled(factor), f"* {factor:g}")
 
@@ -356,12 +407,31 @@ class Fisher(Algebra["Fisher"]):
 
         Raises:
             ValueError: `floor` is negative or not finite.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+            >>> data = 3 * torch.randn(5, 3)
+            >>> fisher = kf.estimate(model, data, kf.Bernoulli(), fit=kf.KroneckerSum(2), labels="exact")
+            >>> bool((fisher.clamped().eigenvalues() >= -1e-6).all())
+            True
         """
         floor = nonnegative(floor, "the floor")
         return self.mapped(lambda operator: operator.clamped(floor), f"clamped at {floor:g}")
 
     def absolute(self) -> "Fisher":
-        """Blocks with the absolute values of their eigenvalues; see `Operator.absolute`."""
+        """Blocks with the absolute values of their eigenvalues; see `Operator.absolute`.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+            >>> data = 3 * torch.randn(5, 3)
+            >>> fisher = kf.estimate(model, data, kf.Bernoulli(), fit=kf.KroneckerSum(2), labels="exact")
+            >>> bool((fisher.absolute().eigenvalues() >= -1e-6).all())
+            True
+        """
         return self.mapped(lambda operator: operator.absolute(), "absolute values")
 
     def reduced(self, reduction: Literal["mean", "sum"]) -> "Fisher":
@@ -483,6 +553,15 @@ class Fisher(Algebra["Fisher"]):
 
         Raises:
             ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     fisher.save(f"{folder}/fisher.safetensors")
+            ...     kf.load(f"{folder}/fisher.safetensors")
+            <Fisher of 8 parameters in 1 block, torch.float32, mean over 20 examples>
         """
         write(Contents(self.entries, self.shapes, self.info), path)
 
@@ -491,6 +570,13 @@ class Fisher(Algebra["Fisher"]):
 
         Raises:
             ImportError: SciPy is missing; ``pip install "kronfisher[scipy]"``.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian(), labels="exact")
+            >>> from scipy.sparse.linalg import eigsh
+            >>> float(abs(eigsh(fisher.to_scipy(), k=1, which="LA")[0][0] - fisher.eigenvalues()[0].item())) < 1e-3
+            True
         """
         return linear_operator(self.dim, self.dtype, self.device, lambda v: self @ v)
 

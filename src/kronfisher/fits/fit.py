@@ -33,6 +33,15 @@ class Fit:
         trains: moving averages of its states can be kept, as in training.
         renews: training renews the basis of its second pass from the average of the first, within a step.
         largest_tried: rows of the block up to which `Auto` tries it.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> isinstance(kf.KFOC(), kf.Fit)
+        True
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> fits: dict[str, kf.Fit] = {"2.*": kf.Full(), "*": kf.KFAC()}  # by patterns of parameter names
+        >>> print(kf.coverage(model, torch.randn(5, 4), fit=fits).rows[-1].treatment)
+        Full(across_layers=False)
     """
 
     exact: ClassVar[bool] = False

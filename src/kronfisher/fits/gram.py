@@ -18,6 +18,7 @@ from kronfisher.layers.samples import Samples
 from kronfisher.operators.memory import available_memory
 from kronfisher.operators.outer_sum import OuterSum
 from kronfisher.operators.rows import OuterRows, PlainRows, Rows, join
+from kronfisher.tables import size
 
 __all__ = ["Gram"]
 
@@ -190,7 +191,7 @@ class Gram(Fit):
         needed = 2 * (state.held + own) + side
         if needed > limit:
             raise MemoryBudgetError(
-                f"fit='gram' needs {needed:,} bytes ({needed / 2**30:.2f} GiB) for {number:,} samples of {dim:,} "
+                f"fit='gram' needs {needed:,} bytes ({size(needed)}) for {number:,} samples of {dim:,} "
                 f"parameters and a matrix of {min(number, dim):,} rows, more than the limit of {limit:,} bytes. Pass "
                 "fewer data, freeze layers, or choose a Kronecker-factored fit."
             )

@@ -4,6 +4,13 @@ Trainings are done by a function of yours, ``retrain(kept, seed) -> [Q]``: it tr
 ``kept`` and gives the measurement of every query that the scores are of. Keep the 1/N of the loss of all data, where
 training on fewer examples would change the weight decay relative to it. Results are appended to a file where one is
 given, so that an interrupted study goes on, and several scores are compared on the same trainings.
+
+Example:
+    >>> import kronfisher as kf
+    >>> wrong = torch.tensor([False, True, False, True])
+    >>> curve = kf.attribution.mislabelled(torch.tensor([0.1, 2.0, 0.3, 1.0]), wrong, shares=(0.5,))
+    >>> round(curve.intervals[0].value, 2)  # both wrong labels are in the first half
+    1.0
 """
 
 from collections.abc import Sequence

@@ -134,7 +134,15 @@ class Influence:
 
     @property
     def damping(self) -> dict[str, float]:
-        """Block name → λ."""
+        """Block name → λ.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x, y, model = torch.randn(20, 3), torch.randint(2, (20,)), torch.nn.Linear(3, 2)
+            >>> fisher = kf.estimate(model, (x, y), kf.Categorical(), fit="ekfac")
+            >>> kf.Influence(model, fisher, kf.Categorical(), damping=0.1).damping
+            {'weight': 0.1}
+        """
         return dict(zip(self.fisher.blocks, self.damped.damping, strict=True))
 
     # Scores -----------------------------------------------------------------------------------------------------------
@@ -270,7 +278,15 @@ class Influence:
         return self_scores(self.network, self.likelihood, self.damped, train, progress)
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:
-        """``∇m`` of every query, ``{name: [Q, *shape]}``."""
+        """``∇m`` of every query, ``{name: [Q, *shape]}``.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x, y, model = torch.randn(20, 3), torch.randint(2, (20,)), torch.nn.Linear(3, 2)
+            >>> influence = kf.Influence(model, kf.estimate(model, (x, y), kf.Categorical()), kf.Categorical())
+            >>> influence.gradients((x[:4], y[:4]), "margin")["weight"].shape
+            torch.Size([4, 2, 3])
+        """
         (found,) = self._slices(queries, measurement, None, progress, None)
         return found.rows()
 

@@ -38,6 +38,14 @@ class Scores:
         fallback: parameter → why only per-example gradients cover it.
         residuals: ``[Q]``, relative residuals of the refined queries; None: they were not refined.
         settings: what the scores are of.
+
+    Example:
+        >>> import kronfisher as kf
+        >>> scores = kf.Scores(torch.tensor([[[1.0, 2.0], [0.0, -3.0]]]), per="block", names=("0", "2"))
+        >>> scores
+        <Scores of 1 queries and 2 examples by block>
+        >>> scores.total
+        tensor([[ 3., -3.]])
     """
 
     values: Tensor

@@ -110,6 +110,14 @@ class Laplace(Posterior):
         Raises:
             DataError: a batch has no targets, or they do not fit.
             UnsupportedError: the Fisher matrix was estimated with a mask.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, x, kf.Gaussian(), labels="exact"))  # of inputs alone
+            >>> posterior.score([(x, 2 * x)]).log_marginal_likelihood().isfinite()
+            tensor(True)
         """
         self._log_likelihood = score_training_data(self, data, ranks_of(group))
         return self
@@ -152,6 +160,15 @@ class Laplace(Posterior):
         Raises:
             DataError: the likelihood of the training data is unknown, or their residuals are zero.
             UnsupportedError: the likelihood has no single noise variance.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> noise = posterior.fit_noise().noise
+            >>> bool((noise - (model(x) - 2 * x).square().mean()).abs() < 1e-5)
+            True
         """
         self.require_single_noise("fit_noise", "keep the noise of the likelihood")
         self.noise = require_residuals(*self.training_score(), self.own_noise)
@@ -184,19 +201,48 @@ class Laplace(Posterior):
         return prediction
 
     def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Outputs ``[n, ...]`` of the linearised network and their variances ``[n, ...]``."""
+        """Outputs ``[n, ...]`` of the linearised network and their variances ``[n, ...]``.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> outputs, variance = posterior.functional_variance(x[:5])
+            >>> outputs.shape, variance.shape
+            (torch.Size([5, 1]), torch.Size([5, 1]))
+        """
         candidates = {group: [precision] for group, precision in self.precisions.items()}
         outputs, variance = variances(self.network(), self._batch(x), candidates)
         return outputs, variance[0]
 
     def functional_covariance(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Outputs ``[n, ...]`` and the covariances ``[n, C, C]`` of the C (flattened) outputs of each example."""
+        """Outputs ``[n, ...]`` and the covariances ``[n, C, C]`` of the C (flattened) outputs of each example.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> outputs, covariance = posterior.functional_covariance(x[:5])
+            >>> covariance.shape
+            torch.Size([5, 1, 1])
+        """
         candidates = {group: [precision] for group, precision in self.precisions.items()}
         outputs, covariance = covariances(self.network(), self._batch(x), candidates)
         return outputs, covariance[0]
 
     def functional_samples(self, x: Any, samples: int = 100, *, seed: int = 0) -> Tensor:
-        """Outputs of linearised networks ``[samples, n, ...]``; the same seed gives the same functions everywhere."""
+        """Outputs of linearised networks ``[samples, n, ...]``; the same seed gives the same functions everywhere.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> posterior.functional_samples(x[:5], 10).shape
+            torch.Size([10, 5, 1])
+        """
         outputs, changes = directions(self.network(), self._batch(x), self.draws(samples, seed))
         return outputs + changes
 
@@ -296,6 +342,15 @@ class Laplace(Posterior):
 
         Raises:
             UnsupportedError: a block's sum has no structure that a posterior can use.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> halves = [[(part, 2 * part)] for part in x.split(10)]
+            >>> first, later = (kf.estimate(model, half, kf.Gaussian(), fit="full", labels="exact") for half in halves)
+            >>> kf.Laplace(model, first).updated(later).fisher.count
+            20.0
         """
         joined = self.fisher.reduced("sum") + fisher.reduced("sum")
         joined = replace(joined, info=replace(joined.info, changes=()), context=self.fisher.context)
@@ -326,6 +381,18 @@ class Laplace(Posterior):
 
         Raises:
             ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> x = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> model = torch.nn.Linear(1, 1)
+            >>> posterior = kf.Laplace(model, kf.estimate(model, [(x, 2 * x)], kf.Gaussian(), labels="exact"))
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     posterior.save(f"{folder}/posterior.safetensors")
+            ...     again = kf.Laplace.load(f"{folder}/posterior.safetensors", model, kf.Gaussian())
+            >>> bool(again.predict(x).variance.allclose(posterior.predict(x).variance))
+            True
         """
         save(self, path)
 

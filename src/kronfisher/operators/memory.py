@@ -5,6 +5,7 @@ import os
 import torch
 
 from kronfisher.errors import MemoryBudgetError
+from kronfisher.tables import size
 
 __all__ = ["available_memory", "require_memory"]
 
@@ -27,8 +28,7 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
     """
     if needed > (free := available_memory(device)):
         raise MemoryBudgetError(
-            f"{what} takes {needed:,} bytes ({needed / 2**30:.1f} GiB) on {device}, where {free / 2**30:.1f} GiB are "
-            f"available. {remedy}"
+            f"{what} takes {needed:,} bytes ({size(needed)}) on {device}, where {size(free)} are available. {remedy}"
         )
 
 

@@ -154,6 +154,14 @@ class LevenbergMarquardt(DampingSchedule):
 
     Raises:
         ValueError: a setting is out of range.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(64, 4), torch.randint(3, (64,))
+        >>> optimizer = kf.NaturalGradient(model, kf.Categorical(), trust=kf.LevenbergMarquardt(every=5))
+        >>> losses = [optimizer.step(lambda: model(x), y).item() for _ in range(10)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     initial: float | None = None

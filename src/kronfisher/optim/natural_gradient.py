@@ -322,7 +322,16 @@ class NaturalGradient(torch.optim.Optimizer):
 
     @property
     def trust(self) -> DampingSchedule | None:
-        """The damping schedule; None for a step that has none."""
+        """The damping schedule; None for a step that has none.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> model = torch.nn.Linear(3, 2)
+            >>> kf.NaturalGradient(model, kf.Categorical(), trust=kf.Constant(0.1)).trust
+            Constant(...)
+            >>> kf.NaturalGradient(model, kf.Categorical()).trust is None
+            True
+        """
         return self.rule.schedule if isinstance(self.rule, QuadraticModel) else None
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -330,6 +339,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises:
             ValueError: one is not the model's.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> model = torch.nn.Linear(3, 2)
+            >>> list(kf.NaturalGradient(model, kf.Categorical(), params=[model.weight]).trained())
+            ['weight']
         """
         named = {}
         for group in self.param_groups:
@@ -344,7 +359,16 @@ class NaturalGradient(torch.optim.Optimizer):
         return {self._names[id(p)]: value for value, parameters in given for p in parameters}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in any optimiser; the new parameters get curvature from the next statistics on."""
+        """As in any optimiser; the new parameters get curvature from the next statistics on.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> model = torch.nn.Linear(3, 2)
+            >>> optimizer = kf.NaturalGradient(model, kf.Categorical(), params=[model.weight])
+            >>> optimizer.add_param_group({"params": [model.bias], "lr": 0.5})
+            >>> list(optimizer.trained())
+            ['weight', 'bias']
+        """
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
             self.parts.extend(self.trained())

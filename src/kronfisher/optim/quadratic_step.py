@@ -31,6 +31,14 @@ class QuadraticModel:
     Raises:
         ValueError: an option is out of range.
         TypeError: an option is of another kind, such as a number for `damping`.
+
+    Example:
+        >>> import torch, kronfisher as kf
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(64, 4), torch.randint(3, (64,))
+        >>> optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.QuadraticModel())
+        >>> losses = [optimizer.step(lambda: model(x), y).item() for _ in range(10)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     damping: Damping = FactoredTikhonov()  # noqa: RUF009 (frozen)
