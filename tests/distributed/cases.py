@@ -205,22 +205,23 @@ def alone(rank):
     return blocks, {name: p.grad for name, p in model.named_parameters()} | dict(model.state_dict())
 
 
+def spread(model, how):
+    """Let fully_shard spread the parameters of a perceptron over the ranks, in one of several ways."""
+    from torch.distributed.fsdp import fully_shard
+
+    size = dist.get_world_size()
+    shape = {"rows": (size,), "replicas": (size, 1), "both": (1, size)}[how]
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    fully_shard(model[2], mesh=mesh, reshard_after_forward=how != "both")
+    fully_shard(model, mesh=mesh)
+
+
 def sharded(rank, fit, how):
     """A matrix, its error, and the model's outputs before and after, of a model that fully_shard spread over ranks."""
     model, x = perceptron(), numbers(11, 4)
     data, group = of_all(rank, list(x.split(2)))
     if rank is not None:
-        from torch.distributed.fsdp import fully_shard
-
-        size = dist.get_world_size()
-        shape, names = {
-            "rows": ((size,), ("dp",)),
-            "replicas": ((size, 1), ("r", "s")),
-            "both": ((1, size), ("r", "s")),
-        }[how]
-        mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
-        fully_shard(model[2], mesh=mesh, reshard_after_forward=how != "both")
-        fully_shard(model, mesh=mesh)
+        spread(model, how)
     before = model(x)
     fisher = kf.estimate(model, data, kf.Categorical(), fit=fit, labels="exact", **group)
     distance = fisher.error(data).distances

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import kronfisher as kf
+from tests.distributed import cases
 from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
 
 BATCH = 4
@@ -27,19 +28,29 @@ def batches(rank, ranks, steps, width=4, outputs=3):
         yield x[part], y[part]
 
 
-def around(rank, model, **options):
+def around(rank, model, how="ddp", **options):
     """A model as a rank trains it, and the option of the optimiser."""
-    return (model, {}) if rank is None else (DistributedDataParallel(model, **options), {"group": dist.group.WORLD})
+    if rank is None:
+        return model, {}
+    group = {"group": dist.group.WORLD}
+    if how == "ddp":
+        return DistributedDataParallel(model, **options), group
+    cases.spread(model, how)
+    return model, group
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
-def steps(rank, ranks, number=20, fit="kfac", labels="observed", **options):
+def steps(rank, ranks, number=20, fit="kfac", labels="observed", how="ddp", **options):
     """Whole steps of the default optimiser."""
     model = perceptron()
-    wrapped, group = around(rank, model)
+    wrapped, group = around(rank, model, how)
     likelihood = kf.Categorical()
     optimizer = kf.NaturalGradient(wrapped, likelihood, fit=fit, labels=labels, **options, **group)
     for x, y in batches(rank, ranks, number):
@@ -72,11 +83,11 @@ def alone(rank, ranks, number=8):
     return found
 
 
-def loop(rank, ranks, number=12):
+def loop(rank, ranks, how="ddp", number=12):
     """A loop of one's own: two batches a step, clipped gradients, weight decay, frozen weights, a scheduler."""
     model = perceptron()
     model[0].bias.requires_grad_(False)
-    wrapped, group = around(rank, model)
+    wrapped, group = around(rank, model, how)
     optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", weight_decay=0.1, **group)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = iter(batches(rank, ranks, 2 * number))
@@ -84,7 +95,9 @@ def loop(rank, ranks, number=12):
         optimizer.zero_grad()
         for last in (False, True):
             x, y = next(data)
-            with contextlib.nullcontext() if last or rank is None else wrapped.no_sync():
+            if how != "ddp" and rank is not None:
+                wrapped.set_requires_gradient_sync(last)
+            with wrapped.no_sync() if how == "ddp" and rank is not None and not last else contextlib.nullcontext():
                 outputs = optimizer.forward(x)
                 optimizer.backward(outputs, y, optimizer.loss(outputs, y) / 2)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -93,10 +106,10 @@ def loop(rank, ranks, number=12):
     return weights(model)
 
 
-def preconditioned(rank, ranks, fit, number=20):
+def preconditioned(rank, ranks, fit, how="ddp", number=20):
     """SGD with momentum on gradients that a preconditioner changes."""
     model = perceptron()
-    wrapped, group = around(rank, model)
+    wrapped, group = around(rank, model, how)
     preconditioner = kf.Preconditioner(wrapped, kf.Categorical(), fit=fit, labels="observed", **group)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x, y in batches(rank, ranks, number):
@@ -105,6 +118,24 @@ def preconditioned(rank, ranks, fit, number=20):
         preconditioner.step()
         sgd.step()
     return weights(model)
+
+
+def attached(rank, ranks, how, number=12):
+    """A loop that calls the model itself; what it says with the average of its iterates; and the weights again."""
+    model = perceptron()
+    wrapped, group = around(rank, model, how)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    optimizer.attach(targets=lambda inputs, options: y)
+    for x, y in batches(rank, ranks, number):
+        optimizer.zero_grad()
+        cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+    optimizer.eval()
+    averaged = {f"average of {name}": value for name, value in weights(model).items()}
+    with torch.no_grad():
+        averaged["outputs"] = model(numbers(5, 4, seed=9))
+    optimizer.train()
+    return weights(model) | averaged
 
 
 def unused(rank, ranks, fit, number=8):
@@ -221,10 +252,10 @@ def between(rank, ranks):
     return found, optimizer.report()
 
 
-def not_finite(rank, ranks, fit, labels):
+def not_finite(rank, ranks, fit, labels, how="ddp"):
     """Weights before and after a step in which one rank's batch holds NaN, and after one more."""
     model = perceptron()
-    wrapped, group = around(rank, model)
+    wrapped, group = around(rank, model, how)
     optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels=labels, **group)
     found = []
     for step, (x, y) in enumerate(batches(rank, ranks, 5)):
@@ -241,22 +272,33 @@ def spread(rank):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    x, group = numbers(4, 4), {"group": dist.group.WORLD}
-    sharded, parallel, narrow = perceptron(), perceptron(), perceptron()
+    size = dist.get_world_size()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+    x, group, likelihood = numbers(4, 4), {"group": dist.group.WORLD}, kf.Categorical()
+    sharded, parallel, narrow, partly, apart = (perceptron() for _ in range(5))
     fully_shard(sharded, mesh=mesh)
     fully_shard(narrow, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(partly[2], mesh=mesh)
     parallelize_module(parallel, mesh, {"0": ColwiseParallel()})
-    fisher = kf.estimate(sharded, x, kf.Categorical(), **group)
+    alone = [dist.new_group([each]) for each in range(size)][rank]
+    fully_shard(apart, mesh=dist.device_mesh.DeviceMesh.from_group(alone, "cpu"))
+    fisher = kf.estimate(sharded, x, likelihood, **group)
     errors = {}
     for name, call in {
-        "training": lambda: kf.NaturalGradient(sharded, kf.Categorical(), **group),
-        "preconditioning": lambda: kf.Preconditioner(sharded, kf.Categorical(), **group),
         "posterior": lambda: kf.Laplace(sharded, fisher),
-        "influence": lambda: kf.Influence(sharded, fisher, kf.Categorical()),
+        "influence": lambda: kf.Influence(sharded, fisher, likelihood),
         "penalty": lambda: fisher.penalty(sharded),
-        "tensor parallel": lambda: kf.estimate(parallel, x, kf.Categorical(), **group),
-        "narrow": lambda: kf.estimate(narrow, x, kf.Categorical(), **group),
+        "gram": lambda: kf.NaturalGradient(sharded, likelihood, fit="gram", group=alone),
+        "tensor parallel": lambda: kf.estimate(parallel, x, likelihood, **group),
+        "training, tensor parallel": lambda: kf.NaturalGradient(parallel, likelihood, **group),
+        "narrow": lambda: kf.estimate(narrow, x, likelihood, **group),
+        "training, narrow": lambda: kf.NaturalGradient(narrow, likelihood, **group),
+        "preconditioning, narrow": lambda: kf.Preconditioner(narrow, likelihood, **group),
+        "papers": lambda: kf.NaturalGradient(sharded, likelihood, step=kf.QuadraticModel(), **group),
+        "partly": lambda: kf.NaturalGradient(partly, likelihood, **group),
+        "without group": lambda: kf.NaturalGradient(sharded, likelihood),
+        "another group": lambda: kf.Preconditioner(sharded, likelihood, group=alone),
+        "a larger group": lambda: kf.Preconditioner(apart, likelihood, **group),
     }.items():
         try:
             call()

@@ -4,6 +4,7 @@ from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
 from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
+from kronfisher.distributed.spread import Spread
 from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.distributed.whole import whole
 
@@ -12,6 +13,7 @@ __all__ = [
     "ProcessGroup",
     "Ranks",
     "Shard",
+    "Spread",
     "Sum",
     "buckets",
     "describe",

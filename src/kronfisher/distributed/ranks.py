@@ -30,6 +30,7 @@ class Ranks:
     Attributes:
         size: W.
         rank: this one's number in the group.
+        members: the number of each rank among all that are initialised.
         collectives: how many were run; a message from one rank to another counts as one.
         sent: bytes that all ranks gave into them, alike on all of them; those of small values that are gathered apart.
     """
@@ -38,7 +39,7 @@ class Ranks:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         on_cuda = "nccl" in str(dist.get_backend(group))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        self._global = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        self.members = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._store = group.get_group_store() if hasattr(group, "get_group_store") else None  # torch 2.6 has no such
         self.collectives = self.sent = 0
 
@@ -90,7 +91,7 @@ class Ranks:
                 if owner < 0:
                     dist.all_reduce(flat, group=self.group)
                 else:
-                    dist.reduce(flat, self._global[owner], group=self.group)
+                    dist.reduce(flat, self.members[owner], group=self.group)
             if owner in (-1, self.rank):
                 bucket.take_(flat)
 
@@ -109,7 +110,7 @@ class Ranks:
         if self.rank != owner:
             if len(parcel.numbers):
                 with self._together():
-                    dist.send(parcel.numbers, self._global[owner], group=self.group)
+                    dist.send(parcel.numbers, self.members[owner], group=self.group)
             return []
         values = []
         for rank, frame in enumerate(frames):
@@ -118,7 +119,7 @@ class Ranks:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
                 if len(numbers):
                     with self._together():
-                        dist.recv(numbers, self._global[rank], group=self.group)
+                        dist.recv(numbers, self.members[rank], group=self.group)
             values.append(Parcel.open(frame, numbers, device))
         return values
 
@@ -161,7 +162,7 @@ class Ranks:
         box: list[Any] = [(describe(error), parcel.frame)]
         self.collectives += 1
         with self._together():
-            dist.broadcast_object_list(box, self._global[owner], group=self.group)
+            dist.broadcast_object_list(box, self.members[owner], group=self.group)
         failure, frame = box[0]
         if failure:
             raise error or RankError(f"rank {owner}: {failure}")
@@ -210,7 +211,7 @@ class Ranks:
     def _broadcast(self, numbers: Tensor, owner: int) -> None:
         self._count(numbers.nbytes)
         with self._together():
-            dist.broadcast(numbers, self._global[owner], group=self.group)
+            dist.broadcast(numbers, self.members[owner], group=self.group)
 
     @contextmanager
     def _together(self, *, comes: bool = False) -> Iterator[None]:

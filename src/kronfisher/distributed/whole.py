@@ -9,7 +9,14 @@ from torch import nn
 
 from kronfisher.errors import UnsupportedError
 
-__all__ = ["whole"]
+__all__ = ["shards", "whole"]
+
+
+def shards(model: nn.Module) -> list[Any]:
+    """The parts of a model that `fully_shard` treats, the outermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # which takes long to import, and otherwise no part is one
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [part for part in model.modules() if isinstance(part, kind)]
 
 
 @contextmanager
@@ -31,10 +38,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         ...     layer.weight.shape
         torch.Size([3, 2])
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # which takes long to import, and otherwise no part is one
-    kind = getattr(fsdp, "FSDPModule", None)
-    parts: list[Any] = [] if kind is None else [part for part in model.modules() if isinstance(part, kind)]
-    if not parts:
+    if not (parts := shards(model)):
         yield
         return
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -46,11 +50,11 @@ def whole(model: nn.Module) -> Iterator[None]:
         for name, parameter in model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 raise UnsupportedError(
-                    f"{name} is {dtypes[name]} and fully_shard computes with it in {parameter.dtype}: estimate "
-                    "without a MixedPrecisionPolicy, on a model that is not sharded."
+                    f"{name} is {dtypes[name]} and fully_shard computes with it in {parameter.dtype}: leave "
+                    "the MixedPrecisionPolicy out, or take a model that is not sharded."
                 )
         for own in hooks:
-            for key in [key for key, hook in own.items() if _shards(hook)]:
+            for key in [key for key, hook in own.items() if _is_of_fsdp(hook)]:
                 del own[key]
         yield
     finally:
@@ -61,6 +65,6 @@ def whole(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def _shards(hook: Any) -> bool:
+def _is_of_fsdp(hook: Any) -> bool:
     """Whether a hook belongs to `fully_shard`."""
     return "fsdp" in (getattr(hook, "__module__", None) or "")

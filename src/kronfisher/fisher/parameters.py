@@ -82,7 +82,7 @@ def _require_whole(parameters: Mapping[str, Tensor]) -> None:
         if (placements := getattr(parameter, "placements", None)) is not None:
             raise UnsupportedError(
                 f"{name} is a DTensor with placements {list(placements)}: each process holds a part of it. Estimates "
-                "take models of fully_shard; training, posteriors, influence and tensor parallel models need whole "
+                "and training take models of fully_shard; posteriors, influence and tensor parallel models need whole "
                 "parameters: use DistributedDataParallel, or pass a model that is not sharded."
             )
 

@@ -185,7 +185,8 @@ class ForwardBackward:
         if capture is None:
             scaled.backward()
         elif statistics.labels == "observed" and loss is None and scale is None:
-            self._backward_observed(capture, outputs, targets, scaled, statistics, step, usable)
+            with statistics.held():
+                self._backward_observed(capture, outputs, targets, scaled, statistics, step, usable)
         else:
             self._rows = rows(capture)
             with nullcontext() if self._rows is None else capture.listen(self._rows.receive):
@@ -194,11 +195,12 @@ class ForwardBackward:
                 else:
                     self._backward_sparing(scaled, self._rows, capture)
             self._rows_pay = self._rows is not None and self._rows.pay(capture)
-            if usable:
-                with suppress(NumericalError):  # something is not finite: this batch is left out
-                    statistics.absorb(capture, outputs, targets, step, retain=False)
-            elif due:
-                statistics.miss(step)
+            if due:
+                with suppress(NumericalError), statistics.held():  # something is not finite: this batch is left out
+                    if usable:
+                        statistics.absorb(capture, outputs, targets, step, retain=False)
+                    else:
+                        statistics.miss(step)
         return _rounded(self.loss, outputs)
 
     def _backward_observed(
@@ -223,7 +225,7 @@ class ForwardBackward:
         with suppress(NumericalError):
             if usable:
                 return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
-        if statistics.ranks is not None:  # others wait for this rank's gradients, and leave theirs out with these
+        if statistics.shared:  # others wait for this rank's gradients, and leave theirs out with these
             if not ran:
                 loss.backward()
             if not usable:

@@ -1,12 +1,13 @@
 """The optimiser: natural gradient, momentum and step size from a quadratic model, damping from its success."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.distributed import ProcessGroup, ranks_of
+from kronfisher.distributed import ProcessGroup, Spread, ranks_of, whole
 from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
@@ -52,7 +53,8 @@ class NaturalGradient(torch.optim.Optimizer):
     can accumulate and clip gradients, scale losses and add loss terms between them.
 
     Args:
-        model: any module. DDP and ``torch.compile`` wrappers may stay around it.
+        model: any module. DDP and ``torch.compile`` wrappers may stay around it; ``fully_shard`` may have spread all
+            its parameters over the ranks of `group`.
         likelihood: the distribution that the outputs parametrise, such as ``kf.Categorical()``; it defines the loss.
         fit: the structure of the curvature, as in `estimate`; ``"gram"`` steps in the space of samples.
         step: the rule of the step, `LayerwiseStep` or `QuadraticModel`; None: the first, unless an option below belongs
@@ -72,8 +74,9 @@ class NaturalGradient(torch.optim.Optimizer):
         trust: likewise.
         momentum: ``"exact"`` likewise; a number is β of either rule.
         kl_limit: likewise.
-        group: the processes that train together under DDP, each on batches of its own, as a process group of
-            torch.distributed or a one-dimensional device mesh; with the default step. None: this process alone.
+        group: the processes that train together under DDP or ``fully_shard``, each on batches of its own, as a process
+            group of torch.distributed or a one-dimensional device mesh; with the default step. None: this process
+            alone.
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
@@ -82,7 +85,8 @@ class NaturalGradient(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of range.
         UnsupportedError: at the first step, no parameter is in a layer that blocks can cover; or several processes
-            and `QuadraticModel`, or a fit of two passes.
+            or ``fully_shard`` and `QuadraticModel` or ``fit="gram"``; or parameters are spread over processes in
+            another way.
         RankError: in a step, ranks have different weights, settings or layers.
 
     Example:
@@ -140,20 +144,23 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"total_steps={total_steps!r}: the horizon of `LayerwiseStep` is a positive number of steps, and "
                 "`QuadraticModel` has none, because it finds the length of every step."
             )
-        self._names = {id(p): name for name, p in self._model.named_parameters()}
-        super().__init__(
-            trainable(self._model).values() if params is None else params, {"lr": lr, "weight_decay": weight_decay}
-        )
+        self._spread = Spread.of(self._model, ranks)
+        own = dict(self._model.named_parameters())
+        self._names = {id(p): name for name, p in own.items()}
+        if params is None:
+            with whole(self._model):
+                params = [own[name] for name in trainable(self._model)]
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps, self._attachment = 0, Attachment()
         parameters = self.trained()
         passes = ForwardBackward(self._model, likelihood)
         settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
-        settings |= {"ranks": ranks, "alone": group is not None}
+        settings |= {"ranks": ranks, "alone": group is not None, "spread": self._spread}
         if isinstance(self.rule, QuadraticModel):
-            if ranks is not None:
+            if ranks is not None or self._spread is not None:
                 raise UnsupportedError(
                     "step=kf.QuadraticModel(...) evaluates its model and its losses on the batch of one process. With "
-                    "group= of several, use the default, step=kf.LayerwiseStep(), or kf.Preconditioner."
+                    "group= of several or fully_shard, use the default, step=kf.LayerwiseStep(), or kf.Preconditioner."
                 )
             refresh = refresh or Refresh()
             self.parts: StepParts = Parts(
@@ -214,8 +221,8 @@ class NaturalGradient(torch.optim.Optimizer):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = TrainedParameters(self.trained(), self._options("lr"), self._options("weight_decay"), self.state)
-        with torch.no_grad():
+        trained = TrainedParameters(self.trained(), self._options("lr"), self._options("weight_decay"), self._states())
+        with torch.no_grad(), self._changed():
             self.parts.make_step(self._model, trained, self.steps, whole=whole)
         self.steps += 1
         return loss
@@ -308,11 +315,13 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put the average of the iterates in place of the weights, to evaluate or save the model; `train` undoes it."""
-        self.parts.evaluate(True, self.trained())
+        with self._changed():
+            self.parts.evaluate(True, self.trained())
 
     def train(self) -> None:
         """Put the weights back in place of their average, to continue training."""
-        self.parts.evaluate(False, self.trained())
+        with self._changed():
+            self.parts.evaluate(False, self.trained())
 
     def report(self) -> TrainingReport:
         """The state of training."""
@@ -335,7 +344,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.rule.schedule if isinstance(self.rule, QuadraticModel) else None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Name → parameter of all groups.
+        """Name → parameter of all groups; whole ones where `fully_shard` spread them.
 
         Raises:
             ValueError: one is not the model's.
@@ -351,8 +360,20 @@ class NaturalGradient(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if id(parameter) not in self._names:
                     raise ValueError(f"a parameter of shape {list(parameter.shape)} in `params` is not the model's")
-                named[self._names[id(parameter)]] = parameter
+                name = self._names[id(parameter)]
+                named[name] = parameter if self._spread is None else self._spread.parameters[name]
         return named
+
+    def _states(self) -> Mapping[Any, dict[str, Any]]:
+        """Parameter, whole, → its state."""
+        if self._spread is None:
+            return self.state
+        own = (parameter for group in self.param_groups for parameter in group["params"])
+        return {self._spread.parameters[self._names[id(p)]]: self.state[p] for p in own}
+
+    def _changed(self) -> AbstractContextManager[None]:
+        """While weights are read and changed."""
+        return nullcontext() if self._spread is None else self._spread.changed()
 
     def _options(self, key: str) -> dict[str, float]:
         given = ((float(group[key]), group["params"]) for group in self.param_groups)

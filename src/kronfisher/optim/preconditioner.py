@@ -1,12 +1,13 @@
 """The natural gradient for any optimiser of torch."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.distributed import ProcessGroup, ranks_of
+from kronfisher.distributed import ProcessGroup, Spread, ranks_of, whole
 from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping, FactoredTikhonov
@@ -53,8 +54,8 @@ class Preconditioner:
         scale: ``"gradient"``: each layer gets the norm of its gradient; None: ``(F̆ + λ)⁻¹ .grad`` as it is.
         kl_limit: in place of `scale`, scale ``(F̆ + λ)⁻¹ .grad`` so that its product with ``.grad`` is at most this.
         seed: of the label draws.
-        group: the processes that train together under DDP, each on batches of its own, as a process group of
-            torch.distributed or a one-dimensional device mesh. None: this process alone.
+        group: the processes that train together under DDP or ``fully_shard``, each on batches of its own, as a process
+            group of torch.distributed or a one-dimensional device mesh. None: this process alone.
 
     Raises:
         UnsupportedError: `trust` compares losses, which only `NaturalGradient` can do.
@@ -105,10 +106,14 @@ class Preconditioner:
                 f"{type(self.trust).__name__} compares the loss before and after a step, and a Preconditioner sees "
                 "neither. Use trust=kf.Constant(λ) or kf.Schedule(...), or kf.NaturalGradient."
             )
-        named = trainable(self._model)
+        ranks = ranks_of(group)
+        self._spread = Spread.of(self._model, ranks)
+        own = {name: id(p) for name, p in self._model.named_parameters()}
+        with whole(self._model):
+            named = trainable(self._model)
         if params is not None:
             wanted = {id(p) for p in params}
-            named = {name: p for name, p in named.items() if id(p) in wanted}
+            named = {name: p for name, p in named.items() if own[name] in wanted}
             if len(named) != len(wanted):
                 raise ValueError("`params` holds parameters that are not the model's, or that are frozen.")
         if scale not in ("gradient", None):
@@ -124,8 +129,9 @@ class Preconditioner:
             labels=labels,
             samples=samples,
             seed=seed,
-            ranks=ranks_of(group),
+            ranks=ranks,
             alone=group is not None,
+            spread=self._spread,
         )
         self.direction = Direction(named, damping, refresh)
         self.damping = ScheduledDamping(self.trust)
@@ -157,6 +163,10 @@ class Preconditioner:
         Raises:
             UnsupportedError: there are no statistics yet.
         """
+        with nullcontext() if self._spread is None else self._spread.changed(gradients=True):
+            self._step()
+
+    def _step(self) -> None:
         named = self.statistics.parameters
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         if sparse := [name for name, gradient in gradients.items() if gradient.layout is not torch.strided]:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.observation import Observation
-from kronfisher.distributed import Ranks
+from kronfisher.distributed import Ranks, Spread
 from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
@@ -46,6 +46,7 @@ class Statistics:
         seed: of the draws; those of a step depend on the seed and the step alone.
         ranks: the processes that train together; None: there is one.
         alone: this process was said to train alone, by a group of it; else there must be no others.
+        spread: the parameters, if `fully_shard` spread them over ranks.
         treats: whether the curvature of a block is wanted; statistics of the others are left out, even of all. None:
             it is wanted of every block, and of at least one.
         misfit: whether to measure how far predictions are from the data.
@@ -72,6 +73,7 @@ class Statistics:
         seed: int,
         ranks: Ranks | None = None,
         alone: bool = False,
+        spread: Spread | None = None,
         treats: Callable[[Block], bool] | None = None,
         misfit: bool = False,
         partly: bool = False,
@@ -85,7 +87,7 @@ class Statistics:
         self._measures_misfit, self._partly = misfit, partly
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
-        self.ranks, self._alone = ranks, alone
+        self.ranks, self._alone, self._spread = ranks, alone, spread
         self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
@@ -180,6 +182,8 @@ class Statistics:
         """Begin with empty states, at first and whenever other parameters are trained than before."""
         if self.ranks is None and not self._alone:
             require_one_process()
+        if self._spread is not None:
+            self._spread.follow()
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:
             self._run, self._trained, self.next_due = self._accumulator(), trained, step
@@ -188,9 +192,19 @@ class Statistics:
     def captured(self) -> Iterator[Capture]:
         """Capture a forward pass of the caller's."""
         assert self._run is not None
-        constants = (*self.model.parameters(), *self.model.buffers())
+        fixed = self.model.parameters() if self._spread is None else self._spread.parameters.values()
+        constants = (*fixed, *self.model.buffers())
         with _eager(), Capture(self._run.parameters, constants, lenient=True) as capture:
             yield capture
+
+    def held(self) -> AbstractContextManager[None]:
+        """While statistics are read from a pass: several ranks come, and some may run no backward pass."""
+        return nullcontext() if self._spread is None else self._spread.held()
+
+    @property
+    def shared(self) -> bool:
+        """Whether others wait for this rank's gradients."""
+        return self.ranks is not None or self._spread is not None
 
     # Statistics of a batch --------------------------------------------------------------------------------------------
 
@@ -210,7 +224,7 @@ class Statistics:
 
     def read(self, capture: Capture, outputs: Tensor, targets: Any, step: int) -> None:
         """Add the statistics of a pass whose graph the user goes backward through afterwards, if it is finite."""
-        with suppress(NumericalError):  # the loss shows that, too
+        with suppress(NumericalError), self.held():  # the loss shows that, too
             if self.accepts(outputs, targets, step):
                 self.absorb(capture, outputs, targets, step, retain=True)
             else:
