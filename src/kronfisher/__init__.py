@@ -3,6 +3,7 @@
 A matrix comes from ``kf.estimate(model, loader, kf.Categorical())`` and is a linear operator over the parameters.
 """
 
+from kronfisher.capture.derivatives import Derivatives, derivatives
 from kronfisher.distributed import shard
 from kronfisher.errors import (
     DataError,
@@ -75,6 +76,7 @@ __all__ = [
     "Constant",
     "Coverage",
     "DataError",
+    "Derivatives",
     "Diagonal",
     "Distance",
     "FactoredTikhonov",
@@ -117,6 +119,7 @@ __all__ = [
     "batch_size_at",
     "compare",
     "coverage",
+    "derivatives",
     "estimate",
     "kernel",
     "laplace_backend",

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kronfisher.capture.derivatives import derivatives
+
 EXAMPLES: dict[str, Callable[[], tuple[Any, tuple[int, ...]]]] = {}
 """Name → builder of a small module and the shape of its input; the conformance tests run every one."""
 
@@ -37,6 +39,18 @@ class Affine(nn.Module):
         x = x.sin()
         x *= self.gain
         return x
+
+
+class Propagated(nn.Module):
+    # A chain's value, slopes, a second derivative and the Laplacian side by side.
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = derivatives(self.chain, x, second=[(0, 1)], laplacian=True)
+        assert found.laplacian is not None
+        return torch.cat([found.value, found.first[..., 0], found.second[0, 1], found.laplacian], dim=1)
 
 
 class Tokens(nn.Module):
@@ -156,6 +170,7 @@ EXAMPLES["embedding bag, sum"] = lambda: (Read(nn.EmbeddingBag(5, 2, mode="sum",
 EXAMPLES["embeddings of tokens and positions"] = lambda: (Read(nn.Embedding(5, 3), nn.Embedding(8, 3)), (4, 6))
 EXAMPLES["linear"] = lambda: (nn.Linear(3, 4), (5, 3))
 EXAMPLES["linear without bias, three axes"] = lambda: (nn.Linear(3, 4, bias=False), (5, 2, 3))
+EXAMPLES["linear, with derivatives by the inputs"] = lambda: (Propagated(), (5, 2))
 EXAMPLES["linear, four axes"] = lambda: (nn.Linear(3, 2), (4, 2, 3, 3))
 EXAMPLES["matrix products with views"] = lambda: (Functional(), (5, 3))
 EXAMPLES["layer norm"] = lambda: (nn.LayerNorm([2, 3]), (4, 2, 3))

@@ -62,6 +62,8 @@ def taps(module: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tenso
         return _attention(module.attention, "module.attention", *sources(module, x), places)
     if isinstance(module, nn.TransformerEncoderLayer):
         return _transformer_layer(module, x, places)
+    if hasattr(module, "chain"):
+        return _propagated(module.chain, x[0], places)
     if hasattr(module, "heads"):
         return _contractions(module, x, places)
     if hasattr(module, "cells"):
@@ -214,6 +216,26 @@ def _transformer_layer(module: nn.Module, x: Tensor, places: dict[str, Tensor]) 
         found.append(tap)
         hidden = y.relu()
     return x + y, found
+
+
+def _propagated(chain: nn.Module, x: Tensor, places: dict[str, Tensor]) -> tuple[Tensor, list[Tap]]:
+    """Value, two slopes, the mixed derivative and the Laplacian of a network of one hidden layer, by their formulas."""
+    first, last = chain[0], chain[2]
+    into = torch.cat([x[None], torch.eye(2, dtype=x.dtype), x.new_zeros(2, 2)])
+    at_value = x.new_tensor([1.0, 0, 0, 0, 0])[:, None]
+    z = into @ first.weight.T + at_value * first.bias
+    y = z[0].tanh()
+    slope, bend = 1 - y**2, -2 * y * (1 - y**2)
+    mixed = bend * z[1] * z[2] + slope * z[3]
+    laplacian = bend * (z[1] ** 2 + z[2] ** 2) + slope * z[4]
+    hidden = torch.stack([y, slope * z[1], slope * z[2], mixed, laplacian])
+    out = hidden @ last.weight.T + at_value * last.bias
+    found = []
+    for name, rows, a in (("0", z, into), ("2", out, hidden)):
+        index = torch.cat([places[f"module.chain.{name}.weight"], places[f"module.chain.{name}.bias"][:, None]], dim=1)
+        a = torch.cat([a, at_value], dim=1)
+        found.append(Tap(f"module.chain.{name}.weight", rows, a[None], lambda g: g[None], index[None]))
+    return out[:, 0][None], found
 
 
 def spread_patches(module: nn.Module, x: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -28,7 +28,7 @@ from kronfisher.estimation.targets import name_targets
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fits import Choice, Diagonal, Fit, asked_for, choose
-from kronfisher.likelihoods import Draws, along_outputs, masked_positions
+from kronfisher.likelihoods import Draws, Residuals, along_outputs, masked_positions
 from kronfisher.linalg import plain_arithmetic
 
 __all__ = ["Accumulator"]
@@ -85,7 +85,8 @@ class Accumulator:
         self.device = next(iter(self.parameters.values())).device
         chosen = choose(fit, self.parameters)
         asked = asked_for(fit, self.parameters) if asked is None else asked
-        self.fits = Fits(chosen, self.parameters, training, fallback or Diagonal(), asked)
+        by_rows = isinstance(recipe.likelihood, Residuals)
+        self.fits = Fits(chosen, self.parameters, training, fallback or Diagonal(), asked, by_rows=by_rows)
         self.known = Known()
         self.groups = Groups(self.device, recipe.memory_budget)
         self.backward_passes, self.batches = 0, 1

@@ -36,6 +36,8 @@ class Fits:
         fallback: for parameters whose own fit cannot use per-example gradients, or would be too dear.
         asked: parameters whose fit was given by name, and is kept at any price.
         dear: parameters for which a dense factor would be too dear.
+        by_rows: fits that depend on the gradients of single examples alone take them where nothing else is known, as of
+            residuals, whose derivatives meet most weights again; else the fallback's fit does.
     """
 
     given: Mapping[str, Fit]
@@ -44,6 +46,7 @@ class Fits:
     fallback: Fit = field(default_factory=Diagonal)
     asked: AbstractSet[str] = frozenset()
     dear: AbstractSet[str] = frozenset()
+    by_rows: bool = False
 
     @cached_property
     def chained(self) -> bool:
@@ -53,8 +56,10 @@ class Fits:
     def of(self, block: Block) -> Fit:
         """The fit of the block's parameters, or the fallback's fit if that cannot treat the block."""
         fit = self.given[block.parameters[0]]
-        lesser = block.operator == FALLBACK or (block.weight is None and block.parameters[0] in self.dear)
-        return self.fallback if lesser and not fit.exact else fit
+        if block.operator == FALLBACK:
+            return fit if fit.exact or (self.by_rows and fit.of_gradients) else self.fallback
+        dear = block.weight is None and block.parameters[0] in self.dear
+        return self.fallback if dear and not fit.exact else fit
 
     @property
     def whole(self) -> list[str]:

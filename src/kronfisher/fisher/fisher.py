@@ -462,12 +462,13 @@ class Fisher(Algebra["Fisher"]):
         """``F + other`` for another over the same parameters in the same blocks (DataError otherwise)."""
         if not isinstance(other, Fisher):
             return None
-        mine, theirs = dict(self.entries), dict(other.entries)
+        # Whatever operators used the weights: one layer may be called in several forms.
+        mine, theirs = ({tuple(b.key for b in blocks): (blocks, x) for blocks, x in f.entries} for f in (self, other))
         if mine.keys() != theirs.keys() or [*self.shapes.items()] != [*other.shapes.items()]:
-            odd = [block_name(blocks) for blocks in mine.keys() ^ theirs.keys()]
+            odd = [block_name(({**mine, **theirs})[key][0]) for key in mine.keys() ^ theirs.keys()]
             differ = f"blocks in one only: {', '.join(sorted(set(odd)))}" if odd else "the parameters differ in order"
             raise DataError(f"two Fishers add only over the same parameters in the same blocks; {differ}")
-        entries = tuple((blocks, operator + theirs[blocks]) for blocks, operator in mine.items())
+        entries = tuple((blocks, operator + theirs[key][1]) for key, (blocks, operator) in mine.items())
         context = self.context if self.context == other.context else None  # else no one truth belongs to the sum
         return replace(self, entries=entries, info=self.info.joined(other.info), context=context)
 

@@ -96,6 +96,10 @@ class EKFAC(Fit):
         return self.basis.linear
 
     @property
+    def of_gradients(self) -> bool:
+        return self.basis.of_gradients
+
+    @property
     def by_batch(self) -> bool:
         return self.basis.by_batch
 

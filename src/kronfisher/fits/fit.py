@@ -56,6 +56,11 @@ class Fit:
         return True
 
     @property
+    def of_gradients(self) -> bool:
+        """Whether the answer depends on each example's gradient alone, not on the positions that add up to it."""
+        return False
+
+    @property
     def by_batch(self) -> bool:
         """Whether the answer depends on the size and order of the batches."""
         return False

@@ -93,6 +93,10 @@ class KFOC(Fit):
             raise ValueError(f"route={self.route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
 
     @property
+    def of_gradients(self) -> bool:
+        return True
+
+    @property
     def linear(self) -> bool:
         return False
 

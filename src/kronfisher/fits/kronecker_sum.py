@@ -89,6 +89,10 @@ class KroneckerSum(Fit):
             raise ValueError(f"{self!r}: memory carries at least as many terms as rank keeps.")
 
     @property
+    def of_gradients(self) -> bool:
+        return True
+
+    @property
     def linear(self) -> bool:
         return False
 

@@ -47,6 +47,10 @@ class TKFAC(Fit):
     def __post_init__(self) -> None:
         check_max_dim(self)
 
+    @property
+    def of_gradients(self) -> bool:
+        return True
+
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         return Plan(2 * element * sum(elements(*shape) for shape in factor_shapes(group, self.max_dim)))
 
