@@ -26,6 +26,12 @@ _ELEMENTWISE = (
 class Derivatives:
     """What a network is at n points, and how it changes there.
 
+    Example:
+        >>> chain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> found = derivatives(chain, torch.zeros(5, 2), second=[(0, 1)])
+        >>> found.value.shape, found.first.shape, found.second[0, 1].shape
+        (torch.Size([5, 1]), torch.Size([5, 2, 1]), torch.Size([5, 1]))
+
     Attributes:
         value: u ``[n, V]``.
         first: ∂u/∂x_i ``[n, d, V]``.
@@ -65,7 +71,7 @@ def derivatives(
         ...     return {"equation": kf.derivatives(net, x, laplacian=True).laplacian + 1}, None
         >>> fisher = kf.estimate(net, x, kf.Residuals({"equation": 1.0}), labels="exact", forward=residuals)
         >>> fisher["0.weight"].structure
-        'kronecker 16x3'
+        'kronecker 3x16'
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise DataError(f"derivatives needs points [n, d] of floating-point numbers, found {x.dtype} {list(x.shape)}.")
