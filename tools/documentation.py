@@ -36,7 +36,7 @@ REFERENCE = {
         Gram Auto""",
     "Likelihoods": "Likelihood Categorical Gaussian HeteroscedasticGaussian Bernoulli Poisson Residuals Weighted",
     "Training": """NaturalGradient LayerwiseStep QuadraticModel Preconditioner Refresh IterateAverage Constant
-        LevenbergMarquardt Schedule batch_size_at""",
+        LevenbergMarquardt Schedule batch_size_at named_state load_named_state""",
     "Uncertainty": "Laplace Prediction laplace_backend",
     "Influence": "Influence Scores Share attribution",
     "Errors": """DataError IndefiniteError MemoryBudgetError NumericalError NumericalWarning RankError SingularError

@@ -56,6 +56,7 @@ from kronfisher.likelihoods import (
     Weighted,
 )
 from kronfisher.optim import IterateAverage, LayerwiseStep, NaturalGradient, QuadraticModel, Refresh, batch_size_at
+from kronfisher.optim.checkpoint import load_named_state, named_state
 from kronfisher.optim.damping_schedule import Constant, LevenbergMarquardt, Schedule
 from kronfisher.optim.preconditioner import Preconditioner
 
@@ -124,7 +125,9 @@ __all__ = [
     "kernel",
     "laplace_backend",
     "load",
+    "load_named_state",
     "merge",
+    "named_state",
     "nearest_kronecker",
     "shard",
 ]

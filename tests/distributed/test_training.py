@@ -2,10 +2,14 @@
 
 import re
 import time
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 
+import kronfisher as kf
 from tests.distributed import trainings
 from tests.distributed.cases import same_bits
 from tests.helpers.close import close
@@ -83,17 +87,67 @@ def test_training_goes_on_from_what_rank_0_saved(ranks):
         torch.testing.assert_close(parts[0][name], value, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("how", ["rank 0", "checkpoint"])
-def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, tmp_path):
-    """Two ranks save; three load that, from a file one process as well; they follow one process with their batches."""
-    if ranks.size != 3:
-        pytest.skip("needs a third rank")
+@pytest.mark.parametrize(
+    ("how", "model"),
+    [
+        ("rank 0", "ddp"),
+        ("checkpoint", "ddp"),
+        ("names", "ddp"),
+        ("names", "ddp to rows"),
+        ("names", "both to ddp"),
+    ],
+)
+def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, model, tmp_path):
+    """Two ranks save; three load that, one process as well; they follow one process with their batches.
+
+    Where fully_shard spreads the model, two ranks save and two load, since its mesh is all ranks.
+    """
+    if ranks.size != (3 if model == "ddp" else 2):
+        pytest.skip("another number of ranks saves")
     saved, path, whole = 2, str(tmp_path / "saved"), str(tmp_path / "whole")
-    answers = ranks.call(trainings.handed_on, ranks.size, path, saved, ranks.size, how)
+    answers = ranks.call(trainings.handed_on, ranks.size, path, saved, ranks.size, how, model)
     follow(answers, trainings.handed_on(None, 1, whole, saved, ranks.size, "rank 0"))
-    if how == "rank 0":
-        truth = trainings.handed_on(None, 1, whole, None, 1, how)
+    if how != "checkpoint":
+        truth = trainings.handed_on(None, 1, whole, None, 1, "rank 0")
         follow([trainings.handed_on(None, 1, path, None, 1, how)], truth)
+    if how == "names":
+        kept = FileSystemReader(path).read_metadata().state_dict_metadata
+        names = trainings.perceptron().state_dict()
+        assert kept.keys() >= {f"optimizer.state.{name}.momentum" for name in names}
+        assert all(any(name in key for name in names) for key in kept if "layers" in key or "average.averages" in key)
+
+
+def test_named_states_that_do_not_belong(tmp_path):
+    optimizer = kf.NaturalGradient(trainings.perceptron(), kf.Categorical())
+    with warnings.catch_warnings(action="ignore"):  # that one process saves
+        dcp.save({"optimizer": kf.named_state(optimizer)}, checkpoint_id=tmp_path)
+    with pytest.raises(kf.DataError, match="has no state of an optimiser under 'other'"):
+        kf.load_named_state(optimizer, tmp_path, "other")
+    with pytest.raises(kf.DataError, match="not the state of a Preconditioner"):
+        kf.load_named_state(kf.Preconditioner(trainings.perceptron(), kf.Categorical()), tmp_path)
+    with pytest.raises(TypeError, match=r"for others use torch\.distributed\.checkpoint\.state_dict"):
+        kf.named_state(torch.optim.SGD(trainings.perceptron().parameters()))
+
+
+def test_a_preconditioner_goes_on_from_its_named_state(tmp_path):
+    """To the last bit, layouts of tensors among it."""
+
+    def go(number, folder=None):
+        model = trainings.perceptron()
+        preconditioner, sgd = kf.Preconditioner(model, kf.Categorical()), torch.optim.SGD(model.parameters(), 0.1)
+        for step, (x, y) in enumerate(trainings.batches(None, 1, number)):
+            if step == 3 and folder:
+                with warnings.catch_warnings(action="ignore"):
+                    dcp.save({"optimizer": kf.named_state(preconditioner)}, checkpoint_id=folder)
+                preconditioner = kf.Preconditioner(model, kf.Categorical())
+                kf.load_named_state(preconditioner, folder)
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(preconditioner(x), y).backward()
+            preconditioner.step()
+            sgd.step()
+        return trainings.weights(model)
+
+    assert same_bits([go(8), go(8, tmp_path)])
 
 
 def test_ranks_that_are_killed_go_on_to_the_same_bits(ranks, tmp_path):

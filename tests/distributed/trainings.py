@@ -184,7 +184,7 @@ def saving(rank, ranks, path, number):
     return weights(model)
 
 
-def handed_on(rank, ranks, path, saved, loaded, how):
+def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
     """Weights after five steps of some ranks, and five steps of other ranks that go on from what these saved.
 
     Args:
@@ -192,47 +192,63 @@ def handed_on(rank, ranks, path, saved, loaded, how):
         ranks: of the group.
         path: of the file or folder.
         saved: how many ranks train and save at first; None: what others saved is loaded.
-        loaded: how many go on.
-        how: rank 0 saves alone, or all of them through torch.distributed.checkpoint.
+        loaded: how many go on; others of the group do not come.
+        how: rank 0 saves alone, or all of them through torch.distributed.checkpoint, as bytes or by names.
+        model: what the ranks that save train, and what those that load do: DDP, or how fully_shard spreads it.
     """
+    models = model.split(" to ")
 
     def some(number):
         if rank is None:
             return None
         return dist.group.WORLD if number == ranks else dist.new_group(list(range(number)))
 
-    def made(group):
+    def made(group, how):
         model = perceptron()
-        wrapped = model if rank is None else DistributedDataParallel(model, process_group=group)
+        wrapped = model
+        if rank is not None and how == "ddp":
+            wrapped = DistributedDataParallel(model, process_group=group)
+        elif rank is not None:
+            cases.spread(model, how)
         return model, wrapped, kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", group=group)
 
     def go(wrapped, optimizer, number, first):
         for x, y in list(batches(rank if rank is not None and number > 1 else None, number, first + 5))[first:]:
             optimizer.step(lambda x=x: wrapped(x), y)
 
+    groups = [None if number is None else some(number) for number in (saved, loaded)]
     if saved is not None:
-        group = some(saved)
         if rank is None or rank < saved:
-            model, wrapped, optimizer = made(group)
+            model, wrapped, optimizer = made(groups[0], models[0])
             go(wrapped, optimizer, saved, 0)
-            if how == "checkpoint":
+            state = {"model": model.state_dict()}
+            if how == "rank 0" and not rank:
+                torch.save(state | {"optimizer": optimizer.state_dict()}, path)
+            elif how == "checkpoint":
                 file = io.BytesIO()
                 torch.save(optimizer.state_dict(), file)
-                state = {"model": model.state_dict(), "optimizer": file.getvalue()}
-                dcp.save(state, checkpoint_id=path, process_group=group)
-            elif not rank:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+                dcp.save(state | {"optimizer": file.getvalue()}, checkpoint_id=path, process_group=groups[0])
+            elif how == "names":
+                named = {"optimizer": kf.named_state(optimizer)}
+                dcp.save(state | named, checkpoint_id=path, process_group=groups[0])
         if rank is not None:
             dist.barrier()
-    model, wrapped, optimizer = made(some(loaded))
-    if how == "checkpoint":
-        state = {"model": model.state_dict(), "optimizer": b""}
-        dcp.load(state, checkpoint_id=path, no_dist=rank is None)
-        state["optimizer"] = torch.load(io.BytesIO(state["optimizer"]))
-    else:
+    if rank is not None and rank >= loaded:
+        return {}
+    model, wrapped, optimizer = made(groups[1], models[-1])
+    if how == "rank 0":
         state = torch.load(path)
+    else:
+        state = {"model": model.state_dict()} | ({"optimizer": b""} if how == "checkpoint" else {})
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process loads alone
+            dcp.load(state, checkpoint_id=path, no_dist=rank is None, process_group=groups[1])
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    if how == "names":
+        kf.load_named_state(optimizer, path)
+    elif how == "checkpoint":
+        optimizer.load_state_dict(torch.load(io.BytesIO(state["optimizer"])))
+    else:
+        optimizer.load_state_dict(state["optimizer"])
     go(wrapped, optimizer, loaded, 5)
     return weights(model)
 

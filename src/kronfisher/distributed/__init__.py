@@ -1,7 +1,7 @@
 """Many processes: a group of ranks, what travels between them, who owns what, and each rank's part of the data."""
 
 from kronfisher.distributed.owners import owners
-from kronfisher.distributed.parcel import Parcel
+from kronfisher.distributed.parcel import Parcel, axes_by_stride
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
 from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
 from kronfisher.distributed.spread import Spread
@@ -15,6 +15,7 @@ __all__ = [
     "Shard",
     "Spread",
     "Sum",
+    "axes_by_stride",
     "buckets",
     "describe",
     "owners",

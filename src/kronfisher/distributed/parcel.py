@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Parcel"]
+__all__ = ["Parcel", "axes_by_stride"]
 
 _ALIGNED = 16  # bytes, so that every tensor can be looked at in its own dtype
 
@@ -48,7 +48,7 @@ class Parcel:
 
         file = io.BytesIO()
         Pickler(file).dump(value)
-        orders = [_order(tensor) for tensor in tensors]
+        orders = [axes_by_stride(tensor) for tensor in tensors]
         tensors = [tensor.detach().permute(order) for tensor, order in zip(tensors, orders, strict=True)]
         shapes = [(tuple(tensor.shape), order, tensor.dtype) for tensor, order in zip(tensors, orders, strict=True)]
         pieces = [_bytes_of(tensor).to(device) for tensor in tensors]
@@ -79,7 +79,7 @@ class Parcel:
         return sum(_aligned(prod(shape) * dtype.itemsize) for shape, _, dtype in pickle.loads(frame)[1])
 
 
-def _order(tensor: Tensor) -> list[int]:
+def axes_by_stride(tensor: Tensor) -> list[int]:
     """Its axes from the longest stride to the shortest: products of tensors in another layout have other last bits."""
     return sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
 
