@@ -15,8 +15,8 @@ MIGRATION = {path.stem for path in (ROOT / "docs" / "migration").glob("*.md")}
 # Lines that `make test` and `make docs` run.
 EXAMPLES = "\n".join(
     line
-    for folder, kind in (("src", "*.py"), ("docs", "*.md"), (".", "README.md"))
-    for path in (ROOT / folder).rglob(kind)
+    for pattern in ("src/**/*.py", "docs/**/*.md", "README.md")
+    for path in ROOT.glob(pattern)
     for line in path.read_text(encoding="utf-8").splitlines()
     if line.lstrip().startswith((">>> ", "... "))
 )

@@ -239,7 +239,7 @@ def _once() -> Callable[[], None]:
         nonlocal warm
         if not warm:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+                warnings.filterwarnings("ignore", message=".*torch.jit.*")
                 with forward_ad.dual_level():
                     forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
             warm = True

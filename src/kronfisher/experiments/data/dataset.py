@@ -87,6 +87,10 @@ class Dataset:
         task: Task = "probabilities" if within else "values"
         return Dataset(self.name, train, train, test, test, task, prod(self.input_shape))
 
+    def flat(self) -> "Dataset":
+        """The same with inputs that are vectors."""
+        return replace(self, train_inputs=self.train_inputs.flatten(1), test_inputs=self.test_inputs.flatten(1))
+
     def head(self, train_size: int | None = None, test_size: int | None = None) -> "Dataset":
         """At most the first `train_size` and `test_size` examples."""
         return replace(

@@ -4,21 +4,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kronfisher.experiments import data
-from kronfisher.experiments.influence.findings import InfluenceFindings, record
+from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import FITS, make
 from kronfisher.experiments.influence.retraining import Regressors
+from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
-from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.influence import attribution
-from kronfisher.influence.files import digest
 
 __all__ = ["ConcreteStudy"]
 
@@ -26,7 +25,7 @@ RANDOM = "random"
 
 
 @dataclass(frozen=True)
-class ConcreteStudy(Experiment):
+class ConcreteStudy(InfluenceStudy):
     """The settings of the study.
 
     Attributes:
@@ -42,6 +41,8 @@ class ConcreteStudy(Experiment):
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
+    study: ClassVar[str] = "concrete"
+    judged: ClassVar[tuple[str, ...]] = ("counts",)
     dataset: str = "concrete"
     queries: int = 10
     counts: Sequence[int] = (10, 30)
@@ -69,11 +70,13 @@ class ConcreteStudy(Experiment):
     def _problem(self) -> Regressors:
         dataset = data.load(self.dataset, data_dir=self.data_dir).head(self.train_size, self.queries)
         if dataset.task == "classes":  # of the digits: one number for each class
-            parts = {f"{part}_inputs": getattr(dataset, f"{part}_inputs").flatten(1) for part in ("train", "test")}
-            for part in ("train", "test"):
-                parts[f"{part}_targets"] = F.one_hot(getattr(dataset, f"{part}_targets"), dataset.outputs).float()
-            dataset = replace(dataset, **parts, task="values")
+            ones = [F.one_hot(part, dataset.outputs).float() for part in (dataset.train_targets, dataset.test_targets)]
+            dataset = replace(dataset.flat(), train_targets=ones[0], test_targets=ones[1], task="values")
         return Regressors(dataset, self.hidden, self.seeds, self.epochs)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return "dataset", "queries", "seeds", "epochs", "hidden", "train_size"
 
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         problem, started = self._problem(), time.perf_counter()
@@ -81,11 +84,9 @@ class ConcreteStudy(Experiment):
         model = problem.first(problem.train(torch.arange(len(x))))
         with torch.no_grad():
             error = float((model(problem.dataset.test_inputs) - problem.dataset.test_targets).square().mean())
-        note = f"{self.dataset}: {len(x):,} examples, squared error {error:.3f} of the {self.queries} queries"
-        networks.append({"note": note, "error": error, "seconds": time.perf_counter() - started})
-        say(note)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{digest(repr(self._what()))[:12]}.jsonl"
+        what = f"{len(x):,} examples, squared error {error:.3f} of the {self.queries} queries"
+        self.note(networks, say, what, started, error=error)
+        path = self.trainings()
         batches = problem.dataset.batches(500)
         queries = problem.dataset.test_inputs, problem.dataset.test_targets
         likelihood = problem.dataset.likelihood
@@ -97,17 +98,8 @@ class ConcreteStudy(Experiment):
             else:
                 scores = make(name, model, batches, likelihood).scores(batches, queries).values
             seconds = time.perf_counter() - began
-            curve = attribution.removal(
-                scores, problem, counts=self.counts, path=path, progress=lambda text: step(text or "trainings", 0, 1)
-            )
+            options = {"counts": self.counts, "path": path}
+            curve = attribution.removal(scores, problem, progress=training_again(step), **options)
             for count, interval in zip(self.counts, curve.intervals, strict=True):
                 rows.append(record(self.dataset, name, f"{count} removed", interval, seconds))
                 say(f"{name}: squared error {interval} higher with {count} removed")
-
-    def _what(self) -> dict[str, object]:
-        names = ("dataset", "queries", "seeds", "epochs", "hidden", "train_size")
-        return {name: getattr(self, name) for name in names}
-
-    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> InfluenceFindings:
-        settings = {"study": "concrete", **self._what(), "counts": list(self.counts)}
-        return InfluenceFindings(settings, networks, rows, finished)

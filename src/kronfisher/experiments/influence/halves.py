@@ -5,19 +5,18 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.experiments.influence.findings import InfluenceFindings, record
+from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import make
 from kronfisher.experiments.influence.retraining import Trainer
+from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
-from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.influence import attribution
-from kronfisher.influence.files import digest
 
 __all__ = ["HalvesStudy"]
 
@@ -25,7 +24,7 @@ _OTHER = 1000  # the first seed of the networks that are scored
 
 
 @dataclass(frozen=True)
-class HalvesStudy(Experiment):
+class HalvesStudy(InfluenceStudy):
     """The settings of such a study.
 
     Attributes:
@@ -42,6 +41,7 @@ class HalvesStudy(Experiment):
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
+    judged: ClassVar[tuple[str, ...]] = ("subsets", "seeds")
     dataset: str = ""
     train_size: int = 5000
     queries: int = 100
@@ -58,17 +58,15 @@ class HalvesStudy(Experiment):
     def problem(self) -> Trainer:
         """Data and training."""
 
-    @abstractmethod
-    def name(self) -> str:
-        """Of the study on the command line."""
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return "dataset", "train_size", "queries", "epochs"
 
     def check(self) -> None:
         self.problem()
 
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
-        problem = self.problem()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{digest(repr(self._what()))[:12]}.jsonl"
+        problem, path = self.problem(), self.trainings()
         queries = problem.dataset.test_inputs, problem.dataset.test_targets
         batches, sums = problem.dataset.batches(250), dict[str, Tensor]()
         for seed in range(self.models):
@@ -77,9 +75,8 @@ class HalvesStudy(Experiment):
             model = problem.train(problem.everything, _OTHER + seed)
             with torch.no_grad():
                 loss = float(-problem.dataset.likelihood.log_prob(model(queries[0]), queries[1]).mean())
-            note = f"{self.dataset}: network {seed} of {len(problem.everything):,} examples, loss of queries {loss:.3f}"
-            networks.append({"note": note, "loss": loss, "seconds": time.perf_counter() - started})
-            say(note)
+            what = f"network {seed} of {len(problem.everything):,} examples, loss of queries {loss:.3f}"
+            self.note(networks, say, what, started, loss=loss)
             for fit in self.fits if seed == 0 else self.averaged:
                 began = time.perf_counter()
                 influence = make(fit, model, batches, problem.dataset.likelihood, labels="sampled")
@@ -98,22 +95,7 @@ class HalvesStudy(Experiment):
     def _judge(
         self, rows: list[Record], fit: str, of: str, scores: Tensor, path: Path, seconds: float, say: Say, step: Step
     ) -> None:
-        def progress(text: str) -> None:
-            step(text or "trainings", 0, 1)
-
-        options: dict[str, Any] = {"subsets": self.subsets, "seeds": self.seeds, "path": path, "progress": progress}
-        found = attribution.lds(scores, self.problem(), **options)
+        options: dict[str, Any] = {"subsets": self.subsets, "seeds": self.seeds, "path": path}
+        found = attribution.lds(scores, self.problem(), progress=training_again(step), **options)
         rows.append(record(self.dataset, fit, f"linear datamodelling score, {of}", found.interval, seconds))
         say(f"{fit}, {of}: LDS {found}")
-
-    def _what(self) -> dict[str, object]:
-        """What trainings depend on."""
-        names = ("dataset", "train_size", "queries", "epochs")
-        return {name: getattr(self, name) for name in names}
-
-    def settings(self) -> dict[str, Any]:
-        """Of the findings."""
-        return {"study": self.name(), **self._what(), "subsets": self.subsets, "seeds": self.seeds}
-
-    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> InfluenceFindings:
-        return InfluenceFindings(self.settings(), networks, rows, finished)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class LanguageStudy(HalvesStudy):
         tokens: is filled with the scores of single characters.
     """
 
+    study: ClassVar[str] = "language"
     dataset: str = "shakespeare"
     train_size: int = 1024
     queries: int = 64
@@ -96,8 +97,9 @@ class LanguageStudy(HalvesStudy):
         fits = tuple(name for name in FITS if name != "block-tridiagonal")
         return cls(train_size=4096, subsets=100, seeds=5, width=64, depth=4, fits=fits, data_dir=data_dir)
 
-    def name(self) -> str:
-        return "language"
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return *super().trained, "width", "depth"
 
     def problem(self) -> Trainer:
         dataset = data.load(self.dataset, data_dir=self.data_dir, train_size=self.train_size, test_size=self.queries)
@@ -136,9 +138,6 @@ class LanguageStudy(HalvesStudy):
                         "scores": parts[q, int(torch.searchsorted(some, k))].tolist(),
                     }
                 )
-
-    def _what(self) -> dict[str, object]:
-        return {**super()._what(), "width": self.width, "depth": self.depth}
 
     def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> LanguageFindings:
         from kronfisher.experiments.data.shakespeare import shakespeare_text

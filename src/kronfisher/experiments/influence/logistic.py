@@ -4,20 +4,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kronfisher.experiments import data
-from kronfisher.experiments.influence.findings import InfluenceFindings, record
+from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import FITS, make
+from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
-from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.influence import attribution
-from kronfisher.influence.files import digest
 from kronfisher.likelihoods import Categorical
 
 __all__ = ["LogisticStudy", "Regression"]
@@ -77,7 +76,7 @@ class Regression:
 
 
 @dataclass(frozen=True)
-class LogisticStudy(Experiment):
+class LogisticStudy(InfluenceStudy):
     """The settings of the study.
 
     Attributes:
@@ -93,6 +92,8 @@ class LogisticStudy(Experiment):
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
+    study: ClassVar[str] = "logistic"
+    judged: ClassVar[tuple[str, ...]] = ("subsets", "left_out", "steps")
     dataset: str = "mnist"
     train_size: int = 5000
     queries: int = 500
@@ -122,6 +123,10 @@ class LogisticStudy(Experiment):
         x, queries = (part.flatten(1).double() for part in (dataset.train_inputs, dataset.test_inputs))
         return Regression(x, dataset.train_targets, (queries, dataset.test_targets), self.decay)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return "dataset", "train_size", "queries", "decay"
+
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         problem = self._problem()
         started = time.perf_counter()
@@ -133,15 +138,8 @@ class LogisticStudy(Experiment):
             model.bias.copy_(theta[:, -1])
             right = float((model(problem.queries[0]).argmax(1) == problem.queries[1]).double().mean())
         what = f"softmax regression on {len(problem.x):,} examples, weight decay {self.decay:g}"
-        note = f"{self.dataset}: {what}, test accuracy {right:.1%}"
-        networks.append({"note": note, "accuracy": right, "seconds": time.perf_counter() - started})
-        say(note)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{digest(self.dataset, self.train_size, self.queries, self.decay)[:12]}.jsonl"
-
-        def progress(text: str) -> None:
-            step(text or "trainings", 0, 1)
-
+        self.note(networks, say, f"{what}, test accuracy {right:.1%}", started, accuracy=right)
+        path, progress = self.trainings(), training_again(step)
         batches = list(zip(problem.x.split(500), problem.y.split(500), strict=True))
         for name in (*self.fits, REFINED):
             step(f"{name}: scores", len(rows), 2 * len(self.fits) + 2)
@@ -155,16 +153,3 @@ class LogisticStudy(Experiment):
             rows.append(record(self.dataset, name, "linear datamodelling score", halves.interval, seconds))
             rows.append(record(self.dataset, name, "leave-one-out correlation", alone.interval, seconds))
             say(f"{name}: LDS {halves}, leave-one-out {alone}, {seconds:.1f} s")
-
-    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> InfluenceFindings:
-        settings = {
-            "study": "logistic",
-            "data": self.dataset,
-            "train_size": self.train_size,
-            "queries": self.queries,
-            "decay": self.decay,
-            "subsets": self.subsets,
-            "left_out": self.left_out,
-            "steps": self.steps,
-        }
-        return InfluenceFindings(settings, networks, rows, finished)

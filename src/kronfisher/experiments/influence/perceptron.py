@@ -1,8 +1,8 @@
 """A perceptron on MNIST: scores of one network, and averages over several, against training on halves of the data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import nn
 
@@ -23,6 +23,7 @@ class PerceptronStudy(HalvesStudy):
         hidden: widths of the hidden layers.
     """
 
+    study: ClassVar[str] = "perceptron"
     dataset: str = "mnist"
     models: int = 10
     averaged: tuple[str, ...] = ("EKFAC",)
@@ -41,19 +42,15 @@ class PerceptronStudy(HalvesStudy):
         averaged = tuple(name for name in FITS if name not in ("identity", "diagonal"))
         return cls(queries=500, subsets=100, seeds=5, fits=tuple(FITS), averaged=averaged, data_dir=data_dir)
 
-    def name(self) -> str:
-        return "perceptron"
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return *super().trained, "hidden"
 
     def problem(self) -> Trainer:
-        dataset = data.load(self.dataset, data_dir=self.data_dir, train_size=self.train_size, test_size=self.queries)
-        dataset = replace(
-            dataset, train_inputs=dataset.train_inputs.flatten(1), test_inputs=dataset.test_inputs.flatten(1)
-        )
+        sizes = {"train_size": self.train_size, "test_size": self.queries}
+        dataset = data.load(self.dataset, data_dir=self.data_dir, **sizes).flat()
 
         def make(seed: int) -> nn.Module:
             return mlp(dataset.train_inputs.shape[1], self.hidden, dataset.outputs, seed=seed)
 
         return Trainer(dataset, make, self.epochs, 100, 0.02, 1e-3)
-
-    def _what(self) -> dict[str, object]:
-        return {**super()._what(), "hidden": self.hidden}

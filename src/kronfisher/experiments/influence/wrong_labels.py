@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from kronfisher.experiments import data
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.dataset import generator
-from kronfisher.experiments.influence.findings import InfluenceFindings, record
+from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import FITS, make
+from kronfisher.experiments.influence.study import InfluenceStudy
 from kronfisher.experiments.networks.feedforward import mlp
 from kronfisher.experiments.progress import Say, Step
-from kronfisher.experiments.studies.experiment import Experiment
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.experiments.training import evaluate, train
 from kronfisher.influence import attribution
@@ -36,7 +36,7 @@ def with_wrong_labels(dataset: Dataset, share: float, seed: int = 0) -> tuple[Da
 
 
 @dataclass(frozen=True)
-class WrongLabelsStudy(Experiment):
+class WrongLabelsStudy(InfluenceStudy):
     """The settings of the study.
 
     Attributes:
@@ -51,6 +51,7 @@ class WrongLabelsStudy(Experiment):
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
+    study: ClassVar[str] = "wrong-labels"
     dataset: str = "fashion-mnist"
     train_size: int = 10000
     share: float = 0.1
@@ -74,22 +75,20 @@ class WrongLabelsStudy(Experiment):
     def check(self) -> None:
         data.load(self.dataset, data_dir=self.data_dir)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return "dataset", "train_size", "share", "hidden", "epochs"
+
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
         dataset = data.load(self.dataset, data_dir=self.data_dir, train_size=self.train_size)
         dataset, wrong = with_wrong_labels(dataset, self.share)
-        inputs = dataset.train_inputs[0].numel()
-        model = mlp(inputs, (self.hidden,), dataset.outputs, seed=0)
-        flat = replace(
-            dataset, train_inputs=dataset.train_inputs.flatten(1), test_inputs=dataset.test_inputs.flatten(1)
-        )
+        flat = dataset.flat()
+        model = mlp(flat.train_inputs.shape[1], (self.hidden,), dataset.outputs, seed=0)
         started = time.perf_counter()
         train(model, flat, epochs=self.epochs, on_step=lambda done, total, _: step("training", done, total))
         accuracy = evaluate(model, flat)["accuracy"]
-        note = (
-            f"{self.dataset}: {len(wrong):,} examples, {int(wrong.sum()):,} labels wrong, test accuracy {accuracy:.1%}"
-        )
-        networks.append({"note": note, "accuracy": accuracy, "seconds": time.perf_counter() - started})
-        say(note)
+        what = f"{len(wrong):,} examples, {int(wrong.sum()):,} labels wrong, test accuracy {accuracy:.1%}"
+        self.note(networks, say, what, started, accuracy=accuracy)
         batches = flat.batches(500)
         with torch.no_grad():
             losses = torch.cat([-Categorical().log_prob(model(x), y) for x, y in batches])
@@ -109,14 +108,3 @@ class WrongLabelsStudy(Experiment):
             f"{name}: "
             + ", ".join(f"{i} in the first {at:.0%}" for at, i in zip(curve.at, curve.intervals, strict=True))
         )
-
-    def findings(self, networks: list[Record], rows: list[Record], finished: bool) -> InfluenceFindings:
-        settings = {
-            "study": "wrong-labels",
-            "data": self.dataset,
-            "train_size": self.train_size,
-            "share": self.share,
-            "hidden": self.hidden,
-            "epochs": self.epochs,
-        }
-        return InfluenceFindings(settings, networks, rows, finished)

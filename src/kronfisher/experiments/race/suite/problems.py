@@ -1,6 +1,5 @@
 """The problems: each in one place."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ def digits(folder: Path | None) -> Dataset:
 def flat(dataset: Dataset) -> Dataset:
     """20,000 training images as vectors."""
     dataset = dataset.head(20_000)
-    return replace(dataset, train_inputs=dataset.train_inputs.flatten(1), test_inputs=dataset.test_inputs.flatten(1))
+    return dataset.flat()
 
 
 def images(dataset: Dataset) -> Dataset:
