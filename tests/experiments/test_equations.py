@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+import kronfisher as kf
+from kronfisher import derivatives
 from kronfisher.experiments.equations import EQUATIONS, intervals, race
+from kronfisher.experiments.equations.by_terms import kfac_by_terms
 from kronfisher.experiments.equations.inverse import NOISE, TRUTH, Conductivity
 from kronfisher.experiments.schemas import schema
 from tests.helpers.close import close
 from tests.helpers.optional import require
+from tests.helpers.residuals import rows
 
 
 class Solution(nn.Module):
@@ -40,6 +44,55 @@ def test_the_solution_solves_the_equation(name):
         assert 0.7 * NOISE < float(noise.std()) < 1.4 * NOISE
     assert all(float(term.detach().abs().max()) < 1e-9 for term in found.values())
     assert equation.error(network) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in EQUATIONS if EQUATIONS[name].propagates])
+def test_residuals_are_the_same_by_derivatives_propagated_forward(name):
+    equation = EQUATIONS[name]
+    network = equation.network(0)
+    torch.manual_seed(0)
+    points = equation.draw()
+    found = equation.residuals(network, *points, derivatives)
+    truth = equation.residuals(network, *points)
+    assert found.keys() == truth.keys()
+    for term, value in truth.items():
+        close(found[term], value, 1e-12, term)
+
+
+def test_kfac_by_terms_steps_along_the_damped_products_of_each_term():
+    """Its first step is the best multiple of ``(Σ_terms (B + √λ) ⊗ (A + √λ))⁻¹ ∇L`` for the quadratic model."""
+    equation = replace(EQUATIONS["heat1d"], sizes=(2, 5, 1), points=(30, 12))
+    network, likelihood, damping = equation.network(0), equation.likelihood(), 1e-4
+    before = nn.utils.parameters_to_vector(network.parameters()).detach()
+    torch.manual_seed(1)
+    points = equation.draw()
+    residuals = likelihood.joined(equation.residuals(network, *points))
+    J = rows(residuals, network)
+    dense, at = torch.zeros(len(before), len(before)).double(), 0
+    for name in ("0.weight", "2.weight"):
+        total = 0.0
+        for term in ("equation", "boundary and start"):
+            one = kf.estimate(network, points[0], kf.Residuals({term: 1.0}), fit="kfac", labels="exact", strict=True,
+                              forward=lambda m, _: ({term: equation.residuals(m, *points, derivatives)[term]}, None))  # noqa: B023 # fmt: skip
+            A, B = (f[0] + damping**0.5 * torch.eye(len(f[0])) for f in (one.blocks[name].A, one.blocks[name].B))
+            total = total + torch.kron(B, A)
+        outputs, width = len(B), len(A)
+        order = torch.arange(outputs * width).reshape(outputs, width)
+        order = torch.cat([order[:, :-1].flatten(), order[:, -1]])  # the bias follows its weight
+        dense[at : at + len(order), at : at + len(order)] = total[order][:, order]
+        at += len(order)
+    gradient = J.mT @ residuals.detach()
+    direction = -torch.linalg.solve(dense, gradient)
+    length = -(gradient @ direction) / ((J @ direction).square().sum() + damping * direction.square().sum())
+    step = kfac_by_terms(equation, network, likelihood, damping)
+    torch.manual_seed(1)
+    losses = [step(0.0)]
+    moved = nn.utils.parameters_to_vector(network.parameters()).detach() - before
+    assert losses[0] == pytest.approx(0.5 * float(residuals.detach().square().sum()), rel=1e-12)
+    halvings = torch.log2((length * direction).norm() / moved.norm()).round()
+    close(moved, length * direction * 0.5**halvings, 1e-6)
+    losses += [step(0.0) for _ in range(15)]
+    assert losses[-1] < losses[0]
 
 
 def test_burgers_steepest_slope_is_the_published_one():
@@ -90,13 +143,16 @@ def test_intervals_are_those_of_the_linearised_equation():
 
 
 def test_a_race_is_written_down(tmp_path):
-    curves = race(EQUATIONS["poisson2d"], ("gram", "adam", "lbfgs"), seeds=(0,), seconds=0.4)
-    assert [run.optimizer for run in curves.runs] == ["gram", "adam", "lbfgs"]
+    curves = race(EQUATIONS["poisson2d"], ("gram", "adam", "lbfgs", "kfac"), seeds=(0,), seconds=0.4)
+    assert [run.optimizer for run in curves.runs] == ["gram", "adam", "lbfgs", "kfac"]
+    assert "λ 1e-" in str(curves)
     assert all(run.points[-1][0] >= 0.4 for run in curves.runs)
     assert "gram" in str(curves) and '"poisson2d"' in curves.to_json()
     paths = curves.draw(tmp_path)
     assert [path.name for path in paths] == [f"poisson2d-{kind}.png" for kind in ("seconds", "steps", "maps")]
     assert all(path.exists() for path in paths)
+    with pytest.raises(ValueError, match="kfac propagates derivatives forward, which is not done for 'inverse'"):
+        race(EQUATIONS["inverse"], ("kfac",))
     with pytest.raises(ValueError, match="no optimizer 'sgd'"):
         race(EQUATIONS["poisson2d"], ("sgd",))
 

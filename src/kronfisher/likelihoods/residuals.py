@@ -82,7 +82,8 @@ class Residuals(Likelihood):
 
     def joined(self, outputs: Any, where: str = "residuals") -> Tensor:
         """All scaled residuals ``[K]``, term by term; as `terms`."""
-        return torch.cat(list(self.terms(outputs, where).values()))
+        first, *others = self.terms(outputs, where).values()
+        return torch.cat([first, *others]) if others else first  # alone, its points are seen to stay apart
 
     def loss(self, outputs: Any) -> Tensor:
         """``½ Σ_terms w · mean r²``, or ``½ Σ r²/σ²``; differentiable."""

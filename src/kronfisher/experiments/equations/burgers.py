@@ -1,11 +1,12 @@
 """Burgers' equation with a shock, against the formula of Cole and Hopf."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfisher.experiments.equations.equation import Equation, slopes
+from kronfisher.experiments.equations.equation import Equation, by_autograd
 
 __all__ = ["BURGERS", "VISCOSITY"]
 
@@ -29,14 +30,12 @@ def _mean_start(points: Tensor, z: Tensor) -> Tensor:
     return -(weights * torch.sin(y)).sum(1)
 
 
-def _residuals(network: nn.Module, x: Tensor, edge: Tensor) -> dict[str, Tensor]:
-    x = x.requires_grad_()
-    u = network(x)[:, 0]
-    first = slopes(u, x)
-    second = slopes(first[:, 0], x)[:, 0]
+def _residuals(network: nn.Module, x: Tensor, edge: Tensor, derive: Any = by_autograd) -> dict[str, Tensor]:
+    found = derive(network, x, second=[(0, 0)])
+    u, along, later = found.value[:, 0], found.first[:, 0, 0], found.first[:, 1, 0]
     start = torch.where(edge[:, 1] == 0, torch.sin(2 * math.pi * edge[:, 0]), 0.0)  # −sin πs; zero at both ends
     return {
-        "equation": first[:, 1] + u * first[:, 0] / 2 - VISCOSITY * second / 4,  # d/ds = ½ d/dx
+        "equation": later + u * along / 2 - VISCOSITY * found.second[0, 0][:, 0] / 4,  # d/ds = ½ d/dx
         "boundary and start": network(edge)[:, 0] - start,
     }
 

@@ -1,6 +1,6 @@
 """An equation with a known solution on the unit cube, and a network that learns it from residuals at random points."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -8,9 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from kronfisher.capture.derivatives import Derivatives
 from kronfisher.likelihoods import Residuals
 
-__all__ = ["Equation", "slopes", "tanh_network"]
+__all__ = ["Equation", "by_autograd", "slopes", "tanh_network"]
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,23 @@ class Equation:
         title: for pictures.
         sizes: of the tanh network.
         points: numbers of points inside and on the boundary (and at the start) at every step.
-        residuals: of (network, points inside, points on the boundary), by name.
+        residuals: of (network, points inside, points on the boundary), by name; and, if the equation `propagates`, of
+            what makes derivatives: `by_autograd`, or ``kf.derivatives``.
         solution: of points ``[n, d]``: ``[n]``.
         seconds: of CPU time that a run takes unless it is told otherwise.
         start: whether the last coordinate is a time, so that its upper face is no boundary.
+        propagates: whether derivatives can be propagated forward.
     """
 
     name: str
     title: str
     sizes: tuple[int, ...]
     points: tuple[int, int]
-    residuals: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+    residuals: Callable[..., dict[str, Tensor]]
     solution: Callable[[Tensor], Tensor]
     seconds: float
     start: bool = False
+    propagates: bool = True
 
     def network(self, seed: int) -> nn.Module:
         """In float64."""
@@ -77,6 +81,19 @@ def tanh_network(sizes: tuple[int, ...]) -> nn.Sequential:
     for i, o in pairwise(sizes):
         layers += [nn.Linear(i, o), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).double()
+
+
+def by_autograd(
+    network: nn.Module, x: Tensor, *, second: Sequence[tuple[int, int]] = (), laplacian: bool = False
+) -> Derivatives:
+    """As ``kf.derivatives``, of any network whose rows are its points, with one output."""
+    x = x.requires_grad_()
+    u = network(x)
+    first = slopes(u, x)
+    axes = {i for i, _ in second} | (set(range(x.shape[1])) if laplacian else set())
+    bent = {i: slopes(first[:, i], x) for i in sorted(axes)}
+    total = torch.stack([bent[i][:, i] for i in range(x.shape[1])]).sum(0)[:, None] if laplacian else None
+    return Derivatives(u, first[..., None], {(i, j): bent[i][:, j, None] for i, j in second}, total)
 
 
 def slopes(u: Tensor, x: Tensor) -> Tensor:

@@ -81,5 +81,7 @@ def _residuals(network: nn.Module, x: Tensor, edge: Tensor) -> dict[str, Tensor]
     }
 
 
-INVERSE = Inverse("inverse", "Conductivity from 50 observations", (2, 32, 1), (300, 80), _residuals, _solution, 30)
+INVERSE = Inverse(
+    "inverse", "Conductivity from 50 observations", (2, 32, 1), (300, 80), _residuals, _solution, 30, propagates=False
+)
 """On the unit square; a seed draws places and noise of the observations, too."""

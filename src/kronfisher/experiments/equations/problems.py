@@ -2,29 +2,24 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kronfisher.experiments.equations.burgers import BURGERS
-from kronfisher.experiments.equations.equation import Equation, slopes
+from kronfisher.experiments.equations.equation import Equation, by_autograd
 from kronfisher.experiments.equations.inverse import INVERSE
 
 __all__ = ["EQUATIONS"]
 
-Residuals = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-
-
-def _laplacian(network: nn.Module, x: Tensor) -> Tensor:
-    first = slopes(network(x), x)
-    return torch.stack([slopes(first[:, i], x)[:, i] for i in range(x.shape[1])]).sum(0)
+Residuals = Callable[..., dict[str, Tensor]]
 
 
 def _poisson(source: Callable[[Tensor], Tensor], solution: Callable[[Tensor], Tensor]) -> Residuals:
-    def residuals(network: nn.Module, x: Tensor, edge: Tensor) -> dict[str, Tensor]:
-        x = x.requires_grad_()
+    def residuals(network: nn.Module, x: Tensor, edge: Tensor, derive: Any = by_autograd) -> dict[str, Tensor]:
         return {
-            "equation": _laplacian(network, x) + source(x.detach()),
+            "equation": derive(network, x, laplacian=True).laplacian[:, 0] + source(x.detach()),
             "boundary": network(edge)[:, 0] - solution(edge),
         }
 
@@ -44,11 +39,12 @@ def _heat(x: Tensor) -> Tensor:
     return torch.exp(-(math.pi**2) / 4 * x[:, 1]) * torch.sin(math.pi * x[:, 0])
 
 
-def _cooling(network: nn.Module, x: Tensor, edge: Tensor) -> dict[str, Tensor]:
-    x = x.requires_grad_()
-    first = slopes(network(x), x)
-    second = slopes(first[:, 0], x)[:, 0]
-    return {"equation": first[:, 1] - second / 4, "boundary and start": network(edge)[:, 0] - _heat(edge)}
+def _cooling(network: nn.Module, x: Tensor, edge: Tensor, derive: Any = by_autograd) -> dict[str, Tensor]:
+    found = derive(network, x, second=[(0, 0)])
+    return {
+        "equation": found.first[:, 1, 0] - found.second[0, 0][:, 0] / 4,
+        "boundary and start": network(edge)[:, 0] - _heat(edge),
+    }
 
 
 _WAVES = _poisson(lambda x: 2 * math.pi**2 * _sines(x), _sines)

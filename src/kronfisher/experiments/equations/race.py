@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.estimation.documents import replace_nonfinite
+from kronfisher.experiments.equations.by_terms import kfac_by_terms
 from kronfisher.experiments.equations.equation import Equation
 from kronfisher.experiments.equations.intervals import Intervals, intervals
 from kronfisher.experiments.equations.inverse import Inverse
@@ -25,6 +26,7 @@ from kronfisher.tables import Table
 __all__ = ["OPTIMIZERS", "Curve", "Curves", "race"]
 
 RATES = (1e-2, 3e-3, 1e-3)  # of Adam and SOAP, searched with a quarter of the time
+DAMPINGS = (1e-6, 1e-8, 1e-10)  # of K-FAC, likewise
 MARKS = 24  # evaluations of a run, at shares of its time that grow by a factor
 Step = Callable[[float], float]
 
@@ -128,14 +130,16 @@ def race(
     draws: int = 20,
     say: Say = ignore,
 ) -> Curves:
-    """Train from the same weights with each optimiser; Adam's and SOAP's rates are searched with the first seed.
+    """Train from the same weights with each optimiser; rates and K-FAC's λ are searched with the first seed.
 
     Where constants are unknown, `draws` sets of observations give their Laplace intervals, and the coverage of these.
 
     Raises:
-        ValueError: there is no such optimiser.
+        ValueError: there is no such optimiser, or K-FAC cannot train on the equation.
     """
-    chosen = tuple(optimizers) or tuple(OPTIMIZERS)
+    chosen = tuple(optimizers) or tuple(name for name in OPTIMIZERS if name != "kfac" or equation.propagates)
+    if "kfac" in chosen and not equation.propagates:
+        raise ValueError(f"kfac propagates derivatives forward, which is not done for {equation.name!r}; leave it out")
     if odd := [name for name in chosen if name not in OPTIMIZERS]:
         raise ValueError(f"there is no optimizer {odd[0]!r} for equations; there are {', '.join(OPTIMIZERS)}")
     curves = Curves(equation, seconds or equation.seconds, [])
@@ -160,7 +164,7 @@ def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, bud
     network = equation.network(seed)
     likelihood = equation.likelihood()
     step: Step = build(equation, network, likelihood, setting)
-    curve = Curve(name, seed, setting="" if setting is None else f"rate {setting:g}")
+    curve = Curve(name, seed, setting="" if setting is None else f"{'λ' if name == 'kfac' else 'rate'} {setting:g}")
     marks = [budget * 2 ** (-k / 3) for k in reversed(range(MARKS))]
     spent, steps = 0.0, 0
     while spent < budget:
@@ -222,6 +226,7 @@ OPTIMIZERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gram": (_gram, (None,)),
     "adam": (_first_order(lambda parameters, rate: torch.optim.Adam(parameters, lr=rate)), RATES),
     "lbfgs": (_lbfgs, (None,)),
+    "kfac": (kfac_by_terms, DAMPINGS),
     "soap": (_first_order(_soap), RATES),
 }
 """Name → what makes its step, and the settings that are searched."""
