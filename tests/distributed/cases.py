@@ -303,6 +303,75 @@ def owned(rank, fit, tied):
     return used(whole), used(own), memory, [name for name, _ in calls]
 
 
+def believed(model, fisher, likelihood):
+    """Everything that a posterior says, as tensors."""
+    laplace, x = kf.Laplace(model, fisher, prior_precision=2.0), numbers(3, 4, seed=7)
+    y = torch.arange(3) if isinstance(likelihood, kf.Categorical) else numbers(3, 3, seed=8)
+    prior = torch.full((len(fisher.blocks),), 0.7, requires_grad=True)
+    evidence = laplace.log_marginal_likelihood(prior)
+    (slope,) = torch.autograd.grad(evidence, prior)
+    found = {"evidence": evidence.detach(), "its slope": slope, "own evidence": laplace.log_marginal_likelihood()}
+    found |= {f"draws of {name}": value for name, value in laplace.sample(3, seed=2).items()}
+    found |= {f"variance of {name}": value for name, value in laplace.variance().items()}
+    found |= dict(zip(("outputs", "their variance"), laplace.functional_variance(x), strict=True))
+    found["their covariance"] = laplace.functional_covariance(x)[1]
+    found["functions"] = laplace.functional_samples(x, 4)
+    for predictor in likelihood.predictors:
+        found[f"density, {predictor}"] = laplace.log_predictive_density(x, y, predictor=predictor, samples=5)
+    found["flat"] = torch.tensor(list(laplace.flat_directions.values()))
+    priors = {name: 1.0 + name.endswith("bias") for name in fisher.shapes}
+    other = kf.Laplace(model, fisher, prior_precision=priors, temperature=0.5)
+    found["varied"] = other.functional_variance(x)[1]
+    found["varied evidence"] = other.log_marginal_likelihood()
+    noise = isinstance(likelihood, kf.Gaussian)
+    tuned = kf.Laplace(model, fisher).optimize_prior(per_block=True, noise=noise)
+    found["tuned"] = torch.stack(list(tuned.prior_precision.values()))
+    found["tuned noise"] = torch.tensor(tuned.noise or 0.0)
+    found["calibrated"] = torch.stack(list(laplace.calibrate([(x, y)]).prior_precision.values()))
+    return found
+
+
+def owned_posterior(rank, fit, likelihood):
+    """What two posteriors say: of a matrix that every rank holds, and of one whose blocks stay with their owners."""
+    likelihood = {"categorical": kf.Categorical(), "gaussian": kf.Gaussian(0.5)}[likelihood]
+    model, x = perceptron(), numbers(10, 4)
+    y = torch.arange(10) % 3 if isinstance(likelihood, kf.Categorical) else numbers(10, 3, seed=3)
+    data, group = of_all(rank, list(zip(x.split(3), y.split(3), strict=True)))
+    how = {"fit": fit, "labels": "exact", **group}
+    fishers = [kf.estimate(model, data, likelihood, share=share, **how) for share in ("all", "owned")]
+    return [believed(model, fisher, likelihood) for fisher in fishers]
+
+
+def owned_posterior_misused(rank):
+    """Errors of what a posterior whose blocks stay with their owners does not do; how it is written."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    data, group = of_all(rank, list(zip(x.split(3), y.split(3), strict=True)))
+    fisher = kf.estimate(model, data, kf.Categorical(), labels="exact", share="owned", **group)
+    laplace, errors = kf.Laplace(model, fisher), {}
+    without = {name: float("weight" in name) for name in fisher.shapes}
+    for name, call in {
+        "calibrate": lambda: laplace.calibrate(data, **group),
+        "file": lambda: laplace.save("nowhere.safetensors"),
+        "batch": lambda: laplace.predict(x[rank : rank + 2], predictor="probit"),
+        "prior": lambda: kf.Laplace(model, fisher, prior_precision=1.0 + rank),
+        "no prior": lambda: kf.Laplace(model, fisher, prior_precision=without),
+    }.items():
+        try:
+            call()
+        except Exception as error:
+            errors[name] = type(error).__name__, str(error)
+    return errors, repr(laplace)
+
+
+def influences(rank):
+    """Scores of a rank's part of the data, by a matrix of all of them; None: of all."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    data, group = of_all(rank, list(zip(x.split(2), y.split(2), strict=True)))
+    fisher = kf.estimate(model, data, kf.Categorical(), fit="ekfac", labels="exact", **group)
+    influence = kf.Influence(model, fisher, kf.Categorical())
+    return influence.scores(data, (x[:3], y[:3])).values, influence.self_scores(data)
+
+
 def owned_elsewhere(rank):
     """Errors of what a matrix whose blocks stay with their owners does not give."""
     model, x = perceptron(), numbers(10, 4)
@@ -311,7 +380,6 @@ def owned_elsewhere(rank):
     errors = {}
     for name, call in {
         "error": lambda: fisher.error(data),
-        "posterior": lambda: kf.Laplace(model, fisher),
         "influence": lambda: kf.Influence(model, fisher, kf.Categorical()),
         "file": lambda: fisher.save("nowhere.safetensors"),
         "singular": lambda: fisher.solve(numbers(fisher.dim)),

@@ -101,12 +101,53 @@ def test_blocks_that_stay_with_their_owners_are_the_whole_together(ranks, fit, t
 
 def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
     for errors, spectrum in ranks.call(cases.owned_elsewhere):
-        for name in ("error", "posterior", "influence", "file"):
+        for name in ("error", "influence", "file"):
             kind, text = errors[name]
             assert kind == "UnsupportedError" and re.match(r"0\.weight: rank \d alone holds this block", text), name
         kind, text = errors["singular"]
         assert kind in ("SingularError", "RankError") and "SingularError" in kind + text
         assert 0 < spectrum[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("fit", "likelihood"), [("kfac", "categorical"), ("ekfac", "gaussian"), ("full", "categorical")]
+)
+def test_posteriors_whose_blocks_stay_with_their_owners(ranks, fit, likelihood):
+    answers = ranks.call(cases.owned_posterior, fit, likelihood)
+    assert cases.same_bits([own for _, own in answers])
+    whole, own = answers[0]
+    assert whole.keys() == own.keys() and len(own) > 20
+    for name, value in own.items():
+        close(
+            value.double(),
+            whole[name].double(),
+            1e-6 if name in ("tuned", "tuned noise") else 1e-10,
+            name,
+            vanishing=True,
+        )
+
+
+def test_what_posteriors_of_owned_blocks_refuse(ranks):
+    says = {
+        "calibrate": ("UnsupportedError", "leave group= out and give all of them the same validation data"),
+        "file": ("UnsupportedError", "alone holds this block"),
+        "batch": ("RankError", "the batch to predict: rank 1 has another than rank 0"),
+        "prior": ("RankError", "the prior: rank 1 has another than rank 0"),
+        "no prior": ("(SingularError|RankError)", "must be positive everywhere"),
+    }
+    for errors, text in ranks.call(cases.owned_posterior_misused):
+        assert errors.keys() == says.keys() and "held by several ranks" in text
+        for name, (kind, message) in says.items():
+            assert re.fullmatch(kind, errors[name][0]) and re.search(message, errors[name][1]), (name, errors[name])
+
+
+def test_influences_of_parts_of_the_data(ranks):
+    """Each rank scores its own part with the matrix of all data; batches of two were dealt out in turn."""
+    (scores, own), answers = cases.influences(None), ranks.call(cases.influences)
+    for rank, (part, own_part) in enumerate(answers):
+        mine = torch.arange(12).view(6, 2)[rank :: ranks.size].flatten()
+        close(part, scores[:, mine], 1e-10)
+        close(own_part, own[mine], 1e-10)
 
 
 def test_fits_are_compared_over_all_data(ranks):

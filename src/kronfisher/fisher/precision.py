@@ -1,5 +1,6 @@
 """A block read as a precision, ``Λ = c·X + diag(p)``: of a posterior, or damped. Solutions, draws, determinant."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -117,8 +118,16 @@ class Precision:
             return self.damped.solves(rows)
         return self.damped.solves(rows / self.root) / self.root
 
+    def where_held(self, function: Callable[["Precision"], Any]) -> Any:
+        """What a function makes of the precision, computed by the rank that holds it if there are several."""
+        return function(self)
+
+    def noise_dim(self) -> int:
+        """How many numbers a draw takes."""
+        return self.damped.noise_dim()
+
     def colour(self, noise: Tensor) -> Tensor:
-        """White noise ``[n, damped.noise_dim()]`` to draws from ``N(0, Λ⁻¹)``."""
+        """White noise ``[n, noise_dim()]`` to draws from ``N(0, Λ⁻¹)``."""
         draws = self.damped.colour(noise)
         return draws if self.root is None else draws / self.root
 

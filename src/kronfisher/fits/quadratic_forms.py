@@ -20,6 +20,10 @@ __all__ = ["factored", "pairs", "products", "quadratics"]
 
 def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_k)ᵀ Λ⁻¹ vec(G_k)`` of every sample k, ``[n]``."""
+    return precision.where_held(lambda own: _quadratics(samples, own, blocks))
+
+
+def _quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group) -> Tensor:
     parts: list[Tensor] = []
     if (found := factored(precision, blocks, samples[0])) is None:
         for rows in _rows([samples], precision.operator.dim):
@@ -41,6 +45,10 @@ def quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Group
 
 def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_kc)ᵀ Λ⁻¹ vec(G_kd)`` for all outputs c, d of every sample k, ``[n, C, C]``."""
+    return precision.where_held(lambda own: _pairs(kept, own, blocks))
+
+
+def _pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     first = kept[0][0]
     found = factored(precision, blocks, first)
     if found is not None and (first.positions == 1 or _is_lookup(first)):

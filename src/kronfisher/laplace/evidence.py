@@ -13,7 +13,7 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.distributed import Ranks
 from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
 from kronfisher.fisher.layout import gather
-from kronfisher.fisher.precision import logdet
+from kronfisher.fisher.owned_precision import determinant
 from kronfisher.laplace.posterior import Posterior
 
 __all__ = ["best_factors", "log_evidence", "mean_square", "require_residuals", "score_training_data"]
@@ -51,17 +51,17 @@ def log_evidence(
     for k, (group, precision) in enumerate(posterior.precisions.items()):
         prior = (precision.prior if priors is None else priors[k]).double()
         if priors is not None:
-            determinant = logdet(precision.operator, scale, prior, precision.name)
+            volume = determinant(precision.operator, scale, prior, precision.name)
         else:
             factor = number(1.0 if factors is None else factors[k])
-            determinant, prior = precision.logdet(scale, factor), prior * factor
+            volume, prior = precision.logdet(scale, factor), prior * factor
         if bool((prior <= 0).any()):
             raise SingularError(
                 f"{precision.name}: a prior precision of zero is no prior; evidence needs a positive one."
             )
         delta = gather(group, residual)[0].double()
         logs = prior.log().sum() * (1 if prior.dim() else len(delta))
-        total = total - 0.5 * ((prior * delta.square()).sum() + determinant - logs)
+        total = total - 0.5 * ((prior * delta.square()).sum() + volume - logs)
     return total
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.forward import Forward
 from kronfisher.distributed import ProcessGroup, ranks_of
+from kronfisher.errors import UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
@@ -33,7 +34,8 @@ class Laplace(Posterior):
 
     Args:
         model: the model that `fisher` was estimated for.
-        fisher: of any structure, not damped.
+        fisher: of any structure, not damped. Where blocks stay with their owners (``share="owned"``), all ranks make
+            the same calls, with the same inputs.
         prior_precision: δ of the prior ``N(prior_mean, 1/δ)``: a number, one for each of ``fisher.blocks``, one for
             each parameter (flat), or a mapping from names of blocks or parameters to numbers or tensors. Within a block
             it may vary where the structure has an exact inverse for it.
@@ -320,12 +322,18 @@ class Laplace(Posterior):
 
         Raises:
             DataError: there are no targets, or they do not fit; the posterior is as it was before.
-            UnsupportedError: as `log_predictive_density`.
+            UnsupportedError: as `log_predictive_density`; or `group` is given, and blocks stay with their owners.
         """
+        ranks = ranks_of(group)
+        if ranks is not None and self.owned:
+            raise UnsupportedError(
+                "blocks stay with their owners (share='owned'), so that all ranks predict together: leave group= out "
+                "and give all of them the same validation data, or estimate with share='all'."
+            )
         before, self.calibrated_for = self.calibrated_for, None
         try:
             predictor = choose_predictor(self, predictor)
-            calibrated = best_scale(self, data, predictor, samples, seed, ranks_of(group))
+            calibrated = best_scale(self, data, predictor, samples, seed, ranks)
         except BaseException:
             self.calibrated_for = before
             raise

@@ -17,6 +17,7 @@ from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.recipe import Recipe
+from kronfisher.fisher.owned_precision import agree
 from kronfisher.fisher.precision import Group, Precision
 from kronfisher.fits.quadratic_forms import pairs
 from kronfisher.laplace.per_output import Columns, Directions, Kept, PerOutput, Variances
@@ -67,6 +68,7 @@ class Linearised:
 
 def variances(network: Linearised, batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> tuple[Tensor, Tensor]:
     """Outputs ``[n, ...]`` and their variances ``[K, n, ...]`` under K posteriors."""
+    _agree(batch, entries)
     outputs, results = network.run(Variances, batch, entries)
     return outputs, _join(outputs, results, len(next(iter(entries.values()))))
 
@@ -79,6 +81,7 @@ def directions(network: Linearised, batch: Any, entries: Mapping[Group, Tensor])
 
 def covariances(network: Linearised, batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> tuple[Tensor, Tensor]:
     """Outputs ``[n, ...]`` and the covariances ``[K, n, C, C]`` of the C outputs of each example under K posteriors."""
+    _agree(batch, entries)
     outputs, results = network.run(Kept, batch, entries)
     width, count = outputs[0].numel(), len(next(iter(entries.values())))
     total = _wide(outputs).new_zeros(count, len(outputs), width, width)
@@ -92,6 +95,10 @@ def covariances(network: Linearised, batch: Any, entries: Mapping[Group, Sequenc
             for k, precision in enumerate(precisions):
                 total[k][:, index[:, None], index] += pairs(kept, precision, group).to(total.dtype)
     return outputs, total
+
+
+def _agree(batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> None:
+    agree((precision for several in entries.values() for precision in several), "the batch to predict", batch)
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The Gaussian over the parameters: its hyper-parameters and its samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -11,13 +10,13 @@ from kronfisher.capture.forward import Forward
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter
+from kronfisher.fisher.owned_precision import OwnedPrecision, agree, precision_of
 from kronfisher.fisher.parameters import covered, unwrapped
 from kronfisher.fisher.precision import Group, Precision
 from kronfisher.laplace.linearised import Linearised
 from kronfisher.laplace.prior import PriorPrecision, entries, read_mean, read_prior
 from kronfisher.likelihoods import Likelihood
 from kronfisher.operators.algebra import nonnegative
-from kronfisher.operators.owned import require_whole
 
 __all__ = ["Posterior"]
 
@@ -59,7 +58,6 @@ class Posterior:
                 f"the Fisher was changed since its estimate ({', '.join(fisher.info.changes)}); pass it as estimated: "
                 "Laplace adds the prior precision to it."
             )
-        require_whole(fisher.blocks.values(), "a posterior")
         self.model, self.fisher, self.likelihood = unwrapped(model), fisher, likelihood
         self.forward = forward or getattr(recipe, "forward", None)
         parameters = covered(self.model, fisher.shapes, fisher.device)
@@ -84,7 +82,7 @@ class Posterior:
         priors = [prior.detach() for prior in read_prior(value, self.fisher)]
         self._set_precisions(
             {
-                blocks: Precision(operator, self.scale(), prior, name)
+                blocks: precision_of(operator, self.scale(), prior, name)
                 for (name, blocks, operator), prior in zip(entries(self.fisher), priors, strict=True)
             }
         )
@@ -121,8 +119,14 @@ class Posterior:
         """
         return {precision.name: precision.flat_directions for precision in self.precisions.values()}
 
+    @property
+    def owned(self) -> bool:
+        """Whether blocks stay with their owners, so that all ranks answer together."""
+        return any(isinstance(precision, OwnedPrecision) for precision in self.precisions.values())
+
     def _set_precisions(self, precisions: dict[Group, Precision]) -> None:
         """Replace the precision of every block; a calibration made before no longer holds."""
+        agree(precisions.values(), "the prior", [(one.scale, one.prior) for one in precisions.values()])
         self.precisions, self.calibrated_for = precisions, None
 
     def scale(self, noise: Tensor | float | None = None) -> Any:
@@ -185,9 +189,7 @@ class Posterior:
         drawn = {}
         for group, precision in (precisions or self.precisions).items():
             like = precision.operator
-            noise = torch.randn(
-                n, precision.damped.noise_dim(), generator=generator, dtype=like.dtype, device=like.device
-            )
+            noise = torch.randn(n, precision.noise_dim(), generator=generator, dtype=like.dtype, device=like.device)
             drawn[group] = precision.colour(noise)
         return drawn
 
@@ -247,7 +249,9 @@ class Posterior:
         calibrated = self.calibrated_for
         self._set_precisions(
             {
-                group: replace(precision, operator=operator, prior=precision.prior.to(operator.device, operator.dtype))
+                group: precision_of(
+                    operator, precision.scale, precision.prior.to(operator.device, operator.dtype), precision.name
+                )
                 for (group, precision), operator in zip(
                     self.precisions.items(), self.fisher.blocks.values(), strict=True
                 )
@@ -260,18 +264,22 @@ class Posterior:
         """Restore the prior precision of every block, in canonical order, and the calibration from a file."""
         self._set_precisions(
             {
-                group: Precision(precision.operator, self.scale(), prior, precision.name)
+                group: precision_of(precision.operator, self.scale(), prior, precision.name)
                 for (group, precision), prior in zip(self.precisions.items(), priors, strict=True)
             }
         )
         self.calibrated_for = calibrated_for
 
     def __repr__(self) -> str:
-        flat = sum(known for known in self.flat_directions.values() if known is not None)
         noise = "" if self._noise is None else f", noise variance {self._noise:.3g}"
+        if self.owned:  # counting would be a collective
+            flat = "held by several ranks"
+        else:
+            flat = sum(known for known in self.flat_directions.values() if known is not None)
+            flat = f"{flat} directions without curvature"
         return (
             f"<Laplace posterior of {self.fisher.dim} parameters in {len(self.precisions)} blocks, "
-            f"{self.fisher.count:g} examples{noise}; {flat} directions without curvature>"
+            f"{self.fisher.count:g} examples{noise}; {flat}>"
         )
 
 

@@ -127,7 +127,7 @@ class Owned(Operator):
         return self._product(like, lambda operator: operator.colour(noise, inverse=inverse))
 
     def _product(self, like: Tensor, function: Callable[[Operator], Tensor]) -> Tensor:
-        return self.ranks.fill(like, self.owner, lambda: function(self._own()))
+        return self.ranks.fill(like, self.owner, lambda: function(self.held))
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Owned(Operator):
         return self._value(lambda operator: operator.to_dense())
 
     def _value(self, function: Callable[[Operator], Any]) -> Any:
-        return self.ranks.of(self.owner, lambda: function(self._own()), self.where)
+        return self.ranks.of(self.owner, lambda: function(self.held), self.where)
 
     # Other matrices ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Owned(Operator):
         made: list[Operator] = []
 
         def make() -> Outline:
-            made.append(function(self._own()))
+            made.append(function(self.held))
             return Outline.of(made[0])
 
         outline = self.ranks.of(self.owner, make, self.where)
@@ -220,7 +220,9 @@ class Owned(Operator):
             theirs = other
         return self._mapped(lambda operator: operator + theirs)  # pyright: ignore[reportOperatorIssue]
 
-    def _own(self) -> Operator:
+    @property
+    def held(self) -> Operator:
+        """The matrix, at its owner."""
         assert self.operator is not None, "only the owner computes"
         return self.operator
 
