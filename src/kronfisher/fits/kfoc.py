@@ -22,7 +22,7 @@ from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, fac
 from kronfisher.fits.state import reciprocal
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE
-from kronfisher.operators import Kronecker, Operator
+from kronfisher.operators import Factor, Kronecker, Operator
 
 __all__ = ["KFOC", "KPSVD"]
 
@@ -192,7 +192,8 @@ class KFOC(Fit):
         for piece in [waiting] if whole else pieces(waiting, self._size(state, waiting)):
             with naming_errors(state):
                 merging.add_(state, piece)
-        if not told and not bool(state.inputs.any() & state.outputs.any()):
+        A, B = (Factor.of(factors[0]).diagonal().any() for factors in (state.inputs, state.outputs))
+        if not told and not bool(A & B):
             tell_vanished(waiting, state.name)
 
     def _size(self, state: ProductSums, waiting: list[Samples]) -> int:

@@ -13,6 +13,7 @@ from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, mirror_
 __all__ = ["Activations", "Dense", "Masked", "Ones"]
 
 _FEW = 2**14  # numbers that are copied in the time of a few calls
+_SHALLOW = 128  # numbers a row, for fewer of which half of the products take less time than the other half's copy
 
 
 class Activations:
@@ -93,8 +94,7 @@ class Activations:
 
     def products(self) -> Tensor:
         """``⟨a_k, a_l⟩ [H, n, n]`` for T = 1."""
-        rows = self.dense()[:, :, 0]
-        return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        return _products(self.dense()[:, :, 0])
 
     def sum_positions(self, workspace: int = WORKSPACE) -> Tensor:
         """``Σ_t a``: ``[H, n, 1, I]``."""
@@ -205,8 +205,7 @@ class Dense(Activations):
         return replace(parts[0], values=torch.cat([part.values for part in parts], dim=1))
 
     def products(self) -> Tensor:
-        rows = self.values[:, :, 0]
-        products = mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))
+        products = _products(self.values[:, :, 0])
         return products.add_(1) if self.bias else products
 
     def sum_positions(self, workspace: int = WORKSPACE) -> Tensor:
@@ -273,3 +272,10 @@ class Masked(Activations):
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         return self.inner.dense(low, high) * self.mask[low:high, :, None]
+
+
+def _products(rows: Tensor) -> Tensor:
+    """``⟨x_k, x_l⟩ [H, n, n]`` of rows ``[H, n, D]``."""
+    if len(rows) > 1 or rows.shape[-1] < _SHALLOW:
+        return rows @ rows.mT
+    return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))

@@ -14,6 +14,8 @@ from kronfisher.linalg import WORKSPACE, add_symmetric_product_, complete_, mult
 
 __all__ = ["Explicit", "Rows", "dense_pieces", "explicit_norm", "squared_products"]
 
+_SMALL = 2**19  # bytes of gradients that are written out as one piece
+
 
 def dense_pieces(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and output gradients, some samples at a time."""
@@ -70,6 +72,8 @@ class Explicit(Rearranged):
         groups, outputs, width = self.shape
         size = groups * outputs * width * sum(len(use) for use in samples) * self.like().element_size()
         self._kept = list(self._written_out()) if size <= workspace else None
+        if self._kept is not None and size <= _SMALL:  # then calls count for more than the cache
+            self._kept = [torch.cat(self._kept, dim=2)]
 
     def like(self) -> Tensor:
         return self.samples[0].gradients

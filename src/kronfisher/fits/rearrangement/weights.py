@@ -1,24 +1,32 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronfisher.fits.rearrangement.pairs import (
+    packed,
+    packs,
+    square,
+    squares_of_columns,
+    sum_over_pairs,
+    sum_products,
+)
 from kronfisher.fits.rearrangement.rearranged import Rearranged, mixture
 from kronfisher.fits.rearrangement.scales import over, power_of_two, reciprocal, times
 from kronfisher.fits.rearrangement.source import Pair
 from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror, mirror_
+from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
 
 __all__ = ["Gram", "Weights"]
 
 _STEPS = 2  # double steps from noise to other terms
-_PANEL = 128  # samples whose products with all others are in hand at a time
+_NARROW = 96  # numbers a row up to which the sums of several terms are one product
 
 
 class Weights(Rearranged):
@@ -71,24 +79,32 @@ class Weights(Rearranged):
 
         Where columns share inputs the first takes in the products of the columns of one input with each other.
         """
-        packs = self.columns > 1 and _packs(self.g, self.columns)
-        if self.columns > 1 and not packs:  # of one group
-            return _sum_products(_square(self.activations.products()), _squares_of_columns(self.g, self.columns))
+        triangles = self.columns > 1 and packs(self.g, self.columns)
+        if self.columns > 1 and not triangles:  # of one group
+            return sum_products(square(self.activations.products()), squares_of_columns(self.g, self.columns))
         both = self.a, self.g
         lengths = [power_of_two(torch.linalg.vector_norm(rows, dim=-1).amax()) for rows in both]
         a, g = (rows / length for rows, length in zip(both, lengths, strict=True))  # no square vanishes
-        same, every = _sum_over_pairs(a, *(_packed(g, self.columns) if packs else (g, None)))
+        same, every = sum_over_pairs(a, *(packed(g, self.columns) if triangles else (g, None)))
         scale = (lengths[0].double() * lengths[1].double()).square().square()
         return same * scale, (every - same) * scale
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
     """``Σ_k w_k x_k x_kᵀ [H, D, D]`` for rows ``[H, n, D]`` and weights ``[H, n]`` of any sign."""
-    return _add_weighted_sum_(rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1]), rows, weights)
-
-
-def _add_weighted_sum_(total: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    total = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1])
     return complete_(add_symmetric_product_(total, rows, rows * weights[..., None]))
+
+
+def _weighted_sums(rows: Tensor, weights: Tensor) -> Tensor:
+    """The same for R weights of each ``[H, n, R]``: ``[R, H, D, D]``."""
+    if rows.shape[-1] > _NARROW:
+        totals = rows.new_zeros(weights.shape[-1], len(rows), *2 * rows.shape[2:])
+        for total, each in zip(totals, weights.unbind(-1), strict=True):
+            complete_(add_symmetric_product_(total, rows, rows * each[..., None]))
+        return totals
+    side_by_side = (rows.unsqueeze(2) * weights.unsqueeze(3)).flatten(2)  # one product for all
+    return (rows.mT @ side_by_side).unflatten(2, (-1, rows.shape[-1])).permute(2, 0, 1, 3).contiguous()
 
 
 class Gram(Weights):
@@ -107,11 +123,11 @@ class Gram(Weights):
 
     def __init__(self, samples: Sequence[Samples]) -> None:
         super().__init__(samples)
-        self.inputs_gram, self._a_scale = _square(self.activations.products())
+        self.inputs_gram, self._a_scale = square(self.activations.products())
         self.outputs_gram, self._g_scale = (
-            _square(Dense(self.g.unsqueeze(2)).products())
+            square(Dense(self.g.unsqueeze(2)).products())
             if self.columns == 1
-            else _squares_of_columns(self.g, self.columns)
+            else squares_of_columns(self.g, self.columns)
         )
 
     def weights(self, tolerance: float = 1e-3, iterations: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +157,7 @@ class Gram(Weights):
     def squared_products(self) -> tuple[Tensor, Tensor]:
         if len(self.g) > 1:
             return super().squared_products()
-        return _sum_products((self.inputs_gram, self._a_scale), (self.outputs_gram, self._g_scale))
+        return sum_products((self.inputs_gram, self._a_scale), (self.outputs_gram, self._g_scale))
 
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
         same, pairs = self.squared_products()
@@ -176,24 +192,19 @@ class Gram(Weights):
         """The same in the span of the samples, n² numbers a step and a term: orthogonal, largest first."""
         w, _, sigma, steps, change = self.weights(tolerance, iterations)
         Ka, Kg = self.inputs_gram, self.outputs_gram
-        noise = torch.randn((*w.shape, rank - 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        noise = noise.to(w.device, w.dtype, non_blocking=True)
+        noise = _noise(*w.shape, rank - 1, w.dtype, w.device)
         W = torch.cat([times(w, self._a_scale)[..., None], noise], dim=2)  # as the Gram matrix is: of size one
         U = W
         for _ in range(_STEPS):
             _, U = _orthonormalise(Ka, W)
             U, W = _orthonormalise(Kg, U)  # the scales of both Gram matrices cancel
         W, U = self._orthogonalise(W, U)
-        (groups, outputs, width), new = self.shape, w.new_empty
-        A, B = new(rank, groups, width, width), new(rank, groups, outputs, outputs)
-        for r in range(rank):
-            _add_weighted_sum_(A[r].zero_(), self.a, W[..., r])
-            _add_weighted_sum_(B[r].zero_(), self.g, self._spread(U[..., r]))
+        A, B = _weighted_sums(self.a, W), _weighted_sums(self.g, self._spread(U))
         return Pair(A[0], B[0], sigma, steps, change), A, B
 
     def _orthogonalise(self, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the same sum with orthogonal A as well, both factors of a term of one norm, for orthonormal B."""
-        gram = (W.mT @ (self.inputs_gram @ W)).double()
+        gram = (W.mT @ _mapped(self.inputs_gram, W)).double()
         values, turn = (each.flip(-1) for each in eigh((gram + gram.mT) / 2, "products of terms"))
         root = (values.clamp_min(0).sqrt() * over(self._a_scale, self._g_scale).double()[:, None]).sqrt().to(W)
         W, U = W @ turn.to(W), U @ turn.to(U)
@@ -212,89 +223,28 @@ class Gram(Weights):
 
 def _orthonormalise(gram: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights ``[H, n, R]`` of matrices that are orthonormal, by their Gram matrix, and this times them."""
-    mapped = gram @ weights
+    mapped = _mapped(gram, weights)
     mix = mixture((weights.mT @ mapped).double()).to(weights)
     return weights @ mix, mapped @ mix
+
+
+def _mapped(gram: Tensor, weights: Tensor) -> Tensor:
+    """A symmetric ``[H, n, n]`` times ``[H, n, R]``: with few rows on the left it takes a third of the time."""
+    return (weights.mT @ gram).mT
+
+
+@lru_cache(maxsize=64)
+def _noise(groups: int, n: int, number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random weights ``[H, n, R]``, the same at every call."""
+    noise = torch.randn((groups, n, number), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise.to(device, dtype, non_blocking=True)
 
 
 def _multiply(gram: Tensor, weights: Tensor) -> Tensor:
     return (gram @ weights.unsqueeze(-1)).squeeze(-1)
 
 
-def _square(products: Tensor) -> tuple[Tensor, Tensor]:
-    """``[H, n, n]`` squared over about the largest entry, and the root of that ``[H]``: nothing underflows."""
-    largest = power_of_two(products.diagonal(dim1=-2, dim2=-1).amax(1))
-    return products.mul_(reciprocal(largest)[:, None, None]).square_(), largest
-
-
-def _sum_products(inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``Σ_k`` and ``Σ_{k≠l}`` of ``K_a K_g`` entry by entry, each ``[1, n, n]`` with the root of its scale."""
-    products = inputs[0][0] * outputs[0][0]  # ⟨G_k, G_l⟩²
-    scale = (inputs[1].double() * outputs[1].double()).square()[0]
-    same = products.diagonal().sum(dtype=torch.float64)
-    return same * scale, (products.sum(dtype=torch.float64) - same) * scale
-
-
-def _packs(g: Tensor, columns: int) -> bool:
-    """Whether ``Σ_c g_c g_cᵀ`` of each input takes fewer numbers than the products of all columns of two inputs."""
-    width = g.shape[-1]
-    return width * (width + 1) // 2 <= columns**2 * width
-
-
-def _packed(g: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Of ``S_k = Σ_c g_kc g_kcᵀ`` for ``[H, n·C, O]`` the upper triangle in a row ``[H, n, O(O+1)/2]``.
-
-    And the weights of their entries with which inner products of rows are those of the S_k, ``Σ_{c,d} ⟨g_kc, g_ld⟩²``:
-    two beside the diagonal.
-    """
-    g = g.unflatten(1, (-1, columns))
-    twice = g.new_full(2 * g.shape[-1:], 2.0).fill_diagonal_(1.0)
-    return _triangle(g.mT @ g), _triangle(twice)
-
-
-def _triangle(matrices: Tensor) -> Tensor:
-    """The upper triangle of ``[..., D, D]``, row after row."""
-    return torch.cat([row[..., k:] for k, row in enumerate(matrices.unbind(-2))], dim=-1)
-
-
-def _sum_over_pairs(a: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``Σ_k`` and ``Σ_{k,l}`` of ``(Σ_h ⟨a_k, a_l⟩ ⟨g_k, g_l⟩)²``; of ``⟨a_k, a_l⟩² ⟨g_k, g_l⟩`` if g are packed.
-
-    A panel at a time, which is no more than a processor's cache holds, and from the diagonal on.
-    """
-    same, every = [], []
-    for low in range(0, a.shape[1], _PANEL):
-        left, part = a[:, low : low + _PANEL] @ a[:, low:].mT, g[:, low : low + _PANEL]
-        right = (part if weights is None else part * weights) @ g[:, low:].mT
-        if weights is None:
-            left = right = left.mul_(right)[0] if len(left) == 1 else left.mul_(right).sum(0)
-        else:  # of one group
-            left, right = left.square_()[0], right[0]
-        square = slice(len(left))  # products of the panel's samples with each other, which are there twice
-        same.append((left.diagonal() * right.diagonal()).sum(dtype=torch.float64))
-        every.append(2 * torch.linalg.vecdot(left, right).sum(dtype=torch.float64))
-        every.append(-torch.linalg.vecdot(left[:, square], right[:, square]).sum(dtype=torch.float64))
-    return torch.stack(same).sum(), torch.stack(every).sum()
-
-
 def _rows(gradients: Tensor, columns: int) -> Tensor:
     """``[H, n, c, O]`` with zeros for so many columns, as rows ``[H, n·C, O]``."""
     missing = columns - gradients.shape[2]
     return (F.pad(gradients, (0, 0, 0, missing)) if missing else gradients).flatten(1, 2)
-
-
-def _squares_of_columns(g: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """``Σ_{c,d} ⟨g_kc, g_ld⟩² [H, n, n]``, divided by about the largest, and the root of that, for ``[H, n·C, O]``."""
-    length = power_of_two(torch.linalg.vector_norm(g, dim=-1).amax(1))
-    g = over(g, length).unflatten(1, (-1, columns))
-    if _packs(g, columns):
-        flat, weights = _packed(g.flatten(1, 2), columns)
-        gram = flat.new_zeros(len(g), *2 * g.shape[1:2])
-        gram = mirror_(add_symmetric_product_(gram, flat.mT, (flat * weights).mT))
-    else:
-        rows = g.flatten(1, 2).mT
-        gram = g.new_zeros(len(g), *2 * g.shape[1:2])
-        for c in range(columns):
-            gram += (g[:, :, c] @ rows).square_().unflatten(2, (-1, columns)).sum(3)
-    root = power_of_two(gram.diagonal(dim1=-2, dim2=-1).amax(1).sqrt())
-    return over(gram, root.square()), length.square() * root
