@@ -68,6 +68,19 @@ def cells(result: dict) -> list[str]:
     return row
 
 
+def in_sample_space(results: list[dict]) -> list[str]:
+    """One row for each network of gram.py."""
+    if "skipped" in results[0]:
+        return [f"skipped: {results[0]['skipped']}"]
+    header = ["network", "samples", "fb", "gram", "gram / fb", "kernel", "torch.func", "func / kernel", "difference"]
+    rows = [
+        [r["network"], f"{r['samples']:,}", *(f"{r[k]:.4f}" for k in ("fb", "gram")), f"{r['gram / fb']:.2f}",
+         *(f"{r[k]:.2f}" for k in ("kernel", "func")), f"{r['func / kernel']:.1f}", f"{r['difference']:.0e}"]
+        for r in results
+    ]  # fmt: skip
+    return table(header, rows)
+
+
 def disagrees(result: dict) -> bool:
     """Whether two matrices that ought to be equal are not."""
     error = result.get("relative error", "")
@@ -240,6 +253,8 @@ def markdown(run: dict) -> str:
         lines += [f"\n{r['page']}:\n\n```\n{r['messages']}\n```" for r in pages if r.get("failed")]
     for ranks in (result for result in run["results"] if result["what"] == "distributed"):
         lines += ["", f"skipped: {ranks['skipped']}" if "skipped" in ranks else processes(ranks)]
+    if grams := [result for result in run["results"] if result["what"] == "gram"]:
+        lines += ["", "## The space of samples: seconds of the processor", "", *in_sample_space(grams)]
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

@@ -1,6 +1,6 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed gram]
                          [--peers ...]
                          [--workloads ...] [--repeats N]
 
@@ -32,7 +32,7 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-NAMES = ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed")
+NAMES = ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed", "gram")
 WHATS = {name: [name] for name in NAMES} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
 SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
@@ -168,7 +168,14 @@ def distributed(options: argparse.Namespace) -> list[dict]:
     return [{"what": "distributed", **child(*arguments, timeout=options.timeout, python=sys.executable)}]
 
 
-OWN = {"kfoc": kfoc, "influence": influence, "migration": migration, "distributed": distributed}
+def gram(options: argparse.Namespace) -> list[dict]:
+    """The matrix in the space of samples and the tangent kernel, with the project's own interpreter."""
+    arguments = ("gram.py", "--repeats", str(max(2, options.repeats)))
+    outcome = child(*arguments, timeout=options.timeout, python=sys.executable)
+    return [{"what": "gram", **row} for row in outcome.get("rows", [outcome])]
+
+
+OWN = {"kfoc": kfoc, "influence": influence, "migration": migration, "distributed": distributed, "gram": gram}
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ REFERENCE = {
         merge Penalty nearest_kronecker shard""",
     "Fits": """Fit KFAC KFACCorrected EKFAC KFOC KPSVD TKFAC KL KroneckerSum BlockTridiagonal Prototypes Diagonal Full
         Gram Auto""",
-    "Likelihoods": "Likelihood Categorical Gaussian HeteroscedasticGaussian Bernoulli Poisson Residuals Weighted",
+    "Likelihoods": """Likelihood Categorical Gaussian HeteroscedasticGaussian Bernoulli Poisson Residuals Weighted
+    derivatives Derivatives""",
     "Training": """NaturalGradient LayerwiseStep QuadraticModel Preconditioner Refresh IterateAverage Constant
         LevenbergMarquardt Schedule batch_size_at named_state load_named_state""",
     "Uncertainty": "Laplace Prediction laplace_backend",

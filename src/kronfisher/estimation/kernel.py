@@ -113,7 +113,8 @@ def _read(reader: Accumulator, data: Any, *, keep: bool) -> Iterator[list[Rows]]
 def _products(mine: list[Rows], theirs: list[Rows], outputs: Outputs) -> Tensor:
     """``[n, m]``, or ``[n, m, C, C]`` for each pair of outputs."""
     if outputs != "each":
-        return torch.stack([x.products(y) for x, y in zip(mine, theirs, strict=True)]).sum(0)
+        pairs = zip(mine, theirs, strict=True)
+        return torch.stack([x.gram if x is y else x.products(y) for x, y in pairs]).sum(0)
     return torch.stack([torch.stack([x.products(y) for y in theirs], dim=-1) for x in mine], dim=-2)
 
 

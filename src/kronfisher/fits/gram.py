@@ -14,6 +14,7 @@ from kronfisher.fits.plan import Plan
 from kronfisher.fits.registry import register
 from kronfisher.fits.sketches import Drawn, Projected, split
 from kronfisher.fits.state import State, reciprocal
+from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.memory import available_memory
 from kronfisher.operators.outer_sum import OuterSum
@@ -208,7 +209,11 @@ def _part(inputs: list[Tensor | None], place: int, samples: Samples) -> PlainRow
     if groups == 1 and samples.positions == 1 and i + o < i * o:
         shared = inputs[place]
         if samples.first or shared is None or len(shared) != len(samples):
-            shared = inputs[place] = samples.activations.dense()[0, :, 0].clone()
+            written = samples.activations.dense()[0, :, 0]
+            kept = (
+                isinstance(samples.activations, Dense) and samples.activations.bias
+            )  # a column was appended to a copy
+            shared = inputs[place] = written if kept else written.clone()
         each = torch.arange(len(samples), device=shared.device)
         return OuterRows(shared, samples.gradients[0, :, 0].clone(), each)
     return PlainRows(torch.cat([part.transpose(0, 1).flatten(1) for part in samples.per_sample()]))

@@ -7,9 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, eigh, full_precision, mirror
+from kronfisher.linalg import WORKSPACE, add_symmetric_product_, chunks, eigh, full_precision, mirror, mirror_
 
 __all__ = ["Directions", "OuterRows", "PlainRows", "Rows"]
+
+_PANEL = 96  # rows of a Gram matrix that are made at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +25,9 @@ class PlainRows:
         """D."""
         return self.rows.shape[1]
 
-    def gram(self) -> Tensor:
-        """``J Jᵀ`` ``[K, K]``."""
-        size = len(self.rows)
-        return mirror(add_symmetric_product_(self.rows.new_zeros(size, size), self.rows.mT))
+    def panel(self, low: int, high: int) -> Tensor:
+        """Rows low to high of ``J Jᵀ``, from the diagonal on: ``[high − low, K − low]``."""
+        return self.rows[low:high] @ self.rows[low:].mT
 
     def along(self, vectors: Tensor) -> Tensor:
         """``J v`` for M vectors ``[M, D]``: ``[M, K]``."""
@@ -42,7 +43,7 @@ class PlainRows:
 
     def lengths(self) -> Tensor:
         """``‖J_k‖²`` ``[K]``."""
-        return self.rows.square().sum(1)
+        return torch.linalg.vector_norm(self.rows, dim=1).square()
 
     def dense(self) -> Tensor:
         """The rows."""
@@ -72,12 +73,13 @@ class OuterRows:
         """D = O·I."""
         return self.inputs.shape[1] * self.gradients.shape[1]
 
-    def gram(self) -> Tensor:
-        """``(a aᵀ) ∘ (g gᵀ)`` ``[K, K]``."""
-        inputs = PlainRows(self.inputs).gram()
-        if not self._one_each:
-            inputs = inputs[self.examples][:, self.examples]
-        return PlainRows(self.gradients).gram().mul_(inputs)
+    def panel(self, low: int, high: int) -> Tensor:
+        """Rows low to high of ``(a aᵀ) ∘ (g gᵀ)``, from the diagonal on: ``[high − low, K − low]``."""
+        if self._one_each:
+            inputs = self.inputs[low:high] @ self.inputs[low:].mT
+        else:
+            inputs = self._products[self.examples[low:high]][:, self.examples[low:]]
+        return inputs.mul_(self.gradients[low:high] @ self.gradients[low:].mT)
 
     def along(self, vectors: Tensor) -> Tensor:
         """``g_kᵀ V a_k`` for M vectors."""
@@ -101,7 +103,8 @@ class OuterRows:
 
     def lengths(self) -> Tensor:
         """``‖g_k‖² ‖a_k‖²``."""
-        return self.gradients.square().sum(1) * self.inputs.square().sum(1)[self.examples]
+        gradients, inputs = (torch.linalg.vector_norm(x, dim=1) for x in (self.gradients, self.inputs))
+        return (gradients * inputs[self.examples]).square()
 
     def dense(self) -> Tensor:
         """The rows written out, ``[K, D]``."""
@@ -110,6 +113,12 @@ class OuterRows:
     def tensors(self) -> dict[str, Tensor]:
         """By the name of the field."""
         return {"inputs": self.inputs, "gradients": self.gradients, "examples": self.examples}
+
+    @cached_property
+    def _products(self) -> Tensor:
+        """``a aᵀ`` ``[N, N]``, which columns of one example share."""
+        size = len(self.inputs)
+        return mirror_(add_symmetric_product_(self.inputs.new_zeros(size, size), self.inputs.mT))
 
     @cached_property
     def _one_each(self) -> bool:
@@ -159,10 +168,17 @@ class Rows:
     def gram(self) -> Tensor:
         """``J Jᵀ`` ``[K, K]``."""
         with full_precision(self._device_type):
-            total = self.parts[0].gram()
-            for part in self.parts[1:]:
-                total += part.gram()
-            return total
+            number = len(self)
+            total = next(iter(self.parts[0].tensors().values())).new_empty(number, number)
+            # By panels that end at the diagonal and stay in the cache while all blocks are multiplied and added up.
+            step = _PANEL if self._device_type == "cpu" else max(_PANEL, -(-number // 4))
+            for low in range(0, number, step):
+                high = min(low + step, number)
+                panel = self.parts[0].panel(low, high)
+                for part in self.parts[1:]:
+                    panel += part.panel(low, high)
+                total[low:high, low:] = panel
+            return mirror_(total)
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -326,6 +342,8 @@ def _part(part: PlainRows | OuterRows, low: int, high: int | None) -> PlainRows 
 
 def join(pieces: Sequence[Rows]) -> Rows:
     """Rows of several batches, one after the other; a part that is written out in one of them is so in all."""
+    if len(pieces) == 1:
+        return pieces[0]
     parts = []
     for own in zip(*(piece.parts for piece in pieces), strict=True):
         if all(isinstance(part, OuterRows) for part in own):

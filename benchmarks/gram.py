@@ -1,0 +1,103 @@
+"""The matrix in the space of samples beside forward and backward, and the tangent kernel beside torch.func's Jacobians.
+
+python benchmarks/gram.py [--networks mlp lenet] [--size 1000] [--repeats 5]
+
+Seconds of the processor on one thread, medians; what is compared takes turns in one process. `gram` is an estimate with
+one drawn label an example and K₀ = J Jᵀ of its rows, float32. `func` contracts the Jacobians of `torch.func` (vmap of
+jacrev, a chunk of examples at a time, and one product a parameter); both kernels are compared number by number.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from workloads import WORKLOADS
+
+import kronfisher as kf
+
+CHUNK = 50  # examples whose Jacobians torch.func makes at a time
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (perceptron, (784,)),
+    "lenet": (lambda: WORKLOADS["lenet"]().model, (1, 28, 28)),
+}
+
+
+def forward_backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    nn.functional.cross_entropy(model(x), y).backward()
+    model.zero_grad()
+
+
+def gram(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """K₀ ``[N, N]``."""
+    (operator,) = kf.estimate(model, (x, y), kf.Categorical(), fit="gram").blocks.values()
+    return operator.rows.gram
+
+
+def jacobians(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """``{name: [n, C, numel]}``."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def outputs(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(model, parameters, (one[None],))[0]
+
+    found = vmap(jacrev(outputs), (None, 0))(parameters, x)
+    return {name: part.flatten(2) for name, part in found.items()}
+
+
+def by_func(model: nn.Module, x: Tensor) -> Tensor:
+    """The kernel summed over outputs ``[N, N]``, from Jacobians that are all kept."""
+    parts = [jacobians(model, some) for some in x.split(CHUNK)]
+    rows = [torch.cat([part[name] for part in parts]).flatten(1) for name in parts[0]]
+    return torch.stack([each @ each.mT for each in rows]).sum(0)
+
+
+def median_times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of the processor, after one round of warming up; every other round backwards."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for k in range(repeats + 1):
+        for name in list(works)[:: 1 if k % 2 else -1]:
+            start = time.process_time()
+            works[name]()
+            if k:
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(name: str, size: int, repeats: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    model, x, y = build(), torch.randn(size, *shape), torch.randint(10, (size,))
+    found = median_times({"fb": lambda: forward_backward(model, x, y), "gram": lambda: gram(model, x, y)}, repeats)
+    kernels = {"kernel": lambda: kf.kernel(model, x), "func": lambda: by_func(model, x)}
+    found |= median_times(kernels, max(1, repeats // 3))
+    ours, theirs = (make() for make in kernels.values())
+    result: dict[str, object] = {"network": name, "samples": size, **found}
+    result |= {"gram / fb": found["gram"] / found["fb"], "func / kernel": found["func"] / found["kernel"]}
+    return {**result, "difference": float((ours - theirs).norm() / theirs.norm())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--size", type=int, default=1000, help="examples")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(json.dumps({"rows": [measure(name, options.size, options.repeats) for name in options.networks]}))
+
+
+if __name__ == "__main__":
+    main()
