@@ -156,9 +156,10 @@ def add_shifted_covariance_(total: Tensor, images: Tensor, shape: Shape) -> None
             for column, columns in enumerate(horizontal.segments):
                 for x, y in _runs(by_row, by_column, rows, columns, vertical.shift, horizontal.shift):
                     products[row, column].addmm_(x.mT, y)
-        sums = torch.einsum(
-            "ar,bc,rcij->abij", images.new_tensor(vertical.members), images.new_tensor(horizontal.members), products
-        )
+        # Two products: einsum would plan for longer than it works.
+        sums = images.new_tensor(vertical.members) @ products.flatten(1)
+        sums = sums.view(len(sums), len(horizontal.segments), channels**2)
+        sums = (images.new_tensor(horizontal.members) @ sums).unflatten(-1, (channels, channels))
         _scatter(blocks, sums, vertical, horizontal, shape)
 
 

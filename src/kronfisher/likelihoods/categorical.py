@@ -20,7 +20,9 @@ from kronfisher.likelihoods.softmax import (
     from_probabilities,
     invert_distribution,
     like,
+    log_softmax,
     parts,
+    softmax,
     subtract_onehot_,
     to_rows,
     without,
@@ -90,7 +92,7 @@ class Categorical(Likelihood):
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y log p_y` of every position, zero where it is ignored; see the base class."""
         axis = self._axis(outputs, targets)
-        log_p = promote(to_rows(outputs, axis)).log_softmax(-1)
+        log_p = log_softmax(outputs, axis)
         if is_soft(targets):
             terms = (self._soft(targets, outputs, axis) * log_p).sum(-1)
         else:
@@ -114,7 +116,7 @@ class Categorical(Likelihood):
         shape = without(outputs, axis)
         uniform = self._uniform(outputs, axis, draws)
         rows = to_rows(outputs.detach(), axis)
-        drawn = [invert_distribution(promote(rows[part]).softmax(-1), uniform[part]) for part in parts(rows)]
+        drawn = [invert_distribution(softmax(rows[part]), uniform[part]) for part in parts(rows)]
         return torch.cat(drawn).reshape(shape)
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class Categorical(Likelihood):
         axis = self._axis(outputs, targets)
         n, *places = without(outputs, axis)
         scale = self._scale(outputs, targets, axis).reshape(n, math.prod(places))
-        p = promote(to_rows(outputs.detach(), axis)).softmax(-1).reshape(*scale.shape, outputs.shape[axis])
+        p = softmax(to_rows(outputs.detach(), axis)).reshape(*scale.shape, outputs.shape[axis])
         tail = p.flip(-1).cumsum(-1).flip(-1)  # tail[i] = q_{i-1}; summing small terms alone keeps their digits
         before, after = tail[..., :-1], tail[..., 1:]
         # Where a tail underflows to zero, so do its probabilities, and the column is zero.
@@ -199,7 +201,7 @@ class Categorical(Likelihood):
         """`w_y (p ∘ u - p (p·u))` per position; see the base class."""
         axis = self._axis(outputs, targets)
         scale = self._scale(outputs, targets, axis).unsqueeze(-1)
-        p, u = promote(to_rows(outputs.detach(), axis)).softmax(-1), promote(to_rows(vector, axis))
+        p, u = softmax(to_rows(outputs.detach(), axis)), promote(to_rows(vector, axis))
         return like(scale * p * (u - (p * u).sum(-1, keepdim=True)), promote(vector), axis)
 
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:

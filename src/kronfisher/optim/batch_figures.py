@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kronfisher.capture.capture import Capture
@@ -19,26 +20,28 @@ class BatchFigures:
     Attributes:
         rows: the most rows that a layer had, of all positions of the examples that count.
         pass_cost: multiplications of a forward and backward pass.
-        misfits: the sum of `sum_of_misfits`; None if any part had no labels.
+        misfits: the sum of `sum_of_misfits`, ``[2]``; None if any part had no labels.
         examples: that count.
     """
 
     rows: float | Tensor = 0.0
     pass_cost: float = 0.0
-    misfits: float | Tensor | None = 0.0
+    misfits: Tensor | None = None
     examples: float | Tensor = 0.0
+    _parts: int = field(default=0, init=False, repr=False)
     _settled: tuple[float | Tensor, float] = field(default=(0.0, 0.0), init=False, repr=False)  # alike on all ranks
 
     @property
-    def misfit(self) -> float | Tensor | None:
-        """The mean misfit; None if it is not known."""
+    def misfit(self) -> Tensor | None:
+        """The mean misfits ``[2]``; None if they are not known."""
         if self.misfits is None or not (isinstance(self.examples, Tensor) or self.examples > 0):
             return None
         return self.misfits / self.examples
 
     def begin(self) -> None:
         """Begin with another batch."""
-        self.rows = self.pass_cost = self.misfits = self.examples = 0.0
+        self.rows = self.pass_cost = self.examples = 0.0
+        self.misfits, self._parts = None, 0
 
     def add(self, capture: Capture, counted: float | Tensor, size: int, misfits: Tensor | None) -> None:
         """Add a part of the batch.
@@ -47,30 +50,35 @@ class BatchFigures:
             capture: of its forward pass.
             counted: examples of it that count.
             size: all of its examples.
-            misfits: their sum, if they have labels.
+            misfits: their sum ``[2]``, if they have labels.
         """
         most = 0
         for call in capture.calls:
             for use in call.uses:
                 if use.weight is not None:
                     outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
+                    inputs = 1 if use.looked_up else inputs
                     rows = prod(call.shape) // max(outputs, 1)
                     self.pass_cost += 3.0 * rows * outputs * inputs
                     most = max(most, rows)
         self.rows = self.rows + most * counted / size
         self.examples = self.examples + counted
-        self.misfits = None if self.misfits is None or misfits is None else self.misfits + misfits
+        if self._parts:
+            misfits = None if self.misfits is None or misfits is None else self.misfits + misfits
+        self.misfits, self._parts = misfits, self._parts + 1
 
     def numbers(self) -> dict[str, float | Tensor]:
         """What ranks add up."""
-        misfits = float("nan") if self.misfits is None else self.misfits
-        return {"rows": self.rows, "cost": self.pass_cost, "misfits": misfits, "examples": self.examples}
+        own, constant = (float("nan"),) * 2 if self.misfits is None else self.misfits.unbind()
+        numbers = {"rows": self.rows, "cost": self.pass_cost, "examples": self.examples}
+        return {**numbers, "misfits": own, "constants": constant}
 
     def settle(self, sums: Mapping[str, float] | None) -> None:
         """Take over the sums of all ranks, or what they were before if there are none."""
         if sums is not None:
             self._settled = sums["rows"], sums["cost"]
-            self.misfits, self.examples = sums["misfits"], sums["examples"]
+            self.misfits = torch.stack([torch.as_tensor(sums[name]) for name in ("misfits", "constants")])
+            self.examples = sums["examples"]
         self.rows, self.pass_cost = self._settled
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,18 +11,30 @@ from kronfisher.likelihoods import Likelihood
 
 __all__ = ["Misfit", "sum_of_misfits"]
 
-MEMORY = 0.8  # of the average, over batches that bring statistics
-FITTED = 0.05  # the share of the largest misfit below which data count as fitted
+MEMORY = 0.8  # of the averages, over batches that bring statistics
+FITTED = 0.05  # the share of a constant's misfit below which data count as fitted
+MOST = 2**21  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
 
 
 def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Tensor:
-    """The squared derivatives of the loss with respect to the outputs, less their mean, summed over examples: 0-dim.
+    """Squared derivatives of the loss with respect to the outputs, less their mean, summed over examples: ``[2]``.
 
-    For a Gaussian these are squared errors less what a constant explains, for classes squared differences of
-    probabilities and labels. They are zero only where the data are fitted exactly, while losses have other least
-    values: the entropy of soft targets, the logarithm of a variance.
+    The first number is that of these outputs, the second that of outputs of zero, a constant prediction. For a Gaussian
+    these are squared errors less what a constant explains, for classes squared differences of probabilities and labels.
+    They are zero only where the data are fitted exactly, while losses have other least values: the entropy of soft
+    targets, the logarithm of a variance.
     """
-    errors = likelihood.observed(outputs.detach(), targets).flatten(1 if outputs.dim() > 1 else 0)
+    size, each = len(outputs), max(outputs[:1].numel(), 1)
+    step = -(-size // max(MOST // each, 2)) if isinstance(targets, Tensor) else 1
+    if step > 1:
+        outputs, targets = outputs[::step], targets[::step]
+    outputs = outputs.detach()
+    sums = [_squares(likelihood.observed(one, targets)) for one in (outputs, torch.zeros_like(outputs))]
+    return torch.stack(sums) * (size / len(outputs))
+
+
+def _squares(errors: Tensor) -> Tensor:
+    errors = errors.flatten(1 if errors.dim() > 1 else 0)
     errors = errors.to(torch.promote_types(errors.dtype, torch.float32))
     if len(errors) > 1:  # a wrong mean at the start tells nothing of how well the rest can be fitted
         errors = errors - errors.mean(0)
@@ -31,28 +43,27 @@ def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Ten
 
 @dataclass
 class Misfit:
-    """The average of the mean misfit, and the largest it was; a rule of this library's own, from no paper.
+    """Averages of the mean misfit, and of a constant's; a rule of this library's own, from no paper.
 
     Attributes:
-        now: the average, 0-dim; negative before the first batch.
-        worst: its largest value, 0-dim.
+        now: the average of the model's, 0-dim; negative before the first batch.
+        constant: that of a constant prediction, 0-dim.
     """
 
     now: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
-    worst: Tensor = field(default_factory=lambda: torch.zeros(()))
+    constant: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def follow(self, mean: float | Tensor, device: torch.device) -> None:
-        """Take over the mean misfit of one batch, unless that is not finite."""
-        now, worst = self.now.to(device), self.worst.to(device)
-        new = mean.to(now) if isinstance(mean, Tensor) else now.new_tensor(mean)
-        new = torch.where(torch.isfinite(new), new, now)
-        self.now = torch.where(now < 0, new, now.lerp(new, 1 - MEMORY))
-        self.worst = torch.maximum(worst, self.now)
+    def follow(self, means: Tensor, device: torch.device) -> None:
+        """Take over the mean misfits of one batch ``[2]``, unless they are not finite."""
+        old = torch.stack([self.now.to(device), self.constant.to(device)])
+        new = means.to(old)
+        new = torch.where(torch.isfinite(new).all(), new, old)
+        self.now, self.constant = torch.where(old[0] < 0, new, old.lerp(new, 1 - MEMORY)).unbind()
 
     @property
     def left(self) -> Tensor:
-        """The share that is left to fit, 0-dim: 1 until a twentieth of the worst is reached, then the rest of that."""
-        return torch.where(self.worst > 0, self.now / (FITTED * self.worst), 1.0).clamp(max=1.0)
+        """The share that is left to fit, 0-dim: 1 down to a twentieth of a constant's misfit, then the rest of that."""
+        return torch.where(self.constant > 0, self.now / (FITTED * self.constant), 1.0).clamp(max=1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
@@ -60,4 +71,4 @@ class Misfit:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
-        self.now, self.worst = state["now"].to(device), state["worst"].to(device)
+        self.now, self.constant = state["now"].to(device), state["constant"].to(device)

@@ -14,28 +14,47 @@ def test_the_misfit_is_the_squared_error_less_what_a_constant_explains():
     generator = torch.Generator().manual_seed(0)
     outputs, targets = torch.randn(2, 9, 3, generator=generator).double()
     expected = (outputs - targets - (outputs - targets).mean(0)).square().sum()
-    torch.testing.assert_close(sum_of_misfits(kf.Gaussian(), outputs, targets), expected)
-    torch.testing.assert_close(sum_of_misfits(kf.Gaussian(), outputs, targets + 100), expected)
-    assert float(sum_of_misfits(kf.Gaussian(), targets[:1] + 1, targets[:1])) == 3  # one example: as it is
+    constant = (targets - targets.mean(0)).square().sum()
+    for shift in (0, 100):
+        own, other = sum_of_misfits(kf.Gaussian(), outputs, targets + shift)
+        torch.testing.assert_close(own, expected)
+        torch.testing.assert_close(other, constant)
+    assert float(sum_of_misfits(kf.Gaussian(), targets[:1] + 1, targets[:1])[0]) == 3  # one example: as it is
+
+
+def test_of_a_large_vocabulary_some_examples_stand_for_all(monkeypatch):
+    outputs, targets = torch.zeros(64, 10), torch.arange(64) // 2 % 10
+    whole = sum_of_misfits(kf.Categorical(), outputs, targets)
+    monkeypatch.setattr(misfit, "MOST", 320)
+    torch.testing.assert_close(sum_of_misfits(kf.Categorical(), outputs, targets), whole, rtol=0.05, atol=0)
+
+
+def test_large_first_outputs_are_no_measure_of_what_can_be_fitted():
+    torch.manual_seed(0)
+    one, targets = Misfit(), torch.randn(50, 1)
+    for outputs in (100 * torch.randn(50, 1), torch.zeros(50, 1)):  # a bad start, then no better than a constant
+        for _ in range(60):
+            one.follow(sum_of_misfits(kf.Gaussian(), outputs, targets) / 50, CPU)
+    assert float(one.left) == 1
 
 
 def test_soft_targets_are_fitted_where_their_entropy_is_all_that_is_left():
     targets = torch.tensor([[0.2], [0.7], [0.4]])
-    assert float(sum_of_misfits(kf.Bernoulli(), targets.logit(), targets)) < 1e-12
-    assert float(sum_of_misfits(kf.Bernoulli(), torch.zeros(3, 1), targets)) > 0.1
+    own, constant = sum_of_misfits(kf.Bernoulli(), targets.logit(), targets)
+    assert float(own) < 1e-12 and float(constant) > 0.1
 
 
-def test_the_share_that_is_left_falls_with_the_misfit_below_a_twentieth_of_the_worst():
+def test_the_share_that_is_left_falls_with_the_misfit_below_a_twentieth_of_a_constants():
     one = Misfit()
     assert float(one.left) == 1
     for _ in range(40):
-        one.follow(torch.tensor(2.0), CPU)
+        one.follow(torch.tensor([2.0, 2.0]), CPU)
     assert float(one.left) == 1
-    one.follow(torch.tensor(float("nan")), CPU)
-    one.follow(float("inf"), CPU)
-    assert float(one.worst) == 2 and float(one.left) == 1
+    one.follow(torch.tensor([float("nan"), 2.0]), CPU)
+    one.follow(torch.tensor([2.0, float("inf")]), CPU)
+    assert float(one.constant) == 2 and float(one.left) == 1
     for _ in range(60):
-        one.follow(0.01, CPU)
+        one.follow(torch.tensor([0.01, 2.0]), CPU)
     assert float(one.left) == pytest.approx(0.1, rel=1e-2)
     again = Misfit()
     again.load_state_dict(one.state_dict(), CPU)
