@@ -45,6 +45,36 @@ def test_a_resumed_training_gives_the_same_bits(options):
     assert resumed.report().damping == optimizer.report().damping
 
 
+@pytest.mark.parametrize("step", [None, kf.QuadraticModel()], ids=["layerwise", "quadratic"])
+def test_optimisers_share_no_state_though_one_was_loaded_from_the_other(step):
+    data, first, second = batches(8), network(), network()
+    one, other = (kf.NaturalGradient(model, kf.Categorical(), step=step) for model in (first, second))
+    train(one, first, data[:4])
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(one.state_dict())  # as it is, without a file or a copy between
+    for batch in data[4:]:  # in turn
+        train(one, first, [batch])
+        train(other, second, [batch])
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_preconditioners_share_no_state_though_one_was_loaded_from_the_other():
+    (x, _), *more = batches(5)
+    first, second = network(), network()
+    one, other = (kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(1, 1)) for model in (first, second))
+
+    def step(preconditioner, model, x):
+        model.zero_grad()
+        preconditioner(x).logsumexp(1).sum().backward()
+        preconditioner.step()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    step(one, first, x)
+    other.load_state_dict(one.state_dict())
+    for x, _ in more:
+        assert torch.equal(step(one, first, x), step(other, second, x))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize(
     "fit",

@@ -1,6 +1,6 @@
 """What the last batch that brought statistics was like: its rows, the cost of its passes, its distance from data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kronfisher.capture.capture import Capture
 
-__all__ = ["BatchFigures"]
+__all__ = ["BatchFigures", "sizes_of_weights"]
+
+
+def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int]]:
+    """For each use of a weight in a forward pass: rows, outputs, and inputs, which are one where they are looked up."""
+    for call in capture.calls:
+        for use in call.uses:
+            if use.weight is not None:
+                outputs = max(use.weight.size[1], 1)
+                yield prod(call.shape) // outputs, outputs, 1 if use.looked_up else use.weight.numel // outputs
 
 
 @dataclass
@@ -53,14 +62,9 @@ class BatchFigures:
             misfits: their sum ``[2]``, if they have labels.
         """
         most = 0
-        for call in capture.calls:
-            for use in call.uses:
-                if use.weight is not None:
-                    outputs, inputs = use.weight.size[1], use.weight.numel // max(use.weight.size[1], 1)
-                    inputs = 1 if use.looked_up else inputs
-                    rows = prod(call.shape) // max(outputs, 1)
-                    self.pass_cost += 3.0 * rows * outputs * inputs
-                    most = max(most, rows)
+        for rows, outputs, inputs in sizes_of_weights(capture):
+            self.pass_cost += 3.0 * rows * outputs * inputs
+            most = max(most, rows)
         self.rows = self.rows + most * counted / size
         self.examples = self.examples + counted
         if self._parts:

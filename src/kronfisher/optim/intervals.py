@@ -11,7 +11,7 @@ BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
 class Refresh:
     """Periods, in steps. Early on, when everything changes quickly, they are shorter: half of the steps so far.
 
-    `LayerwiseStep` has defaults of its own (`LAYERWISE`: ``Refresh(inverse=10, average=0.8, early=6)``), because steps
+    `LayerwiseStep` has defaults of its own (`LAYERWISE`: ``Refresh(20, 20, average=0.8, early=6)``), because steps
     of one size, which no model of the loss shortens, need matrices of the present network; where factorisations
     outweigh a tenth of the passes, it lengthens their period, up to 50.
 
@@ -61,5 +61,5 @@ class Refresh:
         return step + 1 + (own - step - 1) % self.inverse
 
 
-LAYERWISE = Refresh(inverse=10, average=0.8, early=6)
+LAYERWISE = Refresh(statistics=20, inverse=20, average=0.8, early=6)
 """The default of `LayerwiseStep`."""

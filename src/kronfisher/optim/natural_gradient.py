@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -183,6 +184,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     treats=is_matrix,
                     misfit=True,
                     partly=True,
+                    bounds=True,
                     **settings,
                 ),
                 options=rule,
@@ -408,7 +410,7 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             DataError: it was saved for other parameters or other fits, or by a version that kept its state otherwise.
         """
-        rest = dict(state_dict)
+        rest = deepcopy(dict(state_dict))  # or two optimisers would change the same tensors
         own = rest.pop("natural_gradient", {})
         if own and "curvature" in rest:
             raise DataError(

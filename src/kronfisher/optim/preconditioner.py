@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -132,6 +133,7 @@ class Preconditioner:
             ranks=ranks,
             alone=group is not None,
             spread=self._spread,
+            bounds=True,
         )
         self.direction = Direction(named, damping, refresh)
         self.damping = ScheduledDamping(self.trust)
@@ -235,6 +237,7 @@ class Preconditioner:
             )
         if state.keys() != {"steps", "damping", "statistics", "direction", "watch"}:
             raise DataError(f"this is not the state of a Preconditioner: it has {sorted(state)}")
+        state = deepcopy(dict(state))  # or two of them would change the same tensors
         self.statistics.load_state_dict(state["statistics"])
         self.direction.load_state_dict(state["direction"], self.statistics.layers)
         self.damping.load_state_dict(state["damping"])

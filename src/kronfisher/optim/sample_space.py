@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -299,7 +300,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave; DataError if it is another optimiser's."""
-        rest = dict(state_dict)
+        rest = deepcopy(dict(state_dict))  # or two optimisers would change the same tensors
         own = rest.pop("sample_space", None)
         if own is None:
             raise DataError('this is not the state of a NaturalGradient with fit="gram".')

@@ -19,10 +19,12 @@ from kronfisher.estimation.recipe import Labels, Recipe
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.storage import block_of
 from kronfisher.fits import Choice, Diagonal, asked_for, choose
+from kronfisher.fits.shapes import MAX_DIM
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.batch_figures import BatchFigures
 from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.largest_factor import bounded, kept_as_diagonals, largest_factor
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
 from kronfisher.optim.moving_average import MovingAverage
@@ -51,6 +53,7 @@ class Statistics:
             it is wanted of every block, and of at least one.
         misfit: whether to measure how far predictions are from the data.
         partly: whether part of the rows of a batch does, where a layer has many.
+        bounds: whether factors that would be too dear are kept as their diagonals, where a fit has no bound of its own.
 
     Attributes:
         layers: one for each group of blocks, in the order of the first batch.
@@ -77,6 +80,7 @@ class Statistics:
         treats: Callable[[Block], bool] | None = None,
         misfit: bool = False,
         partly: bool = False,
+        bounds: bool = False,
     ) -> None:
         self.model, self.likelihood, self.refresh = model, likelihood, refresh
         self.labels: Labels = labels
@@ -85,6 +89,7 @@ class Statistics:
         self.seconds = self.seconds_in_backward = 0.0
         self.figures = BatchFigures()
         self._measures_misfit, self._partly = misfit, partly
+        self._largest = None if bounds else MAX_DIM  # factor; None: the first batch is going to tell
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self.ranks, self._alone, self._spread = ranks, alone, spread
@@ -103,7 +108,8 @@ class Statistics:
         """Treat these parameters from now on; statistics of the others are kept."""
         self.parameters = parameters
         chosen = choose(self._fit, parameters)  # one fit has one average, so that its blocks stay together
-        averages = {id(fit): MovingAverage(fit) for fit in chosen.values()}
+        largest = self._largest or MAX_DIM
+        averages = {id(fit): MovingAverage(bounded(fit, largest)) for fit in chosen.values()}
         self._fits = {name: averages[id(fit)] for name, fit in chosen.items()}
         self._spare = MovingAverage(Diagonal())
         self._trained = None
@@ -168,9 +174,14 @@ class Statistics:
 
     @property
     def cuts(self) -> list[str]:
-        """Where chains of layers are cut and why, for fits that treat neighbours together."""
+        """Where chains of layers are cut and why, for fits that treat neighbours together, and factors too dear."""
         blocks = [block for layer in self.layers for block in layer.blocks]
-        return [] if self._run is None else self._run.notes(blocks)
+        if self._run is None:
+            return []
+        largest = self._largest or MAX_DIM
+        dear = [b for b in blocks if getattr(self._fits[b.parameters[0]].fit, "max_dim", None) == largest]
+        names = {type(self._fits[b.parameters[0]].fit).__name__ for b in dear}
+        return [*self._run.notes(blocks), *(note for name in names for note in kept_as_diagonals(dear, name, largest))]
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -249,9 +260,10 @@ class Statistics:
 
         This step's statistics are left out if anything goes wrong.
         """
+        began = time.perf_counter()
+        self._bound(capture)
         run = self._run
         assert run is not None
-        began = time.perf_counter()
         if not self._open:
             self._open = True
             self.figures.begin()
@@ -267,6 +279,14 @@ class Statistics:
         spent = time.perf_counter() - began
         self.seconds += spent
         self.seconds_in_backward += spent
+
+    def _bound(self, capture: Capture) -> None:
+        """See from the first batch which factors would be too dear."""
+        if self._largest is None:
+            self._largest, trained = largest_factor(capture), self._trained
+            if self._largest < MAX_DIM:
+                self.extend(self.parameters)
+                self._run, self._trained = self._accumulator(), trained
 
     def _absorb(
         self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, step: int, retain: bool, own: Any
@@ -452,6 +472,7 @@ class Statistics:
             "dear": dict(self._run.known.dear) if self._run else {},
             "trained": sorted(self._trained or ()),
             "fits": self._described(),
+            "largest": self._largest,
             "layers": [layer.state_dict() for layer in self.layers],
         }
 
@@ -461,6 +482,9 @@ class Statistics:
         Raises:
             DataError: it belongs to another model or to other fits.
         """
+        if state["trained"]:  # otherwise there was no batch that could tell
+            self._largest = state.get("largest") or MAX_DIM
+            self.extend(self.parameters)
         own, saved = self._described(), state["fits"]
         if differ := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):
             raise DataError(
