@@ -172,7 +172,7 @@ def test_no_step_collects_statistics_and_makes_inverses_once_periods_allow():
     model = network()
     optimizer = kf.NaturalGradient(model, kf.Categorical())
     renewed = []
-    for step, (x, y) in enumerate(batches(100)):
+    for step, (x, y) in enumerate(batches(140)):
         due = optimizer.parts.statistics.is_due(step)
         optimizer.step(lambda x=x: model(x), y)
         if any(one.made == step for one in optimizer.parts.direction.inverses):

@@ -19,6 +19,7 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 
 __all__ = ["LayerwiseParts", "LayerwiseStep"]
 
+APART = 10  # steps from statistics to statistics from which on inverses are made in steps of their own
 LAST = 0.01  # the share of the rate that is left at the end of a horizon
 ROWS = 128  # examples times positions in a batch below which the rate falls, with their square root
 TAIL = 0.15  # the share of a horizon over which the rate falls, linearly
@@ -125,7 +126,7 @@ class LayerwiseParts(StepParts):
             self.watch.idle(step, seen=bool(gradients) or taken.seen)
             return
         # In the first steps inverses follow statistics at once: a GPT that used older ones trained half as fast.
-        wait = due and self.statistics.next_due >= step + self.statistics.refresh.statistics
+        wait = due and self.statistics.next_due >= step + min(APART, self.statistics.refresh.statistics)
         self.direction.renew(step, figures.pass_cost, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
