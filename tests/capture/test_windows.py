@@ -96,8 +96,8 @@ def test_windows_that_leave_something_out_or_overlap():
     x = torch.randn(5, 3)
     cases = {
         "used in 2 different ways": lambda m, x: F.linear(x, m.w[:4]) + F.linear(x, m.w[2:]),
-        "w is used in 2 different ways": lambda m, x: F.linear(F.linear(x, m.w)[:, 1:].tanh(), m.w[1:].t()),
-        "w is used in 2 different ways .by expand, linear": lambda m, x: (
+        "w: used in 2 different ways": lambda m, x: F.linear(F.linear(x, m.w)[:, 1:].tanh(), m.w[1:].t()),
+        "w: used in 2 different ways .by expand, linear": lambda m, x: (
             F.linear(x, m.w[:1].expand(4, 3)) + F.linear(x, m.w).sum(1)[:, None]
         ),
         "w: used by cat": lambda m, x: F.linear(x, torch.cat([m.w, m.w])),

@@ -176,7 +176,9 @@ def test_windows_of_blocks():
     alone, turned = Block("w", "linear", whole.weight), Window.of("w", w, w.t()).reshaped(1, 3, 4)
     roles = [alone, Block("w", "addmm", turned)]
     assert settle(roles) == Claims()
-    assert "used in 2 different ways (by addmm, linear)" in settle(roles, {"w"}).problems["w"]
+    assert (
+        "used in two roles, as a matrix and as its transpose (by addmm, linear)" in settle(roles, {"w"}).problems["w"]
+    )
     assert "used in 2 different ways (by linear)" in settle([alone, halves[0]]).problems["w"]
     wide = Window.of("v", torch.zeros(200, 2), torch.zeros(200, 2)[::2]).reshaped(1, 100, 2)
     assert "100 of its 400" not in settle([Block("v", "linear", wide)]).problems["v"]

@@ -88,11 +88,13 @@ def test_a_network_that_is_mostly_outside_is_told():
     x, y = batches(1)[0]
     model = Written(lambda m, x: m.last(x @ m.w.square()), w=torch.randn(4, 30), last=nn.Linear(30, 3))
     optimizer = kf.NaturalGradient(model, kf.Categorical())
-    with pytest.warns(kf.NumericalWarning, match=r"56% of the parameters are outside every fit .*\(w\)") as caught:
+    with pytest.warns(
+        kf.NumericalWarning, match=r"56% of the parameters are outside every fit .*: w: used by square"
+    ) as caught:
         for _ in range(3):
             optimizer.step(lambda: model(x), y)
     assert len(caught) == 1
-    kf.coverage(model, x)  # as the message says
+    assert "Adam's steps: w: used by square" in str(optimizer.report())
 
 
 def test_steps_undone_in_a_row_are_told():

@@ -41,7 +41,8 @@ def settle(blocks: Iterable[Block], whole: Container[str] = ()) -> Claims:
         if len(several) == 1 and several[0][0].complete:
             continue
         matrices = all(block.weight is not None for _, block in several)
-        if alone and matrices and name not in whole and swapped([view for view, _ in several]):
+        roles = alone and matrices and swapped([view for view, _ in several])
+        if roles and name not in whole:
             continue
         counts = _counts([view for view, _ in several])
         operators = ", ".join(sorted({block.operator for _, block in several}))
@@ -54,10 +55,8 @@ def settle(blocks: Iterable[Block], whole: Container[str] = ()) -> Claims:
         elif not alone:
             found.apart.add(name)
         else:
-            found.problems[name] = (
-                f"{name} is used in {len(several)} different ways (by {operators}), for example as a matrix and as its "
-                "transpose, or whole and in part"
-            )
+            ways = "two roles, as a matrix and as its transpose" if roles else f"{len(several)} different ways"
+            found.problems[name] = f"{name}: used in {ways} (by {operators})"
     return found
 
 

@@ -321,7 +321,11 @@ class NaturalGradient(torch.optim.Optimizer):
             self.parts.evaluate(True, self.trained())
 
     def train(self) -> None:
-        """Put the weights back in place of their average, to continue training."""
+        """Put the weights back in place of their average, to continue training.
+
+        Where the model holds other weights by then, loaded since or saved at another time than the optimiser, it keeps
+        them, with a warning.
+        """
         with self._changed():
             self.parts.evaluate(False, self.trained())
 

@@ -319,6 +319,7 @@ class Parts(StepParts):
             stale=self.direction.overdue(step),
             troubles=self.direction.troubles,
             uncovered=statistics.uncovered,
+            uncovered_step=self.uncovered_step,
             coupled=tuple(statistics.coupled),
             cuts=tuple(statistics.cuts),
             warnings=(*([refusal] if refusal else []), *judge.warnings(), *self.watch.told.values()),

@@ -27,7 +27,8 @@ class TrainingReport:
         seconds: by phase.
         stale: layer → steps by which its inverse is overdue.
         troubles: layer → what went wrong with its last inverse.
-        uncovered: parameter → why no block covers it, so that it makes plain momentum steps.
+        uncovered: parameter → why no block covers it, so that it takes `uncovered_step` instead.
+        uncovered_step: what these parameters take.
         coupled: layers whose rows mix examples (normalisation over the batch).
         cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
         warnings: messages to the user.
@@ -50,6 +51,7 @@ class TrainingReport:
     stale: Mapping[str, int] = field(default_factory=dict)
     troubles: Mapping[str, str] = field(default_factory=dict)
     uncovered: Mapping[str, str] = field(default_factory=dict)
+    uncovered_step: str = "plain momentum steps"
     coupled: tuple[str, ...] = ()
     cuts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class TrainingReport:
         }
         layers = [(name, f"inverse overdue by {steps} steps") for name, steps in self.stale.items()]
         layers += list(self.troubles.items())
-        layers += [(name, f"plain momentum: {why}") for name, why in self.uncovered.items()]
+        layers += [(name, f"{self.uncovered_step}: {why}") for name, why in self.uncovered.items()]
         layers += [(name, "examples are coupled by the batch; treated as independent") for name in self.coupled]
         notes = [*str(self).splitlines()[:1], *self.cuts, *self.warnings]
         return page(title, facts, notes, values, self.seconds, layers).save(path)
@@ -132,7 +134,7 @@ class TrainingReport:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]
         lines += [f"{name}: {trouble}" for name, trouble in self.troubles.items()]
-        lines += [f"plain momentum: {line}" for line in together(self.uncovered)]
+        lines += [f"{self.uncovered_step}: {line}" for line in together(self.uncovered)]
         if self.coupled:
             lines.append(f"examples are coupled by the batch in {', '.join(self.coupled)}; treated as independent")
         return "\n".join([*lines, *self.cuts, *self.warnings])

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.jacobian import Jacobian
-from kronfisher.errors import DataError, NumericalError
+from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.likelihoods import Likelihood, Residuals
 from kronfisher.linalg import promote
+from kronfisher.optim.kinds import Kinds
 from kronfisher.optim.sample_steps import Follower, Rows
 
 __all__ = ["SampleSpaceGradient"]
@@ -92,6 +93,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self.damping: float | None = None
         self.step_length: float | None = None
         self._last: Tensor | None = None
+        self._kinds = Kinds()
 
     def step(self, closure: Callable[[], Any] | None = None, targets: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step.
@@ -111,6 +113,12 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         """
         if closure is None:
             raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
+        self._kinds.require(self._parameters)
+        if half := [n for n, p in self._parameters.items() if p.dtype not in (torch.float32, torch.float64)]:
+            raise UnsupportedError(
+                f"{half[0]} is {self._parameters[half[0]].dtype}: fit='gram' solves with the rows of a batch, whose "
+                "squares half precision cannot hold. Keep the weights in float32 or float64."
+            )
         targets = None if targets is _MISSING else targets
         state = torch.get_rng_state()
         with torch.enable_grad():
@@ -296,6 +304,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The memory of the last step and λ's factor, besides what any optimiser has."""
         own = {"steps": self.steps, "factor": self.follower.factor, "last": self._last}
+        own["dtypes"] = self._kinds.state_dict()
         return {**super().state_dict(), "sample_space": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -304,6 +313,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         own = rest.pop("sample_space", None)
         if own is None:
             raise DataError('this is not the state of a NaturalGradient with fit="gram".')
+        self._kinds.load_state_dict(own.get("dtypes", {}), self._parameters)
         super().load_state_dict(rest)
         self.steps, self.follower.factor = own["steps"], own["factor"]
         self._last = None if own["last"] is None else own["last"].clone()

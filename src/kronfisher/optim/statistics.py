@@ -24,6 +24,7 @@ from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.batch_figures import BatchFigures
 from kronfisher.optim.intervals import Refresh
+from kronfisher.optim.kinds import Kinds
 from kronfisher.optim.largest_factor import bounded, kept_as_diagonals, largest_factor
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
@@ -100,6 +101,7 @@ class Statistics:
         self._masked = False  # whether the batch that was accepted has positions that do not count
         self._missed = -1  # the last step of which some rank had no statistics when they met within it
         self._open = False  # whether this step's batch has brought statistics that are not merged yet
+        self._kinds = Kinds()
         self._trained: frozenset[str] | None = None  # names of the parameters that were trained at the last step
         self.extend(parameters)
         self._accumulator()  # refuses bad settings now, not at the first batch
@@ -190,7 +192,12 @@ class Statistics:
         return step >= self.next_due
 
     def prepare(self, step: int) -> None:
-        """Begin with empty states, at first and whenever other parameters are trained than before."""
+        """Begin with empty states, at first and whenever other parameters are trained than before.
+
+        Raises:
+            UnsupportedError: parameters were converted or moved since the first step; or there are other processes.
+        """
+        self._kinds.require(self.parameters)
         if self.ranks is None and not self._alone:
             require_one_process()
         if self._spread is not None:
@@ -471,6 +478,7 @@ class Statistics:
             "apart": sorted(self._run.known.apart) if self._run else [],
             "dear": dict(self._run.known.dear) if self._run else {},
             "trained": sorted(self._trained or ()),
+            "dtypes": self._kinds.state_dict(),
             "fits": self._described(),
             "largest": self._largest,
             "layers": [layer.state_dict() for layer in self.layers],
@@ -490,6 +498,7 @@ class Statistics:
             raise DataError(
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
+        self._kinds.load_state_dict(state.get("dtypes", {}), self.parameters)  # earlier versions did not say
         self.next_due, self.dropped = state["next_due"], state["dropped"]
         self.figures.load_state_dict(state)
         self._open, self._groups = False, None

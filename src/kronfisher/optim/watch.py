@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalWarning, UnsupportedError
+from kronfisher.tables import together
 
 OUTSIDE = 0.5  # the share of parameters outside every fit that is told
 MEMORY = 0.05  # the weight of the newest loss in its average
@@ -143,16 +144,11 @@ class Watch:
             )
 
     def uncovered(self, names: Mapping[str, str], sizes: Mapping[str, int], step: str) -> None:
-        """Tell if much of the network is outside every fit; `step` is what it takes instead."""
+        """Tell if much of the network is outside every fit: name → why; `step` is what it takes instead."""
         outside = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
         if outside > OUTSIDE:
-            few, more = list(names)[:3], len(names) - 3
-            listed = ", ".join(few) + (f" and {more} more" if more > 0 else "")
-            self.tell(
-                "uncovered",
-                f"{outside:.0%} of the parameters are outside every fit and take {step} ({listed}): "
-                "print(kf.coverage(model, batch)) says why.",
-            )
+            reasons = "; ".join(together(names))
+            self.tell("uncovered", f"{outside:.0%} of the parameters are outside every fit and take {step}: {reasons}.")
 
     def compared(self, *, undone: bool) -> None:
         """Count compared steps in a row that were undone."""

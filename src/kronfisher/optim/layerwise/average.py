@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.fisher.parameters import fingerprint
 from kronfisher.optim.foreach import lerp_to_each_
 
 __all__ = ["Average"]
@@ -24,11 +25,13 @@ class Average:
         steps: k.
         averages: by name; while evaluating, the model holds the averages and this the iterates.
         evaluating: whether the model holds the averages.
+        shown: fingerprint of the averages that it was given for that.
     """
 
     steps: int = 0
     averages: dict[str, Tensor] = field(default_factory=dict)
     evaluating: bool = False
+    shown: str = ""
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], left: Tensor) -> None:
@@ -48,22 +51,33 @@ class Average:
         lerp_to_each_([self.averages[name] for name in tensors], list(tensors.values()), weights)
 
     @torch.no_grad()
-    def swap(self, parameters: Mapping[str, Tensor]) -> None:
-        """Exchange the averages and what the model holds."""
+    def swap(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Exchange the averages and what the model holds, unless other weights took the place of the averages.
+
+        Returns:
+            Whether they were exchanged. Otherwise the model keeps what it holds, and the average begins anew.
+        """
+        tensors = {name: tensor for name, tensor in _tensors(parameters).items() if name in self.averages}
         self.evaluating = not self.evaluating
-        for name, tensor in _tensors(parameters).items():
-            if name in self.averages:
-                kept = tensor.clone()
-                tensor.copy_(self.averages[name])
-                self.averages[name].copy_(kept)
+        if not self.evaluating and self.shown not in ("", fingerprint(tensors)):
+            self.averages, self.shown = {}, ""
+            return False
+        for name, tensor in tensors.items():
+            kept = tensor.clone()
+            tensor.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
+        self.shown = fingerprint(tensors) if self.evaluating else ""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
-        return {"steps": self.steps, "averages": dict(self.averages), "evaluating": self.evaluating}
+        own = {"steps": self.steps, "averages": dict(self.averages)}
+        return {**own, "evaluating": self.evaluating, "shown": self.shown}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.steps, self.evaluating = state["steps"], state["evaluating"]
+        self.shown = state.get("shown", "")  # earlier versions did not say
         self.averages = {name: tensor.to(device) for name, tensor in state["averages"].items()}
 
 

@@ -1,5 +1,6 @@
 """The default step of `NaturalGradient`."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
+from kronfisher.errors import NumericalWarning
 from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
@@ -163,8 +165,15 @@ class LayerwiseParts(StepParts):
         return self.average.evaluating
 
     def evaluate(self, evaluating: bool, parameters: Mapping[str, nn.Parameter]) -> None:
-        if evaluating != self.average.evaluating and self.average.steps:
-            self.average.swap(parameters)
+        if evaluating == self.average.evaluating or not self.average.steps or self.average.swap(parameters):
+            return
+        warnings.warn(
+            "The model does not hold the weights that optimizer.eval() put there: others were loaded, or it was "
+            "changed. Training goes on from what it holds now, and the average begins anew. Save and load model and "
+            "optimiser together, both before optimizer.eval() or both after it.",
+            NumericalWarning,
+            stacklevel=3,
+        )
 
     def extend(self, parameters: dict[str, nn.Parameter]) -> None:
         self.statistics.extend(parameters)
@@ -188,6 +197,7 @@ class LayerwiseParts(StepParts):
             stale=self.direction.overdue(step),
             troubles=self.direction.troubles,
             uncovered=statistics.uncovered,
+            uncovered_step=self.uncovered_step,
             coupled=tuple(statistics.coupled),
             cuts=tuple(statistics.cuts),
             warnings=tuple(self.watch.told.values()),
