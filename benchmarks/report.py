@@ -73,11 +73,12 @@ def in_sample_space(results: list[dict]) -> list[str]:
     if "skipped" in results[0]:
         return [f"skipped: {results[0]['skipped']}"]
     header = ["network", "samples", "fb", "gram", "gram / fb", "kernel", "torch.func", "func / kernel", "difference"]
+    forms = {"fb": ".4f", "gram": ".4f", "gram / fb": ".2f", "kernel": ".2f", "func": ".2f", "func / kernel": ".1f"}
+    forms["difference"] = ".0e"
     rows = [
-        [r["network"], f"{r['samples']:,}", *(f"{r[k]:.4f}" for k in ("fb", "gram")), f"{r['gram / fb']:.2f}",
-         *(f"{r[k]:.2f}" for k in ("kernel", "func")), f"{r['func / kernel']:.1f}", f"{r['difference']:.0e}"]
+        [r["network"], f"{r['samples']:,}", *(format(r[key], form) if key in r else "–" for key, form in forms.items())]
         for r in results
-    ]  # fmt: skip
+    ]
     return table(header, rows)
 
 

@@ -170,25 +170,32 @@ class Jacobian:
         self, parameter: Tensor, numbers: Tensor, uses: Sequence[tuple[_Product, Tensor | None, Tensor | None]]
     ) -> Tensor:
         """``[n, numel]``: the sum over the products with one parameter."""
-        count = len(numbers)
-        total = numbers.new_zeros(count, *parameter.shape)
-        lefts, rights = [], []
+        count, total = len(numbers), None
+        lefts, rights, moved = [], [], []
         with torch.no_grad(), full_precision(numbers.device.type):
             for product, gradient, order in uses:
                 if gradient is None:
                     continue
                 if product.left is None:
                     rows = gradient.reshape(len(gradient), *parameter.shape)
-                    total = total + rows if order is None else total.index_add_(0, order, rows)
+                    if order is not None:
+                        moved.append((order, rows, None))
+                    else:
+                        total = rows if total is None else total + rows
                     continue
                 left, right = (gradient, product.left) if product.turned else (product.left, gradient)
                 if order is None:
                     lefts.append(left)
                     rights.append(right)
                 else:
-                    total.index_add_(0, order, left[:, :, None] * right[:, None])
+                    moved.append((order, left, right))
             if lefts:
-                total = torch.baddbmm(total, torch.stack(lefts, 2), torch.stack(rights, 1))
+                left, right = torch.stack(lefts, 2), torch.stack(rights, 1)
+                total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
+            if total is None or moved:  # what is added in place is a tensor of our own
+                total = numbers.new_zeros(count, *parameter.shape) if total is None else total.clone()
+            for order, left, right in moved:
+                total.index_add_(0, order, left if right is None else left[:, :, None] * right[:, None])
         return total.reshape(count, parameter.numel())
 
     # Whatever else ----------------------------------------------------------------------------------------------------

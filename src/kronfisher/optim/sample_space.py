@@ -166,7 +166,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         values: Callable[[], Tensor | None] | None,
     ) -> None:
         """Make the longest step that makes the loss fall; without memory if none along it does."""
-        mean = float(rows.matrix.square().sum()) / rows.count / rows.matrix.shape[1]
+        mean = rows.size / rows.count / rows.matrix.shape[1]
         left = 0.5 * float(rows.vector.square().sum()) / rows.count
         self.damping = self.follower.damping(left, mean)
         if self.damping == 0:
@@ -247,8 +247,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         likelihood = self.likelihood
         if isinstance(likelihood, Residuals):
             terms = likelihood.terms(outputs)
-            J = torch.cat([self._finite(term, f"the residuals {name!r}") for name, term in terms.items()
-                           if term.requires_grad] or [])  # fmt: skip
+            J = _together([self._finite(term, f"the residuals {name!r}") for name, term in terms.items()
+                           if term.requires_grad])  # fmt: skip
             vector = self._values(outputs, [])
             return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0, vector), []
         likelihood.check(outputs, targets, f"step {self.steps}", "observed")
@@ -266,7 +266,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         gradient = likelihood.observed(values, targets).flatten(1)
         inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]  # [N, V]
         vector = inside.mT.reshape(-1).to(found[0])
-        return loss, Rows(torch.cat(found), vector, count, self._values(values, columns)), columns
+        return loss, Rows(_together(found), vector, count, self._values(values, columns)), columns
 
     def _values(self, outputs: Any, columns: list[Tensor]) -> Tensor:
         """What the rows are derivatives of."""
@@ -278,6 +278,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     def _finite(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
         """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""
         J = self._jacobian.rows(numbers, what)
+        if bool(torch.isfinite(J.sum())):  # so is every number
+            return J
         whole = torch.isfinite(J).all(1)
         if not bool(whole.all()):
             bad = (~whole).nonzero()[:, 0].tolist()
@@ -317,3 +319,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         super().load_state_dict(rest)
         self.steps, self.follower.factor = own["steps"], own["factor"]
         self._last = None if own["last"] is None else own["last"].clone()
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """Rows one after the other; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

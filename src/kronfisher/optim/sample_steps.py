@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class Rows:
     count: float
     values: Tensor | None = None
 
+    @cached_property
+    def size(self) -> float:
+        """``‖J‖²``."""
+        return float(torch.linalg.vector_norm(self.matrix)) ** 2
+
     def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
         """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
 
@@ -63,7 +69,7 @@ class Rows:
         """
         J, shift = self.matrix, self.count * damping
         rows, columns = J.shape
-        size = float(J.square().sum())
+        size = self.size
         if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
             raise NumericalError(
                 f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
