@@ -224,6 +224,47 @@ def test_positions_of_training_examples():
         exact(pooled, train)[1].scores(train, queries, per="position")
 
 
+class Mixed(nn.Module):
+    """Layers, a normalisation, a scale and a table by position; positions act on each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3, 5))
+        self.gain, self.shift, self.slope = (nn.Parameter(torch.randn(5)) for _ in range(3))
+        self.double()
+
+    def forward(self, x):
+        inner = torch.nn.functional.layer_norm((x @ self.weight.T).cumsum(1), (5,), self.gain, self.shift)
+        return (torch.nn.functional.linear(inner.tanh() * self.slope, self.out)).flip(1).cumsum(1)
+
+    def apart(self, x, own):
+        """The outputs of one example ``[T, I]`` if every position had parameters of its own ``[T, ...]``."""
+        inner = torch.einsum("ti,toi->to", x, own["weight"]).cumsum(0)
+        inner = torch.nn.functional.layer_norm(inner, (5,)) * own["gain"] + own["shift"]
+        return torch.einsum("ti,toi->to", inner.tanh() * own["slope"], own["out"]).flip(0).cumsum(0)
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine", "relative"])
+def test_positions_of_normalisations_and_scales_are_those_of_parameters_of_their_own(normalize):
+    torch.manual_seed(5)
+    model, x, y = Mixed(), torch.randn(6, 7, 4).double(), torch.randint(3, (6, 7))
+    queries = x[:3], y[:3]
+    fisher = kf.estimate(model, [(x, y)], kf.Categorical(), fit=kf.Full(across_layers=False), labels="exact")
+    influence = kf.Influence(model, fisher, kf.Categorical(), normalize=normalize)
+    scores = influence.scores([(x[:4], y[:4]), (x[4:], y[4:])], queries, per="position")
+    assert scores.values.shape == (3, 6, 7) and not scores.fallback
+    close(scores.total, influence.scores((x, y), queries).values)
+    if normalize:
+        return
+    solved = torch.linalg.solve(damped(fisher, influence.damping), losses(model, queries).T).T / fisher.count
+    own = {name: p.detach().expand(7, *p.shape) for name, p in model.named_parameters()}
+    for k in range(6):
+        loss = lambda own, k=k: nn.functional.cross_entropy(model.apart(x[k], own), y[k], reduction="sum")  # noqa: E731
+        found = torch.func.grad(loss)(own)
+        rows = torch.cat([found[name].flatten(1) for name in fisher.shapes], dim=1)  # [T, P]
+        close(scores.values[:, k], solved @ rows.T)
+
+
 def test_ignored_positions_and_masks_give_the_gradient_of_what_counts():
     model, (x, y), queries = made("applied twice, positions")
     y[:4, 1] = -100

@@ -230,6 +230,8 @@ def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], ap
         for use in call.uses:
             if use.name in fits.dear:
                 use = use.entries_apart() or use
+            if fits.given[use.name].positions_apart:
+                use = use.positions_apart() or use
             weight, bias = (v if v and v.parameter not in fallback else None for v in (use.weight, use.bias))
             if weight and bias and fits.joins(weight.parameter, bias.parameter, apart):
                 own.append(Part(use, _block(call.operator, weight, bias, use.onehot), True, True))

@@ -66,6 +66,11 @@ class Fit:
         return False
 
     @property
+    def positions_apart(self) -> bool:
+        """Whether scales, shifts and tables, whose positions are summed out else, bring them one by one."""
+        return False
+
+    @property
     def chained(self) -> bool:
         """Whether layers that follow each other are treated together, so that it has to be known which do."""
         return False

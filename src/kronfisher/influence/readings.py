@@ -55,15 +55,21 @@ class Answers(Visitor):
     Attributes:
         questions: name → question.
         together: puts blocks into groups.
+        apart: whether blocks that sum their positions out keep them.
         kept: (name, blocks) → answers that came so far; per-example gradients come a few at a time.
     """
 
     questions: Mapping[str, Question]
     together: Callable[[Sequence[Block]], list[Blocks]] | None = None
+    apart: bool = False
     kept: dict[tuple[str, Blocks], list[Tensor]] = field(default_factory=dict)
 
     exact = True  # for any source of gradients, per-example ones included
     additive = True
+
+    @property
+    def positions_apart(self) -> bool:
+        return self.apart
 
     def groups(self, blocks: Sequence[Block], after: Mapping[Key, Key]) -> list[Blocks]:
         """One block at a time, unless the questions ask for more."""
@@ -112,6 +118,7 @@ def read(
     again: bool = False,
     progress: Progress = False,
     skip: Callable[[int, Any], bool] | None = None,
+    positions_apart: bool = False,
 ) -> Iterator[Reading]:
     """Read data once, batch by batch, with questions about the gradient of ``-log p(targets)`` of every example.
 
@@ -126,6 +133,7 @@ def read(
         again: whether there may be later ones.
         progress: as for `kronfisher.estimate`.
         skip: number and batch → whether it is passed over.
+        positions_apart: whether scales, shifts and tables keep the positions that they sum out else.
 
     Raises:
         DataError: there are no data, or they do not fit.
@@ -135,7 +143,7 @@ def read(
     parameters = {name: p for name, p in network.model.named_parameters() if name in network.names}
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise DataError(f"{', '.join(frozen)}: frozen now, but part of the Fisher; call requires_grad_(True) on them.")
-    visitor = Answers(questions, together)
+    visitor = Answers(questions, together, positions_apart)
     recipe = Recipe(
         network.model,
         likelihood,

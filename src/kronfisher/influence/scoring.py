@@ -97,6 +97,7 @@ class Scorer:
             again=again,
             progress=progress,
             skip=skip,
+            positions_apart=self.per == "position",
         )
         for reading in readings:
             with plain_arithmetic(self.own.device):

@@ -1,10 +1,11 @@
 """Parameters multiplied or added elementwise, with broadcasting: a scale, a shift, a table of positions, a lone bias.
 
 Their gradient is a vector per sample, ``Σ over broadcast axes of g`` (times the other factor), so the canonical weight
-is ``W [O, 1]`` with an input of one, and every position is summed out first.
+is ``W [O, 1]`` with an input of one, and every position is summed out first, unless positions are asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -29,6 +30,7 @@ class ElementwiseUse(Use):
         sign: of p in the output.
         part: the window on p that was used, where the rest of p is not; the canonical weight is all of p.
         slab: (axis, start, length) of the only part of the output that p enters.
+        apart: whether positions are kept.
     """
 
     aligned: tuple[int, ...]
@@ -36,6 +38,7 @@ class ElementwiseUse(Use):
     sign: float = 1.0
     part: Window | None = None
     slab: tuple[int, int, int] | None = None
+    apart: bool = False
     summing = True
 
     def __post_init__(self) -> None:
@@ -69,15 +72,22 @@ class ElementwiseUse(Use):
         if self.factor is not None:
             gradient = gradient * self.factor(self.cast_inputs())
         rows = self.rows(gradient)
-        summed = order.group(rows, rows.dim() - 1).sum(dim=1)
+        grouped = order.group(rows, rows.dim() - 1)  # [n, T, O]
+        summed = grouped.flatten(0, 1) if self.apart else grouped.sum(dim=1)
         if self.part is not None:
             values, summed = summed, summed.new_zeros(len(summed), *self.part.shape)
             self.part.scatter(values, summed)
             summed = summed.flatten(1)
-        return summed[None, :, None]
+        return summed.unflatten(0, (order.samples, -1))[None]
 
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        return Ones(gradient, (1, order.samples, 1))
+        positions = prod(self.lead(tuple(gradient.shape))) // order.samples if self.apart else 1
+        return Ones(gradient, (1, order.samples, positions))
+
+    def positions_apart(self) -> "ElementwiseUse | None":
+        other = copy(self)
+        other.apart = True
+        return other
 
 
 def broadcast(view: Window) -> Window:

@@ -134,6 +134,9 @@ class AddedLookupUse(ElementwiseUse):
         assert self.table is not None
         return self.table
 
+    def positions_apart(self) -> None:
+        """The entries of the lookup are the positions already."""
+
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         summed = super().gradients(order, gradient)  # [1, n, 1, T·O]
         return summed.reshape(1, order.samples, -1, self.aligned[-1])

@@ -174,6 +174,10 @@ class Use:
         """The same use with every entry of a bag as a position; None where inputs are no sums of entries of a table."""
         return None
 
+    def positions_apart(self) -> "Use | None":
+        """The same use with the positions that it sums out; None where it sums none out, or cannot tell them apart."""
+        return None
+
     def mask(self, order: RowOrder) -> Tensor | None:
         """``[n, T]``: which positions exist, if not all do."""
         return None

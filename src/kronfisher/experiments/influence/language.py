@@ -112,7 +112,7 @@ class LanguageStudy(HalvesStudy):
     def show(self, fit: str, model: nn.Module, problem: Trainer, scores: Tensor) -> None:
         """The scores of single characters of the first queries' most helpful examples.
 
-        Normalisation sums over characters, so that its parameters, a few in a hundred, are left out of these.
+        Scales and shifts of normalisations, a few parameters in a hundred, are left out of these.
         """
         if fit != "EKFAC":
             return
