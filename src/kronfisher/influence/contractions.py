@@ -6,6 +6,7 @@ position and query. At full rank G is formed once for a few examples at a time, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -67,8 +68,9 @@ class LowRank:
     def rank(self) -> int:
         return self.U.shape[-1] // len(self)
 
+    @cached_property
     def matrices(self) -> Tensor:
-        """``[Q, H, O, I]``."""
+        """``[Q, H, O, I]``, for products with gradients written out; kept, as every batch needs them."""
         U, V = (factor.unflatten(2, (len(self), self.rank)).permute(2, 0, 1, 3) for factor in (self.U, self.V))
         return U @ V.mT
 
@@ -81,7 +83,7 @@ def inner_products(samples: Samples, queries: Tensor | LowRank) -> Tensor:
         formed = outputs * inputs * (positions + len(queries))
         if lookup or positions * len(queries) * queries.rank * (inputs + outputs) < formed:
             return _by_factors(samples, queries)
-    matrices = queries if isinstance(queries, Tensor) else queries.matrices()
+    matrices = queries if isinstance(queries, Tensor) else queries.matrices
     matrices = matrices.to(samples.gradients)
     if lookup or (positions == 1 and len(matrices) < max(inputs, outputs)):
         return by_position(samples, matrices).sum(1)  # as many multiplications, and less to write
