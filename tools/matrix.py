@@ -20,7 +20,6 @@ ROOMS = (
 )  # fmt: skip
 TESTS = tuple(f"tests/{room}" for room in ROOMS)
 TOOLS = ("pytest", "hypothesis", "ninja", "setuptools")  # those of the tests, in their newest versions
-QUIET = "ignore:.*deprecated - use:DeprecationWarning"  # of an old matplotlib beside a new pyparsing
 EXTRAS = ("io", "scipy", "report", "experiments")
 
 
@@ -86,7 +85,7 @@ def _tested(environment: Environment, wanted: list[str], tests: tuple[str, ...])
     require(environment.install("--no-deps", ROOT), "kronfisher cannot be installed")  # it is asked for its version
     done = environment("-c", "import torch, numpy; print(f'torch {torch.__version__}, NumPy {numpy.__version__}')")
     settings = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", QUIET, *tests)
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     result = environment(*command, cwd=ROOT, env=settings)
     last = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else "no output"
     return f"{'passed' if result.returncode == 0 else 'failed'} with {done.stdout.strip()}: {last.strip('= ')}"
