@@ -30,6 +30,7 @@ def add(app: Any) -> None:
 
     from kronfisher.experiments import commands
     from kronfisher.experiments.equations import EQUATIONS
+    from kronfisher.experiments.equations.race import OPTIMIZERS
     from kronfisher.experiments.race import COMPETITORS, PROBLEMS
     from kronfisher.experiments.race.entry import enter
     from kronfisher.experiments.race.pictures import draw
@@ -38,7 +39,9 @@ def add(app: Any) -> None:
     @app.command(epilog=example("kronfisher race curves --optimizers adamw,layerwise --budget 60"))
     def race(
         problem: Annotated[str, typer.Argument(help=f"one of {', '.join((*PROBLEMS, *EQUATIONS, 'uci'))}")],
-        optimizers: Annotated[str, option(f"comma-separated, of {', '.join(COMPETITORS)}")] = "",
+        optimizers: Annotated[
+            str, option(f"comma-separated, of {', '.join(COMPETITORS)}; on equations of {', '.join(OPTIMIZERS)}")
+        ] = "",
         budget: Annotated[float | None, option("training time of a run in seconds (default: the problem's)")] = None,
         steps: Annotated[int | None, option("at most so many steps a run")] = None,
         seeds: Annotated[str, option("comma-separated; the searches have the first")] = "",
