@@ -311,3 +311,26 @@ def test_products_with_the_hessian_are_those_of_the_exact_columns(name, dtype):
     assert found.dtype == dtype and found.shape == outputs.shape
     scale = expected.abs().max() + 1e-3
     assert ((found.double().unsqueeze(-1).flatten(1) - expected).abs().max() / scale) < 10 * TOLERANCE[dtype]
+
+
+@cases
+def test_the_excess_is_what_the_loss_can_fall_by_at_most(name):
+    likelihood, outputs, targets = make(name)
+    excess = likelihood.excess(outputs, targets)
+    if excess is None:
+        assert name in {"user's own", "weighted-positions"} or "heteroscedastic" in name
+        return
+    assert excess.shape == outputs.shape[:1] and not excess.requires_grad and bool((excess >= 0).all())
+    moved = outputs.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([moved], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -likelihood.log_prob(moved, targets).sum()
+        value.backward()
+        return value
+
+    before = float(loss().detach())
+    optimizer.step(loss)
+    fallen = before - float(loss().detach())
+    assert fallen <= float(excess.sum()) * (1 + 1e-6) + 1e-9

@@ -44,6 +44,12 @@ class Bernoulli(Likelihood):
         targets = require_shape(targets, outputs.shape, "Bernoulli").to(outputs.dtype)
         return -functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
 
+    def excess(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss less the entropy of the targets, `[N]`; see the base class."""
+        own = -self.log_probs(outputs.detach(), targets)
+        y = targets.to(own.dtype)
+        return sum_per_example(own + torch.xlogy(y, y) + torch.xlogy(1 - y, 1 - y)).clamp_min(0)
+
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Zeros and ones like the outputs; see the base class."""
         probability = torch.sigmoid(promote(outputs.detach()))

@@ -102,6 +102,10 @@ class Categorical(Likelihood):
                 terms = terms + even * (log_p @ self._weights(outputs, axis))
         return terms.reshape(without(outputs, axis))
 
+    def excess(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, `[N]`: those of classes are at least zero; see the base class."""
+        return -self.log_prob(outputs.detach(), targets)
+
     def joint_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """The dimension of the classes; see the base class."""
         return self._axis(outputs, targets)

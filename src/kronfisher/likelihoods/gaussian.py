@@ -54,6 +54,11 @@ class Gaussian(Likelihood):
         """See the base class; in float64, so that `log 2πσ²` does not swallow residuals far smaller than σ."""
         return super().log_likelihood(outputs.double(), targets)
 
+    def excess(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`Σ ½ (y - f)²/σ²`, `[N]`; see the base class."""
+        outputs, variance = promote(outputs.detach()), self._variance(outputs)
+        return sum_per_example(0.5 * (targets.to(outputs.dtype) - outputs).square() / variance)
+
     def log_probs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`-½((y - f)²/σ² + log 2πσ²)` of every entry; see the base class."""
         outputs, variance = promote(outputs), self._variance(outputs)

@@ -35,7 +35,8 @@ class Likelihood(ABC):
     - the density of such predictions, where it is not the mean over draws: `log_predictive_density`;
     - a noise that a posterior may learn: `single_noise`;
     - weights per position: `log_probs`, and `log_predictive_densities` in predictions;
-    - positions that do not count: `positions`, and zeros there in `sampled` and `exact`.
+    - positions that do not count: `positions`, and zeros there in `sampled` and `exact`;
+    - how far a loss can fall: `excess`, beyond which training makes no step.
 
     Examples:
         Lifetimes with the logarithm of their rate as the output; the mean of the Hessian is one:
@@ -87,6 +88,20 @@ class Likelihood(ABC):
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`Σ log_prob` over examples, 0-dim in float64: the term of the data in the marginal likelihood."""
         return self.log_prob(outputs, targets).sum(dtype=torch.float64)
+
+    def excess(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """By how much the loss of every example exceeds the least that any outputs could have, or a bound below that.
+
+        Training makes no step that promises more; None, the default, says that nothing is known.
+
+        Args:
+            outputs: `[N, ...]`.
+            targets: The labels, as `sample` makes them.
+
+        Returns:
+            `[N]`, detached, not negative.
+        """
+        return None
 
     @abstractmethod
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:

@@ -45,6 +45,12 @@ class Poisson(Likelihood):
         targets = require_shape(targets, outputs.shape, "Poisson").to(outputs.dtype)
         return targets * outputs - outputs.exp() - torch.lgamma(targets + 1)
 
+    def excess(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`Σ exp f - y f - y + y log y`, half of the deviance, `[N]`; see the base class."""
+        f = promote(outputs.detach())
+        y = targets.to(f.dtype)
+        return sum_per_example(f.exp() - y * f - y + torch.xlogy(y, y)).clamp_min(0)
+
     def sample(self, outputs: Tensor, draws: Draws) -> Tensor:
         """Counts like the outputs, in float32 or better: half precisions do not hold them; see the base class."""
         rate = promote(outputs.detach()).double().exp()

@@ -97,6 +97,10 @@ class Residuals(Likelihood):
         """``−½ r²`` of every scaled residual, ``[K]``."""
         return -0.5 * promote(outputs).square()
 
+    def excess(self, outputs: Tensor, targets: Any) -> Tensor:
+        """``½ r²`` of every scaled residual, ``[K]``."""
+        return 0.5 * promote(outputs.detach()).square()
+
     def labelled(self, targets: Any) -> bool:
         """Residuals hold their own targets, which are zero."""
         return True

@@ -60,6 +60,12 @@ class Weighted(Likelihood):
         terms = self.base.log_probs(outputs, targets)
         return terms * weight.reshape(*weight.shape, *[1] * (terms.ndim - weight.ndim)).to(terms.dtype)
 
+    def excess(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """That of the base times w; None where weights are those of positions."""
+        targets, weight = _pair(targets)
+        own = self.base.excess(outputs, targets) if weight.ndim == 1 else None
+        return None if own is None else weight.to(own.dtype) * own
+
     def joint_dim(self, outputs: Tensor, targets: Any = None) -> int | None:
         """That of the base."""
         return self.base.joint_dim(outputs, None if targets is None else _pair(targets)[0])

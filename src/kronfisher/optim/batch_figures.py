@@ -29,28 +29,32 @@ class BatchFigures:
     Attributes:
         rows: the most rows that a layer had, of all positions of the examples that count.
         pass_cost: multiplications of a forward and backward pass.
-        misfits: the sum of `sum_of_misfits`, ``[2]``; None if any part had no labels.
+        misfits: the sum of `sum_of_misfits`, ``[3]``; None if any part had no labels. The last number is how far the loss
+            that was differentiated can fall, as a sum over parts.
         examples: that count.
+        ranks: whose numbers these are.
     """
 
     rows: float | Tensor = 0.0
     pass_cost: float = 0.0
     misfits: Tensor | None = None
     examples: float | Tensor = 0.0
+    ranks: float = 1.0
     _parts: int = field(default=0, init=False, repr=False)
     _settled: tuple[float | Tensor, float] = field(default=(0.0, 0.0), init=False, repr=False)  # alike on all ranks
 
     @property
     def misfit(self) -> Tensor | None:
-        """The mean misfits ``[2]``; None if they are not known."""
+        """The mean misfits ``[3]``; None if they are not known."""
         if self.misfits is None or not (isinstance(self.examples, Tensor) or self.examples > 0):
             return None
-        return self.misfits / self.examples
+        own, constant, excess = self.misfits.unbind()
+        return torch.stack([own / self.examples, constant / self.examples, excess / self.ranks])
 
     def begin(self) -> None:
         """Begin with another batch."""
         self.rows = self.pass_cost = self.examples = 0.0
-        self.misfits, self._parts = None, 0
+        self.misfits, self._parts, self.ranks = None, 0, 1.0
 
     def add(self, capture: Capture, counted: float | Tensor, size: int, misfits: Tensor | None) -> None:
         """Add a part of the batch.
@@ -59,7 +63,7 @@ class BatchFigures:
             capture: of its forward pass.
             counted: examples of it that count.
             size: all of its examples.
-            misfits: their sum ``[2]``, if they have labels.
+            misfits: their sum ``[3]``, if they have labels.
         """
         most = 0
         for rows, outputs, inputs in sizes_of_weights(capture):
@@ -73,16 +77,16 @@ class BatchFigures:
 
     def numbers(self) -> dict[str, float | Tensor]:
         """What ranks add up."""
-        own, constant = (float("nan"),) * 2 if self.misfits is None else self.misfits.unbind()
-        numbers = {"rows": self.rows, "cost": self.pass_cost, "examples": self.examples}
-        return {**numbers, "misfits": own, "constants": constant}
+        own, constant, excess = (float("nan"),) * 3 if self.misfits is None else self.misfits.unbind()
+        numbers = {"rows": self.rows, "cost": self.pass_cost, "examples": self.examples, "ranks": 1.0}
+        return {**numbers, "misfits": own, "constants": constant, "excesses": excess}
 
     def settle(self, sums: Mapping[str, float] | None) -> None:
         """Take over the sums of all ranks, or what they were before if there are none."""
         if sums is not None:
             self._settled = sums["rows"], sums["cost"]
-            self.misfits = torch.stack([torch.as_tensor(sums[name]) for name in ("misfits", "constants")])
-            self.examples = sums["examples"]
+            self.misfits = torch.stack([torch.as_tensor(sums[name]) for name in ("misfits", "constants", "excesses")])
+            self.examples, self.ranks = sums["examples"], sums["ranks"]
         self.rows, self.pass_cost = self._settled
 
     def state_dict(self) -> dict[str, Any]:

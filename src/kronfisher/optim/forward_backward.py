@@ -1,7 +1,7 @@
 """The first part of a step: forward and backward passes, recorded, with their losses and gradients."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import find_outputs
 from kronfisher.errors import DataError, NumericalError
 from kronfisher.likelihoods import Likelihood
+from kronfisher.linalg import promote
 from kronfisher.optim.replay import ForwardPass, Snapshot
 from kronfisher.optim.row_inverse import RowInverse
 from kronfisher.optim.statistics import Statistics
@@ -189,7 +190,11 @@ class ForwardBackward:
                 self._backward_observed(capture, outputs, targets, scaled, statistics, step, usable)
         else:
             self._rows = rows(capture)
-            with nullcontext() if self._rows is None else capture.listen(self._rows.receive):
+            if loss is None or not usable:
+                weighed = nullcontext(1.0)
+            else:
+                weighed = self._weighed(outputs, targets, record.count, scaled.detach() / total.detach())
+            with weighed as weight, nullcontext() if self._rows is None else capture.listen(self._rows.receive):
                 if self._rows is None or due or again or not spare:
                     scaled.backward(retain_graph=due)
                 else:
@@ -198,10 +203,33 @@ class ForwardBackward:
             if due:
                 with suppress(NumericalError), statistics.held():  # something is not finite: this batch is left out
                     if usable:
-                        statistics.absorb(capture, outputs, targets, step, retain=False)
+                        statistics.absorb(capture, outputs, targets, step, retain=False, weight=weight)
                     else:
                         statistics.miss(step)
         return _rounded(self.loss, outputs)
+
+    @contextmanager
+    def _weighed(
+        self, outputs: Tensor, targets: Any, count: float | Tensor, scale: Tensor
+    ) -> Iterator[float | Tensor | None]:
+        """How a loss of the caller's compares with the likelihood's, by their gradients at the outputs, 0-dim.
+
+        Known once its backward pass is over; NaN if it does not come by the outputs. None without labels.
+        """
+        if not self.likelihood.labelled(targets):
+            yield None
+            return
+        weight = torch.full((), torch.nan, device=outputs.device)
+        own = torch.linalg.vector_norm(promote(self.likelihood.observed(outputs.detach(), targets))) / count
+
+        def hook(gradient: Tensor) -> None:
+            weight.copy_(torch.linalg.vector_norm(promote(gradient)) / scale / own)
+
+        handle = outputs.register_hook(hook)
+        try:
+            yield weight
+        finally:
+            handle.remove()
 
     def _backward_observed(
         self,
@@ -224,7 +252,7 @@ class ForwardBackward:
 
         with suppress(NumericalError):
             if usable:
-                return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen)
+                return statistics.absorb(capture, outputs, targets, step, retain=False, own=listen, weight=1.0)
         if statistics.shared:  # others wait for this rank's gradients, and leave theirs out with these
             if not ran:
                 loss.backward()

@@ -13,16 +13,18 @@ __all__ = ["Misfit", "sum_of_misfits"]
 
 MEMORY = 0.8  # of the averages, over batches that bring statistics
 FITTED = 0.05  # the share of a constant's misfit below which data count as fitted
+UNKNOWN = 1e30  # in place of an excess, more than any step promises
 MOST = 2**21  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
 
 
-def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Tensor:
-    """Squared derivatives of the loss with respect to the outputs, less their mean, summed over examples: ``[2]``.
+def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any, share: float | Tensor | None = 1.0) -> Tensor:
+    """Squared derivatives of the loss with respect to the outputs, less their mean, summed over examples: ``[3]``.
 
     The first number is that of these outputs, the second that of outputs of zero, a constant prediction. For a Gaussian
     these are squared errors less what a constant explains, for classes squared differences of probabilities and labels.
     They are zero only where the data are fitted exactly, while losses have other least values: the entropy of soft
-    targets, the logarithm of a variance.
+    targets, the logarithm of a variance. The third is how far the losses can fall (`Likelihood.excess`), times `share`;
+    None: that is not known.
     """
     size, each = len(outputs), max(outputs[:1].numel(), 1)
     step = -(-size // max(MOST // each, 2)) if isinstance(targets, Tensor) else 1
@@ -30,7 +32,9 @@ def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Ten
         outputs, targets = outputs[::step], targets[::step]
     outputs = outputs.detach()
     sums = [_squares(likelihood.observed(one, targets)) for one in (outputs, torch.zeros_like(outputs))]
-    return torch.stack(sums) * (size / len(outputs))
+    excess = None if share is None else likelihood.excess(outputs, targets)
+    reach = sums[0].new_tensor(UNKNOWN) if excess is None or share is None else excess.sum().to(sums[0]) * share
+    return torch.stack([*sums, torch.nan_to_num(reach, nan=UNKNOWN, posinf=UNKNOWN)]) * (size / len(outputs))
 
 
 def _squares(errors: Tensor) -> Tensor:
@@ -43,22 +47,24 @@ def _squares(errors: Tensor) -> Tensor:
 
 @dataclass
 class Misfit:
-    """Averages of the mean misfit, and of a constant's; a rule of this library's own, from no paper.
+    """Averages of the mean misfit, of a constant's, and of the excess; a rule of this library's own, from no paper.
 
     Attributes:
         now: the average of the model's, 0-dim; negative before the first batch.
         constant: that of a constant prediction, 0-dim.
+        excess: by how much the mean loss exceeds the least that there could be, 0-dim; `UNKNOWN` if that is not known.
     """
 
     now: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     constant: Tensor = field(default_factory=lambda: torch.zeros(()))
+    excess: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
 
     def follow(self, means: Tensor, device: torch.device) -> None:
-        """Take over the mean misfits of one batch ``[2]``, unless they are not finite."""
-        old = torch.stack([self.now.to(device), self.constant.to(device)])
+        """Take over the mean misfits of one batch ``[3]``, unless they are not finite."""
+        old = torch.stack([each.to(device) for each in (self.now, self.constant, self.excess)])
         new = means.to(old)
         new = torch.where(torch.isfinite(new).all(), new, old)
-        self.now, self.constant = torch.where(old[0] < 0, new, old.lerp(new, 1 - MEMORY)).unbind()
+        self.now, self.constant, self.excess = torch.where(old[0] < 0, new, old.lerp(new, 1 - MEMORY)).unbind()
 
     @property
     def left(self) -> Tensor:
@@ -71,4 +77,4 @@ class Misfit:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
-        self.now, self.constant = state["now"].to(device), state["constant"].to(device)
+        self.now, self.constant, self.excess = (state[name].to(device) for name in ("now", "constant", "excess"))

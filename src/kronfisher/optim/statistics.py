@@ -262,10 +262,12 @@ class Statistics:
         *,
         retain: bool,
         own: Callable[[Receiver, float | Tensor], None] | None = None,
+        weight: float | Tensor | None = None,
     ) -> None:
         """Add the statistics of one batch that `accepts` took, or of one part of it; see `Accumulator.absorb`.
 
-        This step's statistics are left out if anything goes wrong.
+        `weight` tells how the loss that is differentiated compares with the likelihood's, if that is known. This step's
+        statistics are left out if anything goes wrong.
         """
         began = time.perf_counter()
         self._bound(capture)
@@ -279,7 +281,7 @@ class Statistics:
                 layer.begin()
         try:
             with full_precision(run.device.type):
-                self._absorb(run, capture, outputs, targets, step, retain, own)
+                self._absorb(run, capture, outputs, targets, step, retain, own, weight)
         except BaseException:  # out of memory, an interruption, values that are not finite: half a batch is none
             self.discard()
             raise
@@ -296,7 +298,15 @@ class Statistics:
                 self._run, self._trained = self._accumulator(), trained
 
     def _absorb(
-        self, run: Accumulator, capture: Capture, outputs: Tensor, targets: Any, step: int, retain: bool, own: Any
+        self,
+        run: Accumulator,
+        capture: Capture,
+        outputs: Tensor,
+        targets: Any,
+        step: int,
+        retain: bool,
+        own: Any,
+        weight: float | Tensor | None,
     ) -> None:
         observation = Observation.of(self.model, capture, outputs, targets, f"step {step}")
         chosen = [layer.group for layer in self.layers] if self.layers else list(run.groups)
@@ -316,8 +326,10 @@ class Statistics:
             self._leave_others(run, room=False)
         self._find_readers(capture)
         measured = self._measures_misfit and self.likelihood.labelled(targets)
-        misfits = sum_of_misfits(self.likelihood, outputs, targets) if measured else None
-        self.figures.add(capture, run.count - before, len(observation), misfits)
+        counted = run.count - before
+        share = None if weight is None else weight / (counted if isinstance(counted, Tensor) else max(counted, 1.0))
+        misfits = sum_of_misfits(self.likelihood, outputs, targets, share) if measured else None
+        self.figures.add(capture, counted, len(observation), misfits)
         if not self._meet_within(step, brought=True):
             return
         keep = self.refresh.average

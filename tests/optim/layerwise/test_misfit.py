@@ -16,7 +16,7 @@ def test_the_misfit_is_the_squared_error_less_what_a_constant_explains():
     expected = (outputs - targets - (outputs - targets).mean(0)).square().sum()
     constant = (targets - targets.mean(0)).square().sum()
     for shift in (0, 100):
-        own, other = sum_of_misfits(kf.Gaussian(), outputs, targets + shift)
+        own, other, _ = sum_of_misfits(kf.Gaussian(), outputs, targets + shift)
         torch.testing.assert_close(own, expected)
         torch.testing.assert_close(other, constant)
     assert float(sum_of_misfits(kf.Gaussian(), targets[:1] + 1, targets[:1])[0]) == 3  # one example: as it is
@@ -40,25 +40,25 @@ def test_large_first_outputs_are_no_measure_of_what_can_be_fitted():
 
 def test_soft_targets_are_fitted_where_their_entropy_is_all_that_is_left():
     targets = torch.tensor([[0.2], [0.7], [0.4]])
-    own, constant = sum_of_misfits(kf.Bernoulli(), targets.logit(), targets)
-    assert float(own) < 1e-12 and float(constant) > 0.1
+    own, constant, excess = sum_of_misfits(kf.Bernoulli(), targets.logit(), targets)
+    assert float(own) < 1e-12 and float(constant) > 0.1 and float(excess) < 1e-6
 
 
 def test_the_share_that_is_left_falls_with_the_misfit_below_a_twentieth_of_a_constants():
     one = Misfit()
     assert float(one.left) == 1
     for _ in range(40):
-        one.follow(torch.tensor([2.0, 2.0]), CPU)
+        one.follow(torch.tensor([2.0, 2.0, 3.0]), CPU)
     assert float(one.left) == 1
-    one.follow(torch.tensor([float("nan"), 2.0]), CPU)
-    one.follow(torch.tensor([2.0, float("inf")]), CPU)
+    one.follow(torch.tensor([float("nan"), 2.0, 3.0]), CPU)
+    one.follow(torch.tensor([2.0, float("inf"), 3.0]), CPU)
     assert float(one.constant) == 2 and float(one.left) == 1
     for _ in range(60):
-        one.follow(torch.tensor([0.01, 2.0]), CPU)
+        one.follow(torch.tensor([0.01, 2.0, 3.0]), CPU)
     assert float(one.left) == pytest.approx(0.1, rel=1e-2)
     again = Misfit()
     again.load_state_dict(one.state_dict(), CPU)
-    assert torch.equal(again.left, one.left)
+    assert torch.equal(again.left, one.left) and float(again.excess) == 3
 
 
 def train(steps=400):

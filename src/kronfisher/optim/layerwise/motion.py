@@ -1,5 +1,6 @@
 """The motion of all units: momentum, outliers clipped, steps of one size, weight decay."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ CLIP_MEMORY = 0.95  # of the mean length
 SECOND_MOMENT = 0.999  # the decay of Adam's second moments
 FIRST_MOMENT = 0.9  # the decay of Adam's first moments
 EPSILON = 1e-8
+PROMISE = 0.5  # the share of how far the loss can fall that a step may promise, by its gradient, in one go
 
 
 @dataclass
@@ -70,8 +72,13 @@ class Motion:
         natural: Mapping[str, Tensor],
         rate: float | Tensor,
         left: float | Tensor = 1.0,
+        excess: float | Tensor = math.inf,
     ) -> None:
         """One step of every unit that has a gradient.
+
+        All are shortened alike where natural units promise that the loss falls by more than half of its excess: no
+        linear model of a loss holds that far. Wide layers and few rows make such steps, whose directions are as
+        many as rows, and each of them as long as if there were as many as the layer is wide.
 
         Args:
             trained: the parameters.
@@ -79,6 +86,7 @@ class Motion:
             natural: natural gradients of natural units, by parameter name; used up.
             rate: of a unit whose factor and learning rate are one.
             left: the share of the data that is left to fit, for `Rates.update`.
+            excess: by how much the mean loss exceeds the least that there could be.
         """
         where = self._find_pieces(gradients, natural, trained)
         states = [self._state(trained, name) for name in where.names]
@@ -93,19 +101,22 @@ class Motion:
         )
         evidence, across, lengths = where.measure(given, momenta, directions)
         clip, finite = self._clip(lengths.sqrt(), where.moving)
+        promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
         factors = self.rates.update(evidence, squares, where.decay, finite, left)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)
-        base = torch.where(finite, rate * factors, 0.0)
+        top = max((trained.rates[name] for name in where.names), default=0.0) or 1.0
+        promised = torch.where(where.natural, promise * factors * scale, 0.0).sum() * (rate * top)
+        short = (PROMISE * excess / promised).clamp(max=1.0)
+        base = torch.where(finite, rate * factors * torch.where(promised > 0, short, 1.0), 0.0)
         self.skipped = self.skipped + ~finite
         if any(trained.decays[name] for name in where.names):
             shrinking = where.spread(base, parameters, where.firsts)
             for parameter, factor, name in zip(parameters, shrinking, where.names, strict=True):
                 if decay := trained.decays[name]:
                     parameter.mul_(1 - factor * (trained.rates[name] * decay))
-        top = max((trained.rates[name] for name in where.names), default=0.0) or 1.0
         where.share_rates([trained.rates[name] / top for name in where.names])
         where.add_to(parameters, updates, base * scale * -top)
         torch.clear_autocast_cache()  # it may hold the weights as they were
