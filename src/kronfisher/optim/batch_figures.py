@@ -29,8 +29,8 @@ class BatchFigures:
     Attributes:
         rows: the most rows that a layer had, of all positions of the examples that count.
         pass_cost: multiplications of a forward and backward pass.
-        misfits: the sum of `sum_of_misfits`, ``[3]``; None if any part had no labels. The last number is how far the loss
-            that was differentiated can fall, as a sum over parts.
+        misfits: the sum of `sum_of_misfits`, ``[3]``; None if any part had no labels. The last number is how far the
+            loss that was differentiated can fall, as a sum over parts.
         examples: that count.
         ranks: whose numbers these are.
     """
