@@ -83,7 +83,7 @@ class StepUse(RowUse):
         gradient = gradient if self.factor is None else gradient * self.factor
         # They fade over time, and where squares are subnormal a product takes a CPU up to a hundred times as long.
         least = torch.finfo(gradient.dtype).tiny ** 0.5
-        return super().gradients(order, gradient.where(gradient.abs() >= least, 0))
+        return super().gradients(order, F.hardshrink(gradient, least))
 
     def mask(self, order: RowOrder) -> Tensor | None:
         if self.steps.sizes is None:
@@ -165,11 +165,12 @@ def _layer(
     recorder: Recorder, name: str, x: Tensor, start: State, weights: Weights, steps: Steps, *, backwards: bool
 ) -> tuple[Tensor, State]:
     """One layer in one direction: the hidden states of all steps, and the last state of every sequence."""
-    gates = F.linear(x, weights.inputs, weights.biases[0])
+    first, second = weights.biases
+    whole = name != "gru" and first is not None and second is not None  # a GRU's second bias meets the reset gate
+    gates = F.linear(x, weights.inputs, first + second if whole else first)
     if not gates.requires_grad:
         gates.requires_grad_()  # nothing else would receive the gradient of the products with the hidden states
-    shifted = gates if name == "gru" or weights.biases[1] is None else gates + weights.biases[1]
-    pieces, zeros = list(enumerate(steps.split(shifted))), None
+    pieces, zeros = list(enumerate(steps.split(gates))), None
     if weights.projection is not None:
         zeros = gates.new_zeros(*gates.shape[:-1], len(weights.projection)).requires_grad_()  # as do these
     lifts = () if zeros is None else steps.split(zeros)
