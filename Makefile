@@ -18,7 +18,7 @@ help:  ## list the targets
 demo: $(READY)  ## estimate the Fisher of two small networks with every fit: table and figures
 	$(PYTHON) -m kronfisher demo $(ARGS)
 
-test: $(READY)  ## every test and every docstring example, in two processes
+test: $(READY)  ## tests and docstring examples, in two processes; .ci/run adds the slow ones
 	$(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY)  ## style and types

@@ -34,6 +34,11 @@ def estimate(rank, example, likelihood, fit, labels, sizes):
     return described(kf.estimate(p.model, data, p.likelihood, fit=fit, labels=labels, group=group, **options))
 
 
+def estimates(rank, many):
+    """Many of them, one after the other."""
+    return [estimate(rank, *case) for case in many]
+
+
 def same_bits(answers):
     """Whether all ranks have one answer, bit by bit."""
     first, rest = answers[0], answers[1:]

@@ -57,6 +57,12 @@ def test_steps_of_models_that_fully_shard_spread(ranks, fit, labels, how):
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["around", "inside", "in place", "around rows"])
+def test_compiled_models(ranks, how):
+    follow(ranks.call(trainings.compiled, ranks.size, how), trainings.compiled(None, ranks.size, "not"))
+
+
 def test_loops_over_models_that_fully_shard_spread(ranks):
     for function, case in (
         (trainings.loop, ("both",)),

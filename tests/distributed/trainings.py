@@ -138,6 +138,25 @@ def attached(rank, ranks, how, number=12):
     return weights(model) | averaged
 
 
+def compiled(rank, ranks, how, number=8):
+    """The matrix of a compiled model, and weights after whole steps; compiled around the wrapper or inside it."""
+    model, compile = perceptron(), lambda module: torch.compile(module, backend="eager")
+    if how == "inside":
+        model[1] = compile(model[1])
+    elif how == "in place":
+        model.compile(backend="eager")
+    wrapped, group = around(rank, model, "rows" if how == "around rows" else "ddp")
+    wrapped = compile(wrapped) if how.startswith("around") else wrapped
+    data = [x for x, _ in batches(None, ranks, 3)]
+    options = {"labels": "exact", **group}
+    fisher = kf.estimate(wrapped, data if rank is None else kf.shard(data), kf.Categorical(), **options)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    for x, y in batches(rank, ranks, number):
+        optimizer.step(lambda x=x: wrapped(x), y)
+    found = {f"matrix {name}": operator.to_dense() for name, operator in fisher.blocks.items()}
+    return found | {name.replace("_orig_mod.", ""): value for name, value in weights(model).items()}
+
+
 def unused(rank, ranks, fit, number=8):
     """Layers that some ranks do not use in some steps; in the first one of them is used by rank 0 alone."""
     model = fresh(Branches())

@@ -1,6 +1,7 @@
 """A process group of torch.distributed: the few collectives that are used, counted."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,12 +37,25 @@ class Ranks:
     """
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        # Weakly: what outlives destroy_process_group() would keep gloo's threads, and end the process with an abort.
+        self._group = weakref.ref(group)
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         on_cuda = "nccl" in str(dist.get_backend(group))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         self.members = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._store = group.get_group_store() if hasattr(group, "get_group_store") else None  # torch 2.6 has no such
         self.collectives = self.sent = 0
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        """The process group.
+
+        Raises:
+            RankError: it was destroyed.
+        """
+        if (group := self._group()) is None:
+            raise RankError("the process group was destroyed, and this needs its other ranks.")
+        return group
 
     def __repr__(self) -> str:
         return f"Ranks({self.rank} of {self.size})"
