@@ -352,7 +352,7 @@ def refused(rank, what):
                 model[0].weight.add_(rank)
         options = {"model": {"step": kf.QuadraticModel()}, "gram": {"fit": "gram"}}
         optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options.get(what, {}), **group)
-        x, y = next(batches(rank, 3, 1))
+        x, y = next(batches(rank, dist.get_world_size(), 1))
         optimizer.step(lambda: wrapped(x), y)
     except Exception as error:
         return type(error).__name__, str(error)
