@@ -215,7 +215,7 @@ def spread(model, how):
     from torch.distributed.fsdp import fully_shard
 
     size = dist.get_world_size()
-    shape = {"rows": (size,), "replicas": (size, 1), "both": (1, size)}[how]
+    shape = {"rows": (size,), "replicas": (size, 1), "both": (1, size), "grid": (2, size // 2)}[how]
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     fully_shard(model[2], mesh=mesh, reshard_after_forward=how != "both")
     fully_shard(model, mesh=mesh)

@@ -13,7 +13,7 @@ import kronfisher as kf
 from tests.distributed import trainings
 from tests.distributed.cases import same_bits
 from tests.helpers.close import close
-from tests.helpers.ranks import LIMIT, run
+from tests.helpers.ranks import LIMIT, run, world
 
 
 def follow(answers, truth, tolerance=1e-9):
@@ -55,6 +55,15 @@ def test_a_preconditioner(ranks, fit):
 def test_steps_of_models_that_fully_shard_spread(ranks, fit, labels, how):
     case = (ranks.size, 20, fit, labels, how)
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
+
+
+@pytest.mark.slow
+def test_two_replicas_of_a_model_in_two_parts(ranks):
+    if ranks.size != 4:
+        pytest.skip("needs four ranks")
+    for fit, labels in (("kfac", "observed"), ("ekfac", "exact")):
+        case = (4, 12, fit, labels, "grid")
+        follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
 @pytest.mark.slow
@@ -121,6 +130,21 @@ def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, model, tmp
         names = trainings.perceptron().state_dict()
         assert kept.keys() >= {f"optimizer.state.{name}.momentum" for name in names}
         assert all(any(name in key for name in names) for key in kept if "layers" in key or "average.averages" in key)
+
+
+@pytest.mark.slow
+def test_one_two_and_eight_ranks_go_on_from_what_four_saved(tmp_path):
+    path, whole = str(tmp_path / "saved"), str(tmp_path / "whole")
+    (tmp_path / "four").mkdir()
+    with world(4, tmp_path / "four") as four:
+        answers = four.call(trainings.handed_on, 4, path, 4, 2, "names")
+    follow(answers[:2], trainings.handed_on(None, 1, whole, 4, 2, "rank 0"))
+    one = trainings.handed_on(None, 1, path, None, 1, "names")
+    follow([one], trainings.handed_on(None, 1, whole, None, 1, "rank 0"))
+    (tmp_path / "eight").mkdir()
+    with world(8, tmp_path / "eight") as eight:
+        answers = eight.call(trainings.handed_on, 8, path, None, 8, "names")
+    follow(answers, trainings.handed_on(None, 1, whole, None, 8, "rank 0"))
 
 
 def test_named_states_that_do_not_belong(tmp_path):
