@@ -57,6 +57,15 @@ def test_steps_of_models_that_fully_shard_spread(ranks, fit, labels, how):
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
+@pytest.mark.parametrize("how", ["ddp", "rows"])
+def test_a_scale_that_is_too_large_on_one_rank(ranks, how):
+    answers, truth = ranks.call(trainings.scaled, ranks.size, how), trainings.scaled(None, ranks.size, how)
+    follow(answers, truth)
+    assert float(truth["scale"]) == 2.0**10  # halved once, and doubled once after four steps
+    for name in trainings.perceptron().state_dict():
+        assert torch.equal(answers[0][f"{name} after 1"], answers[0][f"{name} after 2"])
+
+
 @pytest.mark.slow
 def test_two_replicas_of_a_model_in_two_parts(ranks):
     if ranks.size != 4:
