@@ -13,6 +13,8 @@ __all__ = ["Misfit", "sum_of_misfits"]
 
 MEMORY = 0.8  # of the averages, over batches that bring statistics
 FITTED = 0.05  # the share of a constant's misfit below which data count as fitted
+FORGIVING = 1.05  # by how much the lowest excess rises with every batch: what was lost long ago is no measure
+RELAPSE = 2.0  # times the lowest excess, up to which losses scatter in healthy training
 UNKNOWN = 1e30  # in place of an excess, more than any step promises
 MOST = 2**21  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
 
@@ -53,11 +55,13 @@ class Misfit:
         now: the average of the model's, 0-dim; negative before the first batch.
         constant: that of a constant prediction, 0-dim.
         excess: by how much the mean loss exceeds the least that there could be, 0-dim; `UNKNOWN` if that is not known.
+        lowest: the least that the excess has been of late, 0-dim.
     """
 
     now: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     constant: Tensor = field(default_factory=lambda: torch.zeros(()))
     excess: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
+    lowest: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
 
     def follow(self, means: Tensor, device: torch.device) -> None:
         """Take over the mean misfits of one batch ``[3]``, unless they are not finite."""
@@ -65,11 +69,20 @@ class Misfit:
         new = means.to(old)
         new = torch.where(torch.isfinite(new).all(), new, old)
         self.now, self.constant, self.excess = torch.where(old[0] < 0, new, old.lerp(new, 1 - MEMORY)).unbind()
+        self.lowest = torch.minimum(self.excess, self.lowest.to(device) * FORGIVING)
 
     @property
     def left(self) -> Tensor:
         """The share that is left to fit, 0-dim: 1 down to a twentieth of a constant's misfit, then the rest of that."""
         return torch.where(self.constant > 0, self.now / (FITTED * self.constant), 1.0).clamp(max=1.0)
+
+    @property
+    def calm(self) -> Tensor:
+        """The factor on all rates, 0-dim: below one while the excess is more than twice its lowest, as after a leap.
+
+        The root of how much more: smaller steps leap no further, and larger ones come back sooner.
+        """
+        return torch.where(self.excess > 0, RELAPSE * self.lowest / self.excess, 1.0).clamp(max=1.0).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
@@ -78,3 +91,4 @@ class Misfit:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.now, self.constant, self.excess = (state[name].to(device) for name in ("now", "constant", "excess"))
+        self.lowest = state["lowest"].to(device)

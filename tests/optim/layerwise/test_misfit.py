@@ -61,6 +61,40 @@ def test_the_share_that_is_left_falls_with_the_misfit_below_a_twentieth_of_a_con
     assert torch.equal(again.left, one.left) and float(again.excess) == 3
 
 
+def test_rates_fall_while_the_loss_is_far_above_its_lowest_and_what_is_long_ago_is_forgiven():
+    one = Misfit()
+    assert float(one.calm) == 1
+    for _ in range(30):
+        one.follow(torch.tensor([1.0, 1.0, 3.0]), CPU)
+    assert float(one.calm) == 1
+    one.follow(torch.tensor([1.0, 1.0, 903.0]), CPU)  # the average: 183
+    assert float(one.calm) == pytest.approx((2 * 3 * misfit.FORGIVING / 183) ** 0.5, rel=1e-5)
+    for _ in range(120):
+        one.follow(torch.tensor([1.0, 1.0, 183.0]), CPU)
+    assert float(one.calm) == 1
+    for _ in range(60):
+        one.follow(torch.tensor([0.0, 1.0, 0.0]), CPU)
+    one.excess = torch.zeros(())
+    assert float(one.calm) == 1
+
+
+def test_training_on_counts_comes_back_from_a_leap():
+    torch.manual_seed(1)
+    teacher = torch.randn(30, 40)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 128), torch.nn.ReLU(), torch.nn.Linear(128, 40))
+    optimizer = kf.NaturalGradient(model, kf.Poisson())
+    losses = []
+    for step in range(150):
+        x = (torch.rand(64, 30) < 0.2).float()
+        y = torch.poisson((x @ teacher / 2).exp().clamp(max=50))
+        losses.append(float(optimizer.step(lambda x=x: model(x), y)))
+        if step == 40:
+            with torch.no_grad():
+                model[2].bias += 2.0
+    assert max(losses[41:60]) > 5 * losses[40]
+    assert sum(losses[-10:]) / 10 < 1.2 * losses[40]
+
+
 def train(steps=400):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 128), torch.nn.ReLU(), torch.nn.Linear(128, 5))

@@ -134,7 +134,8 @@ class LayerwiseParts(StepParts):
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
-            self.motion.move(trained, gradients, natural, self.rate(step), self.misfit.left, self.misfit.excess)
+            rate = self.rate(step) * self.misfit.calm
+            self.motion.move(trained, gradients, natural, rate, self.misfit.left, self.misfit.excess)
             if self.options.average:
                 self.average.update(trained.named, self.misfit.left)
 
