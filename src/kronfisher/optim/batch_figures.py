@@ -87,6 +87,8 @@ class BatchFigures:
             self._settled = sums["rows"], sums["cost"]
             self.misfits = torch.stack([torch.as_tensor(sums[name]) for name in ("misfits", "constants", "excesses")])
             self.examples, self.ranks = sums["examples"], sums["ranks"]
+        else:  # some rank had none: what this one saw alone must steer nothing
+            self.misfits = None
         self.rows, self.pass_cost = self._settled
 
     def state_dict(self) -> dict[str, Any]:
