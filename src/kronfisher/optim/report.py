@@ -134,7 +134,8 @@ class TrainingReport:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]
         lines += [f"{name}: {trouble}" for name, trouble in self.troubles.items()]
-        lines += [f"{self.uncovered_step}: {line}" for line in together(self.uncovered)]
+        reasons = [line for line in together(self.uncovered) if not any(line in told for told in self.warnings)]
+        lines += [f"{self.uncovered_step}: {line}" for line in reasons]
         if self.coupled:
             lines.append(f"examples are coupled by the batch in {', '.join(self.coupled)}; treated as independent")
         return "\n".join([*lines, *self.cuts, *self.warnings])
