@@ -14,12 +14,17 @@ __all__ = ["BatchFigures", "sizes_of_weights"]
 
 
 def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int]]:
-    """For each use of a weight in a forward pass: rows, outputs, and inputs, which are one where they are looked up."""
+    """For each use of a weight in a forward pass: rows, outputs and inputs.
+
+    Lookups count as products with the whole table. That is too much, and deliberate: what a pass seems to cost is what
+    inverses may cost, and with less, those of a vocabulary are made half by half in the first steps, where halves that
+    do not belong together cost a GPT a tenth of its progress.
+    """
     for call in capture.calls:
         for use in call.uses:
             if use.weight is not None:
                 outputs = max(use.weight.size[1], 1)
-                yield prod(call.shape) // outputs, outputs, 1 if use.looked_up else use.weight.numel // outputs
+                yield prod(call.shape) // outputs, outputs, use.weight.numel // outputs
 
 
 @dataclass
