@@ -166,8 +166,9 @@ def _layer(
 ) -> tuple[Tensor, State]:
     """One layer in one direction: the hidden states of all steps, and the last state of every sequence."""
     first, second = weights.biases
-    whole = name != "gru" and first is not None and second is not None  # a GRU's second bias meets the reset gate
-    gates = F.linear(x, weights.inputs, first + second if whole else first)
+    if name != "gru" and first is not None and second is not None:  # a GRU's second bias meets the reset gate
+        first = first + second
+    gates = F.linear(x, weights.inputs, first)
     if not gates.requires_grad:
         gates.requires_grad_()  # nothing else would receive the gradient of the products with the hidden states
     pieces, zeros = list(enumerate(steps.split(gates))), None
