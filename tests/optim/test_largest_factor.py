@@ -72,10 +72,18 @@ def test_networks_whose_factors_are_small_are_left_alone():
 
 
 def test_the_bound_grows_with_the_batch():
-    capture = lambda rows: [(rows, 5000, 64)]  # noqa: E731
+    capture = lambda rows: [(rows, 5000, 64, False)]  # noqa: E731
     bounds = []
     for rows in (16, 512, 10**6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "sizes_of_weights", capture)
             bounds.append(module.largest_factor(rows))
     assert bounds == [1024, 2048, MAX_DIM]
+
+
+def test_rows_of_a_table_are_no_factor(dear):
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(300, 4), torch.nn.Linear(4, 3))
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    x = torch.randint(300, (20, 5))
+    optimizer.step(lambda: model(x), torch.arange(20) % 3)
+    assert optimizer.parts.statistics.tables == {"0.weight"} and not optimizer.parts.statistics.cuts

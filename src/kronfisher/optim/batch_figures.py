@@ -13,8 +13,8 @@ from kronfisher.capture.capture import Capture
 __all__ = ["BatchFigures", "sizes_of_weights"]
 
 
-def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int]]:
-    """For each use of a weight in a forward pass: rows, outputs and inputs.
+def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int, bool]]:
+    """For each use of a weight in a forward pass: rows, outputs, inputs, and whether they are looked up.
 
     Lookups count as products with the whole table. That is too much, and deliberate: what a pass seems to cost is what
     inverses may cost, and with less, those of a vocabulary are made half by half in the first steps, where halves that
@@ -24,7 +24,7 @@ def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int]]:
         for use in call.uses:
             if use.weight is not None:
                 outputs = max(use.weight.size[1], 1)
-                yield prod(call.shape) // outputs, outputs, use.weight.numel // outputs
+                yield prod(call.shape) // outputs, outputs, use.weight.numel // outputs, use.looked_up
 
 
 @dataclass
@@ -71,7 +71,7 @@ class BatchFigures:
             misfits: their sum ``[3]``, if they have labels.
         """
         most = 0
-        for rows, outputs, inputs in sizes_of_weights(capture):
+        for rows, outputs, inputs, _ in sizes_of_weights(capture):
             self.pass_cost += 3.0 * rows * outputs * inputs
             most = max(most, rows)
         self.rows = self.rows + most * counted / size

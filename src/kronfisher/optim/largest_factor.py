@@ -24,9 +24,10 @@ def largest_factor(capture: Capture) -> int:
         capture: of a forward pass over a batch, or over a part of it.
     """
     sizes = list(sizes_of_weights(capture))
-    cost = sum(3.0 * rows * outputs * inputs for rows, outputs, inputs in sizes)
+    cost = sum(3.0 * rows * outputs * inputs for rows, outputs, inputs, _ in sizes)
     most = max(ALWAYS, 2 ** int(math.log2(max(PASSES * cost / CHOLESKY, 1)) / 3))
-    there = [size for _, *sides in sizes for size in sides if size <= MAX_DIM]
+    sides = [(outputs,) if table else (outputs, inputs) for _, outputs, inputs, table in sizes]  # a table's has none
+    there = [size for both in sides for size in both if size <= MAX_DIM]
     return most if max(there, default=0) > most else MAX_DIM
 
 
