@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.capture.capture import Capture
 
-__all__ = ["BatchFigures", "sizes_of_weights"]
+__all__ = ["BatchFigures", "multiplications", "sizes_of_weights"]
 
 
 def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int, bool]]:
@@ -25,6 +25,11 @@ def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int, bool]]:
             if use.weight is not None:
                 outputs = max(use.weight.size[1], 1)
                 yield prod(call.shape) // outputs, outputs, use.weight.numel // outputs, use.looked_up
+
+
+def multiplications(rows: int, outputs: int, inputs: int) -> float:
+    """Of a product with a weight in a forward and backward pass: with inputs, and for both gradients."""
+    return 3.0 * rows * outputs * inputs
 
 
 @dataclass
@@ -72,7 +77,7 @@ class BatchFigures:
         """
         most = 0
         for rows, outputs, inputs, _ in sizes_of_weights(capture):
-            self.pass_cost += 3.0 * rows * outputs * inputs
+            self.pass_cost += multiplications(rows, outputs, inputs)
             most = max(most, rows)
         self.rows = self.rows + most * counted / size
         self.examples = self.examples + counted

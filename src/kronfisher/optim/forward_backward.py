@@ -193,7 +193,7 @@ class ForwardBackward:
             if loss is None or not usable:
                 weighed = nullcontext(1.0)
             else:
-                weighed = self._weighed(outputs, targets, record.count, scaled.detach() / total.detach())
+                weighed = self._weighed(outputs, targets, record, total.detach(), scaled.detach())
             with weighed as weight, nullcontext() if self._rows is None else capture.listen(self._rows.receive):
                 if self._rows is None or due or again or not spare:
                     scaled.backward(retain_graph=due)
@@ -210,20 +210,23 @@ class ForwardBackward:
 
     @contextmanager
     def _weighed(
-        self, outputs: Tensor, targets: Any, count: float | Tensor, scale: Tensor
+        self, outputs: Tensor, targets: Any, record: ForwardPass, total: Tensor, scaled: Tensor
     ) -> Iterator[float | Tensor | None]:
         """How a loss of the caller's compares with the likelihood's, by their gradients at the outputs, 0-dim.
 
-        Known once its backward pass is over; NaN if it does not come by the outputs. None without labels.
+        Known once its backward pass is over; NaN if it does not come by the outputs, or if more than half of it is
+        something else, such as a penalty, of which nobody knows how far it can fall. None without labels.
         """
         if not self.likelihood.labelled(targets):
             yield None
             return
         weight = torch.full((), torch.nan, device=outputs.device)
-        own = torch.linalg.vector_norm(promote(self.likelihood.observed(outputs.detach(), targets))) / count
+        own = torch.linalg.vector_norm(promote(self.likelihood.observed(outputs.detach(), targets))) / record.count
 
         def hook(gradient: Tensor) -> None:
-            weight.copy_(torch.linalg.vector_norm(promote(gradient)) / scale / own)
+            found = torch.linalg.vector_norm(promote(gradient)) * (total / scaled) / own
+            rest = (total - found * record.loss).abs()
+            weight.copy_(torch.where(rest <= total.abs() / 2, found, torch.nan))
 
         handle = outputs.register_hook(hook)
         try:

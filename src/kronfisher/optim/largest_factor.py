@@ -8,13 +8,13 @@ from kronfisher.capture.capture import Capture
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits import Fit
 from kronfisher.fits.shapes import MAX_DIM
-from kronfisher.optim.batch_figures import sizes_of_weights
+from kronfisher.optim.batch_figures import multiplications, sizes_of_weights
 
-__all__ = ["bounded", "kept_as_diagonals", "largest_factor"]
+__all__ = ["CHOLESKY", "bounded", "kept_as_diagonals", "largest_factor"]
 
 PASSES = 32  # forward and backward passes over a batch that one inverse may cost
 ALWAYS = 1024  # a factor of this size is inverted within milliseconds
-CHOLESKY = 1.5  # products as dear as inverting n × n, over n³
+CHOLESKY = 1.5  # products as dear as inverting n × n, over n³, from measured speeds
 
 
 def largest_factor(capture: Capture) -> int:
@@ -24,7 +24,7 @@ def largest_factor(capture: Capture) -> int:
         capture: of a forward pass over a batch, or over a part of it.
     """
     sizes = list(sizes_of_weights(capture))
-    cost = sum(3.0 * rows * outputs * inputs for rows, outputs, inputs, _ in sizes)
+    cost = sum(multiplications(rows, outputs, inputs) for rows, outputs, inputs, _ in sizes)
     most = max(ALWAYS, 2 ** int(math.log2(max(PASSES * cost / CHOLESKY, 1)) / 3))
     sides = [(outputs,) if table else (outputs, inputs) for _, outputs, inputs, table in sizes]  # a table's has none
     there = [size for both in sides for size in both if size <= MAX_DIM]

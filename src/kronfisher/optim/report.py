@@ -30,7 +30,8 @@ class TrainingReport:
         uncovered: parameter → why no block covers it, so that it takes `uncovered_step` instead.
         uncovered_step: what these parameters take.
         coupled: layers whose rows mix examples (normalisation over the batch).
-        cuts: where a chain of layers is cut and why, for fits that treat neighbours together.
+        cuts: where a chain of layers is cut and why, for fits that treat neighbours together; which factors are kept as
+            their diagonals, because an inverse would be too dear.
         warnings: messages to the user.
         overdue: steps that ran on statistics older than promised.
         beyond: steps made after `total_steps`, at the rate that is left there.

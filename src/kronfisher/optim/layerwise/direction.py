@@ -11,6 +11,7 @@ from kronfisher.fisher.damping import Damping
 from kronfisher.operators import Kronecker, Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
+from kronfisher.optim.largest_factor import CHOLESKY
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layerwise.product import Product
 
@@ -21,7 +22,7 @@ AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
 LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
 RARE = 5  # periods after which the inverse of an input factor of data is renewed where it is dear: data do not change
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
-CHOLESKY, EIGENVECTORS = 1.5, 20.0  # products as dear as factorising n × n, over n³, from their measured speeds
+EIGENVECTORS = 20.0  # products as dear as those of n × n, over n³, from their measured speed
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,10 @@ class LayerwiseParts(StepParts):
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
-            rate = self.rate(step) * self.misfit.calm
-            self.motion.move(trained, gradients, natural, rate, self.misfit.left, self.misfit.excess)
+            rate, left = self.rate(step) * self.misfit.calm, self.misfit.left
+            self.motion.move(trained, gradients, natural, rate, left, self.misfit.excess)
             if self.options.average:
-                self.average.update(trained.named, self.misfit.left)
+                self.average.update(trained.named, left)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
