@@ -9,7 +9,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.errors import DataError, NumericalError
-from kronfisher.optim.sample_steps import Rows
+from kronfisher.optim.sample_space import ROWS_A_WEIGHT
+from kronfisher.optim.sample_steps import Rows, Thinned
 from tests.helpers.close import close
 from tests.helpers.layout import ROOT
 from tests.helpers.residuals import laplacian, network, rows
@@ -57,6 +58,69 @@ def test_memory_is_that_of_spring():
     inner = J @ J.mT + 30 * optimizer.damping * torch.eye(30).double()
     step = 0.7 * last + J.mT @ torch.linalg.solve(inner, r - 0.7 * J @ last)
     close(before - flat(model), optimizer.step_length * step, 1e-8)
+
+
+@pytest.mark.parametrize("labels", ["exact", "observed"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_batch_of_many_rows_has_the_gradient_of_all_and_the_matrix_of_some(name, labels):
+    torch.manual_seed(0)
+    (likelihood, draw), model, n = LIKELIHOODS[name], network(1, 2, 3), 200
+    x, y, weights = torch.randn(n, 1).double(), draw(n), flat(model).numel()
+    places = Thinned(ROWS_A_WEIGHT * weights, 0).places(n)
+    assert len(places) == 8 * weights == 104
+    F = dense_fisher(model, x[places], y[places], likelihood, labels)
+    loss = -likelihood.log_prob(model(x), y).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", labels=labels), flat(model)
+    optimizer.bends = False
+    close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
+    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
+    assert optimizer.step_length > 0
+    close(before - flat(model), step, 1e-8)
+
+
+def test_a_term_of_many_points_is_thinned_and_a_small_one_kept_whole():
+    torch.manual_seed(0)
+    model, x = network(1, 2, 1), torch.rand(300, 1).double()
+    optimizer, before = kf.NaturalGradient(model, kf.Residuals({"many": 1.0, "few": 2.0}), fit="gram"), flat(model)
+    optimizer.bends = False
+
+    def residuals():
+        return {"many": model(x)[:, 0] - x[:, 0].sin(), "few": model(x[:3])[:, 0] - 1}
+
+    terms = optimizer.likelihood.terms(residuals())
+    many, few = (rows(term, model) for term in terms.values())
+    gradient = many.mT @ terms["many"].detach() + few.mT @ terms["few"].detach()
+    some = many[Thinned(ROWS_A_WEIGHT * many.shape[1], 0).places(300)]
+    F = some.mT @ some * 300 / len(some) + few.mT @ few
+    optimizer.step(residuals)
+    step = torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient.detach())
+    close(before - flat(model), optimizer.step_length * step, 1e-8)
+
+
+@pytest.mark.parametrize("decades", [5, 13])
+def test_what_all_rows_have_besides_is_solved_with_either_route(decades):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64, generator=generator))[0] for n in (30, 6))
+    values, damping = torch.logspace(0, -4, 6, dtype=torch.float64), 10.0**-decades
+    u, v = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (30, 6))
+    truth = right @ ((values * (left.mT @ u) + right.mT @ v) / (values**2 + damping))
+    close(Rows((left * values) @ right.mT, u, 1.0, rest=v).solver(damping)(u, v), truth, 1e-6)
+
+
+def test_a_row_that_is_not_drawn_is_named_too():
+    torch.manual_seed(0)
+    model, x = network(1, 2, 1), torch.rand(300, 1).double()
+    bad = next(k for k in range(300) if k not in Thinned(56, 0).places(300))
+    optimizer, before = kf.NaturalGradient(model, kf.Residuals({"root": 1.0}), fit="gram"), flat(model)
+
+    def residuals():
+        u = model(x)[:, 0]
+        return {"root": torch.where(torch.arange(300) == bad, 0.0 * u, 1 + u.square()).sqrt()}
+
+    with pytest.raises(NumericalError, match=rf"residuals 'root' hold NaN or Inf in 1 of 300 rows \({bad}\)"):
+        optimizer.step(residuals)
+    assert torch.equal(flat(model), before)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

@@ -8,6 +8,7 @@ gradients column by column (by differentiating ``Jᵀ v`` by v) or row by row, w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class Jacobian:
 
     parameters: Mapping[str, Tensor]
 
-    def rows(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
-        """``[n, P]`` of `numbers` ``[n]``; the graph is kept.
+    def rows(self, numbers: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """``[n, P]`` of `numbers` ``[n]``, or the rows of those that are chosen, by their places; the graph is kept.
 
         Raises:
             UnsupportedError: rows that meet a parameter belong to several of the numbers each, in a way that only row
@@ -72,16 +73,24 @@ class Jacobian:
         gradients = self._gradients(numbers, products, torch.ones_like(numbers))
         orders, mixed = self._orders(numbers, products, gradients)
         rest |= mixed  # what belongs to several numbers at once is followed one by one
-        parts = {}
-        for name, parameter in self.parameters.items():
+        uses = {}
+        for name in self.parameters:
             if name not in rest:
                 own = [k for k, product in enumerate(products) if product.parameter == name]
-                parts[name] = self._assemble(parameter, numbers, [(products[k], gradients[k], orders[k]) for k in own])
-        if rest:
-            parts |= self._one_by_one(
-                numbers, {name: self.parameters[name] for name in self.parameters if name in rest}, columns=linear
-            )
-        return torch.cat([parts[name] for name in self.parameters], dim=1)
+                uses[name] = [(products[k], gradients[k], orders[k]) for k in own]
+        leaves = self.parameters.values()
+        others = {name: self.parameters[name] for name in self.parameters if name in rest}
+        alone = self._one_by_one(numbers, others, chosen, columns=linear) if others else {}
+        size = len(numbers) if chosen is None else len(chosen), sum(p.numel() for p in leaves)
+        J = numbers.new_empty(size, dtype=reduce(torch.promote_types, (p.dtype for p in leaves), numbers.dtype))
+        start = 0
+        for name, parameter in self.parameters.items():
+            own = J[:, start : (start := start + parameter.numel())]
+            if name in alone:
+                own.copy_(alone[name])
+            else:
+                self._assemble_(own.view(len(J), *parameter.shape), len(numbers), chosen, uses[name])
+        return J
 
     # The graph --------------------------------------------------------------------------------------------------------
 
@@ -166,43 +175,56 @@ class Jacobian:
                 orders[k] = examples.clamp_min(0).to(numbers.device)
         return orders, mixed
 
-    def _assemble(
-        self, parameter: Tensor, numbers: Tensor, uses: Sequence[tuple[_Product, Tensor | None, Tensor | None]]
-    ) -> Tensor:
-        """``[n, numel]``: the sum over the products with one parameter."""
-        count, total = len(numbers), None
-        lefts, rights, moved = [], [], []
-        with torch.no_grad(), full_precision(numbers.device.type):
-            for product, gradient, order in uses:
-                if gradient is None:
-                    continue
-                if product.left is None:
-                    rows = gradient.reshape(len(gradient), *parameter.shape)
-                    if order is not None:
-                        moved.append((order, rows, None))
-                    else:
-                        total = rows if total is None else total + rows
-                    continue
+    def _assemble_(
+        self,
+        total: Tensor,
+        count: int,
+        chosen: Tensor | None,
+        uses: Sequence[tuple[_Product, Tensor | None, Tensor | None]],
+    ) -> None:
+        """Write the sum over the products with one parameter into `total` ``[n, ...]``, the rows of `count` numbers."""
+        lefts, rights, biases, moved = [], [], [], []
+        for product, gradient, order in uses:
+            if gradient is None:
+                continue
+            if product.left is None:
+                left, right = gradient.reshape(len(gradient), *total.shape[1:]), None
+            else:
                 left, right = (gradient, product.left) if product.turned else (product.left, gradient)
-                if order is None:
-                    lefts.append(left)
-                    rights.append(right)
-                else:
-                    moved.append((order, left, right))
-            if lefts:
-                left, right = torch.stack(lefts, 2), torch.stack(rights, 1)
-                total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
-            if total is None or moved:  # what is added in place is a tensor of our own
-                total = numbers.new_zeros(count, *parameter.shape) if total is None else total.clone()
+            if order is not None:
+                moved.append((order, left, right))
+                continue
+            left = left if chosen is None else left[chosen]
+            if right is None:
+                biases.append(left)
+            else:
+                lefts.append(left)
+                rights.append(right if chosen is None else right[chosen])
+        with torch.no_grad(), full_precision(total.device.type):
+            if len(lefts) == 1:
+                torch.mul(lefts[0][:, :, None], rights[0][:, None], out=total)
+            elif lefts:
+                total.copy_(torch.bmm(torch.stack(lefts, 2), torch.stack(rights, 1)))
+            else:
+                total.zero_()
+            for rows in biases:
+                total += rows
             for order, left, right in moved:
+                if chosen is not None:
+                    places = torch.full((count,), -1, device=order.device)
+                    places[chosen] = torch.arange(len(chosen), device=order.device)
+                    kept = places[order] >= 0
+                    order, left, right = places[order][kept], left[kept], None if right is None else right[kept]
                 total.index_add_(0, order, left if right is None else left[:, :, None] * right[:, None])
-        return total.reshape(count, parameter.numel())
 
     # Whatever else ----------------------------------------------------------------------------------------------------
 
-    def _one_by_one(self, numbers: Tensor, parameters: Mapping[str, Tensor], *, columns: bool) -> dict[str, Tensor]:
+    def _one_by_one(
+        self, numbers: Tensor, parameters: Mapping[str, Tensor], chosen: Tensor | None, *, columns: bool
+    ) -> dict[str, Tensor]:
         """``{name: [n, numel]}``, column by column, where these can be had and are fewer, or row by row."""
         leaves = list(parameters.values())
+        numbers = numbers if chosen is None else numbers[chosen]
         if columns and sum(p.numel() for p in leaves) <= len(numbers):
             try:
                 return self._columns(numbers, parameters)

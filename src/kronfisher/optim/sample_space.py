@@ -14,11 +14,12 @@ from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.likelihoods import Likelihood, Residuals
 from kronfisher.linalg import promote
 from kronfisher.optim.kinds import Kinds
-from kronfisher.optim.sample_steps import Follower, Rows
+from kronfisher.optim.sample_steps import Follower, Rows, Thinned
 
 __all__ = ["SampleSpaceGradient"]
 
 _MISSING: Any = object()
+ROWS_A_WEIGHT = 8  # beyond which rows of a term or column are drawn
 _HALVINGS = 12
 _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
 
@@ -29,8 +30,9 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     ``δ = μδ₀ + Jᵀ(J Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190), with the
     last step δ₀, J the rows of the batch under exact columns, and u the gradients at the outputs in their terms. With
     observed labels they are the examples' own gradients, and ones. For residuals it is the
-    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters: for batches of
-    some thousand rows.
+    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters. Of a term of
+    residuals, or a column of outputs, with more than 8 P numbers, so many have rows, drawn anew in every step; the
+    gradient is always that of all.
 
     λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
     numbers; where no step helps, weights stay as they were and λ grows.
@@ -174,14 +176,15 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         solve = rows.solver(self.damping)
         for momentum in (self.momentum, 0.0) if self._last is not None else (0.0,):
             last = 0.0 if self._last is None else momentum * self._last
-            step = last + solve(rows.vector - (rows.matrix @ last if isinstance(last, Tensor) else 0.0))
+            aim = rows.vector - (rows.matrix @ last if isinstance(last, Tensor) else 0.0)
+            step = last + (solve(aim) if rows.rest is None else solve(aim, rows.rest))
             if not bool(torch.isfinite(step).all()):
                 raise NumericalError(
                     f"step {self.steps}: the step is not finite though residuals and gradients are; nothing was "
                     "changed. Give a larger damping, or train in float64."
                 )
             change = rows.matrix @ step
-            predicted = float((rows.vector @ change - 0.5 * change @ change) / rows.count)
+            predicted = (rows.slope(step, change) - 0.5 * float(change @ change)) / rows.count
             bend = self._bend(rows, step, change, old, values, solve) if values is not None else None
             length = self._length(loss, step, bend, old, again)
             if length is not None:
@@ -246,44 +249,71 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         """The loss, the rows of the batch, and the exact columns of outputs."""
         likelihood = self.likelihood
         if isinstance(likelihood, Residuals):
-            terms = likelihood.terms(outputs)
-            J = _together([self._finite(term, f"the residuals {name!r}") for name, term in terms.items()
-                           if term.requires_grad])  # fmt: skip
-            vector = self._values(outputs, [])
-            return likelihood.loss(outputs).detach(), Rows(J, vector, 1.0, vector), []
+            terms = self._graphs(likelihood.terms(outputs), outputs)
+            numbers = {f"the residuals {name!r}": term for name, term in terms.items()}
+            own = [term.detach() for term in terms.values()]
+            return likelihood.loss(outputs).detach(), self._thinned(numbers, own, 1.0, own), []
         likelihood.check(outputs, targets, f"step {self.steps}", "observed")
         count = likelihood.count(outputs)
         loss = self._loss(outputs, targets)
         if self.labels == "observed":
-            numbers = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
-            J = self._finite(numbers)
-            return loss, Rows(J, torch.ones_like(J[:, 0]), count), []
-        values, found, columns = outputs.detach(), [], []
-        for column in likelihood.exact(values, targets):
-            columns.append(column)
-            found.append(self._finite((outputs * column).flatten(1).sum(1)))
-        roots = torch.stack([column.flatten(1) for column in columns], 2)  # [N, outputs, V]
-        gradient = likelihood.observed(values, targets).flatten(1)
-        inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]  # [N, V]
-        vector = inside.mT.reshape(-1).to(found[0])
-        return loss, Rows(_together(found), vector, count, self._values(values, columns)), columns
+            each = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
+            return loss, self._thinned({"the outputs": each}, [torch.ones_like(each)], count), []
+        columns = list(likelihood.exact(outputs.detach(), targets))
+        numbers = {
+            f"the outputs along column {k}": (outputs * column).flatten(1).sum(1) for k, column in enumerate(columns)
+        }
+        inside = _in_terms_of(columns, likelihood.observed(outputs.detach(), targets))
+        own = [each.detach() for each in numbers.values()]
+        return loss, self._thinned(numbers, [part.to(own[0]) for part in inside], count, own), columns
+
+    def _thinned(
+        self, numbers: Mapping[str, Tensor], vector: list[Tensor], count: float, values: list[Tensor] | None = None
+    ) -> Rows:
+        """The rows of numbers by what they are; of a batch with many more rows than weights, some of them."""
+        thin, matrices, rest = self._thin(), [], None
+        for (what, each), own in zip(numbers.items(), vector, strict=True):
+            places = thin.places(len(each))
+            matrices.append(self._finite(each, what, places))
+            if places is not None:
+                matrices[-1].mul_((len(each) / len(places)) ** 0.5)
+                leaves = list(self._parameters.values())
+                found = torch.autograd.grad(each, leaves, own, retain_graph=True, materialize_grads=True)
+                whole = torch.cat([part.flatten() for part in found])
+                if not bool(torch.isfinite(whole.sum())):
+                    self._finite(each, what, None)  # says which rows
+                further = whole - matrices[-1].mT @ thin.of(own)
+                rest = further if rest is None else rest + further
+        left, seen = (None if parts is None else _together([thin.of(part) for part in parts])
+                      for parts in (vector, values))  # fmt: skip
+        assert left is not None
+        return Rows(_together(matrices), left, count, seen, rest)
+
+    def _thin(self) -> Thinned:
+        return Thinned(ROWS_A_WEIGHT * sum(p.numel() for p in self._parameters.values()), self.steps)
 
     def _values(self, outputs: Any, columns: list[Tensor]) -> Tensor:
         """What the rows are derivatives of."""
         if isinstance(self.likelihood, Residuals):
-            terms = self.likelihood.terms(outputs)
-            return torch.cat([term.detach() for name, term in terms.items() if outputs[name].requires_grad])
-        return torch.cat([(outputs.detach() * column).flatten(1).sum(1) for column in columns])
+            parts = list(self._graphs(self.likelihood.terms(outputs), outputs).values())
+        else:
+            parts = [(outputs.detach() * column).flatten(1).sum(1) for column in columns]
+        thin = self._thin()
+        return _together([thin.of(part.detach()) for part in parts])
 
-    def _finite(self, numbers: Tensor, what: str = "the outputs") -> Tensor:
+    def _graphs(self, terms: dict[str, Tensor], outputs: Any) -> dict[str, Tensor]:
+        """Terms that depend on parameters."""
+        return {name: term for name, term in terms.items() if outputs[name].requires_grad}
+
+    def _finite(self, numbers: Tensor, what: str, places: Tensor | None) -> Tensor:
         """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""
-        J = self._jacobian.rows(numbers, what)
+        J = self._jacobian.rows(numbers, places)
         if bool(torch.isfinite(J.sum())):  # so is every number
             return J
         whole = torch.isfinite(J).all(1)
         if not bool(whole.all()):
-            bad = (~whole).nonzero()[:, 0].tolist()
-            some = ", ".join(map(str, bad[:3])) + (", …" if len(bad) > 3 else "")
+            bad = (~whole).nonzero()[:, 0] if places is None else places[(~whole).cpu()]
+            some = ", ".join(map(str, bad[:3].tolist())) + (", …" if len(bad) > 3 else "")
             raise NumericalError(
                 f"step {self.steps}: gradients of {what} hold NaN or Inf in {len(bad)} of {len(J)} rows ({some}), "
                 "though the values are finite; nothing was changed. Look for infinite inputs, and functions without "
@@ -324,3 +354,18 @@ class SampleSpaceGradient(torch.optim.Optimizer):
 def _together(parts: list[Tensor]) -> Tensor:
     """Rows one after the other; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _in_terms_of(columns: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """What combines an example's columns to its gradient ``[N]`` each, the least of it: columns ``[N, ...]``."""
+    roots, gradient = torch.stack([column.flatten(1) for column in columns], 2), gradient.flatten(1)  # [N, outputs, V]
+    scale = roots.abs().amax(1, keepdim=True).clamp_min(torch.finfo(roots.dtype).tiny)
+    units = roots / scale
+    squares = units.mT @ units
+    lengths = squares.diagonal(0, 1, 2)
+    if not bool((squares - torch.diag_embed(lengths)).any()):  # columns at right angles, as most likelihoods have them
+        along = (units.mT @ gradient[:, :, None])[:, :, 0]
+        inside = (along / lengths / scale[:, 0]).where(lengths > 0, 0.0)
+    else:
+        inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]
+    return list(inside.mT)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kronfisher.errors import NumericalError
 from kronfisher.linalg import add_symmetric_product_, full_precision
 
-__all__ = ["Follower", "Rows"]
+__all__ = ["Follower", "Rows", "Thinned"]
 
 
 @dataclass
@@ -40,29 +40,65 @@ class Follower:
             self.factor = max(self.factor / 1.5, self.least)
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """Which numbers of a batch have rows in the matrix of a step, scaled so that their squares add up right on average.
+
+    The error of such a matrix is about the root of weights over rows, relative to itself, so that with eight times as
+    many rows as weights the step is nearly that of all. What is saved grows with the batch.
+
+    Attributes:
+        most: numbers of one term, or one column of outputs, that have rows.
+        seed: of the draw.
+    """
+
+    most: int
+    seed: int
+
+    def places(self, number: int) -> Tensor | None:
+        """Of those that have rows among `number`; None: all."""
+        if number <= self.most:
+            return None
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        return torch.randperm(number, generator=generator, device="cpu")[: self.most].sort().values
+
+    def of(self, part: Tensor) -> Tensor:
+        """What is left of a term's or column's numbers ``[n]``, scaled."""
+        places = self.places(len(part))
+        return part if places is None else part[places.to(part.device)] * (len(part) / self.most) ** 0.5
+
+
 @dataclass
 class Rows:
     """Everything of a batch that a direction is made of.
 
     Attributes:
-        matrix: J ``[K, P]``.
+        matrix: J ``[K, P]``; of a batch whose rows are thinned, those that are left (`Thinned`).
         vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
         count: N.
         values: what J is the derivative of: the residuals, or the outputs along their exact columns; None: not known.
+        rest: of a thinned batch, what the gradient of all rows has besides ``Jᵀu`` ``[P]``; None: nothing.
     """
 
     matrix: Tensor
     vector: Tensor
     count: float
     values: Tensor | None = None
+    rest: Tensor | None = None
 
     @cached_property
     def size(self) -> float:
         """``‖J‖²``."""
         return float(torch.linalg.vector_norm(self.matrix)) ** 2
 
-    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """``u → Jᵀ(J Jᵀ + Nλ)⁻¹ u`` ``[P]``, by the smaller side, or by QR where squares would hide λ.
+    def slope(self, step: Tensor, change: Tensor) -> float:
+        """What the loss falls by along a step, to first order, times N; `change` is J times the step."""
+        return float(self.vector @ change) + (0.0 if self.rest is None else float(self.rest @ step))
+
+    def solver(self, damping: float) -> Callable[..., Tensor]:
+        """``u, v → Jᵀ(J Jᵀ + Nλ)⁻¹ u + (JᵀJ + Nλ)⁻¹ v`` ``[P]``, by the smaller side, or by QR where squares hide λ.
+
+        There is a v only where there are more rows than columns.
 
         Raises:
             NumericalError: rounding hides λ even so.
@@ -84,10 +120,17 @@ class Rows:
                 if int(info) == 0 and rows <= columns:
                     return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor, upper=True)[:, 0]
                 if int(info) == 0:
-                    return lambda u: torch.cholesky_solve((J.mT @ u)[:, None], factor, upper=True)[:, 0]
+                    return lambda u, v=0.0: torch.cholesky_solve((J.mT @ u + v)[:, None], factor, upper=True)[:, 0]
             eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
             if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
                 Q, R = torch.linalg.qr(torch.cat([J, eye]))
-                return lambda u: torch.linalg.solve_triangular(R, (Q[:rows].mT @ u)[:, None], upper=True)[:, 0]
+
+                def solve(u: Tensor, v: Tensor | None = None) -> Tensor:
+                    right = (Q[:rows].mT @ u)[:, None]
+                    if v is not None:
+                        right += torch.linalg.solve_triangular(R.mT, v[:, None], upper=False)
+                    return torch.linalg.solve_triangular(R, right, upper=True)[:, 0]
+
+                return solve
             Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √(Nλ)] = Q R it is Q₁ R⁻ᵀ u
             return lambda u: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
