@@ -1,11 +1,13 @@
-"""The matrix in the space of samples beside forward and backward, and the tangent kernel beside torch.func's Jacobians.
+"""The matrix in the space of samples beside forward and backward, and the tangent kernel beside other ways to it.
 
 python benchmarks/gram.py [--networks mlp lenet] [--size 1000] [--repeats 5]
 
 Seconds of the processor on one thread, medians; what is compared takes turns in one process. `gram` is an estimate with
 one drawn label an example and K₀ = J Jᵀ of its rows, float32. `func` contracts the Jacobians of `torch.func` (vmap of
-jacrev, a chunk of examples at a time, and one product a parameter), where all of them take no more than 4 GiB; both
-kernels are compared number by number.
+jacrev, a chunk of examples at a time, and one product a parameter), where all of them take no more than 4 GiB. Two
+libraries have a form of the kernel: ASDL one for each output, which are added up, and nngeometry one for all pairs of
+outputs, which is asked for the sum of the outputs and measured beside `kf.kernel(outputs="sum")`. All kernels are
+compared number by number.
 """
 
 import argparse
@@ -14,10 +16,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils.data import DataLoader, TensorDataset
 from workloads import WORKLOADS
 
 import kronfisher as kf
@@ -65,6 +69,23 @@ def by_func(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([each @ each.mT for each in rows]).sum(0)
 
 
+def by_asdl(model: nn.Module, x: Tensor) -> Tensor:
+    """The kernel summed over outputs ``[N, N]``."""
+    from asdl.kernel import empirical_class_wise_direct_ntk
+
+    return empirical_class_wise_direct_ntk(model, x).sum(2)
+
+
+def by_nngeometry(model: nn.Module, x: Tensor) -> Tensor:
+    """The kernel of the summed output ``[N, N]``, all examples at once."""
+    from nngeometry import GramMatrix
+    from nngeometry.layercollection import LayerCollection
+
+    data = DataLoader(TensorDataset(x), batch_size=len(x))
+    layers = LayerCollection.from_model(model)
+    return GramMatrix(model, data, lambda x: model(x).sum(1, keepdim=True), layer_collection=layers).data[0, :, 0]
+
+
 def median_times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds of the processor, after one round of warming up; every other round backwards."""
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -85,15 +106,35 @@ def measure(name: str, size: int, repeats: int) -> dict[str, object]:
     result: dict[str, object] = {"network": name, "samples": size, **found, "gram / fb": found["gram"] / found["fb"]}
     if 4 * size * 10 * sum(p.numel() for p in model.parameters()) > ROOM:
         return result
-    made: dict[str, Tensor] = {}
-    kernels = {
-        "kernel": lambda: made.update(ours=kf.kernel(model, x)),
-        "func": lambda: made.update(func=by_func(model, x)),
-    }
-    times = median_times(kernels, max(1, repeats // 3))
-    ours, theirs = made["ours"], made["func"]
-    result |= {**times, "func / kernel": times["func"] / times["kernel"]}
-    return {**result, "difference": float((ours - theirs).norm() / theirs.norm())}
+    found = {"trace": {"func": by_func, "asdl": by_asdl}, "sum": {"nngeometry": by_nngeometry}}
+    rows = [beside(model, x, outputs, others, max(1, repeats // 3)) for outputs, others in found.items()]
+    return {**result, "kernels": [row for each in rows for row in each]}
+
+
+def beside(
+    model: nn.Module,
+    x: Tensor,
+    outputs: Literal["trace", "sum"],
+    others: dict[str, Callable[[nn.Module, Tensor], Tensor]],
+    repeats: int,
+) -> list[dict[str, object]]:
+    """`kf.kernel` and what others make of the same, in turn; a library that is missing or fails says so."""
+    ours, skipped = kf.kernel(model, x, outputs=outputs), {}
+    differences: dict[str, float] = {}
+    for name, make in others.items():
+        try:
+            differences[name] = float((make(model, x) - ours).norm() / ours.norm())
+        except Exception as error:
+            skipped[name] = f"{type(error).__name__}: {error}"[:120]
+    works: dict[str, Callable[[], object]] = {name: lambda make=others[name]: make(model, x) for name in differences}
+    times = median_times({"kernel": lambda: kf.kernel(model, x, outputs=outputs), **works}, repeats)
+    rows: list[dict[str, object]] = [
+        {"outputs": outputs, "peer": name, "skipped": why} for name, why in skipped.items()
+    ]
+    for name, difference in differences.items():
+        own = {"kernel": times["kernel"], "seconds": times[name], "ratio": times[name] / times["kernel"]}
+        rows.append({"outputs": outputs, "peer": name, **own, "difference": difference})
+    return rows
 
 
 def main() -> None:

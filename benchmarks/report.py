@@ -69,17 +69,21 @@ def cells(result: dict) -> list[str]:
 
 
 def in_sample_space(results: list[dict]) -> list[str]:
-    """One row for each network of gram.py."""
+    """One row for each network of gram.py, and one for each way to its tangent kernel."""
     if "skipped" in results[0]:
         return [f"skipped: {results[0]['skipped']}"]
-    header = ["network", "samples", "fb", "gram", "gram / fb", "kernel", "torch.func", "func / kernel", "difference"]
-    forms = {"fb": ".4f", "gram": ".4f", "gram / fb": ".2f", "kernel": ".2f", "func": ".2f", "func / kernel": ".1f"}
-    forms["difference"] = ".0e"
+    forms = {"fb": ".4f", "gram": ".4f", "gram / fb": ".2f"}
     rows = [
-        [r["network"], f"{r['samples']:,}", *(format(r[key], form) if key in r else "–" for key, form in forms.items())]
-        for r in results
+        [r["network"], f"{r['samples']:,}", *(format(r[key], form) for key, form in forms.items())] for r in results
     ]
-    return table(header, rows)
+    lines = table(["network", "samples", *forms], rows)
+    forms = {"kernel": ".2f", "seconds": ".2f", "ratio": ".1f", "difference": ".0e"}
+    kernels = []
+    for name, row in ((r["network"], row) for r in results for row in r.get("kernels", [])):
+        numbers = [format(row[key], form) for key, form in forms.items() if key in row]
+        kernels.append([name, row["outputs"], row["peer"], *(numbers or [f"skipped: {row['skipped']}", "", "", ""])])
+    header = ["network", "outputs", "by", "kf.kernel", "theirs", "theirs / kf.kernel", "difference"]
+    return [*lines, "", *table(header, kernels)]
 
 
 def disagrees(result: dict) -> bool:

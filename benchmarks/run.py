@@ -169,9 +169,8 @@ def distributed(options: argparse.Namespace) -> list[dict]:
 
 
 def gram(options: argparse.Namespace) -> list[dict]:
-    """The matrix in the space of samples and the tangent kernel, with the project's own interpreter."""
-    arguments = ("gram.py", "--repeats", str(max(2, options.repeats)))
-    outcome = child(*arguments, timeout=options.timeout, python=sys.executable)
+    """The matrix in the space of samples and the tangent kernel, beside libraries that have one."""
+    outcome = child("gram.py", "--repeats", str(max(2, options.repeats)), timeout=options.timeout)
     return [{"what": "gram", **row} for row in outcome.get("rows", [outcome])]
 
 

@@ -88,7 +88,7 @@ def test_bad_residuals_are_refused_by_name_and_nothing_is_lost(case):
 
 def test_settings_that_make_no_sense():
     for options in ({}, {"weights": {}}, {"weights": {"a": 0.0}}, {"noise": {"a": float("nan")}},
-                    {"weights": {"a": 1.0}, "noise": {"a": 1.0}}):  # fmt: skip
+                    {"weights": {"a": "x"}}, {"weights": {"a": 1.0}, "noise": {"a": 1.0}}):  # fmt: skip
         with pytest.raises(ValueError, match="Residuals"):
             kf.Residuals(**options)
     with pytest.raises(DataError, match="forward=lambda"):

@@ -2,13 +2,15 @@
 
 import math
 import re
+import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.errors import DataError, NumericalError
+from kronfisher.errors import DataError, NumericalError, UnsupportedError
 from kronfisher.optim.sample_space import ROWS_A_WEIGHT
 from kronfisher.optim.sample_steps import Rows, Thinned
 from tests.helpers.close import close
@@ -294,8 +296,116 @@ def test_steps_into_overflow_are_shortened():
     assert min(seen) < 0.4 < w.item() < 1 and optimizer.step_length == 0.5
 
 
+X = torch.rand(12, 2, generator=torch.Generator().manual_seed(0)).double()
+OTHER = network(2, 4, 1)
+
+
+def spent(model):
+    u = model(X)[:, 0]
+    u.sum().backward()
+    return {"a": u}
+
+
+@pytest.mark.parametrize(
+    ("residuals", "error", "says"),
+    [
+        (lambda model: {"a": model(X[:0])[:, 0]}, DataError, r"residuals 'a' are \[0\]"),
+        (lambda model: {"a": model(X).to(torch.complex128)}, DataError, "residuals 'a' are torch.complex128"),
+        (lambda model: {"a": model(X)[:, 0].detach()}, UnsupportedError, r"\['a'\] has a graph"),
+        (lambda model: {"a": model(X) * math.nan}, NumericalError, "12 of 12 residuals 'a'"),
+        (lambda model: {"a": model(X).mean()}, DataError, r"residuals 'a' are \[\]; give a tensor .* one row"),
+        (lambda model: {"b": model(X)}, DataError, "differing: a, b"),
+        (lambda model: {"a": model(X)[:, 0].to_sparse()}, DataError, "residuals 'a' are stored as torch.sparse_coo"),
+        (lambda model: {"a": 1e160 * model(X)}, NumericalError, "squares of 12 rows overflow"),
+        (lambda model: {"a": OTHER(X)}, UnsupportedError, "part in the residuals 'a'. Was the optimizer made for"),
+        (spent, DataError, "graph of the residuals 'a' is gone"),
+    ],
+)
+def test_bad_residuals_are_named_and_nothing_is_lost(residuals, error, says):
+    torch.manual_seed(0)
+    model = network(2, 4, 1)
+    optimizer = kf.NaturalGradient(model, kf.Residuals({"a": 1.0}), fit="gram")
+    optimizer.step(lambda: {"a": model(X)[:, 0] - 1})
+    before, state = flat(model), optimizer.state_dict()["sample_space"]
+    with pytest.raises(error, match=says):
+        optimizer.step(lambda: residuals(model))
+    after = optimizer.state_dict()["sample_space"]
+    assert torch.equal(flat(model), before) and torch.equal(after.pop("last"), state.pop("last")) and after == state
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "error", "says"),
+    [
+        (lambda model: model(X[:0]), torch.ones(0, 1), DataError, "the batch is empty"),
+        (lambda model: model(X).detach(), torch.ones(12, 1), UnsupportedError, "no graph to the parameters"),
+        (lambda model: OTHER(X), torch.ones(12, 1), UnsupportedError, "made for another model"),
+        (lambda model: (model(X) - 1).square().mean(), torch.ones(12, 1), DataError, "single number"),
+    ],
+)
+def test_bad_outputs_are_refused_and_nothing_is_lost(outputs, targets, error, says):
+    model = network(2, 4, 1)
+    optimizer, before = kf.NaturalGradient(model, kf.Gaussian(), fit="gram"), flat(model)
+    with pytest.raises(error, match=says):
+        optimizer.step(lambda: outputs(model), targets.double())
+    assert torch.equal(flat(model), before)
+
+
+def test_one_output_an_example_may_have_no_dimension_of_its_own():
+    def end(shape):
+        torch.manual_seed(0)
+        model = network(2, 4, 1)
+        optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit="gram")
+        for _ in range(2):
+            optimizer.step(lambda: model(X).view(shape), torch.ones(12).double().view(shape))
+        return flat(model)
+
+    close(end((12,)), end((12, 1)), 1e-12)
+
+
+def test_trial_steps_see_the_same_points_and_leave_buffers_alone():
+    """Points from NumPy are repeated within a step like those of torch, and running averages move once a step."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Linear(4, 1)).double()
+    seen, means, average = [], [], torch.zeros(4).double()
+
+    def residuals():
+        x = torch.from_numpy(numpy.random.rand(8, 1))
+        seen.append(float(x.sum()))
+        means.append(model[0](x).mean(0).detach())
+        return {"a": model(x)[:, 0] - x[:, 0].exp()}
+
+    optimizer = kf.NaturalGradient(model, kf.Residuals({"a": 1.0}), fit="gram")
+    for _ in range(2):
+        first = len(seen)
+        optimizer.step(residuals)
+        average = 0.5 * average + 0.5 * means[first]
+        assert len(seen) > first + 1 and len(set(seen[first:])) == 1
+    close(model[1].running_mean, average, 1e-12)
+    assert int(model[1].num_batches_tracked) == 2 and len(set(seen)) == 2
+
+
+def test_examples_without_curvature_are_counted_once():
+    model = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = kf.NaturalGradient(model, kf.Bernoulli(), fit="gram")
+    x = torch.tensor([[1e3, 0.0], [0.0, 1.0], [1.0, 0.0]]).double()
+    with pytest.warns(kf.NumericalWarning, match="1 of 3 examples are left out"):
+        optimizer.step(lambda: model(x), torch.tensor([[0.0], [1.0], [0.0]]).double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(x), torch.tensor([[0.0], [1.0], [0.0]]).double())
+
+
 def test_what_has_no_meaning_here_is_refused():
     model = nn.Linear(1, 1)
+    with pytest.raises(DataError, match="hold their own targets"):
+        kf.NaturalGradient(model, kf.Residuals({"a": 1.0}), fit="gram").step(lambda: {}, torch.ones(1))
+    with pytest.raises(TypeError, match="groups have no meaning"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", params=[{"params": list(model.parameters())}])
+    with pytest.raises(ValueError, match="positive and finite"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", damping=math.inf)
     with pytest.raises(ValueError, match="not in the range"):
         kf.NaturalGradient(model, kf.Gaussian(), fit="gram", labels="sampled")
     with pytest.raises(TypeError, match="kl_limit"):

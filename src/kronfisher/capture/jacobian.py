@@ -92,6 +92,11 @@ class Jacobian:
                 self._assemble_(own.view(len(J), *parameter.shape), len(numbers), chosen, uses[name])
         return J
 
+    def reached(self, numbers: Tensor) -> bool:
+        """Whether any of the parameters has a part in the numbers."""
+        products, rest, _ = self._walk(numbers)
+        return bool(products or rest)
+
     # The graph --------------------------------------------------------------------------------------------------------
 
     def _walk(self, numbers: Tensor) -> tuple[list[_Product], set[str], bool]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Residuals(Likelihood):
         if (self.weights is None) == (self.noise is None) or not given:
             raise ValueError("Residuals takes weights={name: w}, or noise={name: σ}, with at least one name.")
         for name, number in given.items():
-            if not (number > 0 and number < float("inf")):
+            if not isinstance(number, Real | Tensor) or not (number > 0 and number < float("inf")):
                 raise ValueError(f"Residuals: {name!r} has {number!r}; weights and σ must be positive and finite.")
 
     @property
@@ -135,6 +136,8 @@ class Residuals(Likelihood):
         if not term.is_floating_point():
             what = "take their real and imaginary parts as two terms" if term.is_complex() else "give real numbers"
             fail(where, f"the residuals {name!r} are {term.dtype}", what)
+        if term.layout is not torch.strided:
+            fail(where, f"the residuals {name!r} are stored as {term.layout}", "give a dense tensor, as by to_dense()")
         if not bool(torch.isfinite(term.detach()).all()):
             bad = int((~torch.isfinite(term.detach())).sum())
             raise NumericalError(

@@ -1,6 +1,7 @@
 """Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, Literal
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.jacobian import Jacobian
-from kronfisher.errors import DataError, NumericalError, UnsupportedError
+from kronfisher.errors import DataError, NumericalError, NumericalWarning, UnsupportedError
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.likelihoods import Likelihood, Residuals
+from kronfisher.likelihoods.checks import sum_per_example
 from kronfisher.linalg import promote
+from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.kinds import Kinds
+from kronfisher.optim.replay import Snapshot
 from kronfisher.optim.sample_steps import Follower, Rows, Thinned
 
 __all__ = ["SampleSpaceGradient"]
@@ -79,14 +83,18 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             )
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r}: use a number in [0, 1).")
-        if not damping > 0:
-            raise ValueError(f"damping={damping!r}: the factor of λ must be positive.")
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping={damping!r}: the factor of λ must be positive and finite.")
         if not isinstance(likelihood, Likelihood):
             raise TypeError(f"likelihood={likelihood!r}: pass an instance such as kf.Residuals(...).")
         self.likelihood, self.momentum, self.labels = likelihood, momentum, labels
-        chosen = list(trainable(unwrapped(model)).values() if params is None else params)
+        self.model = unwrapped(model)
+        chosen = list(trainable(self.model).values() if params is None else params)
+        if odd := [p for p in chosen if not isinstance(p, Tensor)]:
+            raise TypeError(f"params holds a {type(odd[0]).__name__}: pass parameters; groups have no meaning here.")
+        chosen = list(dict.fromkeys(chosen))
         super().__init__(chosen, {})
-        names = {id(p): name for name, p in unwrapped(model).named_parameters()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
         self._parameters = {names.get(id(p), f"parameter {k}"): p for k, p in enumerate(chosen)}
         self._jacobian = Jacobian(self._parameters)
         self.follower = Follower(damping)
@@ -96,13 +104,14 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self.step_length: float | None = None
         self._last: Tensor | None = None
         self._kinds = Kinds()
+        self._warned = False
 
     def step(self, closure: Callable[[], Any] | None = None, targets: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step.
 
         Args:
             closure: returns the residuals by name, or the outputs. Within one step it is called several times, with the
-                same random numbers of torch; points should be drawn from these, or outside.
+                same random numbers and buffers of the model.
             targets: of other likelihoods than residuals.
 
         Returns:
@@ -113,8 +122,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             NumericalError: outputs, residuals or their gradients are NaN or infinite, by the name of the term; likewise
                 as they were, so that a loop may catch it and go on with other points.
         """
-        if closure is None:
+        if not callable(closure):
             raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
+        if isinstance(self.likelihood, Residuals) and targets is not _MISSING and targets is not None:
+            raise DataError("residuals hold their own targets: call step(lambda: residuals()) without further ones.")
         self._kinds.require(self._parameters)
         if half := [n for n, p in self._parameters.items() if p.dtype not in (torch.float32, torch.float64)]:
             raise UnsupportedError(
@@ -122,17 +133,15 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 "squares half precision cannot hold. Keep the weights in float32 or float64."
             )
         targets = None if targets is _MISSING else targets
-        state = torch.get_rng_state()
+        before = Snapshot(self.model)
         with torch.enable_grad():
-            outputs = closure()
-            after = torch.get_rng_state()
+            outputs = self._outputs(closure())
             loss, rows, columns = self._rows(outputs, targets)
         del outputs
 
         def evaluated() -> Any:
-            torch.set_rng_state(state)
-            with torch.enable_grad():
-                return closure()
+            with before.replayed(), torch.enable_grad():
+                return self._outputs(closure())
 
         def again() -> float:
             outputs = evaluated()
@@ -154,8 +163,6 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         except BaseException:
             self._set(old, None, 0.0)
             raise
-        finally:
-            torch.set_rng_state(after)
         self.steps += 1
         return loss
 
@@ -240,6 +247,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
 
     # The batch --------------------------------------------------------------------------------------------------------
 
+    def _outputs(self, answer: Any) -> Any:
+        """Residuals by name, or the tensor of outputs."""
+        return answer if isinstance(self.likelihood, Residuals) else require_outputs(answer)
+
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         if isinstance(self.likelihood, Residuals):
             return self.likelihood.loss(outputs).detach()
@@ -254,16 +265,28 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             own = [term.detach() for term in terms.values()]
             return likelihood.loss(outputs).detach(), self._thinned(numbers, own, 1.0, own), []
         likelihood.check(outputs, targets, f"step {self.steps}", "observed")
+        if not outputs.requires_grad:
+            raise UnsupportedError(
+                f"step {self.steps}: the outputs have no graph to the parameters; compute them with gradients enabled, "
+                "and without detach() or torch.no_grad()."
+            )
         count = likelihood.count(outputs)
         loss = self._loss(outputs, targets)
         if self.labels == "observed":
-            each = (outputs * likelihood.observed(outputs.detach(), targets)).flatten(1).sum(1)
+            each = sum_per_example(outputs * likelihood.observed(outputs.detach(), targets))
             return loss, self._thinned({"the outputs": each}, [torch.ones_like(each)], count), []
         columns = list(likelihood.exact(outputs.detach(), targets))
-        numbers = {
-            f"the outputs along column {k}": (outputs * column).flatten(1).sum(1) for k, column in enumerate(columns)
-        }
-        inside = _in_terms_of(columns, likelihood.observed(outputs.detach(), targets))
+        numbers = {f"the outputs along column {k}": sum_per_example(outputs * c) for k, c in enumerate(columns)}
+        inside, lost = _in_terms_of(columns, likelihood.observed(outputs.detach(), targets))
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {self.steps}: {lost} of {len(outputs)} examples are left out of the step. Their outputs are so "
+                "far from their targets that the curvature of their loss rounds to zero; bound or rescale the outputs, "
+                "or look for wrong labels.",
+                NumericalWarning,
+                stacklevel=4,
+            )
         own = [each.detach() for each in numbers.values()]
         return loss, self._thinned(numbers, [part.to(own[0]) for part in inside], count, own), columns
 
@@ -287,7 +310,13 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         left, seen = (None if parts is None else _together([thin.of(part) for part in parts])
                       for parts in (vector, values))  # fmt: skip
         assert left is not None
-        return Rows(_together(matrices), left, count, seen, rest)
+        rows = Rows(_together(matrices), left, count, seen, rest)
+        if rows.size == 0 and not any(map(self._jacobian.reached, numbers.values())):
+            raise UnsupportedError(
+                f"step {self.steps}: no parameter that is trained has a part in {', '.join(numbers)}. Was the optimizer"
+                " made for another model, or for a copy?"
+            )
+        return rows
 
     def _thin(self) -> Thinned:
         return Thinned(ROWS_A_WEIGHT * sum(p.numel() for p in self._parameters.values()), self.steps)
@@ -297,7 +326,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         if isinstance(self.likelihood, Residuals):
             parts = list(self._graphs(self.likelihood.terms(outputs), outputs).values())
         else:
-            parts = [(outputs.detach() * column).flatten(1).sum(1) for column in columns]
+            parts = [sum_per_example(outputs.detach() * column) for column in columns]
         thin = self._thin()
         return _together([thin.of(part.detach()) for part in parts])
 
@@ -307,7 +336,15 @@ class SampleSpaceGradient(torch.optim.Optimizer):
 
     def _finite(self, numbers: Tensor, what: str, places: Tensor | None) -> Tensor:
         """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""
-        J = self._jacobian.rows(numbers, places)
+        try:
+            J = self._jacobian.rows(numbers, places)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise DataError(
+                f"step {self.steps}: the graph of {what} is gone, by a backward() on it; compute what the closure "
+                "returns anew in every call."
+            ) from error
         if bool(torch.isfinite(J.sum())):  # so is every number
             return J
         whole = torch.isfinite(J).all(1)
@@ -356,9 +393,10 @@ def _together(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _in_terms_of(columns: list[Tensor], gradient: Tensor) -> list[Tensor]:
-    """What combines an example's columns to its gradient ``[N]`` each, the least of it: columns ``[N, ...]``."""
-    roots, gradient = torch.stack([column.flatten(1) for column in columns], 2), gradient.flatten(1)  # [N, outputs, V]
+def _in_terms_of(columns: list[Tensor], gradient: Tensor) -> tuple[list[Tensor], int]:
+    """What combines an example's columns to its gradient ``[N]`` each, the least of it; of how many nothing does."""
+    roots = torch.stack([column.reshape(len(column), -1) for column in columns], 2)  # [N, outputs, V]
+    gradient = gradient.reshape(len(gradient), -1)
     scale = roots.abs().amax(1, keepdim=True).clamp_min(torch.finfo(roots.dtype).tiny)
     units = roots / scale
     squares = units.mT @ units
@@ -368,4 +406,6 @@ def _in_terms_of(columns: list[Tensor], gradient: Tensor) -> list[Tensor]:
         inside = (along / lengths / scale[:, 0]).where(lengths > 0, 0.0)
     else:
         inside = torch.linalg.lstsq(roots, gradient[:, :, None], driver="gelsd").solution[:, :, 0]
-    return list(inside.mT)
+    outside = gradient - (roots @ inside[:, :, None])[:, :, 0]
+    lost = outside.square().sum(1) > 0.25 * gradient.square().sum(1)
+    return list(inside.mT), int(lost.sum())

@@ -106,6 +106,11 @@ class Rows:
         J, shift = self.matrix, self.count * damping
         rows, columns = J.shape
         size = self.size
+        if not math.isfinite(size):
+            raise NumericalError(
+                f"the squares of {rows} rows overflow in {J.dtype}, though the rows are finite; nothing was changed. "
+                "Scale residuals or outputs."
+            )
         if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
             raise NumericalError(
                 f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
