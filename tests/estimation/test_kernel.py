@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.errors import DataError, MemoryBudgetError, NumericalError, UnsupportedError
 from tests.helpers.close import close
 from tests.helpers.truth import jacobian
 
@@ -36,6 +36,49 @@ def test_kernels_are_products_of_jacobians(name):
         close(kf.kernel(model, data, other, outputs="sum"), each.sum((2, 3)))
         close(kf.kernel(model, data, outputs="each"), own)
         close(kf.kernel(model, data), own.diagonal(dim1=2, dim2=3).sum(2))
+
+
+class Branch(nn.Module):
+    """A layer that small batches do not meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.a(x) if len(x) < 4 else self.a(x) + self.b(x).tanh()
+
+
+def test_parameters_may_appear_late():
+    torch.manual_seed(0)
+    model, few, many = Branch().double(), torch.randn(3, 3).double(), torch.randn(5, 3).double()
+    J, H = (jacobian(model, x, [name for name, _ in model.named_parameters()]) for x in (few, many))
+    close(kf.kernel(model, few, many), torch.einsum("ncp,mcp->nm", J, H))
+    both = torch.cat([J, H])
+    close(kf.kernel(model, [(few,), (many,)]), torch.einsum("ncp,mcp->nm", both, both))
+    with pytest.raises(UnsupportedError, match="uses every parameter first"):
+        kf.kernel(model, (batch for batch in [few]), many)
+
+
+def test_numbers_of_outputs_that_differ():
+    torch.manual_seed(0)
+    model, x, z = nn.Linear(3, 2).double(), torch.randn(3, 1, 3).double(), torch.randn(4, 2, 3).double()
+    flat = lambda model, batch: (model(batch).flatten(1), None)  # noqa: E731
+    inner = torch.einsum("nti,msi->nmts", x, z) + 1
+    each = torch.einsum("nmts,cd->nmtcsd", inner, torch.eye(2).double()).reshape(3, 4, 2, 4)
+    close(kf.kernel(model, x, z, outputs="each", forward=flat), each)
+    close(kf.kernel(model, x, z, outputs="sum", forward=flat), each.sum((2, 3)))
+    with pytest.raises(DataError, match="2 or 4 outputs"):
+        kf.kernel(model, x, z, forward=flat)
+    with pytest.raises(DataError, match="2 or 4 outputs"):
+        kf.kernel(model, x, [z, x[:1]], outputs="each", forward=flat)
+    with pytest.raises(DataError, match="2 or 4 outputs"):
+        kf.kernel(model, [(x,), (z,)], outputs="each", forward=lambda model, batch: flat(model, batch[0]))
+
+
+def test_products_that_overflow_are_refused():
+    with pytest.raises(NumericalError, match="kernel holds NaN or Inf"):
+        kf.kernel(nn.Linear(3, 2).double(), 1e300 * torch.ones(4, 3).double())
 
 
 def test_what_cannot_be_is_refused():

@@ -36,7 +36,7 @@ __all__ = ["Accumulator"]
 log = logging.getLogger("kronfisher")
 
 
-class _LateError(UnsupportedError):
+class LateError(UnsupportedError):
     """A batch shows that earlier ones should have been treated in another way."""
 
     def __init__(self, message: str, known: Known, again: bool = True) -> None:
@@ -117,6 +117,10 @@ class Accumulator:
         self.groups.add(sorted(planned, key=lambda entry: order[entry.blocks]))
         self.known = replace(known, groups=tuple(self.groups))
 
+    def begin_again(self, known: Known) -> None:
+        """Forget what was read, but for the knowledge of how it is to be treated."""
+        self.known, self.groups = known, Groups(self.device, self.recipe.memory_budget)
+
     def next_pass(self) -> bool:
         """Ask every fit whether it needs the data once more; True if one does."""
         reading = [group for group in self.groups if not group.done]
@@ -167,11 +171,11 @@ class Accumulator:
                 self.batches = batches.number
                 try:
                     return self._read(batches, tell)
-                except _LateError as late:
+                except LateError as late:
                     if not (anew and batches.again and late.again) or late.known == begun:
                         raise
                     begun = late.known
-                    self.known, self.groups = late.known, Groups(self.device, self.recipe.memory_budget)
+                    self.begin_again(late.known)
         finally:
             tell("")
 
@@ -223,7 +227,7 @@ class Accumulator:
         Raises:
             RankError: a rank failed, or ranks disagree.
         """
-        late = problem if isinstance(problem, _LateError) else None
+        late = problem if isinstance(problem, LateError) else None
         said = Said(
             facts={} if number else facts_of(self.recipe, self.parameters),
             error="" if late else describe(problem),
@@ -239,7 +243,7 @@ class Accumulator:
         try:
             everywhere, parcels = meeting.agree(said, self.groups)
         except LateKnowledge as error:
-            raise _LateError(str(error), error.known, error.again) from problem
+            raise LateError(str(error), error.known, error.again) from problem
         except RankError:
             if problem is None or late:
                 raise
@@ -358,7 +362,7 @@ class Accumulator:
             try:
                 refuse(answer.problems, observation.where)
             except UnsupportedError as error:
-                raise error if answer.anew is None else _LateError(str(error), answer.anew) from None
+                raise error if answer.anew is None else LateError(str(error), answer.anew) from None
         assert isinstance(answer, Assignment)
         return answer
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from kronfisher.capture.batches import Batches
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.isolation import isolate
-from kronfisher.errors import DataError
-from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.errors import DataError, NumericalError
+from kronfisher.estimation.accumulator import Accumulator, LateError
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fits import Gram
@@ -75,8 +75,29 @@ def kernel(
 
     likelihood = _Sum() if outputs == "sum" else Gaussian()
     reader = Accumulator(Recipe(model, likelihood, "exact", forward=alone, memory_budget=memory_budget), Gram())
+    begun = reader.known
+    while True:
+        try:
+            found = _filled(reader, data, other, outputs)
+            break
+        except LateError as late:  # a later batch uses more parameters: begin again, as estimates do
+            if late.known == begun or not all(Batches(each).again for each in (data, other) if each is not None):
+                raise
+            begun = late.known
+            reader.begin_again(begun)
+    if not bool(torch.isfinite(found.sum())) and not bool(torch.isfinite(found).all()):
+        raise NumericalError(
+            "the kernel holds NaN or Inf though inputs and outputs are finite: gradients or their products overflow. "
+            "Look at the scale of inputs and weights, or use float64."
+        )
+    return found
+
+
+def _filled(reader: Accumulator, data: Any, other: Any, outputs: Outputs) -> Tensor:
     kept = list(_read(reader, data, keep=True))
     columns = []
+    widths, others = {len(rows) for rows in kept}, set()
+    _require_one_width(widths if outputs != "sum" else set())
     with plain_arithmetic(reader.device):
         if other is None:
             for k, mine in enumerate(kept):
@@ -88,9 +109,19 @@ def kernel(
             ]
             return torch.cat(lines)
     for theirs in _read(reader, other, keep=False):
+        others.add(len(theirs))
+        _require_one_width({"trace": widths | others, "each": others, "sum": set()}[outputs])
         with plain_arithmetic(reader.device):
             columns.append(torch.cat([_products(mine, theirs, outputs) for mine in kept]))
     return torch.cat(columns, dim=1)
+
+
+def _require_one_width(widths: set[int]) -> None:
+    if len(widths) > 1:
+        raise DataError(
+            f"examples have {' or '.join(map(str, sorted(widths)))} outputs, which cannot be paired; pad them, or use "
+            "outputs='sum'."
+        )
 
 
 def _read(reader: Accumulator, data: Any, *, keep: bool) -> Iterator[list[Rows]]:
