@@ -9,6 +9,8 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits.rearrangement import cheapest
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.onehot import Indices
 from tests.fits.pieces import SHARP, excess, fitted, gradients_of, random_samples, samples_of
 
 
@@ -50,6 +52,25 @@ def test_later_pieces_go_on_from_the_directions_of_earlier_ones(T, n, pieces):
         errors[warm] = excess(fit.finish(state), samples)
     assert steps[True] < steps[False]
     assert errors[True] <= errors[False] + 0.001 and errors[True] <= 0.003
+
+
+@pytest.mark.parametrize(("outputs", "pieces"), [(120, 1), (10, 2)])
+def test_weights_with_a_single_term_are_projected_in_large_pieces_or_after_the_first(outputs, pieces):
+    samples = random_samples(n=1024, I=550, O=outputs, dtype=torch.float32)
+    operator, state, _ = fitted(kf.KFOC(), samples)
+    assert float(state.pieces) == pieces and state.route == "projected"
+    best = fitted(kf.KFOC("exact", tolerance=1e-6), samples)[0]
+    sizes = operator.frobenius_norm() / best.frobenius_norm()  # its inner product with the block, and so its error
+    assert 0.999 <= float(sizes) <= 1.0001
+
+
+def test_inputs_sum_with_rows_and_have_lengths_as_if_written_out():
+    values, y = torch.randn(2, 6, 1, 4).double(), torch.randn(2, 6, 3).double()
+    index = Indices(torch.randint(4, (6, 1, 2)), torch.rand(6, 1, 2).double(), 4)
+    for inputs in (Dense(values), Dense(values, bias=True), index):
+        rows = inputs.dense()[:, :, 0]
+        torch.testing.assert_close(inputs.sum_with(y[: len(rows)]), rows.mT @ y[: len(rows)])
+        torch.testing.assert_close(inputs.lengths(), rows.norm(dim=-1))
 
 
 class Language(nn.Module):

@@ -27,6 +27,7 @@ from kronfisher.operators import Factor, Kronecker, Operator
 __all__ = ["KFOC", "KPSVD"]
 
 _PIECE = 512  # samples that are treated at once
+_PROJECTED = 1024  # and of a wide weight with a single term: its sums are made the faster the more rows there are
 _ROOM = 2**21  # bytes that may always wait for more
 _WIDE = 2**20  # numbers in all terms at most, where several are carried
 _ROUGH = 0.3  # of A by its directions, in a piece: half steps over everything follow
@@ -40,7 +41,7 @@ class KFOC(Fit):
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
     weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns; where one
     position and few outputs let columns share their example's input: examples) are treated at once, to `tolerance`;
-    over more of them the aggregation decides.
+    over more of them the aggregation decides. Of wide weights with a single term it is 1,024.
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -201,7 +202,8 @@ class KFOC(Fit):
         (_, outputs, width), element = state.blocks[0].shape, state.inputs.element_size()
         columns = max(use.columns for use in waiting)
         outputs *= columns if columns == 1 else columns + outputs  # and the sum of their products
-        size = _PIECE
+        wide = cheapest(state.blocks[0].shape, _PIECE, 1, tolerance=self.tolerance) == "projected"
+        size = _PROJECTED if wide and len(state.inputs) == 1 and self.route is None else _PIECE
         while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both factors of the samples
             if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
                 break

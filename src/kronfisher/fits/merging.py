@@ -61,7 +61,7 @@ class Merging:
 
     def add_(self, state: ProductSums, piece: list[Samples]) -> None:
         """Take a piece into the sums of a state."""
-        route = self._route(piece)
+        route = self._route(state, piece)
         piece = piece if route in SHARING else spread(piece)
         source = self._source(state, piece, route)
         if len(state.inputs) == 1 and self.aggregation != "running":
@@ -76,12 +76,15 @@ class Merging:
         state.steps += steps
         state.change = torch.maximum(state.change, change.double())
 
-    def _route(self, piece: list[Samples]) -> str:
+    def _route(self, state: ProductSums, piece: list[Samples]) -> str:
         if has_diagonal(self.shapes):
             return "rows"
         n, positions = sum(map(len, piece)), max(samples.positions for samples in piece)
         columns = max(samples.columns for samples in piece)
-        return self.route or cheapest(piece[0].shape, n, positions, columns=columns, tolerance=self.tolerance)
+        later = state.begun and len(state.inputs) == 1 and self.aggregation not in BY_BATCH  # one of several pairs
+        return self.route or cheapest(
+            piece[0].shape, n, positions, columns=columns, tolerance=self.tolerance, narrow=later
+        )
 
     def _source(self, state: ProductSums, piece: list[Samples], route: str) -> Source:
         if has_diagonal(self.shapes):

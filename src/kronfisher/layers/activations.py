@@ -74,6 +74,14 @@ class Activations:
         """``total += Σ_k w_k a_k a_kᵀ`` for T = 1 and weights ``[H, n]`` of at least zero, upper triangle."""
         add_symmetric_product_(total, self.dense()[:, :, 0] * weights.sqrt()[..., None])
 
+    def sum_with(self, rows: Tensor) -> Tensor:
+        """``Σ_k a_k y_kᵀ [H, I, R]`` for T = 1 and rows y ``[H, n, R]``."""
+        return (rows.mT @ self.dense()[:, :, 0]).mT
+
+    def lengths(self) -> Tensor:
+        """``‖a_k‖ [H, n]`` for T = 1."""
+        return torch.linalg.vector_norm(self.dense()[:, :, 0], dim=-1)
+
     def column_pieces(self, gradients: Tensor, workspace: int) -> Iterator[tuple[Tensor, Tensor]] | None:
         """As `columns`, a few samples at a time."""
         return None
@@ -199,6 +207,15 @@ class Dense(Activations):
         if self.bias:
             total[:, :width, width:] += rows.mT @ root
             total[:, width, width] += weights.sum(1)
+
+    def sum_with(self, rows: Tensor) -> Tensor:
+        # Few rows on the left: the other way round takes half as long again.
+        product = rows.mT @ self.values[:, :, 0]
+        return (torch.cat([product, rows.sum(1).unsqueeze(-1)], dim=-1) if self.bias else product).mT
+
+    def lengths(self) -> Tensor:
+        lengths = torch.linalg.vector_norm(self.values[:, :, 0], dim=-1)
+        return torch.hypot(lengths, lengths.new_ones(())) if self.bias else lengths
 
     @classmethod
     def append_alike(cls, parts: "Sequence[Dense]") -> "Dense":

@@ -50,8 +50,11 @@ def subset(samples: Sequence[Samples], number: int) -> list[Samples]:
 def sizes(samples: Samples) -> Tensor:
     """About ``‖g_k‖ ‖a_k‖ [n]``, over all groups; where positions are many, the inputs in a random direction tell."""
     a, g = samples.activations, samples.gradients
-    rows = a.dense() if samples.positions == 1 else a.times(noise(g, a.shape[-1])[..., :1].contiguous())
-    inputs, outputs = (torch.linalg.vector_norm(each, dim=(2, 3)) for each in (rows, g))
+    if samples.positions == 1:
+        inputs = a.lengths()
+    else:
+        inputs = torch.linalg.vector_norm(a.times(noise(g, a.shape[-1])[..., :1].contiguous()), dim=(2, 3))
+    outputs = torch.linalg.vector_norm(g, dim=(2, 3))
     return torch.linalg.vector_norm(inputs * outputs, dim=0)
 
 

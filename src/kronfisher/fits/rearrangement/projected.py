@@ -17,6 +17,7 @@ from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.fits.rearrangement.weights import Gram
+from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, chunks, mirror, mirror_, multiply_rows
 
@@ -113,8 +114,8 @@ class Projected(Source):
         weight = self.right.new_zeros(len(self.right))
         for place, use in enumerate(self.samples):
             if self.single:
-                right = use.activations.times(self.right)[:, :, 0].square().sum(-1)
-                left = self._weights[place] if self._weights else (use.gradients[:, :, 0] @ self.left).square().sum(-1)
+                right = _squares(use.activations, self.right).squeeze(-1)
+                left = self._weights[place] if self._weights else _squares(Dense(use.gradients), self.left).squeeze(-1)
                 use.activations.add_weighted_(inputs, left)
                 add_symmetric_product_(outputs, use.gradients[:, :, 0] * right.sqrt()[..., None])
                 weight += torch.linalg.vecdot(left, right)
@@ -139,19 +140,18 @@ class Projected(Source):
         _, outputs, width = self.shape
         gram = Gram(subset(self.samples, PART if outputs * width <= WIDER else PART // 2))
         w, u, _, steps, change = gram.weights(tolerance, min(iterations, _ITERATIONS))
-        self.gram = gram
-        a, g = gram.activations.dense()[:, :, 0] * w.sqrt()[..., None], gram.g * u.sqrt()[..., None]
-        right = _directions(lambda v: a.mT @ (a @ v), noise(a, a.shape[-1]))
-        left = _directions(lambda v: g.mT @ (g @ v), noise(g, g.shape[-1]))
+        a, g = gram.activations, Dense(gram.g.unsqueeze(2))
+        right = _directions(lambda v: _multiply_weighted([(a, w[..., None])], v), noise(gram.g, width))
+        left = _directions(lambda v: _multiply_weighted([(g, u[..., None])], v), noise(gram.g, outputs))
         return right, left, steps, change
 
     def _from_all(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One double step over all samples, each factor through its directions."""
-        pairs = [(use.activations.dense()[:, :, 0], use.gradients[:, :, 0]) for use in self.samples]
         right, left = map(_perturb, start)
-        rows = [(g, (a @ right).square().sum(-1, keepdim=True)) for a, g in pairs]
+        pairs = [(use.activations, Dense(use.gradients)) for use in self.samples]
+        rows = [(g, _squares(a, right)) for a, g in pairs]
         left = _nystrom(lambda v: _multiply_weighted(rows, v), left)
-        columns = [(a, (g @ left).square().sum(-1, keepdim=True)) for a, g in pairs]
+        columns = [(a, _squares(g, left)) for a, g in pairs]
         self._weights = [w.squeeze(-1) for _, w in columns]
         right = _nystrom(lambda v: _multiply_weighted(columns, v), right)
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
@@ -195,9 +195,15 @@ def _change(old: Tensor, new: Tensor) -> Tensor:
     return (2 - 2 * norm(old.mT @ new).square()).clamp_min(0).sqrt().max()
 
 
-def _multiply_weighted(rows: Sequence[tuple[Tensor, Tensor]], v: Tensor) -> Tensor:
-    """``Σ_k w_k x_k x_kᵀ v`` for rows ``[H, n, D]`` and weights ``[H, n, 1]``."""
-    return torch.stack([x.mT @ ((x @ v) * w) for x, w in rows]).sum(0)
+def _squares(rows: Activations, directions: Tensor) -> Tensor:
+    """``‖Lᵀ x_k‖² [H, n, 1]`` for T = 1."""
+    return rows.times(directions)[:, :, 0].square().sum(-1, keepdim=True)
+
+
+def _multiply_weighted(rows: Sequence[tuple[Activations, Tensor]], v: Tensor) -> Tensor:
+    """``Σ_k w_k x_k x_kᵀ v`` for x with T = 1 and weights ``[H, n, 1]``."""
+    products = [x.sum_with(x.times(v)[:, :, 0] * w) for x, w in rows]
+    return products[0] if len(products) == 1 else torch.stack(products).sum(0)
 
 
 def _half_step(

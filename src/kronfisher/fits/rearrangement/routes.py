@@ -67,13 +67,24 @@ def cheapest(
     columns: int = 1,
     steps: int = _STEPS,
     tolerance: float | None = None,
+    narrow: bool = False,
 ) -> str:
-    """The name of the route to take; projections only for a leading pair to a tolerance that they can reach."""
+    """The name of the route to take; projections only for a leading pair to a tolerance that they can reach.
+
+    Args:
+        shape: as for `costs`.
+        n: likewise.
+        positions: likewise.
+        columns: likewise.
+        steps: likewise.
+        tolerance: of the leading pair; None: half steps are to be taken on any matrix.
+        narrow: projections for any weight with one position a sample, not for wide ones alone.
+    """
     ways = costs(shape, n, positions, steps, columns)
     projected = ways.pop("projected")
     best = min(ways, key=lambda name: ways[name])
     loose = tolerance is not None and tolerance >= _LOOSE
-    wide = shape[1] * shape[2] > WIDE if positions == 1 else projected * _FASTER < ways[best]
+    wide = (narrow or shape[1] * shape[2] > WIDE) if positions == 1 else projected * _FASTER < ways[best]
     return "projected" if loose and wide and projected < ways[best] else best
 
 
