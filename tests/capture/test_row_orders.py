@@ -9,6 +9,8 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.errors import UnsupportedError
+from kronfisher.fisher.layout import gather
+from kronfisher.fisher.vectors import read
 from kronfisher.layers import Probe, RowOrder
 from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written
@@ -242,15 +244,112 @@ def packed(m, x):
 
 def test_unequal_numbers_of_rows():
     model, x = Written(packed, l=nn.Linear(3, 2)), torch.randn(N, N, 3)
-    with pytest.raises(
-        kf.UnsupportedError, match=r"l\.weight \(used by linear\): rows of shape \[15\].*unequal numbers"
-    ):
-        kf.estimate(model, x, kf.Gaussian(), fit="diagonal", strict=True)
+    kf.estimate(model, x, kf.Gaussian(), fit="diagonal", strict=True)
     for fit in ("diagonal", "full", kf.Full(across_layers=True)):
         assert_exact(model, x, fit=fit)
     rows = torch.cat([x[k, : k + 1] for k in range(N)])
     A = kf.estimate(model, [x, x], kf.Gaussian(), fit="kfac")["l.weight"].A[0]
     assert torch.allclose(A[:3, :3], rows.T @ rows / 15, atol=1e-5)
+    without_last = torch.arange(N)[:, None] < N - 1
+    A = kf.estimate(model, x, kf.Gaussian(), fit="kfac", mask=lambda batch: without_last)["l.weight"].A[0]
+    assert torch.allclose(A[:3, :3], rows[:10].T @ rows[:10] / 10, atol=1e-5)
+    assert torch.allclose(A[3, 3], torch.ones(()), atol=1e-5)
+
+
+def routed(m, x):
+    """Every row goes to the expert of its sign, and what comes of it is put back where the row was."""
+    rows = x.flatten(0, 1)
+    answer = torch.zeros(len(rows), 2)
+    for expert, chosen in ((m.one, rows[:, 0] > 0), (m.two, rows[:, 0] <= 0)):
+        answer[chosen] = expert(rows[chosen].tanh()).tanh()
+    return m.last(answer).unflatten(0, x.shape[:2]).mean(1)
+
+
+def images(m, x):
+    """Example k has k + 1 of its images looked at."""
+    kept = torch.cat([x[k, : k + 1] for k in range(len(x))])
+    rows = m.up(m.norm(m.c(kept)).tanh()).flatten(1)
+    return torch.stack([part.sum(0)[:2] for part in rows.split(list(range(1, len(x) + 1)))])
+
+
+def words(m, x):
+    """Sequences of lengths 1 … n, looked up, scaled, and contracted with a stack of matrices."""
+    rows = torch.cat([m.table(x[k, : k + 1]) for k in range(len(x))])
+    rows = torch.einsum("ri,hoi->rho", rows * m.scale + m.shift, m.heads).tanh().flatten(1)
+    return torch.stack([part.sum(0) for part in rows.split(list(range(1, len(x) + 1)))])
+
+
+UNEQUAL = {
+    "experts": lambda: (
+        Written(routed, one=nn.Linear(3, 2), two=nn.Linear(3, 2, bias=False), last=nn.Linear(2, 2)),
+        torch.randn(N, 4, 3),
+    ),
+    "images": lambda: (
+        Written(images, c=nn.Conv2d(2, 2, 2), norm=nn.GroupNorm(2, 2), up=nn.ConvTranspose2d(2, 1, 2, stride=2)),
+        torch.randn(N, N, 2, 3, 3),
+    ),
+    "words": lambda: (
+        Written(
+            words,
+            table=nn.Embedding(6, 3),
+            scale=torch.rand(3) + 1,
+            shift=torch.randn(3),
+            heads=torch.randn(2, 2, 3),
+        ),
+        torch.randint(6, (N, N)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", ["exact", "observed"])
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_rows_in_unequal_numbers_are_treated_by_layers(kind, labels, double):
+    """With every fit, also where another batch has them in other numbers, or one example alone."""
+    model, x = UNEQUAL[kind]()
+    y = torch.randn(N, model(x).shape[1])
+    batches = [(x[:1], y[:1]), (x[1:], y[1:])]
+    fits = ["full", "diagonal", "kfac", "ekfac", "tkfac", "kfoc", "kpsvd", kf.Full(across_layers=True)]
+    truth = kf.estimate(model, batches, kf.Gaussian(), fit=fits[-1], labels=labels).to_dense()
+    alone = [(x[k : k + 1], y[k : k + 1]) for k in range(N)]  # each with all rows to itself
+    if kind == "experts":
+        torch.testing.assert_close(
+            truth, kf.estimate(model, alone, kf.Gaussian(), fit=fits[-1], labels=labels).to_dense()
+        )
+    if labels == "exact":
+        assert_exact(model, batches[1][0], fit=fits[-1])
+    for fit in fits:
+        fisher = kf.estimate(model, batches, kf.Gaussian(), fit=fit, labels=labels, strict=True)
+        positions, _ = read(torch.arange(fisher.dim), fisher.shapes)
+        error = fisher.error(batches)
+        for name, (blocks, operator) in zip(fisher.blocks, fisher.entries, strict=True):
+            index = gather(blocks, positions)[0]
+            own = truth[index[:, None], index]
+            assert error.norms[name] == pytest.approx(float(own.norm()), rel=1e-9)
+            distance = float((own - operator.to_dense()).norm())
+            assert error.distances[name] == pytest.approx(distance, rel=1e-6, abs=1e-9)
+            if fit in ("full", fits[-1]):
+                assert distance < 1e-10
+
+
+def test_rows_that_no_gradient_reaches_are_left_out_where_examples_have_unequal_numbers():
+    order, only = RowOrder.by_examples(torch.tensor([1, -1, 0, 1, 1]), 3, pads=True)
+    assert only and order is not None and order.padded
+    rows = torch.arange(10.0).reshape(5, 2)
+    grouped = order.group(rows, 1)
+    assert torch.equal(grouped[0], torch.tensor([[4.0, 5.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert torch.equal(grouped[1], rows[[0, 3, 4]]) and not grouped[2].any()
+    assert order.exists(6).sum(1).tolist() == [2, 6, 0]
+    none, _ = RowOrder.by_examples(torch.full((4,), -1), 3, pads=True)
+    assert none is not None and not none.exists(1).any()
+    assert RowOrder.by_examples(torch.tensor([1, -1, 0, 1, 1]), 3) == (None, True)
+
+
+def test_experts_are_trained_by_layers():
+    model, x = UNEQUAL["experts"]()
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit="ekfac")
+    losses = [float(optimizer.step(lambda: model(x), torch.zeros(N, 2))) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert not optimizer.report().uncovered
 
 
 def test_elements_for_each_datum_are_no_parameters_of_a_model():

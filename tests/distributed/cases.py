@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 import kronfisher as kf
+from kronfisher.distributed.ranks import ranks_of
+from kronfisher.distributed.sums import Sum
 from tests.conformance.problems import DRAWS, SEED, problem
 
 
@@ -102,8 +104,8 @@ def late(rank, fit):
     return described(kf.estimate(fresh(Late()), data, kf.Categorical(), fit=fit, labels="exact", **group))
 
 
-def perceptron():
-    return fresh(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)))
+def perceptron(width=4):
+    return fresh(torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)))
 
 
 def wrapped(rank):
@@ -304,6 +306,8 @@ def owned(rank, fit, tied):
     own = kf.estimate(model, data, kf.Categorical(), share="owned", **how)
     with watched() as calls:
         own @ numbers(own.dim)
+    again = own.whole()
+    assert all(torch.equal(again[name].to_dense(), whole[name].to_dense()) for name in whole.blocks)
     memory = whole.bytes, own.bytes, len(whole.blocks), sum(row.bytes for row in own.report().rows)
     return used(whole), used(own), memory, [name for name, _ in calls]
 
@@ -356,7 +360,6 @@ def owned_posterior_misused(rank):
     without = {name: float("weight" in name) for name in fisher.shapes}
     for name, call in {
         "calibrate": lambda: laplace.calibrate(data, **group),
-        "file": lambda: laplace.save("nowhere.safetensors"),
         "batch": lambda: laplace.predict(x[rank : rank + 2], predictor="probit"),
         "prior": lambda: kf.Laplace(model, fisher, prior_precision=1.0 + rank),
         "no prior": lambda: kf.Laplace(model, fisher, prior_precision=without),
@@ -377,6 +380,31 @@ def influences(rank):
     return influence.scores(data, (x[:3], y[:3])).values, influence.self_scores(data)
 
 
+def owned_and_measured(rank, fit, labels, folder):
+    """Errors of a matrix that every rank holds, and of one whose blocks stay with their owners, which is saved."""
+    model, x, y = perceptron(5), numbers(10, 4), torch.arange(10) % 3
+    data, group = of_all(rank, list(zip(x.split(3), y.split(3), strict=True)))
+    how = {"fit": fit, "labels": labels, **group}
+    fishers = [kf.estimate(model, data, kf.Categorical(), share=share, **how) for share in ("all", "owned")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kronfisher.estimation.error._WRITTEN_OUT", 20)  # blocks of 25 and of 18
+        whole, own = ((fisher.error(data), (2 * fisher).reduced("sum").error(data)) for fisher in fishers)
+    fishers[1].save(f"{folder}/owned.safetensors")
+    found = kf.load(f"{folder}/owned.safetensors", model)
+    pairs = [(found[name].to_dense(), fishers[0][name].to_dense()) for name in fishers[0].blocks]
+    same = all(torch.allclose(one, other, rtol=1e-12, atol=1e-14) for one, other in pairs)
+    kf.Laplace(model, fishers[1], prior_precision=2.0).save(f"{folder}/posterior.safetensors")
+    again = kf.Laplace.load(f"{folder}/posterior.safetensors", model, kf.Categorical())
+    evidence = kf.Laplace(model, fishers[0], prior_precision=2.0).log_marginal_likelihood()
+    same = same and torch.allclose(again.log_marginal_likelihood(), evidence, rtol=1e-12, atol=0)
+    failure = ""
+    try:
+        fishers[1].save(f"{folder}/nowhere/owned.safetensors")
+    except Exception as error:
+        failure = type(error).__name__
+    return [{**e.distances, **{f"norm {k}": v for k, v in e.norms.items()}} for e in (*whole, *own)], same, failure
+
+
 def owned_elsewhere(rank):
     """Errors of what a matrix whose blocks stay with their owners does not give."""
     model, x = perceptron(), numbers(10, 4)
@@ -384,9 +412,7 @@ def owned_elsewhere(rank):
     fisher = kf.estimate(model, data, kf.Categorical(), labels="exact", share="owned", **group)
     errors = {}
     for name, call in {
-        "error": lambda: fisher.error(data),
         "influence": lambda: kf.Influence(model, fisher, kf.Categorical()),
-        "file": lambda: fisher.save("nowhere.safetensors"),
         "singular": lambda: fisher.solve(numbers(fisher.dim)),
     }.items():
         try:
@@ -441,3 +467,36 @@ def different(rank, what):
     except Exception as error:
         return type(error).__name__, str(error)
     return "none", ""
+
+
+def other_owners(rank, fit):
+    """The blocks of an estimate, and what they are where every block has the last rank as its owner."""
+    model, x = perceptron(), numbers(10, 4)
+    data, group = of_all(rank, list(x.split(3)))
+    found = []
+    for given in (None, lambda costs, ranks: [ranks - 1] * len(costs)):
+        with pytest.MonkeyPatch.context() as patch:
+            if given is not None:
+                patch.setattr("kronfisher.estimation.meeting.owners", given)
+            fisher = kf.estimate(model, data, kf.Categorical(), fit=fit, labels="exact", **group)
+        found.append({name: operator.to_dense() for name, operator in fisher.blocks.items()})
+    return found
+
+
+def summed(rank, owners):
+    """Whether sums of triangles and of other tensors, in several buckets, are those of torch."""
+    ranks, right = ranks_of(dist.group.WORLD), []
+    for owner in owners:
+        own = [numbers(*shape, seed=10 * k + rank) for k, shape in enumerate([(5, 5), (2, 4, 4), (7,), (6, 6), (1, 1)])]
+        own += [one.float() for one in own[:3]]
+        plain = [one.clone() for one in own]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kronfisher.distributed.sums._BUCKET", 300)
+            sums = [Sum(one, owner, one.dim() > 1) for one in own]
+            ranks.sum_(sums)
+        for one, true in zip(own, plain, strict=True):
+            dist.all_reduce(true) if owner < 0 else dist.reduce(true, owner)
+            if owner in (-1, rank):
+                upper = (one.triu(), true.triu()) if one.dim() > 1 else (one, true)
+                right.append(torch.allclose(*upper, rtol=1e-12 if one.dtype == torch.float64 else 1e-5, atol=0))
+    return right

@@ -99,11 +99,23 @@ def test_blocks_that_stay_with_their_owners_are_the_whole_together(ranks, fit, t
     assert all(reported == held < bytes_of_all for _, _, (_, held, _, reported), _ in answers)
 
 
+@pytest.mark.parametrize(("fit", "labels"), [("ekfac", "exact"), ("block-tridiagonal", "observed")])
+def test_errors_and_files_of_blocks_that_stay_with_their_owners(ranks, fit, labels, tmp_path):
+    """Blocks that are compared as dense matrices, and a larger one, are measured where they are."""
+    answers = ranks.call(cases.owned_and_measured, fit, labels, str(tmp_path))
+    for found, same, failure in answers:
+        assert found == answers[0][0] and same
+        assert failure == ("RankError" if found is not answers[0][0] else failure) and failure
+        whole, doubled, own, own_doubled = found
+        assert own == pytest.approx(whole, rel=1e-9, abs=1e-12)
+        assert own_doubled == pytest.approx(doubled, rel=1e-9, abs=1e-12)
+        assert min(whole.values()) > 1e-6
+
+
 def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
     for errors, spectrum in ranks.call(cases.owned_elsewhere):
-        for name in ("error", "influence", "file"):
-            kind, text = errors[name]
-            assert kind == "UnsupportedError" and re.match(r"0\.weight: rank \d alone holds this block", text), name
+        kind, text = errors["influence"]
+        assert kind == "UnsupportedError" and re.match(r"0\.weight: rank \d alone holds this block", text)
         kind, text = errors["singular"]
         assert kind in ("SingularError", "RankError") and "SingularError" in kind + text
         assert 0 < spectrum[0] <= 1
@@ -130,7 +142,6 @@ def test_posteriors_whose_blocks_stay_with_their_owners(ranks, fit, likelihood):
 def test_what_posteriors_of_owned_blocks_refuse(ranks):
     says = {
         "calibrate": ("UnsupportedError", "leave group= out and give all of them the same validation data"),
-        "file": ("UnsupportedError", "alone holds this block"),
         "batch": ("RankError", "the batch to predict: rank 1 has another than rank 0"),
         "prior": ("RankError", "the prior: rank 1 has another than rank 0"),
         "no prior": ("(SingularError|RankError)", "must be positive everywhere"),

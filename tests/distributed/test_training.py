@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import kronfisher as kf
 from tests.distributed import trainings
 from tests.distributed.cases import same_bits
 from tests.helpers.close import close
-from tests.helpers.ranks import LIMIT, run, world
+from tests.helpers.ranks import LIMIT, World, run, world
 
 
 def follow(answers, truth, tolerance=1e-9):
@@ -187,6 +188,23 @@ def test_a_preconditioner_goes_on_from_its_named_state(tmp_path):
         return trainings.weights(model)
 
     assert same_bits([go(8), go(8, tmp_path)])
+
+
+@pytest.mark.parametrize(("how", "at"), [("ddp", 0), ("ddp", 7), ("rows", 5)])
+def test_a_rank_that_ends_in_training_ends_the_others(how, at, tmp_path):
+    """Between two steps, so that the others miss it in their backward pass; the error names it."""
+    own = World(3, tmp_path)
+    calls = [each.submit(run, trainings.ended, rank, (how, at)) for rank, each in enumerate(own.executors)]
+    for rank, call in enumerate(calls[:2]):
+        kind, text = call.result(timeout=90)
+        assert kind == "RankError" and f"rank {rank} lost the other ranks: rank 2 has ended" in text, text
+    with pytest.raises(BrokenProcessPool):
+        calls[2].result(timeout=90)
+    own.end()
+
+
+def test_other_errors_of_a_step_are_not_taken_for_ranks_that_ended(ranks):
+    assert set(ranks.call(trainings.wrong)) == {("RuntimeError", "of the model's own")}
 
 
 def test_ranks_that_are_killed_go_on_to_the_same_bits(ranks, tmp_path):

@@ -376,3 +376,31 @@ def refused(rank, what):
     except Exception as error:
         return type(error).__name__, str(error)
     return "none", ""
+
+
+def ended(rank, how, at):
+    """The error of the other ranks when the last one ends between two steps."""
+    wrapped, group = around(rank, perceptron(), how)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **group)
+    size = dist.get_world_size()
+    try:
+        for step, (x, y) in enumerate(batches(rank, size, 100)):
+            if rank == size - 1 and step == at:
+                os._exit(1)
+            optimizer.step(lambda x=x: wrapped(x), y)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def wrong(rank):
+    """The error of a step whose forward pass fails on all ranks."""
+
+    def fails():
+        raise RuntimeError("of the model's own")
+
+    wrapped, group = around(rank, perceptron())
+    try:
+        kf.NaturalGradient(wrapped, kf.Categorical(), **group).step(fails, torch.zeros(4, dtype=torch.long))
+    except RuntimeError as error:
+        return type(error).__name__, str(error)

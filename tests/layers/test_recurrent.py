@@ -10,6 +10,7 @@ import kronfisher as kf
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import walk
 from kronfisher.fits import FITS
+from kronfisher.layers.recurrent import StepUse
 from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written
 from tests.helpers.truth import exact_fisher
@@ -281,3 +282,14 @@ def test_training_is_as_of_steps_written_with_linear(kind):
         assert optimizer.parts.step_size.exact, optimizer.parts.step_size.refusal
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(nn.LSTM, 1), (nn.RNN, 1), (nn.GRU, 2)])
+def test_gradients_of_gates_are_multiplied_once_where_inputs_and_hidden_states_have_the_same(kind, times, monkeypatch):
+    """A GRU's reset gate multiplies those of the hidden states."""
+    made, gradients = [], StepUse.gradients
+    monkeypatch.setattr(StepUse, "gradients", lambda *args: made.append(1) or gradients(*args))
+    fisher = kf.estimate(padded(layer(kind)), inputs(N, T, I), kf.Gaussian(), fit="kfac")
+    assert len(made) == times
+    of_inputs, of_hidden = (fisher[f"l.weight_{name}_l0"].B for name in ("ih", "hh"))
+    assert torch.equal(of_inputs, of_hidden) == (times == 1)

@@ -47,6 +47,7 @@ def row_orders(
     observation: Observation,
     parts: Mapping[int, list[Part]],
     sorts: Callable[[Part], bool],
+    pads: Callable[[Part], bool],
     examined: Container[tuple[Key, bool]],
     *,
     training: bool,
@@ -61,6 +62,7 @@ def row_orders(
         observation: of the forward pass.
         parts: index of a call → its blocks.
         sorts: whether a part's rows have to be sorted by example.
+        pads: whether examples may have unequal numbers of a part's rows then.
         examined: in training, blocks of earlier batches; see `RowOrders`.
         training: rows that mix examples are used regardless if a fit treats rows independently.
     """
@@ -90,7 +92,9 @@ def row_orders(
         if proved is not None and not bool(((rows < 0) | (rows == proved)).all()):
             proved = None
         rows = rows if proved is None else proved
-        rule, _ = RowOrder.by_examples(rows, examples) if sort else (RowOrder(rows.numel()), True)
+        rule = RowOrder(rows.numel())
+        if sort:
+            rule, _ = RowOrder.by_examples(rows, examples, pads=pads(part))
         if rule is None:
             reason = irregular_rows_message(_describe(call, part), tuple(rows.shape), examples)
             answer.problems |= dict.fromkeys(part.block.parameters, reason)

@@ -1,5 +1,6 @@
 """A process group of torch.distributed: the few collectives that are used, counted."""
 
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,6 +229,33 @@ class Ranks:
             dist.broadcast(numbers, self.members[owner], group=self.group)
 
     @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While collectives of others run, as of DDP: where one fails, the error names the ranks that have ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, RankError) or not (
+                isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _BACKENDS)
+            ):
+                raise
+            raise RankError(f"rank {self.rank} lost the other ranks: {self._unanswered()} ({error}).") from error
+
+    def _unanswered(self) -> str:
+        """Who does not come to a roll call after a failure, which all others see as well, in words."""
+        if self._store is None:
+            return "one of them has ended"
+        waiting, deadline = set(range(self.size)) - {self.rank}, time.monotonic() + _PATIENCE
+        try:
+            own = self._store.add(f"kronfisher failures of {self.rank}", 1)
+            while waiting and time.monotonic() < deadline:
+                waiting = {rank for rank in waiting if self._store.add(f"kronfisher failures of {rank}", 0) < own}
+                time.sleep(0.05)
+        except RuntimeError:
+            return _NO_STORE
+        missing = ", ".join(f"rank {rank}" for rank in sorted(waiting))
+        return f"{missing or 'one of them'} has ended, or does not answer"
+
+    @contextmanager
     def _together(self, *, comes: bool = False) -> Iterator[None]:
         """What the others take part in; if it fails, the error names those that have not come.
 
@@ -251,7 +279,7 @@ class Ranks:
             try:
                 met = [self._store.add(f"kronfisher meetings of {rank}", 0) for rank in range(self.size)]
             except RuntimeError:
-                return "the process that holds the group's store, rank 0 unless torchrun does, has ended"
+                return _NO_STORE
             missing = [f"rank {rank}" for rank, times in enumerate(met) if times < met[self.rank]]
         return f"{', '.join(missing) or 'one of them'} has ended, or did not come within the group's timeout"
 
@@ -261,6 +289,9 @@ class Ranks:
 
 
 _NOTHING = Parcel.of(None)
+_NO_STORE = "the process that holds the group's store, rank 0 unless torchrun does, has ended"
+_BACKENDS = "gloo", "nccl", "connection", "store"  # words in errors of torch's collectives
+_PATIENCE = 5.0  # seconds in which a rank that is there sees that a collective failed
 
 
 def describe(error: BaseException | None) -> str:

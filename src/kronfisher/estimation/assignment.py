@@ -285,7 +285,11 @@ def _row_orders(
     def sorts(part: Part) -> bool:
         return part.use.summing or masked or part.block.key in by_example
 
-    return row_orders(observation, parts, sorts, examined, training=fits.training)
+    def pads(part: Part) -> bool:
+        fit = fits.of(part.block)  # chains pair rows with rows; positions that are asked for are not those of padding
+        return part.use.pads and not fit.chained and not fit.positions_apart
+
+    return row_orders(observation, parts, sorts, pads, examined, training=fits.training)
 
 
 def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:

@@ -27,11 +27,12 @@ from kronfisher.fits import Fit, Plan, State
 from kronfisher.fits.full import Full
 from kronfisher.fits.quadratic import joint_quadratic
 from kronfisher.fits.state import Total, reciprocal
+from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import mirror, plain_arithmetic, promote
+from kronfisher.linalg import WORKSPACE, chunks, mirror, plain_arithmetic, promote
 from kronfisher.operators import Operator
 from kronfisher.operators.memory import available_memory
-from kronfisher.operators.owned import require_whole
+from kronfisher.operators.owned import Owned
 
 __all__ = ["Distance", "Origin", "measure"]
 
@@ -108,13 +109,11 @@ def measure(
 
     Raises:
         MemoryBudgetError: the samples do not fit; pass fewer examples.
-        UnsupportedError: each rank of several holds the blocks that it owns (``share="owned"``).
         DataError: the matrix is not an approximation of F but an inverse or a root, or the model's uses of its
             parameters are not those of the matrix.
     """
     if odd := {"inverse", "sqrt", "inverse sqrt"} & set(fisher.info.changes):
         raise DataError(f"this matrix is no longer an approximation of the Fisher matrix ({', '.join(sorted(odd))}).")
-    require_whole(fisher.blocks.values(), "its error")
     parameters = recipe.parameters(fisher.names)
     device = next(iter(parameters.values())).device
     kept = Kept(available_memory(device) if memory_budget is None else memory_budget)
@@ -131,6 +130,9 @@ def measure(
         fits.update(dict.fromkeys(names, joined))
     run = Accumulator(replace(recipe, memory_budget=memory_budget, strict=False), fits)
     run.known = Known.of_blocks(groups)
+    for group, (_, operator) in zip(groups, fisher.entries, strict=True):
+        if isinstance(operator, Owned) and run.meeting is not None:
+            run.meeting.hold(group, operator.owner)
     run.read(data, progress)
     count = float(run.count)
 
@@ -187,7 +189,7 @@ class CrossSums(State):
 
     Attributes:
         norm: ``‖F‖²``.
-        cross: ``⟨F, X⟩``.
+        cross: ``⟨F, X⟩``, unless one rank alone holds X.
         kept: samples, some at a time, in the form of `_rows`.
     """
 
@@ -242,7 +244,8 @@ class CrossTerms(Fit):
         """Add ⟨F, X⟩ of new samples, and their products with all samples before them."""
         if self._written_out(state.blocks):
             return Full().update(state, samples)
-        state.cross += joint_quadratic(samples, self.operators[state.blocks])
+        if not isinstance(operator := self.operators[state.blocks], Owned):
+            state.cross += joint_quadratic(samples, operator)
         for rows in _rows(samples):
             state.norm += _squared_products(rows, rows)
             for others in state.kept:
@@ -261,17 +264,23 @@ class CrossTerms(Fit):
         return both
 
     def norms(self, group: tuple[Block, ...], state: Any) -> tuple[float, float]:
-        """``‖F‖`` and ``‖F − X‖`` of the mean over examples; F is zero if there is no state."""
+        """``‖F‖`` and ``‖F − X‖`` of the mean over examples; F is zero if there is no state.
+
+        Where one rank alone holds X, that is where a state is.
+        """
         operator = self.operators[group]
-        own = float(operator.frobenius_norm().double())
         if state is None:
-            return 0.0, own
+            return 0.0, float(operator.frobenius_norm().double())
         state.check()
+        deferred = isinstance(operator, Owned)
+        operator = operator.held if isinstance(operator, Owned) else operator
+        own = float(operator.frobenius_norm().double())
         if self._written_out(group):
             truth = mirror(state.products, reciprocal(state.count)).double()
             return float(truth.norm()), float((truth - operator.to_dense().double()).norm())
         scale = float(reciprocal(state.count))
-        norm, cross = float(state.norm) * scale**2, float(state.cross) * scale
+        cross = sum(float(_quadratic(rows, operator)) for rows in state.kept) if deferred else float(state.cross)
+        norm, cross = float(state.norm) * scale**2, cross * scale
         return norm**0.5, max(norm - 2 * cross + own**2, 0.0) ** 0.5
 
 
@@ -289,6 +298,20 @@ def _rows(samples: tuple[Samples, ...]) -> list[Rows]:
             parts.append((torch.cat(written) if len(written) > 1 else written[0],))
     lows = range(0, len(samples[0]), 512)
     return [tuple(tuple(tensor[low : low + 512] for tensor in part) for part in parts) for low in lows]
+
+
+def _quadratic(rows: Rows, operator: Operator) -> Tensor:
+    """``Σ_k v_kᵀ X v_k`` of kept samples."""
+    if len(rows) == 1 and len(rows[0]) == 2:
+        inputs, gradients = rows[0]
+        return joint_quadratic((Samples(Dense(inputs[None, :, None]), gradients[None, :, None]),), operator)
+    total = rows[0][0].new_zeros((), dtype=torch.float64)
+    for low, high in chunks(len(rows[0][0]), 4 * operator.dim * rows[0][0].element_size(), WORKSPACE):
+        parts = [tuple(tensor[low:high] for tensor in part) for part in rows]
+        written = [p[0] if len(p) == 1 else (p[1][:, :, None] * p[0][:, None]).flatten(1) for p in parts]
+        vectors = torch.cat(written, dim=1)
+        total += (vectors * operator.matvecs(vectors)).sum(dtype=torch.float64)
+    return total
 
 
 def _squared_products(x: Rows, y: Rows) -> Tensor:

@@ -154,6 +154,10 @@ class Meeting:
             group.owner = self._owner[tuple(block.key for block in group.blocks)]
         return replace(known, groups=tuple(groups))
 
+    def hold(self, blocks: Iterable[Block], owner: int) -> None:
+        """Let this rank be the owner of a group, wherever it would be by its cost."""
+        self._owner[tuple(block.key for block in blocks)] = owner
+
     def merge(self, said: list[Said], parcels: list[Parcel | None], groups: Groups) -> None:
         """Put the states of every group that reads data together, at its owner; elsewhere their sums are let go of."""
         entries = [{tuple(block.key for block in entry.blocks): entry for entry in other.entries} for other in said]

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.layers import RowOrder
 from kronfisher.layers.activations import Activations, Dense
-from kronfisher.layers.samples import Samples, join
+from kronfisher.layers.samples import Samples, Shared, join
 from kronfisher.linalg import full_precision
 
 __all__ = ["Stream"]
@@ -61,21 +61,31 @@ class Stream:
         entries = self._entries.get(call.index)
         if not entries:
             return
+        made: list[tuple[Part, RowOrder, Shared]] = []
         with full_precision(gradient.device.type):
             for number, (part, group, position) in enumerate(entries):
                 began = time.perf_counter()
                 order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
+                shares = any(other is not part and part.use.same_gradients(other.use) for other, *_ in entries)
+                shared = _found(part, order, made) if shares else None
+                if shares and shared is None:
+                    made.append((part, order, shared := Shared(part.use.gradients(order, own))))
+                gradients = part.use.gradients(order, own) if shared is None else shared.gradients
                 exists = part.use.mask(order)
+                if exists is None and not part.use.summing:
+                    exists = order.exists(gradients.shape[2])
                 samples = Samples(
                     self._activations((call.index, number), part, order, own),
-                    part.use.gradients(order, own),
+                    gradients,
                     (call.index, number) not in self._counted,
                     exists if exists is None else exists.to(own),
                     workspace=group.state.plan.workspace,
+                    shared=shared,
                 )
                 self._counted.add((call.index, number))
                 if self._mask is not None:
-                    samples = samples.apply_mask(self._mask)
+                    mask = self._mask.any(dim=1, keepdim=True) if order.padded else self._mask
+                    samples = samples.apply_mask(mask)
                 if group.state.plan.by_example or len(group.blocks) > 1:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
@@ -141,6 +151,14 @@ class Stream:
         ready = self._ready.pop(id(group))
         samples = tuple(ready[position] for position in range(len(group.blocks)))
         group.state = group.fit.update(group.state, samples)
+
+
+def _found(part: Part, order: RowOrder, made: Iterable[tuple[Part, RowOrder, Shared]]) -> Shared | None:
+    """The output gradients of a part, if an earlier one of the same call has the same."""
+    for other, its, shared in made:
+        if part.use.same_gradients(other.use) and order.places is its.places and order == its:
+            return shared
+    return None
 
 
 def _zero_samples(block: Block, like: Samples) -> Samples:

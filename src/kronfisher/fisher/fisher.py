@@ -26,6 +26,7 @@ from kronfisher.linalg import stable_norm
 from kronfisher.operators.algebra import Algebra, nonnegative
 from kronfisher.operators.memory import require_memory
 from kronfisher.operators.operator import Operator
+from kronfisher.operators.owned import Owned
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -458,6 +459,19 @@ class Fisher(Algebra["Fisher"]):
         """On another device or in another precision (float32 or float64)."""
         return self.mapped(lambda operator: operator.to(device, dtype), "")
 
+    def whole(self) -> "Fisher":
+        """All blocks at every rank, where each stayed with its owner (``share="owned"``); all ranks make the call.
+
+        Example:
+            >>> import kronfisher as kf
+            >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian())
+            >>> fisher.whole() is fisher  # one process has everything
+            True
+        """
+        if not any(isinstance(operator, Owned) for operator in self.blocks.values()):
+            return self
+        return self.mapped(lambda operator: operator.whole() if isinstance(operator, Owned) else operator, "")
+
     def _plus(self, other: object) -> "Fisher | None":
         """``F + other`` for another over the same parameters in the same blocks (DataError otherwise)."""
         if not isinstance(other, Fisher):
@@ -552,8 +566,12 @@ class Fisher(Algebra["Fisher"]):
     def save(self, path: str | Path) -> None:
         """Write the matrix to a safetensors file, all or nothing; read it back with `kronfisher.load(path, model)`.
 
+        Where blocks stay with their owners (``share="owned"``) all ranks make the call: blocks go to rank 0 one after
+        the other, and it writes the file.
+
         Raises:
             ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+            RankError: rank 0 could not write; on the other ranks.
 
         Example:
             >>> import kronfisher as kf

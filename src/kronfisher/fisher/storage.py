@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from kronfisher.fisher.layout import Blocks, require_cover
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fisher.vectors import Shapes
 from kronfisher.operators.operator import Operator
+from kronfisher.operators.owned import Owned
 
 __all__ = ["FORMAT", "Contents", "block_of", "read", "write"]
 
@@ -56,6 +57,8 @@ def write(
 ) -> None:
     """Write a matrix to `path`, all or nothing: an interrupted run leaves what was there before.
 
+    Of several ranks whose blocks stay with their owners all make the call, and rank 0 writes.
+
     Args:
         contents: the matrix.
         path: the file.
@@ -64,7 +67,24 @@ def write(
 
     Raises:
         ImportError: safetensors is missing; ``pip install "kronfisher[io]"``.
+        RankError: writing failed; on the other ranks.
     """
+    owned = next((operator for _, operator in contents.entries if isinstance(operator, Owned)), None)
+    if owned is None:
+        _write(contents, path, more, notes)
+        return
+    entries = [(b, x.at(0) if isinstance(x, Owned) else x) for b, x in contents.entries]
+
+    def write_there() -> None:
+        whole = tuple((blocks, operator) for blocks, operator in entries if operator is not None)
+        _write(replace(contents, entries=whole), path, more, notes)
+
+    owned.ranks.of(0, write_there, torch.device("cpu"))
+
+
+def _write(
+    contents: Contents, path: str | Path, more: Mapping[str, Tensor] | None, notes: Mapping[str, Any] | None
+) -> None:
     safetensors = _safetensors()
     path = Path(path)
     tensors, entries = {}, []

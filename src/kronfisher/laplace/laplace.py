@@ -328,7 +328,7 @@ class Laplace(Posterior):
         if ranks is not None and self.owned:
             raise UnsupportedError(
                 "blocks stay with their owners (share='owned'), so that all ranks predict together: leave group= out "
-                "and give all of them the same validation data, or estimate with share='all'."
+                "and give all of them the same validation data, or make the posterior of fisher.whole()."
             )
         before, self.calibrated_for = self.calibrated_for, None
         try:

@@ -89,6 +89,7 @@ class FactorUse(Factors):
         self.onehot = self.inner.onehot and not self.right
         self.looked_up = self.inner.looked_up and not self.right
         self.summing = self.inner.summing
+        self.pads = self.inner.pads
 
     def entries_apart(self) -> "FactorUse | None":
         inner = None if self.right else self.inner.entries_apart()
@@ -115,6 +116,10 @@ class DiagonalUse(Factors):
 
     single: bool = False
     summing = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pads = self.inner.pads
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         inputs, outputs = self._inputs(order, gradient), self._outputs(order, gradient)

@@ -65,6 +65,7 @@ class ContractionUse(Use):
     sizes: dict[str, int] = field(default_factory=dict)
     picked: Tensor | None = None
     seen: Window | None = None
+    pads = True
 
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(n for n, c in zip(output, self.labels.output, strict=True) if c in self.labels.rows) or (1,)

@@ -178,6 +178,7 @@ class ConvolutionUse(Use):
 
     window: Geometry
     groups: int
+    pads = True
 
     def _batched(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == len(self.window.kernel) + 2 else tensor.unsqueeze(0)

@@ -40,6 +40,7 @@ class ElementwiseUse(Use):
     slab: tuple[int, int, int] | None = None
     apart: bool = False
     summing = True
+    pads = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

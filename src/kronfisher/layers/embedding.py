@@ -30,6 +30,7 @@ class LookupUse(Use):
     ignored: int | None = None
     onehot = True
     looked_up = True
+    pads = True
 
     @property
     def width(self) -> int:
@@ -96,6 +97,7 @@ class EntriesUse(BagUse):
     """A bag whose entries are positions, as of a lookup that is summed afterwards: second moments are a diagonal."""
 
     onehot = True
+    pads = False
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         rows = super().gradients(order, gradient)  # [1, n, T, O]

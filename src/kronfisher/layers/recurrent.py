@@ -85,6 +85,9 @@ class StepUse(RowUse):
         least = torch.finfo(gradient.dtype).tiny ** 0.5
         return super().gradients(order, F.hardshrink(gradient, least))
 
+    def same_gradients(self, other: Use) -> bool:
+        return isinstance(other, StepUse) and other.steps is self.steps and other.factor is self.factor
+
     def mask(self, order: RowOrder) -> Tensor | None:
         if self.steps.sizes is None:
             return None

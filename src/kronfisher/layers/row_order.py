@@ -7,6 +7,7 @@ that even a gradient of rounding errors suffices.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -24,7 +25,8 @@ class RowOrder:
         axis: the leading axis along which samples lie.
         folded: whether that axis holds several rows of each sample.
         major: if folded, whether the rows of a sample are contiguous (otherwise samples alternate).
-        places: ``[R]`` places along the axis sorted by sample, if they follow no regular pattern.
+        places: ``[R]`` places along the axis sorted by sample, if they follow no regular pattern. Where samples have
+            unequal numbers of rows each is filled up with −1, which stands for a row of zeros.
 
     Example:
         >>> rows = torch.arange(6).reshape(3, 2)  # three positions of two samples, sequence first
@@ -42,6 +44,8 @@ class RowOrder:
         """``[*lead, *rest] → [n, R/n along the axis, other lead axes in their order, *rest]``."""
         rows = rows.movedim(self.axis, 0)
         if self.places is not None:
+            if self.padded:
+                rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
             rows = rows[self.places]
         if self.major:
             return rows.unflatten(0, (self.samples, -1))
@@ -53,6 +57,18 @@ class RowOrder:
         if self.axis == 0 and self.major and self.places is None:
             return rows.reshape(self.samples, -1, *rest)
         return self.split(rows).reshape(self.samples, -1, *rest)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether samples have unequal numbers of rows."""
+        return self.places is not None and bool((self.places < 0).any())
+
+    def exists(self, positions: int) -> Tensor | None:
+        """``[n, T]``: which of so many positions of each sample exist; None: all of them."""
+        if self.places is None or not self.padded:
+            return None
+        exist = (self.places >= 0).unflatten(0, (self.samples, -1))
+        return exist.repeat_interleave(positions // exist.shape[1], dim=1)
 
     def examples(self, lead: tuple[int, ...]) -> Tensor:
         """The sample of every row, shaped as the leading axes."""
@@ -69,12 +85,14 @@ class RowOrder:
         return exact + [RowOrder(samples, axis, True, major) for axis in folded for major in (True, False)]
 
     @staticmethod
-    def by_examples(examples: Tensor, samples: int) -> "tuple[RowOrder | None, bool]":
+    def by_examples(examples: Tensor, samples: int, *, pads: bool = False) -> "tuple[RowOrder | None, bool]":
         """The rule that explains which example each row belongs to, and whether it is the only one.
 
         Args:
             examples: the sample of every row, shaped as the leading axes; −1 where unknown.
             samples: n.
+            pads: whether samples may have unequal numbers of rows; rows of unknown samples, which no gradient reaches,
+                are left out then.
         """
         lead, known = tuple(examples.shape), examples >= 0
         rules = RowOrder.candidates(lead, samples)
@@ -84,10 +102,22 @@ class RowOrder:
         for axis in range(len(lead)):  # examples in another order, such as sorted by length
             lines = examples.movedim(axis, 0).reshape(lead[axis], -1)
             line = lines.amax(dim=1)
-            counts = torch.bincount(line.clamp_min(0), minlength=samples)
-            if bool(((lines == line[:, None]) | (lines < 0)).all() & (line >= 0).all() & (counts == counts[0]).all()):
+            counts = torch.bincount(line[line >= 0], minlength=samples)
+            if not bool(((lines == line[:, None]) | (lines < 0)).all()):
+                continue
+            if bool((line >= 0).all() & (counts == counts[0]).all()):
                 return RowOrder(samples, axis, places=torch.argsort(line, stable=True)), True
+            if pads:
+                return RowOrder(samples, axis, places=_padded(line, counts)), True
         return None, True
+
+
+def _padded(line: Tensor, counts: Tensor) -> Tensor:
+    """``[n · max counts]``: places sorted by sample, each sample filled up with −1."""
+    places = torch.full((len(counts), max(int(counts.max()), 1)), -1)
+    order = torch.argsort(line, stable=True)[int((line < 0).sum()) :]
+    places[torch.arange(places.shape[1]) < counts[:, None]] = order
+    return places.flatten()
 
 
 class Probe:

@@ -7,7 +7,7 @@ otherwise. A sample is one example under one label draw or one column of the out
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 import torch
@@ -18,9 +18,30 @@ from kronfisher.layers.activations import Activations, Dense
 from kronfisher.linalg import WORKSPACE, chunks
 from kronfisher.operators.factors import Factor
 
-__all__ = ["Samples", "join"]
+__all__ = ["Samples", "Shared", "join"]
 
 _CACHE = 2**22  # bytes of gradients written out at once on a CPU; more is no faster and takes more memory
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Output gradients that several blocks have, whose second moments are then made once.
+
+    Attributes:
+        gradients: ``g [H, n, T, O]``.
+        moments: shape and dtype of a total → ``Σ_{k,t} g gᵀ`` like it.
+    """
+
+    gradients: Tensor
+    moments: dict[tuple[torch.Size, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def add_covariance_(self, total: Tensor) -> None:
+        """See `Samples.add_output_covariance_`."""
+        key = total.shape, total.dtype
+        if key not in self.moments:
+            self.moments[key] = torch.zeros_like(total)
+            Factor.of(self.moments[key]).add_product_(self.gradients.to(total.dtype).flatten(1, 2))
+        total += self.moments[key]
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class Samples:
             position that does not count still acts on others (through a convolution, say) its g is not zero and
             belongs to the gradient.
         workspace: bytes that temporaries may take.
+        shared: the gradients, if other blocks have the same.
 
     Example:
         >>> a, g = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5)
@@ -50,6 +72,7 @@ class Samples:
     first: bool = True
     mask: Tensor | None = None
     workspace: int = WORKSPACE
+    shared: Shared | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -94,7 +117,10 @@ class Samples:
 
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""
-        Factor.of(total).add_product_(self.gradients.to(total.dtype).flatten(1, 2))
+        if self.shared is not None and self.shared.gradients is self.gradients:
+            self.shared.add_covariance_(total)
+        else:
+            Factor.of(total).add_product_(self.gradients.to(total.dtype).flatten(1, 2))
 
     def add_input_products_with_(self, later: "Samples", total: Tensor) -> None:
         """``total += Σ_{k,t} a a'ᵀ`` ``[I, I']`` with the inputs of another layer, row by row; one group each."""

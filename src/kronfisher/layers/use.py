@@ -134,6 +134,7 @@ class Use:
     onehot = False  # inputs are rows of the identity
     looked_up = False  # inputs are a few entries of a table, so that no product with all of it is made
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
+    pads = False  # rows may be sorted by samples that have unequal numbers of them
 
     def __post_init__(self) -> None:
         self.reads_data = self.inputs is not None and self.inputs.grad_fn is None  # they depend on no parameter
@@ -165,6 +166,10 @@ class Use:
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         """The output gradients ``[H, n, T, O]``."""
         raise NotImplementedError
+
+    def same_gradients(self, other: "Use") -> bool:
+        """Whether another use of the same call has the same output gradients, row by row."""
+        return False
 
     def addition_uses(self, shape: tuple[int, ...], sign: float, onto: tuple[int, ...]) -> "Iterable[Use]":
         """The uses that arise when the output, of this shape, is added to tensors of shape `onto`."""

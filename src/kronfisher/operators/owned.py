@@ -51,8 +51,7 @@ class Outline:
 class Owned(Operator):
     """A matrix at one rank. Every operation is a collective: all ranks call it, in the same order, and get the same.
 
-    A product costs one broadcast of its answer; what gives another matrix leaves that at the owner, too. It has no
-    file.
+    A product costs one broadcast of its answer; what gives another matrix leaves that at the owner, too.
 
     Attributes:
         operator: the matrix, at its owner; elsewhere None.
@@ -226,6 +225,14 @@ class Owned(Operator):
         assert self.operator is not None, "only the owner computes"
         return self.operator
 
+    def whole(self) -> Operator:
+        """The matrix, at every rank."""
+        return self.ranks.of(self.owner, lambda: self.held, self.where)
+
+    def at(self, rank: int) -> Operator | None:
+        """The matrix, at one rank, in the memory of its processor; None at the others."""
+        return self.ranks.hand(self.operator, self.owner, rank, torch.device("cpu"))
+
 
 def require_whole(operators: Iterable[Operator], what: str) -> None:
     """UnsupportedError if any of the matrices is held by one rank of several alone; `what` needs them everywhere."""
@@ -237,5 +244,5 @@ def require_whole(operators: Iterable[Operator], what: str) -> None:
 def _apart(operator: Owned, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{operator.name}: rank {operator.owner} alone holds this block (share='owned'), and {what} would take it on "
-        "every rank. Estimate with share='all', which gives every rank the whole matrix."
+        "every rank. Give it fisher.whole(), or estimate with share='all': every rank has the whole matrix then."
     )

@@ -211,8 +211,13 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             NumericalError: a layer's curvature cannot be factorised at all.
             DataError: the outputs or targets do not fit the likelihood.
+            RankError: ranks differ, or one of them has ended.
         """
         self._require_training()
+        with self.parts.statistics.watched():
+            return self._step(closure, targets)
+
+    def _step(self, closure: Callable[[], Any] | None, targets: Any) -> Any:
         loss, whole = None, closure is not None and targets is not _MISSING
         if closure is not None and whole:
             self.zero_grad()
@@ -239,7 +244,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """What the model returns, captured where statistics are due: its outputs, or an object with ``logits``."""
         self._require_training()
-        return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
+        with self.parts.statistics.watched():
+            return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The mean negative log-likelihood of an example, differentiable."""
@@ -274,7 +280,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{type(self.trust).__name__} compares the loss before and after a step, and a loss that was computed "
                 "outside cannot be evaluated again. Use trust=kf.Constant(λ) or kf.Schedule(...), or leave `loss` out."
             )
-        return self.parts.backward(outputs, targets, loss, scale, self.steps, rates=None)
+        with self.parts.statistics.watched():
+            return self.parts.backward(outputs, targets, loss, scale, self.steps, rates=None)
 
     def attach(
         self,

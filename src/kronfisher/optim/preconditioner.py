@@ -165,7 +165,8 @@ class Preconditioner:
         Raises:
             UnsupportedError: there are no statistics yet.
         """
-        with nullcontext() if self._spread is None else self._spread.changed(gradients=True):
+        changed = nullcontext() if self._spread is None else self._spread.changed(gradients=True)
+        with self.statistics.watched(), changed:
             self._step()
 
     def _step(self) -> None:

@@ -219,6 +219,10 @@ class Statistics:
         """While statistics are read from a pass: several ranks come, and some may run no backward pass."""
         return nullcontext() if self._spread is None else self._spread.held()
 
+    def watched(self) -> AbstractContextManager[None]:
+        """While passes run in which ranks wait for each other: an error names those that have ended."""
+        return nullcontext() if self.ranks is None else self.ranks.watched()
+
     @property
     def shared(self) -> bool:
         """Whether others wait for this rank's gradients."""
