@@ -102,6 +102,109 @@ def test_objects_with_logits_are_outputs():
         one.step(lambda: [plain(x)], y)
 
 
+class Heads(nn.Module):
+    """Logits and numbers, as of actors and critics."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.logits, self.values = (
+            network(dtype=torch.float64),
+            nn.Linear(3, 3).double(),
+            nn.Linear(3, 1).double(),
+        )
+
+    def forward(self, x):
+        h = self.body(x)
+        return {"classes": self.logits(h), "more": (self.values(h).squeeze(1), h)}
+
+
+def heads():
+    torch.manual_seed(0)
+    return Heads()
+
+
+def parts_of(answer):
+    return torch.cat([answer["classes"], answer["more"][0][:, None]], 1)
+
+
+def own_loss(answer, y):
+    return cross_entropy(answer["classes"], y) + (answer["more"][0] - y).square().mean()
+
+
+@pytest.mark.parametrize("way", ["forward", "attach"])
+def test_models_with_several_outputs_and_a_loss_of_ones_own(way):
+    one, other, data = heads(), heads(), batches(8, dtype=torch.float64)
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = one
+
+        def forward(self, x):
+            return parts_of(self.heads(x))
+
+    joined = Joined()
+    expected = kf.NaturalGradient(joined, kf.Gaussian())
+    optimizer = kf.NaturalGradient(other, kf.Gaussian())
+    if way == "attach":
+        with pytest.raises(kf.DataError, match=r"attach\(outputs="):
+            optimizer.attach()
+            other(data[0][0])
+        optimizer.attach(outputs=parts_of)
+    losses = []
+    for x, y in data:
+        outputs = expected.forward(x)
+        expected.zero_grad()
+        expected.backward(outputs, loss=own_loss({"classes": outputs[:, :3], "more": (outputs[:, 3],)}, y))
+        expected.step()
+        optimizer.zero_grad()
+        if way == "forward":
+            answer = optimizer.forward(x)
+            losses.append(optimizer.backward(parts_of(answer), loss=own_loss(answer, y)))
+        else:
+            losses.append(own_loss(other(x), y))
+            losses[-1].backward()
+        optimizer.step()
+        torch.testing.assert_close(weights(one), weights(other), rtol=1e-12, atol=1e-12)
+    with pytest.raises(kf.DataError, match=r"step\(lambda: model\(x\)\[0\], y\)"):
+        optimizer.step(lambda: other(x), y)
+
+
+def test_outputs_may_be_reshaped_before_the_backward_pass():
+    def squeezed(model, optimizer, x, y):
+        optimizer.zero_grad()
+        optimizer.backward(optimizer.forward(x[:, None]).squeeze(1), y)
+        optimizer.step()
+
+    torch.testing.assert_close(run(6, squeezed), run(6, usual), rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_takes_the_outputs_of_one_pass_beside_a_loss_of_two():
+    model, ((x, _), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    first, second = optimizer.forward(x), optimizer.forward(-x)
+    loss = (first - second).square().mean()
+    with pytest.raises(kf.DataError, match="made of 2 forward passes"):
+        optimizer.backward(torch.cat([first, second]), loss=loss)
+    with pytest.raises(kf.DataError, match="are made of them"):
+        optimizer.backward(model(x), loss=loss)
+    before = weights(model)
+    optimizer.backward(second, loss=loss)
+    expected = torch.autograd.grad((model(x) - model(-x)).square().mean(), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+    optimizer.step()
+    assert not torch.equal(before, weights(model))
+
+
+def test_a_step_without_targets_or_a_loss_says_what_to_write():
+    model, ((x, _), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    with pytest.raises(kf.DataError, match=r"optimizer\.backward\(outputs, loss=loss\)"):
+        optimizer.backward(optimizer.forward(x))
+    with pytest.raises(kf.DataError, match=r"step\(lambda: model\(x\), y\) takes the targets"):
+        optimizer.step(lambda: model(x), None)
+
+
 def test_a_scaler_of_gradients_changes_nothing_and_leaves_out_what_overflows():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 

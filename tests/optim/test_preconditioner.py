@@ -168,3 +168,25 @@ def test_training_stays_finite_at_the_rates_of_the_optimiser_itself(rate):
             sgd.step()
             losses.append(float(loss.detach()))
         assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_the_outputs_may_be_a_part_of_what_the_model_returns():
+    class Answering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = dropping().eval()
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    model, plain, (x, y) = Answering(), dropping().eval(), batch()
+    with pytest.raises(kf.DataError, match=r"outputs=lambda answer"):
+        kf.Preconditioner(model, kf.Categorical())(x)
+    taking = kf.Preconditioner(model, kf.Categorical(), outputs=lambda answer: answer[0])
+    preconditioner = kf.Preconditioner(plain, kf.Categorical())
+    nn.functional.cross_entropy(taking(x)[0], y).backward()
+    nn.functional.cross_entropy(preconditioner(x), y).backward()
+    for one in (taking, preconditioner):
+        one.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

@@ -16,6 +16,8 @@ from kronfisher.optim.parts import StepParts
 
 __all__ = ["Attachment"]
 
+CHOOSE = "say which are the outputs: optimizer.attach(outputs=lambda answer: answer[0])"
+
 Targets = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -28,12 +30,17 @@ class Attachment:
         parts: of the optimiser, whose statistics receive the passes.
         step: gives the number of the step.
         targets: gives the targets of a call, from its positional and keyword arguments.
+        outputs: gives the outputs, from what the model returned.
     """
 
     def __init__(
-        self, parts: StepParts | None = None, step: Callable[[], int] = int, targets: Targets | None = None
+        self,
+        parts: StepParts | None = None,
+        step: Callable[[], int] = int,
+        targets: Targets | None = None,
+        outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._parts, self._step, self._targets = parts, step, targets
+        self._parts, self._step, self._targets, self._outputs = parts, step, targets, outputs
         self._open = ExitStack()  # of the pass that is captured now
         self._capture: Capture | None = None
         self._handles: list[Any] = []
@@ -77,7 +84,7 @@ class Attachment:
         self._open.close()
         if capture is None or answer is None or self._parts is None:  # None: the model has raised
             return
-        outputs = require_outputs(answer)
+        outputs = require_outputs(answer if self._outputs is None else self._outputs(answer), CHOOSE)
         if not outputs.requires_grad:
             return
         if self._targets is not None:

@@ -20,6 +20,8 @@ from kronfisher.optim.statistics import Statistics
 
 __all__ = ["ForwardBackward", "StepPasses", "require_outputs"]
 
+CHOOSE = "pass a function that returns the outputs, such as step(lambda: model(x)[0], y)"
+
 
 @dataclass(frozen=True)
 class StepPasses:
@@ -70,7 +72,7 @@ class ForwardBackward:
 
     def forget_done(self) -> None:
         """Drop passes whose gradients are no longer there; forward passes stay until the second time."""
-        waiting, seen = [one for one in self._passes if one.outputs is not None and not one.kept], self._seen
+        waiting, seen = [one for one in self._passes if one.answer is not None and not one.kept], self._seen
         self.forget()
         for one in waiting:
             one.kept = True
@@ -89,9 +91,12 @@ class ForwardBackward:
 
     def mean_loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, float | Tensor]:
         """The loss in float64, and the number of examples that count."""
-        mask = self.likelihood.positions(outputs.detach(), targets)
-        count = float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
+        count = self._count(outputs, targets)
         return -self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64) / count, count
+
+    def _count(self, outputs: Tensor, targets: Any) -> float | Tensor:
+        mask = self.likelihood.positions(outputs.detach(), targets)
+        return float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
 
     def loss_of(self, outputs: Any, targets: Any) -> Tensor:
         """The loss, in the precision of the outputs but at least float32."""
@@ -114,7 +119,7 @@ class ForwardBackward:
     def forward(
         self, function: Callable[[], Any], statistics: Statistics, step: int, *, whole: bool, again: bool
     ) -> Any:
-        """What `function` returns: the outputs, or an object whose ``logits`` they are.
+        """What `function` returns: the outputs, an object whose ``logits`` they are, or anything that they are made of.
 
         Args:
             function: runs the model.
@@ -132,11 +137,11 @@ class ForwardBackward:
                 answer = function()
         finally:
             self.running = False
-        outputs = require_outputs(answer)
-        values = outputs.detach() if again else None
-        self._passes.append(
-            ForwardPass(lambda: require_outputs(function()), snapshot, capture, answer, outputs, values)
-        )
+        values = None
+        if whole or again or find_outputs(answer) is not None:
+            outputs = require_outputs(answer)
+            values = outputs.detach() if again else None
+        self._passes.append(ForwardPass(lambda: require_outputs(function()), snapshot, capture, answer, values))
         return answer
 
     def backward(
@@ -155,8 +160,8 @@ class ForwardBackward:
         """Fill ``.grad``, and collect statistics where they are due.
 
         Args:
-            outputs: as `forward` returned them.
-            targets: as the likelihood takes them.
+            outputs: of a pass by `forward`, or made of what it returned.
+            targets: as the likelihood takes them; None where a loss is given that needs none.
             loss: differentiated in place of the likelihood's, if given.
             scale: applied to the loss before it is differentiated, if given.
             statistics: receive the captured pass.
@@ -168,21 +173,24 @@ class ForwardBackward:
         Returns:
             The loss, detached.
         """
-        record = next((one for one in self._passes if outputs is one.outputs or outputs is one.answer), None)
-        if record is None or record.outputs is None:
-            raise DataError(
-                "backward needs the outputs exactly as forward returned them, once, and before the next step: write "
-                "outputs = optimizer.forward(x); optimizer.backward(outputs, y); optimizer.step()."
-            )
-        outputs, due = record.outputs, statistics.is_due(step)
+        record = self._record(outputs, again)
+        outputs, due = require_outputs(outputs), statistics.is_due(step)
         usable = due and statistics.accepts(outputs, targets, step)
-        own, record.count = self.mean_loss(outputs, targets)
+        if self.likelihood.labelled(targets):
+            own, record.count = self.mean_loss(outputs, targets)
+        elif loss is not None:
+            own, record.count = loss, self._count(outputs, targets)
+        else:
+            raise DataError(
+                "a step needs targets, or a loss of your own: write optimizer.backward(outputs, y), or "
+                "optimizer.backward(outputs, loss=loss); step(lambda: model(x), y) takes the targets, too."
+            )
         record.targets, record.loss = targets, own.detach()
         self._opaque |= loss is not None
         total = own if loss is None else loss
         scaled = total if scale is None else scale(total)
         self.loss = record.loss if loss is None else loss.detach()
-        capture, record.capture, record.answer, record.outputs = record.capture, None, None, None
+        capture, record.capture, record.answer = record.capture, None, None
         if capture is None:
             scaled.backward()
         elif statistics.labels == "observed" and loss is None and scale is None:
@@ -207,6 +215,31 @@ class ForwardBackward:
                     else:
                         statistics.miss(step)
         return _rounded(self.loss, outputs)
+
+    def _record(self, outputs: Any, again: bool) -> ForwardPass:
+        """The pass that gave these outputs and waits for its backward pass.
+
+        Only those very outputs will do where the pass is run `again`.
+
+        Raises:
+            DataError: there is none, or more than one.
+        """
+        waiting = [one for one in self._passes if one.answer is not None]
+        found = [one for one in waiting if outputs is one.answer or outputs is find_outputs(one.answer)]
+        if not (found or again):
+            found = [one for one in waiting if one.led_to(outputs)]
+        if len(found) > 1:
+            raise DataError(
+                f"the outputs are made of {len(found)} forward passes, and backward takes those of one. Give it the "
+                "outputs of any of them, beside the loss of all: optimizer.backward(outputs, loss=loss)."
+            )
+        if not found:
+            same = "exactly as forward returned them" if again else "that forward returned, or that are made of them"
+            raise DataError(
+                f"backward needs outputs {same}, once, and before the next step: write "
+                "outputs = optimizer.forward(x); optimizer.backward(outputs, y); optimizer.step()."
+            )
+        return found[0]
 
     @contextmanager
     def _weighed(
@@ -291,8 +324,12 @@ def _rounded(loss: Tensor, outputs: Tensor) -> Tensor:
     return loss.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def require_outputs(answer: Any) -> Tensor:
+def require_outputs(answer: Any, choose: str = CHOOSE) -> Tensor:
     """The outputs of a model: what it returned, or the ``logits`` of that.
+
+    Args:
+        answer: what it returned.
+        choose: what to do where the outputs are only a part of it.
 
     Raises:
         DataError: there are none, or they are those of no example.
@@ -300,8 +337,7 @@ def require_outputs(answer: Any) -> Tensor:
     outputs = find_outputs(answer)
     if outputs is None:
         raise DataError(
-            f"the model returned {type(answer).__name__}, neither a tensor nor an object with `logits`; pass a "
-            "function that returns the outputs, such as step(lambda: model(x).scores, y)"
+            f"the model returned {type(answer).__name__}, neither a tensor nor an object with `logits`; {choose}"
         )
     if outputs.dim() == 0:
         raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")

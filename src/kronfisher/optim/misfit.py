@@ -16,6 +16,7 @@ FITTED = 0.05  # the share of a constant's misfit below which data count as fitt
 FORGIVING = 1.05  # by how much the lowest excess rises with every batch: what was lost long ago is no measure
 RELAPSE = 2.0  # times the lowest excess, up to which losses scatter in healthy training
 UNKNOWN = 1e30  # in place of an excess, more than any step promises
+KNOWN = 1e20  # what is less is an excess; an unknown one is divided by the number of examples
 MOST = 2**21  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
 
 
@@ -54,7 +55,8 @@ class Misfit:
     Attributes:
         now: the average of the model's, 0-dim; negative before the first batch.
         constant: that of a constant prediction, 0-dim.
-        excess: by how much the mean loss exceeds the least that there could be, 0-dim; `UNKNOWN` if that is not known.
+        excess: by how much the mean loss exceeds the least that there could be, 0-dim; `KNOWN` or more if that is not
+            known of the last batch.
         lowest: the least that the excess has been of late, 0-dim.
     """
 
@@ -68,7 +70,8 @@ class Misfit:
         old = torch.stack([each.to(device) for each in (self.now, self.constant, self.excess)])
         new = means.to(old)
         new = torch.where(torch.isfinite(new).all(), new, old)
-        self.now, self.constant, self.excess = torch.where(old[0] < 0, new, old.lerp(new, 1 - MEMORY)).unbind()
+        fresh = torch.stack([old[0] < 0, old[0] < 0, torch.maximum(old[2], new[2]) >= KNOWN])  # an average of known ones
+        self.now, self.constant, self.excess = torch.where(fresh, new, old.lerp(new, 1 - MEMORY)).unbind()
         self.lowest = torch.minimum(self.excess, self.lowest.to(device) * FORGIVING)
 
     @property
@@ -82,7 +85,8 @@ class Misfit:
 
         The root of how much more: smaller steps leap no further, and larger ones come back sooner.
         """
-        return torch.where(self.excess > 0, RELAPSE * self.lowest / self.excess, 1.0).clamp(max=1.0).sqrt()
+        known = (self.excess > 0) & (self.excess < KNOWN)
+        return torch.where(known, RELAPSE * self.lowest / self.excess, 1.0).clamp(max=1.0).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""

@@ -242,7 +242,7 @@ class NaturalGradient(torch.optim.Optimizer):
             )
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What the model returns, captured where statistics are due: its outputs, or an object with ``logits``."""
+        """What the model returns, captured where statistics are due; outputs are made of it, or are its ``logits``."""
         self._require_training()
         with self.parts.statistics.watched():
             return self.parts.forward(lambda: self._wrapped(*inputs, **options), self.steps, whole=False)
@@ -254,7 +254,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def backward(
         self,
         outputs: Any,
-        targets: Any,
+        targets: Any = None,
         loss: Tensor | None = None,
         *,
         scale: Callable[[Tensor], Tensor] | None = None,
@@ -262,8 +262,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """Add the gradient of the loss to ``.grad``, and collect statistics where they are due.
 
         Args:
-            outputs: as `forward` returned them.
-            targets: as the likelihood takes them.
+            outputs: as `forward` returned them, or made of what it returned: ``outputs.squeeze(1)``, one of several
+                tensors, or their concatenation.
+            targets: as the likelihood takes them. Beside a `loss` they may be left out: they only tell masks, and how
+                far the loss can fall.
             loss: another loss to differentiate, such as ``optimizer.loss(outputs, y) / 4 + penalty``. It cannot be
                 evaluated again, so that `LevenbergMarquardt` refuses it.
             scale: applied to the loss before it is differentiated (``GradScaler.scale``); unscale before `step`.
@@ -272,7 +274,7 @@ class NaturalGradient(torch.optim.Optimizer):
             The loss, detached.
 
         Raises:
-            DataError: `outputs` are not the ones that `forward` returned.
+            DataError: `outputs` are not made of what `forward` returned.
             UnsupportedError: a loss that cannot be evaluated again, with a damping schedule that compares losses.
         """
         if loss is not None and self.parts.compares_losses:
@@ -288,6 +290,7 @@ class NaturalGradient(torch.optim.Optimizer):
         model: nn.Module | None = None,
         *,
         targets: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
     ) -> None:
         """For loops that call the model themselves: capture its forward passes, until `detach`.
 
@@ -299,6 +302,8 @@ class NaturalGradient(torch.optim.Optimizer):
             targets: gives the targets of a call, from its positional and keyword arguments, for masks and for
                 ``labels="observed"``. None: the keyword argument ``labels``, as in `estimate`; without one, every
                 position counts.
+            outputs: gives the outputs that the likelihood is of, from what the model returned, such as
+                ``lambda answer: answer[0]``. None: that itself, or its ``logits``.
 
         Raises:
             UnsupportedError: the step evaluates the loss again.
@@ -309,7 +314,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "itself. Use the default step, step=kf.LayerwiseStep(), or step=kf.QuadraticModel(momentum=0.9)."
             )
         self.detach()
-        self._attachment = Attachment(self.parts, lambda: self.steps, targets)
+        self._attachment = Attachment(self.parts, lambda: self.steps, targets, outputs)
         self._attachment.add_to(self._wrapped if model is None else model)
 
     def detach(self) -> None:

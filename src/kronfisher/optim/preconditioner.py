@@ -1,6 +1,6 @@
 """The natural gradient for any optimiser of torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from kronfisher.optim.watch import Watch, no_curvature_error
 
 __all__ = ["Preconditioner"]
 
+CHOOSE = "say which are the outputs: Preconditioner(..., outputs=lambda answer: answer[0])"
 CALL = "call outputs = preconditioner(x) in place of the model before preconditioner.step()"
 
 
@@ -52,6 +53,8 @@ class Preconditioner:
         params: parameters to treat; None: all that require a gradient.
         labels: as in `NaturalGradient`; ``"observed"`` needs the targets: ``preconditioner(x, targets=y)``.
         samples: label draws per example.
+        outputs: gives the outputs that the likelihood is of, from what the model returned, such as
+            ``lambda answer: answer[0]``. None: that itself, or its ``logits``.
         scale: ``"gradient"``: each layer gets the norm of its gradient; None: ``(F̆ + λ)⁻¹ .grad`` as it is.
         kl_limit: in place of `scale`, scale ``(F̆ + λ)⁻¹ .grad`` so that its product with ``.grad`` is at most this.
         seed: of the label draws.
@@ -91,6 +94,7 @@ class Preconditioner:
         params: Iterable[nn.Parameter] | None = None,
         labels: Labels = "sampled",
         samples: int = 1,
+        outputs: Callable[[Any], Any] | None = None,
         scale: Literal["gradient"] | None = "gradient",
         kl_limit: float | None = None,
         seed: int = 0,
@@ -120,7 +124,7 @@ class Preconditioner:
         if scale not in ("gradient", None):
             raise ValueError(f'scale={scale!r}: use "gradient" or None.')
         self.scale, self.kl_limit = scale if kl_limit is None else None, kl_limit
-        self.steps = 0
+        self.steps, self._outputs = 0, outputs
         self.statistics = Statistics(
             self._model,
             named,
@@ -141,7 +145,7 @@ class Preconditioner:
         self._seen = False  # whether a forward pass was captured for this step
 
     def __call__(self, *inputs: Any, targets: Any = None, **options: Any) -> Any:
-        """What the model returns: its outputs, or an object whose ``logits`` they are.
+        """What the model returns.
 
         Args:
             inputs: for the model.
@@ -153,10 +157,11 @@ class Preconditioner:
         if not (statistics.is_due(step) and torch.is_grad_enabled()):
             return self._wrapped(*inputs, **options)
         with statistics.captured() as capture:
-            outputs = self._wrapped(*inputs, **options)
+            answer = self._wrapped(*inputs, **options)
         self._seen = True
-        statistics.read(capture, require_outputs(outputs), targets, step)
-        return outputs
+        outputs = require_outputs(answer if self._outputs is None else self._outputs(answer), CHOOSE)
+        statistics.read(capture, outputs, targets, step)
+        return answer
 
     @torch.no_grad()
     def step(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
+from kronfisher.capture.containers import tensors_in
 from kronfisher.capture.isolation import replace_contents, without_weight_cache
 
 __all__ = ["ForwardPass", "Snapshot"]
@@ -70,7 +71,6 @@ class ForwardPass:
         snapshot: the state before it, if it is going to be repeated.
         capture: of the layers' calls, if statistics are due.
         answer: what the model returned, until the backward pass.
-        outputs: the tensor in it, likewise.
         values: the outputs without their graph, if the pass is going to be repeated.
         targets: as the likelihood takes them.
         loss: the mean negative log-likelihood, in float64.
@@ -82,12 +82,15 @@ class ForwardPass:
     snapshot: Snapshot | None = None
     capture: Capture | None = None
     answer: Any = None
-    outputs: Tensor | None = None
     values: Tensor | None = None
     targets: Any = None
     loss: Tensor | None = None
     count: float | Tensor = field(default=0.0)
     kept: bool = False
+
+    def led_to(self, outputs: Any) -> bool:
+        """Whether these outputs are among what the model returned, or were computed from that."""
+        return isinstance(outputs, Tensor) and _depends(outputs, list(tensors_in(self.answer)))
 
     @property
     def low_precision(self) -> bool:
@@ -100,6 +103,21 @@ class ForwardPass:
         assert self.snapshot is not None
         with self.snapshot.replayed():
             yield
+
+
+def _depends(tensor: Tensor, sources: list[Tensor]) -> bool:
+    """Whether a tensor is one of these, or was computed from them."""
+    if any(tensor is source for source in sources):
+        return True
+    ends = {source.grad_fn for source in sources if source.grad_fn is not None}
+    stack, seen = [tensor.grad_fn], set()
+    while ends and stack:
+        if (node := stack.pop()) in ends:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [child for child, _ in node.next_functions]
+    return False
 
 
 RandomState = tuple[Any, Any, Tensor, dict[torch.device, Tensor]]
