@@ -70,7 +70,8 @@ class Misfit:
         old = torch.stack([each.to(device) for each in (self.now, self.constant, self.excess)])
         new = means.to(old)
         new = torch.where(torch.isfinite(new).all(), new, old)
-        fresh = torch.stack([old[0] < 0, old[0] < 0, torch.maximum(old[2], new[2]) >= KNOWN])  # an average of known ones
+        # An excess is averaged with known ones alone.
+        fresh = torch.stack([old[0] < 0, old[0] < 0, torch.maximum(old[2], new[2]) >= KNOWN])
         self.now, self.constant, self.excess = torch.where(fresh, new, old.lerp(new, 1 - MEMORY)).unbind()
         self.lowest = torch.minimum(self.excess, self.lowest.to(device) * FORGIVING)
 

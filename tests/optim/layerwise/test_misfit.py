@@ -38,6 +38,34 @@ def test_large_first_outputs_are_no_measure_of_what_can_be_fitted():
     assert float(one.left) == 1
 
 
+@pytest.mark.parametrize("unknown", [misfit.UNKNOWN, misfit.UNKNOWN / 512])
+def test_batches_whose_excess_is_unknown_are_no_measure_of_others(unknown):
+    one = Misfit()
+    for excess in (unknown, 3.0, 3.0, unknown, unknown, 2.0, unknown, 2.0, 2.0):
+        one.follow(torch.tensor([2.0, 2.0, excess]), CPU)
+        assert float(one.calm) == 1
+        assert float(one.excess) >= misfit.KNOWN if excess == unknown else 2 <= float(one.excess) <= 3
+    one.follow(torch.tensor([2.0, 2.0, 40.0]), CPU)
+    assert float(one.calm) < 1
+
+
+def test_a_loss_of_ones_own_that_is_compared_in_some_batches_goes_on_falling():
+    torch.manual_seed(0)
+    quantiles, x = torch.tensor([0.1, 0.5, 0.9]), torch.randn(1024, 6)
+    y = x[:, :1] * x[:, 1:2] + (0.2 + x[:, 2:3].abs()) * torch.randn(1024, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.SiLU(), torch.nn.Linear(32, 3))
+    optimizer, losses, seen = kf.NaturalGradient(model, kf.Gaussian()), [], set()
+    for _ in range(15):
+        for rows in torch.randperm(1024).split(128):
+            optimizer.zero_grad()
+            outputs = optimizer.forward(x[rows])
+            loss = torch.maximum(quantiles * (y[rows] - outputs), (quantiles - 1) * (y[rows] - outputs)).sum(1).mean()
+            losses.append(float(optimizer.backward(outputs, y[rows].expand(-1, 3), loss)))
+            optimizer.step()
+            seen.add(float(optimizer.parts.misfit.excess) < misfit.KNOWN)
+    assert seen == {True, False} and sum(losses[-8:]) < 0.75 * sum(losses[:8])
+
+
 def test_soft_targets_are_fitted_where_their_entropy_is_all_that_is_left():
     targets = torch.tensor([[0.2], [0.7], [0.4]])
     own, constant, excess = sum_of_misfits(kf.Bernoulli(), targets.logit(), targets)
