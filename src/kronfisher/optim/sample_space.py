@@ -297,9 +297,9 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         thin, matrices, rest = self._thin(), [], None
         for (what, each), own in zip(numbers.items(), vector, strict=True):
             places = thin.places(len(each))
-            matrices.append(self._finite(each, what, places))
+            drawn = each if places is None else each * thin.scale(len(each))
+            matrices.append(self._finite(drawn, what, places))
             if places is not None:
-                matrices[-1].mul_((len(each) / len(places)) ** 0.5)
                 leaves = list(self._parameters.values())
                 found = torch.autograd.grad(each, leaves, own, retain_graph=True, materialize_grads=True)
                 whole = torch.cat([part.flatten() for part in found])

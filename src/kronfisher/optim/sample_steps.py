@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -57,15 +57,22 @@ class Thinned:
 
     def places(self, number: int) -> Tensor | None:
         """Of those that have rows among `number`; None: all."""
-        if number <= self.most:
-            return None
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        return torch.randperm(number, generator=generator, device="cpu")[: self.most].sort().values
+        return None if number <= self.most else _drawn(number, self.most, self.seed)
+
+    def scale(self, number: int) -> float:
+        """Of those that are left."""
+        return max(1.0, number / self.most) ** 0.5
 
     def of(self, part: Tensor) -> Tensor:
         """What is left of a term's or column's numbers ``[n]``, scaled."""
         places = self.places(len(part))
-        return part if places is None else part[places.to(part.device)] * (len(part) / self.most) ** 0.5
+        return part if places is None else part[places.to(part.device)] * self.scale(len(part))
+
+
+@lru_cache(maxsize=4)  # asked several times in a step
+def _drawn(number: int, most: int, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(number, generator=generator, device="cpu")[:most].sort().values
 
 
 @dataclass
