@@ -8,9 +8,10 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits.rearrangement import cheapest
+from kronfisher.fits.rearrangement import cheapest, projected
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.onehot import Indices
+from kronfisher.linalg import add_symmetric_product_
 from tests.fits.pieces import SHARP, excess, fitted, gradients_of, random_samples, samples_of
 
 
@@ -71,6 +72,19 @@ def test_inputs_sum_with_rows_and_have_lengths_as_if_written_out():
         rows = inputs.dense()[:, :, 0]
         torch.testing.assert_close(inputs.sum_with(y[: len(rows)]), rows.mT @ y[: len(rows)])
         torch.testing.assert_close(inputs.lengths(), rows.norm(dim=-1))
+
+
+@pytest.mark.parametrize(("workspace", "formed"), [(2**27, False), (2**16, True)])
+def test_a_half_step_through_directions_forms_no_wide_matrix_unless_its_rows_take_too_much_room(
+    workspace, formed, monkeypatch
+):
+    samples = replace(random_samples(n=24, T=3, I=300, O=5), workspace=workspace)
+    left, v = torch.randn(1, 5, 16).double(), torch.randn(1, 300, 2).double()
+    G, calls = gradients_of(samples)[0], []
+    monkeypatch.setattr(projected, "add_symmetric_product_", lambda *args: calls.append(add_symmetric_product_(*args)))
+    found = projected._half_step(300, left, [samples], transposed=True)(v)
+    torch.testing.assert_close(found[0], torch.einsum("koi,op,kpj,jr->ir", G, left[0] @ left[0].mT, G, v[0]))
+    assert bool(calls) == formed
 
 
 class Language(nn.Module):

@@ -26,6 +26,7 @@ __all__ = ["PART", "Projected"]
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
 _STEPS = 8  # double steps at most over the part where positions share the weight
 _SETTLED = 0.3  # change of A after which half steps over everything come closer than more of them in few directions
+_FORMED = 192  # columns up to which a matrix that is met twice by a few directions is formed
 _ITERATIONS = 10  # double steps at most to find them from a Gram matrix
 
 
@@ -209,9 +210,14 @@ def _multiply_weighted(rows: Sequence[tuple[Activations, Tensor]], v: Tensor) ->
 def _half_step(
     width: int, directions: Tensor, samples: Sequence[Samples], transposed: bool
 ) -> Callable[[Tensor], Tensor]:
-    """The product with the matrix that a half step over some samples gives; it is not formed where rows are few."""
+    """The product with the matrix that a half step over some samples gives, which is formed for narrow weights alone.
+
+    A few products with the rows that it is the sum of take less where it is wide, and little room beside the samples.
+    """
     pieces = (rows for use in samples for rows in _rows(use, directions, transposed))
-    if sum(map(len, samples)) * directions.shape[-1] <= width:
+    number = sum(map(len, samples)) * directions.shape[-1]
+    room = min(use.workspace for use in samples) // 4
+    if number <= width or (width > _FORMED and number * width * len(directions) * directions.element_size() <= room):
         kept = list(pieces)
         # With few rows on the left the second product takes two thirds of the time.
         return lambda v: torch.stack([((rows @ v).mT @ rows).mT for rows in kept]).sum(0)
