@@ -138,11 +138,16 @@ def _padding(patch: MonkeyPatch) -> None:
 
 @plant("layers: rows belong to examples as the shape suggests first")
 def _owner(patch: MonkeyPatch) -> None:
-    def first(examples: Tensor, samples: int) -> tuple[RowOrder | None, bool]:
+    def first(examples: Tensor, samples: int, *, pads: bool = False) -> tuple[RowOrder | None, bool]:
         rules = RowOrder.candidates(tuple(examples.shape), samples)
         return (rules[0] if rules else None), True
 
     patch.setattr(RowOrder, "by_examples", staticmethod(first))
+
+
+@plant("layers: what fills up examples with fewer rows is the last row")
+def _filled(patch: MonkeyPatch) -> None:
+    patch.setattr(RowOrder, "padded", False)
 
 
 @plant("assignment: only the first of several uses of a weight counts")
@@ -164,8 +169,10 @@ def _shifts(patch: MonkeyPatch) -> None:
 def _sorted(patch: MonkeyPatch) -> None:
     orders = assignment.row_orders
 
-    def unsorted(observation: Observation, parts: Any, sorts: Any, examined: Any, *, training: bool) -> RowOrders:
-        return orders(observation, parts, lambda part: part.use.summing, examined, training=training)
+    def unsorted(
+        observation: Observation, parts: Any, sorts: Any, pads: Any, examined: Any, *, training: bool
+    ) -> RowOrders:
+        return orders(observation, parts, lambda part: part.use.summing, pads, examined, training=training)
 
     patch.setattr(assignment, "row_orders", unsorted)
 
