@@ -334,6 +334,16 @@ def test_an_attached_model_takes_the_same_steps(step):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)  # the loss is summed by another function
 
 
+def test_no_part_of_an_attached_loop_takes_less_than_no_time():
+    model = network()
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer.attach()
+    for x, y in batches(4):
+        attached(model, optimizer, x, y)
+    seconds = optimizer.report().seconds
+    assert min(seconds.values()) >= 0 and seconds["statistics"] > 0
+
+
 def test_lightnings_order_within_a_closure():
     def lightning(model, optimizer, x, y):
         if optimizer.steps == 0:

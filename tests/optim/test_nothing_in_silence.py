@@ -146,3 +146,9 @@ def test_several_ranks_are_refused_at_the_first_step(step):
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(weights(model), weights(network()))
+
+
+def test_a_rate_as_of_another_optimiser_is_told():
+    with pytest.warns(kf.NumericalWarning, match="leave lr out"):
+        kf.NaturalGradient(network(), kf.Categorical(), lr=1e-3)
+    kf.NaturalGradient(network(), kf.Categorical(), lr=0.0)  # before a scheduler's warm-up

@@ -1,5 +1,6 @@
 """The optimiser: natural gradient, momentum and step size from a quadratic model, damping from its success."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.distributed import ProcessGroup, Spread, ranks_of, whole
-from kronfisher.errors import DataError, UnsupportedError, require_kind
+from kronfisher.errors import DataError, NumericalWarning, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -39,6 +40,7 @@ from kronfisher.optim.watch import Watch, require_one_process
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
+SMALL = 0.01  # a factor on the optimiser's own step below which lr looks like the rate of another optimiser
 _MISSING: Any = object()
 
 
@@ -60,7 +62,8 @@ class NaturalGradient(torch.optim.Optimizer):
         fit: the structure of the curvature, as in `estimate`; ``"gram"`` steps in the space of samples.
         step: the rule of the step, `LayerwiseStep` or `QuadraticModel`; None: the first, unless an option below belongs
             to the second alone.
-        lr: multiplies the step; schedulers may change it.
+        lr: multiplies the step, of which 1.0 is the whole; schedulers may change it. A rate as of other optimisers
+            (below .01) gets a warning.
         weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does;
             `QuadraticModel` adds ``½ η ‖θ‖²`` to the loss.
         total_steps: the number of steps, if it is known: the rate then falls over the last 15 % of them, to a
@@ -135,6 +138,13 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must not be negative.")
+        if 0 < lr < SMALL:
+            warnings.warn(
+                f"lr={lr!r} multiplies the optimiser's own step, which needs no learning rate, and the weights will "
+                "hardly move: leave lr out, or let a scheduler start from 1.0.",
+                NumericalWarning,
+                stacklevel=2,
+            )
         self._wrapped, self._model = model, unwrapped(model)
         self.likelihood = likelihood
         self.rule = _rule(

@@ -246,11 +246,13 @@ class Statistics:
 
     def read(self, capture: Capture, outputs: Tensor, targets: Any, step: int) -> None:
         """Add the statistics of a pass whose graph the user goes backward through afterwards, if it is finite."""
+        before = self.seconds_in_backward
         with suppress(NumericalError), self.held():  # the loss shows that, too
             if self.accepts(outputs, targets, step):
                 self.absorb(capture, outputs, targets, step, retain=True)
             else:
                 self.miss(step)
+        self.seconds_in_backward = before  # the backward pass is the user's own, and nobody takes its time
 
     def needs_second_backward(self, step: int) -> bool:
         """Whether statistics of this step may need the graph once more, because a basis is renewed."""

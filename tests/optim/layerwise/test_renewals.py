@@ -33,7 +33,7 @@ def renewed(optimizer, model, data):
 
 def test_factors_of_a_layer_that_is_dearer_than_a_pass_are_inverted_in_different_steps():
     model = wide().double()
-    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=1e-3)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=1e-2)
     seen = [made["3.weight"] for made in renewed(optimizer, model, batches(80, n=4, dtype=torch.float64))]
     assert seen[0] == (True, True)
     assert (True, True) not in seen[1:]
