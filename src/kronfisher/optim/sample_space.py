@@ -1,6 +1,7 @@
 """Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -23,7 +24,8 @@ from kronfisher.optim.sample_steps import Follower, Rows, Thinned
 __all__ = ["SampleSpaceGradient"]
 
 _MISSING: Any = object()
-ROWS_A_WEIGHT = 8  # beyond which rows of a term or column are drawn
+ROWS_A_WEIGHT = 8  # of a term or column, beyond which rows are drawn
+_OPTIMISM = 0.5  # curvature along a step by its own rows over that by all, below which they are too few
 _HALVINGS = 12
 _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
 
@@ -35,8 +37,9 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     last step δ₀, J the rows of the batch under exact columns, and u the gradients at the outputs in their terms. With
     observed labels they are the examples' own gradients, and ones. For residuals it is the
     Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters. Of a term of
-    residuals, or a column of outputs, with more than 8 P numbers, so many have rows, drawn anew in every step; the
-    gradient is always that of all.
+    residuals, or a column of outputs, with more than 8 P numbers, so many have rows, drawn anew in every step, and
+    twice as many from then on where these see less than half of the curvature along a step. The gradient is always that
+    of all.
 
     λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
     numbers; where no step helps, weights stay as they were and λ grows.
@@ -105,6 +108,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self._last: Tensor | None = None
         self._kinds = Kinds()
         self._warned = False
+        self.rows_a_weight = ROWS_A_WEIGHT
 
     def step(self, closure: Callable[[], Any] | None = None, targets: Any = _MISSING) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step.
@@ -150,7 +154,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             except NumericalError:  # residuals overflow at the end of this step, and a shorter one may help
                 return math.inf
 
-        def values() -> Tensor | None:
+        def values() -> list[Tensor] | None:
             try:
                 return self._values(evaluated(), columns)
             except NumericalError:
@@ -172,7 +176,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         rows: Rows,
         old: list[Tensor],
         again: Callable[[], float],
-        values: Callable[[], Tensor | None] | None,
+        values: Callable[[], list[Tensor] | None] | None,
     ) -> None:
         """Make the longest step that makes the loss fall; without memory if none along it does."""
         mean = rows.size / rows.count / rows.matrix.shape[1]
@@ -180,7 +184,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self.damping = self.follower.damping(left, mean)
         if self.damping == 0:
             return
-        solve = rows.solver(self.damping)
+        solve, drawn = rows.solver(self.damping), self.rows_a_weight
         for momentum in (self.momentum, 0.0) if self._last is not None else (0.0,):
             last = 0.0 if self._last is None else momentum * self._last
             aim = rows.vector - (rows.matrix @ last if isinstance(last, Tensor) else 0.0)
@@ -201,8 +205,9 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 return
         self._set(old, None, 0.0)
         self._last, self.step_length = None, 0.0
-        self.follower.told(-1.0)
-        self.follower.told(-1.0)
+        if self.rows_a_weight == drawn:  # or it was the rows' fault, and not that of λ
+            self.follower.told(-1.0)
+            self.follower.told(-1.0)
 
     def _bend(
         self,
@@ -210,7 +215,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         step: Tensor,
         change: Tensor,
         old: list[Tensor],
-        values: Callable[[], Tensor | None],
+        values: Callable[[], list[Tensor] | None],
         solve: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
         """The second-order part of a step, by which it follows a curved valley (Transtrum & Sethna 2012), or None.
@@ -220,7 +225,11 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         self._set(old, step, _PROBED)
         if rows.values is None or (found := values()) is None:
             return None
-        second = (found - rows.values + _PROBED * change) * (2 / _PROBED**2)
+        moved = [there - here for there, here in zip(found, rows.values, strict=True)]
+        curvature = sum(float(part.square().sum()) for part in moved) / _PROBED**2
+        if rows.rest is not None and float(change @ change) < _OPTIMISM * curvature:
+            self.rows_a_weight *= 2
+        second = (_together([rows.thin.of(part) for part in moved]) + _PROBED * change) * (2 / _PROBED**2)
         bend = 0.5 * solve(second)
         fine = bool(torch.isfinite(bend).all()) and float(bend.norm()) <= _BENT * float(step.norm())
         return bend if fine else None
@@ -293,8 +302,13 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     def _thinned(
         self, numbers: Mapping[str, Tensor], vector: list[Tensor], count: float, values: list[Tensor] | None = None
     ) -> Rows:
-        """The rows of numbers by what they are; of a batch with many more rows than weights, some of them."""
-        thin, matrices, rest = self._thin(), [], None
+        """The rows of numbers by what they are; of a batch with many more rows than weights, some of them.
+
+        Only where values are known, which tell of all rows along a step whether those drawn are enough.
+        """
+        weights = sum(p.numel() for p in self._parameters.values())
+        thin = Thinned(sys.maxsize if values is None else self.rows_a_weight * weights, self.steps)
+        matrices, rest = [], None
         for (what, each), own in zip(numbers.items(), vector, strict=True):
             places = thin.places(len(each))
             drawn = each if places is None else each * thin.scale(len(each))
@@ -307,10 +321,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                     self._finite(each, what, None)  # says which rows
                 further = whole - matrices[-1].mT @ thin.of(own)
                 rest = further if rest is None else rest + further
-        left, seen = (None if parts is None else _together([thin.of(part) for part in parts])
-                      for parts in (vector, values))  # fmt: skip
-        assert left is not None
-        rows = Rows(_together(matrices), left, count, seen, rest)
+        rows = Rows(_together(matrices), _together([thin.of(part) for part in vector]), count, values, rest, thin)
+        if rows.size == 0 and rest is not None and bool(rest.any()):  # all that matters is in rows that were not drawn
+            self.rows_a_weight = sys.maxsize
+            return self._thinned(numbers, vector, count, values)
         if rows.size == 0 and not any(map(self._jacobian.reached, numbers.values())):
             raise UnsupportedError(
                 f"step {self.steps}: no parameter that is trained has a part in {', '.join(numbers)}. Was the optimizer"
@@ -318,17 +332,13 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             )
         return rows
 
-    def _thin(self) -> Thinned:
-        return Thinned(ROWS_A_WEIGHT * sum(p.numel() for p in self._parameters.values()), self.steps)
-
-    def _values(self, outputs: Any, columns: list[Tensor]) -> Tensor:
-        """What the rows are derivatives of."""
+    def _values(self, outputs: Any, columns: list[Tensor]) -> list[Tensor]:
+        """What the rows are derivatives of, term by term or column by column."""
         if isinstance(self.likelihood, Residuals):
             parts = list(self._graphs(self.likelihood.terms(outputs), outputs).values())
         else:
             parts = [sum_per_example(outputs.detach() * column) for column in columns]
-        thin = self._thin()
-        return _together([thin.of(part.detach()) for part in parts])
+        return [part.detach() for part in parts]
 
     def _graphs(self, terms: dict[str, Tensor], outputs: Any) -> dict[str, Tensor]:
         """Terms that depend on parameters."""
@@ -372,7 +382,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of the last step and λ's factor, besides what any optimiser has."""
-        own = {"steps": self.steps, "factor": self.follower.factor, "last": self._last}
+        own = {"steps": self.steps, "factor": self.follower.factor, "last": self._last, "rows": self.rows_a_weight}
         own["dtypes"] = self._kinds.state_dict()
         return {**super().state_dict(), "sample_space": own}
 
@@ -384,7 +394,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             raise DataError('this is not the state of a NaturalGradient with fit="gram".')
         self._kinds.load_state_dict(own.get("dtypes", {}), self._parameters)
         super().load_state_dict(rest)
-        self.steps, self.follower.factor = own["steps"], own["factor"]
+        self.steps, self.follower.factor, self.rows_a_weight = own["steps"], own["factor"], own["rows"]
         self._last = None if own["last"] is None else own["last"].clone()
 
 

@@ -1,8 +1,9 @@
 """Directions in the space of samples, and the λ that they are made with."""
 
 import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
@@ -83,15 +84,18 @@ class Rows:
         matrix: J ``[K, P]``; of a batch whose rows are thinned, those that are left (`Thinned`).
         vector: u ``[K]`` with ``Jᵀu/N`` the gradient of the loss.
         count: N.
-        values: what J is the derivative of: the residuals, or the outputs along their exact columns; None: not known.
+        values: what J is the derivative of, of all rows: the residuals by terms, or the outputs along their exact
+            columns; None: not known.
         rest: of a thinned batch, what the gradient of all rows has besides ``Jᵀu`` ``[P]``; None: nothing.
+        thin: which numbers have rows.
     """
 
     matrix: Tensor
     vector: Tensor
     count: float
-    values: Tensor | None = None
+    values: list[Tensor] | None = None
     rest: Tensor | None = None
+    thin: Thinned = field(default_factory=lambda: Thinned(sys.maxsize, 0))
 
     @cached_property
     def size(self) -> float:
