@@ -279,7 +279,16 @@ def words(m, x):
     return torch.stack([part.sum(0) for part in rows.split(list(range(1, len(x) + 1)))])
 
 
+def folded(m, x):
+    """Sequences of lengths 1 … n in one long axis that is folded into two, so that no axis keeps examples apart."""
+    rows = torch.cat([x[k, : k + 1] for k in range(len(x))])
+    rows = rows if len(x) == 1 else F.pad(rows, (0, 0, 0, -len(rows) % 2)).unflatten(0, (2, -1))
+    rows = m.norm(m.l(rows).tanh()).reshape(-1, 2)[: len(x) * (len(x) + 1) // 2]
+    return torch.stack([part.sum(0) for part in rows.split(list(range(1, len(x) + 1)))])
+
+
 UNEQUAL = {
+    "folded": lambda: (Written(folded, l=nn.Linear(3, 2), norm=nn.LayerNorm(2, 0.1)), torch.randn(N, N, 3)),
     "experts": lambda: (
         Written(routed, one=nn.Linear(3, 2), two=nn.Linear(3, 2, bias=False), last=nn.Linear(2, 2)),
         torch.randn(N, 4, 3),

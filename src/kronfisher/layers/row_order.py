@@ -27,6 +27,7 @@ class RowOrder:
         major: if folded, whether the rows of a sample are contiguous (otherwise samples alternate).
         places: ``[R]`` places along the axis sorted by sample, if they follow no regular pattern. Where samples have
             unequal numbers of rows each is filled up with −1, which stands for a row of zeros.
+        flat: whether all leading axes are taken as one, the first.
 
     Example:
         >>> rows = torch.arange(6).reshape(3, 2)  # three positions of two samples, sequence first
@@ -39,6 +40,7 @@ class RowOrder:
     folded: bool = False
     major: bool = True
     places: Tensor | None = None
+    flat: bool = False
 
     def split(self, rows: Tensor) -> Tensor:
         """``[*lead, *rest] → [n, R/n along the axis, other lead axes in their order, *rest]``."""
@@ -54,6 +56,8 @@ class RowOrder:
     def group(self, rows: Tensor, lead: int) -> Tensor:
         """``[*lead, *rest] → [n, T, *rest]``; `lead` is the number of leading axes."""
         rest = rows.shape[lead:]
+        if self.flat:
+            return self.split(rows.flatten(0, lead - 1))
         if self.axis == 0 and self.major and self.places is None:
             return rows.reshape(self.samples, -1, *rest)
         return self.split(rows).reshape(self.samples, -1, *rest)
@@ -109,7 +113,11 @@ class RowOrder:
                 return RowOrder(samples, axis, places=torch.argsort(line, stable=True)), True
             if pads:
                 return RowOrder(samples, axis, places=_padded(line, counts)), True
-        return None, True
+        if not pads:
+            return None, True
+        line = examples.flatten()
+        counts = torch.bincount(line[line >= 0], minlength=samples)
+        return RowOrder(samples, places=_padded(line, counts), flat=True), True
 
 
 def _padded(line: Tensor, counts: Tensor) -> Tensor:
