@@ -25,6 +25,7 @@ COLUMNS = {
         "gemm",
         "first call / later",
         "least",
+        "/ K-FAC",
         "calls",
         "calls of fb",
     ],
@@ -62,7 +63,7 @@ def cells(result: dict) -> list[str]:
     if what == "factors":
         row += [
             f"{result['first'] / own['median']:.1f}",
-            f"{result['least']['median']:.2f}" if "least" in result else "–",
+            *(f"{result[name]['median']:.2f}" if name in result else "–" for name in ("least", "over K-FAC")),
             *(f"{number:,}" if (number := result["calls"][name]) is not None else "–" for name in ("own", "fb")),
         ]
     return row
