@@ -66,6 +66,7 @@ class Stream:
             for number, (part, group, position) in enumerate(entries):
                 began = time.perf_counter()
                 order, own = self._orders[call.index, number], gradient.to(part.use.dtype)
+                waits = group.state.plan.by_example or len(group.blocks) > 1
                 shares = any(other is not part and part.use.same_gradients(other.use) for other, *_ in entries)
                 shared = _found(part, order, made) if shares else None
                 if shares and shared is None:
@@ -80,13 +81,13 @@ class Stream:
                     (call.index, number) not in self._counted,
                     exists if exists is None else exists.to(own),
                     workspace=group.state.plan.workspace,
-                    shared=shared,
+                    shared=None if waits else shared,  # which would keep the gradients for as long as samples wait
                 )
                 self._counted.add((call.index, number))
                 if self._mask is not None:
                     mask = self._mask.any(dim=1, keepdim=True) if order.padded else self._mask
                     samples = samples.apply_mask(mask)
-                if group.state.plan.by_example or len(group.blocks) > 1:
+                if waits:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
                     group.state = group.fit.update(group.state, (samples,))
