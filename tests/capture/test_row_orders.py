@@ -351,6 +351,7 @@ def test_rows_that_no_gradient_reaches_are_left_out_where_examples_have_unequal_
     none, _ = RowOrder.by_examples(torch.full((4,), -1), 3, pads=True)
     assert none is not None and not none.exists(1).any()
     assert RowOrder.by_examples(torch.tensor([1, -1, 0, 1, 1]), 3) == (None, True)
+    assert RowOrder.by_examples(torch.tensor(-1), 3, pads=True) == (None, True)  # a single row, without an axis
 
 
 def test_experts_are_trained_by_layers():

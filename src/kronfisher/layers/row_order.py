@@ -113,7 +113,7 @@ class RowOrder:
                 return RowOrder(samples, axis, places=torch.argsort(line, stable=True)), True
             if pads:
                 return RowOrder(samples, axis, places=_padded(line, counts)), True
-        if not pads:
+        if not pads or examples.dim() < 2:  # a single row has no axis to be sorted along
             return None, True
         line = examples.flatten()
         counts = torch.bincount(line[line >= 0], minlength=samples)
