@@ -54,6 +54,22 @@ def test_a_step_promises_at_most_half_of_the_loss_of_classes(lr):
     assert promised == pytest.approx(0.5 * excess, rel=1e-3) if lr > 1 else promised < 0.5 * excess
 
 
+def test_a_step_that_momentum_takes_uphill_rises_by_no_more():
+    model, ((x, y),) = network(dtype=torch.float64), batches(1, dtype=torch.float64)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=0.01)
+    optimizer.step(lambda: model(x), y)
+    for state in optimizer.state.values():
+        state["momentum"].mul_(-20)
+    optimizer.param_groups[0]["lr"] = 3000.0
+    before = weights(model).clone()
+    optimizer.zero_grad()
+    plain(optimizer, x, y)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.step()
+    rise = float((weights(model) - before) @ gradient)
+    assert 0 < rise < 0.5 * float(optimizer.parts.misfit.excess)
+
+
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_the_scale_of_a_loss_of_ones_own_changes_nothing(factor):
     def scaled(optimizer, x, y):

@@ -76,9 +76,10 @@ class Motion:
     ) -> None:
         """One step of every unit that has a gradient.
 
-        All are shortened alike where natural units promise that the loss falls by more than half of its excess: no
-        linear model of a loss holds that far. Wide layers and few rows make such steps, whose directions are as
-        many as rows, and each of them as long as if there were as many as the layer is wide.
+        All are shortened alike where natural units promise that the loss falls by more than half of its excess, or
+        rises by that where momentum leads uphill: no linear model of a loss holds that far. Wide layers and few rows
+        make such steps, whose directions are as many as rows, and each of them as long as if there were as many as the
+        layer is wide.
 
         Args:
             trained: the parameters.
@@ -101,7 +102,7 @@ class Motion:
         )
         evidence, across, lengths = where.measure(given, momenta, directions)
         clip, finite = self._clip(lengths.sqrt(), where.moving)
-        promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence  # of gradient and update
+        promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
         factors = self.rates.update(evidence, squares, where.decay, finite, left)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
