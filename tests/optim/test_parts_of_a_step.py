@@ -1,5 +1,7 @@
 """Each of the five parts of a step can be replaced alone, and keeps its own state."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -60,6 +62,7 @@ class NoStatistics:
     """No curvature at all."""
 
     started, ready, labels, layers, parameters = True, True, "sampled", [], {}
+    watched = staticmethod(nullcontext)
 
     def prepare(self, step):
         pass
