@@ -74,6 +74,17 @@ def test_a_step_without_gradients_is_told_once_and_counted(step):
     assert len(caught) == 1 and optimizer.report().skipped == 2
 
 
+@STEPS
+def test_a_closure_that_returns_a_loss_without_a_backward_pass_is_told_what_to_write(step):
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer, before = kf.NaturalGradient(model, kf.Categorical(), step=step), weights(model)
+    with pytest.warns(kf.NumericalWarning, match=r"give step\(\) the outputs and the targets, step\(lambda: model"):
+        optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+    assert torch.equal(weights(model), before)
+    optimizer.step(lambda: model(x), y)  # the advice works
+    assert not torch.equal(weights(model), before)
+
+
 def test_a_preconditioner_is_as_loud():
     model, data = network(), batches(8)
     preconditioner = kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(statistics=2))
