@@ -72,8 +72,8 @@ class Watch:
             why = "no batch so far gave any curvature: check for targets that are all ignored, and for NaN or Inf"
         else:
             why = (
-                "no trained parameter has a gradient: run the backward pass between zero_grad() and step(), or give step() "
-                "the outputs and the targets, step(lambda: model(x), y)"
+                "no trained parameter has a gradient: run the backward pass between zero_grad() and step(), or give "
+                "step() the outputs and the targets, step(lambda: model(x), y)"
             )
         self.tell(f"idle, {seen}", f"Step {step} moves nothing, because {why}.")
 
