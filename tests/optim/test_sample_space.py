@@ -30,6 +30,18 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def check_step(model, likelihood, x, y, F, **options):
+    """A step is the gradient of all examples over this matrix, damped."""
+    loss = -likelihood.log_prob(model(x), y).mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", **options), flat(model)
+    optimizer.bends = False
+    close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
+    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
+    assert optimizer.step_length > 0
+    close(before - flat(model), step, 1e-8)
+
+
 @pytest.mark.parametrize("labels", ["exact", "observed"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("n", [5, 40])
@@ -38,14 +50,7 @@ def test_a_step_is_the_damped_natural_gradient(name, labels, n):
     (likelihood, draw), model = LIKELIHOODS[name], network(2, 4, 3)
     x, y = torch.randn(n, 2).double(), draw(n)
     F = dense_fisher(model, x, y, likelihood, labels)
-    loss = -likelihood.log_prob(model(x), y).mean()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", labels=labels), flat(model)
-    optimizer.bends = False
-    close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
-    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
-    assert optimizer.step_length > 0
-    close(before - flat(model), step, 1e-8)
+    check_step(model, likelihood, x, y, F, labels=labels)
 
 
 def test_memory_is_that_of_spring():
@@ -70,14 +75,7 @@ def test_a_batch_of_many_rows_has_the_gradient_of_all_and_the_matrix_of_some(nam
     places = Thinned(ROWS_A_WEIGHT * weights, 0).places(n)
     assert len(places) == 8 * weights == 104
     F = dense_fisher(model, x[places], y[places], likelihood, "exact")
-    loss = -likelihood.log_prob(model(x), y).mean()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram"), flat(model)
-    optimizer.bends = False
-    close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
-    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
-    assert optimizer.step_length > 0
-    close(before - flat(model), step, 1e-8)
+    check_step(model, likelihood, x, y, F)
 
 
 def test_a_term_of_many_points_is_thinned_and_a_small_one_kept_whole():

@@ -9,7 +9,7 @@ from torch import Tensor
 from kronfisher.linalg import promote
 
 _CHUNK = 2**22  # probabilities that are in hand at a time
-_NARROW = 16  # classes below which torch goes over rows number by number, ten times as slow as across them
+_NARROW = 16  # classes below which torch goes over rows number by number, which is far slower than across them
 
 
 def without(outputs: Tensor, axis: int) -> tuple[int, ...]:

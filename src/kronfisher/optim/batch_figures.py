@@ -18,7 +18,7 @@ def sizes_of_weights(capture: Capture) -> Iterator[tuple[int, int, int, bool]]:
 
     Lookups count as products with the whole table. That is too much, and deliberate: what a pass seems to cost is what
     inverses may cost, and with less, those of a vocabulary are made half by half in the first steps, where halves that
-    do not belong together cost a GPT a tenth of its progress.
+    do not belong together cost a GPT much of its progress.
     """
     for call in capture.calls:
         for use in call.uses:
