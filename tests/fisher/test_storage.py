@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,6 +229,40 @@ def test_a_flipped_bit_of_any_tensor_is_refused(fisher, model, path):
             content[start + place] ^= 1
     path.write_bytes(content)
     assert torch.equal(load(path, model).to_dense(), fisher[0].to_dense())
+
+
+def test_a_flipped_bit_that_leaves_all_values_as_they_were_is_refused(path):
+    """Such as the last digit of a number that has more than a float, or an exponent's ``e``."""
+    x = torch.randn(8, 3, dtype=torch.float64)
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact")
+    (name, block), *_ = fisher.info.blocks.items()
+    block = replace(block, error=0.035430483001618998, seconds=9.718399815028533e-05)
+    info = replace(fisher.info, blocks={**fisher.info.blocks, name: block})
+    Fisher(fisher.entries, fisher.shapes, info).save(path)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+
+    def value():
+        try:
+            header = json.loads(content[8:start])
+            return header, json.loads(header.pop("__metadata__")["kronfisher"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    truth, same = value(), 0
+    for place in range(8, start):
+        for bit in range(8):
+            content[place] ^= 1 << bit
+            if value() == truth:
+                same += 1
+                path.write_bytes(content)
+                with pytest.raises(DataError, match="checksum"):
+                    load(path, model)
+            content[place] ^= 1 << bit
+    assert same >= 2
+    path.write_bytes(content)
+    assert load(path, model).info == info
 
 
 @pytest.mark.parametrize("field", ["shape", "layout", "size", "stride", "offset"])
