@@ -246,11 +246,12 @@ def compared(rank):
     return [(row.fit, row.count, row.error, row.trace, row.failure) for row in table.rows]
 
 
-def posterior(rank, empty):
+def posterior(rank, empty, share="all"):
     """The evidence and the calibrated prior precision of a posterior; a rank may be without validation data."""
     model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
     data, group = of_all(rank, list(zip(x.split(3), y.split(3), strict=True)))
-    fisher = kf.estimate(model, data, kf.Categorical(), fit="kfac", labels="exact", **group)
+    how = {"share": share} if group else {}
+    fisher = kf.estimate(model, data, kf.Categorical(), fit="kfac", labels="exact", **group, **how)
     unlabelled, _ = of_all(rank, list(x.split(3)))
     later = kf.Laplace(model, kf.estimate(model, unlabelled, kf.Categorical(), labels="exact", fit="kfac", **group))
     laplace, scored = kf.Laplace(model, fisher).optimize_prior(), later.score(data, **group)
@@ -261,12 +262,19 @@ def posterior(rank, empty):
     return evidence, [float(value) for value in laplace.prior_precision.values()]
 
 
-def uncalibrated(rank):
-    """The error where one rank's validation data do not fit."""
+def uncalibrated(rank, share, reads):
+    """The error where one rank's validation data do not fit, or cannot be read."""
     model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
-    laplace = kf.Laplace(model, kf.estimate(model, (x, y), kf.Categorical(), fit="kfac", group=dist.group.WORLD))
+    how = {"fit": "kfac", "group": dist.group.WORLD, "share": share}
+    laplace = kf.Laplace(model, kf.estimate(model, (x, y), kf.Categorical(), **how))
+
+    class Torn:
+        def __iter__(self):
+            yield x, y
+            raise kf.errors.DataError("torn")
+
     try:
-        laplace.calibrate([(x, y + 9 * (rank == 1))], group=dist.group.WORLD)
+        laplace.calibrate(Torn() if reads and rank == 1 else [(x, y + 9 * (rank == 1))], group=dist.group.WORLD)
     except Exception as error:
         return type(error).__name__, str(error)
     return "none", ""
@@ -359,7 +367,6 @@ def owned_posterior_misused(rank):
     laplace, errors = kf.Laplace(model, fisher), {}
     without = {name: float("weight" in name) for name in fisher.shapes}
     for name, call in {
-        "calibrate": lambda: laplace.calibrate(data, **group),
         "batch": lambda: laplace.predict(x[rank : rank + 2], predictor="probit"),
         "prior": lambda: kf.Laplace(model, fisher, prior_precision=1.0 + rank),
         "no prior": lambda: kf.Laplace(model, fisher, prior_precision=without),
@@ -378,6 +385,54 @@ def influences(rank):
     fisher = kf.estimate(model, data, kf.Categorical(), fit="ekfac", labels="exact", **group)
     influence = kf.Influence(model, fisher, kf.Categorical())
     return influence.scores(data, (x[:3], y[:3])).values, influence.self_scores(data)
+
+
+def owned_influences(rank, fit, folder):
+    """Scores by a matrix that every rank holds, and by one whose blocks stay with their owners."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    batches = list(zip(x.split(2), y.split(2), strict=True))
+    data, group = of_all(rank, batches)
+    how = {"fit": fit, "labels": "exact", **group}
+    found, queries = [], [(x[:3], y[:3]), (x[5:7], y[5:7])]
+    for share in ("all", "owned"):
+        fisher = kf.estimate(model, data, kf.Categorical(), share=share, **how)
+        own = kf.Influence(model, fisher, kf.Categorical(), damping=0.05)
+        scores = {"own part": own.scores(data, queries), "by block": own.scores(data, queries, per="block")}
+        scores["truncated"] = own.scores(data, queries, rank=1)
+        scores["some at a time"] = own.scores(data, queries, at_once=2)
+        scores["filed"] = own.scores(data, queries, path=f"{folder}/{share} {rank}")
+        for name, options in {"cosine": {"normalize": "cosine"}, "relative": {"normalize": "relative"}}.items():
+            other = kf.Influence(model, fisher, kf.Categorical(), damping=0.05, **options)
+            scores[name] = other.scores(batches, queries)
+        refined = kf.Influence(model, fisher, kf.Categorical(), damping=0.05, refine=3)
+        scores["refined"] = refined.scores(batches, queries)
+        found.append({name: each.values.clone() for name, each in scores.items()} | {"self": own.self_scores(batches)})
+        found[-1]["bounds"] = scores["truncated"].bounds
+    parts = [f"{folder}/owned {rank}" for rank in range(dist.get_world_size())]
+    dist.barrier()
+    return *found, kf.Influence.load(*parts).values.clone()
+
+
+def owned_influences_misused(rank):
+    """Errors where ranks ask, or read, different things."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    batches = list(zip(x.split(2), y.split(2), strict=True))
+    fisher = kf.estimate(model, kf.shard(batches), kf.Categorical(), group=dist.group.WORLD, share="owned")
+    own, errors = kf.Influence(model, fisher, kf.Categorical()), {}
+    refined = kf.Influence(model, fisher, kf.Categorical(), refine=1)
+    for name, call in {
+        "queries": lambda: own.scores(batches, (x[rank : rank + 2], y[:2])),
+        "fewer queries": lambda: own.scores(batches, batches[: 1 + (rank == 0)]),
+        "self": lambda: own.self_scores(kf.shard(batches)),
+        "fewer": lambda: own.self_scores(batches[: 2 + (rank == 0)]),
+        "refined": lambda: refined.scores(batches[rank:] + batches[:rank], batches[0]),
+        "index": lambda: own.index(batches, "nowhere"),
+    }.items():
+        try:
+            call()
+        except Exception as error:
+            errors[name] = type(error).__name__, str(error)
+    return errors
 
 
 def owned_and_measured(rank, fit, labels, folder):
@@ -412,7 +467,7 @@ def owned_elsewhere(rank):
     fisher = kf.estimate(model, data, kf.Categorical(), labels="exact", share="owned", **group)
     errors = {}
     for name, call in {
-        "influence": lambda: kf.Influence(model, fisher, kf.Categorical()),
+        "tensors": lambda: [operator.tensors() for operator in fisher.blocks.values()],
         "singular": lambda: fisher.solve(numbers(fisher.dim)),
     }.items():
         try:

@@ -114,7 +114,7 @@ def test_errors_and_files_of_blocks_that_stay_with_their_owners(ranks, fit, labe
 
 def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
     for errors, spectrum in ranks.call(cases.owned_elsewhere):
-        kind, text = errors["influence"]
+        kind, text = errors["tensors"]
         assert kind == "UnsupportedError" and re.match(r"0\.weight: rank \d alone holds this block", text)
         kind, text = errors["singular"]
         assert kind in ("SingularError", "RankError") and "SingularError" in kind + text
@@ -141,7 +141,6 @@ def test_posteriors_whose_blocks_stay_with_their_owners(ranks, fit, likelihood):
 
 def test_what_posteriors_of_owned_blocks_refuse(ranks):
     says = {
-        "calibrate": ("UnsupportedError", "leave group= out and give all of them the same validation data"),
         "batch": ("RankError", "the batch to predict: rank 1 has another than rank 0"),
         "prior": ("RankError", "the prior: rank 1 has another than rank 0"),
         "no prior": ("(SingularError|RankError)", "must be positive everywhere"),
@@ -170,16 +169,43 @@ def test_fits_are_compared_over_all_data(ranks):
             assert row[2:4] == pytest.approx(true[2:4], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_evidence_and_calibration_over_all_data(ranks, empty):
-    answers, truth = ranks.call(cases.posterior, empty), cases.posterior(None, empty)
+@pytest.mark.parametrize("fit", ["ekfac", "full"])
+def test_influences_by_blocks_that_stay_with_their_owners(ranks, fit, tmp_path):
+    """Queries are solved together; each rank scores its own part, and what needs more all read the same."""
+    answers = ranks.call(cases.owned_influences, fit, str(tmp_path))
+    for whole, own, loaded in answers:
+        assert whole.keys() == own.keys() and len(own) == 10
+        for name, value in own.items():
+            close(value, whole[name], 1e-10, name)
+        close(loaded, torch.cat([each["filed"] for _, each, _ in answers], dim=1), 1e-12)
+
+
+def test_influences_of_owned_blocks_refuse_what_ranks_do_not_share(ranks):
+    says = {
+        "queries": ("RankError", "the queries: rank 1 has another than rank 0"),
+        "fewer queries": ("RankError", "the queries: rank 1 has another than rank 0"),
+        "self": ("RankError", r"the training data \(of .*self-scores\): rank 1 has another than rank 0"),
+        "fewer": ("RankError", "the training data .* rank 1 has another than rank 0"),
+        "refined": ("RankError", "the training data .* rank 1 has another than rank 0"),
+        "index": ("UnsupportedError", r"rank \d alone holds this block .*an index would take it on every rank"),
+    }
+    for errors in ranks.call(cases.owned_influences_misused):
+        assert errors.keys() == says.keys()
+        for name, (kind, message) in says.items():
+            assert errors[name][0] == kind and re.search(message, errors[name][1]), (name, errors[name])
+
+
+@pytest.mark.parametrize(("empty", "share"), [(False, "all"), (True, "all"), (False, "owned"), (True, "owned")])
+def test_evidence_and_calibration_over_all_data(ranks, empty, share):
+    answers, truth = ranks.call(cases.posterior, empty, share), cases.posterior(None, empty)
     for answer in answers:
         assert answer == answers[0]
         assert all(own == pytest.approx(true, rel=1e-10) for own, true in zip(answer, truth, strict=True))
 
 
-def test_validation_data_that_do_not_fit_on_one_rank(ranks):
-    for rank, (kind, text) in enumerate(ranks.call(cases.uncalibrated)):
+@pytest.mark.parametrize(("share", "reads"), [("all", False), ("owned", True)])
+def test_validation_data_that_do_not_fit_on_one_rank(ranks, share, reads):
+    for rank, (kind, text) in enumerate(ranks.call(cases.uncalibrated, share, reads)):
         assert (kind == "DataError") if rank == 1 else (kind == "RankError" and "rank 1: DataError" in text)
 
 

@@ -1,5 +1,6 @@
 """Many processes: a group of ranks, what travels between them, who owns what, and each rank's part of the data."""
 
+from kronfisher.distributed.joined import Joined
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel, axes_by_stride
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
@@ -9,6 +10,7 @@ from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.distributed.whole import whole
 
 __all__ = [
+    "Joined",
     "Parcel",
     "ProcessGroup",
     "Ranks",

@@ -45,6 +45,10 @@ class Influence:
     training again where F is the exact matrix of a convex problem at its minimum and λ the weight decay of the mean
     loss; with structured fits and other λ it ranks (Grosse et al. 2023, arXiv:2308.03296).
 
+    Of a Fisher whose blocks stay with their owners (``share="owned"``) all ranks make the same calls with the same
+    queries, which they solve together; each then scores training data of its own, or, where scores are refined or
+    normalised and for `self_scores`, all of them the same.
+
     Args:
         model: that the Fisher belongs to, at the parameters of the estimate.
         fisher: as estimated, mean or sum.
@@ -104,7 +108,6 @@ class Influence:
             raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
         self.refine = refine
-        require_whole(fisher.blocks.values(), "influence")
         covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))
@@ -241,12 +244,14 @@ class Influence:
             size: coordinates that are kept, over all blocks.
 
         Raises:
-            UnsupportedError: a block of the Fisher has no eigenbasis that is a Kronecker product.
+            UnsupportedError: a block of the Fisher has no eigenbasis that is a Kronecker product, or stays with its
+                owner (``share="owned"``).
             DataError, SingularError, IndefiniteError, NumericalError: as `scores`.
             ValueError: the size is not positive, or refined or normalised scores are asked for.
         """
         if size < 1 or self.refine or self.normalize:
             raise ValueError(f"index(size={size}): a positive size, and neither refine= nor normalize=.")
+        require_whole(self.fisher.blocks.values(), "an index")
         require_order(train, "train")
         file = RowFile(path, self._facts() | {"options": repr((size, self.fisher.count))})
         with plain_arithmetic(self.fisher.device):
@@ -293,4 +298,5 @@ class Influence:
     def _slices(
         self, queries: Any, measurement: Measurement, at_once: int | None, progress: Progress, damped: Damped | None
     ) -> Iterator[Vectors]:
-        return query_gradients(*self._measured(measurement), self.fisher, queries, at_once, progress, damped)
+        how = self.fisher, queries, at_once, progress, damped, self.damped.agree_on_queries
+        return query_gradients(*self._measured(measurement), *how)

@@ -1,6 +1,7 @@
 """Preconditioned queries ``P = (F + λ)⁻¹ ∇m`` and self-scores, through the structure of every block of F."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,12 +9,13 @@ from torch import Tensor
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.layout import Blocks, gather
-from kronfisher.fisher.precision import Precision
+from kronfisher.fisher.owned_precision import agree, precision_of
 from kronfisher.fits.quadratic_forms import factored, quadratics
 from kronfisher.influence.contractions import LowRank
 from kronfisher.influence.vectors import Rows, Vectors, add_gradients_
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
+from kronfisher.operators.owned import Owned
 
 __all__ = ["Damped", "Queries", "written_out"]
 
@@ -35,9 +37,17 @@ class Damped:
     def __init__(self, fisher: Fisher, damping: Sequence[float]) -> None:
         self.fisher, self.damping = fisher, tuple(damping)
         self.precisions = [
-            Precision(op, 1.0, torch.tensor(value, dtype=op.dtype, device=op.device), op.name)
+            precision_of(op, 1.0, torch.tensor(value, dtype=op.dtype, device=op.device), op.name)
             for (_, op), value in zip(fisher.entries, damping, strict=True)
         ]
+
+    def agree_on_queries(self, batch: Any) -> None:
+        """Where ranks hold blocks apart, require that all of them solve the same queries; see `read` for None."""
+        agree(self.precisions, "the queries", batch)
+
+    def agree_on_data(self, batch: Any) -> None:
+        """Where ranks hold blocks apart, require that all of them read the same training data."""
+        agree(self.precisions, "the training data (of refined, normalised and self-scores)", batch)
 
     def solve_(self, vectors: Vectors) -> Tensor:
         """Replace K vectors by ``(F + λ)⁻¹`` times them, a few at a time: as much memory again is not needed.
@@ -70,6 +80,8 @@ class Damped:
         if not same or samples.positions * (outputs**2 + inputs**2) > outputs * inputs * (outputs + inputs):
             return None
         (mine, operator), precision = self.fisher.entries[same[0]], self.precisions[same[0]]
+        if isinstance(operator, Owned):  # its basis is at one rank
+            return None
         if operator.dtype != samples.gradients.dtype or not float(operator.trace()) > 0:
             return None
         if (found := factored(precision, mine, samples)) is None:

@@ -11,19 +11,27 @@ from kronfisher.fisher.parameters import fingerprint
 from kronfisher.influence.files import digest
 from kronfisher.influence.measurements import Measurement
 from kronfisher.likelihoods import Likelihood
+from kronfisher.operators.owned import Owned
 
 __all__ = ["asked", "provenance"]
 
 
 def provenance(model: nn.Module, fisher: Fisher, likelihood: Likelihood, damping: Sequence[float]) -> dict[str, str]:
     """Of a model and its matrix."""
-    operators = {f"{k} {key}": t for k, (_, op) in enumerate(fisher.entries) for key, t in op.tensors().items()}
     return {
         "model": fingerprint({**dict(model.named_parameters()), **dict(model.named_buffers())}),
-        "Fisher": fingerprint(operators),
+        "Fisher": _fingerprint(fisher),
         "likelihood": repr(likelihood),
         "damping": repr(tuple(damping)),
     }
+
+
+def _fingerprint(fisher: Fisher) -> str:
+    if not any(isinstance(operator, Owned) for operator in fisher.blocks.values()):
+        operators = {f"{k} {key}": t for k, (_, op) in enumerate(fisher.entries) for key, t in op.tensors().items()}
+        return fingerprint(operators)
+    held = [op for _, op in fisher.entries if isinstance(op, Owned)]  # all of them are, or none
+    return digest(*(op.value(lambda own: fingerprint(own.tensors())) for op in held))
 
 
 def asked(queries: Any, measurement: Measurement, options: tuple[Any, ...]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The gradients of queries, some at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
 
@@ -31,6 +31,7 @@ def query_gradients(
     at_once: int | None = None,
     progress: Progress = False,
     damped: Damped | None = None,
+    meet: Callable[[Any], None] | None = None,
 ) -> Iterator[Vectors]:
     """``∇m`` of some queries at a time, or ``(F + λ)⁻¹ ∇m``.
 
@@ -42,6 +43,7 @@ def query_gradients(
         at_once: batches are put together until there are so many; None: all of them.
         progress: as for `kronfisher.estimate`.
         damped: F + λ, if they are to be solved; where it has a basis of factors, from inputs and output gradients.
+        meet: as for `kronfisher.influence.readings.read`.
 
     Raises:
         DataError: the queries do not fit, or are shuffled.
@@ -61,7 +63,7 @@ def query_gradients(
     wide = torch.promote_types(fisher.dtype, torch.float32)
     each, size, limit = fisher.dim * wide.itemsize, 0, available_memory(fisher.device)
     waiting: list[Vectors] = []
-    for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress):
+    for reading in read(network, likelihood, queries, questions, what="query batch", progress=progress, meet=meet):
         size += reading.size
         if 2 * size * each > limit:
             raise MemoryBudgetError(

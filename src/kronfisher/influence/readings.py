@@ -119,6 +119,7 @@ def read(
     progress: Progress = False,
     skip: Callable[[int, Any], bool] | None = None,
     positions_apart: bool = False,
+    meet: Callable[[Any], None] | None = None,
 ) -> Iterator[Reading]:
     """Read data once, batch by batch, with questions about the gradient of ``-log p(targets)`` of every example.
 
@@ -134,6 +135,7 @@ def read(
         progress: as for `kronfisher.estimate`.
         skip: number and batch → whether it is passed over.
         positions_apart: whether scales, shifts and tables keep the positions that they sum out else.
+        meet: is told every batch, and None at the end, for ranks that have to read the same.
 
     Raises:
         DataError: there are no data, or they do not fit.
@@ -163,6 +165,8 @@ def read(
                 batches.recognise(batch)
             if skip is not None and skip(batches.index - 1, batch):
                 continue
+            if meet is not None:
+                meet(batch)
             with isolate(network.model, network.seed + batches.index):
                 observation = observe(network.model, parameters, batch, network.forward, where)
                 run.absorb(observation)
@@ -171,6 +175,8 @@ def read(
             answers = {name: visitor.take(name) for name in questions}
             tell(f"{batches.index} batches")
             yield Reading(where, size, batch, answers, run.known.fallback)
+        if meet is not None:
+            meet(None)
     finally:
         tell("")
     batches.require_same_number()

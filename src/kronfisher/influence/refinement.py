@@ -59,7 +59,7 @@ def refine(
         direction = damped.solve(residual)
         product, norm = _inner(residual, direction), _inner(residual, residual)
     for number in range(steps):
-        image = _gauss_newton(network, likelihood, direction, batches, first + number, damped.fisher.count, progress)
+        image = _gauss_newton(network, likelihood, direction, batches, first + number, damped, progress)
         with plain_arithmetic(device):
             image = {name: image[name] + shift[name] * direction[name] for name in image}
             curvature = _inner(direction, image)
@@ -105,16 +105,18 @@ def _gauss_newton(
     directions: Rows,
     batches: Batches,
     number: int,
-    count: float,
+    damped: Damped,
     progress: Progress,
 ) -> Rows:
-    """The exact Gauss-Newton matrix, a mean over `count` examples, times K directions; one reading of the data."""
+    """The exact Gauss-Newton matrix, a mean over F's examples, times K directions; one reading of the data."""
+    count = damped.fisher.count
     parameters = {name: p for name, p in network.model.named_parameters() if name in directions}
     device = next(iter(parameters.values())).device
     total, tell = {name: torch.zeros_like(d) for name, d in directions.items()}, writer(progress)
     leaves, size, seen = list(parameters.values()), len(next(iter(directions.values()))), 0
     for where, batch in batches.read(number):
         batches.recognise(batch)
+        damped.agree_on_data(batch)
         with isolate(network.model, network.seed + batches.index), sdpa_kernel(SDPBackend.MATH):
             outputs, targets = run(network.model, batch, network.forward, device, where)
             likelihood.check(outputs.detach(), targets, where, "exact")
@@ -137,6 +139,7 @@ def _gauss_newton(
             del outputs, slopes, dummy
         tell(f"conjugate gradients, step {number + 1}, {batches.index} batches")
     tell("")
+    damped.agree_on_data(None)
     batches.require_same_number()
     if not count or seen < count:
         raise DataError(

@@ -98,6 +98,7 @@ class Scorer:
             progress=progress,
             skip=skip,
             positions_apart=self.per == "position",
+            meet=self.damped.agree_on_data if self.normalize else None,
         )
         for reading in readings:
             with plain_arithmetic(self.own.device):
@@ -177,7 +178,8 @@ def self_scores(
     """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``."""
     questions: dict[str, Question] = {"self": damped.self_products}
     parts = []
-    for reading in read(network, likelihood, data, questions, damped.together, progress=progress):
+    how = {"progress": progress, "meet": damped.agree_on_data}
+    for reading in read(network, likelihood, data, questions, damped.together, **how):
         parts.append(require_finite(_self_scores(reading, damped), reading.where))
     return torch.cat(parts)
 

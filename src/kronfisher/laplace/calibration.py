@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.capture.batches import as_batches
-from kronfisher.distributed import Ranks
+from kronfisher.distributed import Joined, Ranks
 from kronfisher.errors import DataError
 from kronfisher.laplace.posterior import Posterior
 from kronfisher.laplace.predictions import log_densities
@@ -33,6 +33,8 @@ def best_scale(
     """
     batches, again = as_batches(data)
     batches = batches if again else list(batches)
+    if ranks is not None and posterior.owned:  # owners and the others predict every batch together
+        batches, ranks = Joined(batches, ranks), None
 
     def best_of(factors: Tensor) -> Tensor:
         def read() -> list[float]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from kronfisher.capture.forward import Forward
 from kronfisher.distributed import ProcessGroup, ranks_of
-from kronfisher.errors import UnsupportedError
 from kronfisher.fisher import Fisher
 from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
@@ -104,7 +103,8 @@ class Laplace(Posterior):
 
         Args:
             data: batches of inputs and targets, those of the estimate.
-            group: the processes that read a part of the data each, as for `estimate`; all of them call this.
+            group: the processes that read a part of the data each, as for `estimate`; all of them call this. Where
+                blocks stay with their owners, every rank predicts the batches of all ranks, one after the other.
 
         Returns:
             Itself.
@@ -322,14 +322,9 @@ class Laplace(Posterior):
 
         Raises:
             DataError: there are no targets, or they do not fit; the posterior is as it was before.
-            UnsupportedError: as `log_predictive_density`; or `group` is given, and blocks stay with their owners.
+            UnsupportedError: as `log_predictive_density`.
         """
         ranks = ranks_of(group)
-        if ranks is not None and self.owned:
-            raise UnsupportedError(
-                "blocks stay with their owners (share='owned'), so that all ranks predict together: leave group= out "
-                "and give all of them the same validation data, or make the posterior of fisher.whole()."
-            )
         before, self.calibrated_for = self.calibrated_for, None
         try:
             predictor = choose_predictor(self, predictor)

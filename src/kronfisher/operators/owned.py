@@ -131,27 +131,28 @@ class Owned(Operator):
     # Numbers ----------------------------------------------------------------------------------------------------------
 
     def trace(self) -> Tensor:
-        return self._value(lambda operator: operator.trace())
+        return self.value(lambda operator: operator.trace())
 
     def diagonal(self) -> Tensor:
-        return self._value(lambda operator: operator.diagonal())
+        return self.value(lambda operator: operator.diagonal())
 
     def logdet(self) -> Tensor:
-        return self._value(lambda operator: operator.logdet())
+        return self.value(lambda operator: operator.logdet())
 
     def eigenvalues(self) -> Tensor:
-        return self._value(lambda operator: operator.eigenvalues())
+        return self.value(lambda operator: operator.eigenvalues())
 
     def nullity(self) -> int:
-        return self._value(lambda operator: operator.nullity())
+        return self.value(lambda operator: operator.nullity())
 
     def frobenius_norm(self) -> Tensor:
-        return self._value(lambda operator: operator.frobenius_norm())
+        return self.value(lambda operator: operator.frobenius_norm())
 
     def to_dense(self) -> Tensor:
-        return self._value(lambda operator: operator.to_dense())
+        return self.value(lambda operator: operator.to_dense())
 
-    def _value(self, function: Callable[[Operator], Any]) -> Any:
+    def value(self, function: Callable[[Operator], Any]) -> Any:
+        """What a function makes of the matrix at its owner."""
         return self.ranks.of(self.owner, lambda: function(self.held), self.where)
 
     # Other matrices ---------------------------------------------------------------------------------------------------
