@@ -4,6 +4,7 @@ import re
 import time
 import warnings
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,38 @@ def follow(answers, truth, tolerance=1e-9):
 def test_steps(ranks, fit):
     case = (ranks.size, 20, fit)
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
+
+
+@pytest.mark.parametrize(
+    ("name", "fit"), [("exact", "kfac"), ("exact", "ekfac"), ("momentum", "kfac"), ("undone", "kfac")]
+)
+def test_steps_of_the_papers_rule(ranks, name, fit):
+    """One quadratic model, one comparison of losses and one λ for all ranks, those of one process."""
+    truth = trainings.papers(None, ranks.size, name, fit)
+    follow(ranks.call(trainings.papers, ranks.size, name, fit), truth)
+    steered = truth["steered"]
+    assert bool(steered[-1, -1] > 1) == (name == "undone")
+    assert len(steered[:, 0 if name == "momentum" else 1].unique()) > 5
+
+
+def test_a_loop_of_ones_own_by_the_papers_rule(ranks):
+    options = {"step": kf.QuadraticModel(trust=kf.Constant(0.3))}
+    answers = ranks.call(partial(trainings.loop, **options), ranks.size)
+    follow(answers, trainings.loop(None, ranks.size, **options))
+
+
+def test_the_papers_rule_with_drawn_labels_is_alike_on_all_ranks(ranks):
+    assert same_bits(ranks.call(trainings.papers, ranks.size, "exact", "ekfac", "sampled"))
+
+
+def test_ranks_take_the_same_way_to_products_with_the_exact_matrix(ranks):
+    """A rank whose operators have no forward mode, and one that has no model at all, decide for all of them."""
+    answers, (truth, *_) = ranks.call(trainings.ways, ranks.size, True), trainings.ways(None, ranks.size, True)
+    follow([found for found, _, _ in answers], truth)
+    assert {way for _, way, _ in answers} == {"backward"}
+    answers = ranks.call(trainings.ways, ranks.size, False)
+    assert same_bits([found for found, _, _ in answers])
+    assert all(any("Training continues at a fixed rate" in text for text in told) for _, _, told in answers)
 
 
 def test_a_group_of_one_trains_alone_beside_others(ranks):
@@ -238,7 +271,7 @@ def test_steps_between_renewals_send_nothing_but_gradients(ranks):
 def test_parameters_that_are_spread_over_ranks_are_refused_by_placement(ranks):
     says = {
         "narrow": r"0\.weight is torch\.float64 and fully_shard computes with it in torch\.bfloat16: leave the Mixed",
-        "papers": r"step=kf\.QuadraticModel.* use the default, step=kf\.LayerwiseStep",
+        "papers": r"step=kf\.QuadraticModel.* fully_shard puts its own there\. Use the default, step=kf\.LayerwiseStep",
         "partly": r"0\.weight is outside the parts that fully_shard treats, .* call fully_shard\(model\) for the whole",
         "without group": r"0\.weight is spread over ranks \[0, 1.* group=torch\.distributed\.group\.WORLD",
         "a larger group": rf"0\.weight is spread over ranks \[\d\] by fully_shard, and group= has {ranks.size} of them",
@@ -274,7 +307,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_moves_nothing(ranks, fit, labels
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("model", "UnsupportedError", "evaluates its model and its losses on the batch of one process"),
+        ("passes", "RankError", "ran . forward and backward passes before step"),
         ("gram", "UnsupportedError", "one process's samples"),
         ("other weights", "RankError", "parameter 0.weight: rank 0 has"),
     ],

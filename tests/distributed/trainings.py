@@ -83,12 +83,76 @@ def alone(rank, ranks, number=8):
     return found
 
 
-def loop(rank, ranks, how="ddp", number=12):
+PAPERS = {
+    "exact": {"step": kf.QuadraticModel()},
+    "momentum": {"step": kf.QuadraticModel(momentum=0.8, trust=kf.LevenbergMarquardt(initial=0.1))},
+    "undone": {"step": kf.QuadraticModel(trust=kf.LevenbergMarquardt(initial=1e-6, stride=100.0)), "lr": 30.0},
+}
+
+
+def papers(rank, ranks, name, fit, labels="observed"):
+    """Steps of the papers' rule: weights, and what steered them."""
+    model = perceptron()
+    wrapped, group = around(rank, model)
+    options = {"fit": fit, "labels": labels, **PAPERS[name], **group}
+    optimizer, found = kf.NaturalGradient(wrapped, kf.Categorical(), **options), []
+    for x, y in batches(rank, ranks, 20):
+        optimizer.step(lambda x=x: wrapped(x), y)
+        report = optimizer.report()
+        found.append([report.damping, report.step_size, report.momentum, float(report.ratio or 0.0), report.rejected])
+    return weights(model) | {"steered": torch.tensor(found, dtype=torch.float64).nan_to_num()}
+
+
+class OneWay(torch.autograd.Function):
+    """The hyperbolic tangent with a backward pass alone, or without a second one."""
+
+    @staticmethod
+    def forward(ctx, x, twice):
+        ctx.save_for_backward(y := x.tanh())
+        ctx.twice = twice
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        if not ctx.twice and torch.is_grad_enabled():
+            raise NotImplementedError("no second derivative")
+        return gradient * (1 - y * y), None
+
+
+class Ways(torch.nn.Sequential):
+    """A perceptron whose activations have derivatives by another way on the last rank than elsewhere."""
+
+    odd, twice = False, True
+
+    def forward(self, x):
+        for k, module in enumerate(self):
+            x = OneWay.apply(x, self.twice) if k == 1 and self.odd else module(x)
+        return x
+
+
+def ways(rank, ranks, twice):
+    """Weights where one rank needs another way to products than the others, and the way; warnings where it has none."""
+    model = fresh(Ways(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)))
+    model.odd, model.twice = rank == ranks - 1, twice
+    wrapped, group = around(rank, model)
+    step = kf.QuadraticModel(trust=kf.Constant(0.1))
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", step=step, **group)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in batches(rank, ranks, 12):
+            optimizer.step(lambda x=x: wrapped(x), y)
+    return weights(model), optimizer.parts.step_size.products.way, [str(one.message) for one in caught]
+
+
+def loop(rank, ranks, how="ddp", number=12, **options):
     """A loop of one's own: two batches a step, clipped gradients, weight decay, frozen weights, a scheduler."""
     model = perceptron()
     model[0].bias.requires_grad_(False)
     wrapped, group = around(rank, model, how)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", weight_decay=0.1, **group)
+    options = {"labels": "observed", "weight_decay": 0.1, **options, **group}
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options)
+    exact = "step" in options  # which evaluates the likelihood's own loss, a sum over batches
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     data = iter(batches(rank, ranks, 2 * number))
     for _ in range(number):
@@ -99,7 +163,7 @@ def loop(rank, ranks, how="ddp", number=12):
                 wrapped.set_requires_gradient_sync(last)
             with wrapped.no_sync() if how == "ddp" and rank is not None and not last else contextlib.nullcontext():
                 outputs = optimizer.forward(x)
-                optimizer.backward(outputs, y, optimizer.loss(outputs, y) / 2)
+                optimizer.backward(outputs, y, None if exact else optimizer.loss(outputs, y) / 2)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         schedule.step()
@@ -361,6 +425,16 @@ def spread(rank):
     return errors
 
 
+def uneven(rank, wrapped, group):
+    """The papers' step after other numbers of passes on each rank."""
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=kf.QuadraticModel(), labels="observed", **group)
+    for x, y in islice(batches(rank, dist.get_world_size(), 3), rank + 1):
+        with wrapped.no_sync():
+            optimizer.backward(optimizer.forward(x), y)
+    optimizer.step()
+    return "none", ""
+
+
 def refused(rank, what):
     """The error of a training that several ranks cannot run."""
     model = perceptron()
@@ -369,7 +443,9 @@ def refused(rank, what):
         if what == "other weights":
             with torch.no_grad():
                 model[0].weight.add_(rank)
-        options = {"model": {"step": kf.QuadraticModel()}, "gram": {"fit": "gram"}}
+        if what == "passes":
+            return uneven(rank, wrapped, group)
+        options = {"gram": {"fit": "gram"}}
         optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options.get(what, {}), **group)
         x, y = next(batches(rank, dist.get_world_size(), 1))
         optimizer.step(lambda: wrapped(x), y)

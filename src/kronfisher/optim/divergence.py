@@ -1,11 +1,9 @@
 """Detects that training diverges, from the losses of successive batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
-
-from kronfisher.optim.replay import ForwardPass
 
 __all__ = ["Divergence"]
 
@@ -28,11 +26,8 @@ class Divergence:
     seen: int = 0
     failures: int = 0
 
-    def exploded(self, passes: Sequence[ForwardPass]) -> bool:
+    def exploded(self, loss: float) -> bool:
         """Whether the loss of this batch shows that the last step made it explode."""
-        if not passes or any(one.loss is None for one in passes):
-            return False
-        loss = sum(float(one.loss) for one in passes if one.loss is not None)
         if not isfinite(loss):  # the batch may be the cause; a second one in a row is blamed on the weights
             self.failures += 1
             return self.failures > 1

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kronfisher.capture.isolation import replace_contents
+from kronfisher.distributed import Ranks
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.replay import ForwardPass
@@ -29,9 +30,11 @@ class FisherProducts:
     Attributes:
         way: "together": one forward pass in which every tensor carries its derivatives along all directions; "apart":
             one such pass for each; "backward": the derivative of a backward pass. The first that works is kept.
+        ranks: each with a batch of its own, the mean over which is meant; all of them take the same way.
     """
 
     way: str = WAYS[0]
+    ranks: Ranks | None = None
 
     def gram(
         self,
@@ -50,8 +53,9 @@ class FisherProducts:
             record: the forward pass; it is run again.
             directions: K vectors ``{name: [*shape]}``; a missing name means zero.
             likelihood: whose Hessian of the outputs is taken.
-            slopes: ``∇hᵀ dᵢ`` with the gradient of this pass's loss, where that is known, to check derivatives with:
-                forward mode continues through ``torch.no_grad``, and misses weights that are not read from a module.
+            slopes: ``∇hᵀ dᵢ`` with the gradient of this pass's loss (or the mean of all ranks), where that is known, to
+                check derivatives with: forward mode continues through ``torch.no_grad``, and misses weights that are
+                not read from a module.
 
         Returns:
             ``[K, K]``, float64, on the outputs' device.
@@ -63,31 +67,110 @@ class FisherProducts:
         for way in WAYS[WAYS.index(self.way) :]:
             if way == "together" and len(directions) == 1:
                 continue
-            try:
-                outputs, columns = _FUNCTIONS[way](model, parameters, record, directions)
-            except (NotImplementedError, RuntimeError) as error:
-                if way != WAYS[-1]:
-                    continue
-                raise UnsupportedError(
-                    "The exact quadratic model needs the derivative of the outputs along a direction, and an operator "
-                    f"of the model has neither a forward-mode nor a second derivative ({error}). Use momentum=0.9 (a "
-                    "fixed rate) and trust=Constant(λ)."
-                ) from error
-            except Exception:  # the model may refuse tensors that are no parameters; its own errors are raised below
-                if way == WAYS[-1]:
-                    raise
-                continue
-            if way == WAYS[-1]:
-                _require_same(outputs, record, likelihood)
-            elif not (_same(outputs, record) and _consistent(outputs, columns, record, likelihood, slopes)):
+            options = model, parameters, record, directions, likelihood, slopes is not None
+            trial = self._of_all_ranks(lambda way=way, options=options: _try(way, *options), len(directions))
+            if trial is None or not trial.agrees(slopes):
                 continue
             if len(directions) > 1:
                 self.way = way
-            rows = [likelihood.hessian_product(outputs, column, record.targets) for column in columns]
-            products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
-            matrix = torch.stack(products) / record.count
-            return (matrix + matrix.mT) / 2
+            return (trial.matrix + trial.matrix.mT) / 2
         raise AssertionError("the last way returns or raises")
+
+    def _of_all_ranks(self, read: Callable[[], "_Trial | None"], size: int) -> "_Trial | None":
+        """The mean over ranks of what each has found on its own batch; None if any of them has to try another way."""
+        if self.ranks is None:
+            return read()
+        refusal, tolerance = None, 0.0
+
+        def numbers() -> list[float]:
+            nonlocal refusal, tolerance
+            found = None
+            try:
+                found = read()
+            except UnsupportedError as error:
+                refusal = error
+            if found is None:
+                return [float(refusal is None), float(refusal is not None), *[0.0] * (size * size + 2 * size)]
+            tolerance = found.tolerance
+            return [0.0, 0.0, *(value for part in found.numbers for value in part.flatten().tolist())]
+
+        others, refused, *sums = self.ranks.added(numbers)
+        if refused:
+            raise refusal or UnsupportedError(
+                "Another rank has no exact quadratic model, of its batch or of an operator there: its warning says why."
+            )
+        if others:
+            return None
+        means = torch.tensor(sums, dtype=torch.float64) / self.ranks.size
+        matrix, changes, sizes = means.split([size * size, size, size])
+        return _Trial(matrix.view(size, size), changes, sizes, tolerance)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one way has found, in float64.
+
+    Attributes:
+        matrix: ``dᵢᵀ F dⱼ`` ``[K, K]``, symmetric up to rounding.
+        changes: the derivative of the loss along each direction ``[K]``; zero where it is not asked for.
+        sizes: the numbers whose rounding is in these ``[K]``.
+        tolerance: of rounding, relative to `sizes`.
+    """
+
+    matrix: Tensor
+    changes: Tensor
+    sizes: Tensor
+    tolerance: float
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the tolerance."""
+        return self.matrix, self.changes, self.sizes
+
+    def agrees(self, slopes: Sequence[float] | None) -> bool:
+        """Whether the outputs' derivatives make the loss change as its gradient says."""
+        if slopes is None:
+            return True
+        truth = self.changes.new_tensor(slopes)
+        return bool(((self.changes - truth).abs() <= self.tolerance * (10 * truth.abs() + self.sizes)).all())
+
+
+def _try(
+    way: str,
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    record: ForwardPass,
+    directions: Sequence[Vector],
+    likelihood: Likelihood,
+    derive: bool,
+) -> _Trial | None:
+    """What one way finds; None if it is not right for the model. The last one raises. `derive`: the loss as well."""
+    last = way == WAYS[-1]
+    try:
+        outputs, columns = _FUNCTIONS[way](model, parameters, record, directions)
+    except (NotImplementedError, RuntimeError) as error:
+        if not last:
+            return None
+        raise UnsupportedError(
+            "The exact quadratic model needs the derivative of the outputs along a direction, and an operator "
+            f"of the model has neither a forward-mode nor a second derivative ({error}). Use momentum=0.9 (a "
+            "fixed rate) and trust=Constant(λ)."
+        ) from error
+    except Exception:  # the model may refuse tensors that are no parameters; its own errors are raised below
+        if last:
+            raise
+        return None
+    if last:
+        _require_same(outputs, record, likelihood)
+    elif not _same(outputs, record):
+        return None
+    rows = [likelihood.hessian_product(outputs, column, record.targets) for column in columns]
+    products = [torch.stack([(left * right).sum(dtype=torch.float64) for right in rows]) for left in columns]
+    matrix = torch.stack(products) / record.count
+    changes = sizes = matrix.new_zeros(len(columns))
+    if derive:
+        changes, sizes = _changes(outputs, columns, record, likelihood)
+    return _Trial(matrix, changes, sizes, _tolerance(outputs, record))
 
 
 def _same(outputs: Tensor, record: ForwardPass) -> bool:
@@ -97,27 +180,16 @@ def _same(outputs: Tensor, record: ForwardPass) -> bool:
     return bool((outputs - record.values).abs().max() <= _tolerance(outputs, record) * scale)
 
 
-def _consistent(
-    outputs: Tensor,
-    columns: Sequence[Tensor],
-    record: ForwardPass,
-    likelihood: Likelihood,
-    slopes: Sequence[float] | None,
-) -> bool:
-    """Whether the outputs' derivatives make the loss change as its gradient says."""
-    if slopes is None:
-        return True
+def _changes(
+    outputs: Tensor, columns: Sequence[Tensor], record: ForwardPass, likelihood: Likelihood
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of the loss along directions, by those of the outputs; and what rounding is relative to."""
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
         loss = -likelihood.log_prob(leaf, record.targets).sum(dtype=torch.float64) / record.count
         (gradient,) = torch.autograd.grad(loss, leaf)
-    tolerance = _tolerance(outputs, record)
-    for column, slope in zip(columns, slopes, strict=True):
-        derivative = (gradient.double() * column).sum()
-        most = tolerance * (10 * abs(slope) + gradient.norm().double() * column.norm())
-        if not bool((derivative - slope).abs() <= most):
-            return False
-    return True
+    changes = torch.stack([(gradient.double() * column).sum() for column in columns])
+    return changes, torch.stack([gradient.norm().double() * column.norm() for column in columns])
 
 
 def _tolerance(outputs: Tensor, record: ForwardPass) -> float:

@@ -1,11 +1,10 @@
 """The fifth part of a step: the damping λ, and whether a step is compared, undone or left out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kronfisher.optim.damping_schedule import DampingSchedule, ScheduledDamping
 from kronfisher.optim.divergence import Divergence
-from kronfisher.optim.replay import ForwardPass
 
 __all__ = ["Judge"]
 
@@ -44,9 +43,9 @@ class Judge:
         """λ of a step; `measure` gives the mean eigenvalue of the Fisher matrix at the first."""
         return self.damping.at(step, measure)
 
-    def exploded(self, passes: Sequence[ForwardPass]) -> bool:
+    def exploded(self, loss: float) -> bool:
         """Whether the last step made the loss explode, so that it is to be undone; λ rises then."""
-        if not self.divergence.exploded(passes):
+        if not self.divergence.exploded(loss):
             return False
         self.rejected += 1
         self.damping.refuse()

@@ -19,6 +19,7 @@ from kronfisher.likelihoods import Likelihood
 from kronfisher.optim.attachment import Attachment
 from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
+from kronfisher.optim.exact_fisher import FisherProducts
 from kronfisher.optim.forward_backward import ForwardBackward
 from kronfisher.optim.intervals import LAYERWISE, Refresh
 from kronfisher.optim.judge import Judge
@@ -79,8 +80,7 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: ``"exact"`` likewise; a number is β of either rule.
         kl_limit: likewise.
         group: the processes that train together under DDP or ``fully_shard``, each on batches of its own, as a process
-            group of torch.distributed or a one-dimensional device mesh; with the default step. None: this process
-            alone.
+            group of torch.distributed or a one-dimensional device mesh. None: this process alone.
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
@@ -89,7 +89,7 @@ class NaturalGradient(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of range.
         UnsupportedError: at the first step, no parameter is in a layer that blocks can cover; or several processes
-            or ``fully_shard`` and `QuadraticModel` or ``fit="gram"``; or parameters are spread over processes in
+            and ``fit="gram"``, or ``fully_shard`` and `QuadraticModel`; or parameters are spread over processes in
             another way.
         RankError: in a step, ranks have different weights, settings or layers.
 
@@ -168,18 +168,20 @@ class NaturalGradient(torch.optim.Optimizer):
         settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
         settings |= {"ranks": ranks, "alone": group is not None, "spread": self._spread}
         if isinstance(self.rule, QuadraticModel):
-            if ranks is not None or self._spread is not None:
+            if self._spread is not None:
                 raise UnsupportedError(
-                    "step=kf.QuadraticModel(...) evaluates its model and its losses on the batch of one process. With "
-                    "group= of several or fully_shard, use the default, step=kf.LayerwiseStep(), or kf.Preconditioner."
+                    "step=kf.QuadraticModel(...) runs the forward pass again with other tensors in place of "
+                    "parameters, and fully_shard puts its own there. Use the default, step=kf.LayerwiseStep(), or "
+                    "kf.Preconditioner; or train under DistributedDataParallel."
                 )
             refresh = refresh or Refresh()
             self.parts: StepParts = Parts(
                 passes,
                 Statistics(self._model, parameters, likelihood, refresh=refresh, **settings),
                 Direction(parameters, self.rule.damping, refresh),
-                StepSize(self.rule.momentum, self.rule.kl_limit, refresh),
+                StepSize(self.rule.momentum, self.rule.kl_limit, refresh, products=FisherProducts(ranks=ranks)),
                 Judge(self.rule.schedule),
+                ranks=ranks,
             )
         else:
             refresh = refresh or LAYERWISE

@@ -3,7 +3,7 @@
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import isfinite
@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
-from kronfisher.errors import NumericalWarning
+from kronfisher.distributed import Ranks
+from kronfisher.errors import NumericalWarning, RankError
 from kronfisher.optim.direction import Direction
 from kronfisher.optim.forward_backward import ForwardBackward, StepPasses
 from kronfisher.optim.judge import Judge
+from kronfisher.optim.replay import ForwardPass
 from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.row_inverse import RowInverse
 from kronfisher.optim.statistics import Statistics
@@ -197,11 +199,13 @@ class Parts(StepParts):
         direction: makes natural gradients from gradients.
         step_size: chooses the length of the step.
         judge: chooses λ, and decides which steps are undone or skipped.
+        ranks: which train together, each on batches of its own; None: this process alone.
     """
 
     direction: Direction
     step_size: StepSize
     judge: Judge
+    ranks: Ranks | None = field(default=None, kw_only=True)
 
     @property
     def compares_losses(self) -> bool:
@@ -236,7 +240,8 @@ class Parts(StepParts):
             self.judge.skip()
             self.watch.idle(step, seen=found or taken.seen)
             return
-        if self.judge.exploded(taken.passes):
+        loss = self._loss(taken.passes)
+        if loss is not None and self.judge.exploded(loss):
             trained.take_back()
             self.step_size.solve_next(step + 1)
             self.judge.skip()
@@ -268,7 +273,8 @@ class Parts(StepParts):
         if length.predicted is not None and compares:
             with self._timed("model"):
                 try:
-                    change = trained.add_penalty(self.forward_backward.change(taken.passes), copies)
+                    change = self._mean(lambda: [self.forward_backward.change(taken.passes)])[0]
+                    change = trained.add_penalty(change, copies)
                 except BaseException:  # an error or an interruption of the model: a step that raises moves nothing
                     trained.restore(copies)
                     raise
@@ -277,6 +283,26 @@ class Parts(StepParts):
                 if undone:
                     trained.restore(copies)
                     self.step_size.solve_next(step + 1)
+
+    def _loss(self, passes: Sequence[ForwardPass]) -> float | None:
+        """That of this step over all ranks; None without a pass.
+
+        Raises:
+            RankError: ranks ran other numbers of passes; on all of them.
+        """
+        number = float(len(passes))
+        own = sum(float(one.loss) for one in passes if one.loss is not None)
+        loss, mean, square = self._mean(lambda: [own, number, number * number])
+        if square != mean * mean:
+            raise RankError(
+                f"this rank ran {len(passes)} forward and backward passes before step(), and another rank more or "
+                "fewer; the papers' step (kf.QuadraticModel) repeats them on all ranks together."
+            )
+        return loss if passes else None
+
+    def _mean(self, read: Callable[[], Sequence[float]]) -> Sequence[float]:
+        """Numbers of this rank's batch, averaged over ranks, as their gradients are: the same steers all of them."""
+        return read() if self.ranks is None else [value / self.ranks.size for value in self.ranks.added(read)]
 
     def _choose_length(self, inputs: StepInputs, step: int, solve: bool) -> StepLength:
         """The length of the step, with λ adapted to it."""
@@ -331,7 +357,7 @@ class Parts(StepParts):
     @staticmethod
     def names() -> tuple[str, ...]:
         """The parts, in the order of a step."""
-        return tuple(each.name for each in fields(Parts) if each.name != "seconds")
+        return tuple(each.name for each in fields(Parts) if each.name not in ("seconds", "ranks"))
 
     def state_dict(self) -> dict[str, Any]:
         """By part, everything that a resumed training needs."""
