@@ -1,6 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
-python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed gram]
+python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed gram
+                         small]
                          [--peers ...]
                          [--workloads ...] [--repeats N]
 
@@ -32,7 +33,10 @@ PACKAGES = {
     "kronfluence": "kronfluence",
 }
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
-NAMES = ("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed", "gram")
+NAMES = (
+    *("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed", "gram"),
+    "small",
+)
 WHATS = {name: [name] for name in NAMES} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
 SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
@@ -174,7 +178,21 @@ def gram(options: argparse.Namespace) -> list[dict]:
     return [{"what": "gram", **row} for row in outcome.get("rows", [outcome])]
 
 
-OWN = {"kfoc": kfoc, "influence": influence, "migration": migration, "distributed": distributed, "gram": gram}
+def small(options: argparse.Namespace) -> list[dict]:
+    """Small networks, and a wide one in two threads."""
+    arguments = ("small.py", "--repeats", str(max(2, options.repeats)))
+    outcome = child(*arguments, timeout=options.timeout, python=sys.executable)
+    return [{"what": "small", **row} for row in outcome.get("rows", [outcome])]
+
+
+OWN = {
+    "kfoc": kfoc,
+    "influence": influence,
+    "migration": migration,
+    "distributed": distributed,
+    "gram": gram,
+    "small": small,
+}
 
 
 def main() -> None:

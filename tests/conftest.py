@@ -35,6 +35,12 @@ def few_rows_pay(monkeypatch):
     monkeypatch.setattr("kronfisher.optim.row_inverse.CAPTURING", 0.0)
 
 
+@pytest.fixture
+def read_again(monkeypatch):
+    """Every pass runs the model, also where samples are few enough to be kept from the first one."""
+    monkeypatch.setattr("kronfisher.estimation.kept.ROOM", -1)
+
+
 @pytest.fixture(scope="session")
 def on_device():
     """Calls a function in a process that has a simulated device, which it gets first."""

@@ -224,7 +224,7 @@ def read(flags: Sequence[Tensor | bool]) -> list[bool]:
     by_device: dict[torch.device, dict[int, Tensor]] = {}
     for place, flag in enumerate(flags):
         if isinstance(flag, Tensor):
-            by_device.setdefault(flag.device, {})[place] = flag.reshape(())
+            by_device.setdefault(flag.device, {})[place] = flag.reshape(()) if flag.dim() else flag
     answers = dict(enumerate(flags))
     for there in by_device.values():
         answers |= dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))

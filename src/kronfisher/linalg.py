@@ -107,7 +107,8 @@ def add_symmetric_product_(total: Tensor, x: Tensor, y: Tensor | None = None) ->
                 [14., 20.]])
     """
     if total.dim() == 3 and len(total) == 1:
-        _add_upper_(total[0], x[0], x[0] if y is None else y[0])
+        rows = x[0]
+        _add_upper_(total[0], rows, rows if y is None else y[0])
     elif total.dim() == 3:
         total.baddbmm_(x.mT, x if y is None else y)
     else:

@@ -151,7 +151,7 @@ def test_batch_norm_without_parameters_of_its_own_still_couples_the_data():
         kf.estimate(model, torch.randn(4, 3), kf.Gaussian())
 
 
-def test_hooks_of_the_user_see_no_gradient_of_ours():
+def test_hooks_of_the_user_see_no_gradient_of_ours(read_again):
     model, seen = rich(), []
     model.first.register_full_backward_hook(lambda *a: seen.append("backward"))
     model.last.register_full_backward_pre_hook(lambda *a: seen.append("pre"))

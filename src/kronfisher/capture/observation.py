@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kronfisher.capture.batches import Batches
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, walk
@@ -18,7 +17,7 @@ from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
 from kronfisher.linalg import promote
 
-__all__ = ["Observation", "observe", "observe_all"]
+__all__ = ["Observation", "observe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +192,3 @@ def _modules(module: nn.Module) -> list[nn.Module]:
                 seen.add(id(child))
                 found.append(child)
     return found
-
-
-def observe_all(
-    model: nn.Module, parameters: Mapping[str, Tensor], batches: Batches, forward: Forward | None, number: int
-) -> Iterator[Observation]:
-    """`observe` every batch of the pass with this number, lazily."""
-    for where, batch in batches.read(number):
-        yield observe(model, parameters, batch, forward, where)

@@ -13,13 +13,14 @@ from kronfisher.capture.batches import Batches, positions_of
 from kronfisher.capture.capture import Receiver
 from kronfisher.capture.forward import not_finite_error
 from kronfisher.capture.isolation import isolate
-from kronfisher.capture.observation import Observation, observe, observe_all
+from kronfisher.capture.observation import Observation, observe
 from kronfisher.capture.per_sample import FALLBACK
 from kronfisher.capture.refusals import refuse, strict_error
 from kronfisher.distributed import describe
 from kronfisher.errors import DataError, NumericalError, RankError, UnsupportedError, together
 from kronfisher.estimation.assignment import Assignment, Known, Refusals, assign
 from kronfisher.estimation.groups import Fits, Group, Groups, plan_groups, rows_of_example
+from kronfisher.estimation.kept import Kept
 from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, facts_of
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
@@ -93,6 +94,7 @@ class Accumulator:
         self.targets = ""
         self.meeting = None if recipe.ranks is None else Meeting(recipe.ranks, self.device)
         self.tell: Callable[[str], None] = log.debug
+        self._kept: Kept | None = None
         self.start_pass()
 
     def start_pass(self, seed: int | None = None) -> None:
@@ -210,8 +212,16 @@ class Accumulator:
             raise
 
     def _read_pass(self, batches: Batches, number: int, tell: Callable[[str], None]) -> None:
+        if not number:
+            self._kept = Kept(self.batches) if self.recipe.memory_budget is None else None
+        elif self._kept is not None and self._kept.whole:
+            return self._pass_on_again(self._kept, batches, number, tell)
         with isolate(self.model, self.recipe.seed):
-            for observation in observe_all(self.model, self.parameters, batches, self.recipe.run, number):
+            for where, batch in batches.read(number):
+                state = None if self._kept is None else torch.get_rng_state()
+                observation = observe(self.model, self.parameters, batch, self.recipe.run, where)
+                if self._kept is not None and state is not None:
+                    self._kept.begin(torch.equal(state, torch.get_rng_state()))
                 self._absorb(observation)
                 if self.passes > 1:
                     batches.recognise(observation.batch)
@@ -220,6 +230,20 @@ class Accumulator:
                     f"pass {number + 1}/{self.passes}, {batches.index} batches, {self.backward_passes} backward passes"
                 )
         batches.require_same_number(some=self.meeting is None)
+        if self._kept is not None:
+            self._kept.score = self.log_likelihood, self.outputs
+
+    def _pass_on_again(self, kept: Kept, batches: Batches, number: int, tell: Callable[[str], None]) -> None:
+        """A later pass without the model: its batches are those of the first pass, and bring the same."""
+        with isolate(self.model, self.recipe.seed):  # loaders may draw from the global generators
+            for _, batch in batches.read(number):
+                batches.recognise(batch)
+        batches.require_same_number(some=self.meeting is None)
+        with plain_arithmetic(self.device):
+            for size in kept.pass_on():
+                self._count(size)
+        self.log_likelihood, self.outputs = kept.score
+        tell(f"pass {number + 1}/{self.passes}, {batches.index} batches, {self.backward_passes} backward passes")
 
     def _meet(self, meeting: Meeting, batches: Batches, number: int, problem: Exception | None) -> None:
         """Put what this rank has read in a pass together with what the others have.
@@ -309,7 +333,8 @@ class Accumulator:
         entries, singles = self.groups.open(assignment.parts, assignment.singles)
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
-        stream = Stream(entries, assignment.orders, mask, singles, repeated=own is None and steps > 1)
+        later = self._kept if self.passes > 1 else None  # else all groups of this batch read the data once
+        stream = Stream(entries, assignment.orders, mask, singles, repeated=own is None and steps > 1, kept=later)
         size = likelihood.count(outputs) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)
@@ -327,12 +352,18 @@ class Accumulator:
                 stream.receive_single(outputs, vector, self.parameters)
                 self.backward_passes += len(outputs)
             stream.flush()
-        self.count = self.count + size
+        if self._kept is not None:
+            self._kept.end(size)
+        self._count(size)
         if self.score and not self.targets:
             self.targets = name_targets(observation, likelihood, needed=self.recipe.labels == "observed")
         if score is not None:
             self.log_likelihood = score if self.log_likelihood is None else self.log_likelihood + score
             self.outputs += values.numel()
+
+    def _count(self, size: float | Tensor) -> None:
+        """Count examples, in every state that reads data."""
+        self.count = self.count + size
         for group in self.groups:
             if not group.done:
                 group.state.count = group.state.count + size

@@ -11,6 +11,7 @@ from kronfisher.capture.graph import Call
 from kronfisher.capture.parts import Part
 from kronfisher.capture.per_sample import per_sample_gradients, samples_of_gradients
 from kronfisher.estimation.groups import Group
+from kronfisher.estimation.kept import Kept
 from kronfisher.fisher.blocks import Block
 from kronfisher.layers import RowOrder
 from kronfisher.layers.activations import Activations, Dense
@@ -29,6 +30,7 @@ class Stream:
         mask: ``[N, P]`` output positions that count, or None.
         singles: parameter that the fallback treats → the group of its block, and its place in it.
         repeated: whether several backward passes follow each other, all of which have the same inputs.
+        kept: receives what is passed on, for later passes.
 
     Attributes:
         last: whether this is the last backward pass, so that inputs are released once their gradients have arrived.
@@ -43,8 +45,9 @@ class Stream:
         mask: Tensor | None,
         singles: Mapping[str, tuple[Group, int]] | None = None,
         repeated: bool = False,
+        kept: Kept | None = None,
     ) -> None:
-        self._singles = dict(singles or {})
+        self._singles, self._kept = dict(singles or {}), kept
         self._entries, self._orders, self._mask = entries, orders, mask
         places = [(id(group), position) for placed in entries.values() for _, group, position in placed]
         self._expected = Counter([*places, *((id(group), position) for group, position in self._singles.values())])
@@ -90,7 +93,7 @@ class Stream:
                 if waits:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
-                    group.state = group.fit.update(group.state, (samples,))
+                    self._pass_on(group, (samples,))
                 group.seconds += time.perf_counter() - began
         if self.last:
             for part, _, _ in entries:
@@ -120,7 +123,7 @@ class Stream:
                     if whole:
                         self._arrive(group, position, samples)
                     else:
-                        group.state = group.fit.update(group.state, (samples,))
+                        self._pass_on(group, (samples,))
         for group in {id(group): group for group in groups}.values():
             group.seconds += (time.perf_counter() - began) / len(groups)
 
@@ -150,7 +153,11 @@ class Stream:
 
     def _update(self, group: Group) -> None:
         ready = self._ready.pop(id(group))
-        samples = tuple(ready[position] for position in range(len(group.blocks)))
+        self._pass_on(group, tuple(ready[position] for position in range(len(group.blocks))))
+
+    def _pass_on(self, group: Group, samples: tuple[Samples, ...]) -> None:
+        if self._kept is not None:
+            self._kept.note(group, samples)
         group.state = group.fit.update(group.state, samples)
 
 

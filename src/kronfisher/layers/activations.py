@@ -192,7 +192,7 @@ class Dense(Activations):
         rows = self.values.to(total.dtype).flatten(1, 2)
         width = rows.shape[-1]
         if self.bias and rows.numel() < _FEW:  # fewer calls count for more than a copy
-            add_symmetric_product_(total, torch.cat([rows, rows.new_ones(()).expand(*rows.shape[:2], 1)], dim=-1))
+            add_symmetric_product_(total, torch.constant_pad_nd(rows, (0, 1), 1.0))
             return
         add_symmetric_product_(total[:, :width, :width], rows)
         if self.bias:  # the last column, without a copy of the rest
