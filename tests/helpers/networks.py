@@ -125,6 +125,17 @@ def convnet(outputs=3):
     )
 
 
+class Transposed(nn.Module):
+    """A table of embeddings that is the last layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.hidden(self.table(x)).tanh() @ self.table.weight.T
+
+
 class Tied(nn.Module):
     """One layer applied twice, and positions at the output."""
 

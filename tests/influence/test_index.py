@@ -5,7 +5,7 @@ import torch
 
 import kronfisher as kf
 from tests.helpers.close import close
-from tests.helpers.networks import Tied, images, perceptron
+from tests.helpers.networks import Tied, Transposed, images, perceptron
 
 BUILT = {
     "perceptron": (lambda: perceptron(4, 6, 3, seed=1), (4,)),
@@ -44,7 +44,7 @@ def test_all_coordinates_give_the_scores_and_some_stay_within_their_bounds(name,
         close(whole.scores(queries[0], measurement=("logit", 1)).values, logits.values, 1e-9)
 
 
-def test_an_index_goes_on_where_it_was_and_refuses_what_has_no_eigenbasis(tmp_path):
+def test_an_index_goes_on_where_it_was_and_refuses_what_is_too_large_for_an_eigenbasis(tmp_path, monkeypatch):
     influence, train, queries = problem("perceptron", "kfac")
     path = tmp_path / "index"
     with pytest.raises(kf.NumericalError, match="batch 2"):
@@ -57,7 +57,21 @@ def test_an_index_goes_on_where_it_was_and_refuses_what_has_no_eigenbasis(tmp_pa
     )
     with pytest.raises(kf.DataError, match="options"):
         influence.index(train, path, size=31)
-    with pytest.raises(kf.UnsupportedError, match="Choose a fit such as 'kfac'"):
+    monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 10)
+    with pytest.raises(kf.UnsupportedError, match="choose a fit with such a basis, such as 'kfac'"):
         problem("perceptron", "full")[0].index(train, tmp_path / "full")
     with pytest.raises(ValueError, match="neither refine"):
         kf.Influence(influence.model, influence.fisher, kf.Categorical(), refine=1).index(train, path)
+
+
+@pytest.mark.parametrize("fit", ["full", kf.Full(across_layers=True), "kfac", "ekfac", "kronecker-sum", "diagonal"])
+def test_weights_in_two_roles_and_whole_blocks_are_stored_in_eigenvectors_that_are_written_out(fit, tmp_path):
+    torch.manual_seed(4)
+    model, x, y = Transposed().double(), torch.randint(6, (12, 3)), torch.randint(6, (12, 3))
+    train, queries = [(x[:5], y[:5]), (x[5:], y[5:])], (x[:3], y[3:6])
+    fisher = kf.estimate(model, train, kf.Categorical(), fit=fit, labels="exact")
+    influence = kf.Influence(model, fisher, kf.Categorical(), damping=kf.Share(3))
+    exact = influence.scores(train, queries).values
+    close(influence.index(train, tmp_path / "whole", size=10**6).scores(queries).values, exact, 1e-9)
+    found = influence.index(train, tmp_path / "some", size=10).scores(queries)
+    assert bool(((found.values - exact).abs() <= found.bounds * (1 + 1e-9)).all())

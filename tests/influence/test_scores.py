@@ -11,7 +11,7 @@ from kronfisher.fits import FITS
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import problem
 from tests.helpers.close import close
-from tests.helpers.networks import Tied, Written, images, normalised, perceptron
+from tests.helpers.networks import Tied, Transposed, Written, images, normalised, perceptron
 from tests.helpers.truth import gradients
 
 BUILT = {
@@ -149,6 +149,8 @@ def test_a_measurement_that_is_none_is_refused():
         influence.scores(train, queries, measurement="accuracy")
     with pytest.raises(kf.DataError, match="one number for each of the 3 queries"):
         influence.scores(train, queries, measurement=lambda outputs, targets: outputs)
+    with pytest.raises(ValueError, match=r"\(outputs\): it is called with \(outputs, targets\)"):
+        influence.scores(train, queries, measurement=lambda outputs: outputs.sum(1))
     with pytest.raises(kf.DataError, match="has 3 of them"):
         influence.scores(train, queries, measurement=("logit", 3))
     with pytest.raises(kf.DataError, match="does not depend on the outputs"):
@@ -295,17 +297,6 @@ def test_a_sum_whose_spectrum_was_changed_on_request_is_scored():
         kf.Influence(model, fisher + 1.0, kf.Categorical())
 
 
-class Transposed(torch.nn.Module):
-    """A table of embeddings that is the last layer too."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.hidden = torch.nn.Embedding(6, 4), torch.nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.hidden(self.table(x)).tanh() @ self.table.weight.T
-
-
 @pytest.mark.parametrize("fit", ["kfac", "full", "diagonal"])
 def test_a_weight_in_two_roles_needs_no_per_example_gradients(fit):
     model, x, y = Transposed().double(), torch.randint(6, (7, 3)), torch.randint(6, (7, 3))
@@ -317,6 +308,20 @@ def test_a_weight_in_two_roles_needs_no_per_example_gradients(fit):
     rows = losses(model, (x, y))
     own = (rows * torch.linalg.solve(damped(fisher, influence.damping), rows.T).T).sum(1) / fisher.count
     close(influence.self_scores((x, y)), own)
+
+
+@pytest.mark.parametrize("fit", ["kfac", "gram", "block-tridiagonal", kf.Full(across_layers=True)])
+def test_gradients_and_refined_scores_under_operators_of_one_block_and_of_several(fit):
+    model, train, queries = made("perceptron", n=40)
+    fisher = kf.estimate(model, [train], kf.Categorical(), fit=fit, labels="exact")
+    influence = kf.Influence(model, fisher, kf.Categorical(), damping=0.1, refine=fisher.dim)
+    found = influence.gradients(queries)
+    rows = torch.cat([found[name].flatten(1) for name, _ in model.named_parameters()], dim=1)
+    close(rows, losses(model, queries))
+    exact = kf.estimate(model, [train], kf.Categorical(), fit=kf.Full(across_layers=True), labels="exact")
+    scores = influence.scores([train], queries)
+    close(scores.values, truth(model, exact, kf.Influence(model, exact, kf.Categorical(), damping=0.1), train, queries))
+    assert scores.residuals.max() < 1e-8
 
 
 class Unknown(torch.nn.Module):

@@ -22,6 +22,7 @@ __all__ = ["LowRank", "by_position", "gradient_norms", "inner_products"]
 _CACHE = 2**21  # bytes of temporaries that are read again at once
 _ROOM = 2**25  # bytes of temporaries while queries are truncated
 _BATCH = 128  # rows of a product that reads all queries
+_BESIDE = 2  # numbers of a gradient written in the time that one is taken of products with queries, row by row
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def inner_products(samples: Samples, queries: Tensor | LowRank) -> Tensor:
             return _by_factors(samples, queries)
     matrices = queries if isinstance(queries, Tensor) else queries.matrices
     matrices = matrices.to(samples.gradients)
-    if lookup or (positions == 1 and len(matrices) < max(inputs, outputs)):
+    if lookup or (positions == 1 and _BESIDE * len(matrices) < max(inputs, outputs)):
         return by_position(samples, matrices).sum(1)  # as many multiplications, and less to write
     flat = matrices.flatten(1).mT
     groups, rows = matrices.shape[1], samples.gradients.element_size() * inputs * (outputs + positions)

@@ -1,13 +1,14 @@
 """A store of compressed training gradients, so that new queries are answered without reading the data again.
 
-In the eigenbasis of ``F + λ = K⁻ᵀ diag(v) K⁻¹`` a score is an inner product of coordinates ``c = vec(Kᵀ G) / √v``. The
-leading ones are kept, those whose curvature is largest against λ: a direction that is all damping carries little of any
-score. By Cauchy and Schwarz a score is off by at most ``‖c_q⊥‖ ‖c_k⊥‖ / N``, the norms of what was left out.
+In the eigenbasis of ``F + λ = K⁻ᵀ diag(v) K⁻¹`` a score is an inner product of coordinates ``c = vec(Kᵀ G) / √v``.
+Where K is no Kronecker product (a weight in two roles, whole blocks), it is written out. The leading coordinates are
+kept, those whose curvature is largest against λ: a direction that is all damping carries little of any score. By Cauchy
+and Schwarz a score is off by at most ``‖c_q⊥‖ ‖c_k⊥‖ / N``, the norms of what was left out.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from kronfisher.influence.scores import Scores
 from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import plain_arithmetic
+from kronfisher.operators import Eigen, Operator
 
 __all__ = ["Index", "Leading", "write_index"]
 
@@ -32,51 +34,51 @@ class Leading:
 
     Attributes:
         damped: F + λ.
-        places: block's name → its places, ascending; together they are R.
+        places: number of an entry of F → its places, ascending; together they are R.
     """
 
     damped: Damped
-    places: Mapping[str, Tensor]
+    places: Mapping[int, Tensor]
 
     @classmethod
     def of(cls, damped: Damped, size: int) -> "Leading":
         """The `size` coordinates of all blocks with the largest curvature against λ.
 
         Raises:
-            UnsupportedError: a block has no eigenbasis that is a Kronecker product.
+            UnsupportedError: eigenvectors of a block are no Kronecker product, and it is too large for others.
         """
         ratios, owners, places = [], [], []
-        for k, ((blocks, operator), precision) in enumerate(zip(damped.fisher.entries, damped.precisions, strict=True)):
-            if len(blocks) > 1 or (precision.factored is None and precision.variances() is None):
-                raise UnsupportedError(
-                    f"{block_name(blocks)} ({operator.structure}): an index needs eigenvectors that are a Kronecker "
-                    "product. Choose a fit such as 'kfac', 'ekfac', 'kfoc' or 'diagonal'."
-                )
+        for k, (_, operator) in enumerate(damped.fisher.entries):
             if not float(operator.trace()) > 0:
                 continue  # nothing depends on it
-            own = precision.factored
-            values = own[1].flatten() if own is not None else 1 / precision.variances().flatten()  # pyright: ignore[reportOptionalMemberAccess]
-            shift = damped.damping[k]
+            values, shift = _eigenvalues(damped, k), damped.damping[k]
             ratios.append((values - shift) / max(shift, torch.finfo(values.dtype).tiny))
             owners.append(torch.full((len(values),), k, device=values.device))
             places.append(torch.arange(len(values), device=values.device))
         ratio, owner, place = (torch.cat(parts) for parts in (ratios, owners, places))
         kept = ratio.topk(min(size, len(ratio))).indices.sort().values
-        names = [block_name(blocks) for blocks, _ in damped.fisher.entries]
-        return cls(damped, {names[k]: place[kept][owner[kept] == k] for k in owner[kept].unique().tolist()})
+        return cls(damped, {k: place[kept][owner[kept] == k] for k in owner[kept].unique().tolist()})
+
+    def entries(self, blocks: Blocks) -> list[int]:
+        """The numbers of F's entries in which a group of blocks has coordinates that are kept, in order."""
+        return [number for number in self.damped.tied(blocks) if number in self.places]
 
     def coordinates(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
-        """The coordinates of one group that are kept ``[n, r]``."""
-        names = [block_name(mine) for mine, _ in self.damped.fisher.entries]
-        name = block_name(blocks)
-        if len(blocks) > 1 or name not in names:
-            raise UnsupportedError(f"{name}: the model uses it in another way than the Fisher has it in one block.")
-        chosen = self.places.get(name)
-        if chosen is None:
+        """The coordinates of one group that are kept, of one of its `entries` after the other ``[n, r]``."""
+        damped, entries = self.damped, self.entries(blocks)
+        if not entries:
             return samples[0].gradients.new_zeros(len(samples[0]), 0)
-        own = factored(self.damped.precisions[names.index(name)], blocks, samples[0])
-        assert own is not None
+        (mine, _), precision = damped.fisher.entries[entries[0]], damped.precisions[entries[0]]
+        same = damped.tied(blocks) == entries[:1] and [b.key for b in mine] == [b.key for b in blocks]
+        own = factored(precision, blocks, samples[0]) if same else None
+        if own is None:
+            found = []
+            for vectors in damped.written(blocks, samples):
+                parts = [_coordinates(damped, k, vectors[k], self.places[k]) for k in entries]
+                found.append(torch.cat([part.to(samples[0].gradients) for part in parts], dim=1))
+            return torch.cat(found)
         basis, inverse = own
+        chosen = self.places[entries[0]]
         root, (_, _, width) = inverse.flatten()[chosen].sqrt(), samples[0].shape
         if samples[0].positions > 1 or samples[0].shape[0] > 1:
             written = samples[0].rotated(basis.A, basis.B)
@@ -89,9 +91,13 @@ class Leading:
 
     def gather(self, reading: Reading) -> tuple[Tensor, Tensor]:
         """Coordinates ``[n, R]`` of one batch, and the squared norms ``[n]`` of what is left out."""
-        answers = {block_name(blocks): answer for blocks, answer in reading.answers["coordinates"].items()}
         like = next(iter(reading.answers["self"].values()))
-        parts = [answers.get(name, like.new_zeros(reading.size, len(places))) for name, places in self.places.items()]
+        answers = {k: like.new_zeros(reading.size, len(places)) for k, places in self.places.items()}
+        for blocks, answer in reading.answers["coordinates"].items():
+            entries = self.entries(blocks)
+            sizes = [len(self.places[k]) for k in entries]
+            answers |= dict(zip(entries, answer.split(sizes, dim=1), strict=True)) if entries else {}
+        parts = list(answers.values())
         kept = require_finite(torch.cat([part.to(like.dtype) for part in parts], dim=1), reading.where)
         whole = torch.stack([answer.to(like.dtype) for answer in reading.answers["self"].values()]).sum(0)
         noise = 10 * torch.finfo(whole.dtype).eps * whole
@@ -108,6 +114,42 @@ class Leading:
         """The readings of data, with what `gather` needs."""
         questions = {"coordinates": self.coordinates, "self": self.damped.self_products}
         return read(network, likelihood, data, questions, self.damped.together, what=what, skip=skip)
+
+
+def _eigenvalues(damped: Damped, number: int) -> Tensor:
+    """Those of an entry of F + λ, in the order of its basis.
+
+    Raises:
+        UnsupportedError: see `Leading.of`.
+    """
+    precision, shift = damped.precisions[number], damped.damping[number]
+    blocks, operator = damped.fisher.entries[number]
+    if (own := precision.factored) is not None:
+        return own[1].flatten()
+    if (variances := precision.variances()) is not None:
+        return 1 / variances.flatten()
+    if not operator.is_small:
+        raise UnsupportedError(
+            f"{block_name(blocks)} ({operator.structure}): an index needs eigenvectors that are a Kronecker product, "
+            "or few enough rows to write them out. Freeze it, or choose a fit with such a basis, such as 'kfac' or "
+            "'diagonal'; of a weight in two roles only 'diagonal' has one."
+        )
+    return _eigen(operator).shifted(shift).checked().values
+
+
+def _eigen(operator: Operator) -> Eigen:
+    """Eigenvectors, written out, and eigenvalues; made once."""
+    return cast(Eigen, operator.spectral())
+
+
+def _coordinates(damped: Damped, number: int, rows: Tensor, chosen: Tensor) -> Tensor:
+    """Some coordinates of rows ``[n, D]`` of an entry of F + λ."""
+    precision, values = damped.precisions[number], _eigenvalues(damped, number)
+    if (own := precision.factored) is not None:
+        rows = own[0].rotate(rows)
+    elif precision.variances() is None:
+        rows = _eigen(damped.fisher.entries[number][1]).basis.rotate(rows)
+    return rows[:, chosen] * values[chosen].rsqrt()
 
 
 def write_index(leading: Leading, network: Network, likelihood: Likelihood, train: Any, file: RowFile) -> None:

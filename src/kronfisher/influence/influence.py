@@ -244,8 +244,8 @@ class Influence:
             size: coordinates that are kept, over all blocks.
 
         Raises:
-            UnsupportedError: a block of the Fisher has no eigenbasis that is a Kronecker product, or stays with its
-                owner (``share="owned"``).
+            UnsupportedError: the eigenvectors of a block are no Kronecker product, and it is too large for others; or
+                it stays with its owner (``share="owned"``).
             DataError, SingularError, IndefiniteError, NumericalError: as `scores`.
             ValueError: the size is not positive, or refined or normalised scores are asked for.
         """

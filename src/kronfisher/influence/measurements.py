@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ def measured(measurement: Measurement, likelihood: Likelihood) -> Likelihood:
     if measurement == "loss":
         return likelihood
     if callable(measurement):
+        _require_two_arguments(measurement)
         return Measured(likelihood, measurement, getattr(measurement, "__name__", "function"), False)
     if measurement == "margin":
         return Measured(likelihood, _margin(likelihood), "'margin'", True)
@@ -103,6 +105,22 @@ def measured(measurement: Measurement, likelihood: Likelihood) -> Likelihood:
         f"measurement={measurement!r}: use 'loss', 'margin', 'logit', ('logit', class), or a function of "
         "(outputs, targets) that gives one number for each example."
     )
+
+
+def _require_two_arguments(function: Function) -> None:
+    """ValueError if a function cannot be called with outputs and targets."""
+    try:
+        call = signature(function)
+    except (TypeError, ValueError):  # of some built-in functions nothing is known
+        return
+    try:
+        call.bind(None, None)
+    except TypeError as error:
+        name = getattr(function, "__name__", "function")
+        raise ValueError(
+            f"measurement={name}{call}: it is called with (outputs, targets), whether it needs the targets or not "
+            f"({error})."
+        ) from None
 
 
 def _plain(likelihood: Likelihood, name: str) -> Categorical | Bernoulli:

@@ -1,6 +1,6 @@
 """Preconditioned queries ``P = (F + λ)⁻¹ ∇m`` and self-scores, through the structure of every block of F."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,27 +124,36 @@ class Damped:
         for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
             if [block.key for block in mine] == keys:
                 return quadratics(samples, precision, mine)
-        names, like = _names(blocks), samples[0].gradients
-        # An operator may tie in parameters that this batch does not use: their gradients are zero.
-        tied = [
-            (mine, own)
-            for (mine, _), own in zip(self.fisher.entries, self.precisions, strict=True)
-            if _names(mine) & names
-        ]
-        every = names.union(*(_names(mine) for mine, _ in tied))
-        size = 4 * like.element_size() * sum(self.fisher.shapes[name].numel() for name in every)
         parts = []
+        for vectors in self.written(blocks, samples):
+            total = samples[0].gradients.new_zeros(len(next(iter(vectors.values()))))
+            for number, rows in vectors.items():
+                if bool(rows.any()):
+                    total += (rows * self.precisions[number].solves(rows)).sum(1).to(total.dtype)
+            parts.append(total)
+        return torch.cat(parts)
+
+    def tied(self, blocks: Sequence[Block]) -> list[int]:
+        """The numbers of F's entries that have a parameter in common with some blocks."""
+        names = _names(blocks)
+        return [number for number, (mine, _) in enumerate(self.fisher.entries) if _names(mine) & names]
+
+    def written(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Iterator[dict[int, Tensor]]:
+        """Gradients of a group that `together` made, in the form of the entries of F that it is `tied` to.
+
+        Yields:
+            For a few examples at a time: number of the entry → canonical rows of all its blocks ``[n', D]``.
+        """
+        numbers, like = self.tied(blocks), samples[0].gradients
+        # An operator may tie in parameters that this batch does not use: their gradients are zero.
+        entries = [self.fisher.entries[number] for number in numbers]
+        every = _names(blocks).union(*(_names(mine) for mine, _ in entries))
+        size = 4 * like.element_size() * sum(self.fisher.shapes[name].numel() for name in every)
         for low, high in chunks(len(samples[0]), size, samples[0].workspace):
             rows = {name: like.new_zeros(high - low, *self.fisher.shapes[name]) for name in every}
             for block, use in zip(blocks, samples, strict=True):
                 add_gradients_(rows, block, written_out(use.part(low, high)))
-            total = like.new_zeros(high - low)
-            for mine, precision in tied:
-                vectors = gather(mine, rows).to(precision.operator.dtype)
-                if bool(vectors.any()):
-                    total += (vectors * precision.solves(vectors)).sum(1).to(total.dtype)
-            parts.append(total)
-        return torch.cat(parts)
+            yield {n: gather(mine, rows).to(own.dtype) for n, (mine, own) in zip(numbers, entries, strict=True)}
 
 
 def _names(blocks: Sequence[Block]) -> set[str]:

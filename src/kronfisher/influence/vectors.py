@@ -102,7 +102,7 @@ class Vectors:
     def _some_rows(self, names: set[str]) -> Rows:
         found = {name: self.parts[0].new_zeros(len(self), *self.fisher.shapes[name]) for name in names}
         for (blocks, _), part in zip(self.fisher.entries, self.parts, strict=True):
-            if names.intersection(*(block.parameters for block in blocks)):
+            if any(name in names for block in blocks for name in block.parameters):
                 scatter(blocks, part, found)
         return found
 

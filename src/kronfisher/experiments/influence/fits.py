@@ -6,14 +6,14 @@ from typing import Any
 from torch import nn
 
 from kronfisher.estimation.estimate import estimate
-from kronfisher.fits import EKFAC, KFAC, KFOC, BlockTridiagonal, Diagonal, Fit, KroneckerSum, Prototypes
+from kronfisher.fits import EKFAC, KFAC, KFOC, BlockTridiagonal, Diagonal, Fit, Gram, KroneckerSum, Prototypes
 from kronfisher.influence import Influence
 from kronfisher.influence.damping import DampingChoice
 from kronfisher.likelihoods import Likelihood
 
-__all__ = ["FITS", "IDENTITY", "make"]
+__all__ = ["FITS", "IDENTITY", "WHOLE", "make"]
 
-IDENTITY = "identity"
+IDENTITY, WHOLE = "identity", "whole matrix"
 FITS: Mapping[str, Fit] = {
     IDENTITY: Diagonal(),
     "diagonal": Diagonal(),
@@ -24,6 +24,7 @@ FITS: Mapping[str, Fit] = {
     "two terms": KroneckerSum(rank=2, method="nonnegative"),
     "prototypes": Prototypes(),
     "block-tridiagonal": BlockTridiagonal(),
+    WHOLE: Gram(),  # in the space of samples, so that labels should be sampled
 }
 _LARGE = 1e6  # times the mean eigenvalue: the matrix is a multiple of the identity
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.experiments import data
 from kronfisher.experiments.influence.findings import record
-from kronfisher.experiments.influence.fits import FITS, make
+from kronfisher.experiments.influence.fits import FITS, WHOLE, make
 from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.findings import Record
@@ -145,7 +145,8 @@ class LogisticStudy(InfluenceStudy):
             step(f"{name}: scores", len(rows), 2 * len(self.fits) + 2)
             began = time.perf_counter()
             fit, refine = (name, 0) if name != REFINED else ("K-FAC", self.steps)
-            influence = make(fit, model, batches, Categorical(), self.decay, refine=refine)
+            labels = "sampled" if name == WHOLE else "exact"
+            influence = make(fit, model, batches, Categorical(), self.decay, labels=labels, refine=refine)
             scores = influence.scores(batches, problem.queries)
             seconds = time.perf_counter() - began
             halves = attribution.lds(scores, problem, subsets=self.subsets, path=path, progress=progress)

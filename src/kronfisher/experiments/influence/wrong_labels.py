@@ -13,7 +13,7 @@ from kronfisher.experiments import data
 from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.dataset import generator
 from kronfisher.experiments.influence.findings import record
-from kronfisher.experiments.influence.fits import FITS, make
+from kronfisher.experiments.influence.fits import FITS, IDENTITY, WHOLE, make
 from kronfisher.experiments.influence.study import InfluenceStudy
 from kronfisher.experiments.networks.feedforward import mlp
 from kronfisher.experiments.progress import Say, Step
@@ -69,8 +69,10 @@ class WrongLabelsStudy(InfluenceStudy):
 
     @classmethod
     def full(cls, data_dir: Path | None = None) -> Self:
-        """All 60,000 images and all fits; the identity is the norm of the gradient."""
-        return cls(train_size=60000, fits=tuple(name for name in FITS if name != "identity"), data_dir=data_dir)
+        """All 60,000 images, and all fits but the whole matrix; the identity is the norm of the gradient."""
+        return cls(
+            train_size=60000, fits=tuple(name for name in FITS if name not in (IDENTITY, WHOLE)), data_dir=data_dir
+        )
 
     def check(self) -> None:
         data.load(self.dataset, data_dir=self.data_dir)
@@ -95,7 +97,7 @@ class WrongLabelsStudy(InfluenceStudy):
         self._add(rows, "loss", losses, wrong, 0.0, say)
         for name in ("gradient norm", *self.fits):
             began = time.perf_counter()
-            fit = "identity" if name == "gradient norm" else name
+            fit = IDENTITY if name == "gradient norm" else name
             scores = make(fit, model, batches, Categorical(), labels="sampled").self_scores(batches)
             self._add(rows, name, scores, wrong, time.perf_counter() - began, say)
             step(name, len(rows), 2 * len(self.fits) + 4)
