@@ -139,7 +139,7 @@ def test_a_small_budget_takes_a_few_data_at_a_time():
     torch.testing.assert_close(small.to_dense(), whole.to_dense(), rtol=1e-12, atol=0)
 
 
-def test_what_it_costs_is_announced_and_counted():
+def test_what_it_costs_is_announced_and_counted(read_again):
     model, said = recurrent(), []
     kf.estimate(model, words(), kf.Categorical(class_dim=-1), fit="ekfac", samples=2, progress=said.append)
     announced = [line for line in said if "per-sample gradients" in line]

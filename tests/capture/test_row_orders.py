@@ -370,7 +370,7 @@ def test_elements_for_each_datum_are_no_parameters_of_a_model():
     assert_exact(table, torch.randn(N, 4, 3))
 
 
-def test_which_passes_are_run():
+def test_which_passes_are_run(read_again):
     """The probe looks once at a graph and its shapes; later batches and later estimates go by what it found."""
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 3)
 
