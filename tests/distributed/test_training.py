@@ -62,6 +62,11 @@ def test_ranks_take_the_same_way_to_products_with_the_exact_matrix(ranks):
     assert all(any("Training continues at a fixed rate" in text for text in told) for _, _, told in answers)
 
 
+@pytest.mark.parametrize("step", [kf.LayerwiseStep(), kf.QuadraticModel()], ids=["default", "papers"])
+def test_a_weight_in_two_roles(ranks, step):
+    follow(ranks.call(trainings.tied, ranks.size, step), trainings.tied(None, ranks.size, step))
+
+
 def test_a_group_of_one_trains_alone_beside_others(ranks):
     answers = ranks.call(trainings.alone, ranks.size)
     found = [weight for answer in answers for weight in answer]

@@ -103,6 +103,27 @@ def papers(rank, ranks, name, fit, labels="observed"):
     return weights(model) | {"steered": torch.tensor(found, dtype=torch.float64).nan_to_num()}
 
 
+def tied(rank, ranks, step):
+    """Weights of a model that uses one as a matrix and as its transpose."""
+    model = fresh(TiedOut())
+    wrapped, group = around(rank, model)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=step, labels="observed", **group)
+    for x, y in batches(rank, ranks, 12, outputs=4):
+        optimizer.step(lambda x=x: wrapped(x), y)
+    assert any(one.other is not None for one in optimizer.parts.direction.inverses)
+    assert len({*kf.named_state(optimizer)}) > 10
+    return weights(model)
+
+
+class TiedOut(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 5, bias=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.inner(x).tanh(), self.inner.weight.t())
+
+
 class OneWay(torch.autograd.Function):
     """The hyperbolic tangent with a backward pass alone, or without a second one."""
 

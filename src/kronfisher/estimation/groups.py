@@ -64,7 +64,7 @@ class Fits:
     @property
     def whole(self) -> list[str]:
         """Parameters whose elements must each occur in one block only: they may not have two roles."""
-        return [name for name, fit in self.given.items() if self.training or (fit.exact and not fit.additive)]
+        return [name for name, fit in self.given.items() if not fit.adds_roles]
 
     def joins(self, weight: str, bias: str, apart: AbstractSet[str]) -> bool:
         """Whether a weight and its bias form one block."""

@@ -61,6 +61,11 @@ class Fit:
         return False
 
     @property
+    def adds_roles(self) -> bool:
+        """Whether a weight in two roles, as a matrix and as its transpose, has a term for each; their sum is used."""
+        return self.additive or not self.exact
+
+    @property
     def by_batch(self) -> bool:
         """Whether the answer depends on the size and order of the batches."""
         return False

@@ -128,7 +128,11 @@ class Kronecker(Operator, kind="kronecker"):
 
     def merged(self, other: Operator) -> Operator | None:
         """Two terms of one form as a sum of products, where they are too large to be formed: it can be solved."""
-        if other.product is None or self.is_small:
+        return None if self.is_small else self.beside(other)
+
+    def beside(self, other: Operator) -> Operator | None:
+        """Two terms of one form as a sum of products, of which the first leads; None if they are not of one form."""
+        if other.product is None:
             return None
         pairs = tuple(zip(self.product, other.product, strict=True))
         if any((mine.groups, mine.width) != (theirs.groups, theirs.width) for mine, theirs in pairs):

@@ -59,7 +59,7 @@ class Direction(Inverses):
         """The mean eigenvalue of the statistics as they are now."""
         with self._arithmetic():
             for one in self.inverses:
-                if one.layer.average is not None:
+                if one.ready:
                     one.measure()
         return _mean(self.inverses)
 
@@ -68,7 +68,7 @@ class Direction(Inverses):
         began, rhythm = time.perf_counter(), periods(self.refresh, (one.layer for one in self.inverses))
         with self._arithmetic():
             for place, one in enumerate(self.inverses):
-                if one.layer.average is None:
+                if not one.ready:
                     continue
                 drifted = one.value > 0 and not 1 / DRIFT <= value / one.value <= DRIFT
                 if one.due <= step or one.inverse is None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture
+from kronfisher.fisher.blocks import Window
+from kronfisher.fisher.windows import swapped
 from kronfisher.linalg import plain_arithmetic
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_inverse import LayerInverse
@@ -20,18 +22,21 @@ __all__ = ["Inverses"]
 class Inverses:
     """One damped inverse for each layer; a subclass decides when they are made, and how they are damped.
 
+    A weight that is used as a matrix and as its transpose is two layers, with statistics each, and has one inverse.
+
     Args:
         parameters: name → parameter, all that may be trained.
         refresh: periods.
 
     Attributes:
-        inverses: one for each layer, in the order of the layers.
+        inverses: in the order of the layers.
         seconds: spent on making inverses.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh) -> None:
         self.refresh = refresh
         self.inverses: list[LayerInverse] = []
+        self._layers: list[LayerStatistics] = []
         self.seconds = 0.0
         self.extend(parameters)
 
@@ -41,14 +46,19 @@ class Inverses:
 
     def follow(self, layers: Sequence[LayerStatistics], step: int) -> None:
         """Keep one inverse for each layer; those of new layers are due at once."""
-        if [one.layer for one in self.inverses] != list(layers):
+        if self._layers != list(layers):
             known = {one.layer: one for one in self.inverses}
-            self.inverses = [known.get(layer) or LayerInverse(layer, due=step) for layer in layers]
+            self._layers, self.inverses = list(layers), []
+            for layer, other in _paired(layers):
+                one = known.get(layer)
+                if one is None or one.other is not other:
+                    one = LayerInverse(layer, due=step, other=other)
+                self.inverses.append(one)
 
     @property
     def due(self) -> dict[LayerStatistics, int]:
         """Layer → the step at which its inverse is to be made again."""
-        return {one.layer: one.due for one in self.inverses}
+        return {layer: one.due for one in self.inverses for layer in (one.layer, one.other) if layer is not None}
 
     # Application ------------------------------------------------------------------------------------------------------
 
@@ -109,11 +119,34 @@ class Inverses:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as tensors, numbers and strings."""
-        return {"layers": [one.state_dict() for one in self.inverses]}
+        own = {one.layer: one for one in self.inverses}  # of both roles of a weight the second has None
+        return {"layers": [own[layer].state_dict() if layer in own else None for layer in self._layers]}
 
     def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
         """Take over what `state_dict` gave, for these layers."""
         device = next(iter(self._parameters.values())).device
-        self.inverses = [LayerInverse(layer) for layer in layers]
-        for one, saved in zip(self.inverses, state["layers"], strict=True):
-            one.load_state_dict(saved, device)
+        self._layers = list(layers)
+        self.inverses = [LayerInverse(layer, other=other) for layer, other in _paired(layers)]
+        saved = dict(zip(layers, state["layers"], strict=True))
+        for one in self.inverses:
+            one.load_state_dict(saved[one.layer], device)
+
+
+def _paired(layers: Sequence[LayerStatistics]) -> list[tuple[LayerStatistics, LayerStatistics | None]]:
+    """Each layer, or both roles of a weight: first the one that shows the parameter as it is."""
+    pairs: list[tuple[LayerStatistics, LayerStatistics | None]] = []
+    for layer in layers:
+        for k, (first, second) in enumerate(pairs):
+            windows = [_alone(first), _alone(layer)]
+            if second is None and None not in windows and swapped([w for w in windows if w is not None]):
+                pairs[k] = (first, layer) if windows[0] is not None and windows[0].whole else (layer, first)
+                break
+        else:
+            pairs.append((layer, None))
+    return pairs
+
+
+def _alone(layer: LayerStatistics) -> Window | None:
+    """The weight of a layer that has nothing else."""
+    blocks = layer.blocks
+    return blocks[0].weight if len(blocks) == 1 and blocks[0].bias is None else None

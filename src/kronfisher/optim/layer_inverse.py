@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from kronfisher.optim.layer_statistics import LayerStatistics
 
 __all__ = ["LayerInverse"]
 
+WIDE = 4  # times as wide as the other factor of a weight
 RAISES = 6  # times that λ is raised tenfold for a layer that cannot be factorised, before its last inverse is kept
 
 
@@ -26,6 +27,7 @@ class LayerInverse:
 
     Attributes:
         layer: its statistics.
+        other: those of the same weight as it is used transposed, if it is: the curvature is the sum of both.
         due: the step at which the inverse is to be made again.
         operator: the curvature that the inverse was made of, kept where another λ costs next to nothing.
         inverse: the damped inverse; None before the first statistics.
@@ -40,6 +42,7 @@ class LayerInverse:
 
     layer: LayerStatistics
     due: int = 0
+    other: LayerStatistics | None = field(default=None, kw_only=True)
     operator: Operator | None = None
     inverse: Operator | None = None
     solves: bool = False
@@ -68,13 +71,26 @@ class LayerInverse:
         factors = None if self.inverse is None or self.solves or len(self.blocks) > 1 else self.inverse.product
         return factors is not None and all(factor.groups == 1 and not factor.is_diagonal for factor in factors)
 
-    def measure(self) -> None:
-        """Read the operator and its mean eigenvalue from the statistics.
+    @property
+    def ready(self) -> bool:
+        """Whether there are statistics."""
+        return self.layer.average is not None and (self.other is None or self.other.average is not None)
+
+    def read(self) -> None:
+        """Read the operator from the statistics.
 
         Raises:
-            NumericalError: the average is not finite.
+            NumericalError: an average is not finite.
         """
         self.operator = self.layer.operator()
+        if self.other is not None:
+            _, *sizes = self.blocks[0].shape
+            self.operator = _sum(self.operator, self.other.operator().transposed(*sizes))
+
+    def measure(self) -> None:
+        """Read the operator and its mean eigenvalue from the statistics; raises as `read`."""
+        self.read()
+        assert self.operator is not None
         self.mean = float(self.operator.trace()) / self.operator.dim
 
     def make(self, damping: Damping, value: float, step: int, *, outputs: bool | None = None) -> None:
@@ -144,6 +160,29 @@ class LayerInverse:
         self.operator, self.inverse = (_read(state[key], device) for key in ("operator", "inverse"))
         for key in _NUMBERS:
             setattr(self, key, state.get(key, getattr(self, key)))
+
+
+def _sum(first: Operator, second: Operator) -> Operator:
+    """Of two products as one sum, led by the larger, which has an exact inverse at any size and is never formed."""
+    if float(first.trace()) < float(second.trace()):
+        first, second = second, first
+    if isinstance(first, Kronecker) and isinstance(second, Kronecker):
+        first, second = _beside_diagonals(first, second), _beside_diagonals(second, first)
+    return (first.beside(second) if isinstance(first, Kronecker) else None) or first + second
+
+
+def _beside_diagonals(own: Kronecker, other: Kronecker) -> Kronecker:
+    """With the diagonal alone of a factor that is wide where the other's is a diagonal, as of a table that is read.
+
+    Both together take eigenvectors of that width, which for a vocabulary are far dearer than all else of the layer.
+    """
+    sides = list(zip(own.product, other.product, strict=True))
+    wide = [mine.width > WIDE * sides[1 - k][0].width for k, (mine, _) in enumerate(sides)]
+    A, B = (
+        mine.diagonal() if far and theirs.is_diagonal else mine.tensor
+        for far, (mine, theirs) in zip(wide, sides, strict=True)
+    )
+    return Kronecker(A, B, own.name, definite=own.definite)
 
 
 _NUMBERS = ("due", "solves", "value", "mean", "made", "trouble", "begun", "inputs_due")

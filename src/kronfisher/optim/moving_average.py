@@ -65,6 +65,11 @@ class MovingAverage(Fit):
     fit: Fit
 
     @property
+    def adds_roles(self) -> bool:
+        """Sums of corrected eigenvalues, and of layers within chains, have no inverse at a layer's price."""
+        return self.fit.adds_roles and not (self.fit.renews or self.fit.chained)
+
+    @property
     def chained(self) -> bool:
         return self.fit.chained
 

@@ -16,8 +16,9 @@ from kronfisher.errors import DataError, NumericalError, UnsupportedError, toget
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Labels, Recipe
-from kronfisher.fisher.blocks import Block, Key
+from kronfisher.fisher.blocks import Block, Key, Window
 from kronfisher.fisher.storage import block_of
+from kronfisher.fisher.windows import swapped
 from kronfisher.fits import Choice, Diagonal, asked_for, choose
 from kronfisher.fits.shapes import MAX_DIM
 from kronfisher.likelihoods import Likelihood
@@ -410,7 +411,13 @@ class Statistics:
 
     def _find_layers(self, run: Accumulator, step: int) -> None:
         """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""
-        wanted = [group for group in run.groups if any(map(self._treats, group.blocks))]
+        treated = [any(map(self._treats, group.blocks)) for group in run.groups]
+        left = [b.weight for group, treats in zip(run.groups, treated, strict=True) if not treats for b in group.blocks]
+        wanted = [
+            group
+            for group, treats in zip(run.groups, treated, strict=True)
+            if treats and not any(_in_two_roles(b.weight, other) for b in group.blocks for other in left)
+        ]
         self._groups = len(run.groups)
         same = len(self.layers) == len(wanted)
         if same and self.layers and all(x.group is y for x, y in zip(self.layers, wanted, strict=True)):
@@ -538,6 +545,10 @@ class Statistics:
 
     def _described(self) -> dict[str, str]:
         return {name: repr(average.fit) for name, average in self._fits.items()}
+
+
+def _in_two_roles(weight: Window | None, other: Window | None) -> bool:
+    return weight is not None and other is not None and swapped([weight, other])
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class RelativeDirection(Inverses):
                 not, so that no step is much longer than others; those that are missing are made.
         """
         began = time.perf_counter()
-        ready = [one for one in self.inverses if one.layer.average is not None]
+        ready = [one for one in self.inverses if one.ready]
         missing = [one for one in ready if one.inverse is None]
         due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=_age)
         if wait:
@@ -96,7 +96,7 @@ class RelativeDirection(Inverses):
                     break
                 outputs = _half(one, step, pass_cost)
                 left -= _cost(one, outputs)
-                one.operator = one.layer.operator()
+                one.read()
                 one.make(self._damping(one), 1.0, step, outputs=outputs)
                 one.operator = None
                 kept = _keeps_inputs(one, step, pass_cost)
@@ -142,6 +142,6 @@ def _keeps_inputs(one: LayerInverse, step: int, pass_cost: float) -> bool:
 
 def _cost(one: LayerInverse, outputs: bool | None = None) -> float:
     """Multiplications that are as dear as making the inverse, or that of one factor, from the sizes alone."""
-    each = EIGENVECTORS if one.layer.passes > 1 else CHOLESKY
+    each = EIGENVECTORS if one.layer.passes > 1 or one.other is not None else CHOLESKY
     sides = (1, 2) if outputs is None else (1,) if outputs else (2,)
     return each * sum(block.shape[0] * block.shape[side] ** 3 for block in one.blocks for side in sides)
