@@ -30,6 +30,24 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def metric(F):
+    """What λ is multiplied by: the roots of F's diagonal, of mean one."""
+    curvature = F.diagonal()
+    root = (curvature / curvature.mean() + 0.1).sqrt()
+    return torch.diag(root / root.mean())
+
+
+def balanced(generator, n, columns, values):
+    """Rows whose columns are equally long, so that λ holds back all weights alike; their singular vectors."""
+    left = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64, generator=generator))[0]
+    corner = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    right = torch.ones(1, 1, dtype=torch.float64)
+    while len(right) < columns:
+        right = torch.kron(right, corner) / 2**0.5
+    right = right[:, : len(values)]
+    return (left * values) @ right.mT, left, right
+
+
 def check_step(model, likelihood, x, y, F, **options):
     """A step is the gradient of all examples over this matrix, damped."""
     loss = -likelihood.log_prob(model(x), y).mean()
@@ -37,7 +55,7 @@ def check_step(model, likelihood, x, y, F, **options):
     optimizer, before = kf.NaturalGradient(model, likelihood, fit="gram", **options), flat(model)
     optimizer.bends = False
     close(optimizer.step(lambda: model(x), y), loss.detach(), 1e-12)
-    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient)
+    step = optimizer.step_length * torch.linalg.solve(F + optimizer.damping * metric(F), gradient)
     assert optimizer.step_length > 0
     close(before - flat(model), step, 1e-8)
 
@@ -62,8 +80,9 @@ def test_memory_is_that_of_spring():
     last, before = optimizer._last.clone(), flat(model)
     J, r = rows(model(x)[:, 0], model), (model(x) - y).detach()[:, 0]
     optimizer.step(lambda: model(x), y)
-    inner = J @ J.mT + 30 * optimizer.damping * torch.eye(30).double()
-    step = 0.7 * last + J.mT @ torch.linalg.solve(inner, r - 0.7 * J @ last)
+    inverse = metric(J.mT @ J).inverse()
+    inner = J @ inverse @ J.mT + 30 * optimizer.damping * torch.eye(30).double()
+    step = 0.7 * last + inverse @ J.mT @ torch.linalg.solve(inner, r - 0.7 * J @ last)
     close(before - flat(model), optimizer.step_length * step, 1e-8)
 
 
@@ -73,7 +92,7 @@ def test_a_batch_of_many_rows_has_the_gradient_of_all_and_the_matrix_of_some(nam
     (likelihood, draw), model, n = LIKELIHOODS[name], network(1, 2, 3), 200
     x, y, weights = torch.randn(n, 1).double(), draw(n), flat(model).numel()
     places = Thinned(ROWS_A_WEIGHT * weights, 0).places(n)
-    assert len(places) == 8 * weights == 104
+    assert len(places) == 4 * weights == 52
     F = dense_fisher(model, x[places], y[places], likelihood, "exact")
     check_step(model, likelihood, x, y, F)
 
@@ -93,18 +112,18 @@ def test_a_term_of_many_points_is_thinned_and_a_small_one_kept_whole():
     some = many[Thinned(ROWS_A_WEIGHT * many.shape[1], 0).places(300)]
     F = some.mT @ some * 300 / len(some) + few.mT @ few
     optimizer.step(residuals)
-    step = torch.linalg.solve(F + optimizer.damping * torch.eye(len(F)).double(), gradient.detach())
+    step = torch.linalg.solve(F + optimizer.damping * metric(F), gradient.detach())
     close(before - flat(model), optimizer.step_length * step, 1e-8)
 
 
 @pytest.mark.parametrize("decades", [5, 13])
 def test_what_all_rows_have_besides_is_solved_with_either_route(decades):
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64, generator=generator))[0] for n in (30, 6))
-    values, damping = torch.logspace(0, -4, 6, dtype=torch.float64), 10.0**-decades
-    u, v = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (30, 6))
+    values, damping = torch.logspace(0, -4, 8, dtype=torch.float64), 10.0**-decades
+    J, left, right = balanced(generator, 30, 8, values)
+    u, v = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (30, 8))
     truth = right @ ((values * (left.mT @ u) + right.mT @ v) / (values**2 + damping))
-    close(Rows((left * values) @ right.mT, u, 1.0, rest=v).solver(damping)(u, v), truth, 1e-6)
+    close(Rows(J, u, 1.0, rest=v).solver(damping)(u, v), truth, 1e-6)
 
 
 @pytest.mark.parametrize("others", [0.0, 1e-2])
@@ -121,7 +140,7 @@ def test_rows_that_are_too_few_to_see_the_one_that_matters_are_drawn_in_greater_
 def test_a_row_that_is_not_drawn_is_named_too():
     torch.manual_seed(0)
     model, x = network(1, 2, 1), torch.rand(300, 1).double()
-    bad = next(k for k in range(300) if k not in Thinned(56, 0).places(300))
+    bad = next(k for k in range(300) if k not in Thinned(28, 0).places(300))
     optimizer, before = kf.NaturalGradient(model, kf.Residuals({"root": 1.0}), fit="gram"), flat(model)
 
     def residuals():
@@ -157,7 +176,7 @@ def test_a_step_bends_by_the_second_derivative_of_the_outputs(name):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(before[start : (start := start + p.numel())].view(p.shape))
-    damped = F + optimizer.damping * torch.eye(len(F)).double()
+    damped = F + optimizer.damping * metric(F)
     step = torch.linalg.solve(damped, torch.cat([g.flatten() for g in gradient]))
     h = 0.1
     second = (outputs(h, step) - outputs(0, step)) * 2 / h**2
@@ -171,16 +190,31 @@ def test_a_step_bends_by_the_second_derivative_of_the_outputs(name):
 
 
 @pytest.mark.parametrize("decades", [6, 13, 18])
-@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+@pytest.mark.parametrize("shape", [(30, 16), (12, 16)])
 def test_small_damping_is_solved_through_rows(decades, shape):
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64, generator=generator))[0] for n in shape)
-    values = torch.logspace(0, -4, 12, dtype=torch.float64)
-    u, damping = torch.randn(shape[0], dtype=torch.float64, generator=generator), 10.0**-decades
+    (n, columns), damping = shape, 10.0**-decades
+    values = torch.logspace(0, -4, min(shape), dtype=torch.float64)
+    J, left, right = balanced(generator, n, columns, values)
+    u = torch.randn(n, dtype=torch.float64, generator=generator)
     truth = right @ (values / (values**2 + damping) * (left.mT @ u))
-    close(Rows((left * values) @ right.mT, u, 1.0).solver(damping)(u), truth, 1e-8)
+    close(Rows(J, u, 1.0).solver(damping)(u), truth, 1e-8)
     with pytest.raises(NumericalError, match="hidden by rounding"):
-        Rows((left * values) @ right.mT, u, 1.0).solver(1e-31)
+        Rows(J, u, 1.0).solver(1e-31)
+
+
+@pytest.mark.parametrize("decades", [4, 11])
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_lambda_holds_back_each_weight_by_the_root_of_its_own_curvature(decades, shape):
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(shape, dtype=torch.float64, generator=generator) * torch.logspace(0, -3, shape[1]).double()
+    u, damping = torch.randn(shape[0], dtype=torch.float64, generator=generator), 10.0**-decades
+    if shape[0] > shape[1]:
+        truth = torch.linalg.solve(J.mT @ J + damping * metric(J.mT @ J), J.mT @ u)
+    else:
+        inverse = metric(J.mT @ J).inverse()
+        truth = inverse @ J.mT @ torch.linalg.solve(J @ inverse @ J.mT + damping * torch.eye(shape[0]).double(), u)
+    close(Rows(J, u, 1.0).solver(damping)(u), truth, 1e-6)
 
 
 def poisson(model):

@@ -1,4 +1,4 @@
-"""Natural gradient in the space of samples: ``δ = Jᵀ(J Jᵀ + NλI)⁻¹ u`` with the exact matrix of the batch."""
+"""Natural gradient in the space of samples: ``δ = M⁻¹Jᵀ(J M⁻¹ Jᵀ + Nλ)⁻¹ u`` with the exact matrix of the batch."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ from kronfisher.optim.sample_steps import Follower, Rows, Thinned
 __all__ = ["SampleSpaceGradient"]
 
 _MISSING: Any = object()
-ROWS_A_WEIGHT = 8  # of a term or column, beyond which rows are drawn
+ROWS_A_WEIGHT = 4  # of a term or column, beyond which rows are drawn
 _OPTIMISM = 0.5  # curvature along a step by its own rows over that by all, below which they are too few
 _HALVINGS = 12
 _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
@@ -33,13 +33,13 @@ _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed;
 class SampleSpaceGradient(torch.optim.Optimizer):
     """What ``kf.NaturalGradient(model, likelihood, fit="gram")`` is: steps with the exact Fisher matrix of the batch.
 
-    ``δ = μδ₀ + Jᵀ(J Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190), with the
-    last step δ₀, J the rows of the batch under exact columns, and u the gradients at the outputs in their terms. With
-    observed labels they are the examples' own gradients, and ones. For residuals it is the
-    Levenberg-Marquardt step. It costs ``K P min(K, P)`` multiplications for K rows and P parameters. Of a term of
-    residuals, or a column of outputs, with more than 8 P numbers, so many have rows, drawn anew in every step, and
-    twice as many from then on where these see less than half of the curvature along a step. The gradient is always that
-    of all.
+    ``δ = μδ₀ + M⁻¹Jᵀ(J M⁻¹ Jᵀ + Nλ)⁻¹(u − μ J δ₀)`` (SPRING: Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190),
+    with the last step δ₀, J the rows of the batch under exact columns, u the gradients at the outputs in their terms,
+    and M, diagonal and of mean one, the root of each weight's own curvature. With observed labels the rows are the
+    examples' own gradients, and u ones. For residuals it is a Levenberg-Marquardt step. It costs ``K P min(K, P)``
+    multiplications for K rows and P parameters. Of a term of residuals, or a column of outputs, with more than 4 P
+    numbers, so many have rows, drawn anew in every step, and twice as many from then on where these see less than half
+    of the curvature along a step. The gradient is always that of all.
 
     λ follows what is left of the loss. The step is halved until the loss falls, which is evaluated at the same random
     numbers; where no step helps, weights stay as they were and λ grows.

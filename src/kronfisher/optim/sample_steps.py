@@ -14,6 +14,8 @@ from kronfisher.linalg import add_symmetric_product_, full_precision
 
 __all__ = ["Follower", "Rows", "Thinned"]
 
+_LEAST = 0.1  # of a weight's curvature in the metric, over the mean; with much less, constants of equations ran away
+
 
 @dataclass
 class Follower:
@@ -45,7 +47,7 @@ class Follower:
 class Thinned:
     """Which numbers of a batch have rows in the matrix of a step, scaled so that their squares add up right on average.
 
-    The error of such a matrix is about the root of weights over rows, relative to itself, so that with eight times as
+    The error of such a matrix is about the root of weights over rows, relative to itself, so that with four times as
     many rows as weights the step is nearly that of all. What is saved grows with the batch.
 
     Attributes:
@@ -98,55 +100,93 @@ class Rows:
     thin: Thinned = field(default_factory=lambda: Thinned(sys.maxsize, 0))
 
     @cached_property
+    def square(self) -> Tensor:
+        """``JᵀJ [P, P]``, its upper triangle."""
+        side = self.matrix.new_zeros(2 * (self.matrix.shape[1],))
+        with full_precision(side.device.type):
+            return add_symmetric_product_(side, self.matrix)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """The squared lengths of J's columns ``[P]``, the diagonal of ``JᵀJ``."""
+        if len(self.matrix) > self.matrix.shape[1]:
+            return self.square.diagonal().clone()
+        return torch.linalg.vector_norm(self.matrix, dim=0).square()
+
+    @cached_property
     def size(self) -> float:
         """``‖J‖²``."""
-        return float(torch.linalg.vector_norm(self.matrix)) ** 2
+        return float(self.squares.sum())
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """What λ is multiplied by ``[P]``: the root of each weight's own curvature, of mean one.
+
+        It is half way between a sphere (Levenberg), where a weight that matters little is as dear as one that matters
+        much, and F's diagonal (Marquardt), which lets go those that matter least.
+        """
+        squares = self.squares
+        root = (squares / squares.mean() + _LEAST).sqrt()
+        return root / root.mean()
 
     def slope(self, step: Tensor, change: Tensor) -> float:
         """What the loss falls by along a step, to first order, times N; `change` is J times the step."""
         return float(self.vector @ change) + (0.0 if self.rest is None else float(self.rest @ step))
 
     def solver(self, damping: float) -> Callable[..., Tensor]:
-        """``u, v → Jᵀ(J Jᵀ + Nλ)⁻¹ u + (JᵀJ + Nλ)⁻¹ v`` ``[P]``, by the smaller side, or by QR where squares hide λ.
+        """``u, v → (JᵀJ + Nλ diag(m))⁻¹ (Jᵀ u + v)`` ``[P]``, m the metric: by the smaller side, or by QR.
 
-        There is a v only where there are more rows than columns.
+        QR where squares hide λ. There is a v only where there are more rows than columns.
 
         Raises:
             NumericalError: rounding hides λ even so.
         """
         J, shift = self.matrix, self.count * damping
         rows, columns = J.shape
-        size = self.size
-        if not math.isfinite(size):
+        if not math.isfinite(self.size):
             raise NumericalError(
                 f"the squares of {rows} rows overflow in {J.dtype}, though the rows are finite; nothing was changed. "
                 "Scale residuals or outputs."
             )
+        size = float((self.squares / self.metric).sum())
         if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
             raise NumericalError(
                 f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
-                f"up to {size:.1e}; give a larger damping, or train in float64."
+                f"up to {self.size:.1e}; give a larger damping, or train in float64."
             )
+        hidden = shift <= torch.finfo(J.dtype).eps ** 0.6 * size
         with full_precision(J.device.type):
-            if shift > torch.finfo(J.dtype).eps ** 0.6 * size:
-                side = J.new_zeros(2 * (min(rows, columns),))
-                add_symmetric_product_(side, J.mT if rows <= columns else J)
-                side.diagonal().add_(shift)
+            if rows > columns and not hidden:
+                side = self.square.clone()
+                side.diagonal().add_(self.metric, alpha=shift)
                 factor, info = torch.linalg.cholesky_ex(side, upper=True)
-                if int(info) == 0 and rows <= columns:
-                    return lambda u: J.mT @ torch.cholesky_solve(u[:, None], factor, upper=True)[:, 0]
                 if int(info) == 0:
                     return lambda u, v=0.0: torch.cholesky_solve((J.mT @ u + v)[:, None], factor, upper=True)[:, 0]
-            eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
-            if rows > columns:  # ‖J δ − u‖² + Nλ‖δ‖²: with [J; √(Nλ)] = Q R it is R⁻¹ Q₁ᵀ u
-                Q, R = torch.linalg.qr(torch.cat([J, eye]))
+            units = self.metric.rsqrt()
+            solve = _spherical(J * units, shift, hidden)
+        return lambda u, v=None: units * solve(u, None if v is None else units * v)
 
-                def solve(u: Tensor, v: Tensor | None = None) -> Tensor:
-                    right = (Q[:rows].mT @ u)[:, None]
-                    if v is not None:
-                        right += torch.linalg.solve_triangular(R.mT, v[:, None], upper=False)
-                    return torch.linalg.solve_triangular(R, right, upper=True)[:, 0]
 
-                return solve
-            Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √(Nλ)] = Q R it is Q₁ R⁻ᵀ u
-            return lambda u: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
+def _spherical(J: Tensor, shift: float, hidden: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """``u, v → (JᵀJ + shift)⁻¹ (Jᵀ u + v)``, by J's rows, or by QR where squares hide the shift."""
+    rows, columns = J.shape
+    if rows <= columns and not hidden:
+        side = J.new_zeros(2 * (rows,))
+        add_symmetric_product_(side, J.mT)
+        side.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(side, upper=True)
+        if int(info) == 0:
+            return lambda u, v: J.mT @ torch.cholesky_solve(u[:, None], factor, upper=True)[:, 0]
+    eye = shift**0.5 * torch.eye(min(rows, columns), dtype=J.dtype, device=J.device)
+    if rows > columns:  # ‖J δ − u‖² + shift ‖δ‖²: with [J; √shift] = Q R it is R⁻¹ Q₁ᵀ u
+        Q, R = torch.linalg.qr(torch.cat([J, eye]))
+
+        def solve(u: Tensor, v: Tensor | None) -> Tensor:
+            right = (Q[:rows].mT @ u)[:, None]
+            if v is not None:
+                right += torch.linalg.solve_triangular(R.mT, v[:, None], upper=False)
+            return torch.linalg.solve_triangular(R, right, upper=True)[:, 0]
+
+        return solve
+    Q, R = torch.linalg.qr(torch.cat([J.mT, eye]))  # with [Jᵀ; √shift] = Q R it is Q₁ R⁻ᵀ u
+    return lambda u, v: Q[:columns] @ torch.linalg.solve_triangular(R.mT, u[:, None], upper=False)[:, 0]
