@@ -75,3 +75,20 @@ def test_weights_in_two_roles_and_whole_blocks_are_stored_in_eigenvectors_that_a
     close(influence.index(train, tmp_path / "whole", size=10**6).scores(queries).values, exact, 1e-9)
     found = influence.index(train, tmp_path / "some", size=10).scores(queries)
     assert bool(((found.values - exact).abs() <= found.bounds * (1 + 1e-9)).all())
+
+
+def test_a_model_that_was_trained_since_is_refused_by_everything(tmp_path):
+    influence, train, queries = problem("perceptron", "kfac")
+    index = influence.index(train, tmp_path / "index")
+    with torch.no_grad():
+        next(influence.model.parameters()).add_(0.1)
+    for ask in (
+        lambda: influence.scores(train, queries),
+        lambda: influence.self_scores(train),
+        lambda: influence.gradients(queries),
+        lambda: influence.index(train, tmp_path / "other"),
+        lambda: index.scores(queries),
+    ):
+        with pytest.raises(kf.DataError, match="at other parameters than the model has now"):
+            ask()
+    assert not (tmp_path / "other").exists()

@@ -233,15 +233,18 @@ class Mixed(nn.Module):
         super().__init__()
         self.weight, self.out = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3, 5))
         self.gain, self.shift, self.slope = (nn.Parameter(torch.randn(5)) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(9, 5))
         self.double()
 
     def forward(self, x):
-        inner = torch.nn.functional.layer_norm((x @ self.weight.T).cumsum(1), (5,), self.gain, self.shift)
+        inner = (x @ self.weight.T + self.table[1 : 1 + x.shape[1]]).cumsum(1)
+        inner = torch.nn.functional.layer_norm(inner, (5,), self.gain, self.shift)
         return (torch.nn.functional.linear(inner.tanh() * self.slope, self.out)).flip(1).cumsum(1)
 
     def apart(self, x, own):
         """The outputs of one example ``[T, I]`` if every position had parameters of its own ``[T, ...]``."""
-        inner = torch.einsum("ti,toi->to", x, own["weight"]).cumsum(0)
+        rows = torch.stack([table[1 + t] for t, table in enumerate(own["table"])])
+        inner = (torch.einsum("ti,toi->to", x, own["weight"]) + rows).cumsum(0)
         inner = torch.nn.functional.layer_norm(inner, (5,)) * own["gain"] + own["shift"]
         return torch.einsum("ti,toi->to", inner.tanh() * own["slope"], own["out"]).flip(0).cumsum(0)
 

@@ -108,7 +108,7 @@ class Influence:
             raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
         self.refine = refine
-        covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
+        self._require_model(fisher)
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))
         recipe = getattr(fisher.context, "recipe", None)
@@ -252,6 +252,7 @@ class Influence:
         if size < 1 or self.refine or self.normalize:
             raise ValueError(f"index(size={size}): a positive size, and neither refine= nor normalize=.")
         require_whole(self.fisher.blocks.values(), "an index")
+        self._require_model(self.fisher)
         require_order(train, "train")
         file = RowFile(path, self._facts() | {"options": repr((size, self.fisher.count))})
         with plain_arithmetic(self.fisher.device):
@@ -262,9 +263,14 @@ class Influence:
 
     def _measured(self, measurement: Measurement) -> tuple[Network, Likelihood]:
         """What sends the gradients of a measurement backwards, and through which network."""
+        self._require_model(self.fisher)
         likelihood = measured(measurement, self.likelihood)
         own = likelihood is self.likelihood  # what counts in any other measurement is its own affair
         return (self.network if own else replace(self.network, mask=None)), likelihood
+
+    def _require_model(self, fisher: Fisher) -> None:
+        """DataError unless the model has the parameters of the estimate: it may have been trained since."""
+        covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
 
     def _facts(self) -> dict[str, str]:
         return provenance(self.model, self.fisher, self.likelihood, self.damped.damping)
@@ -280,6 +286,7 @@ class Influence:
             DataError, UnsupportedError, SingularError, IndefiniteError, NumericalError: as `scores`.
         """
         require_order(train, "train")
+        self._require_model(self.fisher)
         return self_scores(self.network, self.likelihood, self.damped, train, progress)
 
     def gradients(self, queries: Any, measurement: Measurement = "loss", progress: Progress = False) -> Rows:

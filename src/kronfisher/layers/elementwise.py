@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Ones
+from kronfisher.layers.onehot import Indices
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
@@ -85,10 +86,47 @@ class ElementwiseUse(Use):
         positions = prod(self.lead(tuple(gradient.shape))) // order.samples if self.apart else 1
         return Ones(gradient, (1, order.samples, positions))
 
-    def positions_apart(self) -> "ElementwiseUse | None":
+    def positions_apart(self) -> "Use | None":
+        if (table := self._table()) is not None:
+            return table
         other = copy(self)
         other.apart = True
         return other
+
+    def _table(self) -> "TableUse | None":
+        """The same use of a table that has a row for each position; None where the parameter is none."""
+        if self.bias is None or len(self.aligned) < 2 or 1 in self.aligned[-2:] or max((1, *self.aligned[:-2])) > 1:
+            return None
+        rows, (*_, length, width) = self.part or self.bias, self.bias.size
+        steps, first = self.bias.stride[-2:], rows.offset - self.bias.offset
+        if rows.stride[-2:] != steps or rows.size[-1] != width or not steps[0] or first % steps[0]:
+            return None
+        window = replace(self.bias, size=(1, width, length), stride=(0, steps[1], steps[0]))
+        use = TableUse(window, None, self.inputs, self.aligned, self.factor, self.sign, slab=self.slab)
+        use.first, use.dtype = first // steps[0], self.dtype
+        return use
+
+
+@dataclass
+class TableUse(ElementwiseUse):
+    """A table ``[length, O]`` of which every position has a row of its own: a lookup of rows, one after the other.
+
+    Attributes:
+        first: the row of the first position.
+    """
+
+    first: int = 0
+    onehot = True
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        summed = super().gradients(order, gradient)  # [1, n, 1, T·O]
+        return summed.reshape(1, order.samples, -1, self.aligned[-1])
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        assert self.weight is not None
+        rows = torch.arange(self.first, self.first + self.aligned[-2], device=gradient.device)
+        places = rows.view(1, -1, 1).expand(order.samples, -1, -1)
+        return Indices(places, torch.ones_like(places, dtype=gradient.dtype), self.weight.size[-1])
 
 
 def broadcast(view: Window) -> Window:

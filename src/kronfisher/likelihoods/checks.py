@@ -157,7 +157,7 @@ def check_targets(targets: Any, outputs: Tensor, name: str, where: str, labels: 
             fail(
                 where,
                 'labels="observed" needs targets, found none',
-                'give (inputs, targets) batches, or ask for labels="sampled"',
+                'give (inputs, targets) batches (an estimate can do without: labels="sampled")',
             )
         return
     if not isinstance(targets, Tensor):
