@@ -5,7 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_products_", "average_squares_", "divided", "lerp_", "lerp_to_each_", "mul_", "norms", "over_roots"]
+__all__ = [
+    "add_products_",
+    "average_squares_",
+    "differences",
+    "divided",
+    "lerp_",
+    "lerp_to_each_",
+    "mul_",
+    "norms",
+    "over_roots",
+]
 
 
 def add_products_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
@@ -17,6 +27,11 @@ def average_squares_(tensors: Sequence[Tensor], others: Sequence[Tensor], decay:
     """``tensor = decay tensor + (1 − decay) other²``, each."""
     torch._foreach_mul_(list(tensors), decay)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_addcmul_(list(tensors), list(others), list(others), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def differences(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """``tensor − other``, each."""
+    return list(torch._foreach_sub(list(tensors), list(others)))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def divided(tensors: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:

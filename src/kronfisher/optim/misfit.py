@@ -17,7 +17,7 @@ FORGIVING = 1.05  # by how much the lowest excess rises with every batch: what w
 RELAPSE = 2.0  # times the lowest excess, up to which losses scatter in healthy training
 UNKNOWN = 1e30  # in place of an excess, more than any step promises
 KNOWN = 1e20  # what is less is an excess; an unknown one is divided by the number of examples
-MOST = 2**21  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
+MOST = 2**18  # numbers of outputs that are looked at: of a large vocabulary, some examples are enough
 
 
 def sum_of_misfits(likelihood: Likelihood, outputs: Tensor, targets: Any, share: float | Tensor | None = 1.0) -> Tensor:

@@ -105,7 +105,7 @@ def test_averages_are_exchanged_for_evaluation_and_training_asks_for_the_weights
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     expected = iterates[0]
     for k, iterate in enumerate(iterates, 1):
-        share = min(1.0, 9 / (k + 8))
+        share = min(1.0, 13 / (k + 12))
         expected = {name: (1 - share) * value + share * iterate[name] for name, value in expected.items()}
     optimizer.eval()
     for name, value in expected.items():

@@ -12,12 +12,14 @@ from kronfisher.optim.foreach import lerp_to_each_
 
 __all__ = ["Average"]
 
-HORIZON = 9.0  # the newest iterate's weight is 9 / (k + 8): the average looks back over a ninth of the steps
+SPAN = 13.0  # the newest iterate's weight is 13 / (k + 12): the average looks back over a thirteenth of the steps
 
 
 @dataclass
 class Average:
-    """``θ̄ ← θ̄ + min(1, 9/((k + 8) √u)) (θ − θ̄)`` of all trained parameters, with the share u left to fit (`Misfit`).
+    """``θ̄ ← θ̄ + min(1, 13/((k + 12) a √u)) (θ − θ̄)`` of all trained parameters.
+
+    u is the share that is left to fit (`Misfit`), a the factor that a horizon puts on the rate.
 
     Buffers stay as they are: running statistics of batch normalisation are averages over the last iterates already.
 
@@ -34,15 +36,16 @@ class Average:
     shown: str = ""
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], left: Tensor) -> None:
+    def update(self, parameters: Mapping[str, Tensor], left: Tensor, annealing: float = 1.0) -> None:
         """Add the present iterate.
 
         Args:
             parameters: of the model, by name.
             left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
+            annealing: the factor on all rates near a horizon; likewise: smaller steps average noise by themselves.
         """
         self.steps += 1
-        share = (HORIZON / ((self.steps + HORIZON - 1) * left.sqrt())).clamp(max=1.0)
+        share = (SPAN / ((self.steps + SPAN - 1) * annealing * left.sqrt())).clamp(max=1.0)
         tensors = _tensors(parameters)
         for name in tensors.keys() - self.averages.keys():
             self.averages[name] = tensors[name].clone()

@@ -11,6 +11,7 @@ from torch import Tensor
 from kronfisher.optim.foreach import average_squares_, divided, lerp_, mul_, norms, over_roots
 from kronfisher.optim.layerwise.pieces import Pieces
 from kronfisher.optim.layerwise.rates import Rates
+from kronfisher.optim.layerwise.scatter import Scatter
 from kronfisher.optim.layerwise.units import Unit
 from kronfisher.optim.trained_parameters import TrainedParameters
 
@@ -33,6 +34,7 @@ class Motion:
         momentum: decay β of the average of natural gradients; the step looks one average ahead (Nesterov).
         adaptive: the step of one element of the other units, relative to the rate.
         rates: of the units.
+        scatter: of the iterates about their average.
         lengths: the mean length of each unit's direction, ``[U]``.
         skipped: how many steps moved nothing because a gradient was not finite, 0-dim.
         units: in the order of `rates` and `lengths`.
@@ -41,6 +43,7 @@ class Motion:
     momentum: float
     adaptive: float = 1.0
     rates: Rates = field(default_factory=Rates)
+    scatter: Scatter = field(default_factory=Scatter)
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0))
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     units: list[Unit] = field(default_factory=list)
@@ -73,6 +76,7 @@ class Motion:
         rate: float | Tensor,
         left: float | Tensor = 1.0,
         excess: float | Tensor = math.inf,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         """One step of every unit that has a gradient.
 
@@ -88,6 +92,7 @@ class Motion:
             rate: of a unit whose factor and learning rate are one.
             left: the share of the data that is left to fit, for `Rates.update`.
             excess: by how much the mean loss exceeds the least that there could be.
+            averages: of the iterates, by parameter name; None: there are none.
         """
         where = self._find_pieces(gradients, natural, trained)
         states = [self._state(trained, name) for name in where.names]
@@ -104,7 +109,13 @@ class Motion:
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        factors = self.rates.update(evidence, squares, where.decay, finite, left)
+        tolerance = 0.0
+        if averages is not None and isinstance(excess, Tensor):
+            tolerance = self.scatter.tolerance(excess)
+            ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
+            cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
+            self.scatter.update(cost, finite)
+        factors = self.rates.update(evidence, squares, where.decay, finite, left, tolerance)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)
@@ -182,6 +193,7 @@ class Motion:
         """Everything that a resumed training needs."""
         return {
             "rates": self.rates.state_dict(),
+            "scatter": self.scatter.state_dict(),
             "lengths": self.lengths,
             "skipped": self.skipped,
             "units": [[list(unit.parameters), unit.natural, unit.numel, unit.table] for unit in self.units],
@@ -190,6 +202,7 @@ class Motion:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.rates.load_state_dict(state["rates"], device)
+        self.scatter.load_state_dict(state.get("scatter", {}), device)
         self.lengths, self.skipped = state["lengths"].to(device), state["skipped"].to(device)
         self.units = [Unit(tuple(names), *rest) for names, *rest in state["units"]]
         self._followed = self._pieces = None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kronfisher.optim.foreach import add_products_, norms
+from kronfisher.optim.foreach import add_products_, differences, norms
 from kronfisher.optim.layerwise.units import Unit
 
 __all__ = ["Pieces"]
@@ -82,6 +82,14 @@ class Pieces:
         values = self._stacked([*along, *across, *lengths]).view(3, -1)
         values[2].square_()
         return self.moving.new_zeros(3, len(self.moving), dtype=values.dtype).index_add_(1, self.index, values).unbind()
+
+    def product_with_differences(self, given: list[Tensor], tensors: list[Tensor], others: list[Tensor]) -> Tensor:
+        """``⟨g, x − y⟩`` over all natural units, 0-dim."""
+        products = []
+        for some in self.turns:
+            if some.start < self.border:
+                products += map(torch.dot, given[some], differences(tensors[some], others[some]))
+        return self._stacked(products).sum()
 
     def lengths(self, each: list[Tensor]) -> Tensor:
         """Norms of units ``[U]`` from those of pieces."""

@@ -11,8 +11,8 @@ __all__ = ["LARGEST", "Rates"]
 
 MEMORY = 0.9  # of the averages of the evidence
 SPEED = 0.02  # by how much full agreement lengthens a step, and full contradiction shortens it
-SPAN = 100.0  # steps after which the least rate begins to fall
-POWER = 0.5  # with which it falls: averages of iterates still converge, and noise alone is no reason to fall faster
+SPAN = 100.0  # steps after which the bounds of the rates begin to part
+POWER = 0.5  # with which they do: averages of iterates still converge, and noise alone is no reason to fall faster
 OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on steps are too long, whatever the noise
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.02  # by how much the bounds rise again at every step
@@ -22,7 +22,7 @@ LARGEST = 10.0  # factor
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units, in ``[u (1 + k/100)^−1/2, 1]`` at step k, times a brake, or a boost.
+    """Factors on the rates of all units: in ``[u/s, s]``, ``s = (1 + k/100)^1/2`` at step k, times a brake, or a boost.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
@@ -30,9 +30,12 @@ class Rates:
     falls below −.15 only where steps overshoot, and then lowers the bounds of f, too; above .15, it raises them again,
     and above .5, beyond one: there is hardly any noise, and a step of one size is only as long as it is by convention.
 
+    While the average of the iterates takes the noise out (`Scatter`), a small share δ of a gradient may oppose the
+    path: r is made of ``⟨g, p⟩ + δ ‖g‖ ‖p‖``.
+
     Attributes:
         factors: f ``[U]``.
-        signed: the average of ``⟨g, p⟩``, ``[U]``.
+        signed: the average of ``⟨g, p⟩ + δ ‖g‖ ‖p‖``, ``[U]``.
         absolute: the average of its absolute value, ``[U]``.
         cosine: c ``[U]``.
         path: ``‖p‖²``, ``[U]``.
@@ -56,7 +59,13 @@ class Rates:
             setattr(self, name, torch.cat([values.new_full((1,), float(new)), values])[index])
 
     def update(
-        self, products: Tensor, squares: Tensor, decay: Tensor, finite: Tensor, left: float | Tensor = 1.0
+        self,
+        products: Tensor,
+        squares: Tensor,
+        decay: Tensor,
+        finite: Tensor,
+        left: float | Tensor = 1.0,
+        tolerance: float | Tensor = 0.0,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -66,6 +75,7 @@ class Rates:
             decay: β ``[U]`` of the averages p.
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
+            tolerance: δ, 0-dim.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -74,11 +84,13 @@ class Rates:
         path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
         path.clamp_min_(0)
         brake = self._bound(cosine)
-        signed = self.signed.lerp(products, 1 - MEMORY)
-        absolute = self.absolute.lerp(products.abs(), 1 - MEMORY)
+        excused = products + tolerance * norms
+        signed = self.signed.lerp(excused, 1 - MEMORY)
+        absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        least = left * (1 + self.steps / SPAN) ** -POWER
-        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), least * brake), brake)
+        reach = (1 + self.steps / SPAN) ** POWER
+        most = torch.where(brake < 1, brake, brake.clamp_min(min(reach, LARGEST)))
+        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), left / reach * brake), most)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
         for name, values in {**new, "factors": factors}.items():
             setattr(self, name, torch.where(finite, values, getattr(self, name)))

@@ -1,0 +1,60 @@
+"""What the scatter of iterates costs, and how much contradiction is tolerated for it."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronfisher as kf
+from kronfisher.optim.layerwise.scatter import DEAR, TOLERANCE, Scatter
+from kronfisher.optim.misfit import UNKNOWN
+
+
+def test_the_tolerance_falls_from_its_most_to_nothing_as_the_scatter_becomes_dear():
+    excess = torch.tensor(2.0)
+    for cost, share in ((-1.0, 1.0), (0.0, 1.0), (DEAR, 0.5), (2 * DEAR, 0.0), (9.0, 0.0)):
+        assert float(Scatter(torch.tensor(cost)).tolerance(excess)) == pytest.approx(share * TOLERANCE, abs=1e-7)
+
+
+@pytest.mark.parametrize("excess", [UNKNOWN, 0.0, -1.0, torch.inf])
+def test_nothing_is_tolerated_where_it_is_not_known_how_far_the_loss_can_fall(excess):
+    assert float(Scatter(torch.tensor(-1.0)).tolerance(torch.tensor(excess))) == 0
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_cost_alone():
+    scatter = Scatter(torch.tensor(1.0))
+    scatter.update(torch.tensor(torch.nan), torch.tensor(True))
+    scatter.update(torch.tensor(5.0), torch.tensor(False))
+    assert float(scatter.cost) == 1
+    scatter.update(torch.tensor(5.0), torch.tensor(True))
+    assert float(scatter.cost) == pytest.approx(1.4)
+
+
+def test_the_cost_is_that_of_weights_away_from_their_average():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 250), nn.LayerNorm(250))  # more than one piece
+    x, y = torch.randn(64, 5), torch.randint(250, (64,))
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    scatter, cost = optimizer.parts.motion.scatter, 0.0
+    natural = [n for n, _ in model.named_parameters() if not n.startswith("3.")]
+    for step in range(5):
+        averages = {n: a.clone() for n, a in optimizer.parts.average.averages.items()}
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step(lambda: model(x), y)
+        if step:
+            found = sum(float((model.get_parameter(n).grad * (before[n] - averages[n])).sum()) for n in natural)
+            cost += 0.1 * (found - cost)
+            assert float(scatter.cost) == pytest.approx(cost, rel=1e-4, abs=1e-7)
+    assert cost != 0
+
+
+def test_without_an_average_nothing_is_tolerated_and_states_of_earlier_versions_load():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(64, 5), torch.randint(3, (64,))
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.LayerwiseStep(average=False))
+    for _ in range(3):
+        optimizer.step(lambda: model(x), y)
+    assert float(optimizer.parts.motion.scatter.cost) == 0
+    state = optimizer.parts.motion.state_dict()
+    del state["scatter"]
+    optimizer.parts.motion.load_state_dict(state, torch.device("cpu"))
+    optimizer.step(lambda: model(x), y)
