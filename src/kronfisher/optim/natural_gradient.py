@@ -307,7 +307,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """For loops that call the model themselves: capture its forward passes, until `detach`.
 
         Then ``loss.backward(); optimizer.step()`` is a step, as with any optimiser. Where statistics are due, a hook on
-        the model draws labels and runs one more backward pass, which leaves every ``.grad`` alone.
+        the model draws labels and runs one more backward pass, which leaves every ``.grad`` alone. A loss that the
+        loop keeps to itself does not show how far it can fall: steps are not bounded by that, and noise shortens them
+        sooner.
 
         Args:
             model: as the loop calls it; None: as it was given to the optimiser. Attach what ``torch.compile`` returned.
