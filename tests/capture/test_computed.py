@@ -148,8 +148,31 @@ NORMED = {
         ),
         True,
     ),
-    "columns": (lambda: Written(lambda m, x: (x @ F.normalize(m.w, dim=0)).flatten(1), w=P(3, 6)), False),
-    "rows on the right": (lambda: Written(lambda m, x: (x @ F.normalize(m.w)).flatten(1), w=P(3, 6)), False),
+    "columns": (lambda: Written(lambda m, x: (x @ F.normalize(m.w, dim=0)).flatten(1), w=P(3, 6)), True),
+    "rows on the right": (lambda: Written(lambda m, x: (x @ F.normalize(m.w)).flatten(1), w=P(3, 6)), True),
+    "columns of inputs": (
+        lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w, dim=0)).flatten(1), w=P(6, 3)),
+        True,
+    ),
+    "few rows": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w)).flatten(1), w=P(2, 3)), True),
+    "few rows on the right": (lambda: Written(lambda m, x: (x @ F.normalize(m.w)).flatten(1), w=P(3, 2)), True),
+    "few columns": (lambda: Written(lambda m, x: (x @ F.normalize(m.w, dim=0)).flatten(1), w=P(3, 2)), True),
+    "columns inside a product": (
+        lambda: Written(lambda m, x: F.linear(x, m.u @ F.normalize(m.w, dim=0)).flatten(1), w=P(4, 3), u=P(2, 4)),
+        True,
+    ),
+    "weight norm of columns": (
+        lambda: nn.Sequential(PARAMETRISATIONS.weight_norm(nn.Linear(3, 6), dim=1), nn.Flatten(1)),
+        True,
+    ),
+    "weight norm of one column and all rows": (
+        lambda: nn.Sequential(PARAMETRISATIONS.weight_norm(nn.Linear(3, 1), dim=1), nn.Flatten(1)),
+        True,
+    ),
+    "too many numbers of columns": (
+        lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w, dim=0)).flatten(1), w=P(6, 3)),
+        False,
+    ),
     "too many numbers": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w)).flatten(1), w=P(6, 3)), False),
     "another norm": (lambda: Written(lambda m, x: F.linear(x, F.normalize(m.w, p=1)).flatten(1), w=P(6, 3)), False),
 }
@@ -158,8 +181,8 @@ NORMED = {
 @pytest.mark.parametrize("name", NORMED)
 def test_norms_of_rows_are_exact_whether_they_have_a_form_or_not(name, monkeypatch):
     build, known = NORMED[name]
-    if name == "too many numbers":
-        monkeypatch.setattr("kronfisher.layers.expressions._NUMBERS", 6 * (6 + 3) - 1)
+    if name.startswith("too many numbers"):
+        monkeypatch.setattr("kronfisher.layers.expressions._NUMBERS", 3 * (6 + 3) - 1)
     model, x = build().double(), torch.randn(4, 4, 3).double()
     for fit in ("full", "diagonal"):
         assert_exact(model, [x[:3], x[3:]], fit=fit, tolerance=1e-10)

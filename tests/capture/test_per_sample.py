@@ -251,5 +251,5 @@ def test_functions_of_weights_alone_are_no_reason_to_refuse():
 
     model = Written(lambda m, x: F.linear(x, Rounded.apply(m.w), m.b).tanh(), w=torch.randn(2, 3), b=torch.randn(2))
     assert_fallback(model, torch.randn(N, 3), "w: used by Rounded")
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=1).eval()
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=None).eval()
     assert_fallback(normed, torch.randn(N, 3), r"parametrizations\.weight\.original1: used by")

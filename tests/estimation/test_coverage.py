@@ -92,7 +92,7 @@ SUSPECTS = {
     ),
     "as an input": lambda: Written(lambda m, x: m.l(x) + m.l(m.t.expand(5, 3)), l=nn.Linear(3, 2), t=torch.randn(1, 3)),
     "before the data": lambda: Written(lambda m, x: x * (m.g * torch.ones(4, 3)).mean(0), g=torch.randn(3)),
-    "normalised columns": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=1),
+    "normalised as a whole": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=None),
     "expanded": lambda: Written(lambda m, x: F.linear(x, m.w.expand(2, 3)), w=torch.randn(1, 3)),
 }
 

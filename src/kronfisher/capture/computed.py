@@ -271,7 +271,9 @@ class ComputedWeights:
             elif term.derivative is not None:
                 yield NumberUse(term.window, None, None, use, term.left, term.right, derivative=term.derivative)
             elif term.slopes is not None:
-                yield RowsUse(term.window, None, None, use, term.left, term.right, slopes=term.slopes)
+                yield RowsUse(
+                    term.window, None, None, use, term.left, term.right, slopes=term.slopes, columns=term.columns
+                )
             elif term.diagonal:
                 single = term.window.numel == 1
                 yield DiagonalUse(None, term.window, None, use, term.left, term.right, single)

@@ -164,26 +164,41 @@ class NumberUse(Factors):
 
 @dataclass
 class RowsUse(Factors):
-    """A use of θ in ``W = L diag(q) R``, where θ enters by q, each number by its own row of θ.
+    """A use of θ in ``W = L diag(q) R``, where θ enters by q, each number by its own row of θ, or its own column.
 
-    As in `NumberUse` the samples are positions that do not count, here one for each row of θ.
+    With s the gradient by q, that by θ is ``C = diag(s) S``, or ``S diag(s)``. As in `NumberUse` the samples are
+    positions that do not count: one for each column of C, or for each row where these are fewer and have a number each.
+    Their inputs do not depend on s, so that they are the same for all gradients of an example.
 
     Attributes:
-        slopes: ``∂q_o/∂θ_o`` as ``[O, I]``.
+        slopes: S ``[O, I]``: ``∂q_o/∂θ_o``, or ``∂q_i/∂θ_i``.
+        columns: q are of those.
     """
 
     slopes: Tensor = field(kw_only=True)
+    columns: bool = field(default=False, kw_only=True)
     summing = True
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether each position is a row of C, s_o times that of S."""
+        return not self.columns and self.slopes.shape[0] <= self.slopes.shape[1]
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         inputs, outputs = self._inputs(order, gradient), self._outputs(order, gradient)
-        return torch.diag_embed((inputs.dense() * outputs).sum(dim=2) * _SMALL)
+        sums = (inputs.dense() * outputs).sum(dim=2) * _SMALL
+        if self._by_rows:
+            return torch.diag_embed(sums)
+        return self.slopes.mT.to(sums) * (sums[..., None] if self.columns else sums[..., None, :])  # columns of C
 
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        return Dense((self.slopes.to(gradient) / _SMALL).expand(1, order.samples, *self.slopes.shape))
+        like = self.slopes.to(gradient)
+        rows = like if self._by_rows else torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+        return Dense((rows / _SMALL).expand(1, order.samples, *rows.shape))
 
     def mask(self, order: RowOrder) -> Tensor | None:
-        return self.slopes.new_zeros(order.samples, len(self.slopes), dtype=torch.bool)
+        positions = self.slopes.shape[0 if self._by_rows else 1]
+        return self.slopes.new_zeros(order.samples, positions, dtype=torch.bool)
 
 
 @dataclass

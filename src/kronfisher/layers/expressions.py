@@ -32,8 +32,9 @@ class Term:
         operator: the operator without a rule.
         derivative: with it θ enters by a number q(θ) that multiplies ``left right``: ``∂q/∂θ = P Q``, as
             P ``[O', r]`` and Q ``[r, I']``.
-        slopes: with them θ enters by numbers q_o that multiply the rows of ``right``, each by its own row of θ:
-            ``∂q_o/∂θ_o`` as ``[O', I']``.
+        slopes: with them θ enters by numbers q between ``left`` and ``right``, each of its own row of θ, or, with
+            `columns`, of its own column: ``∂q_o/∂θ_o`` as ``[O', I']``.
+        columns: see `slopes`.
     """
 
     parameter: str
@@ -44,12 +45,11 @@ class Term:
     operator: str = ""
     derivative: tuple[Tensor, Tensor] | None = None
     slopes: Tensor | None = None
+    columns: bool = False
 
     @property
     def transposed(self) -> "Term":
         """The same θ in the transposed matrix."""
-        if self.slopes is not None:
-            return Term(self.parameter, None, operator="norms of columns")
         derivative = None if self.derivative is None else (self.derivative[1].mT, self.derivative[0].mT)
         numbers, left = tuple(t for t in self.left if not t.dim()), tuple(t for t in self.left if t.dim())
         window = self.window
@@ -59,6 +59,8 @@ class Term:
             self,
             window=window,
             derivative=derivative,
+            slopes=None if self.slopes is None else self.slopes.mT,
+            columns=self.slopes is not None and not self.columns,
             left=(*numbers, *(t.mT if t.dim() == 2 else t for t in self.right)),
             right=tuple(t.mT if t.dim() == 2 else t for t in left),
         )
@@ -94,7 +96,7 @@ class Expressions(Protocol):
         ...
 
 
-_NUMBERS = 2**17  # of an example, at most, where each row of a weight has a norm
+_NUMBERS = 2**19  # of an example, at most, where each row of a weight has a norm
 
 Rule = Callable[..., "list[Term] | None"]
 
@@ -296,7 +298,7 @@ def _normalisation(p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = 
 
 
 def _directions(record: Expressions, v: Tensor, scale: Factors, slopes: Tensor | None, operator: str) -> list[Term]:
-    """A matrix whose rows are multiplied by numbers, each of its own row, with these slopes if they are known.
+    """A matrix whose rows or columns are multiplied by numbers, each of its own, with these slopes if they are known.
 
     In training the numbers are held constant. Elsewhere they have a form of their own where that is small enough.
     """
@@ -306,9 +308,13 @@ def _directions(record: Expressions, v: Tensor, scale: Factors, slopes: Tensor |
     held = [term.within(*scale) for term in terms]
     if record.lenient:
         return held
-    rows = len(scale[0]) == 1 and scale[0][0].dim() == 1 and not scale[1]
+    by_rows, by_columns = (
+        len(some) == 1 and some[0].dim() == 1 and not others for some, others in (scale, scale[::-1])
+    )
     plain = len(terms) == 1 and terms[0].window is not None and not (terms[0].left or terms[0].right)
     outputs, inputs = _matrix(v).shape
-    if slopes is None or not (rows and plain) or outputs * (outputs + inputs) > _NUMBERS:
+    small = (inputs if by_columns else min(outputs, inputs)) * (outputs + inputs) <= _NUMBERS
+    if slopes is None or not ((by_rows or by_columns) and plain and small):
         return record.rest(v, operator)
-    return [*held, replace(terms[0], right=(_matrix(v),), slopes=_matrix(slopes))]
+    factors = {"right" if by_rows else "left": (_matrix(v).detach(),)}
+    return [*held, replace(terms[0], **factors, slopes=_matrix(slopes), columns=by_columns)]
