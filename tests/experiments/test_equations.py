@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +141,22 @@ def test_intervals_are_those_of_the_linearised_equation():
         shift = covariance @ S.mT @ (network.observed - equation.solution(network.places)) / NOISE**2
         assert bool(((error - shift).abs() < 0.15 * covariance.diagonal().sqrt()).all())
     assert "of 2" in str(found.table())
+
+
+def test_observations_that_were_not_fitted_are_fitted_from_other_weights(monkeypatch):
+    """Seen: κ changed its sign on the way, and its interval held -225."""
+    equation, ends, weights = replace(EQUATIONS["inverse"], sizes=(2, 16, 1), points=(120, 40)), [1e4, 30.0], []
+
+    def trained(equation, network, points):
+        weights.append(network.solution[0].weight.detach().clone())
+        assert network.constants.tolist() == [0.5, 0.0]
+        network.constants.data.fill_(-9.0 if len(weights) == 1 else 1.0)
+        return [ends[len(weights) - 1]]
+
+    monkeypatch.setattr(sys.modules[intervals.__module__], "_trained", trained)
+    (draw,) = intervals(equation, draws=1).draws
+    assert draw.starts == 2 and draw.mean == (1.0, 1.0) and draw.loss == 30.0
+    assert not torch.equal(*weights)
 
 
 def test_a_race_is_written_down(tmp_path):

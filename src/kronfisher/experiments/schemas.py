@@ -61,6 +61,7 @@ _INTERVAL = _object(
     deviation=_list(_NUMBER),
     steps=_COUNT,
     loss=_NUMBER,
+    starts=_COUNT,
 )
 _EQUATION = _object(equation=_TEXT, seconds=_SECONDS, runs=_list(_CURVE))
 _EQUATION["properties"]["intervals"] = _list(_INTERVAL) | {"description": "only where constants are unknown"}

@@ -13,6 +13,7 @@ __all__ = ["INVERSE", "Conductivity", "Inverse"]
 
 TRUTH = (1.0, 0.5)  # κ(x) = 1 + x₁/2
 OBSERVATIONS, NOISE = 50, 0.01
+START = (0.5, 0.0)
 
 
 class Conductivity(nn.Module):
@@ -29,13 +30,19 @@ class Conductivity(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], seed: int) -> None:
         super().__init__()
-        self.solution = tanh_network(sizes)
-        self.constants = nn.Parameter(torch.tensor([0.5, 0.0], dtype=torch.float64))
+        self.sizes, self.solution = sizes, tanh_network(sizes)
+        self.constants = nn.Parameter(torch.tensor(START, dtype=torch.float64))
         generator = torch.Generator().manual_seed(seed)
         places = torch.rand(OBSERVATIONS, 2, dtype=torch.float64, generator=generator)
         noise = torch.randn(OBSERVATIONS, dtype=torch.float64, generator=generator)
         self.register_buffer("places", places)
         self.register_buffer("observed", _solution(places) + NOISE * noise)
+
+    def restart(self) -> None:
+        """Draw other weights for the same observations, and forget the constants."""
+        self.solution = tanh_network(self.sizes)
+        with torch.no_grad():
+            self.constants.copy_(torch.tensor(START))
 
     def forward(self, x: Tensor) -> Tensor:
         """The solution u ``[n, 1]``."""
