@@ -1,6 +1,5 @@
 """A perceptron on MNIST: scores of one network, and averages over several, against training on halves of the data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -27,7 +26,6 @@ class PerceptronStudy(HalvesStudy):
     study: ClassVar[str] = "perceptron"
     dataset: str = "mnist"
     models: int = 10
-    fits: Sequence[str] = tuple(FITS)
     averaged: tuple[str, ...] = ("EKFAC",)
     folder: Path = Path("results/influence-perceptron")
     hidden: tuple[int, ...] = (128, 64)
