@@ -1,8 +1,20 @@
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
 from kronfisher.errors import NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import add_symmetric_product_, cholesky, complete_, eigh, full_precision, mirror, promote
+from kronfisher.linalg import (
+    add_symmetric_product_,
+    cholesky,
+    complete_,
+    eigh,
+    full_precision,
+    mirror,
+    promote,
+    unwritten_zeros,
+)
 from kronfisher.operators import Factor
 from tests.helpers.close import close
 
@@ -60,6 +72,16 @@ def test_symmetric_product_of_groups_into_a_window(groups, width):
     add_symmetric_product_(total[:, :width, :width], x)
     close(total[:, :width, :width].triu(), (7 + x.mT @ x).triu(), 1e-13)
     assert (total[:, :, width:] == 7).all() and (total[:, width:] == 7).all()
+
+
+def test_second_moments_on_a_diagonal_are_summed_some_rows_at_a_time(monkeypatch):
+    x, y = torch.randn(2, 9, 3).double(), torch.randn(2, 9, 3).double()
+    for piece in (1, 7, 13, 2**22):
+        monkeypatch.setattr("kronfisher.operators.factors.diagonal._PIECE", piece)
+        for other in (None, y):
+            total = torch.ones(2, 3).double()
+            Factor.of(total).add_product_(x, other)
+            close(total, 1 + (x * (x if other is None else other)).sum(1), 1e-14)
 
 
 @pytest.mark.parametrize("width", [1, 2, 127, 128, 129, 300])
@@ -224,3 +246,25 @@ def test_one_singular_matrix_among_several_is_enough():
 def test_cholesky_refuses_indefinite_matrices():
     with pytest.raises(SingularError):
         cholesky(torch.diag(torch.tensor([1.0, -1.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1000, 1000), (3, 2**20)])
+def test_unwritten_zeros_are_zeros(shape, dtype):
+    zeros = unwritten_zeros(torch.empty(0, dtype=dtype), shape)
+    assert zeros.shape == shape and zeros.dtype == dtype and zeros.is_contiguous() and not bool(zeros.any())
+    assert zeros.data_ptr() % 64 == 0  # as torch's own: MKL's last bits depend on it
+    zeros += 1
+    assert bool((zeros == 1).all())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
+def test_unwritten_zeros_take_no_memory():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    zeros = unwritten_zeros(torch.empty(0), (1, 5000, 5000))
+    assert resident() - before < zeros.nbytes / 10
+    zeros += 1
+    assert resident() - before > zeros.nbytes * 9 / 10

@@ -5,9 +5,11 @@ on global flags and a matrix that cannot be factorised is reported by the name o
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ __all__ = [
     "plain_arithmetic",
     "promote",
     "stable_norm",
+    "unwritten_zeros",
 ]
 
 WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a memory budget says less
@@ -35,6 +38,7 @@ _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product i
 _LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
 _FEW = 192  # columns of a product for narrower panels
 _TILE = 128
+_LARGE, _LINE = 2**20, 64  # bytes of zeros worth a call of another library, and of a line of a cache
 
 
 def full_precision(device_type: str = "cpu") -> AbstractContextManager[None]:
@@ -280,6 +284,24 @@ def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:
         f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
         f"(fisher + λ).solve(v) with λ ≥ {floor:.1e} (its mean eigenvalue is {mean:.3g})."
     )
+
+
+def unwritten_zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros of the dtype and on the device of `like`, of which only what is written takes memory on a processor.
+
+    Torch writes its zeros. The system's own, which are given to a page when it is first written, let the sums of all
+    layers grow while a backward pass releases what it has saved, rather than stand beside all of that.
+
+    Example:
+        >>> unwritten_zeros(torch.ones(2, dtype=torch.float64), (1, 2))
+        tensor([[0., 0.]], dtype=torch.float64)
+    """
+    size = prod(shape) * like.element_size()
+    if size < _LARGE or like.device.type != "cpu":
+        return like.new_zeros(shape)
+    memory = np.zeros(size + _LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _LINE  # as torch's own begin
+    return torch.from_numpy(memory[start : start + size]).view(like.dtype).view(*shape)
 
 
 def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[tuple[int, int]]:

@@ -431,7 +431,7 @@ class Capture(TorchFunctionMode):
         """Back-propagate from a scalar and pass output gradients to `receive` as they arrive.
 
         Args:
-            product: inner product of the captured outputs with the vector that is to be their gradient. Passing the
+            product: `inner_product` of the captured outputs with the vector that is to be their gradient. Passing the
                 vector to autograd instead would import symbolic algebra at the first call, which takes half a second.
             receive: called with a call and the gradient of its output, in reverse order of the forward pass.
             sources: indices of the earliest calls that are needed (`Graph.sources`); the pass ends there.

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, walk
+from kronfisher.capture.inner_product import inner_product
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
 from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
@@ -91,7 +92,7 @@ class Observation:
                 passes[key].append(probe.project(uses[key].rows(promote(gradient))))
 
         for vector in self._probe_vectors(probe):
-            self.backward((self.outputs * vector).sum(), receive, retain=True)
+            self.backward(inner_product(self.outputs, vector), receive, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.examples(each) if each else unknown[key] for key, each in passes.items()}
 
@@ -119,7 +120,7 @@ class Observation:
         """Indices of those edges of the graph where the gradient of a single element comes from several examples."""
         probe, passes = Probe(len(self), self.outputs.dtype), [[] for _ in edges]
         for vector in self._probe_vectors(probe):
-            product = (self.outputs * vector).sum()
+            product = inner_product(self.outputs, vector)
             gradients = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
             for each, gradient in zip(passes, gradients, strict=True):
                 if gradient is not None:
@@ -145,12 +146,14 @@ class Observation:
         return None if gradient is None else earlier.gradient(gradient)
 
     def _probe_vectors(self, probe: Probe) -> Iterator[Tensor]:
-        """The vectors that the passes of a probe back-propagate."""
+        """The vectors that the passes of a probe back-propagate, each in the memory of the one before."""
         generator = torch.Generator("cpu").manual_seed(0)
         drawn = promote(self.outputs.detach().new_empty(0)).dtype
         vector = torch.randn(self.outputs.shape, generator=generator, dtype=drawn, device="cpu").to(self.outputs)
         for factor in probe.factors().to(self.outputs):
-            yield vector * factor.reshape(-1, *[1] * (self.outputs.dim() - 1))
+            factor = factor.reshape(-1, *[1] * (self.outputs.dim() - 1))
+            yield vector.mul_(factor)
+            vector.div_(factor)  # of powers of two, which leave no trace
 
 
 def observe(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kronfisher.capture.batches import Batches, positions_of
 from kronfisher.capture.capture import Receiver
 from kronfisher.capture.forward import not_finite_error
+from kronfisher.capture.inner_product import inner_product
 from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe
 from kronfisher.capture.per_sample import FALLBACK
@@ -344,7 +345,7 @@ class Accumulator:
             vector, left = vector if kept is None else vector * kept, left - 1  # masked positions have no loss
             again = retain or left > 0 or bool(singles)
             stream.last = not again
-            product = (outputs * vector).sum()
+            product = inner_product(outputs, vector)
             vector = vector if singles else None  # free it during the pass
             observation.backward(product, stream.receive, retain=again)
             self.backward_passes += 1
@@ -435,6 +436,9 @@ class Accumulator:
             yield from likelihood.exact(outputs, targets)
         elif self.recipe.labels == "sampled":
             for draws in self._draws:
-                yield likelihood.sampled(outputs, targets, draws) / len(self._draws) ** 0.5
+                if len(self._draws) == 1:  # without a copy, which may be as large as anything
+                    yield likelihood.sampled(outputs, targets, draws)
+                else:
+                    yield likelihood.sampled(outputs, targets, draws) / len(self._draws) ** 0.5
         else:
             yield likelihood.observed(outputs, targets)

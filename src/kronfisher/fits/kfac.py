@@ -1,6 +1,7 @@
 """K-FAC: one Kronecker product per layer from the second moments of inputs and output gradients."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes
 from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
+from kronfisher.linalg import unwritten_zeros
 from kronfisher.operators import Factor, Kronecker
 
 __all__ = ["KFAC"]
@@ -65,7 +67,8 @@ class KFAC(Fit):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FactorSums:
         inputs, outputs = self.sides(group)
-        return FactorSums(group, plan, inputs=like.new_zeros(inputs), outputs=like.new_zeros(outputs))
+        zeros = partial(unwritten_zeros, like)
+        return FactorSums(group, plan, inputs=zeros(inputs), outputs=zeros(outputs))
 
     def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples

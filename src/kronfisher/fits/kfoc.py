@@ -21,7 +21,7 @@ from kronfisher.fits.scaling import tell_vanished
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import reciprocal
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import WORKSPACE
+from kronfisher.linalg import WORKSPACE, unwritten_zeros
 from kronfisher.operators import Factor, Kronecker, Operator
 
 __all__ = ["KFOC", "KPSVD"]
@@ -133,8 +133,8 @@ class KFOC(Fit):
         return ProductSums(
             group,
             plan,
-            inputs=like.new_zeros(terms, *inputs),
-            outputs=like.new_zeros(terms, *outputs),
+            inputs=unwritten_zeros(like, (terms, *inputs)),
+            outputs=unwritten_zeros(like, (terms, *outputs)),
             weight=like.new_zeros(inputs[0]),
             **numbers,
         )

@@ -1,6 +1,7 @@
 """TKFAC: the Kronecker product of the two half sums at the identity, with the trace of the block."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from kronfisher.fits.registry import register
 from kronfisher.fits.shapes import MAX_DIM, check_max_dim, elements, factor_shapes
 from kronfisher.fits.state import FactorSums, reciprocal
 from kronfisher.layers.samples import Samples
+from kronfisher.linalg import unwritten_zeros
 from kronfisher.operators import Kronecker
 from kronfisher.operators.factors import Factor
 
@@ -56,7 +58,8 @@ class TKFAC(Fit):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> FactorSums:
         inputs, outputs = factor_shapes(group, self.max_dim)
-        return FactorSums(group, plan, inputs=like.new_zeros(inputs), outputs=like.new_zeros(outputs))
+        zeros = partial(unwritten_zeros, like)
+        return FactorSums(group, plan, inputs=zeros(inputs), outputs=zeros(outputs))
 
     def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples

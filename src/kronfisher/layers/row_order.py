@@ -157,7 +157,7 @@ class Probe:
         """``[*lead, F] → [*lead, min(F, width)]``: project the gradient of every row onto a few directions."""
         features = rows.shape[-1]
         if features <= self.width:
-            return rows
+            return rows.clone()  # the vector that was back-propagated may be these very rows
         generator = torch.Generator("cpu").manual_seed(features)
         return rows @ torch.randn(features, self.width, generator=generator, device="cpu").to(rows)
 

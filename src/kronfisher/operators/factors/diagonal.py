@@ -13,6 +13,8 @@ from kronfisher.operators.factors.factor import Factor, by_group
 
 __all__ = ["DiagonalFactor"]
 
+_PIECE = 2**22  # numbers that are squared at a time
+
 
 @dataclass(frozen=True, eq=False)
 class DiagonalFactor(Factor, axes=2):
@@ -97,7 +99,9 @@ class DiagonalFactor(Factor, axes=2):
         return type(self)(self.tensor.clamp_min(0))
 
     def add_product_(self, x: Tensor, y: Tensor | None = None) -> None:
-        self.tensor.add_((x.square() if y is None else x * y).sum(-2))
+        rows = max(_PIECE // max(self.tensor.numel(), 1), 1)  # at a time: of a vocabulary squares of all would add up
+        for left, right in zip(x.split(rows, dim=-2), (x if y is None else y).split(rows, dim=-2), strict=True):
+            self.tensor.add_((left.square() if y is None else left * right).sum(-2))
 
     def mirror(self, scale: float | Tensor = 1.0) -> Self:
         return type(self)(self.tensor * by_group(scale, 2))

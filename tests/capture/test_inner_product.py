@@ -1,0 +1,53 @@
+"""Vectors are back-propagated from outputs without another tensor of that size."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kronfisher as kf
+from kronfisher.capture.inner_product import inner_product
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_derivative_by_the_outputs_is_the_vector(dtype):
+    outputs = torch.randn(5, 3, dtype=dtype, requires_grad=True)
+    for vector in (torch.randn(5, 3), torch.randn(3, 5).T, torch.randn(5, 1)):
+        (found,) = torch.autograd.grad(inner_product(outputs, vector), outputs)
+        assert found.dtype == dtype and torch.equal(found, vector.to(dtype).expand(5, 3))
+    layer = nn.Linear(4, 3).double()
+    outputs = layer(torch.randn(5, 4).double())
+    vectors = torch.randn(2, 5, 3).double()
+    for vector in vectors:  # through one graph
+        (found,) = torch.autograd.grad(inner_product(outputs, vector), layer.bias, retain_graph=True)
+        torch.testing.assert_close(found, vector.sum(0))
+
+
+class Made(TorchDispatchMode):
+    """Lists what makes floating-point tensors of at least so many numbers in memory of their own."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.operators = numbers, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() >= self.numbers:
+                self.operators += [str(func)] if tensor.untyped_storage().data_ptr() not in known else []
+        return result
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_outputs_over_a_vocabulary_have_one_companion(samples):
+    """A vector, which is the gradient as well; several draws are scaled besides. A probe makes one of its own."""
+    model, x = nn.Linear(2, 70_000), torch.randn(64, 2)
+    estimate = partial(kf.estimate, model, x, kf.Categorical(), fit=kf.KFAC(max_dim=64), samples=samples)
+    expected = ["aten.addmm.default", *["aten.empty_like.default", "aten.div.Tensor"][:samples] * samples]
+    for probe in (["aten.randn.generator"], []):
+        with Made(64 * 70_000) as made:
+            estimate()
+        assert sorted(made.operators) == sorted(expected + probe)
