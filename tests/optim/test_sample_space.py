@@ -217,6 +217,18 @@ def test_lambda_holds_back_each_weight_by_the_root_of_its_own_curvature(decades,
     close(Rows(J, u, 1.0).solver(damping)(u), truth, 1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e22])
+@pytest.mark.parametrize("shape", [(30, 8), (8, 8)])
+def test_single_precision_holds_rows_whose_squares_it_does_not(shape, size):
+    generator = torch.Generator().manual_seed(0)
+    J, u = size * torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    rows, damping = Rows(J, u, 1.0), 0.1 * float((J.double() / size).square().mean()) * size * size
+    F = J.double().mT @ J.double()
+    truth = torch.linalg.solve(F / size**2 + damping / size**2 * metric(F), (J.double() / size).mT @ u.double())
+    assert 0 < rows.size < math.inf
+    close(rows.solver(damping)(u).double() * size, truth, 1e-3)
+
+
 def poisson(model):
     """Of -Δu = 2π² sin πx sin πy: residuals at new points, and the error on a grid."""
 

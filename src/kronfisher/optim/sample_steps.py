@@ -108,10 +108,10 @@ class Rows:
 
     @cached_property
     def squares(self) -> Tensor:
-        """The squared lengths of J's columns ``[P]``, the diagonal of ``JᵀJ``."""
-        if len(self.matrix) > self.matrix.shape[1]:
+        """The squared lengths of J's columns ``[P]`` in float64, the diagonal of ``JᵀJ``."""
+        if len(self.matrix) > self.matrix.shape[1] and self.matrix.dtype == torch.float64:
             return self.square.diagonal().clone()
-        return torch.linalg.vector_norm(self.matrix, dim=0).square()
+        return torch.linalg.vector_norm(self.matrix, dim=0, dtype=torch.float64).square()  # in float32 they may vanish
 
     @cached_property
     def size(self) -> float:
@@ -127,7 +127,7 @@ class Rows:
         """
         squares = self.squares
         root = (squares / squares.mean() + _LEAST).sqrt()
-        return root / root.mean()
+        return (root / root.mean()).to(self.matrix.dtype)
 
     def slope(self, step: Tensor, change: Tensor) -> float:
         """What the loss falls by along a step, to first order, times N; `change` is J times the step."""
@@ -154,7 +154,8 @@ class Rows:
                 f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
                 f"up to {self.size:.1e}; give a larger damping, or train in float64."
             )
-        hidden = shift <= torch.finfo(J.dtype).eps ** 0.6 * size
+        kind = torch.finfo(J.dtype)
+        hidden = shift <= kind.eps**0.6 * size or not kind.tiny < max(size, shift) < kind.max
         with full_precision(J.device.type):
             if rows > columns and not hidden:
                 side = self.square.clone()
