@@ -1,6 +1,5 @@
 """The motion of all units: momentum, outliers clipped, steps of one size, weight decay."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from kronfisher.optim.layerwise.pieces import Pieces
 from kronfisher.optim.layerwise.rates import Rates
 from kronfisher.optim.layerwise.scatter import Scatter
 from kronfisher.optim.layerwise.units import Unit
+from kronfisher.optim.misfit import Misfit
 from kronfisher.optim.trained_parameters import TrainedParameters
 
 __all__ = ["Motion"]
@@ -74,8 +74,7 @@ class Motion:
         gradients: Mapping[str, Tensor],
         natural: Mapping[str, Tensor],
         rate: float | Tensor,
-        left: float | Tensor = 1.0,
-        excess: float | Tensor = math.inf,
+        misfit: Misfit,
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         """One step of every unit that has a gradient.
@@ -89,9 +88,8 @@ class Motion:
             trained: the parameters.
             gradients: of this batch, by parameter name.
             natural: natural gradients of natural units, by parameter name; used up.
-            rate: of a unit whose factor and learning rate are one.
-            left: the share of the data that is left to fit, for `Rates.update`.
-            excess: by how much the mean loss exceeds the least that there could be.
+            rate: of a unit whose factor and learning rate are one, but for what `misfit` makes of it.
+            misfit: what is left to fit, and how far the loss can fall.
             averages: of the iterates, by parameter name; None: there are none.
         """
         where = self._find_pieces(gradients, natural, trained)
@@ -109,9 +107,9 @@ class Motion:
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        tolerance = 0.0
-        if averages is not None and isinstance(excess, Tensor):
-            tolerance = self.scatter.tolerance(excess)
+        left, excess, calm, tolerance = misfit.left, misfit.excess, misfit.calm, 0.0
+        if averages is not None:
+            tolerance = torch.where(calm < 1, 0.0, self.scatter.tolerance(excess))  # after a leap, nothing is
             ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
             cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
             self.scatter.update(cost, finite)
@@ -119,6 +117,7 @@ class Motion:
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)
+        rate = rate * calm
         top = max((trained.rates[name] for name in where.names), default=0.0) or 1.0
         promised = torch.where(where.natural, promise * factors * scale, 0.0).sum() * (rate * top)
         short = (PROMISE * excess / promised).clamp(max=1.0)

@@ -134,11 +134,10 @@ class LayerwiseParts(StepParts):
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
-            rate, left = self.rate(step) * self.misfit.calm, self.misfit.left
             averages = self.average.averages if self.options.average else None
-            self.motion.move(trained, gradients, natural, rate, left, self.misfit.excess, averages)
+            self.motion.move(trained, gradients, natural, self.rate(step), self.misfit, averages)
             if self.options.average:
-                self.average.update(trained.named, left, self.annealing(step))
+                self.average.update(trained.named, self.misfit.left, self.annealing(step))
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
