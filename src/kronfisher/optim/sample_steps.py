@@ -14,7 +14,7 @@ from kronfisher.linalg import add_symmetric_product_, full_precision
 
 __all__ = ["Follower", "Rows", "Thinned"]
 
-_LEAST = 0.1  # of a weight's curvature in the metric, over the mean; with much less, constants of equations ran away
+_LEAST = 0.1  # of a weight's curvature in the metric, over the mean: constants of equations run away sooner with less
 
 
 @dataclass
