@@ -63,6 +63,19 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.brake) > 2 * braked  # agreement releases it
 
 
+def test_rates_that_have_not_settled_do_not_grow_beyond_one():
+    made, path = rates(), torch.ones(1000)
+    for step in range(300):
+        gradient = 0.01 * path + torch.randn(1000, generator=torch.Generator().manual_seed(step))
+        gradient += (0.3 - gradient @ path / (gradient.norm() * path.norm())) * gradient.norm() / path.norm() * path
+        made.path = (path @ path).reshape(1)
+        settled = float(step < 200)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, 0.0, settled)
+        if step == 199:
+            assert float(made.factors) > 1.5
+    assert float(made.factors) == 1
+
+
 def test_steps_that_signal_lengthened_become_short_among_noise():
     made, generator = rates(), torch.Generator().manual_seed(2)
     feed(made, [torch.ones(1000)] * 30)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.optim.layerwise.scatter import DEAR, TOLERANCE, Scatter
+from kronfisher.optim.layerwise.scatter import DEAR, SETTLING, TOLERANCE, Scatter
 from kronfisher.optim.misfit import UNKNOWN
 
 
@@ -18,6 +18,20 @@ def test_the_tolerance_falls_from_its_most_to_nothing_as_the_scatter_becomes_dea
 @pytest.mark.parametrize("excess", [UNKNOWN, 0.0, -1.0, torch.inf])
 def test_nothing_is_tolerated_where_it_is_not_known_how_far_the_loss_can_fall(excess):
     assert float(Scatter(torch.tensor(-1.0)).tolerance(torch.tensor(excess))) == 0
+
+
+def test_a_leap_takes_the_tolerance_and_longer_steps_away_until_training_has_settled():
+    scatter, excess = Scatter(torch.tensor(-1.0)), torch.tensor(2.0)
+    scatter.settle(torch.tensor(1.0))
+    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE)
+    scatter.settle(torch.tensor(0.9))
+    assert float(scatter.tolerance(excess)) == 0
+    for _ in range(SETTLING // 2):
+        scatter.settle(torch.tensor(1.0))
+    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE / 2, rel=1e-3)
+    for _ in range(SETTLING):
+        scatter.settle(torch.tensor(1.0))
+    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_cost_alone():

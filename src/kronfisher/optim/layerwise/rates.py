@@ -66,6 +66,7 @@ class Rates:
         finite: Tensor,
         left: float | Tensor = 1.0,
         tolerance: float | Tensor = 0.0,
+        settled: float | Tensor = 1.0,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -76,6 +77,7 @@ class Rates:
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             tolerance: δ, 0-dim.
+            settled: the share of their upper bound, beyond one, that factors may have, 0-dim: little after a leap.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -89,7 +91,8 @@ class Rates:
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
         reach = (1 + self.steps / SPAN) ** POWER
-        most = torch.where(brake < 1, brake, brake.clamp_min(min(reach, LARGEST)))
+        highest = torch.ones_like(brake) + settled * (min(reach, LARGEST) - 1)
+        most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), left / reach * brake), most)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
         for name, values in {**new, "factors": factors}.items():

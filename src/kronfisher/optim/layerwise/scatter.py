@@ -14,6 +14,7 @@ __all__ = ["Scatter"]
 MEMORY = 0.9  # of the average of the cost
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where the scatter costs nothing
 DEAR = 0.08  # the cost, over how far the loss can fall, from which on nothing is tolerated
+SETTLING = 100  # steps without a leap after which all is as before one
 
 
 @dataclass
@@ -26,9 +27,16 @@ class Scatter:
 
     Attributes:
         cost: n, 0-dim.
+        settled: how far training has settled since its last leap, 0-dim: 0 at one, 1 long after it. Losses that leap,
+            as of rates that are exponentials, are not quadratic where iterates scatter.
     """
 
     cost: Tensor = field(default_factory=lambda: torch.zeros(()))
+    settled: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    def settle(self, calm: Tensor) -> None:
+        """Count one step; `calm` is below one after a leap (`Misfit`)."""
+        self.settled = torch.where(calm < 1, 0.0, (self.settled.to(calm) + 1 / SETTLING).clamp(max=1.0))
 
     def update(self, product: Tensor, finite: Tensor) -> None:
         """Take over ``⟨g, θ − θ̄⟩`` of one step, 0-dim, unless its gradient is not finite."""
@@ -41,7 +49,7 @@ class Scatter:
         Args:
             excess: by how much the mean loss exceeds the least that there could be, 0-dim.
         """
-        share = TOLERANCE * (1 - self.cost / (DEAR * excess)).clamp(0, 1)
+        share = TOLERANCE * self.settled * (1 - self.cost / (DEAR * excess)).clamp(0, 1)
         return torch.where((excess > 0) & (excess < KNOWN), share, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,3 +59,4 @@ class Scatter:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave; earlier versions gave nothing."""
         self.cost = state.get("cost", torch.zeros(())).to(device)
+        self.settled = state.get("settled", torch.ones(())).to(device)
