@@ -32,7 +32,7 @@ def test_noise_moves_rates_within_their_bounds_and_never_brakes():
     made, generator = rates(), torch.Generator().manual_seed(1)
     for step in range(400):
         feed(made, [torch.randn(1000, generator=generator)])
-        assert (1 + step / 100) ** -0.5 - 1e-6 <= float(made.factors) <= (1 + step / 100) ** 0.5 + 1e-6
+        assert (1 + step / 100) ** -0.5 - 1e-6 <= float(made.factors) <= 1
     assert float(made.brake) == 1
 
 
@@ -42,10 +42,10 @@ def test_little_contradiction_is_tolerated_where_it_is_said_to_be():
     strict, tolerant, exceeded = rates(), rates(), rates()
     for _ in range(200):
         noise = torch.randn(1000, generator=generator)
-        for made, against, tolerance in ((strict, 0.04, 0.0), (tolerant, 0.04, 0.08), (exceeded, 0.12, 0.08)):
+        for made, against, room in ((strict, 0.03, 0.0), (tolerant, 0.03, 1.0), (exceeded, 0.07, 1.0)):
             gradient = noise - (noise @ path / (path @ path) + against * noise.norm() / path.norm()) * path
             made.path = (path @ path).reshape(1)
-            made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, tolerance)
+            made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, room)
     assert float(strict.factors) < 0.7 and float(exceeded.factors) < 0.7 and float(tolerant.factors) > 1.4
 
 
@@ -63,25 +63,25 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.brake) > 2 * braked  # agreement releases it
 
 
-def test_rates_that_have_not_settled_do_not_grow_beyond_one():
+def test_rates_without_room_do_not_grow_beyond_one():
     made, path = rates(), torch.ones(1000)
     for step in range(300):
         gradient = 0.01 * path + torch.randn(1000, generator=torch.Generator().manual_seed(step))
         gradient += (0.3 - gradient @ path / (gradient.norm() * path.norm())) * gradient.norm() / path.norm() * path
         made.path = (path @ path).reshape(1)
-        settled = float(step < 200)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, 0.0, settled)
+        room = float(step < 200)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, room)
         if step == 199:
             assert float(made.factors) > 1.5
     assert float(made.factors) == 1
 
 
-def test_steps_that_signal_lengthened_become_short_among_noise():
+def test_steps_that_signal_lengthened_return_to_one_among_noise():
     made, generator = rates(), torch.Generator().manual_seed(2)
     feed(made, [torch.ones(1000)] * 30)
     longest = float(made.factors)
     feed(made, [torch.randn(1000, generator=generator) for _ in range(300)])
-    assert longest > 5 and float(made.brake) <= 1 and float(made.factors) < 1.5
+    assert longest > 5 and float(made.brake) <= 1 and float(made.factors) <= 1
 
 
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():

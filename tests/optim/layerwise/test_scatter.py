@@ -1,37 +1,37 @@
-"""What the scatter of iterates costs, and how much contradiction is tolerated for it."""
+"""What the scatter of iterates costs, and how much room it leaves to rates."""
 
 import pytest
 import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.optim.layerwise.scatter import DEAR, SETTLING, TOLERANCE, Scatter
+from kronfisher.optim.layerwise.scatter import DEAR, SETTLING, Scatter
 from kronfisher.optim.misfit import UNKNOWN
 
 
-def test_the_tolerance_falls_from_its_most_to_nothing_as_the_scatter_becomes_dear():
+def test_the_room_falls_from_its_most_to_nothing_as_the_scatter_becomes_dear():
     excess = torch.tensor(2.0)
     for cost, share in ((-1.0, 1.0), (0.0, 1.0), (DEAR, 0.5), (2 * DEAR, 0.0), (9.0, 0.0)):
-        assert float(Scatter(torch.tensor(cost)).tolerance(excess)) == pytest.approx(share * TOLERANCE, abs=1e-7)
+        assert float(Scatter(torch.tensor(cost)).room(excess)) == pytest.approx(share, abs=1e-6)
 
 
 @pytest.mark.parametrize("excess", [UNKNOWN, 0.0, -1.0, torch.inf])
-def test_nothing_is_tolerated_where_it_is_not_known_how_far_the_loss_can_fall(excess):
-    assert float(Scatter(torch.tensor(-1.0)).tolerance(torch.tensor(excess))) == 0
+def test_there_is_no_room_where_it_is_not_known_how_far_the_loss_can_fall(excess):
+    assert float(Scatter(torch.tensor(-1.0)).room(torch.tensor(excess))) == 0
 
 
-def test_a_leap_takes_the_tolerance_and_longer_steps_away_until_training_has_settled():
+def test_a_leap_takes_the_room_away_until_training_has_settled():
     scatter, excess = Scatter(torch.tensor(-1.0)), torch.tensor(2.0)
     scatter.settle(torch.tensor(1.0))
-    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE)
+    assert float(scatter.room(excess)) == pytest.approx(1)
     scatter.settle(torch.tensor(0.9))
-    assert float(scatter.tolerance(excess)) == 0
+    assert float(scatter.room(excess)) == 0
     for _ in range(SETTLING // 2):
         scatter.settle(torch.tensor(1.0))
-    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE / 2, rel=1e-3)
+    assert float(scatter.room(excess)) == pytest.approx(0.5, rel=1e-3)
     for _ in range(SETTLING):
         scatter.settle(torch.tensor(1.0))
-    assert float(scatter.tolerance(excess)) == pytest.approx(TOLERANCE)
+    assert float(scatter.room(excess)) == pytest.approx(1)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_cost_alone():
@@ -61,7 +61,7 @@ def test_the_cost_is_that_of_weights_away_from_their_average():
     assert cost != 0
 
 
-def test_without_an_average_nothing_is_tolerated_and_states_of_earlier_versions_load():
+def test_without_an_average_nothing_is_measured_and_states_of_earlier_versions_load():
     torch.manual_seed(0)
     model, x, y = nn.Linear(5, 3), torch.randn(64, 5), torch.randint(3, (64,))
     optimizer = kf.NaturalGradient(model, kf.Categorical(), step=kf.LayerwiseStep(average=False))

@@ -107,15 +107,14 @@ class Motion:
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        left, excess, calm, tolerance = misfit.left, misfit.excess, misfit.calm, 0.0
+        left, excess, calm, room = misfit.left, misfit.excess, misfit.calm, 0.0
         self.scatter.settle(calm)
         if averages is not None:
-            tolerance = self.scatter.tolerance(excess)
+            room = self.scatter.room(excess)
             ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
             cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
             self.scatter.update(cost, finite)
-        settled = self.scatter.settled
-        factors = self.rates.update(evidence, squares, where.decay, finite, left, tolerance, settled)
+        factors = self.rates.update(evidence, squares, where.decay, finite, left, room)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)

@@ -18,11 +18,14 @@ BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the r
 RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
 LARGEST = 10.0  # factor
+TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
 
 
 @dataclass
 class Rates:
-    """Factors on the rates of all units: in ``[u/s, s]``, ``s = (1 + k/100)^1/2`` at step k, times a brake, or a boost.
+    """Factors on the rates of all units, in ``[u/s, 1 + h (s − 1)]`` with ``s = (1 + k/100)^1/2`` at step k.
+
+    That is times a brake, or a boost, and h is the room that the scatter of iterates leaves (`Scatter`).
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
@@ -30,12 +33,12 @@ class Rates:
     falls below −.15 only where steps overshoot, and then lowers the bounds of f, too; above .15, it raises them again,
     and above .5, beyond one: there is hardly any noise, and a step of one size is only as long as it is by convention.
 
-    While the average of the iterates takes the noise out (`Scatter`), a small share δ of a gradient may oppose the
-    path: r is made of ``⟨g, p⟩ + δ ‖g‖ ‖p‖``.
+    While the average of the iterates takes the noise out, a small share of a gradient may oppose the path: r is made
+    of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``.
 
     Attributes:
         factors: f ``[U]``.
-        signed: the average of ``⟨g, p⟩ + δ ‖g‖ ‖p‖``, ``[U]``.
+        signed: the average of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``, ``[U]``.
         absolute: the average of its absolute value, ``[U]``.
         cosine: c ``[U]``.
         path: ``‖p‖²``, ``[U]``.
@@ -65,8 +68,7 @@ class Rates:
         decay: Tensor,
         finite: Tensor,
         left: float | Tensor = 1.0,
-        tolerance: float | Tensor = 0.0,
-        settled: float | Tensor = 1.0,
+        room: float | Tensor = 0.0,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -76,8 +78,7 @@ class Rates:
             decay: β ``[U]`` of the averages p.
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
-            tolerance: δ, 0-dim.
-            settled: the share of their upper bound, beyond one, that factors may have, 0-dim: little after a leap.
+            room: h, 0-dim.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -86,12 +87,12 @@ class Rates:
         path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
         path.clamp_min_(0)
         brake = self._bound(cosine)
-        excused = products + tolerance * norms
+        excused = products + TOLERANCE * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
         reach = (1 + self.steps / SPAN) ** POWER
-        highest = torch.ones_like(brake) + settled * (min(reach, LARGEST) - 1)
+        highest = torch.ones_like(brake) + room * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), left / reach * brake), most)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}

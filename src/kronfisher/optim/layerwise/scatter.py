@@ -12,8 +12,7 @@ from kronfisher.optim.misfit import KNOWN
 __all__ = ["Scatter"]
 
 MEMORY = 0.9  # of the average of the cost
-TOLERANCE = 0.05  # the share of a gradient that may oppose the path where the scatter costs nothing
-DEAR = 0.08  # the cost, over how far the loss can fall, from which on nothing is tolerated
+DEAR = 0.08  # the cost, over how far the loss can fall, from which on rates have no freedom
 SETTLING = 100  # steps without a leap after which all is as before one
 
 
@@ -22,8 +21,8 @@ class Scatter:
     """``n = EMA(⟨g, θ − θ̄⟩)`` with the average θ̄ of the iterates: twice what a quadratic loss loses by its scatter.
 
     An average of iterates has little noise whatever the rate, as long as the loss is quadratic where they scatter
-    (Polyak & Juditsky 1992). Where n is small beside the excess of the loss, it is; rates that noise alone has turned
-    against their path then need not fall. A rule of this library's own.
+    (Polyak & Juditsky 1992). Where n is small beside the excess of the loss, it is; rates then may grow, and need not
+    fall where noise alone has turned gradients against their path. A rule of this library's own.
 
     Attributes:
         cost: n, 0-dim.
@@ -43,13 +42,15 @@ class Scatter:
         cost = self.cost.to(product)
         self.cost = torch.where(finite & torch.isfinite(product), cost.lerp(product, 1 - MEMORY), cost)
 
-    def tolerance(self, excess: Tensor) -> Tensor:
-        """The share of a gradient that may oppose the path, 0-dim; zero if it is not known how far the loss can fall.
+    def room(self, excess: Tensor) -> Tensor:
+        """The share of their freedom that rates have, 0-dim: one where the scatter costs nothing.
+
+        Zero where it is dear, just after a leap, or if it is not known how far the loss can fall.
 
         Args:
             excess: by how much the mean loss exceeds the least that there could be, 0-dim.
         """
-        share = TOLERANCE * self.settled * (1 - self.cost / (DEAR * excess)).clamp(0, 1)
+        share = self.settled * (1 - self.cost / (DEAR * excess)).clamp(0, 1)
         return torch.where((excess > 0) & (excess < KNOWN), share, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
