@@ -16,7 +16,7 @@ from tests.helpers.networks import Written, linears
 
 
 @pytest.mark.parametrize("how", ["success", "failure"])
-def test_captures_are_freed_at_once(how, monkeypatch):
+def test_captures_are_freed_at_once(how, monkeypatch, read_again):
     """The graph holds hooks, the capture holds the graph: as a cycle they would keep all activations forever."""
     born = []
     begin = Capture.__init__

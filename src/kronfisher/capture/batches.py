@@ -99,6 +99,10 @@ class Batches:
             error.add_note(f"while the loader was read in pass {number + 1}")
             raise
 
+    def modified(self, batch: Any) -> bool:
+        """Whether the batch just read was modified in place since."""
+        return self._versions != _versions(batch)
+
     def recognise(self, batch: Any) -> None:
         """Remember the batch just read in the first pass; in a later pass, require that it is the same.
 
@@ -111,7 +115,7 @@ class Batches:
                 "Pass a list or a DataLoader."
             )
         bits, place = checksum(batch), self.index - 1
-        if self._versions != _versions(batch):
+        if self.modified(batch):
             self._written.add(place)
         if self._number == 0:
             self._checksums[place] = bits

@@ -222,7 +222,8 @@ class Accumulator:
                 state = None if self._kept is None else torch.get_rng_state()
                 observation = observe(self.model, self.parameters, batch, self.recipe.run, where)
                 if self._kept is not None and state is not None:
-                    self._kept.begin(torch.equal(state, torch.get_rng_state()))
+                    same = torch.equal(state, torch.get_rng_state()) and not batches.modified(observation.batch)
+                    self._kept.begin(same)
                 self._absorb(observation)
                 if self.passes > 1:
                     batches.recognise(observation.batch)

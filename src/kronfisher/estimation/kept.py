@@ -51,7 +51,8 @@ class Kept:
         """A batch begins.
 
         Args:
-            plain: the model drew no random numbers: those that a loader draws next do not depend on its having run.
+            plain: the model drew no random numbers, and left its inputs alone: what a loader brings next does not
+                depend on its having run.
         """
         self._copies = {}
         if not plain:

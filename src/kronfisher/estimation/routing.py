@@ -93,7 +93,9 @@ class Stream:
                 if waits:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
-                    self._pass_on(group, (samples,))
+                    if self._kept is not None:
+                        self._kept.note(group, (samples,))
+                    group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
         if self.last:
             for part, _, _ in entries:
@@ -123,7 +125,9 @@ class Stream:
                     if whole:
                         self._arrive(group, position, samples)
                     else:
-                        self._pass_on(group, (samples,))
+                        if self._kept is not None:
+                            self._kept.note(group, (samples,))
+                        group.state = group.fit.update(group.state, (samples,))
         for group in {id(group): group for group in groups}.values():
             group.seconds += (time.perf_counter() - began) / len(groups)
 
@@ -153,9 +157,7 @@ class Stream:
 
     def _update(self, group: Group) -> None:
         ready = self._ready.pop(id(group))
-        self._pass_on(group, tuple(ready[position] for position in range(len(group.blocks))))
-
-    def _pass_on(self, group: Group, samples: tuple[Samples, ...]) -> None:
+        samples = tuple(ready[position] for position in range(len(group.blocks)))
         if self._kept is not None:
             self._kept.note(group, samples)
         group.state = group.fit.update(group.state, samples)
