@@ -12,13 +12,12 @@ compared number by number.
 
 import argparse
 import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import torch
+from timing import median_seconds
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import DataLoader, TensorDataset
@@ -86,23 +85,11 @@ def by_nngeometry(model: nn.Module, x: Tensor) -> Tensor:
     return GramMatrix(model, data, lambda x: model(x).sum(1, keepdim=True), layer_collection=layers).data[0, :, 0]
 
 
-def median_times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the processor, after one round of warming up; every other round backwards."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for k in range(repeats + 1):
-        for name in list(works)[:: 1 if k % 2 else -1]:
-            start = time.process_time()
-            works[name]()
-            if k:
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(name: str, size: int, repeats: int) -> dict[str, object]:
     torch.manual_seed(0)
     build, shape = NETWORKS[name]
     model, x, y = build(), torch.randn(size, *shape), torch.randint(10, (size,))
-    found = median_times({"fb": lambda: forward_backward(model, x, y), "gram": lambda: gram(model, x, y)}, repeats)
+    found = median_seconds({"fb": lambda: forward_backward(model, x, y), "gram": lambda: gram(model, x, y)}, repeats)
     result: dict[str, object] = {"network": name, "samples": size, **found, "gram / fb": found["gram"] / found["fb"]}
     if 4 * size * 10 * sum(p.numel() for p in model.parameters()) > ROOM:
         return result
@@ -127,7 +114,7 @@ def beside(
         except Exception as error:
             skipped[name] = f"{type(error).__name__}: {error}"[:120]
     works: dict[str, Callable[[], object]] = {name: lambda make=others[name]: make(model, x) for name in differences}
-    times = median_times({"kernel": lambda: kf.kernel(model, x, outputs=outputs), **works}, repeats)
+    times = median_seconds({"kernel": lambda: kf.kernel(model, x, outputs=outputs), **works}, repeats)
     rows: list[dict[str, object]] = [
         {"outputs": outputs, "peer": name, "skipped": why} for name, why in skipped.items()
     ]

@@ -13,7 +13,6 @@ threads: the wide perceptron of workloads.py by the clock, one thread over two: 
 
 import argparse
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import median_seconds
 from torch import Tensor, nn
 from workloads import WORKLOADS, Batch, Workload, class_batches, dense_layers
 
@@ -74,18 +74,6 @@ def hooks(model: nn.Module, batches: list[Batch]) -> list[tuple[Tensor, Tensor]]
     return [(a, g) for a, g in sums.values()]
 
 
-def median_times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds of the processor, after one round of warming up; every other round backwards."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for k in range(repeats + 1):
-        for name in list(works)[:: 1 if k % 2 else -1]:
-            start = time.process_time()
-            works[name]()
-            if k:
-                times[name].append(1000 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def by_fits(repeats: int) -> list[dict[str, object]]:
     """The perceptron by every fit."""
     workload = perceptron()
@@ -96,7 +84,7 @@ def by_fits(repeats: int) -> list[dict[str, object]]:
 
     works: dict[str, Callable[[], object]] = {"fb": lambda: forward_backward(model, batches)}
     works |= {f"{fit} {labels}": estimate(fit, labels) for fit in FITS for labels in ("sampled", "exact")}
-    found = median_times(works, repeats)
+    found = {name: 1000 * taken for name, taken in median_seconds(works, repeats).items()}
     rows = [{"fit": fit, **{labels: found[f"{fit} {labels}"] for labels in ("sampled", "exact")}} for fit in FITS]
     return [{"table": "perceptron", "fb": found["fb"], **row} for row in rows]
 
@@ -114,7 +102,7 @@ def by_layers(repeats: int) -> dict[str, object]:
         "kfac": lambda: kf.estimate(model, batches, kf.Categorical(), fit="kfac"),
         "kfoc": lambda: kf.estimate(model, batches, kf.Categorical(), fit="kfoc"),
     }
-    found = median_times(works, repeats)
+    found = {name: 1000 * taken for name, taken in median_seconds(works, repeats).items()}
     return {"table": "narrow", **found, "overhead": (found["kfac"] - found["hooks"]) / LAYERS}
 
 

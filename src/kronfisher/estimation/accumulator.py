@@ -227,6 +227,8 @@ class Accumulator:
                 self._absorb(observation)
                 if self.passes > 1:
                     batches.recognise(observation.batch)
+                else:  # nothing is read again
+                    self._kept = None
                 del observation  # or its tensors would stay alive during the next forward pass
                 tell(
                     f"pass {number + 1}/{self.passes}, {batches.index} batches, {self.backward_passes} backward passes"

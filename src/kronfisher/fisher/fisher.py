@@ -462,6 +462,9 @@ class Fisher(Algebra["Fisher"]):
     def whole(self) -> "Fisher":
         """All blocks at every rank, where each stayed with its owner (``share="owned"``); all ranks make the call.
 
+        Raises:
+            RankError: another rank failed or has ended.
+
         Example:
             >>> import kronfisher as kf
             >>> fisher = kf.estimate(torch.nn.Linear(3, 2), torch.randn(20, 3), kf.Gaussian())

@@ -117,6 +117,19 @@ def test_averages_are_exchanged_for_evaluation_and_training_asks_for_the_weights
     assert buffers and all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
 
 
+def test_at_the_end_of_a_horizon_the_average_is_the_last_iterate():
+    distances = []
+    for total in (None, 60):
+        torch.manual_seed(0)
+        model, data = network(), batches(6) * 10
+        optimizer = kf.NaturalGradient(model, kf.Categorical(), total_steps=total)
+        train(optimizer, model, data)
+        last = weights(model)
+        optimizer.eval()
+        distances.append(float((weights(model) - last).norm()))
+    assert distances[0] > 0 and distances[1] < 1e-6 * distances[0]
+
+
 def test_a_horizon_anneals_the_rate():
     model, data = network(), batches(10)
     optimizer = kf.NaturalGradient(model, kf.Categorical(), total_steps=10)
