@@ -1,5 +1,7 @@
 """Whose row is it: wherever the data lie, sums per datum are exact; where data are mixed, they are refused."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -451,21 +453,56 @@ def test_the_probe_sees_mixtures_and_silence():
     assert probe.examples([probe.project(rows) for rows in scaled]) is None
 
 
+WEAK = [(share, torch.float64) for share in (1e-2, 1e-6, 2e-8, 1e-10, 1e-12)]
+WEAK += [(share, torch.float32) for share in (1e-2, 8e-4, 2e-4)]
+
+
 @pytest.mark.parametrize("fit", ["kfac", "kfoc", "full"])
-@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
-def test_a_weak_coupling_is_one(share, fit):
-    """In float64 what others contribute is seen down to 1e-7 of a row's gradient, since doubling is exact."""
+@pytest.mark.parametrize("share, dtype", WEAK)
+def test_a_weak_coupling_is_one(share, dtype, fit):
+    """What others contribute is seen down to some hundred roundings of a row's gradient, since doubling is exact."""
 
     def network(share):
         model = Written(
             lambda m, x: m.o((h := m.l(x).tanh()) + share * h.roll(1, 0)), l=nn.Linear(3, 3), o=nn.Linear(3, 2)
         )
-        return model.double()
+        return model.to(dtype)
 
-    x = torch.randn(5, 3, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=dtype)
     with pytest.raises(UnsupportedError, match="mixes several examples"):
         kf.estimate(network(share), x, kf.Gaussian(), fit=fit)
     kf.estimate(network(0.0), x, kf.Gaussian(), fit=fit)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-8, 1e-11])
+def test_attention_that_hardly_looks_at_another_example_mixes_them(weight, double):
+    def forward(m, x):
+        h, far = m.l(x), torch.eye(len(x)).log2().clamp_min(math.log(weight))
+        return far.softmax(-1) @ h
+
+    model, x = Written(forward, l=nn.Linear(3, 2)), torch.randn(4, 3)
+    for fit in ("full", kf.Full(across_layers=True), "kfac", {"*": "diagonal"}):
+        with pytest.raises(UnsupportedError, match="mixes several examples"):
+            kf.estimate(model, x, kf.Gaussian(), fit=fit)
+    with pytest.raises(UnsupportedError, match="examples"):  # nor by the way of functions that are not understood
+        kf.estimate(
+            Written(lambda m, x: forward(m, x).mul(m.p.cumsum(0)), l=model.l, p=torch.rand(2)), x, kf.Gaussian()
+        )
+
+
+def test_examples_that_are_apart_stay_so_whatever_the_size_of_their_gradients(double):
+    """Rounding is no coupling: where gradients cancel, span hundreds of decades, or are nothing but rounding errors."""
+    x = torch.randn(N, 4, 3)
+    far = Written(lambda m, x: m.l(x).mul(torch.logspace(-150, 0, 5)[: len(x), None, None]).sum(1), l=nn.Linear(3, 2))
+    sums = Written(
+        lambda m, x: m.l1(m.l0(x) * 1e8 - (m.l0(x) * (1e8 - 1))).sum(1), l0=nn.Linear(3, 3), l1=nn.Linear(3, 2)
+    )
+    shifted = Written(lambda m, x: m.o(m.a(m.q(x), m.k(x), m.v(x))).sum(1), q=nn.Linear(3, 3), k=nn.Linear(3, 3))
+    shifted.a, shifted.v, shifted.o = F.scaled_dot_product_attention, nn.Linear(3, 3), nn.Linear(3, 2)
+    normed = Written(lambda m, x: m.o(m.n(m.l(x))).sum(1), l=nn.Linear(3, 1), n=nn.LayerNorm(1), o=nn.Linear(1, 2))
+    for model in (far, sums, shifted, normed):
+        for dtype in (torch.float64, torch.float32):
+            kf.estimate(model.to(dtype), x.to(dtype), kf.Gaussian(), fit="full", labels="exact")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
