@@ -112,6 +112,23 @@ def test_importing_the_library_loads_no_extra_and_no_experiment():
     assert not EXTRAS & {name.split(".")[0] for name in loaded}
 
 
+def test_rooms_that_an_estimate_does_not_need_are_loaded_where_they_are_asked_for():
+    """By any of their names, by their own, and by all at once."""
+    code = """if True:
+        import sys, torch, kronfisher as kf
+        def loaded():
+            return [room for room in ("influence", "laplace", "optim") if f"kronfisher.{room}" in sys.modules]
+        kf.estimate(torch.nn.Linear(2, 2), torch.randn(4, 2), kf.Gaussian()).error(torch.randn(4, 2))
+        assert loaded() == [], loaded()
+        assert set(kf.__all__) <= set(dir(kf)) and not hasattr(kf, "nothing")
+        kf.NaturalGradient, kf.optim.parts, kf.Laplace
+        assert loaded() == ["laplace", "optim"], loaded()
+        from kronfisher import *
+        assert loaded() == ["influence", "laplace", "optim"] and Influence is kf.influence.Influence
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_command_line_loads_no_extra():
     code = (
         "import sys, torch; old = set(sys.modules); import kronfisher.experiments.cli; print(*set(sys.modules) - old)"
