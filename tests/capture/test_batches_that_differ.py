@@ -147,3 +147,24 @@ def test_equal_batches_are_examined_once(kind, monkeypatch):
     monkeypatch.setattr(Observation, "examples_of_rows", lambda o, uses: probes.append(len(o)) or examine(o, uses))
     estimate(model, [torch.randn(n, *shape[1:]) for n in (5, 5, 3, 5, 3)], "kfoc")
     assert len(probes) <= 2
+
+
+JOINED = {
+    "rows": lambda m, x: torch.cat([m.p[:1], m.p[1:2], m.p[2:]]) * x.exp(),
+    "rows in another order": lambda m, x: torch.cat([m.p[2:], m.p[:2]]) + x.sin(),
+    "between data": lambda m, x: torch.cat([m.p[:1], x[:1], m.p[1:2]]).tanh() * x.exp(),
+    "stacked": lambda m, x: torch.stack([m.p[0], m.p[2], m.p[0]]) * x,
+    "repeated": lambda m, x: torch.cat([m.p[:1].expand(2, 4), m.p[:1]]) + x.sin(),
+}
+
+
+@pytest.mark.parametrize("way", JOINED)
+def test_pieces_of_a_table_that_are_joined_have_rows_of_their_own(way, double):
+    """Several uses of one block in one call: what one's rows were found to be says nothing of the others."""
+    model = Written(lambda m, x: m.o(JOINED[way](m, x)).tanh(), p=torch.randn(3, 4), o=nn.Linear(4, 2))
+    x = [(torch.randn(3, 4),) for _ in range(2)]
+    for batches in (x, x[::-1], x[:1]):  # by what the estimates before found, too
+        true = truth(model, [batch for (batch,) in batches])
+        assert (estimate(model, batches).to_dense() - true).norm() < 1e-10 * true.norm()
+        own = estimate(model, batches, "full")
+        assert own.error(batches).relative < 1e-7

@@ -1,5 +1,6 @@
 """Which example each row of each use belongs to, according to a probe, or to what is proved of the graph."""
 
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -18,7 +19,7 @@ from kronfisher.layers.row_order import irregular_rows_message, mixed_rows_messa
 __all__ = ["Place", "RowOrders", "row_orders"]
 
 Place = tuple[int, int]  # index of a call, number of the part
-Rules = dict[tuple, RowOrder]  # (call, block, sorted by example) → rule
+Rules = dict[tuple, RowOrder]  # (call, block, which of the call's parts of it, sorted by example) → rule
 
 # Model → graph → rules. They are dropped together with their model.
 _RULES: WeakKeyDictionary[nn.Module, dict[int, Rules]] = WeakKeyDictionary()
@@ -69,13 +70,17 @@ def row_orders(
     graph, examples, answer = observation.graph, len(observation), RowOrders()
     rules = recall(_RULES.setdefault(observation.model, {}), graph.signature, dict)
     doubtful: dict[tuple[int, Hashable], Use] = {}
+    places: dict[Place, tuple] = {}
     for index, parts_of_call in parts.items():
-        shape = observation.calls[index].shape
+        shape, before = observation.calls[index].shape, Counter()
         for number, part in enumerate(parts_of_call):
             sort, key = sorts(part), part.block.key
-            rule = RowOrder(1) if examples == 1 else rules.get((index, key, sort))
+            before[key] += 1  # pieces of one table that are joined stand for all of it, each with rows of its own
+            place = places[index, number] = (index, key, before[key], sort)
+            rule = RowOrder(1) if examples == 1 else rules.get(place)
             if rule is None and training and (key, sort) in examined:
-                rule = RowOrder.candidates(part.use.lead(shape), examples)[0] if sort else _one_by_one(part, shape)
+                likely = RowOrder.candidates(part.use.lead(shape), examples)
+                rule = next(iter(likely), None) if sort else _one_by_one(part, shape)
             if rule is not None:
                 answer.orders[index, number] = rule
             else:
@@ -101,7 +106,7 @@ def row_orders(
             continue
         answer.orders[index, number] = rule
         if proved is not None:
-            rules[index, part.block.key, sort] = rule
+            rules[places[index, number]] = rule
     return answer
 
 
