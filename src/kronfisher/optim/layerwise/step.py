@@ -12,6 +12,7 @@ from kronfisher.errors import NumericalWarning
 from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
+from kronfisher.optim.layerwise.rows import Rows
 from kronfisher.optim.layerwise.units import Unit, find_units
 from kronfisher.optim.misfit import Misfit
 from kronfisher.optim.parts import StepParts
@@ -32,9 +33,10 @@ class LayerwiseStep:
     """Steps of one size for every layer, along its natural gradient, with rates that evidence adapts.
 
     Each layer keeps a momentum of natural gradients D, ``m ← β m + (1 − β) D`` with ``D = (B + λ_B)⁻¹ V (A + λ_A)⁻¹``,
-    and moves by ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the
-    size at which the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The
-    factor f of a layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
+    each row of a weight divided by the root of its length over the mean one, and moves by
+    ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the size at which
+    the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The factor f of a
+    layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
 
     Args:
         rate: the step of rate one; ``lr`` of the optimiser multiplies it. Batches of fewer than 128 rows (examples
@@ -98,6 +100,7 @@ class LayerwiseParts(StepParts):
     misfit: Misfit = field(default_factory=Misfit)
     total_steps: int | None = None
     skipped: int = 0
+    _rows: Rows = field(default_factory=Rows, init=False, repr=False)
     _found: tuple[Any, list[Unit]] = field(default=(None, []), init=False, repr=False)
 
     @property
@@ -133,6 +136,7 @@ class LayerwiseParts(StepParts):
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
+            self._rows.even((block for one in self.direction.inverses for block in one.blocks), natural)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
             averages = self.average.averages if self.options.average else None
             self.motion.move(trained, gradients, natural, self.rate(step), self.misfit, averages)

@@ -1,0 +1,60 @@
+"""Rows of natural gradients, brought nearer to one length."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Block, Window
+from kronfisher.optim.layerwise.units import is_matrix
+
+__all__ = ["Rows"]
+
+LEAST = 1e-6  # times the mean length: shorter rows, as of units that are never active, are treated as if so long
+
+
+class Rows:
+    """Divides every row of natural gradients of weights by the root of its length over the mean one.
+
+    One Kronecker product gives all units of a layer the same inputs, and sets the lengths of their rows by B alone.
+    What it gets wrong shows in these lengths. To divide by their root goes half of the way from the natural gradient to
+    rows of one length, as of a B that whitens. A rule of this library's own; rows of one length, on average over steps
+    and after Muon's orthogonal step, are NorMuon's (2025, Li et al.).
+    """
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._index = self._counts = torch.zeros(0)
+
+    def even(self, blocks: Iterable[Block], natural: Mapping[str, Tensor]) -> None:
+        """Treat the weights that are matrices, in place.
+
+        Args:
+            blocks: of layers.
+            natural: natural gradients ``{name: [*shape]}``; of parameters that are not there nothing is done.
+        """
+        windows = [block.weight for block in blocks if block.weight is not None and is_matrix(block)]
+        windows = [window for window in windows if window.parameter in natural and not window.overlaps]
+        if not windows:
+            return
+        weights = [_seen(window, natural[window.parameter]) for window in windows]
+        each = [torch.linalg.vector_norm(weight, dim=tuple(range(2, weight.dim()))).view(-1) for weight in weights]
+        sizes, lengths = [len(one) for one in each], torch.cat(each)
+        if sizes != self._sizes or lengths.device != self._index.device:  # a copy to a device would be waited for
+            index = [place for place, size in enumerate(sizes) for _ in range(size)]
+            self._index = torch.tensor(index, device=lengths.device)
+            self._sizes, self._counts = sizes, torch.tensor(sizes, device=lengths.device)
+        squares = lengths.new_zeros(len(sizes)).index_add_(0, self._index, lengths.square()) / self._counts
+        means = squares.sqrt_().clamp_min_(torch.finfo(lengths.dtype).tiny)
+        factors = lengths.div_(means[self._index]).clamp_min_(LEAST).rsqrt_()
+        for window, weight, own in zip(windows, weights, factors.split(sizes), strict=True):
+            weight.mul_(own.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+            if not window.row_major:
+                window.scatter(weight[None], natural[window.parameter][None])
+
+
+def _seen(window: Window, tensor: Tensor) -> Tensor:
+    """The elements ``[H, O, *]`` of a contiguous tensor that the window shows: a view, where there is one."""
+    if window.row_major:
+        return tensor.as_strided(window.size, window.stride, window.offset)
+    return window.gather(tensor[None])[0]
