@@ -431,7 +431,7 @@ def test_the_rule_that_owners_show(data):
 @given(st.integers(1, 5000), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
 @settings(max_examples=40)
 def test_the_probe_reads_every_number(samples, dtype):
-    probe = Probe(samples, dtype)
+    probe = Probe(samples, {dtype})
     factors = probe.factors().to(dtype)
     assert torch.isfinite(factors).all() and (factors > 0).all()
     plain = torch.randn(samples, 3, dtype=dtype)
@@ -440,7 +440,7 @@ def test_the_probe_reads_every_number(samples, dtype):
 
 
 def test_the_probe_sees_mixtures_and_silence():
-    probe = Probe(4, torch.float32)
+    probe = Probe(4, {torch.float32})
     factors, plain = probe.factors(), torch.randn(4, 7)
     passes = [probe.project(plain * factor[:, None]) for factor in factors]
     assert probe.examples(passes).tolist() == [0, 1, 2, 3]
@@ -519,6 +519,29 @@ def test_half_precision_tells_large_batches_apart(dtype, layout):
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     tolerance = 1e-10 if dtype == torch.float64 else 0.03
     assert (found.to_dense().double() - exact.to_dense()).norm() < tolerance * exact.to_dense().norm()
+
+
+@pytest.mark.parametrize("way", ["outputs are cast", "a part is cast", "autocast"])
+@pytest.mark.parametrize("fit", ["kfac", "diagonal", kf.Full(across_layers=True)], ids=str)
+def test_a_network_may_compute_in_half_precision_and_end_in_another(way, fit):
+    """As language models do, whose logits are cast: factors of the probe have to stay within the narrowest range."""
+    half, x = torch.float16, torch.randn(40, 2, 3)
+    inner = half if way == "outputs are cast" else torch.float32
+
+    def forward(m, x):
+        with torch.autocast("cpu", half, enabled=way == "autocast"):
+            h = m.l0(x.to(inner)).tanh()
+            h = h.to(half).sin().to(h) if way == "a part is cast" else h
+            return m.l1(m.norm(h)).mean(1).float()
+
+    def exact(m, x):
+        return m.l1(m.norm(m.l0(x).tanh() if way != "a part is cast" else m.l0(x).tanh().sin())).mean(1)
+
+    model = Written(forward, l0=nn.Linear(3, 4), norm=nn.LayerNorm(4), l1=nn.Linear(4, 2)).to(inner)
+    found = kf.estimate(model, x, kf.Categorical(), fit=fit, labels="exact")
+    model.function = exact
+    true = kf.estimate(model.double(), x.double(), kf.Categorical(), fit=fit, labels="exact").to_dense()
+    assert (found.to_dense() - true).norm() < 0.01 * true.norm()
 
 
 def test_data_sorted_inside_the_model():

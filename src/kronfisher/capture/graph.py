@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -14,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Use
 
-__all__ = ["Call", "Graph", "Recording", "walk"]
+__all__ = ["Call", "Graph", "Recording", "dtypes_within", "walk"]
 
 _NONE: frozenset[int] = frozenset()
 _NAMELESS: frozenset[str] = frozenset()
@@ -217,6 +218,20 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.gathers = any(makers.get(node) not in graph.alive for node in selecting)  # lookups in weights select no data
     graph.combines = recording.combines
     return graph
+
+
+def dtypes_within(outputs: Tensor) -> set[torch.dtype]:
+    """Those of all gradients on the way from the outputs: a network may end in others than it computes in."""
+    dtypes, seen = {outputs.dtype}, set()
+    stack: list[Any] = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        dtypes.update(output.dtype for output in getattr(node, "_input_metadata", ()))
+        stack += [child for child, _ in node.next_functions]
+    return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
 def _describe(node: Any) -> str:

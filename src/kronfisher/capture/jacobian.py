@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from kronfisher.capture.graph import dtypes_within
 from kronfisher.capture.separation import separate
 from kronfisher.layers.row_order import Probe
 from kronfisher.linalg import full_precision
@@ -154,7 +155,7 @@ class Jacobian:
         """The number that each row of a product belongs to (None: in their order), and parameters where rows mix."""
         proved, count = separate(numbers), len(numbers)
         places = [proved.get((product.node, 0)) for product in products]
-        probe, passes = Probe(count, numbers.dtype), []
+        probe, passes = Probe(count, dtypes_within(numbers)), []
         if not all(place and place[0] == 0 for place in places):
             # Not a vector of ones: the gradients of numbers whose sum is constant would cancel.
             drawn = torch.randn(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(numbers)

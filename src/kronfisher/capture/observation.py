@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
-from kronfisher.capture.graph import Call, Graph, walk
+from kronfisher.capture.graph import Call, Graph, dtypes_within, walk
 from kronfisher.capture.inner_product import inner_product
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
 from kronfisher.capture.separation import Separated, separate
@@ -81,7 +81,7 @@ class Observation:
         Returns:
             The same keys → the example of every row, −1 where the gradient is zero; None if rows mix examples.
         """
-        probe = Probe(len(self), self.outputs.dtype)
+        probe = self._probe()
         passes: dict[Any, list[Tensor]] = {key: [] for key in uses}
         wanted: dict[int, list[Any]] = {}
         for key in uses:
@@ -118,7 +118,7 @@ class Observation:
 
     def mixing_places(self, edges: Sequence[GradientEdge]) -> list[int]:
         """Indices of those edges of the graph where the gradient of a single element comes from several examples."""
-        probe, passes = Probe(len(self), self.outputs.dtype), [[] for _ in edges]
+        probe, passes = self._probe(), [[] for _ in edges]
         for vector in self._probe_vectors(probe):
             product = inner_product(self.outputs, vector)
             gradients = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
@@ -144,6 +144,13 @@ class Observation:
             start.as_strided(size, stride, offset).copy_(vector)
         (gradient,) = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)
         return None if gradient is None else earlier.gradient(gradient)
+
+    def _probe(self) -> Probe:
+        return Probe(len(self), self._dtypes)
+
+    @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        return dtypes_within(self.outputs)
 
     def _probe_vectors(self, probe: Probe) -> Iterator[Tensor]:
         """The vectors that the passes of a probe back-propagate, each in the memory of the one before."""

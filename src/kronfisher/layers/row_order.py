@@ -6,6 +6,7 @@ every example by its own power of two and observes by which one each row's gradi
 that even a gradient of rounding errors suffices.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -137,14 +138,16 @@ class Probe:
 
     Args:
         samples: n.
-        dtype: of the outputs; a half precision with a small range allows fewer powers and takes more passes.
+        dtypes: of the gradients on the way; a half precision with a small range allows fewer powers and takes more
+            passes, one with few digits rounds more.
     """
 
     width = 4  # the number of random projections that represent a row's gradient
 
-    def __init__(self, samples: int, dtype: torch.dtype) -> None:
-        self.samples = samples
-        self.base = 4 if torch.finfo(dtype).max < 1e6 else 32
+    def __init__(self, samples: int, dtypes: Iterable[torch.dtype]) -> None:
+        kinds = [torch.finfo(dtype) for dtype in dtypes]
+        self.samples, self.rounding = samples, max(kind.eps for kind in kinds)
+        self.base = 4 if min(kind.max for kind in kinds) < 1e6 else 32
         self.digits = 1
         while self.base**self.digits < samples:
             self.digits += 1
@@ -169,10 +172,9 @@ class Probe:
         Args:
             passes: ``[*lead, width]`` projections of each pass.
         """
-        precision = torch.finfo(passes[0].dtype).eps
         # What others contribute to a row and is let pass is an error of that size in the matrix. Doubling is exact, so
         # that of rows with one example only sums in another order (on some devices) leave anything.
-        tolerance, dead = min(_ROUNDINGS * precision, 1e-3), min(precision**1.5, 1e-10)
+        tolerance, dead = min(_ROUNDINGS * self.rounding, 1e-3), min(self.rounding**1.5, 1e-10)
         plain, *scaled = (projection.double() for projection in passes)
         if not plain.numel():
             return torch.full(plain.shape[:-1], -1, device="cpu")
