@@ -48,6 +48,32 @@ def test_loss_and_matrix_by_their_formulas(options):
     close(observed.to_dense(), own.mT @ own)
 
 
+def test_terms_of_one_forward_pass_have_rows_of_their_own():
+    """A system of equations: seen refused, because a position of the network has a part in several residuals."""
+    torch.manual_seed(0)
+    model, x, likelihood = network(2, 4, 2), torch.rand(5, 2).double(), kf.Residuals(noise={"flow": 0.5, "data": 0.1})
+
+    def system(model, batch):
+        batch = batch.clone().requires_grad_()
+        u = model(batch)
+        slope = [torch.autograd.grad(u[:, k].sum(), batch, create_graph=True)[0] for k in (0, 1)]
+        first = u[:, 0] * slope[0][:, 0] + slope[1][:, 1] - 1
+        return {"flow": torch.stack([first, slope[0].sum(1)], 1), "data": u[1:, 0] - u[:-1, 1]}, None
+
+    J = rows(likelihood.joined(system(model, x)[0]), model)
+    named = lambda fisher: torch.cat([part.flatten() for part in fisher.diagonal().values()])  # noqa: E731
+    for fit in ("gram", "full", "diagonal", "kfac"):
+        fisher = kf.estimate(model, [x, x], likelihood, fit=fit, labels="exact", forward=system)
+        close(named(fisher), J.square().sum(0), 1e-12)
+        if fit == "gram":
+            close(fisher.to_dense(), J.mT @ J, 1e-12)
+    assert "several residuals" in str(fisher.report())
+    best = kf.estimate(model, x, likelihood, fit="kfoc", labels="exact", forward=system)
+    assert best["0.weight"].structure.startswith("kronecker")
+    with pytest.raises(UnsupportedError, match="strict=True"):
+        kf.estimate(model, x, likelihood, labels="exact", forward=system, strict=True)
+
+
 def test_a_posterior_of_noisy_residuals_is_the_dense_one():
     (model, x), likelihood = problem(), kf.Residuals(noise={"equation": 0.3, "boundary": 0.1})
     forward = lambda model, batch: (terms(model, batch), None)  # noqa: E731
@@ -55,6 +81,9 @@ def test_a_posterior_of_noisy_residuals_is_the_dense_one():
     posterior = kf.Laplace(model, fisher, 2.0)
     dense = fisher.to_dense() + 2 * torch.eye(fisher.dim).double()
     close(sum(p.logdet() for p in posterior.precisions.values()), torch.logdet(dense), 1e-8)
+    field = kf.Laplace(model, fisher, 2.0, forward=lambda model, batch: (model(batch), None))
+    J = rows(model(x)[:, 0], model)  # weights, which the derivatives met in their own way, meet the field in the usual
+    close(field.functional_variance(x)[1][:, 0], (J @ torch.linalg.solve(dense, J.mT)).diagonal(), 1e-8)
 
 
 BAD = {
@@ -66,7 +95,10 @@ BAD = {
     "a tensor": (DataError, "needs a mapping", lambda e, b: e),
     "not finite": (NumericalError, "1 of 6 residuals 'equation'",
                    lambda e, b: {"equation": torch.where(torch.arange(6) == 2, torch.inf, e), "boundary": b}),
-    "no graph": (UnsupportedError, "has a graph", lambda e, b: {"equation": e.detach(), "boundary": b.detach()}),
+    "no graph": (UnsupportedError, "residuals 'equation', 'boundary' have no graph",
+                 lambda e, b: {"equation": e.detach(), "boundary": b.detach()}),
+    "one without": (UnsupportedError, "residuals 'equation' have no graph .* create_graph=True",
+                    lambda e, b: {"equation": e.detach(), "boundary": b}),
 }  # fmt: skip
 
 

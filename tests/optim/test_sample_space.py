@@ -365,12 +365,12 @@ def spent(model):
     [
         (lambda model: {"a": model(X[:0])[:, 0]}, DataError, r"residuals 'a' are \[0\]"),
         (lambda model: {"a": model(X).to(torch.complex128)}, DataError, "residuals 'a' are torch.complex128"),
-        (lambda model: {"a": model(X)[:, 0].detach()}, UnsupportedError, r"\['a'\] has a graph"),
+        (lambda model: {"a": model(X)[:, 0].detach()}, UnsupportedError, "residuals 'a' have no graph"),
         (lambda model: {"a": model(X) * math.nan}, NumericalError, "12 of 12 residuals 'a'"),
         (lambda model: {"a": model(X).mean()}, DataError, r"residuals 'a' are \[\]; give a tensor .* one row"),
         (lambda model: {"b": model(X)}, DataError, "differing: a, b"),
         (lambda model: {"a": model(X)[:, 0].to_sparse()}, DataError, "residuals 'a' are stored as torch.sparse_coo"),
-        (lambda model: {"a": 1e160 * model(X)}, NumericalError, "squares of 12 rows overflow"),
+        (lambda model: {"a": 1e160 * model(X)}, NumericalError, "12 rows, most .* residuals 'a', overflow"),
         (lambda model: {"a": OTHER(X)}, UnsupportedError, "part in the residuals 'a'. Was the optimizer made for"),
         (spent, DataError, "graph of the residuals 'a' is gone"),
     ],
@@ -385,6 +385,70 @@ def test_bad_residuals_are_named_and_nothing_is_lost(residuals, error, says):
         optimizer.step(lambda: residuals(model))
     after = optimizer.state_dict()["sample_space"]
     assert torch.equal(flat(model), before) and torch.equal(after.pop("last"), state.pop("last")) and after == state
+
+
+def test_a_system_of_equations_may_be_one_term(monkeypatch):
+    """Seen: a backward pass for each number, because all columns meet in the rows of the network."""
+
+    def ends(split):
+        torch.manual_seed(0)
+        model, passes, grad = network(2, 5, 2), [], torch.autograd.grad
+
+        def residuals():
+            x = X.clone().requires_grad_()
+            u = model(x)
+            slopes = [grad(u[:, k].sum(), x, create_graph=True)[0] for k in (0, 1)]
+            first, second = u[:, 0] * slopes[0][:, 0] + slopes[1][:, 1] - 1, slopes[0].sum(1) - u[:, 1]
+            return {"a": first, "b": second} if split else {"ab": torch.stack([first, second], 1)}
+
+        weights = {"a": 1.0, "b": 1.0} if split else {"ab": 2.0}
+        optimizer = kf.NaturalGradient(model, kf.Residuals(weights), fit="gram")
+        monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: passes.append(1) or grad(*args, **options))
+        for _ in range(2):
+            optimizer.step(residuals)
+        monkeypatch.undo()
+        return flat(model), len(passes)
+
+    (apart, fewest), (together, passes) = ends(split=True), ends(split=False)
+    close(together, apart, 1e-10)
+    assert passes == fewest
+
+
+@pytest.mark.parametrize("size", [1.0, 1e160])
+def test_what_rounding_hides_names_the_term_of_the_longest_rows(size):
+    model, damping = network(2, 4, 1), 0.1 if size > 1 else 1e-40
+    optimizer = kf.NaturalGradient(model, kf.Residuals({"a": 1.0, "b": 1.0, "c": 1.0}), fit="gram", damping=damping)
+    before = flat(model)
+    with pytest.raises(NumericalError, match=r"rows.*, most of it those of the residuals 'b'.*nothing was changed"):
+        optimizer.step(lambda: {"a": model(X), "b": 2 * size * model(X[:2]) - 1, "c": model(X)})
+    assert torch.equal(flat(model), before)
+
+
+def test_points_that_change_their_number_within_a_step_are_refused():
+    """Seen: torch's words about the sizes of two tensors."""
+    model, calls = network(2, 4, 1), []
+    optimizer, before = kf.NaturalGradient(model, kf.Residuals({"a": 1.0, "b": 1.0}), fit="gram"), flat(model)
+
+    def residuals():
+        calls.append(1)
+        return {"a": model(X), "b": model(X[len(calls) :]) - 1}
+
+    with pytest.raises(DataError, match=r"residuals 'b' are \[11, 1\] and then \[10, 1\] within one step"):
+        optimizer.step(residuals)
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_residuals_of_another_precision_than_the_weights_train(many):
+    """Seen: torch's words about a dot product of two precisions."""
+    x = torch.rand(400 if many else 12, 2, generator=torch.Generator().manual_seed(0)).double()
+    for weights, kind in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        torch.manual_seed(0)
+        model = network(2, 4, 1).to(weights)
+        optimizer = kf.NaturalGradient(model, kf.Residuals({"a": 1.0, "b": 1.0}), fit="gram")
+        fields = lambda: {"a": model(x.to(weights)).to(kind) - 1, "b": model(x[:3].to(weights)) - 1}  # noqa: B023, E731
+        losses = [float(optimizer.step(fields)) for _ in range(8)]
+        assert losses[-1] < 1e-4 * losses[0] and next(model.parameters()).dtype == weights
 
 
 @pytest.mark.parametrize(
@@ -464,6 +528,12 @@ def test_what_has_no_meaning_here_is_refused():
         kf.NaturalGradient(model, kf.Gaussian(), fit="gram", labels="sampled")
     with pytest.raises(TypeError, match="kl_limit"):
         kf.NaturalGradient(model, kf.Gaussian(), fit="gram", kl_limit=1.0)
+    with pytest.raises(UnsupportedError, match="Settings are for estimates"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit=kf.Gram(max_rows=10))
+    with pytest.raises(UnsupportedError, match="trained in the space of samples"):
+        kf.NaturalGradient(model, kf.Residuals({"a": 1.0}))
+    with pytest.raises(UnsupportedError, match="no groups"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram").add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(DataError, match="evaluates the loss again"):
         kf.NaturalGradient(model, kf.Gaussian(), fit=kf.Gram()).step()
 
@@ -485,6 +555,10 @@ def test_training_is_resumed_to_the_same_bits():
         optimizer.step(lambda: model(x), y)
         resumed.step(lambda: other(x), y)
     assert torch.equal(flat(model), flat(other))
+    larger = kf.NaturalGradient(network(2, 6, 1), kf.Gaussian(), fit="gram")
+    with pytest.raises(DataError, match="another model: its last step has 21 weights, and 25"):
+        larger.load_state_dict(optimizer.state_dict())
+    assert larger.steps == 0
 
 
 def test_the_page_on_residuals_runs():

@@ -52,6 +52,7 @@ def row_orders(
     examined: Container[tuple[Key, bool]],
     *,
     training: bool,
+    by_rows: bool = False,
 ) -> RowOrders:
     """The order of the rows of every part.
 
@@ -66,6 +67,7 @@ def row_orders(
         pads: whether examples may have unequal numbers of a part's rows then.
         examined: in training, blocks of earlier batches; see `RowOrders`.
         training: rows that mix examples are used regardless if a fit treats rows independently.
+        by_rows: every number of the outputs has a gradient of its own, whatever it shares with others (residuals).
     """
     graph, examples, answer = observation.graph, len(observation), RowOrders()
     rules = recall(_RULES.setdefault(observation.model, {}), graph.signature, dict)
@@ -91,6 +93,10 @@ def row_orders(
         if training and not sort:
             answer.examined.add((part.block.key, sort))
         if rows is None:
+            if by_rows:  # a network is run once for several terms
+                reason = f"{_describe(call, part)}: its rows have a part in several residuals each"
+                answer.problems |= dict.fromkeys(part.block.parameters, reason)
+                continue
             _note_mixed(answer, call, part, (index, number), examples, training=training, sort=sort)
             continue
         proved = observation.proved_examples(call, part.use)

@@ -289,12 +289,12 @@ def _row_orders(
         fit = fits.of(part.block)  # chains pair rows with rows; positions that are asked for are not those of padding
         return part.use.pads and not fit.chained and not fit.positions_apart
 
-    return row_orders(observation, parts, sorts, pads, examined, training=fits.training)
+    return row_orders(observation, parts, sorts, pads, examined, training=fits.training, by_rows=fits.by_rows)
 
 
 def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, str]) -> str:
     """Why per-example gradients do not exist: an operator mixes examples where they meet a parameter; or empty."""
-    if not fallback or fits.training or len(observation) == 1:
+    if not fallback or fits.training or fits.by_rows or len(observation) == 1:
         return ""
     graph = observation.graph
     fine = _APART.setdefault(observation.model, {})

@@ -16,6 +16,7 @@ from kronfisher.capture.forward import Forward
 from kronfisher.capture.isolation import isolate
 from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.owned_precision import agree
 from kronfisher.fisher.precision import Group, Precision
@@ -58,6 +59,7 @@ class Linearised:
             fits.update(dict.fromkeys(names, fit))
         recipe = Recipe(self.model, columns, "exact", forward=self.forward, exact_limit=sys.maxsize)
         run = Accumulator(recipe, fits, parameters)
+        run.known = Known.of_blocks(entries)  # residuals meet weights in other ways than the outputs that are predicted
         with isolate(self.model, 0):
             run.add(batch, "the batch to predict")
         assert columns.outputs is not None

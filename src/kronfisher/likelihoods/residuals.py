@@ -65,7 +65,7 @@ class Residuals(Likelihood):
 
         Raises:
             DataError: names are missing or unknown, or a term is empty, complex, or no tensor with one row a point.
-            UnsupportedError: no term has a graph.
+            UnsupportedError: a term has no graph.
             NumericalError: a term is not finite.
         """
         if not isinstance(outputs, Mapping):
@@ -74,10 +74,11 @@ class Residuals(Likelihood):
             fail(where, f"the residuals are {list(outputs)}, and Residuals was given {list(self.names)}", 
                  f"give each of them at every step (differing: {', '.join(sorted(map(str, odd)))})")  # fmt: skip
         found = {name: self._term(name, outputs[name], where) for name in self.names}
-        if not any(outputs[name].requires_grad for name in self.names):
+        if lost := [repr(name) for name in self.names if not outputs[name].requires_grad]:
             raise UnsupportedError(
-                f"{where}: none of the residuals {list(self.names)} has a graph to the parameters; compute them with "
-                "gradients enabled, and without detach() or torch.no_grad()."
+                f"{where}: the residuals {', '.join(lost)} have no graph to the parameters; compute them with "
+                "gradients enabled, derivatives with create_graph=True, and nothing with detach() or torch.no_grad(). "
+                "Leave out what does not depend on anything that is trained."
             )
         return found
 

@@ -15,7 +15,7 @@ from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
 from kronfisher.fits import Choice, Gram
-from kronfisher.likelihoods import Likelihood
+from kronfisher.likelihoods import Likelihood, Residuals
 from kronfisher.optim.attachment import Attachment
 from kronfisher.optim.damping_schedule import DampingSchedule
 from kronfisher.optim.direction import Direction
@@ -88,9 +88,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option is out of range.
-        UnsupportedError: at the first step, no parameter is in a layer that blocks can cover; or several processes
-            and ``fit="gram"``, or ``fully_shard`` and `QuadraticModel`; or parameters are spread over processes in
-            another way.
+        UnsupportedError: residuals and another fit than ``"gram"``, or settings of `Gram`; at the first step, no
+            parameter is in a layer that blocks can cover; or several processes and ``fit="gram"``, or ``fully_shard``
+            and `QuadraticModel`; or parameters are spread over processes in another way.
         RankError: in a step, ranks have different weights, settings or layers.
 
     Example:
@@ -110,6 +110,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 require_one_process()
             elif ranks_of(group) is not None:
                 raise UnsupportedError("fit='gram' steps in the space of one process's samples; leave group= out.")
+            if options["fit"] not in ("gram", Gram()):
+                raise UnsupportedError(
+                    f"fit={options['fit']}: steps choose the rows of large batches themselves and refuse none; give "
+                    "fit='gram'. Settings are for estimates."
+                )
             return SampleSpaceGradient(*args, **{name: value for name, value in options.items() if name != "fit"})
         return super().__new__(cls)
 
@@ -134,6 +139,10 @@ class NaturalGradient(torch.optim.Optimizer):
         kl_limit: float | None = None,
         group: ProcessGroup = None,
     ) -> None:
+        if isinstance(likelihood, Residuals):
+            raise UnsupportedError(
+                "residuals are trained in the space of samples: kf.NaturalGradient(model, likelihood, fit='gram')."
+            )
         ranks = ranks_of(group)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:

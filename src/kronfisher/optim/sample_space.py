@@ -27,6 +27,7 @@ _MISSING: Any = object()
 ROWS_A_WEIGHT = 4  # of a term or column, beyond which rows are drawn
 _OPTIMISM = 0.5  # curvature along a step by its own rows over that by all, below which they are too few
 _HALVINGS = 12
+_FIELDS = 16  # residuals of one term at every point that are read one column after the other; each passes the graph
 _PROBED, _BENT = 0.1, 0.375  # share of a step at which its curvature is probed; the longest second-order part
 
 
@@ -37,7 +38,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     with the last step δ₀, J the rows of the batch under exact columns, u the gradients at the outputs in their terms,
     and M, diagonal and of mean one, the root of each weight's own curvature. With observed labels the rows are the
     examples' own gradients, and u ones. For residuals it is a Levenberg-Marquardt step. It costs ``K P min(K, P)``
-    multiplications for K rows and P parameters. Of a term of residuals, or a column of outputs, with more than 4 P
+    multiplications for K rows and P parameters. Of a column of residuals, or of outputs, with more than 4 P
     numbers, so many have rows, drawn anew in every step, and twice as many from then on where these see less than half
     of the curvature along a step. The gradient is always that of all.
 
@@ -141,11 +142,20 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         with torch.enable_grad():
             outputs = self._outputs(closure())
             loss, rows, columns = self._rows(outputs, targets)
+        shapes = _shapes(outputs)
         del outputs
 
         def evaluated() -> Any:
             with before.replayed(), torch.enable_grad():
-                return self._outputs(closure())
+                outputs = self._outputs(closure())
+            for what, shape in _shapes(outputs).items():
+                if shape != shapes.get(what, shape):
+                    raise DataError(
+                        f"step {self.steps}: {what} are {shapes[what]} and then {shape} within one step, in which the "
+                        "closure is called several times; make it return the same points each time, or draw them by "
+                        "torch's random numbers, which are repeated."
+                    )
+            return outputs
 
         def again() -> float:
             outputs = evaluated()
@@ -269,9 +279,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         """The loss, the rows of the batch, and the exact columns of outputs."""
         likelihood = self.likelihood
         if isinstance(likelihood, Residuals):
-            terms = self._graphs(likelihood.terms(outputs), outputs)
-            numbers = {f"the residuals {name!r}": term for name, term in terms.items()}
-            own = [term.detach() for term in terms.values()]
+            numbers = self._terms(outputs)
+            own = [term.detach() for term in numbers.values()]
             return likelihood.loss(outputs).detach(), self._thinned(numbers, own, 1.0, own), []
         likelihood.check(outputs, targets, f"step {self.steps}", "observed")
         if not outputs.requires_grad:
@@ -319,9 +328,11 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 whole = torch.cat([part.flatten() for part in found])
                 if not bool(torch.isfinite(whole.sum())):
                     self._finite(each, what, None)  # says which rows
-                further = whole - matrices[-1].mT @ thin.of(own)
+                further = whole - matrices[-1].mT @ thin.of(own).to(matrices[-1].dtype)
                 rest = further if rest is None else rest + further
-        rows = Rows(_together(matrices), _together([thin.of(part) for part in vector]), count, values, rest, thin)
+        matrix, parts = _together(matrices), dict(zip(numbers, map(len, matrices), strict=True))
+        vector_of_rows = _together([thin.of(part) for part in vector]).to(matrix.dtype)  # weights may be more precise
+        rows = Rows(matrix, vector_of_rows, count, values, rest, thin, parts)
         if rows.size == 0 and rest is not None and bool(rest.any()):  # all that matters is in rows that were not drawn
             self.rows_a_weight = sys.maxsize
             return self._thinned(numbers, vector, count, values)
@@ -335,14 +346,25 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     def _values(self, outputs: Any, columns: list[Tensor]) -> list[Tensor]:
         """What the rows are derivatives of, term by term or column by column."""
         if isinstance(self.likelihood, Residuals):
-            parts = list(self._graphs(self.likelihood.terms(outputs), outputs).values())
+            parts = list(self._terms(outputs).values())
         else:
             parts = [sum_per_example(outputs.detach() * column) for column in columns]
         return [part.detach() for part in parts]
 
-    def _graphs(self, terms: dict[str, Tensor], outputs: Any) -> dict[str, Tensor]:
-        """Terms that depend on parameters."""
-        return {name: term for name, term in terms.items() if outputs[name].requires_grad}
+    def _terms(self, outputs: Any) -> dict[str, Tensor]:
+        """Scaled residuals by what they are; several at every point, which one forward pass may have made, apart.
+
+        Their gradients meet in the rows of the network, and could only be followed one by one together.
+        """
+        assert isinstance(self.likelihood, Residuals)
+        found = {}
+        for name, term in self.likelihood.terms(outputs).items():
+            columns = term.unflatten(0, (len(outputs[name]), -1)).unbind(1)
+            if 1 < len(columns) <= _FIELDS:
+                found |= {f"the residuals {name!r}, column {k}": column for k, column in enumerate(columns)}
+            else:
+                found[f"the residuals {name!r}"] = term
+        return found
 
     def _finite(self, numbers: Tensor, what: str, places: Tensor | None) -> Tensor:
         """Their rows of J; NumericalError names the term and the first points whose rows are not finite."""
@@ -378,6 +400,14 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                     parameter.sub_(scale * own)
                 start += before.numel()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once there is one: all parameters take one step together."""
+        if self.param_groups:
+            raise UnsupportedError(
+                "fit='gram' takes one step for all its parameters and has no groups of them; make it anew with params=."
+            )
+        super().add_param_group(param_group)
+
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -387,15 +417,29 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         return {**super().state_dict(), "sample_space": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; DataError if it is another optimiser's."""
+        """Take over what `state_dict` gave; DataError if it is another optimiser's, or another model's."""
         rest = deepcopy(dict(state_dict))  # or two optimisers would change the same tensors
         own = rest.pop("sample_space", None)
         if own is None:
             raise DataError('this is not the state of a NaturalGradient with fit="gram".')
+        weights = sum(p.numel() for p in self._parameters.values())
+        if own["last"] is not None and own["last"].numel() != weights:
+            raise DataError(
+                f"this is the state of another model: its last step has {own['last'].numel()} weights, and {weights} "
+                "are trained here."
+            )
         self._kinds.load_state_dict(own.get("dtypes", {}), self._parameters)
         super().load_state_dict(rest)
         self.steps, self.follower.factor, self.rows_a_weight = own["steps"], own["factor"], own["rows"]
         self._last = None if own["last"] is None else own["last"].clone()
+
+
+def _shapes(outputs: Any) -> dict[str, list[int]]:
+    """Of residuals by name, or of outputs."""
+    named = {"the outputs": outputs}
+    if isinstance(outputs, Mapping):
+        named = {f"the residuals {name!r}": term for name, term in outputs.items()}
+    return {what: list(tensor.shape) for what, tensor in named.items() if isinstance(tensor, Tensor)}
 
 
 def _together(parts: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -90,6 +90,7 @@ class Rows:
             columns; None: not known.
         rest: of a thinned batch, what the gradient of all rows has besides ``Jᵀu`` ``[P]``; None: nothing.
         thin: which numbers have rows.
+        parts: what the rows are of, in order, and how many; for messages.
     """
 
     matrix: Tensor
@@ -98,6 +99,7 @@ class Rows:
     values: list[Tensor] | None = None
     rest: Tensor | None = None
     thin: Thinned = field(default_factory=lambda: Thinned(sys.maxsize, 0))
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def square(self) -> Tensor:
@@ -129,6 +131,14 @@ class Rows:
         root = (squares / squares.mean() + _LEAST).sqrt()
         return (root / root.mean()).to(self.matrix.dtype)
 
+    @property
+    def longest(self) -> str:
+        """Where the longest rows are, for messages."""
+        largest = self.matrix.abs().amax()
+        of_parts = self.matrix.split(list(self.parts.values())) if self.parts else ()
+        sizes = [float(torch.linalg.vector_norm(part / largest, dtype=torch.float64)) for part in of_parts]
+        return f", most of it those of {list(self.parts)[sizes.index(max(sizes))]}" if sizes else ""
+
     def slope(self, step: Tensor, change: Tensor) -> float:
         """What the loss falls by along a step, to first order, times N; `change` is J times the step."""
         return float(self.vector @ change) + (0.0 if self.rest is None else float(self.rest @ step))
@@ -145,14 +155,14 @@ class Rows:
         rows, columns = J.shape
         if not math.isfinite(self.size):
             raise NumericalError(
-                f"the squares of {rows} rows overflow in {J.dtype}, though the rows are finite; nothing was changed. "
-                "Scale residuals or outputs."
+                f"the squares of {rows} rows{self.longest}, overflow in {J.dtype}, though the rows are finite; nothing "
+                "was changed. Scale residuals or outputs."
             )
         size = float((self.squares / self.metric).sum())
         if shift <= (10 * torch.finfo(J.dtype).eps) ** 2 * size:
             raise NumericalError(
                 f"λ = {damping:.1e} is hidden by rounding even in the singular values of {rows} rows whose squares add "
-                f"up to {self.size:.1e}; give a larger damping, or train in float64."
+                f"up to {self.size:.1e}{self.longest}; nothing was changed. Give a larger damping, or train in float64."
             )
         kind = torch.finfo(J.dtype)
         hidden = shift <= kind.eps**0.6 * size or not kind.tiny < max(size, shift) < kind.max

@@ -25,7 +25,8 @@ from kronfisher.tables import Table
 
 __all__ = ["OPTIMIZERS", "Curve", "Curves", "race"]
 
-RATES = (1e-2, 3e-3, 1e-3)  # of Adam and SOAP, searched with a quarter of the time
+RATES = tuple((rate, decay) for decay in (1e-3, 1.0) for rate in (1e-2, 3e-3, 1e-3))
+"""Of Adam and SOAP: the rate, and what is left of it at the end; searched with a quarter of the time."""
 DAMPINGS = (1e-6, 1e-8, 1e-10)  # of K-FAC, likewise
 MARKS = 24  # evaluations of a run, at shares of its time that grow by a factor
 Step = Callable[[float], float]
@@ -130,7 +131,7 @@ def race(
     draws: int = 20,
     say: Say = ignore,
 ) -> Curves:
-    """Train from the same weights with each optimiser; rates and K-FAC's λ are searched with the first seed.
+    """Train from the same weights with each optimiser; rates, decays and K-FAC's λ are searched with the first seed.
 
     Where constants are unknown, `draws` sets of observations give their Laplace intervals, and the coverage of these.
 
@@ -164,7 +165,7 @@ def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, bud
     network = equation.network(seed)
     likelihood = equation.likelihood()
     step: Step = build(equation, network, likelihood, setting)
-    curve = Curve(name, seed, setting="" if setting is None else f"{'λ' if name == 'kfac' else 'rate'} {setting:g}")
+    curve = Curve(name, seed, setting=_described(setting))
     marks = [budget * 2 ** (-k / 3) for k in reversed(range(MARKS))]
     spent, steps = 0.0, 0
     while spent < budget:
@@ -177,18 +178,29 @@ def _run(equation: Equation, name: str, build: Any, setting: Any, seed: int, bud
     return curve, network
 
 
+def _described(setting: Any) -> str:
+    match setting:
+        case None:
+            return ""
+        case (rate, decay):
+            return f"rate {rate:g}, " + (f"decays to {rate * decay:g}" if decay < 1 else "constant")
+        case damping:
+            return f"λ {damping:g}"
+
+
 def _gram(equation: Equation, network: nn.Module, likelihood: Residuals, setting: Any) -> Step:
     optimizer = NaturalGradient(network, likelihood, fit="gram")
     return lambda share: float(optimizer.step(lambda: equation.residuals(network, *equation.draw())))
 
 
 def _first_order(make: Callable[[Any, float], torch.optim.Optimizer]) -> Any:
-    def build(equation: Equation, network: nn.Module, likelihood: Residuals, rate: float) -> Step:
+    def build(equation: Equation, network: nn.Module, likelihood: Residuals, setting: tuple[float, float]) -> Step:
+        rate, decay = setting
         optimizer = make(network.parameters(), rate)
 
         def step(share: float) -> float:
             for group in optimizer.param_groups:
-                group["lr"] = rate * 1e-3 ** min(share, 1.0)  # exponential decay over three decades
+                group["lr"] = rate * decay ** min(share, 1.0)
             optimizer.zero_grad()
             loss = likelihood.loss(equation.residuals(network, *equation.draw()))
             loss.backward()
