@@ -21,7 +21,7 @@ def network() -> nn.Module:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """So that K-FOC, to be exact, has to read the data again."""
-    monkeypatch.setattr("kronfisher.fits.kfoc._PIECE", 4)
+    monkeypatch.setattr("kronfisher.fits.kfoc._PIECE", 2)
 
 
 def times_run(model: nn.Module) -> list[int]:

@@ -168,8 +168,9 @@ def by_class(T, tail, columns=8, n=128):
 
 @pytest.mark.parametrize("tail", [0, 1.5])
 @pytest.mark.parametrize("T", [1, 3])
-def test_the_reported_error_holds_where_pieces_of_data_differ(T, tail):
+def test_the_reported_error_holds_where_pieces_of_data_differ(T, tail, monkeypatch):
     """Seen: .91 reported of a true .05, because pairs within a piece stood for those between pieces."""
+    monkeypatch.setattr(kfoc, "_PIECE", 256)
     samples = by_class(T, tail)
     fit = kf.KFOC()
     operator, last, _ = fitted(fit, *samples)

@@ -20,6 +20,7 @@ from kronfisher.fits.running_sum import add_terms, balance, leading, naming_erro
 from kronfisher.fits.scaling import tell_vanished
 from kronfisher.fits.shapes import MAX_DIM, Shapes, check_max_dim, elements, factor_shapes, has_diagonal
 from kronfisher.fits.state import reciprocal
+from kronfisher.fits.written_out import WrittenOut, write_out
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import WORKSPACE, unwritten_zeros
 from kronfisher.operators import Factor, Kronecker, Operator
@@ -27,8 +28,11 @@ from kronfisher.operators import Factor, Kronecker, Operator
 __all__ = ["KFOC", "KPSVD"]
 
 _PIECE = 512  # samples that are treated at once
+_PIECES = 2  # that may wait: where no more samples come they are one piece, which has no need of other terms
 _PROJECTED = 1024  # and of a wide weight with a single term: its sums are made the faster the more rows there are
-_ROOM = 2**21  # bytes that may always wait for more
+_ROOM = 2**22  # bytes that may always wait for more
+_SHARED, _SHARED_ROOM = 128, 2**21  # the same of a single term where positions share the weight, and are not summed
+_SMALL = 2**12  # numbers of a weight of which gradients written out may always wait
 _WIDE = 2**20  # numbers in all terms at most, where several are carried
 _ROUGH = 0.3  # of A by its directions, in a piece: half steps over everything follow
 _SOME = 4  # with room for fewer terms than these, and than are wanted, a single one is carried
@@ -41,7 +45,8 @@ class KFOC(Fit):
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
     weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns; where one
     position and few outputs let columns share their example's input: examples) are treated at once, to `tolerance`;
-    over more of them the aggregation decides. Of wide weights with a single term it is 1,024.
+    over more of them the aggregation decides. Of wide weights with a single term it is 1,024, and of others where there
+    are no more of them and what waits takes no more than some megabytes (per-example gradients of small convolutions).
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -122,8 +127,10 @@ class KFOC(Fit):
         temporary = 4 * terms * sum(numbers) if terms > 1 else 2 * max(numbers)
         passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
         room = max(_ROOM, element * max(numbers))
+        if group[0].dim <= _SMALL:
+            room = max(room, element * group[0].dim * _PIECES * _PIECE)
         bytes = (terms + 1) * element * sum(numbers)
-        return Plan(bytes, passes, temporary=temporary * element, waits=_PIECE, waiting=room)
+        return Plan(bytes, passes, temporary=temporary * element, waits=_PIECES * _PIECE, waiting=room)
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> ProductSums:
         (inputs, outputs), terms = self.sides(group[0]), self._terms(group[0])
@@ -154,28 +161,41 @@ class KFOC(Fit):
         joins = shares and state.join(use)
         if shares and not joins and not self.by_batch and self._enough(state):  # with all columns of the last examples
             self._flush(state)
+        written = self._write_out(use, state.blocks[0])
         if not joins:
-            state.waiting.append(use)
+            state.waiting.append(written or use)
         if not self.by_batch and (self._too_much(state) or (not shares and self._enough(state))):
             self._flush(state)
-        elif not joins:
+        elif not joins and written is None:
             state.keep()
         return state
+
+    def _write_out(self, use: Samples, block: Block) -> WrittenOut | None:
+        """The samples as their gradients, where these are what half steps are on, and take less memory."""
+        if use.positions == 1 or self.by_batch or self.route not in (None, "explicit"):
+            return None
+        explicit = cheapest(use.shape, len(use), use.positions, tolerance=self.tolerance) == "explicit"
+        return write_out(use) if explicit and not has_diagonal(self.sides(block)) else None
 
     def _shares(self, block: Block) -> bool:
         """Whether columns of one example are treated together."""
         return self.route in (None, *SHARING) and not has_diagonal(self.sides(block)) and shares_columns(block.shape)
 
     def _enough(self, state: ProductSums) -> bool:
-        """Whether what is waiting is worth a piece."""
-        return sum(map(len, state.waiting)) >= _PIECE
+        """Whether what is waiting is worth a piece, or more than one."""
+        if len(state.inputs) > 1:
+            return sum(map(len, state.waiting)) > _PIECES * _PIECE
+        return sum(map(len, state.waiting)) >= (_SHARED if _share_the_weight(state.waiting) else _PIECE)
 
     def _too_much(self, state: ProductSums) -> bool:
         """Whether more is waiting than may wait."""
-        return sum(samples.bytes for samples in state.waiting) > state.plan.waiting
+        room = state.plan.waiting
+        if _share_the_weight(state.waiting):
+            room = min(room, max(_SHARED_ROOM, state.inputs[0].nbytes, state.outputs[0].nbytes))
+        return sum(samples.bytes for samples in state.waiting) > room
 
-    def _flush(self, state: ProductSums) -> None:
-        """Merge what has been waiting."""
+    def _flush(self, state: ProductSums, most: int = _PIECE) -> None:
+        """Merge what has been waiting, at most so many samples at once."""
         if not state.waiting:
             return
         state.single = None
@@ -190,20 +210,20 @@ class KFOC(Fit):
             shapes=self.sides(state.blocks[0]),
         )
         whole = self.by_batch or any(samples.positions > 1 for samples in waiting)
-        for piece in [waiting] if whole else pieces(waiting, self._size(state, waiting)):
+        for piece in [waiting] if whole else pieces(waiting, self._size(state, waiting, most)):
             with naming_errors(state):
                 merging.add_(state, piece)
         A, B = (Factor.of(factors[0]).diagonal().any() for factors in (state.inputs, state.outputs))
         if not told and not bool(A & B):
             tell_vanished(waiting, state.name)
 
-    def _size(self, state: ProductSums, waiting: list[Samples]) -> int:
+    def _size(self, state: ProductSums, waiting: list[Samples], most: int) -> int:
         """Samples that are treated at once where positions do not share the weight: fewer in a small memory budget."""
         (_, outputs, width), element = state.blocks[0].shape, state.inputs.element_size()
         columns = max(use.columns for use in waiting)
         outputs *= columns if columns == 1 else columns + outputs  # and the sum of their products
         wide = cheapest(state.blocks[0].shape, _PIECE, 1, tolerance=self.tolerance) == "projected"
-        size = _PROJECTED if wide and len(state.inputs) == 1 and self.route is None else _PIECE
+        size = _PROJECTED if wide and len(state.inputs) == 1 and self.route is None else most
         while size > 1 and state.plan.workspace < WORKSPACE:  # Gram matrices, and both factors of the samples
             if element * size * (6 * size + 4 * (outputs + width)) <= state.plan.workspace:
                 break
@@ -266,7 +286,7 @@ class KFOC(Fit):
         fit = replace(self, rank_memory=1)
         single = fit.init(state.blocks, state.plan, state.inputs)
         single.count, single.rows, single.waiting = state.count, state.rows, list(state.waiting)
-        fit._flush(single)
+        fit._flush(single, _PIECES * _PIECE)
         return single if float(single.pieces) == 1 else None
 
     def finish(self, state: ProductSums | HalfStep) -> Kronecker:
@@ -311,6 +331,11 @@ class KFOC(Fit):
         if pieces > 1:
             text += f"; {pieces:.0f} pieces" + ("" if state.uncertain else ", error from their terms")
         return text
+
+
+def _share_the_weight(waiting: list[Samples]) -> bool:
+    """Whether samples have several positions, and wait as inputs and output gradients."""
+    return any(use.positions > 1 and not isinstance(use, WrittenOut) for use in waiting)
 
 
 @dataclass(frozen=True)

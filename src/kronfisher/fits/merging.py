@@ -28,6 +28,7 @@ from kronfisher.fits.running_sum import add_terms
 from kronfisher.fits.scaling import level
 from kronfisher.fits.shapes import Shapes, has_diagonal
 from kronfisher.fits.state import WaitingState
+from kronfisher.fits.written_out import WrittenOut
 from kronfisher.layers.samples import Samples
 from kronfisher.operators.factors import Factor
 
@@ -79,6 +80,8 @@ class Merging:
     def _route(self, state: ProductSums, piece: list[Samples]) -> str:
         if has_diagonal(self.shapes):
             return "rows"
+        if any(isinstance(samples, WrittenOut) for samples in piece):
+            return "explicit"
         n, positions = sum(map(len, piece)), max(samples.positions for samples in piece)
         columns = max(samples.columns for samples in piece)
         later = state.begun and len(state.inputs) == 1 and self.aggregation not in BY_BATCH  # one of several pairs

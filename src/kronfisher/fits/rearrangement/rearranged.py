@@ -51,6 +51,10 @@ class Rearranged(Source):
         shape = self.factor_shapes[0]
         return Factor.type_of(shape).identity(shape, self.like())
 
+    def outputs_of_identity(self) -> Tensor:
+        """`outputs` of the identity, or of a multiple of it."""
+        return self.outputs(self.first())
+
     def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
         """The first singular pair by alternating half steps; every iterate is positive semidefinite.
 
@@ -67,8 +71,8 @@ class Rearranged(Source):
             A = over(A, norm(A))
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         done, B, sigma = change <= tolerance, like.new_zeros(()), like.new_zeros(groups)
-        for _ in range(max(iterations, 1)):
-            half = self.outputs(A)
+        for step in range(max(iterations, 1)):
+            half = self.outputs(A) if step or start is not None else self.outputs_of_identity()
             B = kept(done, B, over(half, norm(half)))
             half = self.inputs(B)
             size = norm(half)

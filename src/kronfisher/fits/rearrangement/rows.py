@@ -93,6 +93,12 @@ class Explicit(Rearranged):
             add_symmetric_product_(total, multiply_rows(G, A).flatten(2).mT, G.flatten(2).mT)
         return complete_(total, odd)
 
+    def outputs_of_identity(self) -> Tensor:
+        total = self.like().new_zeros(self.factor_shapes[1])
+        for G in self.pieces():
+            add_symmetric_product_(total, G.flatten(2).mT)
+        return complete_(total)
+
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         total = self.like().new_zeros(self.factor_shapes[0])
         for G in self.pieces():

@@ -58,6 +58,9 @@ class Weights(Rearranged):
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(self.a @ A, self.a)))
 
+    def outputs_of_identity(self) -> Tensor:
+        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(self.a, self.a)))
+
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
         weights = torch.linalg.vecdot(self.g @ B, self.g)
         return _weighted_sum(self.a, weights if self.columns == 1 else weights.unflatten(1, (-1, self.columns)).sum(2))
