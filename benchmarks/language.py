@@ -1,6 +1,6 @@
-"""K-FAC factors of all parameters of GPT-2 (124 M, random weights) on 8 × 256 tokens, in this process, on one thread.
+"""K-FAC or K-FOC of all parameters of GPT-2 (124 M, random weights) on 8 × 256 tokens, in this process, on one thread.
 
-python benchmarks/language.py [--repeats N] [--profile] [--memory]
+python benchmarks/language.py [--fit kfoc] [--repeats N] [--profile] [--memory]
 
 Needs transformers. Printed as one line of JSON: seconds of `estimate`, of a forward and backward pass with parameter
 gradients (fb), of the bare products ``AᵀA`` and ``GᵀG`` of all layers (gemm; second moments of vocabularies are sums of
@@ -76,12 +76,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def measure(layers: int, repeats: int, profile: bool, memory: bool) -> dict[str, object]:
+def measure(fit: str, layers: int, repeats: int, profile: bool, memory: bool) -> dict[str, object]:
     model, likelihood = gpt2(layers), kf.Categorical(class_dim=-1)
     tokens = torch.randint(50257, (8, 256))
 
     def own() -> kf.Fisher:  # strict: every parameter is covered, or this raises
-        return kf.estimate(model, [{"input_ids": tokens}], likelihood, fit="kfac", strict=True)
+        return kf.estimate(model, [{"input_ids": tokens}], likelihood, fit=fit, strict=True)
 
     extra, _ = peak(own)
     if memory:
@@ -104,6 +104,7 @@ def measure(layers: int, repeats: int, profile: bool, memory: bool) -> dict[str,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", choices=["kfac", "kfoc"], default="kfac")
     parser.add_argument("--layers", type=int, default=12, help="fewer are for a quick look")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
@@ -113,4 +114,4 @@ if __name__ == "__main__":
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURNED)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(json.dumps(measure(options.layers, options.repeats, options.profile, options.memory)))
+    print(json.dumps(measure(options.fit, options.layers, options.repeats, options.profile, options.memory)))
