@@ -42,6 +42,39 @@ def test_steps_of_the_papers_rule(ranks, name, fit):
     assert len(steered[:, 0 if name == "momentum" else 1].unique()) > 5
 
 
+@pytest.mark.parametrize("what", ["residuals", "exact", "observed"])
+def test_steps_in_the_space_of_samples(ranks, what):
+    """One matrix of all ranks' rows, one λ and one length: those of one process with all of them."""
+    answers, (truth, losses, _) = ranks.call(trainings.gram, ranks.size, what), trainings.gram(None, ranks.size, what)
+    follow([found for found, _, _ in answers], truth)
+    for whole, *parts in zip(losses, *(own for _, own, _ in answers), strict=True):
+        assert whole == pytest.approx(sum(parts) / ranks.size, rel=1e-9)
+    assert what != "residuals" or losses[-1] < 0.1 * losses[0]
+
+
+def test_steps_in_the_space_of_samples_whose_rows_are_drawn(ranks):
+    """Each rank draws from its own; all draw more where that is too few, and make the same step."""
+    answers = ranks.call(trainings.gram, ranks.size, "thin")
+    assert same_bits([found for found, _, _ in answers])
+    means = [sum(losses) for losses in zip(*(own for _, own, _ in answers), strict=True)]
+    assert means[-1] < means[0] - 0.1 and means == sorted(means, reverse=True)
+    assert all(
+        torch.equal(state["sample_space"]["last"], answers[0][2]["sample_space"]["last"]) for *_, state in answers
+    )
+
+
+def test_what_fails_in_the_space_of_samples_on_one_rank(ranks):
+    for rank, (error, moved, _) in enumerate(answers := ranks.call(trainings.gram_fails, ranks.size, "batch")):
+        kind, text = error
+        assert (kind == "NumericalError") if rank == 1 else (kind == "RankError" and "rank 1: NumericalError" in text)
+        assert not moved
+    assert same_bits([found for *_, found in answers])
+    for error, moved, _ in ranks.call(trainings.gram_fails, ranks.size, "weights"):
+        assert (
+            error[0] == "RankError" and not moved and re.match(r"parameter 0\.weight: rank 0 has .*, rank 1 ", error[1])
+        )
+
+
 def test_a_loop_of_ones_own_by_the_papers_rule(ranks):
     options = {"step": kf.QuadraticModel(trust=kf.Constant(0.3))}
     answers = ranks.call(partial(trainings.loop, **options), ranks.size)
@@ -313,7 +346,6 @@ def test_a_batch_that_is_not_finite_on_one_rank_moves_nothing(ranks, fit, labels
     ("what", "kind", "message"),
     [
         ("passes", "RankError", "ran . forward and backward passes before step"),
-        ("gram", "UnsupportedError", "one process's samples"),
         ("other weights", "RankError", "parameter 0.weight: rank 0 has"),
     ],
 )

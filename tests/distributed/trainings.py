@@ -103,6 +103,79 @@ def papers(rank, ranks, name, fit, labels="observed"):
     return weights(model) | {"steered": torch.tensor(found, dtype=torch.float64).nan_to_num()}
 
 
+class Shallow(torch.nn.Module):
+    """With a number that every forward pass counts up, in a buffer that DDP lets rank 0 send."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(1, 6), torch.nn.Linear(6, 1)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.passes += 1
+        return self.outer(self.inner(x).tanh())
+
+
+def equation(wrapped, x):
+    """Residuals of ``u' = -u, u(0) = 1`` at some points."""
+    u = wrapped(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return {"equation": (slope + u)[:, 0], "start": wrapped(torch.zeros(1, 1, dtype=torch.float64))[0] - 1}
+
+
+def gram(rank, ranks, what, number=12):
+    """Steps in the space of samples: weights, what steered them, and the losses of this rank's own batches."""
+    if what == "residuals":
+        wrapped, group = around(rank, model := fresh(Shallow()))
+        optimizer = kf.NaturalGradient(wrapped, kf.Residuals({"equation": 1.0, "start": 1.0}), fit="gram", **group)
+    else:
+        wrapped, group = around(rank, model := perceptron())
+        likelihood, labels = (kf.Gaussian() if what == "thin" else kf.Categorical()), "exact"
+        labels = "observed" if what == "observed" else labels
+        optimizer = kf.NaturalGradient(wrapped, likelihood, fit="gram", labels=labels, **group)
+    steered, losses = [], []
+    for step in range(number):
+        part = slice(rank or 0, None, 1 if rank is None else ranks)
+        if what == "residuals":
+            x = numbers(6 * ranks, 1, seed=step)[part].requires_grad_()
+            losses.append(optimizer.step(lambda x=x: equation(wrapped, x)))
+        else:
+            many = 120 if what == "thin" else 3
+            x = numbers(many * ranks, 4, seed=step if what != "thin" else 0)
+            y = torch.arange(many * ranks) % 3
+            y = x[:, :3].sin() if what == "thin" else y
+            losses.append(optimizer.step(lambda x=x[part]: wrapped(x), y[part]))
+        steered.append([optimizer.damping, optimizer.step_length, optimizer.follower.factor, optimizer.rows_a_weight])
+    state = optimizer.state_dict()
+    return (
+        weights(model) | {"steered": torch.tensor(steered, dtype=torch.float64)},
+        [float(own) for own in losses],
+        state,
+    )
+
+
+def gram_fails(rank, ranks, what):
+    """The error where one rank's batch cannot be used; steps after it, and whether weights moved before."""
+    wrapped, group = around(rank, model := perceptron())
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit="gram", **group)
+    x, y = numbers(4, 4, seed=rank), torch.arange(4) % 3
+    bad = x * (float("inf") if rank == 1 else 1.0)
+    if what == "weights" and rank == 1:
+        with torch.no_grad():
+            model[0].weight.add_(1)
+    before = weights(model)
+    try:
+        optimizer.step(lambda: wrapped(bad if what == "batch" else x), y)
+    except Exception as error:
+        text = type(error).__name__, str(error)
+    else:
+        text = "none", ""
+    moved = not cases.same_bits([before, weights(model)])
+    if what == "batch":
+        optimizer.step(lambda: wrapped(x), y)
+    return text, moved, weights(model)
+
+
 def tied(rank, ranks, step):
     """Weights of a model that uses one as a matrix and as its transpose."""
     model = fresh(TiedOut())
@@ -427,7 +500,7 @@ def spread(rank):
         "posterior": lambda: kf.Laplace(sharded, fisher),
         "influence": lambda: kf.Influence(sharded, fisher, likelihood),
         "penalty": lambda: fisher.penalty(sharded),
-        "gram": lambda: kf.NaturalGradient(sharded, likelihood, fit="gram", group=alone),
+        "gram": lambda: kf.NaturalGradient(sharded, likelihood, fit="gram", **group),
         "tensor parallel": lambda: kf.estimate(parallel, x, likelihood, **group),
         "training, tensor parallel": lambda: kf.NaturalGradient(parallel, likelihood, **group),
         "narrow": lambda: kf.estimate(narrow, x, likelihood, **group),
@@ -466,8 +539,7 @@ def refused(rank, what):
                 model[0].weight.add_(rank)
         if what == "passes":
             return uneven(rank, wrapped, group)
-        options = {"gram": {"fit": "gram"}}
-        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **options.get(what, {}), **group)
+        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **group)
         x, y = next(batches(rank, dist.get_world_size(), 1))
         optimizer.step(lambda: wrapped(x), y)
     except Exception as error:

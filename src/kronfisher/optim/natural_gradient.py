@@ -36,7 +36,7 @@ from kronfisher.optim.sample_space import SampleSpaceGradient
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
-from kronfisher.optim.watch import Watch, require_one_process
+from kronfisher.optim.watch import Watch
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
@@ -89,8 +89,8 @@ class NaturalGradient(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of range.
         UnsupportedError: residuals and another fit than ``"gram"``, or settings of `Gram`; at the first step, no
-            parameter is in a layer that blocks can cover; or several processes and ``fit="gram"``, or ``fully_shard``
-            and `QuadraticModel`; or parameters are spread over processes in another way.
+            parameter is in a layer that blocks can cover; or ``fully_shard`` and `QuadraticModel` or
+            ``fit="gram"``; or parameters are spread over processes in another way.
         RankError: in a step, ranks have different weights, settings or layers.
 
     Example:
@@ -106,10 +106,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """With ``fit="gram"`` a `SampleSpaceGradient`, which has parts and options of its own."""
         if options.get("fit") == "gram" or isinstance(options.get("fit"), Gram):
-            if (group := options.pop("group", None)) is None:
-                require_one_process()
-            elif ranks_of(group) is not None:
-                raise UnsupportedError("fit='gram' steps in the space of one process's samples; leave group= out.")
             if options["fit"] not in ("gram", Gram()):
                 raise UnsupportedError(
                     f"fit={options['fit']}: steps choose the rows of large batches themselves and refuse none; give "

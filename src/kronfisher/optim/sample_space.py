@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.jacobian import Jacobian
+from kronfisher.distributed import ProcessGroup, ranks_of
 from kronfisher.errors import DataError, NumericalError, NumericalWarning, UnsupportedError
-from kronfisher.fisher.parameters import trainable, unwrapped
+from kronfisher.fisher.parameters import fingerprint, trainable, unwrapped
 from kronfisher.likelihoods import Likelihood, Residuals
 from kronfisher.likelihoods.checks import sum_per_example
 from kronfisher.linalg import promote
 from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.kinds import Kinds
 from kronfisher.optim.replay import Snapshot
+from kronfisher.optim.sample_ranks import RowsOfRanks
 from kronfisher.optim.sample_steps import Follower, Rows, Thinned
+from kronfisher.optim.watch import require_one_process
 
 __all__ = ["SampleSpaceGradient"]
 
@@ -52,6 +55,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         damping: the factor of λ to begin with.
         labels: "exact", or "observed" for the empirical Fisher.
         params: the parameters to train, several modules' too; None: all of the model that require a gradient.
+        group: the processes that train together, each on a batch of its own; they make the step of all rows.
 
     Raises:
         ValueError: an option is out of range, or has no meaning here.
@@ -79,7 +83,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         damping: float = 0.1,
         labels: Literal["exact", "observed"] = "exact",
         params: Iterable[nn.Parameter] | None = None,
+        group: ProcessGroup = None,
     ) -> None:
+        if group is None:
+            require_one_process()
         if labels not in ("exact", "observed"):
             raise ValueError(
                 f"labels={labels!r}: the gradient is not in the range of sampled rows, and what is outside would be "
@@ -101,6 +108,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._parameters = {names.get(id(p), f"parameter {k}"): p for k, p in enumerate(chosen)}
         self._jacobian = Jacobian(self._parameters)
+        device = chosen[0].device if chosen else torch.device("cpu")
+        self._ranks = RowsOfRanks(ranks_of(group), model, device)
         self.follower = Follower(damping)
         self.bends = True
         self.steps = 0
@@ -139,14 +148,10 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             )
         targets = None if targets is _MISSING else targets
         before = Snapshot(self.model)
-        with torch.enable_grad():
-            outputs = self._outputs(closure())
-            loss, rows, columns = self._rows(outputs, targets)
-        shapes = _shapes(outputs)
-        del outputs
+        shapes: dict[str, Any] = {}
 
         def evaluated() -> Any:
-            with before.replayed(), torch.enable_grad():
+            with before.replayed(), torch.enable_grad(), self._ranks.passes():
                 outputs = self._outputs(closure())
             for what, shape in _shapes(outputs).items():
                 if shape != shapes.get(what, shape):
@@ -158,22 +163,27 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             return outputs
 
         def again() -> float:
-            outputs = evaluated()
-            try:
-                return float(self._loss(outputs, targets))
-            except NumericalError:  # residuals overflow at the end of this step, and a shorter one may help
-                return math.inf
+            return self._ranks.loss(lambda: float(self._loss(evaluated(), targets)))
 
         def values() -> list[Tensor] | None:
-            try:
-                return self._values(evaluated(), columns)
-            except NumericalError:
-                return None
+            return self._ranks.values(lambda: self._values(evaluated(), columns))
 
+        def batch() -> tuple[Tensor, Rows, list[Tensor]]:
+            with torch.enable_grad(), self._ranks.passes():
+                outputs = self._outputs(closure())
+                shapes.update(_shapes(outputs))
+                return self._rows(outputs, targets)
+
+        (loss, rows, columns), drawn = self._ranks.checked(batch, lambda: self.rows_a_weight)
+        while len(set(drawn)) > 1:  # some rank needs more of its rows
+            self.rows_a_weight = max(drawn)
+            with before.replayed():
+                (loss, rows, columns), drawn = self._ranks.checked(batch, lambda: self.rows_a_weight)
+        whole_loss, rows = self._ranks.together(self._facts(), float(loss), rows)
         old = [p.detach().clone() for p in self._parameters.values()]
         try:
             with torch.no_grad():
-                self._move(float(loss), rows, old, again, values if self.bends else None)
+                self._move(whole_loss, rows, old, again, values if self.bends else None)
         except BaseException:
             self._set(old, None, 0.0)
             raise
@@ -264,6 +274,14 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             scale /= 2
         return None
 
+    def _facts(self) -> dict[str, Any]:
+        """What has to be the same on all ranks."""
+        if self._ranks.ranks is None:
+            return {}
+        facts = {"the number of the step": self.steps, "the likelihood": repr(self.likelihood), "labels": self.labels}
+        facts |= {"momentum": self.momentum, "the factor of λ": self.follower.factor}
+        return facts | {f"parameter {n}": fingerprint({n: p})[:12] for n, p in self._parameters.items()}
+
     # The batch --------------------------------------------------------------------------------------------------------
 
     def _outputs(self, answer: Any) -> Any:
@@ -316,7 +334,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         Only where values are known, which tell of all rows along a step whether those drawn are enough.
         """
         weights = sum(p.numel() for p in self._parameters.values())
-        thin = Thinned(sys.maxsize if values is None else self.rows_a_weight * weights, self.steps)
+        most = max(1, self.rows_a_weight * weights // self._ranks.size)
+        thin = Thinned(sys.maxsize if values is None else most, self.steps)
         matrices, rest = [], None
         for (what, each), own in zip(numbers.items(), vector, strict=True):
             places = thin.places(len(each))
