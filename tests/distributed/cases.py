@@ -177,6 +177,28 @@ def counted(rank, fit):
     return replace(fisher, context=None), calls
 
 
+class Read(list):
+    """Batches that count how often they are read."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def passes_counted(rank, fits):
+    """By fit: passes over the data, what torch.distributed was called with, and what the report says of it."""
+    found = {}
+    for fit in fits:
+        data = Read(numbers(12, 4, seed=rank).split(3))
+        options = {"labels": "exact", "group": dist.group.WORLD}
+        with watched() as calls:
+            info = kf.estimate(perceptron(), data, kf.Gaussian(), fit=fit, **options).info
+        found[str(fit)] = data.times, calls, (info.sent, info.planned, info.collectives)
+    return found
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from range(7)

@@ -249,6 +249,24 @@ def test_a_report_says_what_was_sent(ranks, fit):
     assert says in " ".join(str(answers[0][0].report()).split())
 
 
+def test_what_every_fit_sends_is_planned_and_takes_few_meetings(ranks):
+    """At most three meetings a pass besides sums in buckets, messages, and what owners hand out."""
+    answers = ranks.call(cases.passes_counted, list(FITS))
+    for fit in FITS:
+        passes, calls, info = answers[0][fit]
+        every = [call for answer in answers for call in answer[fit][1]]
+        together = [name for name, _ in calls if name not in ("send", "recv")]
+        for answer in answers:
+            other, others_calls, others_info = answer[fit]
+            assert (other, others_info) == (passes, info)
+            assert [name for name, _ in others_calls if name not in ("send", "recv")] == together
+        sums = sum(size for name, size in every if name in ("reduce", "send"))
+        messages = sum(name == "send" for name, _ in every)
+        assert info == (sum(size for _, size in every), sums, messages + len(together)), fit
+        meetings = [name for name in together if name not in ("reduce", "broadcast")]
+        assert set(meetings) == {"all_gather_object"} and len(meetings) <= 3 * passes, (fit, passes, len(meetings))
+
+
 def test_shards_hold_every_batch_once(ranks):
     for parts in zip(*ranks.call(cases.shards), strict=True):
         assert sorted(place for part in parts for place in part) == list(range(7))
