@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.optim.foreach import lerp_to_each_
+from kronfisher.optim.layerwise.running import RunningStatistics
 
 __all__ = ["Average"]
 
@@ -21,25 +22,26 @@ class Average:
 
     u is the share that is left to fit (`Misfit`), a the factor that a horizon puts on the rate.
 
-    Buffers stay as they are: running statistics of batch normalisation are averages over the last iterates already.
-
     Attributes:
         steps: k.
         averages: by name; while evaluating, the model holds the averages and this the iterates.
         evaluating: whether the model holds the averages.
         shown: fingerprint of the averages that it was given for that.
+        running: the running statistics of batch normalisation that belong to the averages.
     """
 
     steps: int = 0
     averages: dict[str, Tensor] = field(default_factory=dict)
     evaluating: bool = False
     shown: str = ""
+    running: RunningStatistics = field(default_factory=RunningStatistics)
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], left: Tensor, annealing: float = 1.0) -> None:
+    def update(self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor, annealing: float = 1.0) -> None:
         """Add the present iterate.
 
         Args:
+            model: whose batch normalisation counts.
             parameters: of the model, by name.
             left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
             annealing: the factor on all rates near a horizon; likewise: smaller steps average noise by themselves.
@@ -52,9 +54,10 @@ class Average:
         shares = {kind: share.to(kind) for kind in {one.dtype for one in tensors.values()}}
         weights = [shares[one.dtype] for one in tensors.values()]
         lerp_to_each_([self.averages[name] for name in tensors], list(tensors.values()), weights)
+        self.running.update(model, share)
 
     @torch.no_grad()
-    def swap(self, parameters: Mapping[str, Tensor]) -> bool:
+    def swap(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
         """Exchange the averages and what the model holds, unless other weights took the place of the averages.
 
         Returns:
@@ -63,25 +66,27 @@ class Average:
         tensors = {name: tensor for name, tensor in _tensors(parameters).items() if name in self.averages}
         self.evaluating = not self.evaluating
         if not self.evaluating and self.shown not in ("", fingerprint(tensors)):
-            self.averages, self.shown = {}, ""
+            self.averages, self.shown, self.running = {}, "", RunningStatistics()
             return False
         for name, tensor in tensors.items():
             kept = tensor.clone()
             tensor.copy_(self.averages[name])
             self.averages[name].copy_(kept)
+        self.running.swap(model)
         self.shown = fingerprint(tensors) if self.evaluating else ""
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
         own = {"steps": self.steps, "averages": dict(self.averages)}
-        return {**own, "evaluating": self.evaluating, "shown": self.shown}
+        return {**own, "evaluating": self.evaluating, "shown": self.shown, "running": self.running.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.steps, self.evaluating = state["steps"], state["evaluating"]
         self.shown = state.get("shown", "")  # earlier versions did not say
         self.averages = {name: tensor.to(device) for name, tensor in state["averages"].items()}
+        self.running.load_state_dict(state.get("running", {}), device)
 
 
 def _tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class LayerwiseParts(StepParts):
             averages = self.average.averages if self.options.average else None
             self.motion.move(trained, gradients, natural, self.rate(step), self.misfit, averages)
             if self.options.average:
-                self.average.update(trained.named, self.misfit.left, self.annealing(step))
+                self.average.update(model, trained.named, self.misfit.left, self.annealing(step))
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
@@ -170,7 +170,9 @@ class LayerwiseParts(StepParts):
         return self.average.evaluating
 
     def evaluate(self, evaluating: bool, parameters: Mapping[str, nn.Parameter]) -> None:
-        if evaluating == self.average.evaluating or not self.average.steps or self.average.swap(parameters):
+        if evaluating == self.average.evaluating or not self.average.steps:
+            return
+        if self.average.swap(self.forward_backward.model, parameters):
             return
         warnings.warn(
             "The model does not hold the weights that optimizer.eval() put there: others were loaded, or it was "
