@@ -69,6 +69,8 @@ def test_what_fails_in_the_space_of_samples_on_one_rank(ranks):
         assert (kind == "NumericalError") if rank == 1 else (kind == "RankError" and "rank 1: NumericalError" in text)
         assert not moved
     assert same_bits([found for *_, found in answers])
+    for rank, (error, _, _) in enumerate(ranks.call(trainings.gram_fails, ranks.size, "call")):
+        assert error[0] == ("DataError" if rank == 1 else "RankError") and "evaluates the loss again" in error[1]
     for error, moved, _ in ranks.call(trainings.gram_fails, ranks.size, "weights"):
         assert (
             error[0] == "RankError" and not moved and re.match(r"parameter 0\.weight: rank 0 has .*, rank 1 ", error[1])

@@ -136,21 +136,12 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             NumericalError: outputs, residuals or their gradients are NaN or infinite, by the name of the term; likewise
                 as they were, so that a loop may catch it and go on with other points.
         """
-        if not callable(closure):
-            raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
-        if isinstance(self.likelihood, Residuals) and targets is not _MISSING and targets is not None:
-            raise DataError("residuals hold their own targets: call step(lambda: residuals()) without further ones.")
-        self._kinds.require(self._parameters)
-        if half := [n for n, p in self._parameters.items() if p.dtype not in (torch.float32, torch.float64)]:
-            raise UnsupportedError(
-                f"{half[0]} is {self._parameters[half[0]].dtype}: fit='gram' solves with the rows of a batch, whose "
-                "squares half precision cannot hold. Keep the weights in float32 or float64."
-            )
+        before, given = Snapshot(self.model), targets
         targets = None if targets is _MISSING else targets
-        before = Snapshot(self.model)
         shapes: dict[str, Any] = {}
 
         def evaluated() -> Any:
+            assert closure is not None
             with before.replayed(), torch.enable_grad(), self._ranks.passes():
                 outputs = self._outputs(closure())
             for what, shape in _shapes(outputs).items():
@@ -169,6 +160,8 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             return self._ranks.values(lambda: self._values(evaluated(), columns))
 
         def batch() -> tuple[Tensor, Rows, list[Tensor]]:
+            self._require(closure, given)
+            assert closure is not None
             with torch.enable_grad(), self._ranks.passes():
                 outputs = self._outputs(closure())
                 shapes.update(_shapes(outputs))
@@ -273,6 +266,19 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                 return scale, found
             scale /= 2
         return None
+
+    def _require(self, closure: Any, targets: Any) -> None:
+        """DataError or UnsupportedError unless these and the parameters are such that a step can be made."""
+        if not callable(closure):
+            raise DataError('fit="gram" evaluates the loss again: call step(lambda: residuals()) or step(f, targets).')
+        if isinstance(self.likelihood, Residuals) and targets is not _MISSING and targets is not None:
+            raise DataError("residuals hold their own targets: call step(lambda: residuals()) without further ones.")
+        self._kinds.require(self._parameters)
+        if half := [n for n, p in self._parameters.items() if p.dtype not in (torch.float32, torch.float64)]:
+            raise UnsupportedError(
+                f"{half[0]} is {self._parameters[half[0]].dtype}: fit='gram' solves with the rows of a batch, whose "
+                "squares half precision cannot hold. Keep the weights in float32 or float64."
+            )
 
     def _facts(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
