@@ -10,9 +10,9 @@ from kronfisher.optim.layerwise.rows import Rows
 
 
 def evened(matrix):
-    """``[R, I]``, every row divided by the root of its length over the root mean square of all."""
+    """``[R, I]``, every row divided by the root of its length over the root mean square of all, or by a half."""
     lengths = matrix.norm(dim=1, keepdim=True)
-    return matrix * (lengths / lengths.square().mean().sqrt()).clamp_min(1e-6) ** -0.5
+    return matrix * (lengths / lengths.square().mean().sqrt()).clamp_min(0.25) ** -0.5
 
 
 def seen(parameter, view):
@@ -63,6 +63,14 @@ def test_packed_matrices_have_means_of_their_own():
     before = natural["w"].clone()
     Rows().even([seen(parameter, part) for part in parameter.chunk(2)], natural)
     torch.testing.assert_close(natural["w"], torch.cat([evened(part) for part in before.chunk(2)]))
+
+
+def test_short_rows_are_lengthened_no_more_than_twice():
+    parameter, natural = torch.randn(4, 5), {"w": torch.randn(4, 5)}
+    natural["w"][2] *= 1e-4
+    before = natural["w"].clone()
+    Rows().even([seen(parameter, parameter)], natural)
+    torch.testing.assert_close(natural["w"][2], 2 * before[2])
 
 
 def test_rows_of_zeros_stay_and_a_single_row_too():

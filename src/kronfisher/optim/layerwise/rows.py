@@ -10,11 +10,11 @@ from kronfisher.optim.layerwise.units import is_matrix
 
 __all__ = ["Rows"]
 
-LEAST = 1e-6  # times the mean length: shorter rows, as of units that are never active, are treated as if so long
+LEAST = 0.25  # times the mean length: shorter rows, as of classes that are rare, are lengthened as if they were so long
 
 
 class Rows:
-    """Divides every row of natural gradients of weights by the root of its length over the mean one.
+    """Divides every row of natural gradients of weights by the root of its length over the mean one, or by a half.
 
     One Kronecker product gives all units of a layer the same inputs, and sets the lengths of their rows by B alone.
     What it gets wrong shows in these lengths. To divide by their root goes half of the way from the natural gradient to

@@ -33,7 +33,7 @@ class LayerwiseStep:
     """Steps of one size for every layer, along its natural gradient, with rates that evidence adapts.
 
     Each layer keeps a momentum of natural gradients D, ``m ← β m + (1 − β) D`` with ``D = (B + λ_B)⁻¹ V (A + λ_A)⁻¹``,
-    each row of a weight divided by the root of its length over the mean one, and moves by
+    each row of a weight divided by the root of its length over the mean one, at least by a half, and moves by
     ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the size at which
     the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The factor f of a
     layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
