@@ -37,8 +37,8 @@ class Residuals(Likelihood):
 
     Example:
         >>> likelihood = Residuals({"equation": 1.0, "boundary": 4.0})
-        >>> outputs = {"equation": torch.tensor([1.0, 3.0], requires_grad=True), "boundary": torch.tensor([1.0])}
-        >>> likelihood.loss(outputs)  # ½ (1 · 5 + 4 · 1)
+        >>> first, second = (torch.tensor(r, requires_grad=True) for r in ([1.0, 3.0], [1.0]))
+        >>> likelihood.loss({"equation": first, "boundary": second})  # ½ (1 · 5 + 4 · 1)
         tensor(4.5000, grad_fn=<MulBackward0>)
     """
 

@@ -58,18 +58,22 @@ class Misfit:
         excess: by how much the mean loss exceeds the least that there could be, 0-dim; `KNOWN` or more if that is not
             known of the last batch.
         lowest: the least that the excess has been of late, 0-dim.
+        latest: that of the last batch, 0-dim.
     """
 
     now: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     constant: Tensor = field(default_factory=lambda: torch.zeros(()))
     excess: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
     lowest: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
+    latest: Tensor = field(default_factory=lambda: torch.tensor(UNKNOWN))
 
     def follow(self, means: Tensor, device: torch.device) -> None:
         """Take over the mean misfits of one batch ``[3]``, unless they are not finite."""
         old = torch.stack([each.to(device) for each in (self.now, self.constant, self.excess)])
         new = means.to(old)
-        new = torch.where(torch.isfinite(new).all(), new, old)
+        finite = torch.isfinite(new).all()
+        self.latest = torch.where(finite, new[2], self.latest.to(device))
+        new = torch.where(finite, new, old)
         # An excess is averaged with known ones alone.
         fresh = torch.stack([old[0] < 0, old[0] < 0, torch.maximum(old[2], new[2]) >= KNOWN])
         self.now, self.constant, self.excess = torch.where(fresh, new, old.lerp(new, 1 - MEMORY)).unbind()
@@ -79,6 +83,11 @@ class Misfit:
     def left(self) -> Tensor:
         """The share that is left to fit, 0-dim: 1 down to a twentieth of a constant's misfit, then the rest of that."""
         return torch.where(self.constant > 0, self.now / (FITTED * self.constant), 1.0).clamp(max=1.0)
+
+    @property
+    def present(self) -> Tensor:
+        """The excess, or that of the last batch where it is less, 0-dim: averages lag where losses fall fast."""
+        return torch.minimum(self.excess, self.latest)
 
     @property
     def calm(self) -> Tensor:
@@ -97,3 +106,4 @@ class Misfit:
         """Take over what `state_dict` gave."""
         self.now, self.constant, self.excess = (state[name].to(device) for name in ("now", "constant", "excess"))
         self.lowest = state["lowest"].to(device)
+        self.latest = state.get("latest", state["excess"]).to(device)

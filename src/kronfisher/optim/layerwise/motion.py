@@ -110,7 +110,7 @@ class Motion:
         left, excess, calm, room = misfit.left, misfit.excess, misfit.calm, 0.0
         self.scatter.settle(calm)
         if averages is not None:
-            room = self.scatter.room(excess)
+            room = self.scatter.room(misfit.present)
             ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
             cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
             self.scatter.update(cost, finite)

@@ -12,8 +12,8 @@ from kronfisher.errors import NumericalWarning
 from kronfisher.optim.layerwise.average import Average
 from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
-from kronfisher.optim.layerwise.rows import Rows
 from kronfisher.optim.layerwise.units import Unit, find_units
+from kronfisher.optim.layerwise.weight_rows import WeightRows
 from kronfisher.optim.misfit import Misfit
 from kronfisher.optim.parts import StepParts
 from kronfisher.optim.report import TrainingReport
@@ -100,7 +100,7 @@ class LayerwiseParts(StepParts):
     misfit: Misfit = field(default_factory=Misfit)
     total_steps: int | None = None
     skipped: int = 0
-    _rows: Rows = field(default_factory=Rows, init=False, repr=False)
+    _rows: WeightRows = field(default_factory=WeightRows, init=False, repr=False)
     _found: tuple[Any, list[Unit]] = field(default=(None, []), init=False, repr=False)
 
     @property

@@ -6,7 +6,7 @@ from torch import nn
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.optim.layerwise.rows import Rows
+from kronfisher.optim.layerwise.weight_rows import WeightRows
 
 
 def evened(matrix):
@@ -49,7 +49,7 @@ def test_rows_along_outputs(case, dtype):
     parameter = make().to(dtype)
     natural = {"w": torch.randn_like(parameter, memory_format=torch.contiguous_format), "other": torch.ones(2)}
     before = natural["w"].clone()
-    rows = Rows()
+    rows = WeightRows()
     for _ in range(2):  # what is known of the first call serves the second
         natural["w"].copy_(before)
         rows.even([seen(parameter, view(parameter))], natural)
@@ -61,7 +61,7 @@ def test_rows_along_outputs(case, dtype):
 def test_packed_matrices_have_means_of_their_own():
     parameter, natural = torch.randn(6, 4), {"w": torch.randn(6, 4) * torch.arange(1, 7)[:, None]}
     before = natural["w"].clone()
-    Rows().even([seen(parameter, part) for part in parameter.chunk(2)], natural)
+    WeightRows().even([seen(parameter, part) for part in parameter.chunk(2)], natural)
     torch.testing.assert_close(natural["w"], torch.cat([evened(part) for part in before.chunk(2)]))
 
 
@@ -69,21 +69,21 @@ def test_short_rows_are_lengthened_no_more_than_twice():
     parameter, natural = torch.randn(4, 5), {"w": torch.randn(4, 5)}
     natural["w"][2] *= 1e-4
     before = natural["w"].clone()
-    Rows().even([seen(parameter, parameter)], natural)
+    WeightRows().even([seen(parameter, parameter)], natural)
     torch.testing.assert_close(natural["w"][2], 2 * before[2])
 
 
 def test_rows_of_zeros_stay_and_a_single_row_too():
     parameter, natural = torch.randn(3, 4), {"w": torch.randn(3, 4)}
     natural["w"][1] = 0
-    Rows().even([seen(parameter, parameter)], natural)
+    WeightRows().even([seen(parameter, parameter)], natural)
     assert (natural["w"][1] == 0).all() and natural["w"].isfinite().all()
     natural = {"w": torch.zeros(3, 4)}
-    Rows().even([seen(parameter, parameter)], natural)
+    WeightRows().even([seen(parameter, parameter)], natural)
     assert (natural["w"] == 0).all()
     one, natural = torch.randn(1, 4), {"w": torch.randn(1, 4)}
     before = natural["w"].clone()
-    Rows().even([seen(one, one)], natural)
+    WeightRows().even([seen(one, one)], natural)
     torch.testing.assert_close(natural["w"], before)
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.optim.layerwise.units import is_matrix
 
-__all__ = ["Rows"]
+__all__ = ["WeightRows"]
 
 LEAST = 0.25  # times the mean length: shorter rows, as of classes that are rare, are lengthened as if they were so long
 
 
-class Rows:
+class WeightRows:
     """Divides every row of natural gradients of weights by the root of its length over the mean one, or by a half.
 
     One Kronecker product gives all units of a layer the same inputs, and sets the lengths of their rows by B alone.
