@@ -65,6 +65,14 @@ def test_packed_matrices_have_means_of_their_own():
     torch.testing.assert_close(natural["w"], torch.cat([evened(part) for part in before.chunk(2)]))
 
 
+def test_groups_have_one_mean():
+    parameter, natural = torch.randn(6, 2, 3, 3), {"w": torch.randn(6, 2, 3, 3)}
+    before = natural["w"].clone()
+    window = Window.of("w", parameter).reshaped(3, 2, 2, 3, 3)  # [H, O, *]
+    WeightRows().even([Block("w", "test", window, None)], natural)
+    torch.testing.assert_close(natural["w"].flatten(1), evened(before.flatten(1)))
+
+
 def test_short_rows_are_lengthened_no_more_than_twice():
     parameter, natural = torch.randn(4, 5), {"w": torch.randn(4, 5)}
     natural["w"][2] *= 1e-4

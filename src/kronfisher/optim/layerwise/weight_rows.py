@@ -16,10 +16,9 @@ LEAST = 0.25  # times the mean length: shorter rows, as of classes that are rare
 class WeightRows:
     """Divides every row of natural gradients of weights by the root of its length over the mean one, or by a half.
 
-    One Kronecker product gives all units of a layer the same inputs, and sets the lengths of their rows by B alone.
-    What it gets wrong shows in these lengths. To divide by their root goes half of the way from the natural gradient to
-    rows of one length, as of a B that whitens. A rule of this library's own; rows of one length, on average over steps
-    and after Muon's orthogonal step, are NorMuon's (2025, Li et al.).
+    To divide a row by the root of its length goes half of the way from the natural gradient to rows of one length, as
+    of a B that whitens and does not invert; no row is lengthened more than twice. A rule of this library's own; rows of
+    one length, on average over steps and after Muon's orthogonal step, are NorMuon's (2025, Li et al.).
     """
 
     def __init__(self) -> None:
