@@ -23,6 +23,20 @@ def test_a_parameter_as_the_input_of_a_layer():
     assert kf.coverage(model, x).complete
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda m, x: m.t.t().expand(len(x), 3, 4).sin().transpose(1, 2).view(len(x), 12) * x.repeat(1, 4),
+        lambda m, x: F.linear(x[:, None] * m.t.sin(), m.w, m.b.expand(4)).squeeze(1),
+    ],
+    ids=["columns first", "a bias beside a vector"],
+)
+def test_an_expanded_parameter_lies_in_memory_as_without_an_estimate(made):
+    """Torch views results by their strides, and takes a bias beside a vector as weight only if it is expanded."""
+    model = Written(made, t=torch.randn(4, 3), w=torch.randn(3), b=torch.randn(1))
+    assert_exact(model, torch.randn(5, 3), fit=kf.Full(across_layers=True))
+
+
 def test_a_weight_that_is_its_own_input():
     model = Written(lambda m, x: x @ F.linear(m.w, m.w), w=torch.randn(3, 3))
     assert_exact(model, torch.randn(5, 3))

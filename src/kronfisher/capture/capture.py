@@ -219,7 +219,8 @@ class Capture(TorchFunctionMode):
     ) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments with copies of expanded parameters, each of which is a use; None if there are none.
 
-        A learned query, say, meets the examples where it is expanded for each of them.
+        A learned query, say, meets the examples where it is expanded for each of them. A copy lies in memory as what it
+        stands for: whether torch takes an argument, and whether a result may be viewed otherwise, hangs on strides.
         """
         expanded = [t for t in tensors if t.requires_grad and 0 in t.stride() and t.numel()]
         if not expanded or _name(func) in VIEWS:
@@ -230,10 +231,11 @@ class Capture(TorchFunctionMode):
             use = expansion(window, tuple(tensor.shape)) if window is not None else None
             if use is None or node is None:
                 continue
-            with torch._C.DisableTorchFunction():
-                copy = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+            once = tuple(slice(None) if step else slice(1) for step in tensor.stride())
             constant = self._are_constant([tensor])
-            copy = self._record("expand", (use,), constant, {id(tensor): window}, {node: window}, copy)
+            with torch._C.DisableTorchFunction():
+                copy = self._record("expand", (use,), constant, {id(tensor): window}, {node: window}, tensor.clone())
+                copy.data = tensor.detach()[once].clone().expand(tensor.shape)
             self._computed.note(func, (tensor,), {}, copy, (use,))
             copies[id(tensor)] = copy
         if not copies:
