@@ -58,9 +58,15 @@ def test_steps_in_the_space_of_samples_whose_rows_are_drawn(ranks):
     assert same_bits([found for found, _, _ in answers])
     means = [sum(losses) for losses in zip(*(own for _, own, _ in answers), strict=True)]
     assert means[-1] < means[0] - 0.1 and means == sorted(means, reverse=True)
-    assert all(
-        torch.equal(state["sample_space"]["last"], answers[0][2]["sample_space"]["last"]) for *_, state in answers
-    )
+    assert same_bits([state["sample_space"]["last"] for *_, state in answers])
+
+
+def test_training_in_the_space_of_samples_goes_on_from_its_named_state(ranks, tmp_path):
+    """With a scheduler; all ranks, and one process with all batches."""
+    path = str(tmp_path)
+    whole, own = (ranks.call(trainings.gram_handed_on, ranks.size, path, saved) for saved in (False, True))
+    assert same_bits([*whole, *own])
+    follow([trainings.gram_handed_on(None, ranks.size, path, None)], whole[0])
 
 
 def test_what_fails_in_the_space_of_samples_on_one_rank(ranks):

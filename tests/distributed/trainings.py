@@ -154,6 +154,42 @@ def gram(rank, ranks, what, number=12):
     )
 
 
+def gram_handed_on(rank, ranks, path, saved, number=8):
+    """Weights after steps in the space of samples whose second half goes on from what all ranks saved by name.
+
+    Args:
+        rank: of this process; None: it is alone, and makes the second half.
+        ranks: of the group.
+        path: of the folder.
+        saved: whether the state is saved and loaded; None: it is loaded.
+    """
+
+    def made():
+        wrapped, group = around(rank, model := perceptron())
+        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit="gram", **group)
+        return model, wrapped, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+    model, wrapped, optimizer, schedule = made()
+    for step, (x, y) in enumerate(batches(rank, ranks, number)):
+        if 2 * step == number and saved is not False:
+            kept = model.state_dict(), optimizer.state_dict()["param_groups"]
+            if saved:
+                state = {"model": model.state_dict(), "optimizer": kf.named_state(optimizer)}
+                dcp.save(state | {"schedule": schedule.state_dict()}, checkpoint_id=path)
+            model, wrapped, optimizer, schedule = made()
+            state = {"model": model.state_dict(), "schedule": schedule.state_dict()}
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process loads alone
+                dcp.load(state, checkpoint_id=path, no_dist=rank is None)
+            model.load_state_dict(state["model"])
+            schedule.load_state_dict(state["schedule"])
+            kf.load_named_state(optimizer, path)
+            assert not saved or optimizer.state_dict()["param_groups"] == kept[1]
+        if saved is not None or 2 * step >= number:
+            optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
+            schedule.step()
+    return weights(model)
+
+
 def gram_fails(rank, ranks, what):
     """The error where one rank's batch cannot be used; steps after it, and whether weights moved before."""
     wrapped, group = around(rank, model := perceptron())

@@ -7,6 +7,7 @@ import warnings
 import numpy
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import kronfisher as kf
@@ -384,7 +385,9 @@ def test_bad_residuals_are_named_and_nothing_is_lost(residuals, error, says):
     with pytest.raises(error, match=says):
         optimizer.step(lambda: residuals(model))
     after = optimizer.state_dict()["sample_space"]
-    assert torch.equal(flat(model), before) and torch.equal(after.pop("last"), state.pop("last")) and after == state
+    last, kept = after.pop("last"), state.pop("last")
+    assert torch.equal(flat(model), before) and all(torch.equal(last[name], kept[name]) for name in kept)
+    assert after == state and last.keys() == kept.keys() == model.state_dict().keys()
 
 
 def test_a_system_of_equations_may_be_one_term(monkeypatch):
@@ -538,27 +541,74 @@ def test_what_has_no_meaning_here_is_refused():
         kf.NaturalGradient(model, kf.Gaussian(), fit=kf.Gram()).step()
 
 
-def test_training_is_resumed_to_the_same_bits():
-    def setup():
+@pytest.mark.parametrize("how", ["state", "names", "one vector"])
+def test_training_is_resumed_to_the_same_bits(how, tmp_path):
+    def setup(**options):
         torch.manual_seed(0)
         model = network(2, 5, 1)
-        return model, kf.NaturalGradient(model, kf.Gaussian(), fit="gram")
+        return model, kf.NaturalGradient(model, kf.Gaussian(), fit="gram", **options)
 
     x, y = torch.randn(20, 2).double(), torch.randn(20, 1).double()
     model, optimizer = setup()
     for _ in range(3):
         optimizer.step(lambda: model(x), y)
-    other, resumed = setup()
+    other, resumed = setup(lr=0.3)
     other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    if how == "names":
+        named = kf.named_state(optimizer)
+        last = state["sample_space"]["last"]
+        assert all(torch.equal(named[f"sample_space.last.{name}"], last[name]) for name in model.state_dict())
+        with warnings.catch_warnings(action="ignore"):  # that one process saves
+            dcp.save({"optimizer": named}, checkpoint_id=tmp_path)
+        kf.load_named_state(resumed, tmp_path)
+    else:
+        if how == "one vector":  # as earlier versions kept it, which had no lr
+            own = torch.cat([part.flatten() for part in state["sample_space"]["last"].values()])
+            state["sample_space"]["last"] = own
+            del state["param_groups"][0]["lr"]
+            other, resumed = setup()
+            other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(state)
     for _ in range(3):
         optimizer.step(lambda: model(x), y)
         resumed.step(lambda: other(x), y)
     assert torch.equal(flat(model), flat(other))
     larger = kf.NaturalGradient(network(2, 6, 1), kf.Gaussian(), fit="gram")
-    with pytest.raises(DataError, match="another model: its last step has 21 weights, and 25"):
-        larger.load_state_dict(optimizer.state_dict())
+    says = "has 21 weights, and 25" if how == "one vector" else r"of 0\.weight has shape \[5, 2\], .* \[6, 2\]"
+    with pytest.raises(DataError, match=f"another model: its last step {says}"):
+        larger.load_state_dict(state)
     assert larger.steps == 0
+
+
+def test_schedulers_shorten_the_step_that_is_tried_first():
+    """It is refined by halves from there; what it remembers is the whole step, and at zero nothing moves."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2).double(), torch.randn(20, 3).double()
+    y = torch.randn(20, 2).double()
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), fit="gram", lr=0.5, damping=1e-6)
+    optimizer.bends = False
+    factors = [1.0, 0.0, 4.0]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 2)])
+    F = dense_fisher(model, x, model(x).detach(), kf.Gaussian())
+    for factor in factors:
+        loss = -kf.Gaussian().log_prob(model(x), y).mean()
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        before, last = flat(model), 0.0 if optimizer._last is None else 0.9 * optimizer._last
+        optimizer.step(lambda: model(x), y)
+        schedule.step()
+        if not factor:
+            assert torch.equal(before, flat(model)) and optimizer.step_length == 0
+            continue
+        assert optimizer.step_length == (0.5 if factor == 1 else 1)  # twice the step overshoots
+        whole = last + torch.linalg.solve(F + optimizer.damping * metric(F), gradient - F @ (last + 0 * gradient))
+        close(before - flat(model), optimizer.step_length * whole, 1e-8)
+        close(optimizer._last, optimizer.step_length / (0.5 * factor) * whole, 1e-8)
+    with pytest.warns(kf.NumericalWarning, match=r"lr=0\.001 multiplies the optimiser's own step") as caught:
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", lr=1e-3)
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match=r"lr=-1 must not"):
+        kf.NaturalGradient(model, kf.Gaussian(), fit="gram", lr=-1)
 
 
 def test_the_page_on_residuals_runs():

@@ -13,23 +13,24 @@ from kronfisher.distributed import axes_by_stride
 from kronfisher.errors import DataError, require_kind
 from kronfisher.optim.natural_gradient import NaturalGradient
 from kronfisher.optim.preconditioner import Preconditioner
+from kronfisher.optim.sample_space import SampleSpaceGradient
 
 __all__ = ["load_named_state", "named_state"]
 
 _TENSOR = "a tensor of a checkpoint"
 _REST = "structure"
-_KINDS = NaturalGradient, Preconditioner
+_KINDS = NaturalGradient, SampleSpaceGradient, Preconditioner
 _ADVICE = "for others use torch.distributed.checkpoint.state_dict"
 
 
-def named_state(optimizer: NaturalGradient | Preconditioner) -> dict[str, Tensor]:
+def named_state(optimizer: NaturalGradient | SampleSpaceGradient | Preconditioner) -> dict[str, Tensor]:
     """What ``optimizer.state_dict()`` holds, as one tensor for each key, for `torch.distributed.checkpoint`.
 
     Keys are made of names of parameters and layers, not of their numbers or of ranks: any number of ranks can load what
     others saved, with or without ``fully_shard``. All ranks hold the same state; the checkpoint keeps one copy of it.
 
     Args:
-        optimizer: a `NaturalGradient` or a `Preconditioner`.
+        optimizer: a `NaturalGradient` with any fit, or a `Preconditioner`.
 
     Returns:
         Key → tensor; what is no tensor is in one of bytes, ``"structure"``.
@@ -44,8 +45,8 @@ def named_state(optimizer: NaturalGradient | Preconditioner) -> dict[str, Tensor
     """
     require_kind("optimizer", optimizer, _KINDS, _ADVICE)
     state = optimizer.state_dict()
-    own = state.get("natural_gradient", state)
-    layers = _distinct("+".join(block["name"] for block in layer["blocks"]) for layer in own["statistics"]["layers"])
+    own = state.get("natural_gradient", state).get("statistics", {"layers": []})  # the space of samples has no layers
+    layers = _distinct("+".join(block["name"] for block in layer["blocks"]) for layer in own["layers"])
     found: dict[str, Tensor] = {}
 
     def apart(value: Any, path: tuple[str, ...]) -> Any:
@@ -74,7 +75,7 @@ def named_state(optimizer: NaturalGradient | Preconditioner) -> dict[str, Tensor
 
 
 def load_named_state(
-    optimizer: NaturalGradient | Preconditioner, path: str | os.PathLike, key: str = "optimizer"
+    optimizer: NaturalGradient | SampleSpaceGradient | Preconditioner, path: str | os.PathLike, key: str = "optimizer"
 ) -> None:
     """Take over what `named_state` gave, from a checkpoint; each rank reads it by itself.
 

@@ -1,6 +1,5 @@
 """The optimiser: natural gradient, momentum and step size from a quadratic model, damping from its success."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.distributed import ProcessGroup, Spread, ranks_of, whole
-from kronfisher.errors import DataError, NumericalWarning, UnsupportedError, require_kind
+from kronfisher.errors import DataError, UnsupportedError, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -36,12 +35,11 @@ from kronfisher.optim.sample_space import SampleSpaceGradient
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.step_size import StepSize
 from kronfisher.optim.trained_parameters import TrainedParameters
-from kronfisher.optim.watch import Watch
+from kronfisher.optim.watch import Watch, require_rate
 
 __all__ = ["DEFAULT_FIT", "NaturalGradient"]
 
 DEFAULT_FIT = "kfac"
-SMALL = 0.01  # a factor on the optimiser's own step below which lr looks like the rate of another optimiser
 _MISSING: Any = object()
 
 
@@ -140,16 +138,9 @@ class NaturalGradient(torch.optim.Optimizer):
                 "residuals are trained in the space of samples: kf.NaturalGradient(model, likelihood, fit='gram')."
             )
         ranks = ranks_of(group)
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value!r} must not be negative.")
-        if 0 < lr < SMALL:
-            warnings.warn(
-                f"lr={lr!r} multiplies the optimiser's own step, which needs no learning rate, and the weights will "
-                "hardly move: leave lr out, or let a scheduler start from 1.0.",
-                NumericalWarning,
-                stacklevel=2,
-            )
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay={weight_decay!r} must not be negative.")
+        require_rate(lr, stacklevel=3)
         self._wrapped, self._model = model, unwrapped(model)
         self.likelihood = likelihood
         self.rule = _rule(

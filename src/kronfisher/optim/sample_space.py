@@ -22,7 +22,7 @@ from kronfisher.optim.kinds import Kinds
 from kronfisher.optim.replay import Snapshot
 from kronfisher.optim.sample_ranks import RowsOfRanks
 from kronfisher.optim.sample_steps import Follower, Rows, Thinned
-from kronfisher.optim.watch import require_one_process
+from kronfisher.optim.watch import require_one_process, require_rate
 
 __all__ = ["SampleSpaceGradient"]
 
@@ -51,6 +51,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     Args:
         model: any module whose examples are independent.
         likelihood: such as ``kf.Residuals(...)`` or ``kf.Gaussian()``.
+        lr: multiplies the step that is tried first, of which 1.0 is the whole; schedulers may change it, also to zero.
         momentum: μ.
         damping: the factor of λ to begin with.
         labels: "exact", or "observed" for the empirical Fisher.
@@ -79,6 +80,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         model: nn.Module,
         likelihood: Likelihood,
         *,
+        lr: float = 1.0,
         momentum: float = 0.9,
         damping: float = 0.1,
         labels: Literal["exact", "observed"] = "exact",
@@ -87,6 +89,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     ) -> None:
         if group is None:
             require_one_process()
+        require_rate(lr, stacklevel=4)
         if labels not in ("exact", "observed"):
             raise ValueError(
                 f"labels={labels!r}: the gradient is not in the range of sampled rows, and what is outside would be "
@@ -104,7 +107,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         if odd := [p for p in chosen if not isinstance(p, Tensor)]:
             raise TypeError(f"params holds a {type(odd[0]).__name__}: pass parameters; groups have no meaning here.")
         chosen = list(dict.fromkeys(chosen))
-        super().__init__(chosen, {})
+        super().__init__(chosen, {"lr": lr})
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._parameters = {names.get(id(p), f"parameter {k}"): p for k, p in enumerate(chosen)}
         self._jacobian = Jacobian(self._parameters)
@@ -192,10 +195,11 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         values: Callable[[], list[Tensor] | None] | None,
     ) -> None:
         """Make the longest step that makes the loss fall; without memory if none along it does."""
-        mean = rows.size / rows.count / rows.matrix.shape[1]
+        mean, rate = rows.size / rows.count / rows.matrix.shape[1], self._rate()
         left = 0.5 * float(rows.vector.square().sum()) / rows.count
         self.damping = self.follower.damping(left, mean)
-        if self.damping == 0:
+        if self.damping == 0 or rate == 0:
+            self.step_length = 0.0
             return
         solve, drawn = rows.solver(self.damping), self.rows_a_weight
         for momentum in (self.momentum, 0.0) if self._last is not None else (0.0,):
@@ -208,13 +212,13 @@ class SampleSpaceGradient(torch.optim.Optimizer):
                     "changed. Give a larger damping, or train in float64."
                 )
             change = rows.matrix @ step
-            predicted = (rows.slope(step, change) - 0.5 * float(change @ change)) / rows.count
+            predicted = rate * (rows.slope(step, change) - 0.5 * rate * float(change @ change)) / rows.count
             bend = self._bend(rows, step, change, old, values, solve) if values is not None else None
             length = self._length(loss, step, bend, old, again)
             if length is not None:
                 scale, found = length
-                self._last, self.step_length = scale * step, scale
-                self.follower.told((loss - found) / predicted if scale == 1 and predicted > 0 else 0.0)
+                self._last, self.step_length = scale / rate * step, scale  # the memory is of steps before lr
+                self.follower.told((loss - found) / predicted if scale == rate and predicted > 0 else 0.0)
                 return
         self._set(old, None, 0.0)
         self._last, self.step_length = None, 0.0
@@ -250,22 +254,26 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     def _length(
         self, loss: float, step: Tensor, bend: Tensor | None, old: list[Tensor], again: Callable[[], float]
     ) -> tuple[float, float] | None:
-        """The first of 1, ½, ¼ … by which the loss falls, or half of it where that is better still; its loss."""
+        """The first of lr, lr/2, lr/4 … by which the loss falls, or half of it where that is better still; its loss."""
 
         def at(scale: float) -> float:
             self._set(old, step if bend is None else step + scale * bend, scale)
             return again()
 
-        scale = 1.0
+        rate = scale = self._rate()
         for _ in range(_HALVINGS):
             if (found := at(scale)) < loss:
-                if scale < 1:
+                if scale < rate:
                     if (shorter := at(scale / 2)) < found:
                         return scale / 2, shorter
                     at(scale)
                 return scale, found
             scale /= 2
         return None
+
+    def _rate(self) -> float:
+        """What schedulers make of lr; there is one group."""
+        return float(self.param_groups[0]["lr"])
 
     def _require(self, closure: Any, targets: Any) -> None:
         """DataError or UnsupportedError unless these and the parameters are such that a step can be made."""
@@ -285,7 +293,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         if self._ranks.ranks is None:
             return {}
         facts = {"the number of the step": self.steps, "the likelihood": repr(self.likelihood), "labels": self.labels}
-        facts |= {"momentum": self.momentum, "the factor of λ": self.follower.factor}
+        facts |= {"momentum": self.momentum, "the factor of λ": self.follower.factor, "lr": self._rate()}
         return facts | {f"parameter {n}": fingerprint({n: p})[:12] for n, p in self._parameters.items()}
 
     # The batch --------------------------------------------------------------------------------------------------------
@@ -436,8 +444,12 @@ class SampleSpaceGradient(torch.optim.Optimizer):
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory of the last step and λ's factor, besides what any optimiser has."""
-        own = {"steps": self.steps, "factor": self.follower.factor, "last": self._last, "rows": self.rows_a_weight}
+        """The memory of the last step, by parameter, and λ's factor, besides what any optimiser has."""
+        own = {"steps": self.steps, "factor": self.follower.factor, "rows": self.rows_a_weight, "last": None}
+        if self._last is not None:
+            sizes = [p.numel() for p in self._parameters.values()]
+            parts = zip(self._parameters.items(), self._last.split(sizes), strict=True)
+            own["last"] = {name: part.view_as(p) for (name, p), part in parts}
         own["dtypes"] = self._kinds.state_dict()
         return {**super().state_dict(), "sample_space": own}
 
@@ -447,16 +459,27 @@ class SampleSpaceGradient(torch.optim.Optimizer):
         own = rest.pop("sample_space", None)
         if own is None:
             raise DataError('this is not the state of a NaturalGradient with fit="gram".')
+        last = own["last"]
+        if isinstance(last, Mapping):
+            there, here = ({n: list(t.shape) for n, t in every.items()} for every in (last, self._parameters))
+            if odd := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+                raise DataError(
+                    f"this is the state of another model: its last step of {odd[0]} has shape {there.get(odd[0])}, and "
+                    f"the parameter that is trained here {here.get(odd[0])}."
+                )
+            last = torch.cat([last[name].flatten() for name in here])
         weights = sum(p.numel() for p in self._parameters.values())
-        if own["last"] is not None and own["last"].numel() != weights:
+        if last is not None and last.numel() != weights:  # earlier versions kept one vector
             raise DataError(
-                f"this is the state of another model: its last step has {own['last'].numel()} weights, and {weights} "
+                f"this is the state of another model: its last step has {last.numel()} weights, and {weights} "
                 "are trained here."
             )
         self._kinds.load_state_dict(own.get("dtypes", {}), self._parameters)
+        rate = self._rate()
         super().load_state_dict(rest)
+        self.param_groups[0].setdefault("lr", rate)  # earlier versions had none
         self.steps, self.follower.factor, self.rows_a_weight = own["steps"], own["factor"], own["rows"]
-        self._last = None if own["last"] is None else own["last"].clone()
+        self._last = None if last is None else last.to(next(iter(self._parameters.values())).device)
 
 
 def _shapes(outputs: Any) -> dict[str, list[int]]:

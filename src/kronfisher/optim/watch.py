@@ -18,9 +18,10 @@ FIRST = 10  # losses whose mean is the loss at the start
 PATIENCE = 100  # steps before a loss above its start is told, and the least for which one has grown
 UNDONE = 5  # steps undone in a row
 UNREAD = 1000  # losses that are kept apart
+SMALL = 0.01  # a factor on an optimiser's own step below which lr looks like the rate of another optimiser
 CERTAIN = 3.0  # standard errors of an average by which it must have risen: losses of single examples are mostly noise
 
-__all__ = ["Watch", "no_curvature_error", "require_one_process"]
+__all__ = ["Watch", "no_curvature_error", "require_one_process", "require_rate"]
 
 
 @dataclass
@@ -191,4 +192,25 @@ def require_one_process() -> None:
             f"Training in a process group of {distributed.get_world_size()} ranks without group=: each rank would "
             "precondition with its own curvature, and the weights would drift apart. Give the optimiser "
             "group=torch.distributed.group.WORLD, or a group of this process alone where it trains a model of its own."
+        )
+
+
+def require_rate(lr: float, *, stacklevel: int) -> None:
+    """Warn of a factor on the step that looks like the learning rate of another optimiser.
+
+    Args:
+        lr: as it was given.
+        stacklevel: of the caller of the optimiser.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if not lr >= 0:
+        raise ValueError(f"lr={lr!r} must not be negative.")
+    if 0 < lr < SMALL:
+        warnings.warn(
+            f"lr={lr!r} multiplies the optimiser's own step, which needs no learning rate, and the weights will "
+            "hardly move: leave lr out, or let a scheduler start from 1.0.",
+            NumericalWarning,
+            stacklevel=stacklevel,
         )
