@@ -527,6 +527,9 @@ def different(rank, what):
     """Ranks that disagree, or of which one fails: the kind of error and its text."""
     torch.manual_seed(rank if what == "weights" else 0)
     layer, x, y = torch.nn.Linear(3, 2), numbers(12, 3).float(), torch.arange(12) % 2
+    if what == "buffers":
+        layer = torch.nn.Sequential(layer, torch.nn.BatchNorm1d(2)).eval()
+        layer[1].running_mean.fill_(rank)
     labels = "observed" if what == "labels" and rank == 1 else "exact"
     fit = "kfoc" if what == "fit" and rank == 1 else "kfac"
     if what == "finish":

@@ -278,6 +278,7 @@ def test_shards_hold_every_batch_once(ranks):
     [
         ("order", "dealt out in different orders"),
         ("weights", r"parameter weight: rank 0 has .* rank 1"),
+        ("buffers", r"buffer 1\.running_mean: rank 0 has .*Give all of them those of rank 0 before: for buffer in model"),
         ("labels", "labels: rank 0 has exact, rank 1 observed"),
         ("fit", "weight: fit is KFAC"),
         ("data", "rank 1: RuntimeError"),

@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 import kronfisher as kf
+from kronfisher.optim.layerwise.running import KINDS
 from tests.distributed import trainings
-from tests.distributed.cases import same_bits
+from tests.distributed.cases import numbers, same_bits
 from tests.helpers.close import close
 from tests.helpers.ranks import LIMIT, World, run, world
 
@@ -106,6 +107,34 @@ def test_ranks_take_the_same_way_to_products_with_the_exact_matrix(ranks):
 @pytest.mark.parametrize("step", [kf.LayerwiseStep(), kf.QuadraticModel()], ids=["default", "papers"])
 def test_a_weight_in_two_roles(ranks, step):
     follow(ranks.call(trainings.tied, ranks.size, step), trainings.tied(None, ranks.size, step))
+
+
+@pytest.mark.parametrize(("how", "step"), [("ddp", None), ("apart", None), ("rows", None), ("ddp", "papers")])
+def test_batch_normalisation_is_evaluated_alike_on_all_ranks(ranks, how, step):
+    """Seen: its running statistics, which are each rank's own after a forward pass, passed for other models."""
+    answers = ranks.call(trainings.normalised, ranks.size, how, kf.QuadraticModel() if step else None)
+    after, buffers, evaluated, averages = zip(*answers, strict=True)
+    assert same_bits(after) and same_bits(evaluated)
+    assert int(buffers[0]["1.num_batches_tracked"]) == 8
+    if step is None:  # the papers' rule has no average, and DDP sends those of rank 0 with the next batch
+        assert same_bits(buffers) and same_bits(averages)
+        assert not torch.equal(buffers[0]["1.running_mean"], averages[0]["1.running_mean"])
+
+
+def test_running_statistics_of_all_ranks_are_means_of_their_batches(ranks):
+    """Of those that came, and were finite."""
+    answers = ranks.call(trainings.running_statistics, ranks.size)
+    assert same_bits(answers)
+    own, averages = torch.tensor([[0.0], [1.0]]).double(), None
+    for step in range(6):
+        there = [rank for rank in range(ranks.size) if (rank, step) not in {(0, 1), (1, 2)}]
+        xs = [numbers(8, 4, seed=10 * step + rank) for rank in there]
+        batch = torch.stack([torch.stack([x.mean(0), x.var(0)]) for x in xs]).mean(0)
+        own = own.lerp(batch, 0.3)
+        averages = own if averages is None else averages.lerp(batch, 1 / (step + 1))
+    for kind, value, average in zip(KINDS, own, averages, strict=True):
+        close(answers[0][f"0.{kind}"], value, 1e-9)
+        close(answers[0][f"average of 0.{kind}"], average, 1e-7)  # shares are of single precision
 
 
 def test_a_group_of_one_trains_alone_beside_others(ranks):

@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import kronfisher as kf
+from kronfisher.distributed import ranks_of
+from kronfisher.optim.layerwise.running import RunningStatistics
 from tests.distributed import cases
 from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
 
@@ -34,7 +36,8 @@ def around(rank, model, how="ddp", **options):
         return model, {}
     group = {"group": dist.group.WORLD}
     if how == "ddp":
-        return DistributedDataParallel(model, **options), group
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # an option has two names, by version
+            return DistributedDataParallel(model, **options), group
     cases.spread(model, how)
     return model, group
 
@@ -152,6 +155,38 @@ def gram(rank, ranks, what, number=12):
         [float(own) for own in losses],
         state,
     )
+
+
+def normalised(rank, ranks, how, step, number=8):
+    """Weights and buffers of a model with batch normalisation after some steps, and while it is evaluated."""
+    layers = torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    model = fresh(torch.nn.Sequential(*layers))
+    options = {"broadcast_buffers": False} if how == "apart" else {}
+    wrapped, group = around(rank, model, "rows" if how == "rows" else "ddp", **options)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=step, **group)
+    for x, y in batches(rank, ranks, number):
+        optimizer.step(lambda x=x: wrapped(x), y)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = [weights(model), buffers]
+    optimizer.eval()
+    found += [weights(model), {name: buffer.clone() for name, buffer in model.named_buffers()}]
+    optimizer.train()
+    return found
+
+
+def running_statistics(rank, ranks, number=6):
+    """Those of a layer that rank 0 does not use in the second step, and that is not finite on rank 1 in the third."""
+    layer, running = torch.nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float64), RunningStatistics()
+    wrapped, _ = around(rank, model := torch.nn.Sequential(layer))
+    for step in range(number):
+        if rank != 0 or step != 1:
+            bad = float("nan") if (rank, step) == (1, 2) else 1.0
+            with torch.no_grad():
+                (wrapped if step != 1 else model)(bad * numbers(8, 4, seed=10 * step + rank))
+        running.share(model, ranks_of(dist.group.WORLD))
+        running.update(model, torch.tensor(1 / (step + 1)))
+    averages = {f"average of {name}": value for name, value in running.averages.items()}
+    return averages | dict(model.named_buffers())
 
 
 def gram_handed_on(rank, ranks, path, saved, number=8):

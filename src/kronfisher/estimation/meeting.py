@@ -124,7 +124,8 @@ class Meeting:
             if other.error:
                 raise RankError(f"rank {rank}: {other.error}")
         for name in dict.fromkeys(name for other in all_said for name in other.facts):
-            _require_same(f"{name}: ", [other.facts.get(name) for other in all_said], "")
+            advice = _BUFFERS if name.startswith("buffer ") else ""
+            _require_same(f"{name}: ", [other.facts.get(name) for other in all_said], advice)
         orders = {other.order for other in all_said if other.order}
         if len(orders) > 1:
             _require_same("", [other.order for other in all_said], _ORDER)
@@ -255,15 +256,25 @@ _ORDER = (
     "the batches were dealt out in different orders, so that some are read twice and others never. Let the loader "
     "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
 )
+_BUFFERS = (
+    "under DDP every rank keeps running statistics of its own batches until the next forward pass. Give all of them "
+    "those of rank 0 before: for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)."
+)
 _TREATMENT = "ranks treated it in different ways; give data that can be read again, so that all can begin anew."
 
 
-def facts_of(recipe: Recipe, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What has to be the same on all ranks before anything is summed, by name."""
+def facts_of(recipe: Recipe, parameters: Mapping[str, Tensor], *, buffers: bool = True) -> dict[str, Any]:
+    """What has to be the same on all ranks before anything is summed, by name.
+
+    Args:
+        recipe: of the estimate.
+        parameters: of the model, by name.
+        buffers: whether the model's buffers have to be.
+    """
     facts: dict[str, Any] = {"the likelihood": repr(recipe.likelihood)}
     facts |= {name: getattr(recipe, name) for name in ("labels", "samples", "seed", "strict")}
     tensors = [("parameter", name, p) for name, p in parameters.items()]
-    tensors += [("buffer", name, b) for name, b in recipe.model.named_buffers()]
+    tensors += [("buffer", name, b) for name, b in recipe.model.named_buffers() if buffers]
     for kind, name, tensor in tensors:
         facts[f"{kind} {name}"] = f"{list(tensor.shape)} {tensor.dtype} {fingerprint({name: tensor})[:12]}"
     return facts

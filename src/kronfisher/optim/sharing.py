@@ -58,7 +58,7 @@ class Sharing:
         """
         facts: dict[str, Any] = {"the number of the step": step}
         if not self._met:
-            facts |= facts_of(run.recipe, run.parameters)
+            facts |= facts_of(run.recipe, run.parameters, buffers=False)  # forward passes may have changed them
         reads_data = {layer.name: layer.reads_data for layer in layers()} if brought else {}
         said = Said(facts=facts, known=run.known, count=float(run.count), brought=brought, remarks=reads_data)
         try:

@@ -141,7 +141,8 @@ class LayerwiseParts(StepParts):
             averages = self.average.averages if self.options.average else None
             self.motion.move(trained, gradients, natural, self.rate(step), self.misfit, averages)
             if self.options.average:
-                self.average.update(model, trained.named, self.misfit.left, self.annealing(step))
+                left, ranks = self.misfit.left, self.statistics.ranks
+                self.average.update(model, trained.named, left, self.annealing(step), ranks)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
