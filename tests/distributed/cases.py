@@ -216,6 +216,22 @@ def shards(rank):
     return [*found, list(kf.shard(list(range(7))))]
 
 
+def shuffled(rank):
+    """Batches in two passes with one seed on all ranks and in one with others, and the error after that."""
+    data, found = torch.utils.data.TensorDataset(torch.arange(7)), []
+    shard = kf.shard(torch.utils.data.DataLoader(data, shuffle=True), equal=True)
+    for _ in range(2):
+        found.append(len(list(shard)))
+    torch.manual_seed(rank)
+    found.append(0)
+    try:
+        for _ in shard:
+            found[-1] += 1
+    except Exception as error:
+        return found, type(error).__name__, str(error)
+    return found, "none", ""
+
+
 def alone(rank):
     """A matrix, and weights after two steps of two optimisers, of a process in a group of its own."""
     groups = [] if rank is None else [dist.new_group([own]) for own in range(dist.get_world_size())]

@@ -273,12 +273,22 @@ def test_shards_hold_every_batch_once(ranks):
         assert [len(part) for part in parts] == [len(range(rank, 7, ranks.size)) for rank in range(ranks.size)]
 
 
+def test_ranks_that_train_on_batches_in_other_orders_are_told_at_the_end_of_a_pass(ranks):
+    """Seen: a seed of each rank's own before a loader that shuffles, and every epoch repeated some of the data."""
+    for rank, (parts, kind, text) in enumerate(ranks.call(cases.shuffled)):
+        assert parts == [7 // ranks.size] * 3 and kind == "RankError", rank
+        assert re.match(r"rank 0 read \w+, rank 1 \w+; the batches were dealt out in different orders", text)
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
         ("order", "dealt out in different orders"),
         ("weights", r"parameter weight: rank 0 has .* rank 1"),
-        ("buffers", r"buffer 1\.running_mean: rank 0 has .*Give all of them those of rank 0 before: for buffer in model"),
+        (
+            "buffers",
+            r"buffer 1\.running_mean: rank 0 has .*Give all of them those of rank 0 before: for buffer in model",
+        ),
         ("labels", "labels: rank 0 has exact, rank 1 observed"),
         ("fit", "weight: fit is KFAC"),
         ("data", "rank 1: RuntimeError"),

@@ -4,12 +4,13 @@ from kronfisher.distributed.joined import Joined
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel, axes_by_stride
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
-from kronfisher.distributed.sharding import Shard, shard, warn_of_padding
+from kronfisher.distributed.sharding import OTHER_ORDERS, Shard, shard, warn_of_padding
 from kronfisher.distributed.spread import Spread
 from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.distributed.whole import whole
 
 __all__ = [
+    "OTHER_ORDERS",
     "Joined",
     "Parcel",
     "ProcessGroup",

@@ -8,10 +8,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from kronfisher.distributed.ranks import ProcessGroup, ranks_of
-from kronfisher.errors import DataError
+from kronfisher.distributed.ranks import ProcessGroup, Ranks, ranks_of
+from kronfisher.errors import DataError, RankError
 
-__all__ = ["Shard", "shard", "warn_of_padding"]
+__all__ = ["OTHER_ORDERS", "Shard", "shard", "warn_of_padding"]
+
+OTHER_ORDERS = (
+    "the batches were dealt out in different orders, so that some are read twice and others never. Let the loader "
+    "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
+)
 
 
 def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> Any:
@@ -20,7 +25,7 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
     Nothing is padded or repeated, so that ranks may get different numbers of batches, and with fewer batches than ranks
     some get none. All ranks have to be given the same loader. One that shuffles has to do so alike everywhere: with
     torch's global generator, which `estimate` seeds, or with a generator of the same seed; `estimate` compares the
-    orders, and refuses others.
+    orders, and so do ranks at the end of a pass in which they get equally many batches. Others are refused.
 
     A ``DataLoader`` of a map-style data set loads this rank's examples only; of whatever else is iterated
     all batches are read, and its own passed on.
@@ -30,7 +35,7 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
         group: a process group or a one-dimensional device mesh; None: the default group, or one process where none is
             initialised.
         equal: leave out the last batches, of which not every rank would get one: for training, where ranks meet at
-            every step.
+            every step, and here at the end of a pass.
 
     Returns:
         An iterable of batches that can be read as often as the loader; with one process the loader itself.
@@ -49,7 +54,7 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     ranks = ranks_of(group)
-    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size, equal)
+    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size, equal, ranks if equal else None)
 
 
 def warn_of_padding(data: Any) -> None:
@@ -73,12 +78,13 @@ class Shard:
         rank: whose part it is.
         ranks: how many there are.
         equal: leave out the last batches, of which not every rank would get one.
+        meets: the ranks, where they compare orders at the end of a pass; None: they do not meet.
 
     Attributes:
         order: a digest of the order in which all batches were dealt in the last pass, as far as it is known.
     """
 
-    def __init__(self, loader: Any, rank: int, ranks: int, equal: bool = False) -> None:
+    def __init__(self, loader: Any, rank: int, ranks: int, equal: bool = False, meets: Ranks | None = None) -> None:
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise DataError(
                 "the loader has a DistributedSampler, which deals out examples itself and repeats some where they do "
@@ -89,11 +95,22 @@ class Shard:
         self.loader: Any = loader
         self.rank, self.ranks = rank, ranks
         self.order = ""
-        self.equal = equal
+        self.equal, self._meets = equal, meets
         self._dealt = _dealt(loader, rank, ranks, equal)
         self._part = None if self._dealt is None else _loading(self.loader, self._dealt)
 
     def __iter__(self) -> Iterator[Any]:
+        """This rank's batches.
+
+        Raises:
+            RankError: at the end, where ranks compare, they had other orders; on all of them.
+        """
+        yield from self._batches()
+        if self._meets is not None and len(set(orders := self._meets.gather(self.order))) > 1:
+            other = next(rank for rank, order in enumerate(orders) if order != orders[0])
+            raise RankError(f"rank 0 read {orders[0]}, rank {other} {orders[other]}; {OTHER_ORDERS}")
+
+    def _batches(self) -> Iterator[Any]:
         if self._part is not None and self._dealt is not None:
             yield from self._part
             self.order = self._dealt.order

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.capture.per_sample import FALLBACK
-from kronfisher.distributed import Parcel, Ranks, Sum, buckets, describe, owners
+from kronfisher.distributed import OTHER_ORDERS, Parcel, Ranks, Sum, buckets, describe, owners
 from kronfisher.errors import RankError
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.groups import Fits, Group, Groups, Planned
@@ -128,7 +128,7 @@ class Meeting:
             _require_same(f"{name}: ", [other.facts.get(name) for other in all_said], advice)
         orders = {other.order for other in all_said if other.order}
         if len(orders) > 1:
-            _require_same("", [other.order for other in all_said], _ORDER)
+            _require_same("", [other.order for other in all_said], OTHER_ORDERS)
         _require_one_treatment(all_said)
         return all_said, parcels
 
@@ -252,10 +252,6 @@ class Meeting:
 
 
 _NOTHING = Parcel.of(None)
-_ORDER = (
-    "the batches were dealt out in different orders, so that some are read twice and others never. Let the loader "
-    "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
-)
 _BUFFERS = (
     "under DDP every rank keeps running statistics of its own batches until the next forward pass. Give all of them "
     "those of rank 0 before: for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)."
