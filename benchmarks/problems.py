@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from unstructured import UNSTRUCTURED
 from workloads import GPT, TOKENS, Block
 
 
@@ -136,6 +137,8 @@ def unstructured_problems() -> Iterator[Problem]:
     yield problem("weights picked by the data", Picked(), (5, 4), "categorical")
     yield problem("recurrent, LSTM", Recurrent(nn.LSTM), (5, 4, 3), "gaussian")
     yield problem("recurrent, GRU", Recurrent(nn.GRU), (5, 4, 3), "categorical")
+    for name, made in UNSTRUCTURED.items():
+        yield problem(name, made(), (5, 3, 4), "categorical")
 
 
 def own_problems() -> Iterator[tuple[Problem, str, str]]:

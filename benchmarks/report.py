@@ -87,15 +87,15 @@ def in_sample_space(results: list[dict]) -> list[str]:
     return [*lines, "", *table(header, kernels)]
 
 
-def small_networks(results: list[dict]) -> list[str]:
-    """The tables of small.py."""
+def named_tables(results: list[dict]) -> list[str]:
+    """The tables of small.py or recurrent.py."""
     if "skipped" in results[0]:
         return [f"skipped: {results[0]['skipped']}"]
     lines: list[str] = []
     for name in dict.fromkeys(result["table"] for result in results):
         chosen = [result for result in results if result["table"] == name]
         rows = [{k: v for k, v in result.items() if k not in ("what", "table")} for result in chosen]
-        texts = [[format(v, ".2f") if isinstance(v, float) else v for v in row.values()] for row in rows]
+        texts = [[format(v, ".2f") if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
         lines += ["", f"{name}:", "", *table(list(rows[0]), texts)]
     return lines
 
@@ -275,7 +275,9 @@ def markdown(run: dict) -> str:
     if grams := [result for result in run["results"] if result["what"] == "gram"]:
         lines += ["", "## The space of samples: seconds of the processor", "", *in_sample_space(grams)]
     if networks := [result for result in run["results"] if result["what"] == "small"]:
-        lines += ["", "## Small networks: milliseconds of the processor; threads: seconds", *small_networks(networks)]
+        lines += ["", "## Small networks: milliseconds of the processor; threads: seconds", *named_tables(networks)]
+    if kernels := [result for result in run["results"] if result["what"] == "recurrent"]:
+        lines += ["", "## Recurrent kernels: milliseconds of the processor", *named_tables(kernels)]
     if steps := [result for result in run["results"] if result["what"] == "steps"]:
         lines += [
             "",

@@ -1,7 +1,7 @@
 """Measures kronfisher beside other libraries, each in a fresh process, and writes a dated table and JSON to results/.
 
 python benchmarks/run.py [--what factors solve memory scaling steps agreement kfoc influence migration distributed gram
-                         small]
+                         small recurrent]
                          [--peers ...]
                          [--workloads ...] [--repeats N]
 
@@ -35,7 +35,7 @@ PACKAGES = {
 WORKLOADS = ["autoencoder", "mlp", "gpt", "alexnet", "lenet"]
 NAMES = (
     *("factors", "memory", "scaling", "steps", "agreement", "kfoc", "influence", "migration", "distributed", "gram"),
-    "small",
+    *("small", "recurrent"),
 )
 WHATS = {name: [name] for name in NAMES} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
@@ -185,6 +185,12 @@ def small(options: argparse.Namespace) -> list[dict]:
     return [{"what": "small", **row} for row in outcome.get("rows", [outcome])]
 
 
+def recurrent(options: argparse.Namespace) -> list[dict]:
+    """Networks with a fused recurrent kernel."""
+    outcome = child("recurrent.py", "--repeats", str(max(2, options.repeats)), timeout=options.timeout)
+    return [{"what": "recurrent", **row} for row in outcome.get("rows", [outcome])]
+
+
 OWN = {
     "kfoc": kfoc,
     "influence": influence,
@@ -192,6 +198,7 @@ OWN = {
     "distributed": distributed,
     "gram": gram,
     "small": small,
+    "recurrent": recurrent,
 }
 
 
