@@ -276,3 +276,17 @@ def test_training_treats_them_by_layers(case):
     losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
     assert losses[-1] < losses[0]
     assert "fallback" not in str(optimizer.report())
+
+
+def test_a_zero_without_memory_is_written_out():
+    """The gradient of `sgn` is one; torch's kernel for weight norm reads what lies where its numbers would be."""
+    model = Written(
+        lambda m, x: m.last(F.linear(x, m.w, torch._weight_norm(m.v, m.g, 0).view(2)).sgn()),
+        w=torch.randn(2, 3), v=torch.randn(2, 1), g=torch.randn(2, 1), last=nn.Linear(2, 2),
+    )  # fmt: skip
+    x = torch.randn(5, 3)
+    for value in range(1, 6):
+        junk = [torch.full((numel,), float(value)) for numel in (1, 2, 4, 8, 10, 16)]
+        del junk
+        fisher = kf.estimate(model, x, kf.Gaussian(), fit="full", labels="exact")
+        assert all(fisher[name].trace() == 0 for name in ("w", "v", "g"))

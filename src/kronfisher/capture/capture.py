@@ -460,6 +460,8 @@ class Capture(TorchFunctionMode):
     def _receive(self, index: int, gradient: Tensor) -> None:
         if self._receiver is not None and gradient is not None:
             call = self.calls[index]
+            if gradient._is_zerotensor():  # as that of `sgn`: some kernels of torch read memory that it does not have
+                gradient = gradient.clone()
             self._receiver(call, call.gradient(gradient))
 
 
