@@ -67,10 +67,16 @@ class StepUse(RowUse):
     Attributes:
         steps: how rows follow each other.
         factor: what the gradient is multiplied by, shaped like it; None: one.
+        hidden: whether the inputs are hidden states, which are no data, whatever the detached tensors show.
     """
 
     steps: Steps = Steps()
     factor: Tensor | None = None
+    hidden: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reads_data = self.reads_data and not self.hidden
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return self.steps.pad(tensor)
@@ -223,10 +229,10 @@ def _uses(
             resets = steps.join(trace.resets)
             factor = torch.cat([torch.ones_like(resets), torch.ones_like(resets), resets], dim=-1)
         before = steps.join(trace.hidden) if recurrent else None
-        uses.append(StepUse(grouped(recurrent), grouped(second), before, steps, factor))
+        uses.append(StepUse(grouped(recurrent), grouped(second), before, steps, factor, hidden=True))
     noted: list[tuple[Tensor, tuple[Use, ...]]] = [(gates, tuple(uses))]
     if projection and zeros is not None:
-        noted.append((zeros, (StepUse(grouped(projection), None, steps.join(trace.inner), steps),)))
+        noted.append((zeros, (StepUse(grouped(projection), None, steps.join(trace.inner), steps, hidden=True),)))
     return [entry for entry in noted if entry[1]]
 
 

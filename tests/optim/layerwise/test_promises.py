@@ -11,7 +11,7 @@ from kronfisher.optim.layerwise import motion
 from tests.helpers.training import batches, network, weights
 
 
-def first_losses(width=768, size=32, steps=25, **options):
+def first_losses(width=1024, size=16, steps=25, **options):
     torch.manual_seed(0)
     teacher = torch.randn(300, 20)
     model = nn.Sequential(nn.Linear(300, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 20))

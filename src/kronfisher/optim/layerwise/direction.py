@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.largest_factor import CHOLESKY
 from kronfisher.optim.layer_inverse import LayerInverse
+from kronfisher.optim.layer_statistics import LayerStatistics
+from kronfisher.optim.layerwise.output_changes import OutputChanges
 from kronfisher.optim.layerwise.product import Product
 
 __all__ = ["RelativeDirection", "Shares"]
@@ -53,12 +56,14 @@ class RelativeDirection(Inverses):
 
     Attributes:
         inverses: one for each layer, in the order of the layers.
+        changes: makes updates even, with matrices that are renewed as the inverses are.
         seconds: spent on making inverses.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh, share: float, data_share: float) -> None:
         super().__init__(parameters, refresh)
         self.share, self.data_share = share, data_share
+        self.changes = OutputChanges()
         self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
 
     def renew(self, step: int, pass_cost: float, *, wait: bool = False) -> None:
@@ -73,6 +78,7 @@ class RelativeDirection(Inverses):
                 not, so that no step is much longer than others; those that are missing are made.
         """
         began = time.perf_counter()
+        self.changes.follow(self.inverses, pass_cost)
         ready = [one for one in self.inverses if one.ready]
         missing = [one for one in ready if one.inverse is None]
         due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=_age)
@@ -97,7 +103,10 @@ class RelativeDirection(Inverses):
                 outputs = _half(one, step, pass_cost)
                 left -= _cost(one, outputs)
                 one.read()
-                one.make(self._damping(one), 1.0, step, outputs=outputs)
+                damping = self._damping(one)
+                if one.operator is not None:
+                    self.changes.note(one, one.operator, damping.inputs)
+                one.make(damping, 1.0, step, outputs=outputs)
                 one.operator = None
                 kept = _keeps_inputs(one, step, pass_cost)
                 one.begun = outputs is True and not kept
@@ -105,6 +114,16 @@ class RelativeDirection(Inverses):
                     one.due = step + period
                     one.inputs_due = one.inputs_due if kept else step + RARE * period
         self.seconds += time.perf_counter() - began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed training needs, as tensors, numbers and strings."""
+        return {**super().state_dict(), "changes": self.changes.state_dict(self.inverses)}
+
+    def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
+        """Take over what `state_dict` gave, for these layers."""
+        super().load_state_dict(state, layers)
+        device = next(iter(self._parameters.values())).device
+        self.changes.load_state_dict(state.get("changes", []), self.inverses, device)
 
     def _damping(self, one: LayerInverse) -> Shares:
         inputs = self.share

@@ -1,6 +1,6 @@
 """The motion of all units: momentum, outliers clipped, steps of one size, weight decay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ class Motion:
         rate: float | Tensor,
         misfit: Misfit,
         averages: Mapping[str, Tensor] | None = None,
+        even: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
         """One step of every unit that has a gradient.
 
@@ -91,6 +92,7 @@ class Motion:
             rate: of a unit whose factor and learning rate are one, but for what `misfit` makes of it.
             misfit: what is left to fit, and how far the loss can fall.
             averages: of the iterates, by parameter name; None: there are none.
+            even: changes updates of natural units in place, by parameter name, and keeps their lengths.
         """
         where = self._find_pieces(gradients, natural, trained)
         states = [self._state(trained, name) for name in where.names]
@@ -116,6 +118,8 @@ class Motion:
             self.scatter.update(cost, finite)
         factors = self.rates.update(evidence, squares, where.decay, finite, left, room)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
+        if even is not None:
+            even(natural)  # which the updates are pieces of
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
         scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)
         rate = rate * calm

@@ -36,7 +36,9 @@ class LayerwiseStep:
     each row of a weight divided by the root of its length over the mean one, at least by a half, and moves by
     ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the size at which
     the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The factor f of a
-    layer grows while gradients of new batches point along its path, and shrinks when they contradict it.
+    layer grows while gradients of new batches point along its path, and shrinks when they contradict it. Updates of
+    weights are multiplied by ``(C + .3 c)^(−1/2)``, at the same length, where C is the covariance of what they change
+    in the outputs (of mean variance c): Muon's orthogonal step (2024, Jordan et al.) where inputs are white.
 
     Args:
         rate: the step of rate one; ``lr`` of the optimiser multiplies it. Batches of fewer than 128 rows (examples
@@ -139,7 +141,9 @@ class LayerwiseParts(StepParts):
             self._rows.even((block for one in self.direction.inverses for block in one.blocks), natural)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
             averages = self.average.averages if self.options.average else None
-            self.motion.move(trained, gradients, natural, self.rate(step), self.misfit, averages)
+            self.motion.move(
+                trained, gradients, natural, self.rate(step), self.misfit, averages, self.direction.changes.even
+            )
             if self.options.average:
                 left, ranks = self.misfit.left, self.statistics.ranks
                 self.average.update(model, trained.named, left, self.annealing(step), ranks)

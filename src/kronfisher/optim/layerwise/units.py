@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.blocks import Block, Window
 
-__all__ = ["Unit", "find_units", "is_matrix"]
+__all__ = ["Unit", "find_units", "is_matrix", "seen"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,10 @@ def find_units(blocks: Iterable[Block], tables: Set[str], parameters: Mapping[st
         elif members[0] == name:
             units.append(Unit(tuple(members), True, sum(parameters[member].numel() for member in members)))
     return units
+
+
+def seen(window: Window, tensor: Tensor) -> Tensor:
+    """The elements ``[H, O, *]`` of a contiguous tensor that the window shows: a view, where there is one."""
+    if window.row_major:
+        return tensor.as_strided(window.size, window.stride, window.offset)
+    return window.gather(tensor[None])[0]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kronfisher.fisher.blocks import Block, Window
-from kronfisher.optim.layerwise.units import is_matrix
+from kronfisher.fisher.blocks import Block
+from kronfisher.optim.layerwise.units import is_matrix, seen
 
 __all__ = ["WeightRows"]
 
@@ -36,7 +36,7 @@ class WeightRows:
         windows = [window for window in windows if window.parameter in natural and not window.overlaps]
         if not windows:
             return
-        weights = [_seen(window, natural[window.parameter]) for window in windows]
+        weights = [seen(window, natural[window.parameter]) for window in windows]
         each = [torch.linalg.vector_norm(weight, dim=tuple(range(2, weight.dim()))).view(-1) for weight in weights]
         sizes, lengths = [len(one) for one in each], torch.cat(each)
         if sizes != self._sizes or lengths.device != self._index.device:  # a copy to a device would be waited for
@@ -50,10 +50,3 @@ class WeightRows:
             weight.mul_(own.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
             if not window.row_major:
                 window.scatter(weight[None], natural[window.parameter][None])
-
-
-def _seen(window: Window, tensor: Tensor) -> Tensor:
-    """The elements ``[H, O, *]`` of a contiguous tensor that the window shows: a view, where there is one."""
-    if window.row_major:
-        return tensor.as_strided(window.size, window.stride, window.offset)
-    return window.gather(tensor[None])[0]

@@ -1,0 +1,130 @@
+"""Updates of weights that change a layer's outputs by about as much in every direction."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kronfisher.fisher.blocks import Window
+from kronfisher.linalg import plain_arithmetic
+from kronfisher.operators import Operator
+from kronfisher.optim.layer_inverse import LayerInverse
+from kronfisher.optim.layerwise.matrix_roots import (
+    Alike,
+    Known,
+    cost_of_product,
+    cost_of_root,
+    covariance,
+    identity,
+    least,
+)
+from kronfisher.optim.layerwise.units import is_matrix
+
+__all__ = ["OutputChanges"]
+
+AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for roots, and again for their products
+
+
+class OutputChanges:
+    """Multiplies the updates of weights, so that what they change in outputs has more nearly equal variances.
+
+    An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
+    covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
+    made anew at every step as far as a tenth of the arithmetic of the passes allows, the oldest first.
+
+    With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
+    library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
+    by heart.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Window, Known] = {}
+        self._together: list[Alike] = []
+        self._followed: Any = None
+        self._wanted: list[Window] = []
+        self._pass_cost = self._left = 0.0
+        self._step = 0
+
+    def follow(self, inverses: Sequence[LayerInverse], pass_cost: float) -> None:
+        """Treat these layers from now on, the cheapest first, as far as the arithmetic of the passes allows."""
+        followed = id(inverses), len(inverses), pass_cost
+        if self._followed == followed:
+            return
+        self._wanted, left = [], AFFORDABLE * pass_cost
+        for window in sorted(filter(None, map(_weight, inverses)), key=cost_of_product):
+            if (left := left - cost_of_product(window)) < 0:
+                break
+            self._wanted.append(window)
+        self._followed, self._pass_cost, self._together = followed, pass_cost, []
+        self._known = {window: self._known[window] for window in self._wanted if window in self._known}
+
+    def note(self, one: LayerInverse, operator: Operator, share: float) -> None:
+        """See the covariance of a layer's inputs, when its inverse is renewed.
+
+        Args:
+            one: the inverse.
+            operator: the undamped curvature.
+            share: of its mean eigenvalue, by which A is damped.
+        """
+        window = _weight(one)
+        if window is None or window not in self._wanted or operator.product is None:
+            return
+        factor = operator.product[0]
+        if factor.is_diagonal or factor.groups != window.size[0]:
+            return
+        inputs = covariance(factor.tensor, share, bias=one.blocks[0].bias is not None)
+        if window in self._known:
+            self._known[window].inputs.copy_(inputs)
+        else:
+            self._known[window], self._together = Known(inputs, identity(window, inputs)), []
+
+    def even(self, updates: Mapping[str, Tensor]) -> None:
+        """Multiply updates ``{name: [*shape]}`` in place; of parameters that are not there nothing is done."""
+        self._step += 1
+        if not self._known:
+            return
+        self._together = self._together or list(self._grouped())
+        self._left = min(self._left + AFFORDABLE * self._pass_cost, self._pass_cost)
+        with plain_arithmetic(next(iter(updates.values())).device):
+            for group in sorted(self._together, key=lambda group: group.made):
+                if renew := group.made < 0 or self._left > 0:
+                    self._left -= group.cost
+                group.even(updates, self._step, renew=renew)
+
+    def _grouped(self) -> Iterator[Alike]:
+        """Weights of one shape together, but no more than may be renewed in one step."""
+        shapes: dict[Any, list[Window]] = {}
+        for window in (window for window in self._wanted if window in self._known):
+            known = self._known[window]
+            shapes.setdefault((window.size, known.inputs.dtype, known.made), []).append(window)
+        for windows in shapes.values():
+            most = max(int(AFFORDABLE * self._pass_cost / cost_of_root(windows[0])), 1)
+            for low in range(0, len(windows), most):
+                yield Alike({window: self._known[window] for window in windows[low : low + most]})
+
+    def state_dict(self, inverses: Sequence[LayerInverse]) -> dict[str, Any]:
+        """Everything that a resumed training needs; one place for each layer."""
+        known = [None if (window := _weight(one)) is None else self._known.get(window) for one in inverses]
+        own = [None if one is None else [one.inputs.clone(), one.root.clone(), one.made] for one in known]
+        return {"known": own, "pass_cost": self._pass_cost, "left": self._left, "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any], inverses: Sequence[LayerInverse], device: Any) -> None:
+        """Take over what `state_dict` gave; earlier versions gave nothing."""
+        self.__init__()
+        if not state:
+            return
+        self.follow(inverses, state["pass_cost"])
+        self._left, self._step = state["left"], state["step"]
+        for window, known in zip(map(_weight, inverses), state["known"], strict=True):
+            if window is not None and known is not None:
+                inputs, root, made = known
+                self._known[window] = Known(inputs.to(device), root.to(device), made)
+
+
+def _weight(one: LayerInverse) -> Window | None:
+    """The weight of a layer that is one matrix and reads no data directly."""
+    block, *others = one.blocks
+    if others or one.other is not None or one.layer.reads_data or not is_matrix(block):
+        return None
+    window = block.weight
+    return window if window is not None and not window.overlaps and least(window) > 1 else None
