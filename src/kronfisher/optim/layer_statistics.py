@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfisher.errors import NumericalError, require, together
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.state import WaitingState
+from kronfisher.fits.state import FactorSums, WaitingState
 from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.moving_average import AverageState, MovingAverage
@@ -55,6 +55,12 @@ class LayerStatistics:
     @property
     def dim(self) -> int:
         return sum(block.dim for block in self.blocks)
+
+    @property
+    def input_sums(self) -> Tensor | None:
+        """``Σ a aᵀ [H, I, I]``, its upper triangle, of fits that keep it as a matrix; None of others."""
+        first = None if self.average is None else self.average.states[0]
+        return first.inputs if isinstance(first, FactorSums) and first.inputs.dim() == 3 else None
 
     @property
     def passes(self) -> int:

@@ -15,10 +15,10 @@ from kronfisher.optim.layerwise.output_changes import OutputChanges
 DAMPING = 0.05
 
 
-def layer(parameter, window=None, *, reads_data=False, bias=None):
+def layer(parameter, window=None, *, reads_data=False, bias=None, sums=None):
     """What of a layer's inverse is looked at."""
     block = Block("w", "test", window or Window.of("w", parameter).grouped, bias)
-    return SimpleNamespace(blocks=(block,), other=None, layer=SimpleNamespace(reads_data=reads_data))
+    return SimpleNamespace(blocks=(block,), other=None, layer=SimpleNamespace(reads_data=reads_data, input_sums=sums))
 
 
 def curvature(groups, outputs, inputs, dtype=torch.float64):
@@ -41,9 +41,9 @@ def changed(update, A):
 
 
 def even(parameter, operator, update, window=None, **settings):
-    changes, one = OutputChanges(), layer(parameter, window, **settings)
+    changes, one = OutputChanges(DAMPING), layer(parameter, window, **settings)
     changes.follow([one], 1e9)
-    changes.note(one, operator, DAMPING)
+    changes.note(one, operator)
     updates = {"w": update.clone()}
     changes.even(updates)
     return updates["w"]
@@ -115,18 +115,27 @@ def test_layers_that_read_data_rows_and_tables_stay():
     assert torch.equal(even(torch.empty(5, 4), operator, update, reads_data=True), update)
     row, one = torch.randn(1, 4, dtype=torch.float64), curvature(1, 1, 4)
     assert torch.equal(even(torch.empty(1, 4), one, row), row)
-    changes, missing = OutputChanges(), layer(torch.empty(5, 4))
+    changes, missing = OutputChanges(DAMPING), layer(torch.empty(5, 4))
     changes.follow([missing], 1e9)
-    changes.note(missing, operator, DAMPING)
+    changes.note(missing, operator)
     changes.even(updates := {"other": update.clone()})
     assert torch.equal(updates["other"], update)
+    changes.even({})
+
+
+def test_sums_of_the_statistics_serve_as_they_are():
+    update, operator = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4)
+    sums = 7.0 * operator.A.triu() + torch.full((4, 4), 1e9).tril(-1)  # the other triangle holds whatever it does
+    torch.testing.assert_close(
+        even(torch.empty(5, 4), operator, update, sums=sums), even(torch.empty(5, 4), operator, update)
+    )
 
 
 def test_values_that_are_not_finite_change_nothing_later():
     update, operator, one = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4), layer(torch.empty(5, 4))
-    changes = OutputChanges()
+    changes = OutputChanges(DAMPING)
     changes.follow([one], 1e9)
-    changes.note(one, operator, DAMPING)
+    changes.note(one, operator)
     for bad in (torch.full_like(update, float("inf")), torch.zeros_like(update), update * 1e200):
         changes.even({"w": bad.clone()})
     changes.even(updates := {"w": update.clone()})
@@ -137,10 +146,10 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     parameters = [torch.empty(6, 6) for _ in range(4)]
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
-    changes = OutputChanges()
+    changes = OutputChanges(DAMPING)
     changes.follow(layers, 10 * root)  # a tenth, as much as one root, each step
     for one in layers:
-        changes.note(one, curvature(1, 6, 6), DAMPING)
+        changes.note(one, curvature(1, 6, 6))
     made = []
     for _ in range(9):
         changes.even({f"w{k}": torch.randn(6, 6, dtype=torch.float64) for k in range(4)})
@@ -152,11 +161,19 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     assert (updates["w0"] == 1).all()
 
 
-def _trained(steps, *, resume=None):
+def test_roots_that_are_made_at_every_step_take_no_memory():
+    for rows, kept in ((1024, False), (64, True)):
+        _, optimizer = _trained(3, rows=rows)
+        known = optimizer.parts.direction.changes._known
+        assert {window.parameter for window in known} == {"2.weight", "4.weight"}
+        assert all(one.inputs is None and (one.root is not None) == kept for one in known.values())
+
+
+def _trained(steps, *, resume=None, rows=64):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = kf.NaturalGradient(model, kf.Categorical())
-    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    x, y = torch.randn(rows, 6), torch.randint(3, (rows,))
     for step in range(steps):
         if step == resume:
             weights, state = model.state_dict(), optimizer.state_dict()
@@ -168,9 +185,11 @@ def _trained(steps, *, resume=None):
     return model, optimizer
 
 
+@pytest.mark.parametrize("rows", [64, 1024])
 @pytest.mark.parametrize("resume", [1, 2, 7, 23])
-def test_resumed_training_goes_on_as_it_was(resume):
-    for one, other in zip(_trained(26)[0].parameters(), _trained(26, resume=resume)[0].parameters(), strict=True):
+def test_resumed_training_goes_on_as_it_was(resume, rows):
+    whole, parted = _trained(26, rows=rows), _trained(26, resume=resume, rows=rows)
+    for one, other in zip(whole[0].parameters(), parted[0].parameters(), strict=True):
         assert torch.equal(one, other)
 
 

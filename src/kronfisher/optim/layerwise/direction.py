@@ -63,7 +63,7 @@ class RelativeDirection(Inverses):
     def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh, share: float, data_share: float) -> None:
         super().__init__(parameters, refresh)
         self.share, self.data_share = share, data_share
-        self.changes = OutputChanges()
+        self.changes = OutputChanges(share)
         self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
 
     def renew(self, step: int, pass_cost: float, *, wait: bool = False) -> None:
@@ -103,10 +103,9 @@ class RelativeDirection(Inverses):
                 outputs = _half(one, step, pass_cost)
                 left -= _cost(one, outputs)
                 one.read()
-                damping = self._damping(one)
                 if one.operator is not None:
-                    self.changes.note(one, one.operator, damping.inputs)
-                one.make(damping, 1.0, step, outputs=outputs)
+                    self.changes.note(one, one.operator)
+                one.make(self._damping(one), 1.0, step, outputs=outputs)
                 one.operator = None
                 kept = _keeps_inputs(one, step, pass_cost)
                 one.begun = outputs is True and not kept

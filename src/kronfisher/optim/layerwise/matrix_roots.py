@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
+from kronfisher.operators.factors import DenseFactor
+from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.units import seen
 
-__all__ = ["Alike", "Known", "cost_of_product", "cost_of_root", "covariance", "identity", "least"]
+__all__ = ["Alike", "Known", "cost_of_product", "cost_of_root", "least"]
 
 SHARE = 0.3  # of the mean variance, which all directions have before roots are taken: the smallest are noise
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: s (a + b s² + c s⁴) of singular values s
@@ -22,54 +25,71 @@ class Known:
     """What is known of one weight ``[H, O, I]``.
 
     Attributes:
-        inputs: the damped covariance A of its inputs ``[H, I, I]``.
-        root: the inverse root ``[H, M, M]`` with M the lesser of O and I.
-        made: the step at which that was made; −1: it is the identity yet.
+        layer: its statistics.
+        inputs: of a fit that does not keep it: the second moment of its inputs ``[H, I, I]``, with the bias coordinate.
+        bias: whether there is such a coordinate.
+        root: the inverse root ``[H, M, M]`` with M the lesser of O and I, if it is to serve again.
+        made: the step at which that was made; −1: there is none.
     """
 
-    inputs: Tensor
-    root: Tensor
+    layer: LayerStatistics
+    inputs: Tensor | None
+    bias: bool
+    root: Tensor | None = None
     made: int = -1
+
+    @property
+    def moments(self) -> Tensor:
+        """Of inputs, up to a factor: ``[H, I, I]``, at least the upper triangle."""
+        sums = self.layer.input_sums if self.inputs is None else self.inputs
+        assert sums is not None
+        return sums
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What weights have in common whose roots are made together."""
+        return self.moments.dtype, self.bias, self.made
 
 
 class Alike:
     """Weights of one shape, whose roots are made and applied together.
 
     Args:
-        known: of each weight, of the same age; their tensors become views of those here.
+        known: of each weight.
+        share: of its mean eigenvalue, by which the covariance of inputs is damped.
+        keeps: whether roots serve for several steps.
 
     Attributes:
         made: the step at which the roots were made.
         cost: multiplications of making them.
     """
 
-    def __init__(self, known: Mapping[Window, Known]) -> None:
-        self._known = dict(known)
+    def __init__(self, known: Mapping[Window, Known], share: float, *, keeps: bool) -> None:
+        self._known, self._share, self._keeps = dict(known), share, keeps
         first, entry = next(iter(known.items()))
-        self._size, self.made = first.size, entry.made
+        self._size = first.size
         self.cost = len(known) * cost_of_root(first)
-        self._inputs = torch.cat([one.inputs for one in known.values()])
-        self._roots = torch.cat([one.root for one in known.values()])
-        groups = self._size[0]
-        for one, inputs, root in zip(
-            known.values(), self._inputs.split(groups), self._roots.split(groups), strict=True
-        ):
-            one.inputs, one.root = inputs, root
+        roots = [one.root for one in known.values() if one.root is not None]
+        whole = keeps and len(roots) == len(known)
+        self.made = entry.made if whole else -1
+        self._roots = torch.cat(roots) if whole else None
+        self._share_out()
 
     def even(self, updates: Mapping[str, Tensor], step: int, *, renew: bool) -> None:
         """Multiply the updates by the roots in place, after making these anew at this step, if so asked."""
         shown = [seen(w, updates[w.parameter]) if w.parameter in updates else None for w in self._known]
         if all(one is None for one in shown):
             return
-        groups, outputs, *inputs = self._size
-        none = self._roots.new_zeros(()).expand(groups, outputs, prod(inputs))
+        groups, outputs, *rest = self._size
+        none = next(iter(self._known.values())).moments.new_zeros(()).expand(groups, outputs, prod(rest))
         update = torch.cat([none if one is None else one.reshape(none.shape).to(none.dtype) for one in shown])
-        if renew:
-            self._roots.copy_(_roots(update, self._inputs, self._roots))
-            self.made = step
-            for one in self._known.values():
-                one.made = step
-        changed = self._roots @ update if outputs <= update.shape[2] else update @ self._roots
+        roots = self._roots
+        if renew or roots is None:
+            roots, self.made = _roots(update, self._inputs(), roots), step
+            if self._keeps:
+                self._roots = roots
+                self._share_out()
+        changed = roots @ update if outputs <= update.shape[2] else update @ roots
         before, after = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (update, changed))
         changed.mul_(before.div_(after.clamp_min_(torch.finfo(after.dtype).tiny)))
         for window, one, new in zip(self._known, shown, changed.split(groups), strict=True):
@@ -77,6 +97,18 @@ class Alike:
                 one.copy_(new.view(one.shape))
                 if not window.row_major:
                     window.scatter(one[None], updates[window.parameter][None])
+
+    def _inputs(self) -> Tensor:
+        """The damped covariances ``[L H, I, I]``."""
+        known = list(self._known.values())
+        moments = DenseFactor(torch.cat([one.moments for one in known])).mirror().tensor
+        return _covariance(moments, self._share, bias=known[0].bias)
+
+    def _share_out(self) -> None:
+        """Let every weight have its root, as a view."""
+        roots = [None] * len(self._known) if self._roots is None else self._roots.split(self._size[0])
+        for one, root in zip(self._known.values(), roots, strict=True):
+            one.root, one.made = root, self.made
 
 
 def least(window: Window) -> int:
@@ -97,26 +129,21 @@ def cost_of_root(window: Window) -> float:
     return float(groups * (outputs * inputs**2 + small**2 * max(outputs, inputs) + (4 * ROUNDS - 3) * small**3))
 
 
-def identity(window: Window, like: Tensor) -> Tensor:
-    """The root that changes nothing, ``[H, M, M]``."""
-    return torch.eye(least(window), dtype=like.dtype, device=like.device).expand(window.size[0], -1, -1)
-
-
-def covariance(factor: Tensor, share: float, *, bias: bool) -> Tensor:
-    """A ``[H, I, I]`` without its part for the bias, which takes the mean, damped by a share of its mean eigenvalue."""
+def _covariance(factor: Tensor, share: float, *, bias: bool) -> Tensor:
+    """Moments, used up, without their part for the bias, which takes the mean, and damped."""
     if bias:
         edge = factor[:, :-1, -1:]
         factor = factor[:, :-1, :-1] - edge @ edge.mT / factor[:, -1:, -1:]
-    damped = factor.clone()
-    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal = factor.diagonal(dim1=1, dim2=2)
     diagonal.add_(share * diagonal.mean(1, keepdim=True))
-    return damped
+    return factor
 
 
-def _roots(update: Tensor, inputs: Tensor, before: Tensor) -> Tensor:
-    """``(C + .3 c)^(−1/2)`` up to a factor, ``[H, M, M]``; where one is not finite, that of before.
+def _roots(update: Tensor, inputs: Tensor, before: Tensor | None) -> Tensor:
+    """``(C + .3 c)^(−1/2)`` up to a factor, ``[H, M, M]``.
 
-    For O > I it is the same function of ``A UᵀU``, which has the eigenvalues of C and applies from the right.
+    For O > I it is the same function of ``A UᵀU``, which has the eigenvalues of C and applies from the right. A root
+    that is not finite is that of before, or the identity.
     """
     wide = update.shape[1] <= update.shape[2]
     product = update @ inputs @ update.mT if wide else inputs @ (update.mT @ update)
@@ -135,4 +162,5 @@ def _roots(update: Tensor, inputs: Tensor, before: Tensor) -> Tensor:
             product = product @ factor @ factor
             square = product @ product
     assert root is not None
+    before = torch.eye(len(root[0]), dtype=root.dtype, device=root.device) if before is None else before
     return torch.where(torch.isfinite(root).all(-1, keepdim=True).all(-2, keepdim=True), root, before)

@@ -14,8 +14,6 @@ from kronfisher.optim.layerwise.matrix_roots import (
     Known,
     cost_of_product,
     cost_of_root,
-    covariance,
-    identity,
     least,
 )
 from kronfisher.optim.layerwise.units import is_matrix
@@ -35,9 +33,13 @@ class OutputChanges:
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
     by heart.
+
+    Args:
+        share: of its mean eigenvalue, by which A is damped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float) -> None:
+        self._damping = share
         self._known: dict[Window, Known] = {}
         self._together: list[Alike] = []
         self._followed: Any = None
@@ -50,38 +52,37 @@ class OutputChanges:
         followed = id(inverses), len(inverses), pass_cost
         if self._followed == followed:
             return
+        layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
         self._wanted, left = [], AFFORDABLE * pass_cost
-        for window in sorted(filter(None, map(_weight, inverses)), key=cost_of_product):
+        for window in sorted(layers, key=cost_of_product):
             if (left := left - cost_of_product(window)) < 0:
                 break
             self._wanted.append(window)
         self._followed, self._pass_cost, self._together = followed, pass_cost, []
         self._known = {window: self._known[window] for window in self._wanted if window in self._known}
+        for window, known in self._known.items():
+            known.layer = layers[window]
 
-    def note(self, one: LayerInverse, operator: Operator, share: float) -> None:
-        """See the covariance of a layer's inputs, when its inverse is renewed.
-
-        Args:
-            one: the inverse.
-            operator: the undamped curvature.
-            share: of its mean eigenvalue, by which A is damped.
-        """
-        window = _weight(one)
-        if window is None or window not in self._wanted or operator.product is None:
+    def note(self, one: LayerInverse, operator: Operator) -> None:
+        """See a layer, when its inverse is renewed from this undamped curvature."""
+        window, layer = _weight(one), one.layer
+        if window is None or window not in self._wanted:
             return
-        factor = operator.product[0]
-        if factor.is_diagonal or factor.groups != window.size[0]:
+        moments, copy = layer.input_sums, None
+        if moments is None:  # most fits keep none
+            if operator.product is None or operator.product[0].is_diagonal:
+                return
+            moments = copy = operator.product[0].tensor.clone()
+        if len(moments) != window.size[0]:  # one factor serves several groups
             return
-        inputs = covariance(factor.tensor, share, bias=one.blocks[0].bias is not None)
-        if window in self._known:
-            self._known[window].inputs.copy_(inputs)
-        else:
-            self._known[window], self._together = Known(inputs, identity(window, inputs)), []
+        if window not in self._known:
+            self._known[window], self._together = Known(layer, copy, one.blocks[0].bias is not None), []
+        self._known[window].inputs = copy
 
     def even(self, updates: Mapping[str, Tensor]) -> None:
         """Multiply updates ``{name: [*shape]}`` in place; of parameters that are not there nothing is done."""
         self._step += 1
-        if not self._known:
+        if not (self._known and updates):
             return
         self._together = self._together or list(self._grouped())
         self._left = min(self._left + AFFORDABLE * self._pass_cost, self._pass_cost)
@@ -94,31 +95,38 @@ class OutputChanges:
     def _grouped(self) -> Iterator[Alike]:
         """Weights of one shape together, but no more than may be renewed in one step."""
         shapes: dict[Any, list[Window]] = {}
-        for window in (window for window in self._wanted if window in self._known):
-            known = self._known[window]
-            shapes.setdefault((window.size, known.inputs.dtype, known.made), []).append(window)
+        known = [window for window in self._wanted if window in self._known]
+        for window in known:
+            shapes.setdefault((window.size, *self._known[window].alike), []).append(window)
+        keeps = sum(map(cost_of_root, known)) > AFFORDABLE * self._pass_cost
         for windows in shapes.values():
             most = max(int(AFFORDABLE * self._pass_cost / cost_of_root(windows[0])), 1)
             for low in range(0, len(windows), most):
-                yield Alike({window: self._known[window] for window in windows[low : low + most]})
+                some = {window: self._known[window] for window in windows[low : low + most]}
+                yield Alike(some, self._damping, keeps=keeps)
 
     def state_dict(self, inverses: Sequence[LayerInverse]) -> dict[str, Any]:
         """Everything that a resumed training needs; one place for each layer."""
         known = [None if (window := _weight(one)) is None else self._known.get(window) for one in inverses]
-        own = [None if one is None else [one.inputs.clone(), one.root.clone(), one.made] for one in known]
+        own = [None if one is None else [*map(_copied, (one.inputs, one.root)), one.made] for one in known]
         return {"known": own, "pass_cost": self._pass_cost, "left": self._left, "step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any], inverses: Sequence[LayerInverse], device: Any) -> None:
         """Take over what `state_dict` gave; earlier versions gave nothing."""
-        self.__init__()
+        self.__init__(self._damping)
         if not state:
             return
         self.follow(inverses, state["pass_cost"])
         self._left, self._step = state["left"], state["step"]
-        for window, known in zip(map(_weight, inverses), state["known"], strict=True):
-            if window is not None and known is not None:
-                inputs, root, made = known
-                self._known[window] = Known(inputs.to(device), root.to(device), made)
+        for one, known in zip(inverses, state["known"], strict=True):
+            if (window := _weight(one)) is not None and known is not None:
+                *tensors, made = known
+                inputs, root = (None if tensor is None else tensor.to(device) for tensor in tensors)
+                self._known[window] = Known(one.layer, inputs, one.blocks[0].bias is not None, root, made)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _weight(one: LayerInverse) -> Window | None:
