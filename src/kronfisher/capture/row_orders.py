@@ -35,6 +35,7 @@ class RowOrders:
         problems: parameter → why per-example gradients exist, but not row by row.
         mixed: in training, names of blocks whose rows mix examples and are used regardless.
         examined: in training, (block, sorted by example) whose rows are used as they come, whatever they mix.
+        proved: whether all orders are those of any batch with the same graph.
     """
 
     orders: dict[Place, RowOrder] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class RowOrders:
     problems: dict[str, str] = field(default_factory=dict)
     mixed: set[str] = field(default_factory=set)
     examined: set[tuple[Key, bool]] = field(default_factory=set)
+    proved: bool = True
 
 
 def row_orders(
@@ -81,6 +83,7 @@ def row_orders(
             place = places[index, number] = (index, key, before[key], sort)
             rule = RowOrder(1) if examples == 1 else rules.get(place)
             if rule is None and training and (key, sort) in examined:
+                answer.proved = False
                 likely = RowOrder.candidates(part.use.lead(shape), examples)
                 rule = next(iter(likely), None) if sort else _one_by_one(part, shape)
             if rule is not None:
@@ -113,6 +116,7 @@ def row_orders(
         answer.orders[index, number] = rule
         if proved is not None:
             rules[places[index, number]] = rule
+    answer.proved = answer.proved and all(place in rules or examples == 1 for place in places.values())
     return answer
 
 

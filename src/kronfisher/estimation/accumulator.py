@@ -25,6 +25,7 @@ from kronfisher.estimation.kept import Kept
 from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, facts_of
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.estimation.recipe import Recipe
+from kronfisher.estimation.repeated import Repeated
 from kronfisher.estimation.routing import Stream
 from kronfisher.estimation.targets import name_targets
 from kronfisher.fisher.blocks import Block
@@ -96,6 +97,7 @@ class Accumulator:
         self.meeting = None if recipe.ranks is None else Meeting(recipe.ranks, self.device)
         self.tell: Callable[[str], None] = log.debug
         self._kept: Kept | None = None
+        self._repeated: Repeated | None = None
         self.start_pass()
 
     def start_pass(self, seed: int | None = None) -> None:
@@ -333,7 +335,7 @@ class Accumulator:
         assignment = self.assign(observation, masked=mask is not None)
         if self.recipe.strict and assignment.known.fallback:
             raise strict_error(assignment.known.fallback, where)
-        self._take_on(observation, assignment)
+        self._take_on(observation, assignment, masked=mask is not None)
         entries, singles = self.groups.open(assignment.parts, assignment.singles)
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
@@ -392,6 +394,9 @@ class Accumulator:
         Raises:
             UnsupportedError: examples are coupled, or earlier batches were treated in another way.
         """
+        before = self._repeated
+        if before is not None and (same := before.again(observation, self.fits, self.known, masked=masked)):
+            return same
         answer = assign(observation, self.fits, self.known, masked=masked, batches=self.batches)
         if isinstance(answer, Refusals):
             try:
@@ -401,11 +406,14 @@ class Accumulator:
         assert isinstance(answer, Assignment)
         return answer
 
-    def _take_on(self, observation: Observation, assignment: Assignment) -> None:
+    def _take_on(self, observation: Observation, assignment: Assignment, *, masked: bool) -> None:
         """Remember the assignment of the batch, and create states for new groups."""
+        if assignment.known is self.known:  # as the batch before
+            return
         if assignment.new:
             self.groups.add(assignment.new, rows_of_example(observation, assignment.parts), self.count)
         self.known = replace(assignment.known, groups=tuple(self.groups))
+        self._repeated = Repeated.of(assignment, self.known, observation, self.fits, masked=masked)
 
     def _masks(
         self, observation: Observation, values: Tensor, mask: Tensor | None

@@ -24,7 +24,7 @@ from kronfisher.fisher.windows import settle
 from kronfisher.layers import RowOrder
 from kronfisher.layers.row_order import mixed_rows_message
 
-__all__ = ["Assignment", "Known", "Refusals", "assign"]
+__all__ = ["Assignment", "Known", "Refusals", "assign", "find_parts"]
 
 # Model → graphs in which examples are known to stay apart where they meet the parameters that the fallback treats.
 _APART: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
@@ -105,6 +105,7 @@ class Assignment:
         singles: parameter that the fallback treats → its block.
         new: groups of blocks that occur for the first time, with their plans.
         known: the assignment that later batches have to agree with, without the new groups.
+        proved: whether the orders are those of every batch with the same graph.
     """
 
     parts: Mapping[int, list[Part]]
@@ -112,6 +113,7 @@ class Assignment:
     singles: Mapping[str, Block]
     new: tuple[Planned, ...]
     known: Known
+    proved: bool = False
 
 
 def assign(
@@ -147,7 +149,7 @@ def assign(
     if late := give_up({name: unclaimed_use_message(name, operators) for name, operators in graph.unclaimed.items()}):
         return refuse(late)
     while True:
-        parts = _parts(observation, fits, fallback, apart)
+        parts = find_parts(observation, fits, fallback, apart)
         blocks = _blocks(parts)
         if not blocks.keys() <= before.keys():
             claims = settle({**before, **blocks}.values(), fits.whole)
@@ -206,6 +208,7 @@ def assign(
             dear=dear,
             examined=frozenset(examined),
         ),
+        rows.proved,
     )
 
 
@@ -219,7 +222,9 @@ _PARTNERS = (
 )
 
 
-def _parts(observation: Observation, fits: Fits, fallback: Mapping[str, str], apart: set[str]) -> dict[int, list[Part]]:
+def find_parts(
+    observation: Observation, fits: Fits, fallback: Mapping[str, str], apart: AbstractSet[str]
+) -> dict[int, list[Part]]:
     """Index of a call → parts of its uses: weight and bias together if one fit treats both, else each alone."""
     parts: dict[int, list[Part]] = {}
     for index in sorted(observation.graph.alive):

@@ -211,7 +211,8 @@ class Categorical(Likelihood):
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
         axis = self._axis(outputs, targets)
-        root = self._scale(outputs, targets, axis).sqrt().unsqueeze(-1)
+        scale = self._scale(outputs, targets, axis).unsqueeze(-1)
+        root = scale if self.weight is None and not is_soft(targets) else scale.sqrt()  # of zeros and ones
         uniform = self._uniform(outputs, axis, draws)
 
         def vector(p: Tensor, part: slice) -> Tensor:
@@ -290,6 +291,9 @@ class Categorical(Likelihood):
             return torch.ones(math.prod(without(outputs, axis)), device=outputs.device, dtype=dtype)
         if is_soft(targets):
             return self._soft(targets.detach(), outputs, axis).sum(-1)
+        if self.weight is None:  # one where a position counts, smoothed or not
+            index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
+            return (index != self.ignore_index).to(torch.promote_types(outputs.dtype, torch.float32))
         own, even, _ = self._hard(targets, outputs, axis)
         return own + even * self._weights(outputs, axis).sum() if self.label_smoothing else own
 
