@@ -9,7 +9,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.operators import Kronecker
-from kronfisher.optim.layerwise import matrix_roots
+from kronfisher.optim.layerwise import matrix_roots, output_changes
 from kronfisher.optim.layerwise.output_changes import OutputChanges
 
 DAMPING = 0.05
@@ -142,7 +142,8 @@ def test_values_that_are_not_finite_change_nothing_later():
     torch.testing.assert_close(updates["w"], even(torch.empty(5, 4), operator, update))
 
 
-def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
+def test_arithmetic_is_limited_and_the_oldest_roots_go_first(monkeypatch):
+    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
     parameters = [torch.empty(6, 6) for _ in range(4)]
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
@@ -161,7 +162,8 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     assert (updates["w0"] == 1).all()
 
 
-def test_roots_that_are_made_at_every_step_take_no_memory():
+def test_roots_that_are_made_at_every_step_take_no_memory(monkeypatch):
+    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
     for rows, kept in ((1024, False), (64, True)):
         _, optimizer = _trained(3, rows=rows)
         known = optimizer.parts.direction.changes._known
@@ -187,7 +189,8 @@ def _trained(steps, *, resume=None, rows=64):
 
 @pytest.mark.parametrize("rows", [64, 1024])
 @pytest.mark.parametrize("resume", [1, 2, 7, 23])
-def test_resumed_training_goes_on_as_it_was(resume, rows):
+def test_resumed_training_goes_on_as_it_was(resume, rows, monkeypatch):
+    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
     whole, parted = _trained(26, rows=rows), _trained(26, resume=resume, rows=rows)
     for one, other in zip(whole[0].parameters(), parted[0].parameters(), strict=True):
         assert torch.equal(one, other)

@@ -21,6 +21,7 @@ from kronfisher.optim.layerwise.units import is_matrix
 __all__ = ["OutputChanges"]
 
 AFFORDABLE = 0.1  # of the arithmetic of forward and backward passes, for roots, and again for their products
+PER_LAYER = 2e6  # multiplications besides: they take half as long as capturing a layer's call does anyway
 
 
 class OutputChanges:
@@ -28,7 +29,8 @@ class OutputChanges:
 
     An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
     covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
-    made anew at every step as far as a tenth of the arithmetic of the passes allows, the oldest first.
+    made anew at every step as far as a tenth of the arithmetic of the passes, and a little for each layer, allows, the
+    oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
@@ -44,7 +46,7 @@ class OutputChanges:
         self._together: list[Alike] = []
         self._followed: Any = None
         self._wanted: list[Window] = []
-        self._pass_cost = self._left = 0.0
+        self._pass_cost = self._budget = self._left = 0.0
         self._step = 0
 
     def follow(self, inverses: Sequence[LayerInverse], pass_cost: float) -> None:
@@ -53,7 +55,8 @@ class OutputChanges:
         if self._followed == followed:
             return
         layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
-        self._wanted, left = [], AFFORDABLE * pass_cost
+        self._budget = AFFORDABLE * pass_cost + PER_LAYER * len(inverses)
+        self._wanted, left = [], self._budget
         for window in sorted(layers, key=cost_of_product):
             if (left := left - cost_of_product(window)) < 0:
                 break
@@ -85,7 +88,7 @@ class OutputChanges:
         if not (self._known and updates):
             return
         self._together = self._together or list(self._grouped())
-        self._left = min(self._left + AFFORDABLE * self._pass_cost, self._pass_cost)
+        self._left = min(self._left + self._budget, max(self._pass_cost, self._budget))
         with plain_arithmetic(next(iter(updates.values())).device):
             for group in sorted(self._together, key=lambda group: group.made):
                 if renew := group.made < 0 or self._left > 0:
@@ -98,9 +101,9 @@ class OutputChanges:
         known = [window for window in self._wanted if window in self._known]
         for window in known:
             shapes.setdefault((window.size, *self._known[window].alike), []).append(window)
-        keeps = sum(map(cost_of_root, known)) > AFFORDABLE * self._pass_cost
+        keeps = sum(map(cost_of_root, known)) > self._budget
         for windows in shapes.values():
-            most = max(int(AFFORDABLE * self._pass_cost / cost_of_root(windows[0])), 1)
+            most = max(int(self._budget / cost_of_root(windows[0])), 1)
             for low in range(0, len(windows), most):
                 some = {window: self._known[window] for window in windows[low : low + most]}
                 yield Alike(some, self._damping, keeps=keeps)
