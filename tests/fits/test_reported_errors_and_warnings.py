@@ -42,6 +42,19 @@ def test_gradients_of_zero_make_a_zero_sum(method):
     assert float(fisher["0.weight"].frobenius_norm()) == 0 < float(fisher["2.weight"].frobenius_norm())
 
 
+def test_a_report_says_how_to_learn_an_error_that_is_too_dear_in_passing(monkeypatch):
+    """Of a convolution with many examples, say, whose ‖F‖ takes the products of all pairs of gradients."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 3)), torch.randn(20, 1, 5, 5)
+    hint = "fisher.error(data) does that"
+    known = kf.estimate(model, x, kf.Categorical())
+    assert known.info.blocks["0.weight"].error is not None and hint not in str(known.report())
+    monkeypatch.setattr("kronfisher.fits.merging._PAIRS", 0)
+    fisher = kf.estimate(model, x, kf.Categorical())
+    assert fisher.info.blocks["0.weight"].error is None and hint in fisher.info.blocks["0.weight"].notes
+    assert hint in " ".join(str(fisher.report()).split()) and fisher.error(x).blocks["0.weight"] > 0
+
+
 def test_sums_of_several_pieces_call_their_error_an_estimate():
     torch.manual_seed(0)
     model, x = nn.Linear(6, 4).double(), torch.randn(1500, 6).double() * torch.linspace(0.1, 3, 1500)[:, None]

@@ -330,7 +330,7 @@ class KFOC(Fit):
         text = f"{state.steps / pieces:.1f} double steps by {state.route}, the last changed A by {change:.0e}{done}"
         if pieces > 1:
             text += f"; {pieces:.0f} pieces" + ("" if state.uncertain else ", error from their terms")
-        return text
+        return f"{text}; error not measured, fisher.error(data) does that" if state.uncertain else text
 
 
 def _share_the_weight(waiting: list[Samples]) -> bool:
