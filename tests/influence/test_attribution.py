@@ -82,6 +82,22 @@ def test_removing_the_highest_raises_what_is_measured_by_their_sum():
         attribution.removal(effects(), Linear(), counts=(30,))
 
 
+def test_one_query_and_several_together_have_an_interval_over_seeds():
+    together = attribution.removal(
+        effects().sum(0, keepdim=True),
+        lambda kept, seed: Linear(noise=1.0)(kept, seed).mean(0, keepdim=True),
+        counts=(3,),
+        seeds=20,
+    )
+    top = effects().sum(0).topk(3).indices
+    expected = float(effects()[:, top].sum(1).mean())
+    (interval,) = together.intervals
+    assert together.by_query.shape == (1, 1) and interval.low < expected < interval.high
+    assert 0.1 < interval.high - interval.low < 2  # four noises of one, twice, in twenty seeds: ±.3
+    first = attribution.lds(effects()[:1], lambda kept, seed: Linear(noise=4.0)(kept, seed)[:1], subsets=40)
+    assert first.interval.high - first.interval.low < 1.2
+
+
 def test_predictions_flip_once_enough_is_removed():
     margins = Linear()
     start = margins(torch.arange(N), 0)

@@ -176,8 +176,9 @@ def test_damping_is_a_number_a_share_or_either_by_block():
         with pytest.raises(ValueError, match=message):
             exact(model, train, damping=damping)
     _, undamped = exact(model, train, damping=0.0)
-    with pytest.raises(kf.SingularError, match="Add damping"):
-        undamped.scores(train, train)
+    for ask in (undamped.scores, lambda *data: undamped.self_scores(data[0])):
+        with pytest.raises(kf.SingularError, match=r"Add damping.*λ was 0 here; give damping=\{'[02].weight': λ"):
+            ask(train, train)
 
 
 def test_normalised_scores_are_cosines_or_relative_to_the_self_scores():
@@ -355,6 +356,29 @@ def test_coupled_examples_are_refused_and_leave_the_model_as_it_was():
     with pytest.raises(kf.UnsupportedError, match="couples the examples"):
         kf.Influence(model.train(), fisher, kf.Categorical()).scores((x, y), (x, y))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal", "full", "gram"])
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_a_weight_that_is_never_moved_takes_no_part(tmp_path, fit, positions):
+    """A layer of dead units has a block of zeros, and so is a share of it."""
+    torch.manual_seed(4)
+    model = Written(
+        lambda m, x: m.o((m.dead(x) - 99).relu() + m.live(x).tanh()),
+        dead=nn.Linear(3, 4), live=nn.Linear(3, 4), o=nn.Linear(4, 2),
+    ).double()  # fmt: skip
+    batch = torch.randn(8, *positions, 3).double(), torch.randint(2, (8, *positions))
+    fisher = kf.estimate(model, [batch], kf.Categorical(), fit=fit, labels="exact")
+    influence, rows = kf.Influence(model, fisher, kf.Categorical()), losses(model, batch)
+    matrix = damped(fisher, influence.damping)
+    inner = rows @ torch.linalg.pinv(matrix, rtol=1e-12, hermitian=True) @ rows.T / fisher.count
+    close(influence.scores(batch, batch).values, inner, 1e-9)
+    close(influence.self_scores(batch), inner.diagonal(), 1e-9)
+    for name, scale in (("cosine", inner.diagonal()[:, None].sqrt()), ("relative", 1.0)):
+        found = kf.Influence(model, fisher, kf.Categorical(), normalize=name).scores(batch, batch).values
+        close(found, inner / inner.diagonal().sqrt() / scale, 1e-9)
+    if fit != "gram":
+        close(influence.index([batch], tmp_path / "index", size=200).scores(batch).values, inner, 1e-6)
 
 
 @pytest.mark.parametrize("fit", [kf.Full(across_layers=True), "block-tridiagonal", "kfac"])

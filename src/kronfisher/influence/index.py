@@ -122,6 +122,11 @@ def _eigenvalues(damped: Damped, number: int) -> Tensor:
     Raises:
         UnsupportedError: see `Leading.of`.
     """
+    with damped.advice(number):
+        return _checked_eigenvalues(damped, number)
+
+
+def _checked_eigenvalues(damped: Damped, number: int) -> Tensor:
     precision, shift = damped.precisions[number], damped.damping[number]
     blocks, operator = damped.fisher.entries[number]
     if (own := precision.factored) is not None:

@@ -1,17 +1,19 @@
 """Preconditioned queries ``P = (F + λ)⁻¹ ∇m`` and self-scores, through the structure of every block of F."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kronfisher.errors import SingularError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.blocks import Block, Key
-from kronfisher.fisher.layout import Blocks, gather
+from kronfisher.fisher.layout import Blocks, block_name, gather
 from kronfisher.fisher.owned_precision import agree, precision_of
 from kronfisher.fits.quadratic_forms import factored, quadratics
-from kronfisher.influence.contractions import LowRank
+from kronfisher.influence.contractions import LowRank, gradient_norms
 from kronfisher.influence.vectors import Rows, Vectors, add_gradients_
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
@@ -32,6 +34,8 @@ class Damped:
     Attributes:
         fisher: F.
         damping: λ of every entry.
+        precisions: c X + λ of every entry, with c = 1.
+        open: numbers of the entries that are zero (a share of zero damps nothing): no training example moves there.
     """
 
     def __init__(self, fisher: Fisher, damping: Sequence[float]) -> None:
@@ -40,6 +44,8 @@ class Damped:
             precision_of(op, 1.0, torch.tensor(value, dtype=op.dtype, device=op.device), op.name)
             for (_, op), value in zip(fisher.entries, damping, strict=True)
         ]
+        entries = enumerate(zip(fisher.entries, damping, strict=True))
+        self.open = {n for n, ((_, operator), value) in entries if value == 0 and not float(operator.trace()) > 0}
 
     def agree_on_queries(self, batch: Any) -> None:
         """Where ranks hold blocks apart, require that all of them solve the same queries; see `read` for None."""
@@ -48,6 +54,18 @@ class Damped:
     def agree_on_data(self, batch: Any) -> None:
         """Where ranks hold blocks apart, require that all of them read the same training data."""
         agree(self.precisions, "the training data (of refined, normalised and self-scores)", batch)
+
+    @contextmanager
+    def advice(self, number: int) -> Iterator[None]:
+        """Say how a block without an inverse is damped here: the Fisher itself has to come as it was estimated."""
+        try:
+            yield
+        except SingularError as error:
+            name = block_name(self.fisher.entries[number][0])
+            raise type(error)(
+                f"{error} Influence adds it: λ was {self.damping[number]:.3g} here; give "
+                f"damping={{{name!r}: λ, '*': kf.Share(0.1)}}, or a damping for all blocks."
+            ) from error
 
     def solve_(self, vectors: Vectors) -> Tensor:
         """Replace K vectors by ``(F + λ)⁻¹`` times them, a few at a time: as much memory again is not needed.
@@ -60,12 +78,13 @@ class Damped:
                 indefinite.
         """
         products = vectors.parts[0].new_zeros(len(vectors))
-        for part, precision in zip(vectors.parts, self.precisions, strict=True):
+        for number, (part, precision) in enumerate(zip(vectors.parts, self.precisions, strict=True)):
             if not bool(part.any()):  # a parameter that nothing depends on has no inverse
                 continue
             for low, high in chunks(len(part), 4 * part[0].nbytes, _ROOM):
                 given = part[low:high]
-                solved = precision.solves(given.to(precision.operator.dtype)).to(given.dtype)
+                with self.advice(number):
+                    solved = precision.solves(given.to(precision.operator.dtype)).to(given.dtype)
                 products[low:high] += (given * solved).sum(1)
                 given.copy_(solved)
         return products
@@ -84,7 +103,9 @@ class Damped:
             return None
         if operator.dtype != samples.gradients.dtype or not float(operator.trace()) > 0:
             return None
-        if (found := factored(precision, mine, samples)) is None:
+        with self.advice(same[0]):
+            found = factored(precision, mine, samples)
+        if found is None:
             return None
         basis, weights = found
         written = samples.rotated(basis.A, basis.B)
@@ -121,15 +142,19 @@ class Damped:
     def self_products(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
         """``vec(G_k)ᵀ (F + λ)⁻¹ vec(G_k)`` ``[n]`` of a group that `together` made."""
         keys = [block.key for block in blocks]
-        for (mine, _), precision in zip(self.fisher.entries, self.precisions, strict=True):
+        for number, ((mine, _), precision) in enumerate(zip(self.fisher.entries, self.precisions, strict=True)):
             if [block.key for block in mine] == keys:
-                return quadratics(samples, precision, mine)
+                if number in self.open and not any(bool(gradient_norms(use).any()) for use in samples):
+                    return samples[0].gradients.new_zeros(len(samples[0]))
+                with self.advice(number):
+                    return quadratics(samples, precision, mine)
         parts = []
         for vectors in self.written(blocks, samples):
             total = samples[0].gradients.new_zeros(len(next(iter(vectors.values()))))
             for number, rows in vectors.items():
                 if bool(rows.any()):
-                    total += (rows * self.precisions[number].solves(rows)).sum(1).to(total.dtype)
+                    with self.advice(number):
+                        total += (rows * self.precisions[number].solves(rows)).sum(1).to(total.dtype)
             parts.append(total)
         return torch.cat(parts)
 

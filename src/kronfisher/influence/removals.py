@@ -29,6 +29,9 @@ def removal(
 ) -> Curve:
     """How much each query's measurement changes when the examples of its highest scores are removed together.
 
+    For several queries together, give the sum of their scores (``scores.sum(queries=[0] * Q)``), and a `retrain` that
+    gives their mean measurement, ``[1]``.
+
     Args:
         scores: ``[Q, N]``.
         retrain: ``retrain(kept, seed) -> [Q]``; of each training one query's number is used.
@@ -40,15 +43,18 @@ def removal(
         progress: as for `lds`.
 
     Returns:
-        The mean change over queries at every count, and each query's.
+        The mean change over queries at every count, and each query's. The interval is over queries; where there is one,
+        over seeds.
 
     Raises:
         DataError: as `lds`.
     """
     trainings = Trainings(retrain, seeds, path, workers, progress)
     before, after = _removed(scores, trainings, counts, lowest)
-    change = after - before
-    return Curve(tuple(counts), tuple(mean_interval(row) for row in change), change)
+    change = after - before  # [counts, S, Q]
+    by_query = change.mean(1)
+    samples = by_query if change.shape[2] > 1 else change[:, :, 0]
+    return Curve(tuple(counts), tuple(mean_interval(row) for row in samples), by_query)
 
 
 def brittleness(
@@ -79,7 +85,8 @@ def brittleness(
     Raises:
         DataError: as `lds`, or no query is right before.
     """
-    before, after = _removed(scores, Trainings(retrain, seeds, path, workers, progress), counts, True)
+    found = _removed(scores, Trainings(retrain, seeds, path, workers, progress), counts, True)
+    before, after = (measured.mean(-2) for measured in found)
     right = before > 0
     if not bool(right.any()):
         raise DataError("no query has a positive margin before anything is removed.")
@@ -91,12 +98,12 @@ def brittleness(
 def _removed(
     scores: Scores | Tensor, trainings: Trainings, counts: Sequence[int], lowest: bool
 ) -> tuple[Tensor, Tensor]:
-    """Measurements ``[Q]`` before, and ``[counts, Q]`` after each query's own first examples were removed."""
+    """Measurements ``[S, Q]`` before, and ``[counts, S, Q]`` after each query's own first examples were removed."""
     values = total(scores)
     size = values.shape[1]
     if not all(0 < count < size for count in counts):
         raise ValueError(f"counts={list(counts)}: between 1 and {size - 1} of the {size} examples can be removed.")
     order = values.argsort(dim=1, descending=not lowest, stable=True)
     kept = [torch.arange(size), *(order[q, count:].sort().values for count in counts for q in range(len(values)))]
-    found = trainings.measure(kept, len(values))
-    return found[0], found[1:].unflatten(0, (len(counts), len(values))).diagonal(dim1=1, dim2=2)
+    found = trainings.by_seed(kept, len(values))
+    return found[0], found[1:].unflatten(0, (len(counts), len(values))).diagonal(dim1=1, dim2=3)

@@ -96,16 +96,20 @@ class Trainings:
     progress: Progress = False
 
     def measure(self, kept: Sequence[Tensor], queries: int) -> Tensor:
-        """The measurements ``[M, Q]`` after training on M subsets, given as sorted indices.
+        """The measurements ``[M, Q]`` after training on M subsets, given as sorted indices, as means over the seeds.
 
         Raises:
             DataError: as `run_all`.
         """
+        return self.by_seed(kept, queries).mean(1)
+
+    def by_seed(self, kept: Sequence[Tensor], queries: int) -> Tensor:
+        """The measurements ``[M, S, Q]`` of every seed; see `measure`."""
         jobs = [Job(indices, seed) for indices in kept for seed in range(self.seeds)]
         found = run_all(
             self.retrain, jobs, queries=queries, path=self.path, workers=self.workers, progress=self.progress
         )
-        return found.unflatten(0, (len(kept), self.seeds)).mean(1)
+        return found.unflatten(0, (len(kept), self.seeds))
 
 
 def _results(retrain: Retrain, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Any]]:

@@ -67,10 +67,11 @@ def mean_interval(values: Tensor) -> Interval:
 def two_way_interval(statistic: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Interval:
     """The mean over queries of a correlation ``statistic(x, y) [Q]`` of ``[M, Q]``; queries and rows are samples.
 
-    The variance is that of the mean over queries and that over rows, the latter by the jackknife over ten groups. The
-    ends are no further than −1 and 1.
+    The variance is that of the mean over queries (of a single one: nothing) and that over rows, the latter by the
+    jackknife over ten groups. The ends are no further than −1 and 1.
     """
-    by_query = mean_interval(statistic(x, y))
+    found = statistic(x, y)
+    by_query = mean_interval(found if len(found) > 1 else found.repeat(2))
     count = max(min(_GROUPS, len(x)), 1)
     group = torch.arange(len(x)) % count
     left_out = torch.stack([statistic(x[group != k], y[group != k]).mean() for k in range(count)])
