@@ -170,6 +170,17 @@ def test_uci(uci_dir, split):
     assert (yacht.train_inputs[:, 2] == 0).all()  # constant: centred, not blown up
 
 
+def test_the_order_of_concrete_is_drawn_as_by_kronfluence(uci_dir):
+    folder, table = uci_dir
+    (folder / "uci" / "UCI_Datasets" / "yacht").rename(folder / "uci" / "UCI_Datasets" / "concrete")
+    found = data.load("concrete-shuffled", data_dir=folder)
+    order = np.random.RandomState(0).choice(np.arange(10), 10, replace=False)
+    expected = (table[:, 2] - table[order[:9], 2].mean()) / table[order[:9], 2].std()
+    torch.testing.assert_close(found.train_targets[:, 0].numpy(), expected[order[:9]].astype(np.float32))
+    torch.testing.assert_close(found.test_targets[:, 0].numpy(), expected[order[9:]].astype(np.float32))
+    assert found.train_inputs.shape == (9, 3) and found.input_shape == (3,)
+
+
 def test_damaged_uci_files(uci_dir):
     folder, _ = uci_dir
     with pytest.raises(ValueError, match="splits 0 to 1, not 2"):

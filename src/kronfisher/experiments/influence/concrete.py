@@ -1,14 +1,14 @@
 """The strength of concrete: how much the error of a prediction rises when the data that it rests on are removed."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kronfisher.experiments import data
 from kronfisher.experiments.influence.findings import record
@@ -18,6 +18,7 @@ from kronfisher.experiments.influence.study import InfluenceStudy, training_agai
 from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.influence import attribution
+from kronfisher.influence.attribution import Curve
 
 __all__ = ["ConcreteStudy"]
 
@@ -28,12 +29,17 @@ RANDOM = "random"
 class ConcreteStudy(InfluenceStudy):
     """The settings of the study.
 
+    Kronfluence's example removes the examples of the highest scores of one query, or of the highest summed scores of
+    ten. Beside these two, every query has examples of its own removed, and the mean is taken.
+
     Attributes:
         dataset: name of a data set of real values, standardised.
-        queries: test examples.
+        together: test examples whose scores are summed.
+        seeds: networks that are trained for each removal of the two published measures, side by side.
+        queries: test examples that have examples of their own removed.
+        seeds_each: networks that are trained for each of these.
         counts: how many of the highest scores are removed together.
-        seeds: networks that are trained for each removal, side by side.
-        epochs: of their training.
+        epochs: of the networks' training.
         hidden: widths of their hidden layers.
         train_size: examples to train on; None: all.
         fits: names in `FITS`; beside them, random scores.
@@ -42,11 +48,13 @@ class ConcreteStudy(InfluenceStudy):
     """
 
     study: ClassVar[str] = "concrete"
-    judged: ClassVar[tuple[str, ...]] = ("counts",)
-    dataset: str = "concrete"
+    judged: ClassVar[tuple[str, ...]] = ("together", "seeds", "queries", "seeds_each", "counts")
+    dataset: str = "concrete-shuffled"
+    together: int = 10
+    seeds: int = 50
     queries: int = 10
-    counts: Sequence[int] = (10, 30)
-    seeds: int = 10
+    seeds_each: int = 10
+    counts: Sequence[int] = (30,)
     epochs: int = 40
     hidden: tuple[int, ...] = (128, 128, 128)
     train_size: int | None = None
@@ -57,49 +65,73 @@ class ConcreteStudy(InfluenceStudy):
     @classmethod
     def quick(cls, data_dir: Path | None = None) -> Self:
         """A few seconds of it, on digits, whose classes are taken for values."""
-        return cls("digits", 3, (5, 20), 2, 20, (16,), 200, ("K-FAC",), data_dir=data_dir)
+        return cls("digits", 3, 3, 3, 2, (5, 20), 20, (16,), 200, ("K-FAC",), data_dir=data_dir)
 
     @classmethod
     def full(cls, data_dir: Path | None = None) -> Self:
         """All test examples, removals and fits, with fifty networks each."""
-        return cls(queries=103, counts=(5, 10, 15, 20, 25, 30), seeds=50, fits=tuple(FITS), data_dir=data_dir)
+        counts = (5, 10, 15, 20, 25, 30)
+        return cls(queries=103, seeds_each=50, counts=counts, fits=tuple(FITS), data_dir=data_dir)
 
     def check(self) -> None:
-        self._problem()
+        self._problem(1)
 
-    def _problem(self) -> Regressors:
-        dataset = data.load(self.dataset, data_dir=self.data_dir).head(self.train_size, self.queries)
+    def _problem(self, seeds: int) -> Regressors:
+        asked = max(self.queries, self.together)
+        dataset = data.load(self.dataset, data_dir=self.data_dir).head(self.train_size, asked)
         if dataset.task == "classes":  # of the digits: one number for each class
             ones = [F.one_hot(part, dataset.outputs).float() for part in (dataset.train_targets, dataset.test_targets)]
             dataset = replace(dataset.flat(), train_targets=ones[0], test_targets=ones[1], task="values")
-        return Regressors(dataset, self.hidden, self.seeds, self.epochs)
+        return Regressors(dataset, self.hidden, seeds, self.epochs)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        return "dataset", "queries", "seeds", "epochs", "hidden", "train_size"
+        return "dataset", "together", "queries", "epochs", "hidden", "train_size"
 
     def measure(self, networks: list[Record], rows: list[Record], say: Say, step: Step) -> None:
-        problem, started = self._problem(), time.perf_counter()
-        x = problem.dataset.train_inputs
-        model = problem.first(problem.train(torch.arange(len(x))))
-        with torch.no_grad():
-            error = float((model(problem.dataset.test_inputs) - problem.dataset.test_targets).square().mean())
-        what = f"{len(x):,} examples, squared error {error:.3f} of the {self.queries} queries"
-        self.note(networks, say, what, started, error=error)
-        path = self.trainings()
-        batches = problem.dataset.batches(500)
-        queries = problem.dataset.test_inputs, problem.dataset.test_targets
-        likelihood = problem.dataset.likelihood
+        problem, started = self._problem(self.seeds), time.perf_counter()
+        everything = torch.arange(len(problem.dataset.train_inputs))
+        errors = torch.stack([problem(everything, seed) for seed in range(self.seeds)]).mean(0)
+        what = (
+            f"{len(everything):,} examples, squared error {float(errors[0]):.3f} of the first query, "
+            f"{float(errors[: self.together].mean()):.3f} of {self.together}, mean over {self.seeds} networks"
+        )
+        self.note(networks, say, what, started, error=float(errors.mean()))
+        model, path = problem.first(problem.train(everything)), self.trainings()
         for name in (RANDOM, *self.fits):
-            step(f"{name}: scores", len(rows), (1 + len(self.fits)) * len(self.counts))
+            step(f"{name}: scores", len(rows), 3 * (1 + len(self.fits)) * len(self.counts))
             began = time.perf_counter()
-            if name == RANDOM:
-                scores: Tensor = torch.randn(self.queries, len(x), generator=torch.Generator().manual_seed(0))
-            else:
-                scores = make(name, model, batches, likelihood).scores(batches, queries).values
+            scores = self._scores(name, model, problem)
             seconds = time.perf_counter() - began
-            options = {"counts": self.counts, "path": path}
-            curve = attribution.removal(scores, problem, progress=training_again(step), **options)
-            for count, interval in zip(self.counts, curve.intervals, strict=True):
-                rows.append(record(self.dataset, name, f"{count} removed", interval, seconds))
-                say(f"{name}: squared error {interval} higher with {count} removed")
+            for measure, curve in self._curves(scores, problem, path, training_again(step)):
+                for count, interval in zip(self.counts, curve.intervals, strict=True):
+                    rows.append(record(self.dataset, name, f"{measure}, {count} removed", interval, seconds))
+                    say(f"{name}, {measure}: squared error {interval} higher with {count} removed")
+
+    def _scores(self, name: str, model: nn.Module, problem: Regressors) -> Tensor:
+        batches, dataset = problem.dataset.batches(500), problem.dataset
+        if name == RANDOM:
+            shape = len(dataset.test_inputs), len(dataset.train_inputs)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        queries = dataset.test_inputs, dataset.test_targets
+        return make(name, model, batches, dataset.likelihood).scores(batches, queries).values
+
+    def _curves(
+        self, scores: Tensor, problem: Regressors, path: Path, progress: Callable[[str], None]
+    ) -> Iterator[tuple[str, Curve]]:
+        for what, size in (("one query", 1), (f"{self.together} together", self.together)):
+
+            def errors(kept: Tensor, seed: int, size: int = size) -> Tensor:
+                return problem(kept, seed)[:size].mean(0, keepdim=True)
+
+            summed = scores[:size].sum(0, keepdim=True)
+            options = {"counts": self.counts, "path": path.with_suffix(f".{size}.jsonl"), "progress": progress}
+            yield what, attribution.removal(summed, errors, seeds=self.seeds, **options)
+        each = replace(problem, seeds=self.seeds_each)
+
+        def errors_each(kept: Tensor, seed: int) -> Tensor:
+            return each(kept, seed)[: self.queries]
+
+        options = {"counts": self.counts, "path": path, "progress": progress}
+        curve = attribution.removal(scores[: self.queries], errors_each, seeds=self.seeds_each, **options)
+        yield f"each of {self.queries}", curve

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.experiments import data
 from kronfisher.experiments.influence.findings import record
-from kronfisher.experiments.influence.fits import FITS, WHOLE, make
+from kronfisher.experiments.influence.fits import FITS, IDENTITY, WHOLE, make
 from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.findings import Record
@@ -20,8 +20,6 @@ from kronfisher.influence import attribution
 from kronfisher.likelihoods import Categorical
 
 __all__ = ["LogisticStudy", "Regression"]
-
-REFINED = "conjugate gradients"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,29 +84,32 @@ class LogisticStudy(InfluenceStudy):
         decay: weight decay of the mean loss, and the damping of every fit.
         subsets: random halves of the data.
         left_out: examples that are left out, one at a time.
-        steps: of conjugate gradients on the exact Gauss-Newton matrix.
         fits: names in `FITS`.
+        refined: names in `FITS` and how many steps of conjugate gradients on the exact Gauss-Newton matrix they
+            precondition; on the identity these are plain ones.
         folder: of the trainings' results, from which an interrupted study goes on.
         data_dir: folder of the data sets' files; None takes KRONFISHER_DATA.
     """
 
     study: ClassVar[str] = "logistic"
-    judged: ClassVar[tuple[str, ...]] = ("subsets", "left_out", "steps")
+    judged: ClassVar[tuple[str, ...]] = ("subsets", "left_out", "refined")
     dataset: str = "mnist"
     train_size: int = 5000
     queries: int = 500
     decay: float = 0.01
     subsets: int = 100
     left_out: int = 50
-    steps: int = 10
     fits: Sequence[str] = tuple(name for name in FITS if name != "block-tridiagonal")  # one layer: K-FAC
+    refined: Sequence[tuple[str, int]] = ((IDENTITY, 10), ("K-FAC", 3), ("K-FAC", 10))
     folder: Path = Path("results/influence-logistic")
     data_dir: Path | None = None
 
     @classmethod
     def quick(cls, data_dir: Path | None = None) -> Self:
         """A few seconds of it, on digits."""
-        return cls("digits", 200, 20, 0.01, 10, 5, 4, ("identity", "K-FAC"), data_dir=data_dir)
+        return cls(
+            "digits", 200, 20, 0.01, 10, 5, (IDENTITY, "K-FAC"), ((IDENTITY, 4), ("K-FAC", 4)), data_dir=data_dir
+        )
 
     @classmethod
     def full(cls, data_dir: Path | None = None) -> Self:
@@ -141,11 +142,11 @@ class LogisticStudy(InfluenceStudy):
         self.note(networks, say, f"{what}, test accuracy {right:.1%}", started, accuracy=right)
         path, progress = self.trainings(), training_again(step)
         batches = list(zip(problem.x.split(500), problem.y.split(500), strict=True))
-        for name in (*self.fits, REFINED):
-            step(f"{name}: scores", len(rows), 2 * len(self.fits) + 2)
+        for fit, refine in (*((fit, 0) for fit in self.fits), *self.refined):
+            name = _named(fit, refine)
+            step(f"{name}: scores", len(rows), 2 * (len(self.fits) + len(self.refined)))
             began = time.perf_counter()
-            fit, refine = (name, 0) if name != REFINED else ("K-FAC", self.steps)
-            labels = "sampled" if name == WHOLE else "exact"
+            labels = "sampled" if fit == WHOLE else "exact"
             influence = make(fit, model, batches, Categorical(), self.decay, labels=labels, refine=refine)
             scores = influence.scores(batches, problem.queries)
             seconds = time.perf_counter() - began
@@ -154,3 +155,9 @@ class LogisticStudy(InfluenceStudy):
             rows.append(record(self.dataset, name, "linear datamodelling score", halves.interval, seconds))
             rows.append(record(self.dataset, name, "leave-one-out correlation", alone.interval, seconds))
             say(f"{name}: LDS {halves}, leave-one-out {alone}, {seconds:.1f} s")
+
+
+def _named(fit: str, steps: int) -> str:
+    if not steps:
+        return fit
+    return f"{'conjugate gradients' if fit == IDENTITY else fit}, {steps} steps"

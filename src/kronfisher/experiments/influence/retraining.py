@@ -1,7 +1,7 @@
 """Training networks on some of the data, for studies that compare scores with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -71,7 +71,7 @@ class Trainer:
 
 @dataclass(frozen=True, eq=False)
 class Regressors:
-    """Perceptrons of several seeds that are trained side by side on the same examples, and their mean squared errors.
+    """Perceptrons of several seeds that are trained side by side on the same examples, and their squared errors.
 
     Weights ``[S, O, I]`` of all S networks are multiplied in one product, so that ten take little longer than one.
 
@@ -92,6 +92,7 @@ class Regressors:
     batch_size: int = 32
     lr: float = 0.03
     decay: float = 1e-5
+    _last: dict[str, Tensor] = field(default_factory=dict, init=False)  # errors of all seeds after the last training
 
     def network(self, seed: int) -> nn.Sequential:
         """The network of one seed before training."""
@@ -132,7 +133,9 @@ class Regressors:
         return model.eval()
 
     def __call__(self, kept: Tensor, seed: int) -> Tensor:
-        """The squared error of every query, a mean over the seeds ``[Q]``; `seed` is not needed."""
-        weights = self.train(kept)
-        outputs = self.predict(weights, self.dataset.test_inputs.expand(self.seeds, -1, -1))
-        return (outputs - self.dataset.test_targets).square().mean(dim=(0, 2))
+        """The squared error of every query ``[Q]`` in the network of one seed; the other seeds' are kept for later."""
+        if not torch.equal(kept, self._last.get("kept", kept[:0])):
+            weights = self.train(kept)
+            outputs = self.predict(weights, self.dataset.test_inputs.expand(self.seeds, -1, -1))
+            self._last.update(kept=kept, errors=(outputs - self.dataset.test_targets).square().mean(dim=2))
+        return self._last["errors"][seed]
