@@ -148,7 +148,7 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first(monkeypatch):
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
     changes = OutputChanges(DAMPING)
-    changes.follow(layers, 10 * root)  # a tenth, as much as one root, each step
+    changes.follow(layers, root / output_changes.AFFORDABLE)  # as much as one root, each step
     for one in layers:
         changes.note(one, curvature(1, 6, 6))
     made = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
-from kronfisher.operators.factors import DenseFactor
+from kronfisher.linalg import mirror_
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.units import seen
 
@@ -101,7 +101,7 @@ class Alike:
     def _inputs(self) -> Tensor:
         """The damped covariances ``[L H, I, I]``."""
         known = list(self._known.values())
-        moments = DenseFactor(torch.cat([one.moments for one in known])).mirror().tensor
+        moments = mirror_(torch.cat([one.moments for one in known]))
         return _covariance(moments, self._share, bias=known[0].bias)
 
     def _share_out(self) -> None:
@@ -132,8 +132,8 @@ def cost_of_root(window: Window) -> float:
 def _covariance(factor: Tensor, share: float, *, bias: bool) -> Tensor:
     """Moments, used up, without their part for the bias, which takes the mean, and damped."""
     if bias:
-        edge = factor[:, :-1, -1:]
-        factor = factor[:, :-1, :-1] - edge @ edge.mT / factor[:, -1:, -1:]
+        edge = factor[:, :-1, -1:] * factor[:, -1:, -1:].rsqrt()
+        factor = torch.baddbmm(factor[:, :-1, :-1], edge, edge.mT, alpha=-1)
     diagonal = factor.diagonal(dim1=1, dim2=2)
     diagonal.add_(share * diagonal.mean(1, keepdim=True))
     return factor
