@@ -29,8 +29,8 @@ class OutputChanges:
 
     An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
     covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
-    made anew at every step as far as a twentieth of the arithmetic of the passes, and a little for each layer, allows, the
-    oldest first.
+    made anew at every step as far as a twentieth of the arithmetic of the passes, and a little for each layer, allows,
+    the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
