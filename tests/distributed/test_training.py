@@ -383,7 +383,12 @@ def test_a_batch_that_is_not_finite_on_one_rank_moves_nothing(ranks, fit, labels
     ("what", "kind", "message"),
     [
         ("passes", "RankError", "ran . forward and backward passes before step"),
-        ("other weights", "RankError", "parameter 0.weight: rank 0 has"),
+        (
+            "other weights",
+            "RankError",
+            "parameter 0.weight: rank 0 has .* hold the same weights. While they train, Dist",
+        ),
+        ("no wrapper", "RankError", "parameter 0.weight: rank 0 has .* averages their gradients, as fully_shard"),
     ],
 )
 def test_what_is_refused(ranks, what, kind, message):

@@ -600,11 +600,21 @@ def uneven(rank, wrapped, group):
     return "none", ""
 
 
+def unwrapped(rank, model, group):
+    """Steps of a model that nothing wraps, so that gradients are each rank's own."""
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), **group)
+    for x, y in batches(rank, dist.get_world_size(), 30):
+        optimizer.step(lambda x=x: model(x), y)
+    return "none", ""
+
+
 def refused(rank, what):
     """The error of a training that several ranks cannot run."""
     model = perceptron()
     wrapped, group = around(rank, model)
     try:
+        if what == "no wrapper":
+            return unwrapped(rank, model, group)
         if what == "other weights":
             with torch.no_grad():
                 model[0].weight.add_(rank)

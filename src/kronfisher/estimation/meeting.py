@@ -124,7 +124,7 @@ class Meeting:
             if other.error:
                 raise RankError(f"rank {rank}: {other.error}")
         for name in dict.fromkeys(name for other in all_said for name in other.facts):
-            advice = _BUFFERS if name.startswith("buffer ") else ""
+            advice = next((text for kind, text in _ADVICE.items() if name.startswith(kind)), "")
             _require_same(f"{name}: ", [other.facts.get(name) for other in all_said], advice)
         orders = {other.order for other in all_said if other.order}
         if len(orders) > 1:
@@ -252,10 +252,12 @@ class Meeting:
 
 
 _NOTHING = Parcel.of(None)
-_BUFFERS = (
-    "under DDP every rank keeps running statistics of its own batches until the next forward pass. Give all of them "
-    "those of rank 0 before: for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0)."
-)
+_ADVICE = {
+    "buffer ": "under DDP every rank keeps running statistics of its own batches until the next forward pass. Give all "
+    "of them those of rank 0 before: for buffer in model.buffers(): torch.distributed.broadcast(buffer, 0).",
+    "parameter ": "ranks have to hold the same weights. While they train, DistributedDataParallel(model) "
+    "gives all of them those of rank 0 and averages their gradients, as fully_shard(model) does.",
+}
 _TREATMENT = "ranks treated it in different ways; give data that can be read again, so that all can begin anew."
 
 

@@ -28,7 +28,7 @@ class Sharing:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._meeting = Meeting(ranks, device)
-        self._met = False
+        self._meetings = 0
 
     def share(
         self,
@@ -57,7 +57,7 @@ class Sharing:
             RankError: ranks differ in their weights, their settings or their layers; on all ranks.
         """
         facts: dict[str, Any] = {"the number of the step": step}
-        if not self._met:
+        if self._meetings.bit_count() <= 1:  # the first, the second, the third, the fifth, the ninth …
             facts |= facts_of(run.recipe, run.parameters, buffers=False)  # forward passes may have changed them
         reads_data = {layer.name: layer.reads_data for layer in layers()} if brought else {}
         said = Said(facts=facts, known=run.known, count=float(run.count), brought=brought, remarks=reads_data)
@@ -65,7 +65,7 @@ class Sharing:
             everywhere, _ = self._meeting.agree(said, run.groups, pack=False)
         except LateKnowledge as error:
             raise RankError(str(error)) from None
-        self._met = True
+        self._meetings += 1
         if not all(other.brought for other in everywhere):
             return None
         run.known = self._meeting.complete(everywhere, run.fits, run.groups, run.count)
