@@ -1,8 +1,9 @@
 """The moving average of the curvature of one layer."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from kronfisher.errors import NumericalError, require, together
 from kronfisher.estimation.groups import Group
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.state import FactorSums, WaitingState
+from kronfisher.linalg import mirror_
 from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.moving_average import AverageState, MovingAverage
@@ -37,6 +39,7 @@ class LayerStatistics:
     basis_renewed: int = -1
     before: tuple[AverageState | None, int] | None = None
     reads_data: bool = False
+    _completed: tuple[ref[Tensor] | None, int] = field(default=(None, 0), init=False, repr=False)
 
     @property
     def fit(self) -> MovingAverage:
@@ -58,9 +61,16 @@ class LayerStatistics:
 
     @property
     def input_sums(self) -> Tensor | None:
-        """``Σ a aᵀ [H, I, I]``, its upper triangle, of fits that keep it as a matrix; None of others."""
+        """``Σ a aᵀ [H, I, I]`` of fits that keep it as a matrix, both triangles; None of others."""
         first = None if self.average is None else self.average.states[0]
-        return first.inputs if isinstance(first, FactorSums) and first.inputs.dim() == 3 else None
+        if not (isinstance(first, FactorSums) and first.inputs.dim() == 3):
+            return None
+        sums = first.inputs  # whose lower triangle means nothing, so that it may hold the upper one
+        known, version = self._completed
+        if known is None or known() is not sums or version != sums._version:
+            mirror_(sums)
+            self._completed = ref(sums), sums._version
+        return sums
 
     @property
     def passes(self) -> int:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
-from kronfisher.linalg import mirror_
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.units import seen
 
@@ -40,7 +39,7 @@ class Known:
 
     @property
     def moments(self) -> Tensor:
-        """Of inputs, up to a factor: ``[H, I, I]``, at least the upper triangle."""
+        """Of inputs, up to a factor ``[H, I, I]``."""
         sums = self.layer.input_sums if self.inputs is None else self.inputs
         assert sums is not None
         return sums
@@ -85,7 +84,7 @@ class Alike:
         update = torch.cat([none if one is None else one.reshape(none.shape).to(none.dtype) for one in shown])
         roots = self._roots
         if renew or roots is None:
-            roots, self.made = _roots(update, self._inputs(), roots), step
+            roots, self.made = _roots(self._products(update), roots), step
             if self._keeps:
                 self._roots = roots
                 self._share_out()
@@ -98,11 +97,28 @@ class Alike:
                 if not window.row_major:
                     window.scatter(one[None], updates[window.parameter][None])
 
-    def _inputs(self) -> Tensor:
-        """The damped covariances ``[L H, I, I]``."""
-        known = list(self._known.values())
-        moments = mirror_(torch.cat([one.moments for one in known]))
-        return _covariance(moments, self._share, bias=known[0].bias)
+    def _products(self, update: Tensor) -> Tensor:
+        """``U A Uᵀ [L H, O, O]``, or for O > I ``A UᵀU [L H, I, I]``, which has the same eigenvalues.
+
+        A is the damped covariance of inputs up to a factor, which is never formed: moments without the mean, which
+        belongs to the bias, and a share of the mean eigenvalue.
+        """
+        wide = update.shape[1] <= update.shape[2]
+        given = update if wide else update.mT @ update  # symmetric
+        parts = []
+        for one, own in zip(self._known.values(), given.split(self._size[0]), strict=True):
+            moments = one.moments
+            traces = moments.diagonal(dim1=1, dim2=2)
+            if one.bias:
+                edge, corner = moments[:, :-1, -1:], moments[:, -1:, -1:]
+                mean = own @ edge
+                traces = traces[:, :-1] - edge[..., 0].square() / corner[..., 0]
+                damped = torch.baddbmm(self._share * traces.mean(1)[:, None, None] * own, own, moments[:, :-1, :-1])
+                parts.append(torch.baddbmm(damped, mean / corner, edge.mT, alpha=-1))
+            else:
+                parts.append(torch.baddbmm(self._share * traces.mean(1)[:, None, None] * own, own, moments))
+        product = torch.cat(parts)  # U A, or UᵀU A
+        return product @ update.mT if wide else product.mT
 
     def _share_out(self) -> None:
         """Let every weight have its root, as a view."""
@@ -129,24 +145,11 @@ def cost_of_root(window: Window) -> float:
     return float(groups * (outputs * inputs**2 + small**2 * max(outputs, inputs) + (4 * ROUNDS - 3) * small**3))
 
 
-def _covariance(factor: Tensor, share: float, *, bias: bool) -> Tensor:
-    """Moments, used up, without their part for the bias, which takes the mean, and damped."""
-    if bias:
-        edge = factor[:, :-1, -1:] * factor[:, -1:, -1:].rsqrt()
-        factor = torch.baddbmm(factor[:, :-1, :-1], edge, edge.mT, alpha=-1)
-    diagonal = factor.diagonal(dim1=1, dim2=2)
-    diagonal.add_(share * diagonal.mean(1, keepdim=True))
-    return factor
+def _roots(product: Tensor, before: Tensor | None) -> Tensor:
+    """``(C + .3 c)^(−1/2)`` up to a factor, of matrices ``[H, M, M]`` with the eigenvalues of C.
 
-
-def _roots(update: Tensor, inputs: Tensor, before: Tensor | None) -> Tensor:
-    """``(C + .3 c)^(−1/2)`` up to a factor, ``[H, M, M]``.
-
-    For O > I it is the same function of ``A UᵀU``, which has the eigenvalues of C and applies from the right. A root
-    that is not finite is that of before, or the identity.
+    A root that is not finite is that of before, or the identity.
     """
-    wide = update.shape[1] <= update.shape[2]
-    product = update @ inputs @ update.mT if wide else inputs @ (update.mT @ update)
     diagonal = product.diagonal(dim1=1, dim2=2)
     diagonal.add_(SHARE * diagonal.mean(1, keepdim=True))
     square = product @ product
