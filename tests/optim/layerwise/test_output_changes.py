@@ -151,8 +151,7 @@ def test_values_that_are_not_finite_change_nothing_later():
     torch.testing.assert_close(updates["w"], even(torch.empty(5, 4), operator, update))
 
 
-def test_arithmetic_is_limited_and_the_oldest_roots_go_first(monkeypatch):
-    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
+def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     parameters = [torch.empty(6, 6) for _ in range(4)]
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
@@ -171,8 +170,7 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first(monkeypatch):
     assert (updates["w0"] == 1).all()
 
 
-def test_roots_that_are_made_at_every_step_take_no_memory(monkeypatch):
-    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
+def test_roots_that_are_made_at_every_step_take_no_memory():
     for rows, kept in ((1024, False), (64, True)):
         _, optimizer = _trained(3, rows=rows)
         known = optimizer.parts.direction.changes._known
@@ -198,8 +196,7 @@ def _trained(steps, *, resume=None, rows=64):
 
 @pytest.mark.parametrize("rows", [64, 1024])
 @pytest.mark.parametrize("resume", [1, 2, 7, 23])
-def test_resumed_training_goes_on_as_it_was(resume, rows, monkeypatch):
-    monkeypatch.setattr(output_changes, "PER_LAYER", 0.0)
+def test_resumed_training_goes_on_as_it_was(resume, rows):
     whole, parted = _trained(26, rows=rows), _trained(26, resume=resume, rows=rows)
     for one, other in zip(whole[0].parameters(), parted[0].parameters(), strict=True):
         assert torch.equal(one, other)

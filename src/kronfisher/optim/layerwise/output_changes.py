@@ -21,7 +21,6 @@ from kronfisher.optim.layerwise.units import is_matrix
 __all__ = ["OutputChanges"]
 
 AFFORDABLE = 0.05  # of the arithmetic of forward and backward passes, for roots, and again for their products
-PER_LAYER = 2e6  # multiplications besides: they take half as long as capturing a layer's call does anyway
 
 
 class OutputChanges:
@@ -29,8 +28,7 @@ class OutputChanges:
 
     An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
     covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
-    made anew at every step as far as a twentieth of the arithmetic of the passes, and a little for each layer, allows,
-    the oldest first.
+    made anew at every step as far as a twentieth of the arithmetic of the passes allows, the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
@@ -55,7 +53,7 @@ class OutputChanges:
         if self._followed == followed:
             return
         layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
-        self._budget = AFFORDABLE * pass_cost + PER_LAYER * len(inverses)
+        self._budget = AFFORDABLE * pass_cost
         self._wanted, left = [], self._budget
         for window in sorted(layers, key=cost_of_product):
             if (left := left - cost_of_product(window)) < 0:
