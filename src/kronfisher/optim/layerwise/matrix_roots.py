@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Known:
     bias: bool
     root: Tensor | None = None
     made: int = -1
+    _read: tuple[ref[Tensor] | None, int, Tensor | None, Tensor | None] = (None, 0, None, None)
 
     @property
     def moments(self) -> Tensor:
@@ -43,6 +45,23 @@ class Known:
         sums = self.layer.input_sums if self.inputs is None else self.inputs
         assert sums is not None
         return sums
+
+    def read(self, share: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Moments without the bias coordinate, the share of the mean eigenvalue ``[H, 1, 1]``, the mean ``[H, I, 1]``.
+
+        The mean belongs to the bias: its square is not in the eigenvalue. All but the moments is kept until these
+        change, which is rarely.
+        """
+        moments = self.moments
+        known, version, damping, edge = self._read
+        if known is None or known() is not moments or version != moments._version or damping is None:
+            diagonal, edge = moments.diagonal(dim1=1, dim2=2), None
+            if self.bias:
+                edge = moments[:, :-1, -1:] * moments[:, -1:, -1:].rsqrt()
+                diagonal = diagonal[:, :-1] - edge[..., 0].square()
+            damping = share * diagonal.mean(1)[:, None, None]
+            self._read = ref(moments), moments._version, damping, edge
+        return (moments if edge is None else moments[:, :-1, :-1]), damping, edge
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -107,16 +126,9 @@ class Alike:
         given = update if wide else update.mT @ update  # symmetric
         parts = []
         for one, own in zip(self._known.values(), given.split(self._size[0]), strict=True):
-            moments = one.moments
-            traces = moments.diagonal(dim1=1, dim2=2)
-            if one.bias:
-                edge, corner = moments[:, :-1, -1:], moments[:, -1:, -1:]
-                mean = own @ edge
-                traces = traces[:, :-1] - edge[..., 0].square() / corner[..., 0]
-                damped = torch.baddbmm(self._share * traces.mean(1)[:, None, None] * own, own, moments[:, :-1, :-1])
-                parts.append(torch.baddbmm(damped, mean / corner, edge.mT, alpha=-1))
-            else:
-                parts.append(torch.baddbmm(self._share * traces.mean(1)[:, None, None] * own, own, moments))
+            moments, damping, edge = one.read(self._share)
+            part = torch.baddbmm(own * damping, own, moments)
+            parts.append(part if edge is None else torch.baddbmm(part, own @ edge, edge.mT, alpha=-1))
         product = torch.cat(parts)  # U A, or UᵀU A
         return product @ update.mT if wide else product.mT
 
