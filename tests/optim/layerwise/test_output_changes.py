@@ -15,6 +15,14 @@ from kronfisher.optim.layerwise.output_changes import OutputChanges
 DAMPING = 0.05
 
 
+@pytest.fixture(autouse=True)
+def operations_are_free(monkeypatch):
+    """Otherwise networks as small as these do without."""
+    for module in (matrix_roots, output_changes):
+        for name in ("CALLS_OF_ROOT", "CALLS_OF_PRODUCT"):
+            monkeypatch.setattr(module, name, 0.0)
+
+
 def layer(parameter, window=None, *, reads_data=False, bias=None, sums=None):
     """What of a layer's inverse is looked at."""
     block = Block("w", "test", window or Window.of("w", parameter).grouped, bias)
@@ -168,6 +176,12 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     changes.follow(layers, 9.0 * 6**3)  # not even one product with an update
     changes.even(updates := {"w0": torch.ones(6, 6, dtype=torch.float64)})
     assert (updates["w0"] == 1).all()
+
+
+def test_small_networks_do_without(monkeypatch):
+    monkeypatch.setattr(output_changes, "CALLS_OF_PRODUCT", 2e6)
+    _, optimizer = _trained(3)
+    assert not optimizer.parts.direction.changes._known
 
 
 def test_roots_that_are_made_at_every_step_take_no_memory():

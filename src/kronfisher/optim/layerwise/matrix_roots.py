@@ -13,11 +13,13 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.units import seen
 
-__all__ = ["Alike", "Known", "cost_of_product", "cost_of_root", "least"]
+__all__ = ["CALLS_OF_PRODUCT", "CALLS_OF_ROOT", "Alike", "Known", "cost_of_product", "cost_of_root", "least"]
 
 SHARE = 0.3  # of the mean variance, which all directions have before roots are taken: the smallest are noise
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: s (a + b s² + c s⁴) of singular values s
 ROUNDS = 2  # of it: enough for values from .1 on
+CALLS_OF_ROOT = 6e6  # multiplications that take as long as the small operations of making roots of one shape
+CALLS_OF_PRODUCT = 2e6  # and those of applying them
 
 
 @dataclass
@@ -79,14 +81,14 @@ class Alike:
 
     Attributes:
         made: the step at which the roots were made.
-        cost: multiplications of making them.
+        cost: of making them, in multiplications.
     """
 
     def __init__(self, known: Mapping[Window, Known], share: float, *, keeps: bool) -> None:
         self._known, self._share, self._keeps = dict(known), share, keeps
         first, entry = next(iter(known.items()))
         self._size = first.size
-        self.cost = len(known) * cost_of_root(first)
+        self.cost = len(known) * cost_of_root(first) + CALLS_OF_ROOT
         roots = [one.root for one in known.values() if one.root is not None]
         whole = keeps and len(roots) == len(known)
         self.made = entry.made if whole else -1

@@ -10,6 +10,8 @@ from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators import Operator
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layerwise.matrix_roots import (
+    CALLS_OF_PRODUCT,
+    CALLS_OF_ROOT,
     Alike,
     Known,
     cost_of_product,
@@ -20,7 +22,7 @@ from kronfisher.optim.layerwise.units import is_matrix
 
 __all__ = ["OutputChanges"]
 
-AFFORDABLE = 0.05  # of the arithmetic of forward and backward passes, for roots, and again for their products
+AFFORDABLE = 0.1  # of forward and backward passes, for roots, and again for their products
 
 
 class OutputChanges:
@@ -28,7 +30,7 @@ class OutputChanges:
 
     An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
     covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
-    made anew at every step as far as a twentieth of the arithmetic of the passes allows, the oldest first.
+    made anew at every step as far as a tenth of what the passes cost allows, the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
@@ -55,10 +57,13 @@ class OutputChanges:
         layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
         self._budget = AFFORDABLE * pass_cost
         self._wanted, left = [], self._budget
+        shapes = set()
         for window in sorted(layers, key=cost_of_product):
-            if (left := left - cost_of_product(window)) < 0:
+            left -= cost_of_product(window) + CALLS_OF_PRODUCT * (window.size not in shapes)
+            if left < 0:
                 break
             self._wanted.append(window)
+            shapes.add(window.size)
         self._followed, self._pass_cost, self._together = followed, pass_cost, []
         self._known = {window: self._known[window] for window in self._wanted if window in self._known}
         for window, known in self._known.items():
@@ -99,9 +104,9 @@ class OutputChanges:
         known = [window for window in self._wanted if window in self._known]
         for window in known:
             shapes.setdefault((window.size, *self._known[window].alike), []).append(window)
-        keeps = sum(map(cost_of_root, known)) > self._budget
+        keeps = sum(map(cost_of_root, known)) + CALLS_OF_ROOT * len(shapes) > self._budget
         for windows in shapes.values():
-            most = max(int(self._budget / cost_of_root(windows[0])), 1)
+            most = max(int((self._budget - CALLS_OF_ROOT) / cost_of_root(windows[0])), 1)
             for low in range(0, len(windows), most):
                 some = {window: self._known[window] for window in windows[low : low + most]}
                 yield Alike(some, self._damping, keeps=keeps)
