@@ -300,14 +300,17 @@ def test_a_preconditioner_goes_on_from_its_named_state(tmp_path):
 
 @pytest.mark.parametrize(("how", "at"), [("ddp", 0), ("ddp", 7), ("rows", 5)])
 def test_a_rank_that_ends_in_training_ends_the_others(how, at, tmp_path):
-    """Between two steps, so that the others miss it in their backward pass; the error names it."""
+    """Between two steps, so that the others miss it in their backward pass; the error names it.
+
+    Where a connection was not open yet, that takes the group's timeout.
+    """
     own = World(3, tmp_path)
     calls = [each.submit(run, trainings.ended, rank, (how, at)) for rank, each in enumerate(own.executors)]
     for rank, call in enumerate(calls[:2]):
-        kind, text = call.result(timeout=90)
+        kind, text = call.result(timeout=LIMIT)
         assert kind == "RankError" and f"rank {rank} lost the other ranks: rank 2 has ended" in text, text
     with pytest.raises(BrokenProcessPool):
-        calls[2].result(timeout=90)
+        calls[2].result(timeout=LIMIT)
     own.end()
 
 
