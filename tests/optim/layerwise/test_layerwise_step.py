@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from kronfisher.optim.layerwise import matrix_roots, output_changes
 from tests.helpers.training import batches, network, train, weights, wide
 
 
@@ -56,10 +55,7 @@ def test_the_first_step_has_the_size_where_the_rates_of_muon_and_adamw_agree_wha
         assert square**0.5 == pytest.approx(rate * 0.2 * numel**0.5 * ahead, rel=1e-6)
 
 
-def test_the_step_is_along_the_damped_inverse_of_dense_truth(monkeypatch):
-    monkeypatch.setattr(matrix_roots, "QUINTIC", (1.875, -1.25, 0.375))
-    monkeypatch.setattr(matrix_roots, "ROUNDS", 30)  # until it has converged
-    monkeypatch.setattr(output_changes, "AFFORDABLE", 1e9)
+def test_the_step_is_along_the_damped_inverse_of_dense_truth():
     model, ((x, y), *_) = network(dtype=torch.float64), batches(1, dtype=torch.float64)
     rule = kf.LayerwiseStep(damping=0.1, data_damping=0.0)
     optimizer = kf.NaturalGradient(model, kf.Categorical(), step=rule, labels="exact")
@@ -75,12 +71,6 @@ def test_the_step_is_along_the_damped_inverse_of_dense_truth(monkeypatch):
     moved = torch.cat([model[2].weight - before["2.weight"], (model[2].bias - before["2.bias"])[:, None]], 1)
     lengths = expected[:, :-1].norm(dim=1, keepdim=True)  # of the rows of the weight
     expected[:, :-1] *= (lengths / lengths.square().mean().sqrt()).clamp_min(0.25) ** -0.5
-    weight, mean = expected[:, :-1], A[:-1, -1]
-    inputs = A[:-1, :-1] - mean[:, None] * mean / A[-1, -1]
-    C = weight @ (inputs + 0.1 * inputs.trace() / len(inputs) * torch.eye(len(inputs), dtype=torch.float64)) @ weight.mT
-    values, vectors = torch.linalg.eigh(C + 0.3 * C.trace() / len(C) * torch.eye(len(C), dtype=torch.float64))
-    even = (vectors * values**-0.5) @ vectors.mT @ weight
-    expected[:, :-1] = even * weight.norm() / even.norm()
     torch.testing.assert_close(-moved / moved.norm(), expected / expected.norm())
 
 

@@ -29,6 +29,9 @@ def layer(parameter, window=None, *, reads_data=False, bias=None, sums=None):
     return SimpleNamespace(blocks=(block,), other=None, layer=SimpleNamespace(reads_data=reads_data, input_sums=sums))
 
 
+LAST = layer(torch.empty(1, 1))
+
+
 def curvature(groups, outputs, inputs, dtype=torch.float64):
     a, b = (torch.randn(groups, n, 2 * n, dtype=dtype) for n in (inputs, outputs))
     return Kronecker(a @ a.mT / (2 * inputs), b @ b.mT / (2 * outputs), "w")
@@ -50,7 +53,7 @@ def changed(update, A):
 
 def even(parameter, operator, update, window=None, **settings):
     changes, one = OutputChanges(DAMPING), layer(parameter, window, **settings)
-    changes.follow([one], 1e9)
+    changes.follow([one, LAST], 1e9)
     changes.note(one, operator)
     updates = {"w": update.clone()}
     changes.even(updates)
@@ -124,7 +127,7 @@ def test_layers_that_read_data_rows_and_tables_stay():
     row, one = torch.randn(1, 4, dtype=torch.float64), curvature(1, 1, 4)
     assert torch.equal(even(torch.empty(1, 4), one, row), row)
     changes, missing = OutputChanges(DAMPING), layer(torch.empty(5, 4))
-    changes.follow([missing], 1e9)
+    changes.follow([missing, LAST], 1e9)
     changes.note(missing, operator)
     changes.even(updates := {"other": update.clone()})
     assert torch.equal(updates["other"], update)
@@ -151,7 +154,7 @@ def test_sums_of_the_statistics_serve_as_they_are():
 def test_values_that_are_not_finite_change_nothing_later():
     update, operator, one = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4), layer(torch.empty(5, 4))
     changes = OutputChanges(DAMPING)
-    changes.follow([one], 1e9)
+    changes.follow([one, LAST], 1e9)
     changes.note(one, operator)
     for bad in (torch.full_like(update, float("inf")), torch.zeros_like(update), update * 1e200):
         changes.even({"w": bad.clone()})
@@ -164,7 +167,7 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
     changes = OutputChanges(DAMPING)
-    changes.follow(layers, root / output_changes.AFFORDABLE)  # as much as one root, each step
+    changes.follow([*layers, LAST], root / output_changes.AFFORDABLE)  # as much as one root, each step
     for one in layers:
         changes.note(one, curvature(1, 6, 6))
     made = []
@@ -173,7 +176,7 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
         made.append([group.made for group in changes._together])
     assert made[0] == [1, 1, 1, 1]  # all that are missing
     assert sorted(made[-1]) == [6, 7, 8, 9], made  # one at a time, each as often as the others
-    changes.follow(layers, 9.0 * 6**3)  # not even one product with an update
+    changes.follow([*layers, LAST], 9.0 * 6**3)  # not even one product with an update
     changes.even(updates := {"w0": torch.ones(6, 6, dtype=torch.float64)})
     assert (updates["w0"] == 1).all()
 
@@ -188,7 +191,7 @@ def test_roots_that_are_made_at_every_step_take_no_memory():
     for rows, kept in ((1024, False), (64, True)):
         _, optimizer = _trained(3, rows=rows)
         known = optimizer.parts.direction.changes._known
-        assert {window.parameter for window in known} == {"2.weight", "4.weight"}
+        assert {window.parameter for window in known} == {"2.weight"}
         assert all(one.inputs is None and (one.root is not None) == kept for one in known.values())
 
 
@@ -228,3 +231,10 @@ def test_a_layer_without_gradient_for_a_while():
     for _ in range(3):
         optimizer.step(lambda: model(x), y)
     assert not torch.equal(before, model[2].weight) and torch.isfinite(model[2].weight).all()
+
+
+def test_the_last_layer_stays():
+    """Evened, rates that are exponentials of its outputs exploded."""
+    _, optimizer = _trained(3, rows=1024)
+    changes = optimizer.parts.direction.changes
+    assert {window.parameter for window in changes._wanted} == {"2.weight"}

@@ -33,8 +33,8 @@ class OutputChanges:
     made anew at every step as far as a tenth of what the passes cost allows, the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
-    library's own. Layers that read data are left as they are: small directions are those by which examples are learnt
-    by heart.
+    library's own. The last layer is left as it is: what its outputs may change by is known exactly. So are layers that
+    read data: small directions are those by which examples are learnt by heart.
 
     Args:
         share: of its mean eigenvalue, by which A is damped.
@@ -54,7 +54,8 @@ class OutputChanges:
         followed = id(inverses), len(inverses), pass_cost
         if self._followed == followed:
             return
-        layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
+        hidden = inverses[:-1]  # of the outputs themselves B is exact, and to even what it weighs lets rates explode
+        layers = {window: one.layer for one in hidden if (window := _weight(one)) is not None}
         self._budget = AFFORDABLE * pass_cost
         self._wanted, left = [], self._budget
         shapes = set()
