@@ -31,6 +31,13 @@ def test_steps(ranks, fit):
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
+@pytest.mark.parametrize("affordable", [1.0, 1e9])
+def test_evened_steps(ranks, affordable):
+    truth = trainings.evened(None, ranks.size, affordable)
+    assert float(truth["evened"]) == 1
+    follow(ranks.call(trainings.evened, ranks.size, affordable), truth)
+
+
 @pytest.mark.parametrize(
     ("name", "fit"), [("exact", "kfac"), ("exact", "ekfac"), ("momentum", "kfac"), ("undone", "kfac")]
 )

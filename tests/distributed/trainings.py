@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from itertools import islice
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kronfisher as kf
 from kronfisher.distributed import ranks_of
+from kronfisher.optim.layerwise import output_changes
 from kronfisher.optim.layerwise.running import RunningStatistics
 from tests.distributed import cases
 from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
@@ -59,6 +61,21 @@ def steps(rank, ranks, number=20, fit="kfac", labels="observed", how="ddp", **op
     for x, y in batches(rank, ranks, number):
         optimizer.step(lambda x=x: wrapped(x), y)
     return weights(model)
+
+
+def evened(rank, ranks, affordable, number=12):
+    """Steps of a network whose output changes are evened, as those of large ones are; and how many weights are."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
+    wrapped, group = around(rank, model)
+    with mock.patch.object(output_changes, "AFFORDABLE", affordable), mock.patch.object(output_changes, "CALLS", 0.0):
+        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+        for x, y in batches(rank, ranks, number):
+            optimizer.step(lambda x=x: wrapped(x), y)
+    known = optimizer.parts.direction.changes._known
+    return weights(model) | {"evened": torch.tensor(float(len(known)), dtype=torch.float64)}
 
 
 def alone(rank, ranks, number=8):

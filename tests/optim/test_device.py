@@ -6,7 +6,7 @@ import torch
 import kronfisher as kf
 from kronfisher.fits import FITS, resolve
 from tests.helpers.close import close
-from tests.helpers.device.trainings import NETWORKS, precondition, train
+from tests.helpers.device.trainings import NETWORKS, precondition, train, train_evened
 
 CPU = torch.device("cpu")
 # Of one batch each, and cheap enough to be tried everywhere; others of several passes cannot be trained.
@@ -40,6 +40,16 @@ def test_steps_are_those_of_the_cpu(on_device, fit, network):
     if fit in FACTORS:  # the first step examines the graph
         for found, renewed in list(zip(there.waits, there.renewals, strict=True))[1:]:
             assert len(found) <= 2 * renewed + 1, (found, renewed)  # one for the course of the loss
+
+
+@pytest.mark.parametrize("fit", LONG)
+@pytest.mark.parametrize("affordable", [0.5, 1e9])  # roots that serve for several steps, and for one
+def test_evened_steps_are_those_of_the_cpu(on_device, fit, affordable):
+    there, here = on_device(train_evened, fit, affordable, 40), train_evened(CPU, fit, affordable, 40)
+    agree(there, here)
+    assert plain(there) == []
+    others = train(CPU, "deep", fit, 40, {})
+    assert float((others.weights - here.weights).norm()) > 1e-2
 
 
 @pytest.mark.parametrize("network", ["perceptron", "convolutions"])

@@ -1,6 +1,6 @@
 """Ranks of a process group put together what each has read: once a pass, after they have agreed on what it is."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Said:
         targets: what was taken for targets, in words.
         order: of all batches, if its data were dealt out.
         brought: whether it has anything to put together.
-        remarks: what it noted about blocks, by name.
+        remarks: what it noted about blocks, by name, as answers to fixed questions.
         entries: its groups.
     """
 
@@ -79,7 +79,7 @@ class Said:
     targets: str = ""
     order: str = ""
     brought: bool = True
-    remarks: Mapping[str, bool] = field(default_factory=dict)
+    remarks: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
 
 

@@ -30,6 +30,7 @@ class LayerStatistics:
         basis_due: the step at which a fit of two passes renews its basis.
         basis_renewed: the step at which it last did.
         reads_data: whether the inputs of all its uses are data that depend on no parameter.
+        makes_outputs: whether the model's outputs depend on it directly, with no other layer in between.
         before: the average and `basis_renewed` from before a step's statistics, while these may yet be left out.
     """
 
@@ -39,6 +40,7 @@ class LayerStatistics:
     basis_renewed: int = -1
     before: tuple[AverageState | None, int] | None = None
     reads_data: bool = False
+    makes_outputs: bool = False
     _completed: tuple[ref[Tensor] | None, int] = field(default=(None, 0), init=False, repr=False)
 
     @property
@@ -199,6 +201,7 @@ class LayerStatistics:
             "basis_due": self.basis_due,
             "basis_renewed": self.basis_renewed,
             "reads_data": self.reads_data,
+            "makes_outputs": self.makes_outputs,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: Any) -> None:
@@ -207,7 +210,7 @@ class LayerStatistics:
             self.average = AverageState.from_dict(saved, self.blocks, device)
         self.empty()
         self.basis_due, self.basis_renewed = state["basis_due"], state["basis_renewed"]
-        self.reads_data = state.get("reads_data", False)
+        self.reads_data, self.makes_outputs = (state.get(name, False) for name in ("reads_data", "makes_outputs"))
 
 
 def periods(refresh: Refresh, layers: Iterable[LayerStatistics]) -> Refresh:

@@ -59,8 +59,8 @@ class Sharing:
         facts: dict[str, Any] = {"the number of the step": step}
         if self._meetings.bit_count() <= 1:  # the first, the second, the third, the fifth, the ninth …
             facts |= facts_of(run.recipe, run.parameters, buffers=False)  # forward passes may have changed them
-        reads_data = {layer.name: layer.reads_data for layer in layers()} if brought else {}
-        said = Said(facts=facts, known=run.known, count=float(run.count), brought=brought, remarks=reads_data)
+        ends = {layer.name: (layer.reads_data, layer.makes_outputs) for layer in layers()} if brought else {}
+        said = Said(facts=facts, known=run.known, count=float(run.count), brought=brought, remarks=ends)
         try:
             everywhere, _ = self._meeting.agree(said, run.groups, pack=False)
         except LateKnowledge as error:
@@ -71,7 +71,8 @@ class Sharing:
         run.known = self._meeting.complete(everywhere, run.fits, run.groups, run.count)
         found = layers()
         for layer in found:
-            layer.reads_data = any(other.remarks.get(layer.name, False) for other in everywhere)
+            said_of = [other.remarks.get(layer.name, (False, False)) for other in everywhere]
+            layer.reads_data, layer.makes_outputs = map(any, zip(*said_of, strict=True))
         found = [layer for layer in found if only(layer)]
         self._sum(found, sums := _Numbers(numbers, found, run.device))
         return sums.others

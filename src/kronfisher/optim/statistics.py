@@ -331,7 +331,7 @@ class Statistics:
         self._find_layers(run, step)
         if not complete:
             self._leave_others(run, room=False)
-        self._find_readers(capture)
+        self._find_ends(observation)
         measured = self._measures_misfit and self.likelihood.labelled(targets)
         counted = run.count - before
         share = None if weight is None else weight / (counted if isinstance(counted, Tensor) else max(counted, 1.0))
@@ -399,15 +399,19 @@ class Statistics:
                 assert isinstance(group.fit, MovingAverage)
                 group.state = (group.fit.fresh if room else group.fit.without_sums)(group.state)  # pyright: ignore[reportArgumentType]
 
-    def _find_readers(self, capture: Capture) -> None:
-        """See which layers read data directly."""
+    def _find_ends(self, observation: Observation) -> None:
+        """See which layers read data directly, and which make the outputs."""
         from_data: dict[Key, bool] = {}
-        for call in capture.calls:
+        last: set[Key] = set()
+        for index, call in enumerate(observation.calls):
             for use in call.uses:
                 for key in ((use.weight, use.bias), (use.weight, None)):
                     from_data[key] = from_data.get(key, True) and use.reads_data
+                    if index in observation.graph.last:
+                        last.add(key)
         for layer in self.layers:
             layer.reads_data = all(from_data.get(block.key, False) for block in layer.blocks)
+            layer.makes_outputs = any(block.key in last for block in layer.blocks)
 
     def _find_layers(self, run: Accumulator, step: int) -> None:
         """One layer for every group; averages of the same blocks are kept, except in a basis of their own."""

@@ -2,12 +2,14 @@
 
 import copy
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import kronfisher as kf
 from kronfisher.likelihoods import Likelihood
+from kronfisher.optim.layerwise import output_changes
 from tests.helpers.device.simulated import Wait, waits
 from tests.helpers.networks import Tied, images, normalised, perceptron
 
@@ -28,7 +30,7 @@ NETWORKS = ("perceptron", "convolutions", "normalised", "positions")
 
 
 def problem(network: str) -> Problem:
-    """One of the `NETWORKS`, in float64, with four batches."""
+    """One of the `NETWORKS`, or "deep", in float64, with four batches."""
     torch.manual_seed(5)
     generator = torch.Generator().manual_seed(7)
 
@@ -43,6 +45,7 @@ def problem(network: str) -> Problem:
         "convolutions": lambda: (images(), kf.Gaussian(), inputs(8, 2, 4, 4), inputs(8, 3)),
         "normalised": lambda: (normalised(), kf.Categorical(), inputs(12, 4), labels(12)),
         "positions": lambda: (Tied(), kf.Categorical(), inputs(6, 5, 4), labels(6, 5)),
+        "deep": lambda: (deep(), kf.Categorical(), inputs(64, 4), labels(64)),
     }[network]()
     return Problem(model.double(), likelihood, list(zip(x, y, strict=True)))
 
@@ -84,6 +87,18 @@ def train(device: torch.device, network: str, fit: Any, steps: int, options: dic
         renewals.append(due + made)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).cpu()
     return Training(weights, [float(loss) for loss in losses], waited, renewals)
+
+
+def deep() -> nn.Module:
+    """Weights of two shapes between the first and the last layer, one of them wider than high."""
+    sizes = ((4, 6), (6, 6), (6, 9), (9, 6), (6, 6), (6, 3))
+    return nn.Sequential(*[part for size in sizes for part in (nn.Linear(*size), nn.Tanh())][:-1])
+
+
+def train_evened(device: torch.device, fit: Any, affordable: float, steps: int) -> Training:
+    """Train a network whose output changes are evened, as those of large ones are, for this share of a pass."""
+    with mock.patch.object(output_changes, "AFFORDABLE", affordable), mock.patch.object(output_changes, "CALLS", 0.0):
+        return train(device, "deep", fit, steps, {})
 
 
 def precondition(device: torch.device, network: str, fit: Any, steps: int) -> Training:

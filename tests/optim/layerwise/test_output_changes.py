@@ -18,18 +18,15 @@ DAMPING = 0.05
 @pytest.fixture(autouse=True)
 def operations_are_free(monkeypatch):
     """Otherwise networks as small as these do without."""
-    for module in (matrix_roots, output_changes):
-        for name in ("CALLS_OF_ROOT", "CALLS_OF_PRODUCT"):
-            monkeypatch.setattr(module, name, 0.0)
+    for module, name in ((matrix_roots, "CALLS_OF_ROOT"), (output_changes, "CALLS_OF_ROOT"), (output_changes, "CALLS")):
+        monkeypatch.setattr(module, name, 0.0)
 
 
-def layer(parameter, window=None, *, reads_data=False, bias=None, sums=None):
+def layer(parameter, window=None, *, bias=None, sums=None, **ends):
     """What of a layer's inverse is looked at."""
     block = Block("w", "test", window or Window.of("w", parameter).grouped, bias)
-    return SimpleNamespace(blocks=(block,), other=None, layer=SimpleNamespace(reads_data=reads_data, input_sums=sums))
-
-
-LAST = layer(torch.empty(1, 1))
+    ends = {"reads_data": False, "makes_outputs": False} | ends
+    return SimpleNamespace(blocks=(block,), other=None, layer=SimpleNamespace(input_sums=sums, **ends))
 
 
 def curvature(groups, outputs, inputs, dtype=torch.float64):
@@ -53,7 +50,7 @@ def changed(update, A):
 
 def even(parameter, operator, update, window=None, **settings):
     changes, one = OutputChanges(DAMPING), layer(parameter, window, **settings)
-    changes.follow([one, LAST], 1e9)
+    changes.follow([one], 1e9)
     changes.note(one, operator)
     updates = {"w": update.clone()}
     changes.even(updates)
@@ -121,13 +118,14 @@ def test_every_way_to_see_a_weight(dtype):
     check(torch.empty(6, 2, 3, 3), lambda w: w, 3, 2, 18)
 
 
-def test_layers_that_read_data_rows_and_tables_stay():
+def test_layers_at_the_ends_and_single_rows_stay():
     update, operator = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4)
-    assert torch.equal(even(torch.empty(5, 4), operator, update, reads_data=True), update)
+    for end in ("reads_data", "makes_outputs"):
+        assert torch.equal(even(torch.empty(5, 4), operator, update, **{end: True}), update)
     row, one = torch.randn(1, 4, dtype=torch.float64), curvature(1, 1, 4)
     assert torch.equal(even(torch.empty(1, 4), one, row), row)
     changes, missing = OutputChanges(DAMPING), layer(torch.empty(5, 4))
-    changes.follow([missing, LAST], 1e9)
+    changes.follow([missing], 1e9)
     changes.note(missing, operator)
     changes.even(updates := {"other": update.clone()})
     assert torch.equal(updates["other"], update)
@@ -154,7 +152,7 @@ def test_sums_of_the_statistics_serve_as_they_are():
 def test_values_that_are_not_finite_change_nothing_later():
     update, operator, one = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4), layer(torch.empty(5, 4))
     changes = OutputChanges(DAMPING)
-    changes.follow([one, LAST], 1e9)
+    changes.follow([one], 1e9)
     changes.note(one, operator)
     for bad in (torch.full_like(update, float("inf")), torch.zeros_like(update), update * 1e200):
         changes.even({"w": bad.clone()})
@@ -167,7 +165,7 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
     root = 7 * 6**3
     changes = OutputChanges(DAMPING)
-    changes.follow([*layers, LAST], root / output_changes.AFFORDABLE)  # as much as one root, each step
+    changes.follow(layers, root / output_changes.AFFORDABLE)  # as much as one root, each step
     for one in layers:
         changes.note(one, curvature(1, 6, 6))
     made = []
@@ -176,13 +174,13 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
         made.append([group.made for group in changes._together])
     assert made[0] == [1, 1, 1, 1]  # all that are missing
     assert sorted(made[-1]) == [6, 7, 8, 9], made  # one at a time, each as often as the others
-    changes.follow([*layers, LAST], 9.0 * 6**3)  # not even one product with an update
+    changes.follow(layers, 9.0 * 6**3)  # not even one product with an update
     changes.even(updates := {"w0": torch.ones(6, 6, dtype=torch.float64)})
     assert (updates["w0"] == 1).all()
 
 
 def test_small_networks_do_without(monkeypatch):
-    monkeypatch.setattr(output_changes, "CALLS_OF_PRODUCT", 2e6)
+    monkeypatch.setattr(output_changes, "CALLS", 2e6)
     _, optimizer = _trained(3)
     assert not optimizer.parts.direction.changes._known
 
@@ -233,8 +231,30 @@ def test_a_layer_without_gradient_for_a_while():
     assert not torch.equal(before, model[2].weight) and torch.isfinite(model[2].weight).all()
 
 
-def test_the_last_layer_stays():
-    """Evened, rates that are exponentials of its outputs exploded."""
-    _, optimizer = _trained(3, rows=1024)
-    changes = optimizer.parts.direction.changes
-    assert {window.parameter for window in changes._wanted} == {"2.weight"}
+class Heads(nn.Module):
+    """Two layers make the outputs, and the one that is called last makes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.middle = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.first, self.second, self.late = nn.Linear(8, 5), nn.Linear(8, 5), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.middle(self.inner(x).tanh()).tanh()
+        first = self.first(h)
+        return torch.cat([first, self.second(h + self.late(h).tanh())], 1)
+
+
+def test_what_makes_the_outputs_stays():
+    """Evened, rates that are exponentials of these exploded."""
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(1024, 6)
+    optimizer = kf.NaturalGradient(model, kf.Poisson())
+    for _ in range(3):
+        optimizer.step(lambda: model(x), torch.poisson(torch.ones(1024, 10)))
+    wanted = {window.parameter for window in optimizer.parts.direction.changes._wanted}
+    assert wanted == {"middle.weight", "late.weight"}
+    assert {layer.name for layer in optimizer.parts.statistics.layers if layer.makes_outputs} == {
+        "first.weight",
+        "second.weight",
+    }

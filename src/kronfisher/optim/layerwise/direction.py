@@ -56,7 +56,7 @@ class RelativeDirection(Inverses):
 
     Attributes:
         inverses: one for each layer, in the order of the layers.
-        changes: makes updates even, with matrices that are renewed as the inverses are.
+        changes: evens what updates change in outputs; it meets layers as their inverses are made.
         seconds: spent on making inverses.
     """
 
@@ -122,7 +122,7 @@ class RelativeDirection(Inverses):
         """Take over what `state_dict` gave, for these layers."""
         super().load_state_dict(state, layers)
         device = next(iter(self._parameters.values())).device
-        self.changes.load_state_dict(state.get("changes", []), self.inverses, device)
+        self.changes.load_state_dict(state.get("changes", {}), self.inverses, device)
 
     def _damping(self, one: LayerInverse) -> Shares:
         inputs = self.share

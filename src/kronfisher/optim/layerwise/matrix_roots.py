@@ -13,13 +13,12 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.units import seen
 
-__all__ = ["CALLS_OF_PRODUCT", "CALLS_OF_ROOT", "Alike", "Known", "cost_of_product", "cost_of_root", "least"]
+__all__ = ["CALLS_OF_ROOT", "Alike", "Known", "cost_of_product", "cost_of_root", "least"]
 
 SHARE = 0.3  # of the mean variance, which all directions have before roots are taken: the smallest are noise
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: s (a + b s² + c s⁴) of singular values s
 ROUNDS = 2  # of it: enough for values from .1 on
 CALLS_OF_ROOT = 6e6  # multiplications that take as long as the small operations of making roots of one shape
-CALLS_OF_PRODUCT = 2e6  # and those of applying them
 
 
 @dataclass
@@ -143,8 +142,8 @@ class Alike:
 
 def least(window: Window) -> int:
     """The lesser of O and I."""
-    groups, outputs, *inputs = window.size
-    return min(outputs, prod(inputs)) if groups else 0
+    _, outputs, *inputs = window.size
+    return min(outputs, prod(inputs))
 
 
 def cost_of_product(window: Window) -> float:

@@ -10,7 +10,6 @@ from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators import Operator
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layerwise.matrix_roots import (
-    CALLS_OF_PRODUCT,
     CALLS_OF_ROOT,
     Alike,
     Known,
@@ -23,6 +22,7 @@ from kronfisher.optim.layerwise.units import is_matrix
 __all__ = ["OutputChanges"]
 
 AFFORDABLE = 0.1  # of forward and backward passes, for roots, and again for their products
+CALLS = 2e6  # multiplications that take as long as the small operations of such products with weights of one shape
 
 
 class OutputChanges:
@@ -33,8 +33,8 @@ class OutputChanges:
     made anew at every step as far as a tenth of what the passes cost allows, the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
-    library's own. The last layer is left as it is: what its outputs may change by is known exactly. So are layers that
-    read data: small directions are those by which examples are learnt by heart.
+    library's own. Layers that make the outputs are left as they are: what these may change by is known exactly. So are
+    layers that read data: small directions are those by which examples are learnt by heart.
 
     Args:
         share: of its mean eigenvalue, by which A is damped.
@@ -44,28 +44,26 @@ class OutputChanges:
         self._damping = share
         self._known: dict[Window, Known] = {}
         self._together: list[Alike] = []
-        self._followed: Any = None
+        self._followed: Sequence[LayerInverse] | None = None
         self._wanted: list[Window] = []
         self._pass_cost = self._budget = self._left = 0.0
         self._step = 0
 
     def follow(self, inverses: Sequence[LayerInverse], pass_cost: float) -> None:
-        """Treat these layers from now on, the cheapest first, as far as the arithmetic of the passes allows."""
-        followed = id(inverses), len(inverses), pass_cost
-        if self._followed == followed:
+        """Treat these layers from now on, the cheapest first, as far as what the passes cost allows."""
+        if self._followed is inverses and self._pass_cost == pass_cost:
             return
-        hidden = inverses[:-1]  # of the outputs themselves B is exact, and to even what it weighs lets rates explode
-        layers = {window: one.layer for one in hidden if (window := _weight(one)) is not None}
+        layers = {window: one.layer for one in inverses if (window := _weight(one)) is not None}
         self._budget = AFFORDABLE * pass_cost
         self._wanted, left = [], self._budget
         shapes = set()
         for window in sorted(layers, key=cost_of_product):
-            left -= cost_of_product(window) + CALLS_OF_PRODUCT * (window.size not in shapes)
+            left -= cost_of_product(window) + CALLS * (window.size not in shapes)
             if left < 0:
                 break
             self._wanted.append(window)
             shapes.add(window.size)
-        self._followed, self._pass_cost, self._together = followed, pass_cost, []
+        self._followed, self._pass_cost, self._together = inverses, pass_cost, []
         self._known = {window: self._known[window] for window in self._wanted if window in self._known}
         for window, known in self._known.items():
             known.layer = layers[window]
@@ -137,9 +135,12 @@ def _copied(tensor: Tensor | None) -> Tensor | None:
 
 
 def _weight(one: LayerInverse) -> Window | None:
-    """The weight of a layer that is one matrix and reads no data directly."""
+    """The weight of a layer that is one matrix between others.
+
+    Of the outputs themselves B is exact, and to even what it weighs lets rates of counts explode.
+    """
     block, *others = one.blocks
-    if others or one.other is not None or one.layer.reads_data or not is_matrix(block):
+    if one.layer.reads_data or one.layer.makes_outputs or others or one.other is not None or not is_matrix(block):
         return None
     window = block.weight
     return window if window is not None and not window.overlaps and least(window) > 1 else None
