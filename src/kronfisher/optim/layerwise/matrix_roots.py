@@ -1,7 +1,7 @@
 """Inverse roots of the covariance of what updates change in the outputs of layers of one shape."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 from weakref import ref
@@ -38,7 +38,9 @@ class Known:
     bias: bool
     root: Tensor | None = None
     made: int = -1
-    _read: tuple[ref[Tensor] | None, int, Tensor | None, Tensor | None] = (None, 0, None, None)
+    _read: tuple[ref[Tensor] | None, int, Tensor | None, Tensor | None] = field(
+        default=(None, 0, None, None), init=False, repr=False
+    )
 
     @property
     def moments(self) -> Tensor:
