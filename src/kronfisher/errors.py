@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedError",
     "read",
     "require",
+    "require_integer",
     "require_kind",
     "together",
     "waiting",
@@ -140,6 +142,19 @@ def require_kind(name: str, value: object, kinds: type | tuple[type, ...], remed
     """Raise a TypeError that says what to give, unless an option is of one of the kinds."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}.")
+
+
+def require_integer(name: str, value: object, least: int, remedy: str) -> int:
+    """An option as an integer; a ValueError that says what to give, unless it is one of at least so much, and no bool.
+
+    Example:
+        >>> require_integer("rank", True, 1, "use an integer of at least 1")
+        Traceback (most recent call last):
+        ValueError: rank=True: use an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name}={value!r}: {remedy}.")
+    return int(value)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

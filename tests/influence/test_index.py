@@ -77,6 +77,20 @@ def test_weights_in_two_roles_and_whole_blocks_are_stored_in_eigenvectors_that_a
     assert bool(((found.values - exact).abs() <= found.bounds * (1 + 1e-9)).all())
 
 
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "diagonal", "full", "gram"])
+def test_a_matrix_of_zeros_has_an_index_without_coordinates(fit, tmp_path):
+    model, y = torch.nn.Linear(4, 3, bias=False).double(), torch.randint(3, (7,))
+    train, queries = [(torch.zeros(7, 4).double(), y)], (torch.randn(3, 4).double(), y[:3])
+    fisher = kf.estimate(model, train, kf.Categorical(), fit=fit)
+    influence = kf.Influence(model, fisher, kf.Categorical(), damping=0.1)
+    index = influence.index(train, tmp_path / "index")
+    found = index.scores(queries)
+    assert index.coordinates.shape == (7, 0)
+    assert torch.equal(found.values, influence.scores(train, queries).values) and not bool(found.bounds.any())
+    with pytest.raises(kf.SingularError, match="Influence adds it"):
+        kf.Influence(model, fisher, kf.Categorical()).index(train, tmp_path / "open").scores(queries)
+
+
 def test_a_model_that_was_trained_since_is_refused_by_everything(tmp_path):
     influence, train, queries = problem("perceptron", "kfac")
     index = influence.index(train, tmp_path / "index")

@@ -9,6 +9,16 @@ from itertools import cycle
 
 import pytest
 import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import kronfisher as kf
 from kronfisher.layers.samples import Samples
@@ -16,6 +26,15 @@ from tests.helpers.close import close
 from tests.helpers.layout import ROOT
 from tests.helpers.networks import Tied, images, perceptron
 from tests.helpers.truth import dense_fisher, gradients
+
+SHUFFLED = {
+    "shuffle": lambda data: DataLoader(data, 2, shuffle=True),
+    "weighted": lambda data: DataLoader(data, 2, sampler=WeightedRandomSampler([1.0] * len(data), len(data))),
+    "subset": lambda data: DataLoader(data, 2, sampler=SubsetRandomSampler(range(len(data)))),
+    "distributed": lambda data: DataLoader(data, 2, sampler=DistributedSampler(data, 1, 0, shuffle=True)),
+    "batches": lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, False)),
+    "shard": lambda data: kf.distributed.Shard(DataLoader(data, 2, shuffle=True), 0, 2),
+}
 
 
 def problem(model=None, shape=(4,), n=24, q=5, **options):
@@ -204,18 +223,111 @@ def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_counted_twice(tmp_p
     close(kept, influence.scores(train, queries).values, 1e-14)
 
 
-def test_loaders_that_shuffle_or_never_end_are_refused():
+def test_loaders_that_shuffle_or_never_end_are_refused(tmp_path):
     influence, train, queries = problem()
-    data = torch.utils.data.TensorDataset(*queries)
-    shuffled = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+    shuffled = DataLoader(TensorDataset(*queries), batch_size=2, shuffle=True)
     with pytest.raises(kf.DataError, match="train comes from a loader that shuffles"):
         influence.scores(shuffled, queries)
     with pytest.raises(kf.DataError, match="queries comes from a loader that shuffles"):
         influence.scores(train, shuffled)
     with pytest.raises(kf.DataError, match="never ends"):
         influence.scores(cycle(train), queries)
+    with pytest.raises(kf.DataError, match="queries never ends"):  # before they are read for the file's record
+        influence.scores(train, cycle([queries]), path=tmp_path / "scores")
     with pytest.raises(kf.DataError, match="no batch"):
         influence.scores([], queries)
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_every_kind_of_random_order_is_refused_wherever_data_are_read(name, tmp_path):
+    influence, train, queries = problem()
+    loader = SHUFFLED[name](TensorDataset(*queries))
+    index = influence.index(train, tmp_path / "index")
+    for ask in (
+        lambda: influence.scores(loader, queries),
+        lambda: influence.scores(train, loader),
+        lambda: influence.self_scores(loader),
+        lambda: influence.gradients(loader),
+        lambda: influence.index(loader, tmp_path / "other"),
+        lambda: index.scores(loader),
+    ):
+        with pytest.raises(kf.DataError, match=r"from a loader that shuffles \(\w+\)"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda data: DataLoader(data, 2),
+        lambda data: DataLoader(data, 2, sampler=DistributedSampler(data, 1, 0, shuffle=False)),
+        lambda data: DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False)),
+    ],
+)
+def test_samplers_of_a_fixed_order_are_read(build):
+    influence, train, queries = problem()
+    close(
+        influence.scores(train, build(TensorDataset(*queries))).values, influence.scores(train, queries).values, 1e-12
+    )
+
+
+def test_options_that_are_no_integers_are_refused_before_any_work(tmp_path):
+    influence, _, queries = problem()
+
+    def unread():
+        raise AssertionError("the data were read")
+        yield
+
+    settings = influence.model, influence.fisher, kf.Categorical()
+    for value in (True, 1.5, "a", 0):
+        for ask in (
+            lambda: influence.scores(unread(), queries, rank=value),  # noqa: B023
+            lambda: influence.scores(unread(), queries, at_once=value),  # noqa: B023
+            lambda: influence.index(unread(), tmp_path / "index", size=value),  # noqa: B023
+            lambda: kf.Influence(*settings, refine=value or -1),  # noqa: B023
+            lambda: kf.Scores(torch.ones(2, 3)).top(value),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"^\w+=.*integer"):
+                ask()
+        if value:
+            with pytest.raises(ValueError, match=r"'logit', class\) with class=.*an integer"):
+                influence.scores(unread(), queries, measurement=("logit", value))
+    with pytest.raises(ValueError, match="only without path="):
+        influence.scores(unread(), queries, at_once=2, path=tmp_path / "scores")
+    with pytest.raises(TypeError, match=r"fisher=None.*kf\.estimate"):
+        kf.Influence(influence.model, None, kf.Categorical())
+
+
+def test_a_folder_that_does_not_exist_is_named_before_any_work(tmp_path):
+    influence, _, queries = problem()
+
+    def unread():
+        raise AssertionError("the data were read")
+        yield
+
+    path = tmp_path / "none" / "file"
+    for ask in (
+        lambda: influence.scores(unread(), queries, path=path),
+        lambda: influence.index(unread(), path),
+        lambda: kf.attribution.lds(torch.ones(2, 6), lambda kept, seed: next(unread()), subsets=2, path=path),
+    ):
+        with pytest.raises(kf.DataError, match=r"there is no folder .*none\. Make it"):
+            ask()
+
+
+def test_a_refined_run_asks_for_the_targets_in_its_first_reading():
+    influence, train, queries = problem(refine=2)
+    with pytest.raises(kf.DataError, match=r"^batch 0: .*needs targets"):
+        influence.scores([(inputs,) for inputs, _ in train], queries)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], [0.0, 1.0, 2.0], [0, 1], [0, -1, 1], [0, [1], 2], None])
+def test_groups_have_integers_as_labels(labels):
+    scores = kf.Scores(torch.tensor([[1.0, 3.0, -2.0]]))
+    if labels is None:
+        assert scores.sum(data=torch.tensor([True, False, True])).values.tolist() == [[3.0, -1.0]]
+        return
+    with pytest.raises(kf.DataError, match="groups of data need a label, an integer from 0, for each of the 3"):
+        scores.sum(data=labels)
 
 
 def test_rows_that_are_not_finite_are_named():
@@ -261,5 +373,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     refined = kf.Influence(influence.model, influence.fisher, kf.Categorical(), refine=2)
     with pytest.raises(kf.DataError, match="needs all of them"):
         refined.scores(train[:2], queries)
+    influence.index(train, tmp_path / "index", size=4)
+    with pytest.raises(kf.DataError, match=r"no scores but coordinates and left: an index, which influence\.index"):
+        kf.Influence.load(tmp_path / "index")
     with pytest.raises(kf.DataError, match="one file at least"):
         kf.Influence.load()

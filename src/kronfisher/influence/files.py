@@ -20,7 +20,7 @@ from torch import Tensor
 from kronfisher.capture.batches import checksum
 from kronfisher.errors import DataError
 
-__all__ = ["Record", "RowFile", "digest"]
+__all__ = ["Record", "RowFile", "digest", "require_folder"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -69,13 +69,15 @@ class RowFile:
             from a file that is there.
 
     Raises:
-        DataError: the file is there and was written with other settings, or is damaged. It is left as it is.
+        DataError: the file is there and was written with other settings, or is damaged, and is left as it is; or the
+            folder does not exist.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, str] | None) -> None:
         self.path = Path(path)
         self.record = Record(dict(settings or {}))
         self._seen, self._chain = 0, ""
+        require_folder(self.path)
         if settings is None and not self._record_path.exists():
             raise DataError(f"{self.path}: there is no such file with a record beside it.")
         if self._record_path.exists():
@@ -187,6 +189,12 @@ class RowFile:
         sizes = [prod(shape) for shape in record.width.values()]
         parts = zip(record.width.items(), rows.split(sizes, dim=1), strict=True)
         return {name: part.unflatten(1, shape) if len(shape) != 1 else part for (name, shape), part in parts}
+
+
+def require_folder(path: Path) -> None:
+    """DataError unless the folder of a file exists: that is known before the first number is computed."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}. Make it, or give another path.")
 
 
 def digest(*parts: Any) -> str:

@@ -18,6 +18,7 @@ from kronfisher.fisher.layout import Blocks, block_name
 from kronfisher.fits.quadratic_forms import factored
 from kronfisher.influence.files import RowFile
 from kronfisher.influence.preconditioned import Damped
+from kronfisher.influence.queries import require_order
 from kronfisher.influence.readings import Network, Reading, read, require_finite
 from kronfisher.influence.scores import Scores
 from kronfisher.layers.samples import Samples
@@ -55,6 +56,8 @@ class Leading:
             ratios.append((values - shift) / max(shift, torch.finfo(values.dtype).tiny))
             owners.append(torch.full((len(values),), k, device=values.device))
             places.append(torch.arange(len(values), device=values.device))
+        if not ratios:
+            return cls(damped, {})
         ratio, owner, place = (torch.cat(parts) for parts in (ratios, owners, places))
         kept = ratio.topk(min(size, len(ratio))).indices.sort().values
         return cls(damped, {k: place[kept][owner[kept] == k] for k in owner[kept].unique().tolist()})
@@ -97,8 +100,9 @@ class Leading:
             entries = self.entries(blocks)
             sizes = [len(self.places[k]) for k in entries]
             answers |= dict(zip(entries, answer.split(sizes, dim=1), strict=True)) if entries else {}
-        parts = list(answers.values())
-        kept = require_finite(torch.cat([part.to(like.dtype) for part in parts], dim=1), reading.where)
+        nothing = like.new_zeros(reading.size, 0)  # of a matrix of zeros no coordinate is kept
+        parts = [nothing, *(part.to(like.dtype) for part in answers.values())]
+        kept = require_finite(torch.cat(parts, dim=1), reading.where)
         whole = torch.stack([answer.to(like.dtype) for answer in reading.answers["self"].values()]).sum(0)
         noise = 10 * torch.finfo(whole.dtype).eps * whole
         return kept, (whole - kept.square().sum(1)).clamp_min(0) + noise
@@ -195,6 +199,7 @@ class Index:
         Raises:
             DataError, UnsupportedError, NumericalError: as `Influence.scores`.
         """
+        require_order(queries, "queries")
         network, likelihood = self.measured(measurement)
         count = self.leading.damped.fisher.count
         values, bounds = [], []

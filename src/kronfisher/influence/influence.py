@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.batches import Batches, Mask
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer, require_kind
 from kronfisher.estimation.progress import Progress
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.parameters import covered, unwrapped
@@ -65,7 +65,7 @@ class Influence:
 
     Raises:
         DataError: the Fisher was damped or inverted, or belongs to another model.
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range. TypeError: the Fisher or the likelihood is none.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -99,15 +99,14 @@ class Influence:
             raise TypeError(f"likelihood={likelihood!r}: pass an instance such as kf.Categorical().")
         if normalize not in (None, "cosine", "relative"):
             raise ValueError(f"normalize={normalize!r}: use 'cosine', 'relative' or None.")
+        require_kind("fisher", fisher, Fisher, "pass what kf.estimate returned")
         if odd := [change for change in fisher.info.changes if not change.startswith(_SPECTRUM)]:
             raise DataError(
                 f"the Fisher was changed since its estimate ({', '.join(odd)}); pass it as estimated, and what is to "
                 "be added to it as damping=."
             )
-        if not isinstance(refine, int) or refine < 0:
-            raise ValueError(f"refine={refine!r}: the number of steps is an integer of at least 0.")
         self.model, self.likelihood, self.normalize = unwrapped(model), likelihood, normalize
-        self.refine = refine
+        self.refine = require_integer("refine", refine, 0, "the number of steps is an integer of at least 0")
         self._require_model(fisher)
         self.fisher = fisher.reduced("mean")
         self.damped = Damped(self.fisher, read_damping(damping, self.fisher))
@@ -131,7 +130,7 @@ class Influence:
             paths: of finished files of the same model, Fisher, queries and settings.
 
         Raises:
-            DataError: a file is missing, damaged, not finished, or of others.
+            DataError: a file is missing, damaged, not finished, of others, or an index.
         """
         return load(paths)
 
@@ -192,17 +191,18 @@ class Influence:
         """
         if per not in (None, "block", "group", "position"):
             raise ValueError(f"per={per!r}: use 'block', 'group', 'position' or None.")
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"rank={rank!r}: use an integer of at least 1, or None.")
+        if rank is not None:
+            rank = require_integer("rank", rank, 1, "use an integer of at least 1, or None")
         if per == "position" and rank is not None:
             raise ValueError("per='position' takes whole queries; leave out rank=.")
         if per == "position" and path is not None:
             raise ValueError("per='position': batches may have different positions; leave out path=.")
-        if at_once is not None and (at_once < 1 or path is not None):
-            raise ValueError(
-                f"at_once={at_once}: at least 1, and only without path=, which takes all queries together."
-            )
+        if at_once is not None:
+            at_once = require_integer("at_once", at_once, 1, "use an integer of at least 1, or None")
+            if path is not None:
+                raise ValueError(f"at_once={at_once}: only without path=, which takes all queries together.")
         require_order(train, "train")
+        require_order(queries, "queries")
         options = per, rank, self.normalize, self.refine, self.fisher.count
         file = None if path is None else RowFile(path, self._facts() | asked(queries, measurement, options))
         batches, number, found = Batches(train), 0, []
@@ -249,8 +249,9 @@ class Influence:
             DataError, SingularError, IndefiniteError, NumericalError: as `scores`.
             ValueError: the size is not positive, or refined or normalised scores are asked for.
         """
-        if size < 1 or self.refine or self.normalize:
-            raise ValueError(f"index(size={size}): a positive size, and neither refine= nor normalize=.")
+        size = require_integer("size", size, 1, "the number of coordinates is an integer of at least 1")
+        if self.refine or self.normalize:
+            raise ValueError("an index holds plain scores: neither refine= nor normalize=.")
         require_whole(self.fisher.blocks.values(), "an index")
         self._require_model(self.fisher)
         require_order(train, "train")

@@ -1,5 +1,6 @@
 """Measurements of a network's outputs, and their gradients in the form in which likelihoods send theirs backwards."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError, require_integer
 from kronfisher.likelihoods import Bernoulli, Categorical, Draws, Likelihood, Weighted
 from kronfisher.likelihoods.checks import check_outputs, sum_per_example
 from kronfisher.linalg import promote
@@ -100,7 +101,13 @@ def measured(measurement: Measurement, likelihood: Likelihood) -> Likelihood:
     if measurement == "logit":
         return Measured(likelihood, _target_logit(likelihood), "'logit'", True)
     if isinstance(measurement, tuple) and len(measurement) == 2 and measurement[0] == "logit":
-        return Measured(likelihood, _logit(likelihood, measurement[1]), repr(measurement), False)
+        chosen = require_integer(
+            "measurement=('logit', class) with class",
+            measurement[1],
+            -sys.maxsize,
+            "give the place of a logit, an integer",
+        )
+        return Measured(likelihood, _logit(likelihood, chosen), repr(measurement), False)
     raise ValueError(
         f"measurement={measurement!r}: use 'loss', 'margin', 'logit', ('logit', class), or a function of "
         "(outputs, targets) that gives one number for each example."

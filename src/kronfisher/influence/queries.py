@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from kronfisher.errors import DataError, MemoryBudgetError
 from kronfisher.estimation.progress import Progress
@@ -21,6 +21,8 @@ from kronfisher.linalg import plain_arithmetic
 from kronfisher.operators.memory import available_memory
 
 __all__ = ["query_gradients", "require_order"]
+
+_DRAWING = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 
 def query_gradients(
@@ -90,10 +92,19 @@ def query_gradients(
 
 def require_order(data: Any, what: str) -> None:
     """DataError for loaders whose order is anybody's guess, or that never end."""
-    if isinstance(getattr(data, "sampler", None), RandomSampler):
-        raise DataError(
-            f"{what} comes from a loader that shuffles, so that nobody knows whose scores they are: make it with "
-            "shuffle=False."
-        )
+    for one in _samplers(data):
+        if isinstance(one, _DRAWING) or getattr(one, "shuffle", False) is True:
+            raise DataError(
+                f"{what} comes from a loader that shuffles ({type(one).__name__}), so that nobody knows whose scores "
+                "they are: make it with shuffle=False, or with a sampler that has a fixed order."
+            )
     if isinstance(data, cycle):
         raise DataError(f"{what} never ends: pass a loader that reads every example once.")
+
+
+def _samplers(data: Any) -> Iterator[Any]:
+    """A loader, the one that it deals out (`kf.shard`), and the samplers of examples and of batches below them."""
+    yield data
+    for name in ("loader", "sampler", "batch_sampler"):
+        if (inner := getattr(data, name, None)) is not None:
+            yield from _samplers(inner)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.estimation.progress import Progress, writer
-from kronfisher.influence.files import digest
+from kronfisher.influence.files import digest, require_folder
 
 __all__ = ["Job", "Retrain", "Trainings", "run_all"]
 
@@ -63,7 +63,7 @@ def run_all(
         progress: as for `kronfisher.estimate`.
 
     Raises:
-        DataError: a result is no ``[Q]``, or not finite; the file is damaged.
+        DataError: a result is no ``[Q]``, or not finite; the file is damaged, or its folder does not exist.
     """
     done = _read(path, queries)
     left = list({job.key: job for job in jobs if job.key not in done}.values())
@@ -138,7 +138,10 @@ def _checked(values: Any, queries: int) -> Tensor:
 
 
 def _read(path: str | Path | None, queries: int) -> dict[str, Tensor]:
-    if path is None or not Path(path).exists():
+    if path is None:
+        return {}
+    require_folder(Path(path))
+    if not Path(path).exists():
         return {}
     done = {}
     lines = Path(path).read_bytes().split(b"\n")

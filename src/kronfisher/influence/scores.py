@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 
 __all__ = ["Scores", "Top"]
 
@@ -75,7 +75,7 @@ class Scores:
             tensor([[1, 0]])
         """
         size = self.values.shape[1]
-        if not 0 < k <= size:
+        if require_integer("k", k, 1, f"use an integer from 1 to {size}, the number of training examples") > size:
             raise ValueError(f"k={k}: there are {size} training examples.")
         return Top(*self.total.topk(k, dim=1, largest=not lowest))
 
@@ -89,7 +89,7 @@ class Scores:
             queries: a label from 0 for every query.
 
         Raises:
-            DataError: there is not one label for each.
+            DataError: there is not one label for each, or one is no integer of at least 0.
 
         Example:
             >>> Scores(torch.tensor([[1.0, 3.0, -2.0]])).sum(data=[0, 0, 1]).values
@@ -109,12 +109,17 @@ class Scores:
 
 
 def _sum(values: Tensor, axis: int, labels: Sequence[int] | Tensor) -> Tensor:
-    index = torch.as_tensor(labels, dtype=torch.long, device=values.device)
-    if index.shape != values.shape[axis : axis + 1] or bool((index < 0).any()):
-        raise DataError(
-            f"groups of {'data' if axis else 'queries'} need a label of at least 0 for each of the "
-            f"{values.shape[axis]}; found {list(index.shape)}."
-        )
+    needs = f"groups of {'data' if axis else 'queries'} need a label, an integer from 0, for each of the"
+    try:
+        index = torch.as_tensor(labels, device=values.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{needs} {values.shape[axis]}; {error}. Number the groups from 0.") from error
+    whole = not (index.is_floating_point() or index.is_complex())
+    if not whole or index.shape != values.shape[axis : axis + 1] or bool((index < 0).any()):
+        low = f", the least {index.min()}" if whole and index.numel() and index.min() < 0 else ""
+        found = f"{list(index.shape)} of {index.dtype}{low}"
+        raise DataError(f"{needs} {values.shape[axis]}; found {found}. Number the groups from 0.")
+    index = index.long()
     shape = [*values.shape]
     shape[axis] = int(index.max()) + 1 if len(index) else 0
     return values.new_zeros(shape).index_add_(axis, index, values)

@@ -102,12 +102,18 @@ def load(paths: Sequence[str | Path]) -> Scores:
     """The scores of some files, one after the other.
 
     Raises:
-        DataError: a file is missing, damaged or not finished, or the files are of other models, queries or settings.
+        DataError: a file is missing, damaged, not finished or no file of scores, or the files are of other models,
+            queries or settings.
     """
     if not paths:
         raise DataError("scores are loaded from one file at least.")
     files = [RowFile(path, None) for path in paths]
     for file in files:
+        if file.record.width and "scores" not in file.record.width:
+            raise DataError(
+                f"{file.path} holds no scores but {' and '.join(file.record.width)}: an index, which "
+                "influence.index(train, path) opens."
+            )
         if not file.record.finished:
             raise DataError(f"{file.path}: its scores were interrupted; ask for them again with the same path first.")
         first, own = ({**each.record.settings, "names": each.record.notes["names"]} for each in (files[0], file))
