@@ -35,6 +35,12 @@ def test_every_fit_is_that_of_one_process(ranks, fit):
     agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
 
 
+@pytest.mark.parametrize("fit", ["kfoc-exact", "auto"])
+def test_searches_that_depend_on_the_order_of_samples_see_that_of_the_batches(ranks, fit):
+    case = ("linear", "gaussian-variances", fit, "observed", [1] * 5)
+    agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
+
+
 @pytest.mark.parametrize("fit", [name for name in FITS if resolve(name).by_batch])
 def test_means_of_batches_that_depend_on_their_order_are_alike_on_all_ranks(ranks, fit):
     case = ("linear", "categorical", fit, "exact", [2, 1, 2])

@@ -111,7 +111,7 @@ class Accumulator:
         self._draws = [Draws(seed, first + stream) for stream in range(self.recipe.samples)]
         self.count: float | Tensor = 0.0
         self.log_likelihood: Tensor | None = None
-        self.outputs = 0
+        self.outputs = self._dealt = 0
 
     def resume(self, known: Known, groups: Iterable[tuple[Block, ...]]) -> None:
         """Continue from the knowledge of an earlier run, with empty states for its groups, in their order."""
@@ -340,7 +340,10 @@ class Accumulator:
         if singles:
             self.tell(f"{where}: {len(outputs) * steps} backward passes for {', '.join(singles)} ({FALLBACK})")
         later = self._kept if self.passes > 1 else None  # else all groups of this batch read the data once
-        stream = Stream(entries, assignment.orders, mask, singles, repeated=own is None and steps > 1, kept=later)
+        repeated, ranks = own is None and steps > 1, self.recipe.ranks
+        batch = 0 if ranks is None else ranks.rank + ranks.size * self._dealt  # as `shard` deals them
+        self._dealt += 1
+        stream = Stream(entries, assignment.orders, mask, singles, repeated, later, batch)
         size = likelihood.count(outputs) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)

@@ -17,6 +17,7 @@ from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.info import BlockInfo
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.fits import State
+from kronfisher.fits.state import WaitingState
 from kronfisher.linalg import promote
 from kronfisher.operators import Operator, Outline, Owned
 
@@ -202,11 +203,13 @@ class Meeting:
                 group.state = replace(merged, blocks=group.blocks)
 
     def _whole(self, group: Group) -> Group:
-        """A group of this rank's own, after states that do not add were merged in the order of ranks."""
+        """A group of this rank's own, after states that do not add were merged: what waits, in the order of batches."""
         if parts := self._parts.pop(tuple(block.key for block in group.blocks), []):
             group.state = parts[0]
             for part in parts[1:]:
                 group.state = group.fit.combine(group.state, part)
+            if isinstance(group.state, WaitingState):
+                group.state.order_batches()
         return group
 
     def at_owners(self, groups: Iterable[Group], function: Callable[[Group], Any]) -> list[Any]:

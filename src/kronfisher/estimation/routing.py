@@ -31,6 +31,7 @@ class Stream:
         singles: parameter that the fallback treats → the group of its block, and its place in it.
         repeated: whether several backward passes follow each other, all of which have the same inputs.
         kept: receives what is passed on, for later passes.
+        batch: its number, as batches were dealt to the ranks of a process group.
 
     Attributes:
         last: whether this is the last backward pass, so that inputs are released once their gradients have arrived.
@@ -46,8 +47,9 @@ class Stream:
         singles: Mapping[str, tuple[Group, int]] | None = None,
         repeated: bool = False,
         kept: Kept | None = None,
+        batch: int = 0,
     ) -> None:
-        self._singles, self._kept = dict(singles or {}), kept
+        self._singles, self._kept, self._batch = dict(singles or {}), kept, batch
         self._entries, self._orders, self._mask = entries, orders, mask
         places = [(id(group), position) for placed in entries.values() for _, group, position in placed]
         self._expected = Counter([*places, *((id(group), position) for group, position in self._singles.values())])
@@ -85,6 +87,7 @@ class Stream:
                     exists if exists is None else exists.to(own),
                     workspace=group.state.plan.workspace,
                     shared=None if waits else shared,  # which would keep the gradients for as long as samples wait
+                    batch=self._batch,
                 )
                 self._counted.add((call.index, number))
                 if self._mask is not None:
@@ -121,7 +124,8 @@ class Stream:
         for rows in per_sample_gradients(outputs, vector, leaves, None if whole else workspace):
             with full_precision(outputs.device.type):
                 for name, (group, position) in self._singles.items():
-                    samples = replace(samples_of_gradients(rows[name]), workspace=group.state.plan.workspace)
+                    own, workspace = samples_of_gradients(rows[name]), group.state.plan.workspace
+                    samples = replace(own, workspace=workspace, batch=self._batch)
                     if whole:
                         self._arrive(group, position, samples)
                     else:

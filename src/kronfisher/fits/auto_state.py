@@ -50,6 +50,12 @@ class Chosen(WaitingState):
             self.inner.check()
         return self
 
+    def order_batches(self) -> None:
+        """Those of the fit that was chosen, too."""
+        super().order_batches()
+        if isinstance(self.inner, WaitingState):
+            self.inner.order_batches()
+
     def release(self) -> None:
         """Let go of the samples and of the sums of the fit that was chosen."""
         super().release()

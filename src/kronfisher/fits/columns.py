@@ -45,7 +45,8 @@ class Columns(Samples):
         """The same samples, one by one, each with an input of its own."""
         examples = torch.arange(len(self), device=self.gradients.device).repeat_interleave(self.columns)
         gradients = self.gradients.flatten(1, 2).unsqueeze(2)
-        return Samples(self.activations.select(examples), gradients, self.first, workspace=self.workspace)
+        activations = self.activations.select(examples)
+        return Samples(activations, gradients, self.first, workspace=self.workspace, batch=self.batch)
 
 
 def joined(before: Samples, use: Samples) -> Samples | None:
@@ -55,7 +56,7 @@ def joined(before: Samples, use: Samples) -> Samples | None:
     gradients = torch.cat([before.gradients, use.gradients], dim=2)
     if isinstance(before, Columns):
         return replace(before, gradients=gradients)
-    return Columns(before.activations, gradients, before.first, workspace=before.workspace)
+    return Columns(before.activations, gradients, before.first, workspace=before.workspace, batch=before.batch)
 
 
 def spread(samples: Sequence[Samples]) -> list[Samples]:

@@ -55,7 +55,8 @@ class KFOC(Fit):
             the estimate so far and the new batch) and ``"approx"`` (means of the batches' factors, with A of norm one
             and the scale in B; a smaller batch counts by its size, and one of zeros has no A) are the paper's; both
             depend on the size and order of the batches. Its ``"running"`` merges the estimate with a batch's best
-            product, this one with the batch's samples.
+            product, this one with the batch's samples. With ranks of a process group, each merges its own batches and
+            then the ranks' products are merged: another iteration, as valid, with another answer.
         rank_memory: products carried by ``"memory"``, at most: as many as take a million numbers; where not even four
             of them do, one is carried, as a mean of the pieces' factors weighted by their singular values. Only then
             does the order of the data matter: sorted ones (by class, say) had better be shuffled.

@@ -100,6 +100,11 @@ class Kept(WaitingState):
             both._thin((self.waiting or other.waiting)[0])
         return both
 
+    def order_batches(self) -> None:
+        """Samples together with their own numbers."""
+        pairs = sorted(zip(self.waiting, self.numbers, strict=True), key=lambda pair: pair[0].batch)
+        self.waiting, self.numbers = [use for use, _ in pairs], [number for _, number in pairs]
+
     def _thin(self, use: Samples) -> None:
         """Keep fewer samples, half as many each time, until they are not too many; `use` is like all of them."""
         groups, outputs, inputs = use.shape

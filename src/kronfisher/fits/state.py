@@ -231,6 +231,10 @@ class WaitingState(State):
             self.waiting[-1] = both
         return both is not None
 
+    def order_batches(self) -> None:
+        """Let samples wait in the order in which batches were dealt to ranks, which is that of one process."""
+        self.waiting = sorted(self.waiting, key=lambda use: use.batch)
+
     def _checkable(self) -> Iterator[tuple[str, Tensor]]:
         yield from super()._checkable()
         for samples in self.waiting:

@@ -82,4 +82,4 @@ def write_out(use: Samples) -> WrittenOut | None:
         rows[:, :, low : low + gradients.shape[1]] = gradients.transpose(1, 2)
         low += gradients.shape[1]
     identity = Identity(rows.new_ones(groups, width), len(use))
-    return WrittenOut(identity, rows.permute(0, 2, 3, 1), use.first, workspace=use.workspace)
+    return WrittenOut(identity, rows.permute(0, 2, 3, 1), use.first, workspace=use.workspace, batch=use.batch)

@@ -57,6 +57,7 @@ class Samples:
             belongs to the gradient.
         workspace: bytes that temporaries may take.
         shared: the gradients, if other blocks have the same.
+        batch: the number of the batch that brought them, as batches were dealt to the ranks of a process group.
 
     Example:
         >>> a, g = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5)
@@ -73,6 +74,7 @@ class Samples:
     mask: Tensor | None = None
     workspace: int = WORKSPACE
     shared: Shared | None = None
+    batch: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
