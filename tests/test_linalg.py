@@ -236,6 +236,17 @@ def test_cholesky_refuses_singular_matrices_and_says_how_much_damping_helps(dtyp
     assert torch.isfinite(factor).all()
 
 
+@dtypes
+def test_a_matrix_of_zeros_is_called_zero_and_an_indefinite_one_of_trace_zero_is_not(dtype):
+    """Seen: "λ ≥ 4.9e-323"."""
+    for tiny in (0.0, torch.finfo(dtype).smallest_normal / 4):
+        with pytest.raises(SingularError, match=r"fc\.weight is singular: it is zero .* damping of any size") as caught:
+            cholesky(torch.full((3, 3), tiny, dtype=dtype), "fc.weight")
+        assert "≥" not in str(caught.value)
+    with pytest.raises(SingularError, match="largest element is 2"):
+        cholesky(torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=dtype))
+
+
 def test_one_singular_matrix_among_several_is_enough():
     matrices = spd(3, 4)
     matrices[1, :, 0] = matrices[1, 0, :] = 0

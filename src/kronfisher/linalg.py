@@ -182,7 +182,10 @@ def _turned(matrix: Tensor, odd: bool) -> Tensor:
 def _not_factorised(matrix: Tensor, name: str) -> NumericalError:
     """The error for a matrix that has no factor: singular, or not finite."""
     if bool(torch.isfinite(matrix).all()):
-        return SingularError(singular_message(name, matrix.diagonal(dim1=-2, dim2=-1).mean().item(), matrix.dtype))
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean().item()
+        if not mean and bool(matrix.any()):  # indefinite, and not zero
+            return SingularError(singular_message(name, matrix.abs().max().item(), matrix.dtype, "largest element is"))
+        return SingularError(singular_message(name, mean, matrix.dtype))
     return NumericalError(
         f"{name}: the matrix to factorise holds NaN or Inf. Look for NaN or Inf in the data, the weights or the "
         "loss; nothing was changed."
@@ -277,12 +280,24 @@ def indefinite_message(name: str, low: float, high: float) -> str:
     )
 
 
-def singular_message(name: str, mean: float, dtype: torch.dtype) -> str:
-    """The message for a block that cannot be inverted."""
-    floor = max(mean, torch.finfo(dtype).tiny) * torch.finfo(dtype).eps * 10
+def singular_message(name: str, size: float, dtype: torch.dtype, what: str = "mean eigenvalue is") -> str:
+    """The message for a block that cannot be inverted.
+
+    Args:
+        name: of the block.
+        size: of its eigenvalues.
+        dtype: its precision.
+        what: which of them `size` is.
+    """
+    if not abs(size) > torch.finfo(dtype).tiny:  # no λ is large or small beside it
+        return (
+            f"{name} is singular: it is zero to {dtype} precision, because nothing reached it in these data (inputs of "
+            "zero, dead units, a gradient of zero). Look for the cause; or leave these parameters out "
+            "(requires_grad_(False)); or add damping of any size, (fisher + λ).solve(v), which gives v / λ there."
+        )
     return (
         f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
-        f"(fisher + λ).solve(v) with λ ≥ {floor:.1e} (its mean eigenvalue is {mean:.3g})."
+        f"(fisher + λ).solve(v) with λ ≥ {abs(size) * torch.finfo(dtype).eps * 10:.1e} (its {what} {size:.3g})."
     )
 
 

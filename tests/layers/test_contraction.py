@@ -44,6 +44,16 @@ def written(forward, **shapes):
 # x [5, 4, 3] → outputs
 CASES = {
     "heads": einsum("btd,dhk->bthk", 3, 2, 2),
+    "heads around inputs": einsum("btd,hdk->bhtk", 2, 3, 2),
+    "heads around inputs, after positions": einsum("btd,hdk->bthk", 2, 3, 4),
+    "outputs around inputs, the last ones fewer": einsum("btd,kdh->bhtk", 4, 3, 2),
+    "heads around a scale": einsum("btd,hdk->bhtkd", 2, 3, 2),
+    "groups around heads": einsum("bti,thio->bhto", 4, 2, 3, 2),
+    "groups that only heads join": einsum("bti,thi->bthi", 4, 2, 3),
+    "three axes of outputs, two of them around inputs": einsum("bti,hkio->btkho", 2, 2, 3, 2),
+    "heads picked for each example": written(
+        lambda m, x: torch.einsum("bhdk,btd->bhtk", m.w[chosen(x, 3)[:, 0]], x), w=(3, 2, 3, 2)
+    ),
     "groups": einsum("bgi,gio->bgo", 4, 3, 2),
     "groups, outputs first": einsum("bgi,goi->bog", 4, 2, 3),
     "a scale": einsum("...i,i->...i", 3),
@@ -96,8 +106,8 @@ def test_contractions_are_exact_and_by_layers(case):
     assert kf.coverage(model, x).complete
 
 
-def same_blocks(model, other, x):
-    for fit in ("kfac", "ekfac", "kfoc"):
+def same_blocks(model, other, x, fits=("kfac", "ekfac", "kfoc")):
+    for fit in fits:
         one, two = (kf.estimate(m, x, kf.Gaussian(), labels="exact", fit=fit) for m in (model, other))
         torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=1e-8, atol=1e-10)
 
@@ -108,6 +118,52 @@ def test_factors_are_those_of_linear():
     same_blocks(Written(lambda m, x: torch.einsum("oi,bti->bto", m.w, x).tanh().flatten(1), w=w), linear, x)
     both = Written(products, w=P(2, 3, 3))
     same_blocks(Written(lambda m, x: F.bilinear(x, x.sin(), m.w).tanh().flatten(1), w=P(2, 3, 3)), both, x)
+
+
+HEADS = {"ntd,hdk->nhtk": 1, "ntd,hdk->nthk": 2}  # the axis of the heads
+
+
+def heads(equation, *shape):
+    return Written(lambda m, x: torch.einsum(equation, x, m.w).tanh().flatten(1), w=P(*shape))
+
+
+@pytest.mark.parametrize("equation", HEADS)
+def test_heads_whose_outputs_lie_around_the_inputs_have_the_factors_of_a_layer_each(equation):
+    """Seen: the diagonal, because outputs with inputs between them in memory are no axis of a single matrix."""
+    for shape in ((2, 3, 4), (3, 3, 5)):
+
+        def each(m, x, count=shape[0]):
+            return torch.stack([x @ m.w[k] for k in range(count)], HEADS[equation]).tanh().flatten(1)
+
+        def expanded(m, x, count=shape[0]):
+            return torch.einsum("h" + equation, x.expand(count, *x.shape), m.w).tanh().flatten(1)
+
+        x = torch.randn(5, 4, 3)
+        same_blocks(heads(equation, *shape), Written(each, w=P(*shape)), x, ("kfac", "ekfac"))
+        same_blocks(heads(equation, *shape), Written(expanded, w=P(*shape)), x)
+
+
+@pytest.mark.parametrize("equation", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_heads_whose_outputs_lie_around_the_inputs_are_exact_in_batches_that_differ(equation, dtype):
+    model, x = heads(equation, 2, 3, 4).to(dtype), torch.randn(7, 4, 3, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for data in (x, [x[:1], x[1:]], [x[1:], x[:1]], [x[:4], x[4:] * (x[4:] > 0)]):
+        for fit in ("full", kf.Full(across_layers=True), "diagonal"):
+            assert_exact(model, data, fit=fit, tolerance=tolerance)
+        kf.estimate(model, data, kf.Gaussian(), strict=True)
+
+
+@pytest.mark.parametrize("equation", HEADS)
+@pytest.mark.parametrize("fit", ["kfac", "ekfac", "kfoc"])
+def test_training_treats_heads_whose_outputs_lie_around_the_inputs_by_layers(equation, fit):
+    torch.manual_seed(0)
+    part = heads(equation, 2, 3, 4)
+    model, x, y = nn.Sequential(part, nn.Linear(32, 2)).double(), torch.randn(20, 4, 3), torch.randn(20, 2)
+    before, optimizer = part.w.detach().clone(), kf.NaturalGradient(model, kf.Gaussian(), fit=fit)
+    losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
+    assert losses[-1] < losses[0] and not optimizer.report().uncovered
+    assert ((part.w - before).abs().amax((1, 2)) > 1e-3).all()
 
 
 def test_factors_of_experts_are_those_of_the_rows_that_picked_them():

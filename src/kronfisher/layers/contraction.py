@@ -1,11 +1,15 @@
 """Contractions of data with a weight: ``einsum``, products of batches of matrices, ``tensordot``.
 
 An axis of the weight is an input where the data have it and the output does not, an output where only the output has
-it, and counts groups where both have it. The output's other axes count rows.
+it, and counts groups where both have it. The output's other axes count rows. Outputs that lie in memory around other
+axes (heads: ``ntd,hdk->nhtk``) are no single axis of a matrix: some of them count groups then, which all meet the same
+data.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
+from math import prod
 
 import torch
 from torch import Tensor
@@ -70,14 +74,11 @@ class ContractionUse(Use):
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(n for n, c in zip(output, self.labels.output, strict=True) if c in self.labels.rows) or (1,)
 
-    def _numbers(self, letters: str) -> int:
-        return int(torch.Size(self.sizes[c] for c in letters).numel())
-
     def _arranged(self, tensor: Tensor, own: str, last: str) -> Tensor:
         """``[*rows, H, last]`` from a tensor with the axes `own`: rows, groups and the last ones."""
         order = [own.index(c) for c in (*self.labels.rows, *self.labels.groups, *last)]
         lead = tuple(tensor.shape[own.index(c)] for c in self.labels.rows) or (1,)
-        return tensor.permute(order).reshape(*lead, self._numbers(self.labels.groups), self._numbers(last))
+        return tensor.permute(order).reshape(*lead, _count(self.labels.groups, self.sizes), _count(last, self.sizes))
 
     def _grouped(self, rows: Tensor, order: RowOrder) -> Tensor:
         """``[H, n, T, *]`` from ``[*rows, H, *]``."""
@@ -121,24 +122,36 @@ def contraction(
     """
     if any(c not in labels.data + labels.output for c in labels.weight):
         return  # summed over the weight alone
+    for own in _groupings(labels, sizes):
+        seen = data[(None,) * (len(own.data) - len(labels.data))]
+        if not own.outputs and not own.inputs and picked is None:
+            yield from _scale(window, seen, own, sizes)
+            return
+        if matrix := _matrix(window, own, sizes):
+            yield ContractionUse(matrix, None, seen, own, sizes, picked, window)
+            return
+
+
+def _groupings(labels: Labels, sizes: dict[str, int]) -> Iterator[Labels]:
+    """The labels, then with some outputs as groups: fewest groups first, as between groups fits keep less."""
+    outputs = labels.outputs
+    subsets = chain.from_iterable(combinations(outputs, n) for n in range(len(outputs) + 1))
+    for moved in sorted(subsets, key=lambda letters: _count(letters, sizes)):
+        yield replace(labels, data="".join(moved) + labels.data)
+
+
+def _matrix(window: Window, labels: Labels, sizes: dict[str, int]) -> Window | None:
+    """``[H, O, *]``; None if memory does not allow it."""
     order = [labels.weight.index(c) for c in labels.groups + labels.outputs + labels.inputs]
-    groups, outputs = (
-        int(torch.Size(sizes[c] for c in letters).numel()) for letters in (labels.groups, labels.outputs)
-    )
-    if not labels.outputs and not labels.inputs and picked is None:
-        yield from _scale(window, data, labels, sizes)
-        return
+    inputs = [sizes[c] for c in labels.inputs] or [1]
     try:
-        matrix = window.permuted(*order).reshaped(
-            groups, outputs, *(sizes[c] for c in labels.inputs or ""), *_one(labels)
-        )
+        return window.permuted(*order).reshaped(_count(labels.groups, sizes), _count(labels.outputs, sizes), *inputs)
     except RuntimeError:
-        return
-    yield ContractionUse(matrix, None, data, labels, sizes, picked, window)
+        return None
 
 
-def _one(labels: Labels) -> tuple[int, ...]:
-    return () if labels.inputs else (1,)
+def _count(letters: Sequence[str], sizes: dict[str, int]) -> int:
+    return prod(sizes[c] for c in letters)
 
 
 def _scale(window: Window, data: Tensor, labels: Labels, sizes: dict[str, int]) -> Iterator[Use]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.errors import IndefiniteError, NumericalError, NumericalWarning, SingularError
-from kronfisher.linalg import stable_norm
+from kronfisher.linalg import singular_message, stable_norm
 
 __all__ = ["Convergence", "Iterative", "conjugate_gradients"]
 
@@ -154,8 +154,5 @@ def _failure(quotient: float, scale: float, name: str, dtype: torch.dtype, itera
             "explicitly: .clamped(floor) or .absolute()."
         )
     if quotient == quotient:
-        return SingularError(
-            f"{name} is singular to {dtype} precision and has no inverse. Add damping first, for example "
-            f"(fisher + λ).solve(v) with λ ≥ {noise:.1e} (its largest eigenvalue is about {scale:.3g})."
-        )
+        return SingularError(singular_message(name, scale, dtype, "largest eigenvalue is about"))
     return NumericalError(f"{name}: conjugate gradients met NaN or Inf; look at the data and the weights.")
