@@ -216,3 +216,20 @@ def test_steps_from_rows_heed_hooks_of_gradients():
     before = model[3].weight.clone()
     train(optimizer, model, data[3:])
     assert torch.equal(model[3].weight, before)
+
+
+def test_steps_across_a_valley_are_shortened_only_where_no_average_takes_them_out():
+    line = torch.linspace(-1, 1, 20)
+    x = torch.cartesian_prod(line, line)
+    y = torch.sin(14 * x[:, :1]) * torch.cos(11 * x[:, 1:])  # without noise, so that steps of one size overshoot
+    least = {}
+    for average in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
+        optimizer = kf.NaturalGradient(model, kf.Gaussian(), step=kf.LayerwiseStep(average=average))
+        brakes = []
+        for _ in range(120):
+            optimizer.step(lambda model=model: model(x), y)
+            brakes.append(float(optimizer.parts.motion.rates.brake.min()))
+        least[average] = min(brakes)
+    assert least[True] >= 1 > 0.95 > least[False]
