@@ -144,7 +144,7 @@ def require_kind(name: str, value: object, kinds: type | tuple[type, ...], remed
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}.")
 
 
-def require_integer(name: str, value: object, least: int, remedy: str) -> int:
+def require_integer(name: str, value: object, least: float, remedy: str) -> int:
     """An option as an integer; a ValueError that says what to give, unless it is one of at least so much, and no bool.
 
     Example:

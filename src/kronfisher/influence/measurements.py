@@ -1,9 +1,9 @@
 """Measurements of a network's outputs, and their gradients in the form in which likelihoods send theirs backwards."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from math import inf
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def measured(measurement: Measurement, likelihood: Likelihood) -> Likelihood:
         chosen = require_integer(
             "measurement=('logit', class) with class",
             measurement[1],
-            -sys.maxsize,
+            -inf,
             "give the place of a logit, an integer",
         )
         return Measured(likelihood, _logit(likelihood, chosen), repr(measurement), False)

@@ -63,19 +63,19 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.brake) > 2 * braked  # agreement releases it
 
 
-def overshooting(across):
+def overshooting(allowed):
     """After 60 steps each of which goes too far."""
     made, path = rates(), torch.ones(3)
     for _ in range(60):
         gradient = -path.sign()
         made.path = (path @ path).reshape(1)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, 0.0, across)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, 0.0, allowed)
         path = 0.9 * path + 0.1 * gradient
     return made
 
 
 def test_steps_that_overshoot_keep_their_length_as_far_as_they_may():
-    kept, half, none = (overshooting(across) for across in (1.0, torch.tensor(0.5), 0.0))
+    kept, half, none = (overshooting(allowed) for allowed in (1.0, torch.tensor(0.5), 0.0))
     assert float(kept.factors) == float(kept.brake) == 1
     assert float(half.brake) == 0.5 >= float(half.factors) > 0.3
     assert float(none.brake) < 0.01 and float(none.factors) < 0.01

@@ -109,14 +109,14 @@ class Motion:
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        left, excess, calm, room, across = misfit.left, misfit.excess, misfit.calm, 0.0, 0.0
+        left, excess, calm, room, overshoot = misfit.left, misfit.excess, misfit.calm, 0.0, 0.0
         self.scatter.settle(calm)
         if averages is not None:  # which takes out what only goes to and fro, unless that throws training back
-            room, across = self.scatter.room(misfit.present), left * self.scatter.settled
+            room, overshoot = self.scatter.room(misfit.present), left * self.scatter.settled
             ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
             cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
             self.scatter.update(cost, finite)
-        factors = self.rates.update(evidence, squares, where.decay, finite, left, room, across)
+        factors = self.rates.update(evidence, squares, where.decay, finite, left, room, overshoot)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         if even is not None:
             even(natural)  # which the updates are pieces of

@@ -34,9 +34,9 @@ class Rates:
     and above .5, beyond one: there is hardly any noise, and a step of one size is only as long as it is by convention.
 
     While the average of the iterates takes the noise out, a small share of a gradient may oppose the path: r is made
-    of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``. It takes out steps to and fro across a valley, too, while others go on along it; so
-    far as much is left to fit, steps that overshoot (c < −.15) therefore keep their length: r is 1, and there is no
-    brake below one.
+    of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``. It takes out steps to and fro across a valley, too, while others go on along it.
+    As far as that is allowed, which is where much is left to fit, steps that overshoot (c < −.15) therefore keep their
+    length: r is 1, and there is no brake below one.
 
     Attributes:
         factors: f ``[U]``.
@@ -71,7 +71,7 @@ class Rates:
         finite: Tensor,
         left: float | Tensor = 1.0,
         room: float | Tensor = 0.0,
-        across: float | Tensor = 0.0,
+        overshoot: float | Tensor = 0.0,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -82,8 +82,7 @@ class Rates:
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
-            across: how far steps that overshoot may go on, 0-dim: 0 where they are to be shortened, 1 where they keep
-                their length.
+            overshoot: how far that is allowed, 0-dim: 0 where such steps are shortened, 1 where they are not.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -91,12 +90,12 @@ class Rates:
         rest = 1 - decay
         path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
         path.clamp_min_(0)
-        brake = torch.maximum(self._bound(cosine), torch.ones_like(cosine) * across)
+        brake = torch.maximum(self._bound(cosine), torch.ones_like(cosine) * overshoot)
         excused = products + TOLERANCE * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        agreement = torch.where(cosine < -OVERSHOT, agreement + across * (1 - agreement), agreement)
+        agreement = torch.where(cosine < -OVERSHOT, agreement + overshoot * (1 - agreement), agreement)
         reach = (1 + self.steps / SPAN) ** POWER
         highest = torch.ones_like(brake) + room * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
