@@ -18,6 +18,7 @@ __all__ = [
     "RankError",
     "SingularError",
     "UnsupportedError",
+    "keep_integer",
     "read",
     "require",
     "require_integer",
@@ -144,8 +145,15 @@ def require_kind(name: str, value: object, kinds: type | tuple[type, ...], remed
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {remedy}.")
 
 
-def require_integer(name: str, value: object, least: float, remedy: str) -> int:
+def require_integer(name: str, value: object, least: float, remedy: str, owner: str = "") -> int:
     """An option as an integer; a ValueError that says what to give, unless it is one of at least so much, and no bool.
+
+    Args:
+        name: of the option.
+        value: as it was given.
+        least: that it may be.
+        remedy: what to give.
+        owner: the class whose option it is, for the message.
 
     Example:
         >>> require_integer("rank", True, 1, "use an integer of at least 1")
@@ -153,8 +161,16 @@ def require_integer(name: str, value: object, least: float, remedy: str) -> int:
         ValueError: rank=True: use an integer of at least 1.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(f"{name}={value!r}: {remedy}.")
+        given = f"{name}={value!r}"
+        raise ValueError(f"{f'{owner}({given})' if owner else given}: {remedy}.")
     return int(value)
+
+
+def keep_integer(options: object, name: str, least: float, remedy: str = "") -> None:
+    """Check an integer option of a dataclass, frozen or not, and keep it as an `int`; see `require_integer`."""
+    remedy = remedy or f"use an integer of at least {least}"
+    kept = require_integer(name, getattr(options, name), least, remedy, type(options).__name__)
+    object.__setattr__(options, name, kept)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The settings of an estimate: held in this one place, checked once, and passed whole."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from kronfisher.capture.batches import Mask
 from kronfisher.capture.forward import Forward
 from kronfisher.distributed import Ranks
-from kronfisher.errors import DataError, require_kind
+from kronfisher.errors import DataError, keep_integer, require_kind
 from kronfisher.fisher.parameters import trainable
 from kronfisher.likelihoods import Likelihood
 
@@ -55,6 +56,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require_kind("seed", self.seed, Integral, "give an integer")
+        keep_integer(self, "seed", -math.inf, "give an integer")
         require_kind("exact_limit", self.exact_limit, Real, "give a number of backward passes")
         if self.mask is not None and not callable(self.mask):
             require_kind("mask", self.mask, str, "give a function of the batch, or the name of the key that holds it")
@@ -62,10 +64,7 @@ class Recipe:
             raise TypeError(f"forward={self.forward!r}: give forward(model, batch) -> (outputs, targets).")
         if self.labels not in ("exact", "sampled", "observed"):
             raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(
-                f"samples={self.samples!r}: the number of label draws per example is an integer of at least 1."
-            )
+        keep_integer(self, "samples", 1, "the number of label draws per example is an integer of at least 1")
         if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
                 f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError, MemoryBudgetError
+from kronfisher.errors import DataError, MemoryBudgetError, require_integer
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.groups import Group
@@ -99,8 +99,8 @@ def leading_spectra(
         DataError: there is no such block, or it has no samples, only per-example gradients.
         MemoryBudgetError: the samples do not fit; pass fewer examples.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: ask for at least one singular value.")
+    rank = require_integer("rank", rank, 1, "ask for at least one singular value, by an integer")
+    iterations = require_integer("iterations", iterations, 1, "use an integer of at least 1")
     parameters = recipe.parameters(fisher.names)
     known = {each.name: each for blocks, _ in fisher.entries for each in blocks}
     if block is not None and block not in known:

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from math import prod
-from numbers import Integral
+from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.info import Info
 from kronfisher.fisher.interop import linear_operator
@@ -197,8 +196,8 @@ class Fisher(Algebra["Fisher"]):
         Raises:
             SingularError: as in `solve`, for ``inverse=True``.
         """
-        if not isinstance(n, Integral) or n < 0:
-            raise ValueError(f"n={n!r}: the number of draws is an integer of at least 0.")
+        n = require_integer("n", n, 0, "the number of draws is an integer of at least 0")
+        seed = require_integer("seed", seed, -inf, "give an integer")
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def draw(operator: Operator) -> Tensor:

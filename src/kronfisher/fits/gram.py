@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kronfisher.errors import MemoryBudgetError, NumericalError
+from kronfisher.errors import MemoryBudgetError, NumericalError, keep_integer
 from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
@@ -91,8 +91,8 @@ class Gram(Fit):
     trains: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None and (not isinstance(self.max_rows, int) or self.max_rows < 1):
-            raise ValueError(f"max_rows={self.max_rows!r}: use a number of at least 1, or None.")
+        if self.max_rows is not None:
+            keep_integer(self, "max_rows", 1, "use an integer of at least 1, or None")
         if self.sketch not in (None, "rows", "nystrom") or (self.sketch and self.max_rows is None):
             raise ValueError(f"sketch={self.sketch!r} with max_rows={self.max_rows}: use 'rows' or 'nystrom', and say "
                              "by max_rows how large the sketch shall be.")  # fmt: skip

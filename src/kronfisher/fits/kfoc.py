@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.errors import keep_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.columns import alike, shares_columns
 from kronfisher.fits.fit import Fit
@@ -94,8 +95,10 @@ class KFOC(Fit):
         check_max_dim(self)
         if self.aggregation not in ("memory", "running", "approx", "exact"):
             raise ValueError(f"aggregation={self.aggregation!r}: use 'memory', 'exact', 'running' or 'approx'.")
-        if self.rank_memory < 1 or self.iterations < 1 or not self.tolerance >= 0:
-            raise ValueError(f"{self!r}: rank_memory and iterations are at least 1, tolerance at least 0.")
+        keep_integer(self, "rank_memory", 1)
+        keep_integer(self, "iterations", 1)
+        if not self.tolerance >= 0:
+            raise ValueError(f"{self!r}: the tolerance is at least 0.")
         if self.route is not None and self.route not in ROUTES:
             raise ValueError(f"route={self.route!r}: use one of {', '.join(ROUTES)}, or None for the cheapest.")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kronfisher.errors import SingularError
+from kronfisher.errors import SingularError, keep_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
@@ -136,8 +136,7 @@ class KL(Fit):
         check_max_dim(self)
         nonnegative(self.damping, "KL: the damping λ")
         nonnegative(self.tolerance, "KL: the tolerance")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"KL(iterations={self.iterations!r}): an integer of at least 1.")
+        keep_integer(self, "iterations", 1)
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         numbers = sum(elements(*shape) for shape in factor_shapes(group, self.max_dim))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.errors import keep_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.columns import alike, shares_columns
 from kronfisher.fits.fit import Fit
@@ -83,10 +84,12 @@ class KroneckerSum(Fit):
         check_max_dim(self)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: use 'lanczos', 'deflation', 'gram' or 'nonnegative'.")
-        if self.rank < 1 or self.iterations < 1 or not self.tolerance >= 0:
-            raise ValueError(f"{self!r}: rank and iterations are at least 1, tolerance at least 0.")
-        if self.memory is not None and self.memory < self.rank:
-            raise ValueError(f"{self!r}: memory carries at least as many terms as rank keeps.")
+        keep_integer(self, "rank", 1)
+        keep_integer(self, "iterations", 1)
+        if not self.tolerance >= 0:
+            raise ValueError(f"{self!r}: the tolerance is at least 0.")
+        if self.memory is not None:
+            keep_integer(self, "memory", self.rank, f"an integer, as many terms as rank={self.rank} keeps or more")
 
     @property
     def of_gradients(self) -> bool:

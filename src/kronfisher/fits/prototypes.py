@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kronfisher.errors import keep_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.fit import Fit
 from kronfisher.fits.plan import Plan
@@ -64,8 +65,10 @@ class Prototypes(Fit):
 
     def __post_init__(self) -> None:
         check_max_dim(self)
-        if not self.ratio > 0 or self.samples < 1 or self.iterations < 0:
-            raise ValueError(f"{self!r}: a ratio above 0, at least one sample, and no fewer than 0 iterations.")
+        keep_integer(self, "samples", 1)
+        keep_integer(self, "iterations", 0)
+        if not self.ratio > 0:
+            raise ValueError(f"{self!r}: the ratio is above 0.")
 
     @property
     def linear(self) -> bool:

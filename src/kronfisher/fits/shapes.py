@@ -3,6 +3,7 @@
 from math import prod
 from typing import Any
 
+from kronfisher.errors import keep_integer
 from kronfisher.fisher.blocks import Block
 from kronfisher.operators import Factor
 
@@ -21,10 +22,7 @@ def sizes(group: tuple[Block, ...]) -> tuple[int, int, int]:
 
 def check_max_dim(fit: Any) -> None:
     """ValueError unless its `max_dim` is a size."""
-    if not isinstance(fit.max_dim, int) or fit.max_dim < 0:
-        raise ValueError(
-            f"{type(fit).__name__}(max_dim={fit.max_dim!r}): the largest factor that is a matrix is an integer >= 0."
-        )
+    keep_integer(fit, "max_dim", 0, "the largest factor that is a matrix is an integer of at least 0")
 
 
 def factor_shapes(group: tuple[Block, ...], max_dim: int = MAX_DIM, *, summed: bool = False) -> Shapes:

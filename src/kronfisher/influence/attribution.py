@@ -13,13 +13,14 @@ Example:
     1.0
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 from kronfisher.estimation.progress import Progress
 from kronfisher.influence.judgements import Correlation, Curve, total
 from kronfisher.influence.removals import brittleness, removal
@@ -44,6 +45,11 @@ def random_subsets(examples: int, subsets: int, share: float = 0.5, seed: int = 
     """Sorted indices of random subsets, the same for the same seed."""
     if not 0 < share < 1:
         raise ValueError(f"share={share}: the subsets are a share of the data between 0 and 1.")
+    given = {"examples": (examples, 1), "subsets": (subsets, 1), "seed": (seed, -math.inf)}
+    examples, subsets, seed = (
+        require_integer(name, value, least, f"use an integer of at least {least}")
+        for name, (value, least) in given.items()
+    )
     generator = torch.Generator("cpu").manual_seed(seed)
     size = max(1, round(share * examples))
     return [torch.randperm(examples, generator=generator)[:size].sort().values for _ in range(subsets)]
@@ -121,7 +127,9 @@ def leave_one_out(
     """
     values = total(scores)
     everything = torch.arange(values.shape[1])
-    if isinstance(examples, int):
+    several = isinstance(examples, Sequence) or getattr(examples, "ndim", 0)
+    if isinstance(examples, str) or not several:
+        examples = require_integer("examples", examples, 1, "give indices, or how many, an integer of at least 1")
         generator = torch.Generator("cpu").manual_seed(seed)
         examples = torch.randperm(len(everything), generator=generator)[:examples]
     chosen = torch.as_tensor(examples)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, keep_integer
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.influence.files import digest, require_folder
 
@@ -94,6 +94,10 @@ class Trainings:
     path: str | Path | None = None
     workers: int = 1
     progress: Progress = False
+
+    def __post_init__(self) -> None:
+        keep_integer(self, "seeds", 1)
+        keep_integer(self, "workers", 1)
 
     def measure(self, kept: Sequence[Tensor], queries: int) -> Tensor:
         """The measurements ``[M, Q]`` after training on M subsets, given as sorted indices, as means over the seeds.

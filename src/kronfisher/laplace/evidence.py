@@ -11,7 +11,7 @@ from kronfisher.capture.batches import as_batches
 from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
 from kronfisher.distributed import Ranks
-from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError
+from kronfisher.errors import DataError, NumericalError, SingularError, UnsupportedError, require_integer
 from kronfisher.fisher.layout import gather
 from kronfisher.fisher.owned_precision import determinant
 from kronfisher.laplace.posterior import Posterior
@@ -67,6 +67,7 @@ def log_evidence(
 
 def best_factors(posterior: Posterior, *, per_block: bool, noise: bool, steps: int) -> tuple[list[float], float | None]:
     """Factors on the prior precisions of all blocks, and the noise, at which the marginal likelihood is largest."""
+    steps = require_integer("steps", steps, 1, "the number of steps is an integer of at least 1")
     blocks = len(posterior.precisions)
     own = blocks if per_block else 1
     start = torch.zeros(own + noise, dtype=torch.float64, device=posterior.fisher.device)

@@ -14,7 +14,15 @@ from kronfisher.laplace.calibration import best_scale
 from kronfisher.laplace.evidence import best_factors, log_evidence, require_residuals, score_training_data
 from kronfisher.laplace.linearised import covariances, directions, variances
 from kronfisher.laplace.posterior import Posterior
-from kronfisher.laplace.predictions import choose_predictor, draw, is_drawn, log_densities, predict, standard_error
+from kronfisher.laplace.predictions import (
+    choose_predictor,
+    draw,
+    is_drawn,
+    log_densities,
+    predict,
+    require_draws,
+    standard_error,
+)
 from kronfisher.laplace.prior import PriorPrecision, read_prior
 from kronfisher.laplace.storage import load, save
 from kronfisher.laplace.targets import Labelled, read_targets
@@ -197,6 +205,7 @@ class Laplace(Posterior):
             ValueError: the likelihood has no such predictor, or `calibrate` tuned another one.
             DataError: the inputs do not fit, or the model's parameters have changed.
         """
+        samples, seed = require_draws(samples, seed)
         predictor = choose_predictor(self, predictor)
         candidates = {group: [precision] for group, precision in self.precisions.items()}
         (prediction,) = predict(self, self._batch(x), candidates, predictor, samples, seed)
@@ -245,6 +254,7 @@ class Laplace(Posterior):
             >>> posterior.functional_samples(x[:5], 10).shape
             torch.Size([10, 5, 1])
         """
+        samples, seed = require_draws(samples, seed)
         outputs, changes = directions(self.network(), self._batch(x), self.draws(samples, seed))
         return outputs + changes
 
@@ -268,6 +278,7 @@ class Laplace(Posterior):
             DataError: there are no targets, or they do not fit.
             UnsupportedError: the likelihood defines no `log_predictive_density`, and the predictor draws nothing.
         """
+        samples, seed = require_draws(samples, seed)
         predictor = choose_predictor(self, predictor)
         batch, labels = self._labelled(x, targets)
         candidates = {group: [precision] for group, precision in self.precisions.items()}
@@ -282,6 +293,7 @@ class Laplace(Posterior):
         The jackknife over 20 groups of the draws, with the arguments of `log_predictive_density`. Zero for predictors
         in closed form, infinite for a single draw.
         """
+        samples, seed = require_draws(samples, seed)
         predictor = choose_predictor(self, predictor)
         batch, labels = self._labelled(x, targets)
         candidates = {group: [precision] for group, precision in self.precisions.items()}
@@ -324,6 +336,7 @@ class Laplace(Posterior):
             DataError: there are no targets, or they do not fit; the posterior is as it was before.
             UnsupportedError: as `log_predictive_density`.
         """
+        samples, seed = require_draws(samples, seed)
         ranks = ranks_of(group)
         before, self.calibrated_for = self.calibrated_for, None
         try:

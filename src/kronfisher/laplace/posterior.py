@@ -1,5 +1,6 @@
 """The Gaussian over the parameters: its hyper-parameters and its samples."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.capture.forward import Forward
-from kronfisher.errors import DataError, UnsupportedError
+from kronfisher.errors import DataError, UnsupportedError, require_integer
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.layout import scatter
 from kronfisher.fisher.owned_precision import OwnedPrecision, agree, precision_of
@@ -176,6 +177,8 @@ class Posterior:
         Raises:
             SingularError: directions have neither curvature nor prior precision.
         """
+        n = require_integer("n", n, 1, "the number of draws is an integer of at least 1")
+        seed = require_integer("seed", seed, -math.inf, "give an integer")
         return {name: self.mean[name] + delta for name, delta in self.by_name(self.draws(n, seed)).items()}
 
     def variance(self) -> dict[str, Tensor]:

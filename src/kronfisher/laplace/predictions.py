@@ -1,5 +1,6 @@
 """Predictions of a posterior, for one or several candidates of its prior at once."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kronfisher.capture.forward import run
 from kronfisher.capture.isolation import isolate
+from kronfisher.errors import require_integer
 from kronfisher.fisher.precision import Group, Precision
 from kronfisher.laplace.linearised import covariances, variances
 from kronfisher.laplace.posterior import Posterior
@@ -23,6 +25,7 @@ __all__ = [
     "is_drawn",
     "log_densities",
     "predict",
+    "require_draws",
     "run_drawn_networks",
     "standard_error",
 ]
@@ -46,6 +49,12 @@ def choose_predictor(posterior: Posterior, predictor: str | None) -> str:
             f"suits one does not suit the other. Call calibrate(loader, predictor={chosen!r}), or set prior_precision."
         )
     return chosen
+
+
+def require_draws(samples: int, seed: int) -> tuple[int, int]:
+    """The number and the seed of draws, as integers."""
+    samples = require_integer("samples", samples, 1, "the number of draws is an integer of at least 1")
+    return samples, require_integer("seed", seed, -math.inf, "give an integer")
 
 
 def predict(

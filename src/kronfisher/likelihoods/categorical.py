@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kronfisher.errors import keep_integer
 from kronfisher.likelihoods.bridge import bridge
 from kronfisher.likelihoods.checks import require_shape, sum_per_example
 from kronfisher.likelihoods.class_targets import check_classes, check_logits, find_classes, is_soft
@@ -77,7 +78,8 @@ class Categorical(Likelihood):
 
     def __post_init__(self) -> None:
         """Checks the settings once."""
-        if self.class_dim not in (None, 1, -1):
+        keep_integer(self, "ignore_index", -math.inf, "give a label, an integer")
+        if isinstance(self.class_dim, bool) or self.class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim={self.class_dim} must be 1 for [N, C, ...], -1 for [N, ..., C], or None")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be in [0, 1): the share of all classes")

@@ -49,7 +49,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     def __post_init__(self) -> None:
         """Checks the dimension."""
-        if self.dim not in (1, -1):
+        if isinstance(self.dim, bool) or self.dim not in (1, -1):
             raise ValueError(f"dim={self.dim} must be 1 for outputs [N, 2C, ...] or -1 for [N, ..., 2C]")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:

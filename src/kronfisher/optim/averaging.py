@@ -1,5 +1,6 @@
 """Averages of the iterates and growing batches, for the end of training with noisy gradients."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 
 __all__ = ["IterateAverage", "batch_size_at"]
 
@@ -103,6 +104,8 @@ def batch_size_at(step: int, first: int, last: int, steps: int) -> int:
         >>> [batch_size_at(step, 1000, 8000, 300) for step in (0, 100, 200, 300, 400)]
         [1000, 2000, 4000, 8000, 8000]
     """
+    given = {"step": step, "first": first, "last": last, "steps": steps}
+    step, first, last, steps = (require_integer(name, n, -math.inf, "use an integer") for name, n in given.items())
     if not 0 < first <= last or steps < 1:
         raise ValueError(f"first={first}, last={last}, steps={steps}: 0 < first ≤ last and steps ≥ 1 are needed.")
     return min(last, round(first * (last / first) ** (step / steps))) if step < steps else last

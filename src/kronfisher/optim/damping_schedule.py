@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kronfisher.errors import keep_integer
+
 __all__ = ["Constant", "DampingSchedule", "LevenbergMarquardt", "Schedule", "ScheduledDamping"]
 
 
@@ -185,8 +187,10 @@ class LevenbergMarquardt(DampingSchedule):
             raise ValueError(f"LevenbergMarquardt(least={self.least}): a step size is not negative.")
         if not self.stride > 0:
             raise ValueError(f"LevenbergMarquardt(stride={self.stride}): a share of a weight's norm is positive.")
-        if self.every < 1 or not 0 < self.floor <= self.relative <= self.ceiling:
-            raise ValueError(f"{self}: every ≥ 1 and 0 < floor ≤ relative ≤ ceiling are needed.")
+        keep_integer(self, "every", 1)
+        keep_integer(self, "warmup", 0)
+        if not 0 < self.floor <= self.relative <= self.ceiling:
+            raise ValueError(f"{self}: 0 < floor ≤ relative ≤ ceiling is needed.")
 
     def start(self, mean: float) -> float:
         return self.relative * mean if self.initial is None else self.initial

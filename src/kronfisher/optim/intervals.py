@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from kronfisher.errors import keep_integer
+
 __all__ = ["LAYERWISE", "Refresh"]
 
 BASES = 4.0  # the least `early` of fits whose eigenvalues belong to a basis
@@ -41,8 +43,10 @@ class Refresh:
     early: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.statistics, self.inverse, self.model or 1, self.early) < 1 or not 0 <= self.average < 1:
-            raise ValueError(f"{self}: periods and `early` are at least 1 and the average lies in [0, 1).")
+        for name in ("statistics", "inverse", *(["model"] if self.model is not None else [])):
+            keep_integer(self, name, 1, "a period is an integer of at least 1")
+        if not self.early >= 1 or not 0 <= self.average < 1:
+            raise ValueError(f"{self}: `early` is at least 1 and the average lies in [0, 1).")
 
     def after(self, step: int, period: int) -> int:
         """The step at which anything renewed at `step` is due again."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfisher.distributed import ProcessGroup, Spread, ranks_of, whole
-from kronfisher.errors import DataError, UnsupportedError, require_kind
+from kronfisher.errors import DataError, UnsupportedError, require_integer, require_kind
 from kronfisher.estimation.recipe import Labels
 from kronfisher.fisher.damping import Damping
 from kronfisher.fisher.parameters import trainable, unwrapped
@@ -146,11 +146,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self.rule = _rule(
             step, refresh, {"damping": damping, "trust": trust, "momentum": momentum, "kl_limit": kl_limit}
         )
-        if total_steps is not None and (isinstance(self.rule, QuadraticModel) or not total_steps > 0):
-            raise ValueError(
-                f"total_steps={total_steps!r}: the horizon of `LayerwiseStep` is a positive number of steps, and "
-                "`QuadraticModel` has none, because it finds the length of every step."
-            )
+        if total_steps is not None:
+            remedy = "the horizon of `LayerwiseStep` is an integer of at least 1, the calls of `step`"
+            total_steps = require_integer("total_steps", total_steps, 1, remedy)
+            if isinstance(self.rule, QuadraticModel):
+                raise ValueError(
+                    f"total_steps={total_steps!r}: `QuadraticModel` has no horizon, because it finds the length of "
+                    "every step."
+                )
         self._spread = Spread.of(self._model, ranks)
         own = dict(self._model.named_parameters())
         self._names = {id(p): name for name, p in own.items()}

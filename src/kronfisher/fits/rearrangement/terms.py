@@ -1,9 +1,11 @@
 """Sums of Kronecker products, as tensors: the best shorter sum for a given one."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
@@ -43,6 +45,7 @@ def nearest_kronecker(left: Tensor, right: Tensor, rank: int = 1) -> tuple[Tenso
         raise DataError(
             f"left {list(left.shape)} and right {list(right.shape)} must be [s, p, q] and [s, m, n] for the same s ≥ 1."
         )
+    rank = require_integer("rank", rank, -math.inf, "the number of terms is an integer")
     if not 1 <= rank <= len(left):
         raise DataError(f"rank={rank}: a sum of {len(left)} products has a rank from 1 to {len(left)}.")
     B, A, sigma = truncate(left[:, None], right[:, None], rank)
