@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,14 @@ import torch.nn.functional as F
 
 import kronfisher as kf
 from kronfisher.experiments import commands, data
+from kronfisher.experiments.influence.examples import shown
 from kronfisher.experiments.influence.fits import make
 from kronfisher.experiments.influence.language import LanguageStudy
 from kronfisher.experiments.influence.logistic import LogisticStudy, Regression
+from kronfisher.experiments.influence.page import page
 from kronfisher.experiments.influence.retraining import Regressors, Trainer
+from kronfisher.experiments.influence.subject import Subject
+from kronfisher.experiments.influence.tracing import _named
 from kronfisher.experiments.influence.wrong_labels import WrongLabelsStudy, with_wrong_labels
 from tests.helpers.command_line import run
 
@@ -59,9 +64,111 @@ def test_a_script_of_the_users_gives_the_scores_of_the_library(capsys, tmp_path)
     )
     for q in range(2):
         own = {row["direction"]: (row["example"], row["score"]) for row in rows if row["query"] == q}
-        for word, lowest in (("raises", False), ("lowers", True)):
+        for word, lowest in (("opposing", False), ("supporting", True)):
             top = scores.top(1, lowest=lowest)
             assert own[word] == (int(top.indices[q, 0]), pytest.approx(float(top.values[q, 0]), rel=1e-4))
+
+
+BESIDE = """
+import torch
+words = ["harm", "help", "none"]
+class Net(torch.nn.Linear):
+    pass
+"""
+TEXTS = """
+import argparse, sys
+import torch
+import kronfisher as kf
+from beside import Net, words
+argparse.ArgumentParser().parse_args()
+torch.manual_seed(0)
+net = Net(4, 3)
+class Keyed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+    def forward(self, inputs):
+        return self.net(inputs)
+model, likelihood = Keyed(), kf.Categorical()
+x, y = torch.randn(30, 4), torch.randint(3, (30,))
+train = [{"inputs": x[k : k + 10], "labels": y[k : k + 10]} for k in range(0, 30, 10)]
+queries = [{"inputs": x[:2], "labels": y[:2]}]
+"""
+OWN = """
+def picture(inputs, target):
+    return inputs["inputs"].view(2, 2)
+def text(inputs, target):
+    return f"<{words[int(target)]}>"
+"""
+
+
+def test_a_script_finds_modules_beside_it_and_says_how_its_examples_look(capsys, tmp_path):
+    (tmp_path / "beside.py").write_text(BESIDE)
+    (path := tmp_path / "mine.py").write_text(TEXTS + OWN)
+    before = list(sys.path), list(sys.argv)
+
+    def page(*options):
+        assert run(capsys, "influence", "--script", path, "--top", 2, "--output", tmp_path, *options)[0] == 0
+        return (tmp_path / "influence.html").read_text()
+
+    plain, pictures, texts = page(), page("--show", "picture"), page("--show", "text")
+    assert "<pre>inputs: " in plain and "target " in plain and "predicted " in plain
+    assert pictures.count("data:image/png") == 2 * (1 + 2 * 2) and "<pre>" not in pictures
+    assert "&lt;harm&gt;" in texts or "&lt;help&gt;" in texts
+    assert (list(sys.path), list(sys.argv)) == before
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "message"),
+    [
+        ("x = {}\nx['a']", (), "line 2 of .*mine.py fails: KeyError: 'a'"),
+        (f"{SCRIPT}\nbatches = iter(batches)", ("--train", "batches"), "batches is read several times"),
+        (
+            f"{SCRIPT}\nlikelihood = kf.Categorical",
+            (),
+            "instance of a likelihood of kf; they are Linear and Categorical",
+        ),
+        (
+            f"{SCRIPT}\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+            "batches = DataLoader(TensorDataset(x, y), 10, shuffle=True)",
+            (),
+            "batches comes from a loader that shuffles",
+        ),
+        (SCRIPT, ("--epochs", 3), "a script has its own: leave out --epochs"),
+        (SCRIPT, ("--show", "look"), "does not define look"),
+        (f"{SCRIPT}\ndef look(x, y):\n    return 3", ("--show", "look"), "show gave int"),
+    ],
+)
+def test_a_script_that_cannot_be_scored_is_one_line_before_any_estimate(
+    capsys, tmp_path, monkeypatch, code, options, message
+):
+    (path := tmp_path / "mine.py").write_text(code)
+    monkeypatch.setattr("kronfisher.experiments.influence.tracing.estimate", lambda *_, **__: pytest.fail("estimated"))
+    words = ("--model", "net", "--train", "batches", "--queries-name", "asked")
+    code, _, err = run(capsys, "influence", "--script", path, *words, "--output", tmp_path / "out", *options)
+    assert code == 2 and len(err.splitlines()) == 1 and re.search(message, err)
+
+
+def test_options_of_a_script_need_one(capsys, tmp_path):
+    code, _, err = run(capsys, "influence", "--queries-name", "asked", "--output", tmp_path / "out")
+    assert code == 2 and "leave out --queries-name" in err
+
+
+def test_only_examples_of_the_right_sign_are_named():
+    values = torch.tensor([[1.0, -2.0, 0.0], [1.0, 2.0, 3.0]])
+    subject = Subject(
+        "x", torch.nn.Linear(2, 2), (torch.zeros(3, 2), torch.zeros(3)), torch.zeros(2, 2), kf.Categorical()
+    )
+    rows, named = _named(
+        subject, kf.Scores(values), shown(subject, subject.queries), 2, {True: "helpful", False: "harmful"}
+    )
+    assert [(row["query"], row["direction"], row["example"]) for row in rows] == [
+        (0, "helpful", 0),
+        (0, "harmful", 1),
+        (1, "helpful", 2),
+        (1, "helpful", 1),
+    ]
+    assert "none" in page("x", [], named)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,74 @@ def test_a_file_holds_the_scores_and_refuses_other_settings(tmp_path):
     assert path.read_bytes() == before[0]
 
 
+def test_a_file_depends_on_all_that_scores_depend_on(tmp_path):
+    """The measurement's surroundings, forward, mask, training mode and texts in batches change numbers, too."""
+    influence, train, queries = problem()
+    model, fisher, path = influence.model, influence.fisher, tmp_path / "scores"
+
+    def of_class(chosen):
+        return lambda outputs, targets: outputs[:, chosen]
+
+    def scaled(factor):
+        return lambda model, batch: (factor * model(batch[0]), batch[1])
+
+    def masked(limit):
+        return lambda batch: (batch[0].sum(1) > limit)[:, None]
+
+    def made(**options):
+        return kf.Influence(model, fisher, kf.Categorical(), **options)
+
+    first = made(forward=scaled(1), mask=masked(-9)).scores(train, queries, measurement=of_class(0), path=path)
+    again = made(forward=scaled(1), mask=masked(-9)).scores(train, queries, measurement=of_class(0), path=path)
+    close(first.values, again.values, 0)
+    for message, options, measurement in (
+        ("measurement", {"forward": scaled(1), "mask": masked(-9)}, of_class(1)),
+        ("forward", {"forward": scaled(2), "mask": masked(-9)}, of_class(0)),
+        ("mask", {"forward": scaled(1), "mask": masked(0)}, of_class(0)),
+    ):
+        with pytest.raises(kf.DataError, match=rf"other settings \({message}\)"):
+            made(**options).scores(train, queries, measurement=measurement, path=path)
+    model.train(not model.training)
+    with pytest.raises(kf.DataError, match="training mode"):
+        made(forward=scaled(1), mask=masked(-9)).scores(train, queries, measurement=of_class(0), path=path)
+    model.train(not model.training)
+
+
+def test_texts_in_batches_are_told_apart(tmp_path):
+    influence, train, queries = problem()
+    words = {"a": 0.0, "b": 1.0}
+
+    def forward(model, batch):
+        return model(batch["x"] + torch.tensor([[words[word]] for word in batch["texts"]])), batch["y"]
+
+    def batches(texts):
+        return [{"x": x, "texts": texts, "y": y} for x, y in train]
+
+    influence = kf.Influence(influence.model, influence.fisher, kf.Categorical(), forward=forward)
+    asked, path = {"x": queries[0], "texts": ["a"] * 5, "y": queries[1]}, tmp_path / "scores"
+    influence.scores(batches(["a"] * 8), asked, path=path)
+    with pytest.raises(kf.DataError, match="queries"):
+        influence.scores(batches(["a"] * 8), asked | {"texts": ["b"] * 5}, path=path)
+    with pytest.raises(kf.DataError, match="batches are not those"):
+        influence.scores(batches(["b"] * 8), asked, path=path)
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    influence, train, queries = problem()
+    path = tmp_path / "scores"
+
+    class Overtaken:
+        def __iter__(self):
+            yield train[0]
+            influence.scores(train, queries, path=path)  # another run, from the first batch on
+            yield from train[1:]
+
+    with pytest.raises(kf.DataError, match="another run has written to it"):
+        influence.scores(Overtaken(), queries, path=path)
+    assert json.loads(path.with_name("scores.json").read_text())["finished"]
+    close(kf.Influence.load(path).values, influence.scores(train, queries).values, 1e-15)
+
+
 PROBLEM = """
 import os, signal, sys, torch
 import kronfisher as kf

@@ -1,5 +1,6 @@
 """Batches: reading them pass by pass, naming them in messages, and splitting them into inputs, targets and a mask."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -236,14 +237,32 @@ def positions_of(batch: Any, mask: Mask, outputs: Tensor, where: str) -> Tensor:
 
 
 def checksum(batch: Any) -> Tensor:
-    """A number for each tensor or array of a batch, computed from its bits in order; later passes compare it."""
+    """A number for each tensor or array of a batch, computed from its bits in order, and one for texts in it.
+
+    Later passes compare them.
+    """
     sums = []
     for tensor in tensors_in(as_tensors(batch)):
         flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         bits = flat.detach().contiguous().flatten().view(_BITS[flat.element_size()]).long()
         order = torch.arange(1, len(bits) + 1, device=bits.device)
         sums.append((bits * (2 * order + 1)).sum().cpu())  # odd factors, modulo 2^64
+    if words := list(_words_in(batch)):  # texts that a forward of the user's reads
+        number = int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little", signed=True)
+        sums.append(torch.tensor(number, dtype=torch.long, device="cpu"))
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.long, device="cpu")
+
+
+def _words_in(batch: Any) -> Iterator[Any]:
+    """Texts and numbers in nested containers that are no tensors."""
+    batch = as_mapping(batch)
+    if isinstance(batch, str | bytes | int | float):
+        yield batch
+    elif isinstance(batch, np.ndarray) and batch.dtype.kind in "US":
+        yield batch.tolist()
+    elif isinstance(batch, Mapping | list | tuple):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _words_in(item)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -5,7 +5,7 @@ files are found, before the first report of progress.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from kronfisher.estimation.coverage import Coverage
 from kronfisher.estimation.coverage import coverage as coverage_of
 from kronfisher.experiments.doctor import Health, examine
 from kronfisher.experiments.influence import STUDIES as ATTRIBUTION
-from kronfisher.experiments.influence.tracing import Traces, built_in, from_script, trace
+from kronfisher.experiments.influence.subject import NAMES, built_in, from_script, running
+from kronfisher.experiments.influence.tracing import Traces, trace
 from kronfisher.experiments.progress import Say, Step, ignore
 from kronfisher.experiments.race.entry import enter
 from kronfisher.experiments.race.result import Progress
@@ -346,8 +347,9 @@ def influence(
     """Show which training data are behind the predictions of a network.
 
     Args:
-        script: a Python file that defines a trained model, batches of training data and of queries, and a likelihood.
-        names: "model", "train", "queries" and "likelihood" → the script's names for them (default: these words).
+        script: a Python file that defines a trained model, batches of training data and of queries, and a likelihood;
+            and, if need be, ``show(input, target)`` of one example, which gives text or a picture.
+        names: "model", "train", "queries", "likelihood" and "show" → the script's names for them (default: these).
         queries: test examples that are traced back, of a built-in problem.
         top: examples of each kind that are shown.
         measurement: of a query: "loss", "margin" or "logit".
@@ -374,9 +376,10 @@ def influence(
         raise ValueError(f"measurement is {measurement!r}; there are loss, margin, logit")
     chosen = Study(**{"network": "mlp", "epochs": 10, **settings, "fits": (fit,)})
     with _one_thread():
-        known = {key: key for key in ("model", "train", "queries", "likelihood")} | dict(names or {})
-        subject = built_in(chosen, queries, say, step) if script is None else from_script(script, known)
-        return trace(subject, fit, top, measurement, chosen.labels, chosen.samples, say)
+        known = {key: key for key in NAMES} | dict(names or {})
+        with nullcontext() if script is None else running(script):
+            subject = built_in(chosen, queries, say, step) if script is None else from_script(script, known)
+            return trace(subject, fit, top, measurement, chosen.labels, chosen.samples, say)
 
 
 def influence_study(

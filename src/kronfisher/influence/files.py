@@ -8,6 +8,7 @@ them again. The record names the settings by a hash, and the batches that were r
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -38,6 +39,7 @@ class Record:
         chain: checksum of all batches so far, in their order.
         notes: anything else, plain JSON.
         finished: whether there were no more batches.
+        run: that wrote last, a random name.
     """
 
     settings: Mapping[str, str]
@@ -48,6 +50,7 @@ class Record:
     chain: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
+    run: str = ""
 
     @property
     def numbers(self) -> int:
@@ -76,7 +79,7 @@ class RowFile:
     def __init__(self, path: str | Path, settings: Mapping[str, str] | None) -> None:
         self.path = Path(path)
         self.record = Record(dict(settings or {}))
-        self._seen, self._chain = 0, ""
+        self._seen, self._chain, self._run = 0, "", secrets.token_hex(8)
         require_folder(self.path)
         if settings is None and not self._record_path.exists():
             raise DataError(f"{self.path}: there is no such file with a record beside it.")
@@ -131,8 +134,9 @@ class RowFile:
             notes: kept in the record.
 
         Raises:
-            DataError: the shapes are others than before.
+            DataError: the shapes are others than before, or another run writes to the file, too.
         """
+        self._require_alone()
         width = {name: [*part.shape[1:]] for name, part in parts.items()}
         record = self.record
         if not record.width:
@@ -158,7 +162,17 @@ class RowFile:
             )
         )
 
+    def _require_alone(self) -> None:
+        """DataError if the record is not what this run read or wrote last."""
+        found = self._read() if self._record_path.exists() else Record({})
+        if (found.run, found.batches) != (self.record.run, self.record.batches):
+            raise DataError(
+                f"{self.path}: another run has written to it since this one began, and goes on. Wait until it has "
+                "ended, and ask again; or give this one a path of its own."
+            )
+
     def _count(self, record: Record) -> None:
+        record = replace(record, run=self._run)
         temporary = self._record_path.with_name(f".{self._record_path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "w") as file:
@@ -178,6 +192,7 @@ class RowFile:
                 "as it is."
             )
         if not self.record.finished:
+            self._require_alone()
             self._count(replace(self.record, finished=True))
 
     def open(self) -> dict[str, Tensor]:

@@ -274,7 +274,7 @@ class Influence:
         covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
 
     def _facts(self) -> dict[str, str]:
-        return provenance(self.model, self.fisher, self.likelihood, self.damped.damping)
+        return provenance(self.network, self.fisher, self.likelihood, self.damped.damping)
 
     def self_scores(self, train: Any, *, progress: Progress = False) -> Tensor:
         """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``: how much the loss of an example rises if it is left out.

@@ -3,25 +3,30 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from kronfisher.capture.batches import Batches, checksum
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.influence.files import digest
+from kronfisher.influence.identity import identity, modes
 from kronfisher.influence.measurements import Measurement
+from kronfisher.influence.readings import Network
 from kronfisher.likelihoods import Likelihood
 from kronfisher.operators.owned import Owned
 
 __all__ = ["asked", "provenance"]
 
 
-def provenance(model: nn.Module, fisher: Fisher, likelihood: Likelihood, damping: Sequence[float]) -> dict[str, str]:
-    """Of a model and its matrix."""
+def provenance(network: Network, fisher: Fisher, likelihood: Likelihood, damping: Sequence[float]) -> dict[str, str]:
+    """Of a model, how batches go through it, and its matrix."""
+    model = network.model
     return {
         "model": fingerprint({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "training mode": digest(modes(model)),
+        "seed": str(network.seed),
+        "forward": identity(network.forward),
+        "mask": identity(network.mask),
         "Fisher": _fingerprint(fisher),
-        "likelihood": repr(likelihood),
+        "likelihood": f"{type(likelihood).__name__} {identity(likelihood)}",
         "damping": repr(tuple(damping)),
     }
 
@@ -36,10 +41,10 @@ def _fingerprint(fisher: Fisher) -> str:
 
 def asked(queries: Any, measurement: Measurement, options: tuple[Any, ...]) -> dict[str, str]:
     """Of the queries and what is asked of them."""
-    code = getattr(measurement, "__code__", None)
     batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
+    known = isinstance(measurement, str | tuple)
     return {
         "queries": digest(*batches),
-        "measurement": repr(measurement) if code is None else digest(code.co_code, code.co_consts, code.co_names),
+        "measurement": repr(measurement) if known else identity(measurement),
         "options": repr(options),
     }

@@ -1,7 +1,9 @@
 """Data that are read several times have to be the same."""
 
 from collections import namedtuple
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,7 +91,11 @@ def test_checksums():
     strange = torch.tensor([float("nan"), float("-inf"), 0.0])  # masks are made of such numbers
     assert torch.equal(checksum(strange), checksum(strange.clone()))
     assert not torch.equal(checksum((X, Y)), checksum(X))
-    assert checksum("text").shape == (0,)
+    assert checksum(object()).shape == (0,)
+    for texts in (["a", "b"], {"x": X, "texts": ("a", 2)}, np.array(["a", "b"])):
+        other = {"x": X, "texts": ("a", 3)} if isinstance(texts, dict) else texts[::-1]
+        assert torch.equal(checksum(texts), checksum(deepcopy(texts)))
+        assert not torch.equal(checksum(texts), checksum(other))
 
 
 def test_masks_of_infinities_are_recognised():

@@ -16,6 +16,8 @@ from kronfisher.experiments.cli.output import finish, watch
 
 __all__ = ["add"]
 
+_NAMES = "model_name", "train_name", "queries_name", "likelihood_name", "show_name"
+
 
 def add(app: Any) -> None:
     """Add the command."""
@@ -38,6 +40,7 @@ def add(app: Any) -> None:
         train_name: Annotated[str, option("of its batches of training data", "--train")] = "train",
         queries_name: Annotated[str, option("of its batches of queries", "--queries-name")] = "queries",
         likelihood_name: Annotated[str, option("of its likelihood", "--likelihood")] = "likelihood",
+        show_name: Annotated[str, option("of its function (input, target) → text or picture", "--show")] = "show",
         data_name: Annotated[str, option(data_help, "--data")] = "digits",
         network: Annotated[str, option(network_help)] = "mlp",
         train_size: Annotated[int | None, option("examples to train on (default: all)")] = None,
@@ -55,8 +58,12 @@ def add(app: Any) -> None:
         with refuse_bad_options():
             if study is not None or quick or full:
                 refuse_other_options(context, {"study", "quick", "full", "data_dir", "json", "output"})
-            if (quick or full) and study is None:
-                raise ValueError(f"--{'quick' if quick else 'full'} needs --study, one of {', '.join(STUDIES)}")
+                if study is None:
+                    raise ValueError(f"--{'quick' if quick else 'full'} needs --study, one of {', '.join(STUDIES)}")
+            else:
+                own = {"data_name", "network", "train_size", "epochs", "seed", "queries", "data_dir"}
+                odd, why = (own, "a script has its own") if script else ({"script", *_NAMES}, "these are of a --script")
+                refuse_other_options(context, {*context.params} - odd, why)
             json = json or output / f"influence{f'-{study}' if study else ''}.json"
             require_writable(json, folder=False)
             require_writable(output, folder=True)
@@ -72,7 +79,8 @@ def add(app: Any) -> None:
             )
             useful = any("failure" not in row for row in findings.rows)
             return finish(findings, json, output, findings.draw, useful, f"after {len(findings.rows)} numbers")
-        names = {"model": model_name, "train": train_name, "queries": queries_name, "likelihood": likelihood_name}
+        given = model_name, train_name, queries_name, likelihood_name, show_name
+        names = {name.removesuffix("_name"): value for name, value in zip(_NAMES, given, strict=True)}
         traces = watch(
             "influence",
             commands.influence,

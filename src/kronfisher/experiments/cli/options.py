@@ -62,12 +62,13 @@ def settings(text: str) -> Any:
     return read
 
 
-def refuse_other_options(context: Any, names: set[str]) -> None:
+def refuse_other_options(context: Any, names: set[str], why: str = "a study has its own settings") -> None:
     """ValueError if the command line sets an option that is not among `names`."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     if odd := sorted(given - names):
-        listed = ", ".join(f"--{name.removesuffix('_name').replace('_', '-')}" for name in odd)
-        raise ValueError(f"a study has its own settings: leave out {listed}")
+        flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+        listed = ", ".join(flags[name] for name in odd)
+        raise ValueError(f"{why}: leave out {listed}")
 
 
 def byte_size(text: str | None) -> int | None:

@@ -32,7 +32,7 @@ class Named:
 
     Attributes:
         query: itself.
-        rows: title, whether leaving these out raises the measurement, and the examples with their index and score.
+        rows: title, whether these are good for the query, and the examples with their index and score.
     """
 
     query: Shown
