@@ -294,8 +294,8 @@ def posterior(rank, empty, share="all"):
     later = kf.Laplace(model, kf.estimate(model, unlabelled, kf.Categorical(), labels="exact", fit="kfac", **group))
     laplace, scored = kf.Laplace(model, fisher).optimize_prior(), later.score(data, **group)
     evidence = [float(each.log_marginal_likelihood()) for each in (laplace, scored)]
-    validation = [(numbers(6, 4, seed=5), torch.arange(6) % 3)] if empty else data
-    validation = of_all(rank, validation)[0] if empty else validation
+    validation = [(numbers(6, 4, seed=5), torch.arange(6) % 3)]  # all ranks predict each of them many times
+    validation = of_all(rank, validation if empty else list(zip(x.split(5), y.split(5), strict=True)))[0]
     laplace.calibrate(validation, **group)
     return evidence, [float(value) for value in laplace.prior_precision.values()]
 

@@ -15,6 +15,7 @@ from tests.distributed import cases
 from tests.helpers.close import close
 from tests.helpers.ranks import World, run
 
+pytestmark = pytest.mark.usual_ranks(3)
 BATCHES = [2, 1, 1]  # three ranks get one each, two ranks other numbers of them
 
 

@@ -9,6 +9,7 @@ from kronfisher.distributed import owners
 from kronfisher.distributed.sums import Sum, buckets
 from tests.distributed import cases
 
+pytestmark = pytest.mark.usual_ranks(3)
 COSTS = st.lists(st.floats(0, 1e6), min_size=0, max_size=30)
 
 

@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import kronfisher as kf
+from kronfisher.distributed import ranks as ranks_module
 from kronfisher.distributed import ranks_of
 from kronfisher.optim.layerwise import output_changes
 from kronfisher.optim.layerwise.running import RunningStatistics
+from kronfisher.optim.normalisation import SharedNormalisation
 from tests.distributed import cases
 from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
 
@@ -174,33 +176,51 @@ def gram(rank, ranks, what, number=12):
     )
 
 
-def normalised(rank, ranks, how, step, number=8):
+NORMALISED = {
+    "default": {},
+    "no average": {"step": kf.LayerwiseStep(average=False)},
+    "papers": {"step": kf.QuadraticModel()},
+    "fixed rate": {"step": kf.QuadraticModel(momentum=0.9, trust=kf.Constant(0.1))},
+}
+
+
+def normalised(rank, ranks, how, rule, number=8):
     """Weights and buffers of a model with batch normalisation after some steps, and while it is evaluated."""
     layers = torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
     model = fresh(torch.nn.Sequential(*layers))
     options = {"broadcast_buffers": False} if how == "apart" else {}
     wrapped, group = around(rank, model, "rows" if how == "rows" else "ddp", **options)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=step, **group)
+    if rule == "preconditioner":
+        made, sgd = kf.Preconditioner(wrapped, kf.Categorical(), **group), torch.optim.SGD(model.parameters(), 0.1)
+    else:
+        made, sgd = kf.NaturalGradient(wrapped, kf.Categorical(), **NORMALISED[rule], **group), None
     for x, y in batches(rank, ranks, number):
-        optimizer.step(lambda x=x: wrapped(x), y)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    found = [weights(model), buffers]
-    optimizer.eval()
+        if sgd is None:
+            made.step(lambda x=x: wrapped(x), y)
+            continue
+        sgd.zero_grad()
+        cross_entropy(made(x), y).backward()
+        made.step()
+        sgd.step()
+    found = [weights(model), {name: buffer.clone() for name, buffer in model.named_buffers()}]
+    if sgd is None:
+        made.eval()
     found += [weights(model), {name: buffer.clone() for name, buffer in model.named_buffers()}]
-    optimizer.train()
     return found
 
 
 def running_statistics(rank, ranks, number=6):
     """Those of a layer that rank 0 does not use in the second step, and that is not finite on rank 1 in the third."""
-    layer, running = torch.nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float64), RunningStatistics()
+    layer = torch.nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float64)
+    running, shared = RunningStatistics(), SharedNormalisation()
     wrapped, _ = around(rank, model := torch.nn.Sequential(layer))
     for step in range(number):
+        shared.begin(model)
         if rank != 0 or step != 1:
             bad = float("nan") if (rank, step) == (1, 2) else 1.0
             with torch.no_grad():
                 (wrapped if step != 1 else model)(bad * numbers(8, 4, seed=10 * step + rank))
-        running.share(model, ranks_of(dist.group.WORLD))
+        shared.share(model, ranks_of(dist.group.WORLD))
         running.update(model, torch.tensor(1 / (step + 1)))
     averages = {f"average of {name}": value for name, value in running.averages.items()}
     return averages | dict(model.named_buffers())
@@ -646,15 +666,16 @@ def refused(rank, what):
 
 
 def ended(rank, how, at):
-    """The error of the other ranks when the last one ends between two steps."""
+    """The error of the other ranks when the last one ends between two steps; they call the roll for two seconds."""
     wrapped, group = around(rank, perceptron(), how)
     optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), **group)
     size = dist.get_world_size()
     try:
-        for step, (x, y) in enumerate(batches(rank, size, 100)):
-            if rank == size - 1 and step == at:
-                os._exit(1)
-            optimizer.step(lambda x=x: wrapped(x), y)
+        with mock.patch.object(ranks_module, "_PATIENCE", 2.0):
+            for step, (x, y) in enumerate(batches(rank, size, 100)):
+                if rank == size - 1 and step == at:
+                    os._exit(1)
+                optimizer.step(lambda x=x: wrapped(x), y)
     except Exception as error:
         return type(error).__name__, str(error)
     return "none", ""

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 180  # seconds that one call may take
-PATIENCE = 120  # seconds that a rank waits for another
 
 
 class World:
@@ -22,10 +21,11 @@ class World:
     Args:
         size: W.
         folder: for the file by which the ranks find each other.
+        patience: seconds that a rank waits for another.
     """
 
-    def __init__(self, size: int, folder: Any) -> None:
-        self.size, self.folder = size, folder
+    def __init__(self, size: int, folder: Any, patience: float = 120) -> None:
+        self.size, self.folder, self.patience = size, folder, patience
         self.started = 0
         self.start()
 
@@ -35,8 +35,9 @@ class World:
         context = multiprocessing.get_context("forkserver")  # which imports once, and computes nothing before it forks
         modules = ["torch.distributed", "torch.distributed.fsdp", "torch._dynamo"]  # DDP needs the last one
         context.set_forkserver_preload([*modules, "kronfisher", "tests.conformance.problems"])
+        store = f"{self.folder}/store {self.started}"
         self.executors = [
-            ProcessPoolExecutor(1, context, _begin, (sys.path, f"{self.folder}/store {self.started}", rank, self.size))
+            ProcessPoolExecutor(1, context, _begin, (sys.path, store, rank, self.size, self.patience))
             for rank in range(self.size)
         ]
         self.call(_ready, limit=5 * LIMIT)
@@ -80,11 +81,11 @@ def world(size: int, folder: Any) -> Iterator[World]:
         own.end()
 
 
-def _begin(path: list[str], store: str, rank: int, size: int) -> None:
+def _begin(path: list[str], store: str, rank: int, size: int, patience: float) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
     file = dist.FileStore(store, size)
-    dist.init_process_group("gloo", store=file, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group("gloo", store=file, rank=rank, world_size=size, timeout=timedelta(seconds=patience))
     warnings.simplefilter("error")
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kronfisher.distributed.backends import device_of, is_of_collectives
 from kronfisher.distributed.parcel import Parcel
 from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.errors import RankError
@@ -32,6 +33,7 @@ class Ranks:
     Attributes:
         size: W.
         rank: this one's number in the group.
+        device: where tensors lie while they are sent.
         members: the number of each rank among all that are initialised.
         collectives: how many were run; a message from one rank to another counts as one.
         sent: bytes that all ranks gave into them, alike on all of them; those of small values that are gathered apart.
@@ -41,8 +43,7 @@ class Ranks:
         # Weakly: what outlives destroy_process_group() would keep gloo's threads, and end the process with an abort.
         self._group = weakref.ref(group)
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        on_cuda = "nccl" in str(dist.get_backend(group))
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        self.device = device_of(group)
         self.members = [dist.get_global_rank(group, rank) for rank in range(self.size)]
         self._store = group.get_group_store() if hasattr(group, "get_group_store") else None  # torch 2.6 has no such
         self.collectives = self.sent = 0
@@ -234,9 +235,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, RankError) or not (
-                isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _BACKENDS)
-            ):
+            if isinstance(error, RankError) or not is_of_collectives(error):
                 raise
             raise RankError(f"rank {self.rank} lost the other ranks: {self._unanswered()} ({error}).") from error
 
@@ -290,7 +289,6 @@ class Ranks:
 
 _NOTHING = Parcel.of(None)
 _NO_STORE = "the process that holds the group's store, rank 0 unless torchrun does, has ended"
-_BACKENDS = "gloo", "nccl", "connection", "store"  # words in errors of torch's collectives
 _PATIENCE = 5.0  # seconds in which a rank that is there sees that a collective failed
 
 

@@ -30,6 +30,7 @@ from kronfisher.optim.largest_factor import bounded, kept_as_diagonals, largest_
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
 from kronfisher.optim.moving_average import MovingAverage
+from kronfisher.optim.normalisation import SharedNormalisation
 from kronfisher.optim.sharing import Sharing
 from kronfisher.optim.watch import require_one_process
 
@@ -96,6 +97,7 @@ class Statistics:
         self._needed = treats is None
         self.ranks, self._alone, self._spread = ranks, alone, spread
         self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
+        self._normalisation = SharedNormalisation()
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
         self._groups: int | None = None  # of the run, when the layers were chosen
@@ -203,6 +205,8 @@ class Statistics:
             require_one_process()
         if self._spread is not None:
             self._spread.follow()
+        if self.ranks is not None:
+            self._normalisation.begin(self.model)
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:
             self._run, self._trained, self.next_due = self._accumulator(), trained, step
@@ -439,7 +443,12 @@ class Statistics:
             raise UnsupportedError(f"No block covers any of the parameters:\n  {reasons}\nUse a first-order optimiser.")
 
     def merge(self, step: int) -> None:
-        """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out."""
+        """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out.
+
+        Batch normalisation gets the running statistics of all ranks, at every step.
+        """
+        if self.ranks is not None:
+            self._normalisation.share(self.model, self.ranks)
         if self._sharing is not None and self._run is not None and self.is_due(step):
             self._share(self._sharing, self._run, step)
         if not self._open:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfisher.distributed import Ranks
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.optim.foreach import lerp_to_each_
 from kronfisher.optim.layerwise.running import RunningStatistics
@@ -44,7 +43,6 @@ class Average:
         parameters: Mapping[str, Tensor],
         left: Tensor,
         annealing: float = 1.0,
-        ranks: Ranks | None = None,
     ) -> None:
         """Add the present iterate.
 
@@ -53,7 +51,6 @@ class Average:
             parameters: of the model, by name.
             left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
             annealing: the factor on all rates near a horizon; likewise: smaller steps average noise by themselves.
-            ranks: that train together, whose batches batch normalisation has seen; None: there is one.
         """
         self.steps += 1
         share = (SPAN / ((self.steps + SPAN - 1) * annealing * left.sqrt())).clamp(max=1.0)
@@ -63,8 +60,6 @@ class Average:
         shares = {kind: share.to(kind) for kind in {one.dtype for one in tensors.values()}}
         weights = [shares[one.dtype] for one in tensors.values()]
         lerp_to_each_([self.averages[name] for name in tensors], list(tensors.values()), weights)
-        if ranks is not None:
-            self.running.share(model, ranks)
         self.running.update(model, share)
 
     @torch.no_grad()

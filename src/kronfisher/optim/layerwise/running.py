@@ -1,18 +1,15 @@
 """Running statistics of batch normalisation that belong to the average of the iterates."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from kronfisher.distributed import Ranks, Sum
+from kronfisher.optim.normalisation import KINDS, normalisations
 
 __all__ = ["RunningStatistics"]
-
-KINDS = ("running_mean", "running_var")
 
 
 @dataclass
@@ -40,7 +37,7 @@ class RunningStatistics:
             model: whose layers of batch normalisation count; those that have seen no batch since are as before.
             share: of the present iterate in the average of the iterates, 0-dim.
         """
-        for prefix, module in _normalisations(model):
+        for prefix, module in normalisations(model):
             tracked = module.num_batches_tracked
             assert tracked is not None
             counted = tracked - self.before.get(f"{prefix}num_batches_tracked", torch.zeros_like(tracked))
@@ -63,40 +60,9 @@ class RunningStatistics:
             self.before[f"{prefix}num_batches_tracked"] = tracked.clone()
 
     @torch.no_grad()
-    def share(self, model: nn.Module, ranks: Ranks) -> None:
-        """Give the model on every rank the means of all ranks' running statistics, to the same bits.
-
-        So what `update` finds is of all batches of a step, and every rank evaluates the same network. DDP gives all of
-        them those of rank 0 instead, at the next forward pass. Ranks whose batches did not reach a layer, or made its
-        statistics infinite, do not count in it.
-
-        Args:
-            model: whose layers of batch normalisation count; without any, nothing is sent.
-            ranks: that train together.
-        """
-        layers = list(_normalisations(model))
-        if not layers:
-            return
-        parts = []
-        for prefix, module in layers:
-            tracked = module.num_batches_tracked
-            assert tracked is not None and module.running_mean is not None and module.running_var is not None
-            before = self.before.get(f"{prefix}num_batches_tracked", torch.zeros_like(tracked))
-            own = torch.cat([tracked.view(1).double(), module.running_mean.double(), module.running_var.double()])
-            counts = (tracked != before) & own.isfinite().all()
-            parts.append(torch.cat([counts.double().view(1), torch.where(counts, own, 0.0)]))
-        ranks.sum_([Sum(flat := torch.cat(parts))])
-        for (_, module), part in zip(layers, flat.split([len(part) for part in parts]), strict=True):
-            number, total = part[0], part[1:]
-            tracked, mean, var = module.num_batches_tracked, module.running_mean, module.running_var
-            assert tracked is not None and mean is not None and var is not None
-            for tensor, value in zip((tracked, mean, var), total.split([1, len(mean), len(var)]), strict=True):
-                tensor.copy_(torch.where(number > 0, value / number, tensor.double()).view_as(tensor))
-
-    @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the averages and what the model holds."""
-        for prefix, module in _normalisations(model):
+        for prefix, module in normalisations(model):
             for kind in KINDS:
                 if (average := self.averages.get(prefix + kind)) is not None:
                     values = getattr(module, kind)
@@ -113,14 +79,3 @@ class RunningStatistics:
         self.averages, self.before = (
             {name: tensor.to(device) for name, tensor in state.get(key, {}).items()} for key in ("averages", "before")
         )
-
-
-def _normalisations(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Layers of batch normalisation that keep running statistics, and what names of their buffers begin with."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, _BatchNorm)
-            and module.running_mean is not None
-            and module.num_batches_tracked is not None
-        ):
-            yield name + "." * bool(name), module

@@ -148,8 +148,7 @@ class LayerwiseParts(StepParts):
                 trained, gradients, natural, self.rate(step), self.misfit, averages, self.direction.changes.even
             )
             if self.options.average:
-                left, ranks = self.misfit.left, self.statistics.ranks
-                self.average.update(model, trained.named, left, self.annealing(step), ranks)
+                self.average.update(model, trained.named, self.misfit.left, self.annealing(step))
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
