@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import kronfisher as kf
+from kronfisher.layers.activations import Dense
+from kronfisher.operators.factors import dense
 from tests.helpers.checks import assert_exact
 from tests.helpers.networks import Written
+from tests.helpers.truth import exact_fisher
 
 
 def P(*shape):
@@ -141,6 +144,90 @@ def test_heads_whose_outputs_lie_around_the_inputs_have_the_factors_of_a_layer_e
         x = torch.randn(5, 4, 3)
         same_blocks(heads(equation, *shape), Written(each, w=P(*shape)), x, ("kfac", "ekfac"))
         same_blocks(heads(equation, *shape), Written(expanded, w=P(*shape)), x)
+
+
+SHARED = {
+    "heads": lambda m, x: torch.einsum("ntd,hdk->nhtk", x, m.w),
+    "heads, expanded": lambda m, x: torch.einsum("hntd,hdk->nhtk", x.expand(2, *x.shape), m.w),
+    "broadcast": lambda m, x: x.unsqueeze(1) @ m.w,
+}
+
+
+@pytest.mark.parametrize("fit", ["kfac", "kfac-reduce", "kfac-corrected", "ekfac"])
+@pytest.mark.parametrize("form", SHARED)
+def test_data_that_all_heads_meet_are_multiplied_and_decomposed_once(form, fit, monkeypatch):
+    """Seen: one input factor for each head, all of them the same."""
+    multiplied, decomposed = [], []
+    add, decompose = Dense.add_covariance_, dense.eigh
+
+    def counted(inputs, *args):
+        multiplied.append(inputs.shape[0])
+        add(inputs, *args)
+
+    def noted(matrix, name):
+        decomposed.append(len(matrix))
+        return decompose(matrix, name)
+
+    monkeypatch.setattr(Dense, "add_covariance_", counted)
+    monkeypatch.setattr(dense, "eigh", noted)
+    x = torch.randn(5, 4, 3)
+    shared = Written(lambda m, x: SHARED[form](m, x).tanh().flatten(1), w=P(2, 3, 3)).double()
+    apart = Written(lambda m, x: torch.stack([x @ w for w in m.w], 1).tanh().flatten(1), w=P(2, 3, 3)).double()
+    found = kf.estimate(shared, x, kf.Gaussian(), fit=fit, labels="exact", strict=True)
+    assert multiplied and set(multiplied) == {1}
+    solved = (found + 0.1).solve({"w": shared.w})["w"]
+    assert decomposed == [1, 2] or fit == "kfac-corrected"  # whose factors are those of no inputs
+    same = kf.estimate(apart, x, kf.Gaussian(), fit=fit, labels="exact")
+    torch.testing.assert_close(found.to_dense(), same.to_dense(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(solved, (same + 0.1).solve({"w": shared.w})["w"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_inverses_of_factors_that_all_heads_have_are_those_of_each(masked):
+    """In training factors are inverted by their Cholesky factors, made once, too."""
+    x, mask = torch.randn(5, 4, 3), torch.arange(20).reshape(5, 4) % 3 > 0
+
+    def forward(m, x):
+        return torch.einsum("ntd,hdk->nthk", x, m.w).tanh().flatten(2)
+
+    model = Written(forward, w=P(2, 3, 3)).double()
+    data = (x, torch.zeros(5, 4, 6)) if masked else x
+    options = {"mask": lambda batch: mask} if masked else {}
+    block = kf.estimate(model, data, kf.Gaussian(), fit="kfac", labels="exact", **options)["w"]
+    counted = x[mask] if masked else x.flatten(0, 1)
+    torch.testing.assert_close(block.A, (counted.mT @ counted / len(counted)).expand(2, 3, 3))
+    damped, eye = block.damped_by_shares(0.1, 0.2), torch.eye(18)
+    torch.testing.assert_close(damped.inverse().to_dense() @ damped.to_dense(), eye)
+    torch.testing.assert_close((block + 0.3).inverse().to_dense() @ (block + 0.3).to_dense(), eye)
+
+
+@pytest.mark.parametrize("equation", HEADS)
+def test_products_of_heads_that_are_fitted_together_are_no_further_from_the_best_ones_than_alone(equation):
+    """Iterations go on until every head has settled, so that those of one are as many as it takes alone, or more."""
+
+    def each(m, x):
+        return torch.stack([x @ w for w in m.w], HEADS[equation]).tanh().flatten(1)
+
+    for shape, x in (((2, 3, 4), torch.randn(5, 4, 3)), ((3, 3, 5), torch.randn(9, 1, 3))):
+        model = heads(equation, *shape).double()
+        truth = exact_fisher(model, x)
+        errors = []
+        for m in (model, Written(each, w=model.w.detach())):
+            fisher = kf.estimate(m, x, kf.Gaussian(), fit="kfoc", labels="exact")
+            errors.append(torch.stack([_distance(fisher, truth, model.w, k) for k in range(shape[0])]))
+        (together, best), (alone, _) = (one.unbind(1) for one in errors)
+        assert (together <= alone + 1e-12).all() and (alone <= best + 0.5e-6).all()
+        exact = kf.KFOC(tolerance=1e-11, iterations=1000)
+        same_blocks(model, Written(each, w=model.w.detach()), x, [exact])
+
+
+def _distance(fisher, truth, weight, head):
+    """The relative error of one head's block, and that of the best product, by singular values."""
+    places = torch.arange(weight.numel()).reshape(weight.shape)[head].mT  # [O, I]
+    own, given = (matrix[places.reshape(-1, 1), places.flatten()] for matrix in (truth, fisher.to_dense()))
+    rows = own.reshape(*places.shape, *places.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+    left = torch.linalg.svdvals(rows)[1:].norm() / rows.norm()
+    return torch.stack([(own - given).norm() / own.norm(), left])
 
 
 @pytest.mark.parametrize("equation", HEADS)

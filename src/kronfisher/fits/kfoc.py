@@ -63,7 +63,9 @@ class KFOC(Fit):
             does the order of the data matter: sorted ones (by class, say) had better be shuffled.
         tolerance: iterations stop when A, scaled to norm one, changes by no more. The error is off by half of its
             square. From 1e-4 up, wide weights, and those that many positions share, are iterated through their leading
-            16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖.
+            16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖. Groups of one weight
+            (of a convolution, attention heads) take as many steps as the slowest of them: others come closer than by
+            themselves.
         iterations: double steps at most, in one piece and, for ``"exact"``, over the data.
         warm_start: start from the result so far, where a start is free.
         max_dim: factors beyond this size are kept as their diagonals, as those of lookups in a table are: then B ⊗ A is

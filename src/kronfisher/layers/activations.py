@@ -53,6 +53,10 @@ class Activations:
         """``Σ_t w[k, t] a[k, t]`` of samples low to high for weights ``[H, n', T, R]``: ``[H, n', R, I]``."""
         return weights.mT @ self.dense(low, high)
 
+    def once(self) -> "Activations | None":
+        """The inputs of one group where memory shows that all groups have the same; else None."""
+        return None
+
     def copy(self) -> "Activations":
         """A copy in separate memory, for samples that have to outlive their batch."""
         return Dense(self.dense().clone())
@@ -112,7 +116,10 @@ class Activations:
 
     def reduce(self, workspace: int = WORKSPACE) -> "Activations":
         """Reduce to inputs of T = 1 by summing positions."""
-        return Dense(self.sum_positions(workspace))
+        one = self.once()
+        if one is None:
+            return Dense(self.sum_positions(workspace))
+        return Dense(one.sum_positions(workspace).expand(self.shape[0], -1, -1, -1))
 
     def apply_mask(self, mask: Tensor) -> "Activations":
         """Set inputs to zero where ``mask [n, T]`` is zero."""
@@ -173,6 +180,10 @@ class Dense(Activations):
 
     def select(self, index: Tensor) -> "Dense":
         return replace(self, values=self.values[:, index])
+
+    def once(self) -> "Dense | None":
+        same = len(self.values) > 1 and self.values.stride(0) == 0
+        return replace(self, values=self.values[:1]) if same else None
 
     def times(self, matrix: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         width = self.values.shape[-1]
@@ -289,6 +300,10 @@ class Masked(Activations):
 
     def dense(self, low: int = 0, high: int | None = None) -> Tensor:
         return self.inner.dense(low, high) * self.mask[low:high, :, None]
+
+    def once(self) -> "Masked | None":
+        one = self.inner.once()
+        return None if one is None else replace(self, inner=one)
 
 
 def _products(rows: Tensor) -> Tensor:

@@ -77,8 +77,10 @@ class ContractionUse(Use):
     def _arranged(self, tensor: Tensor, own: str, last: str) -> Tensor:
         """``[*rows, H, last]`` from a tensor with the axes `own`: rows, groups and the last ones."""
         order = [own.index(c) for c in (*self.labels.rows, *self.labels.groups, *last)]
-        lead = tuple(tensor.shape[own.index(c)] for c in self.labels.rows) or (1,)
-        return tensor.permute(order).reshape(*lead, _count(self.labels.groups, self.sizes), _count(last, self.sizes))
+        lead, groups = (
+            tuple(tensor.shape[own.index(c)] for c in axes) for axes in (self.labels.rows, self.labels.groups)
+        )
+        return tensor.permute(order).reshape(*(lead or (1,)), prod(groups), _count(last, self.sizes))
 
     def _grouped(self, rows: Tensor, order: RowOrder) -> Tensor:
         """``[H, n, T, *]`` from ``[*rows, H, *]``."""
@@ -96,13 +98,19 @@ class ContractionUse(Use):
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         labels, x = self.labels, self.cast_inputs()
         kept = labels.rows + labels.groups + labels.inputs
-        x = x.expand(*(self.sizes.get(c, n) if n == 1 else n for c, n in zip(labels.data, x.shape, strict=True)))
+        sizes, axes = self.sizes, [labels.data.index(c) for c in labels.groups]
+        if all(x.shape[axis] == 1 or x.stride(axis) == 0 for axis in axes):  # the same data for all groups
+            sizes = {c: n for c, n in sizes.items() if c not in labels.groups}
+            for axis in axes:
+                x = x.narrow(axis, 0, 1)
+        x = x.expand(*(sizes.get(c, n) if n == 1 else n for c, n in zip(labels.data, x.shape, strict=True)))
         if summed := [axis for axis, c in enumerate(labels.data) if c not in kept]:
             x = x.sum(summed)
         own = "".join(c for c in labels.data if c in kept)
         for c in set(labels.rows) - set(own):  # the same data for several rows
             x, own = x.expand(self.sizes[c], *x.shape), c + own
-        return Dense(self._grouped(self._arranged(x, own, labels.inputs), order))
+        inputs = self._grouped(self._arranged(x, own, labels.inputs), order)
+        return Dense(inputs.expand(_count(labels.groups, self.sizes), -1, -1, -1))
 
     def mask(self, order: RowOrder) -> Tensor | None:
         return None if self.picked is None else order.group(self.picked, self.picked.dim())

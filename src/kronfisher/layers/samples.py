@@ -110,12 +110,14 @@ class Samples:
 
     def add_input_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} a aᵀ`` over positions that count, upper triangle of ``[H, I, I]``; or its diagonal."""
-        add = (
-            self.masked_activations.add_squares_
-            if Factor.of(total).is_diagonal
-            else self.masked_activations.add_covariance_
-        )
-        add(total, self.workspace)
+        activations = self.masked_activations
+        one = activations.once()
+        own = total if one is None else total.new_zeros(1, *total.shape[1:])
+        activations = activations if one is None else one
+        add = activations.add_squares_ if Factor.of(total).is_diagonal else activations.add_covariance_
+        add(own, self.workspace)
+        if one is not None:
+            total += own
 
     def add_output_covariance_(self, total: Tensor) -> None:
         """``total += Σ_{k,t} g gᵀ``, upper triangle of ``[H, O, O]``, or diagonal ``[H, O]``."""

@@ -79,11 +79,29 @@ class DenseFactor(Factor, axes=3):
     def divide_by(self, root: Tensor) -> Self:
         return type(self)(self.tensor / root[:, :, None] / root[:, None, :])
 
+    def _once(self) -> Self | None:
+        """The matrix of one group where all have the same, so that it is decomposed once; else None.
+
+        Whether they have is not asked of a device, which the host would have to wait for.
+        """
+        first, others = self.tensor[:1], self.tensor[1:]
+        if not len(others) or first.device.type != "cpu" or not torch.equal(others, first.expand(others.shape)):
+            return None
+        return type(self)(first)
+
+    def _for_all(self, one: Self) -> Self:
+        return type(self)(one.tensor.repeat(self.groups, 1, 1))
+
     def eigh(self, name: str) -> tuple[Tensor, Self]:
+        if one := self._once():
+            values, vectors = one.eigh(name)
+            return values.repeat(self.groups, 1), self._for_all(vectors)
         values, vectors = eigh(self.tensor, name)
         return values, type(self)(vectors)
 
     def cholesky(self, name: str, *, definite: bool = False) -> Self:
+        if one := self._once():
+            return self._for_all(one.cholesky(name, definite=definite))
         lower = cholesky(self.tensor, name)
         if not definite:
             require(
@@ -93,11 +111,15 @@ class DenseFactor(Factor, axes=3):
         return type(self)(lower)
 
     def inverse_root(self, name: str) -> Self:
+        if one := self._once():
+            return self._for_all(one.inverse_root(name))
         lower = cholesky(self.tensor, name)
         identity = self.identity(lower.shape, lower)
         return type(self)(torch.linalg.solve_triangular(lower, identity, upper=False).mT.contiguous())
 
     def cholesky_inverse(self) -> Self:
+        if one := self._once():
+            return self._for_all(one.cholesky_inverse())
         return type(self)(torch.cholesky_inverse(self.tensor))
 
     def cholesky_solve(self, matrix: Tensor, *, whiten: bool = False) -> Tensor:
