@@ -324,15 +324,19 @@ class Capture(TorchFunctionMode):
         if calls:
             nodes = [result.grad_fn for result in results if result.grad_fn is not None]
             made = {tensor.grad_fn: views[id(tensor)] for tensor in operands if tensor.grad_fn is not None}
-            self._claim(calls[0], nodes, views, made)
-            if any(call.edge.node in nodes for call in calls):
+            ends = [call.edge.node for call in calls]
+            if any(node in nodes for node in ends):
+                self._claim(calls[0], nodes, views, made)
                 return  # they ran in one piece, and the graph leads from results to operands as that of any operator
+            # Of what lies in between no walk sees anything but second derivatives, which are to find it unclaimed.
+            self._claim(calls[0], ends, views, made)
+            self.recording.makers.update(dict.fromkeys(nodes, calls[0].index))
             exits = [get_gradient_edge(tensor) for tensor in operands if tensor.requires_grad]
             edges = tuple((edge.node, edge.output_nr) for edge in (*(call.edge for call in calls), *exits))
             self.recording.entrances.update(dict.fromkeys(nodes, edges))
             self.recording.inside[calls[0].index] = {window.parameter for window in windows}
-            ends = [get_gradient_edge(tensor).node for tensor in operands if views[id(tensor)] is not None]
-            self.recording.claims.update({(node, end): calls[0].index for node in nodes for end in ends})
+            weights = [get_gradient_edge(tensor).node for tensor in operands if views[id(tensor)] is not None]
+            self.recording.claims.update({(node, weight): calls[0].index for node in nodes for weight in weights})
 
     def _claim(
         self,

@@ -8,7 +8,7 @@ arrive there are those of the products with the hidden states, too: two blocks w
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -137,6 +137,11 @@ class Weights:
         biases = (tensors[2], tensors[3]) if biased else (None, None)
         return cls(tensors[0], tensors[1], biases, rest[0] if rest else None)
 
+    @cached_property
+    def transposed(self) -> Tensor:
+        """W_hhᵀ, the same at all steps."""
+        return self.hidden.t()
+
     @property
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.inputs, self.hidden, *self.biases, self.projection) if t is not None]
@@ -166,7 +171,7 @@ def _step(name: str, x: Tensor, state: State, weights: Weights, trace: Trace, t:
         after, reset = _gru(x, F.linear(state[0], weights.hidden, weights.biases[1]), state[0])
         trace.resets[t] = reset.detach()
         return after
-    z = torch.addmm(x, state[0], weights.hidden.t())
+    z = torch.addmm(x, state[0], weights.transposed)
     return _lstm(z, state[1]) if name == "lstm" else (z.tanh() if name == "rnn_tanh" else z.relu(),)
 
 
