@@ -36,9 +36,10 @@ def test_every_fit_is_that_of_one_process(ranks, fit):
     agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
 
 
-@pytest.mark.parametrize("fit", ["kfoc-exact", "auto"])
-def test_searches_that_depend_on_the_order_of_samples_see_that_of_the_batches(ranks, fit):
-    case = ("linear", "gaussian-variances", fit, "observed", [1] * 5)
+@pytest.mark.parametrize(("fit", "likelihood"), [("kfoc-exact", "gaussian-variances"), ("auto", "bernoulli-images")])
+def test_searches_that_depend_on_the_order_of_samples_see_that_of_the_batches(ranks, fit, likelihood):
+    """Put together in the order of ranks, they end elsewhere, with each of these numbers of them."""
+    case = ("linear", likelihood, fit, "observed", [1] * 5)
     agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
 
 
@@ -128,6 +129,7 @@ def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
         assert 0 < spectrum[0] <= 1
 
 
+@pytest.mark.usual_ranks(2)
 @pytest.mark.parametrize(
     ("fit", "likelihood"), [("kfac", "categorical"), ("ekfac", "gaussian"), ("full", "categorical")]
 )
@@ -176,6 +178,7 @@ def test_fits_are_compared_over_all_data(ranks):
             assert row[2:4] == pytest.approx(true[2:4], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.usual_ranks(2)
 @pytest.mark.parametrize("fit", ["ekfac", "full"])
 def test_influences_by_blocks_that_stay_with_their_owners(ranks, fit, tmp_path):
     """Queries are solved together; each rank scores its own part, and what needs more all read the same."""
@@ -202,6 +205,7 @@ def test_influences_of_owned_blocks_refuse_what_ranks_do_not_share(ranks):
             assert errors[name][0] == kind and re.search(message, errors[name][1]), (name, errors[name])
 
 
+@pytest.mark.usual_ranks(2)
 @pytest.mark.parametrize(("empty", "share"), [(False, "all"), (True, "all"), (False, "owned"), (True, "owned")])
 def test_evidence_and_calibration_over_all_data(ranks, empty, share):
     answers, truth = ranks.call(cases.posterior, empty, share), cases.posterior(None, empty)
@@ -216,6 +220,7 @@ def test_validation_data_that_do_not_fit_on_one_rank(ranks, share, reads):
         assert (kind == "DataError") if rank == 1 else (kind == "RankError" and "rank 1: DataError" in text)
 
 
+@pytest.mark.usual_ranks(2)
 def test_labels_are_drawn_apart(ranks):
     """In distribution the same: over many draws the exact matrix."""
     answers = ranks.call(cases.sampled, 400)
@@ -256,6 +261,7 @@ def test_a_report_says_what_was_sent(ranks, fit):
     assert says in " ".join(str(answers[0][0].report()).split())
 
 
+@pytest.mark.usual_ranks(2)
 def test_what_every_fit_sends_is_planned_and_takes_few_meetings(ranks):
     """At most three meetings a pass besides sums in buckets, messages, and what owners hand out."""
     answers = ranks.call(cases.passes_counted, list(FITS))
