@@ -19,7 +19,14 @@ BUILT = {
     "convolutions": (images, (2, 4, 4)),
     "normalised": (lambda: normalised().double(), (4,)),
     "applied twice, positions": (lambda: Tied().double(), (2, 4)),
+    "looked up, positions": (lambda: looked_up().double(), (4,)),
 }
+
+
+def looked_up():
+    """Tokens, whose sum over positions gives a lookup a factor that is no diagonal (`kfac-reduce`)."""
+    table, head = nn.Embedding(6, 4), nn.Linear(4, 3)
+    return Written(lambda m, x: m.head(m.table((9 * x.abs()).long() % 6).tanh().mean(1)), table=table, head=head)
 
 
 def made(name, n=9, q=3):
@@ -225,6 +232,11 @@ def test_positions_of_training_examples():
     pooled, train, queries = made("convolutions")
     with pytest.raises(kf.DataError, match="needs the same positions in all layers"):
         exact(pooled, train)[1].scores(train, queries, per="position")
+    fisher = kf.estimate(pooled, [train], kf.Categorical(), fit=kf.Full(across_layers=True), labels="exact")
+    for normalize in (None, "cosine"):  # blocks that F treats together are read together
+        influence = kf.Influence(pooled, fisher, kf.Categorical(), normalize=normalize)
+        with pytest.raises(kf.DataError, match="needs the same positions in all layers"):
+            influence.scores(train, queries, per="position")
 
 
 class Mixed(nn.Module):

@@ -50,7 +50,7 @@ class Words(nn.Module):
         return self.head(self.recurrent(h)[0].mean(1))
 
 
-@pytest.mark.parametrize("fit", ["kfac", "ekfac", "kfoc", "diagonal", "full"])
+@pytest.mark.parametrize("fit", ["kfac", "kfac-reduce", "ekfac", "kfoc", "prototypes", "diagonal", "full"])
 def test_layers_of_every_kind(fit):
     torch.manual_seed(0)
     model = Words().double()

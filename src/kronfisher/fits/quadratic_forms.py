@@ -31,11 +31,12 @@ def _quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Grou
             parts.append((rows * precision.solves(rows)).sum(1))
         return torch.cat(parts)
     basis, weights = found
-    if samples[0].positions > 1 and not _is_lookup(samples[0]):
+    lookup = _is_lookup(samples[0]) and basis.input_factor.is_diagonal  # rotated by a matrix they are rows of it
+    if samples[0].positions > 1 and not lookup:
         written = samples[0].rotated(basis.A, basis.B)
         return torch.cat([(G.square() * weights[:, None]).sum(dim=(0, 2, 3)) for G in written])
     for piece in samples[0].rotate(basis.A, basis.B):
-        if _is_lookup(piece):
+        if lookup:
             parts.append(_lookup_pairs([piece.gradients], piece, weights)[:, 0, 0])
         else:
             a, g = piece.activations.dense()[:, :, 0].square(), piece.gradients[:, :, 0].square()

@@ -138,6 +138,8 @@ class Scorer:
                 answers.append(by_position(use, queries).transpose(1, 2))
             else:
                 answers.append(inner_products(use, queries))
+        if self.per == "position":  # blocks that F treats together are summed here
+            _require_same({block.name: part.shape[-1] for block, part in zip(blocks, answers, strict=True)})
         return torch.stack(answers, dim=-1) if self.per == "block" else sum(answers[1:], answers[0])
 
     def _bounds(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
@@ -192,10 +194,14 @@ def _self_scores(reading: Reading, damped: Damped) -> Tensor:
 def _require_positions(reading: Reading) -> None:
     """DataError unless all blocks have the same positions."""
     sizes = {blocks[0].name: answer.shape[-1] for blocks, answer in reading.answers["score"].items()}
-    if len(set(sizes.values())) > 1 or reading.fallback:
+    _require_same(sizes, f"{reading.where}: ", tuple(reading.fallback))
+
+
+def _require_same(sizes: Mapping[str, int], where: str = "", fallback: Sequence[str] = ()) -> None:
+    if len(set(sizes.values())) > 1 or fallback:
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise DataError(
-            f"{reading.where}: per='position' needs the same positions in all layers; {listed}"
-            + (f", and {', '.join(reading.fallback)} has per-example gradients only" if reading.fallback else "")
+            f"{where}per='position' needs the same positions in all layers; {listed}"
+            + (f", and {', '.join(fallback)} has per-example gradients only" if fallback else "")
             + ". Ask without it, or freeze the other layers."
         )
