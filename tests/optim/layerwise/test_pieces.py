@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kronfisher as kf
 from kronfisher.optim.layerwise import pieces
 from kronfisher.optim.layerwise.pieces import Pieces
 from kronfisher.optim.layerwise.units import Unit
@@ -51,3 +52,26 @@ def test_steps_reach_parameters_in_any_layout(cut):
     cut.add_to(parameters, cut.cut(updates), factors)
     for (place, _), share, new, old, update in zip(MEMBERS, shares, parameters, before, updates, strict=True):
         torch.testing.assert_close(new, old + factors[place] * share * update)
+
+
+def test_views_that_last_are_made_again_when_memory_is_another(cut):
+    values = tensors()
+    first = cut.lasting("values", values)
+    assert cut.lasting("values", [value.detach() for value in values]) is first  # other objects, the same memory
+    values[0].data = torch.randn(SHAPES["a"], dtype=torch.float64)
+    values[1].mul_(2)
+    for piece, expected in zip(cut.lasting("values", values), cut.cut(values), strict=True):
+        assert piece.data_ptr() == expected.data_ptr() and torch.equal(piece, expected)
+
+
+def test_weights_whose_memory_is_swapped_in_training_go_on_moving():
+    """As `module.to` or a load of other weights does."""
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(16, 3), torch.randint(2, (16,))
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    for step in range(4):
+        if step == 2:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        before = model.weight.detach().clone()
+        optimizer.step(lambda: model(x), y)
+        assert not torch.equal(model.weight, before)

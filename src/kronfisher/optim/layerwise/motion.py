@@ -98,7 +98,7 @@ class Motion:
         states = [self._state(trained, name) for name in where.names]
         parameters = [trained.named[name] for name in where.names]
         given = where.cut([gradients[name] for name in where.names])
-        momenta = where.cut([state["momentum"] for state in states])
+        momenta = where.lasting("momenta", [state["momentum"] for state in states])
         directions = where.cut(
             [
                 natural[name] if own else gradients[name].clone()
@@ -113,8 +113,9 @@ class Motion:
         self.scatter.settle(calm)
         if averages is not None:  # which takes out what only goes to and fro, unless that throws training back
             room, overshoot = self.scatter.room(misfit.present), left * self.scatter.settled
-            ends = (parameters, [averages.get(name, trained.named[name]) for name in where.names])
-            cost = where.product_with_differences(given, *(where.cut([x.detach() for x in end]) for end in ends))
+            means = [averages.get(name, trained.named[name]) for name in where.names]
+            ends = where.lasting("parameters", parameters), where.lasting("averages", means)
+            cost = where.product_with_differences(given, *ends)
             self.scatter.update(cost, finite)
         factors = self.rates.update(evidence, squares, where.decay, finite, left, room, overshoot)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
@@ -218,7 +219,7 @@ def _second_moments(states: list[dict[str, Any]], where: Pieces) -> tuple[list[T
         if "square" not in state:
             state["square"], state["steps"] = torch.zeros_like(state["momentum"]), 0
         state["steps"] += 1
-    squares = [piece for state in states for piece in state["square"].view(-1).split(where.most)]
+    squares = where.lasting("squares", [state["square"] for state in states])
     steps = [state["steps"] for state in states for _ in range(max(-(-state["square"].numel() // where.most), 1))]
     return squares, [1 - FIRST_MOMENT**k for k in steps], [1 - SECOND_MOMENT**k for k in steps]
 

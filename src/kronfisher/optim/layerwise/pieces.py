@@ -44,6 +44,7 @@ class Pieces:
         self.most = MOST if device.type == "cpu" else EVERYTHING
         self._shares: Tensor | None = None
         self._digits: list[str] = []
+        self._lasting: dict[str, tuple[list[int], list[Tensor]]] = {}
         index, sizes, self.firsts, self.turns = [], [], [], []
         self.border = waiting = 0
         for (place, _), size, own in zip(members, numel, self.own, strict=True):
@@ -67,10 +68,23 @@ class Pieces:
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The pieces of tensors of these parameters; copies where they do not lie in row-major order."""
-        flat = [tensor.reshape(-1) for tensor in tensors]
+        flat = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors]
         if self._count == len(flat):
             return flat
-        return [piece for one in flat for piece in one.split(self.most)]
+        return [piece for one in flat for piece in (one.split(self.most) if one.numel() > self.most else (one,))]
+
+    def lasting(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same of tensors that are changed in place from step to step: views that are made once.
+
+        They hold on to the memory, so that whatever lies at the same address is the same.
+        """
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return self.cut([tensor.detach() for tensor in tensors])
+        places = [tensor.data_ptr() for tensor in tensors]
+        known = self._lasting.get(key)
+        if known is None or known[0] != places:
+            known = self._lasting[key] = places, self.cut([tensor.detach() for tensor in tensors])
+        return known[1]
 
     def measure(self, given: list[Tensor], momenta: list[Tensor], directions: list[Tensor]) -> Sequence[Tensor]:
         """``⟨g, m⟩``, ``⟨g, d⟩`` and ``‖d‖²`` of units ``[U]``."""
@@ -123,13 +137,12 @@ class Pieces:
         """Add updates times the factors of their units ``[U]`` and the shares of the learning rate."""
         chosen = factors[self.index]
         each = _typed((chosen if self._shares is None else chosen * self._shares).unbind(), updates)
-        flat = [parameter.detach().reshape(-1) for parameter in parameters]
-        pieces = self.cut(flat)
+        pieces = self.lasting("parameters", parameters)
         for some in self.turns:
             add_products_(pieces[some], updates[some], each[some])
-        for parameter, one in zip(parameters, flat, strict=True):
+        for parameter, first, last in zip(parameters, self.firsts, [*self.firsts[1:], len(pieces)], strict=True):
             if not parameter.is_contiguous():  # the pieces were copies
-                parameter.copy_(one.view(parameter.shape))
+                parameter.detach().copy_(torch.cat(pieces[first:last]).view(parameter.shape))
 
 
 def _typed(values: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
