@@ -34,7 +34,7 @@ def test_a_vocabulary_is_a_diagonal_and_the_advice_keeps_it_whole(dear):
     step(optimizer, model)
     assert shapes(optimizer) == ((9, 9), (300,))
     (note,) = (line for line in str(optimizer.report()).splitlines() if "kept as its diagonal" in line)
-    assert note.startswith("2.weight: the factor of size 300") and "fit=kf.KFAC(max_dim=300)" in note
+    assert note.startswith("2.weight: the output factor of size 300") and "fit=kf.KFAC(max_dim=300)" in note
     whole = kf.NaturalGradient(model, kf.Categorical(), fit=kf.KFAC(max_dim=300))
     step(whole, model)
     assert shapes(whole) == ((9, 9), (300, 300))
@@ -74,11 +74,43 @@ def test_networks_whose_factors_are_small_are_left_alone():
 def test_the_bound_grows_with_the_batch():
     capture = lambda rows: [(rows, 5000, 64, False)]  # noqa: E731
     bounds = []
-    for rows in (16, 512, 10**6):
+    for rows in (16, 512, 10**5, 10**7):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "sizes_of_weights", capture)
-            bounds.append(module.largest_factor(rows))
-    assert bounds == [1024, 2048, MAX_DIM]
+            largest = module.largest_factor(rows)
+            bounds.append((largest.factor, largest.outputs))
+    assert bounds == [(1024, 512), (2048, 512), (MAX_DIM, 2048), (MAX_DIM, MAX_DIM)]
+
+
+def test_wide_outputs_of_few_rows_are_diagonals_while_inputs_as_wide_are_matrices():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 600), torch.nn.Tanh(), torch.nn.Linear(600, 2))
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    optimizer.step(lambda: model(torch.randn(8, 3)), torch.arange(8) % 2)
+    found = [tuple(f.shape[1:] for f in (one.inverse.A, one.inverse.B)) for one in optimizer.parts.direction.inverses]
+    assert found == [((4, 4), (600,)), ((601, 601), (2, 2))]
+    (note,) = optimizer.parts.statistics.cuts
+    assert note.startswith("0.weight: the output factor of size 600") and "fit=kf.KFAC(max_dim=600)" in note
+    state = optimizer.parts.statistics.state_dict()
+    assert state["largest"] == [MAX_DIM, 512]
+    assert module.Largest.of(MAX_DIM) == module.Largest.of(None) == module.Largest()  # as earlier versions saved it
+
+
+def test_diagonals_of_outputs_are_applied_to_gradients_where_they_lie(monkeypatch):
+    monkeypatch.setattr(module, "ALWAYS_OF_OUTPUTS", 8)
+    monkeypatch.setattr(module, "PASSES_OF_OUTPUTS", 0.0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(12, 20).double()
+    x, y = torch.randn(40, 12, dtype=torch.float64), torch.randn(40, 20, dtype=torch.float64)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian(), labels="exact")
+    optimizer.step(lambda: model(x), y)
+    (one,) = optimizer.parts.direction.inverses
+    A, B = one.inverse.A[0], one.inverse.B[0]
+    assert A.shape == (13, 13) and B.shape == (20,)
+    gradients = {"weight": torch.randn(20, 12, dtype=torch.float64), "bias": torch.randn(20, dtype=torch.float64)}
+    natural = optimizer.parts.direction.apply(gradients)
+    expected = B[:, None] * torch.cat([gradients["weight"], gradients["bias"][:, None]], 1) @ A
+    torch.testing.assert_close(torch.cat([natural["weight"], natural["bias"][:, None]], 1), expected)
+    assert optimizer.parts.direction._products[id(one)][1] is not None  # without copies
 
 
 def test_rows_of_a_table_are_no_factor(dear):

@@ -13,10 +13,10 @@ from kronfisher.optim.row_inverse import RowInverse, pays
 
 def test_passes_of_small_networks_are_not_captured_for_rows_alone():
     for width, captured in ((40, False), (1000, True)):
-        model = nn.Sequential(nn.Linear(30, width), nn.Tanh(), nn.Linear(width, 3))
+        model = nn.Sequential(nn.Linear(300, width), nn.Tanh(), nn.Linear(width, 3))
         optimizer = kf.NaturalGradient(model, kf.Categorical())
-        optimizer.step(lambda model=model: model(torch.randn(4, 30)), torch.randint(3, (4,)))
-        optimizer.step(lambda model=model: model(torch.randn(4, 30)), torch.randint(3, (4,)))
+        optimizer.step(lambda model=model: model(torch.randn(4, 300)), torch.randint(3, (4,)))
+        optimizer.step(lambda model=model: model(torch.randn(4, 300)), torch.randint(3, (4,)))
         assert optimizer.parts.forward_backward.state_dict()["rows_pay"] == captured
 
 
@@ -67,8 +67,9 @@ SHAPES = [
 assert len(SHAPES) == 12
 
 
+@pytest.mark.parametrize("diagonal", [False, True], ids=["dense", "diagonal"])
 @pytest.mark.parametrize(("rows", "outputs", "inputs", "bias"), SHAPES)
-def test_rows_give_the_product(rows, outputs, inputs, bias):
+def test_rows_give_the_product(rows, outputs, inputs, bias, diagonal):
     model = nn.Linear(inputs, outputs, bias=bool(bias)).double()
     optimizer = kf.NaturalGradient(model, kf.Gaussian(), momentum=0.0, trust=0.1)
     x = torch.randn(rows, inputs, dtype=torch.float64)
@@ -77,7 +78,9 @@ def test_rows_give_the_product(rows, outputs, inputs, bias):
     inputs += bias
     assert layer.blocks[0].shape == (1, outputs, inputs)
     B, A = spd(outputs), spd(inputs)
-    layer.inverse = Kronecker(A[None], B[None])
+    B = B.diagonal().diag() if diagonal else B
+    layer.inverse = Kronecker(A[None], B.diagonal()[None] if diagonal else B[None])
+    assert layer.has_diagonal == diagonal and layer.separable
     a, g = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
     out = {name: torch.empty_like(p).unsqueeze(0) for name, p in model.named_parameters()}
     kept = RowInverse({layer.blocks[0].key: layer}, {layer.name: (a, g)})
@@ -99,6 +102,8 @@ def test_one_factor_alone_never_belongs_on_rows():
         both = product_of_rows + rows * (outputs**2 + inputs**2)
         assert pays(rows, outputs, inputs) == (both < matrix)
         assert min(matrix, both) <= min(left, right)
+        dense = outputs**2
+        assert pays(rows, outputs, inputs, diagonal=True) == (both - rows * dense < matrix - inputs * dense)
 
 
 @pytest.mark.usefixtures("few_rows_pay")

@@ -33,9 +33,11 @@ class KFAC(Fit):
         max_dim: factors beyond this size (a vocabulary, a table of positions) are kept as their diagonals, which the
             report says; at 10,240 a matrix takes 400 MiB in float32. Where inputs are looked up in a table their
             factor is diagonal anyway, and that is exact under ``"expand"``.
+        max_outputs: the same for output factors alone, if it is less. Those of many outputs cost much, and are nearly
+            diagonal where the outputs are a model's own.
 
     Raises:
-        ValueError: another mode, or a `max_dim` that is no size.
+        ValueError: another mode, or a `max_dim` or `max_outputs` that is no size.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -47,6 +49,7 @@ class KFAC(Fit):
 
     mode: Literal["expand", "reduce"] = "expand"
     max_dim: int = MAX_DIM
+    max_outputs: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("expand", "reduce"):
@@ -55,11 +58,12 @@ class KFAC(Fit):
 
     def __repr__(self) -> str:
         own = f", max_dim={self.max_dim}" if self.max_dim != KFAC.max_dim else ""
-        return f"KFAC(mode={self.mode!r}{own})"
+        outputs = f", max_outputs={self.max_outputs}" if self.max_outputs is not None else ""
+        return f"KFAC(mode={self.mode!r}{own}{outputs})"
 
     def sides(self, group: tuple[Block, ...]) -> Shapes:
         """Shapes of the input and of the output factor: ``[H, n, n]``, or ``[H, n]`` for a diagonal."""
-        return factor_shapes(group, self.max_dim, summed=self.mode == "reduce")
+        return factor_shapes(group, self.max_dim, max_outputs=self.max_outputs, summed=self.mode == "reduce")
 
     def plan(self, group: tuple[Block, ...], element: int) -> Plan:
         inputs, outputs = self.sides(group)

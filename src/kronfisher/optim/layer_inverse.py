@@ -67,9 +67,14 @@ class LayerInverse:
 
     @property
     def separable(self) -> bool:
-        """Whether the inverse is one Kronecker product of dense factors."""
+        """Whether the inverse is one Kronecker product, of a dense input factor and any output factor."""
         factors = None if self.inverse is None or self.solves or len(self.blocks) > 1 else self.inverse.product
-        return factors is not None and all(factor.groups == 1 and not factor.is_diagonal for factor in factors)
+        return factors is not None and all(factor.groups == 1 for factor in factors) and not factors[0].is_diagonal
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether the output factor of a separable inverse is a diagonal."""
+        return self.inverse is not None and self.inverse.product is not None and self.inverse.product[1].is_diagonal
 
     @property
     def ready(self) -> bool:

@@ -65,8 +65,8 @@ class NaturalGradient(torch.optim.Optimizer):
             (below .01) gets a warning.
         weight_decay: η. `LayerwiseStep` shrinks weights by ``lr · rate · f · η`` a step, as AdamW does;
             `QuadraticModel` adds ``½ η ‖θ‖²`` to the loss.
-        total_steps: the number of steps, if it is known: the rate then falls over the last 15 % of them, to a
-            hundredth, at which steps beyond it go on with a warning. Only for `LayerwiseStep`.
+        total_steps: the number of steps, if it is known: the rate then falls over the last 30 % of them, to a
+            fifth, at which steps beyond it go on with a warning. Only for `LayerwiseStep`.
         refresh: how often statistics and inverses are renewed.
         params: parameters to train, as in any optimiser, with options per group; None: all that require a gradient.
         labels: ``"sampled"``: one more backward pass where statistics are due; ``"observed"``: none (the empirical

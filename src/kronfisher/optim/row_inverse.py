@@ -25,12 +25,16 @@ __all__ = ["RowInverse", "pays"]
 CAPTURING = 4e6  # multiplications that take as long as capturing and receiving one call
 
 
-def saved(rows: int, outputs: int, inputs: int) -> int:
-    """Multiplications that both factors applied to rows, and the product of these, save over those to the matrix."""
-    return outputs * inputs * (outputs + inputs) - rows * (outputs * inputs + outputs**2 + inputs**2)
+def saved(rows: int, outputs: int, inputs: int, *, diagonal: bool = False) -> int:
+    """Multiplications that both factors applied to rows, and the product of these, save over those to the matrix.
+
+    Where the output factor is a diagonal its own do not count.
+    """
+    dense = 0 if diagonal else outputs
+    return outputs * inputs * (dense + inputs) - rows * (outputs * (dense + inputs) + inputs**2)
 
 
-def pays(rows: int, outputs: int, inputs: int) -> bool:
+def pays(rows: int, outputs: int, inputs: int, *, diagonal: bool = False) -> bool:
     """Whether both factors applied to rows, and the product of these, take fewer multiplications than to the matrix.
 
     One of the factors alone never belongs on rows: where that is cheaper than the matrix, both are cheaper still.
@@ -39,7 +43,7 @@ def pays(rows: int, outputs: int, inputs: int) -> bool:
         >>> pays(128, 1000, 785), pays(4096, 1000, 785), pays(128, 1000, 51)
         (True, False, False)
     """
-    return saved(rows, outputs, inputs) > 0
+    return saved(rows, outputs, inputs, diagonal=diagonal) > 0
 
 
 @dataclass
@@ -92,7 +96,9 @@ class RowInverse:
             for use in call.uses:
                 layer = self.layers.get((use.weight, use.bias))
                 rows = prod(use.lead(call.shape)) if isinstance(use, RowUse) else 0
-                if layer is not None and rows and pays(rows, *layer.blocks[0].shape[1:]):
+                if layer is None or not rows:
+                    continue
+                if pays(rows, *layer.blocks[0].shape[1:], diagonal=layer.has_diagonal):
                     self.spared.update(layer.blocks[0].parameters)
                     self.edges.append(call.edge)
         return self.spared
@@ -104,7 +110,8 @@ class RowInverse:
             if layer is None or not isinstance(use, RowUse | ConvolutionUse):
                 continue
             _, width, inputs = layer.blocks[0].shape
-            if (less := saved(gradient.numel() // width, width, inputs)) > 0:
+            less = saved(gradient.numel() // width, width, inputs, diagonal=layer.has_diagonal)
+            if less > 0:
                 self.saved += less
                 order = RowOrder(prod(use.lead(call.shape)))
                 outputs = use.gradients(order, gradient.to(use.dtype)).flatten(0, 2)
@@ -128,7 +135,8 @@ class RowInverse:
         factors = layer.inverse.product if layer.inverse is not None else None
         assert factors is not None
         right, left = (factor.tensor[0] for factor in factors)
-        left, right = left @ outputs.mT, inputs @ right
+        left = left[:, None] * outputs.mT if layer.has_diagonal else left @ outputs.mT
+        right = inputs @ right
         if self.spared.intersection(block.parameters):
             # ⟨gᵀa, LR⟩ = Σ (R aᵀ)∘(g L)ᵀ, from matrices of rows alone
             self.slopes[layer.name] = ((right @ inputs.mT) * (outputs @ left).mT).sum(dtype=torch.float64)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,13 +21,12 @@ from kronfisher.fisher.blocks import Block, Key, Window
 from kronfisher.fisher.storage import block_of
 from kronfisher.fisher.windows import swapped
 from kronfisher.fits import Choice, Diagonal, asked_for, choose
-from kronfisher.fits.shapes import MAX_DIM
 from kronfisher.likelihoods import Likelihood
 from kronfisher.linalg import full_precision, plain_arithmetic
 from kronfisher.optim.batch_figures import BatchFigures
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.kinds import Kinds
-from kronfisher.optim.largest_factor import bounded, kept_as_diagonals, largest_factor
+from kronfisher.optim.largest_factor import Largest, bounded, kept_as_diagonals, largest_factor
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
 from kronfisher.optim.moving_average import MovingAverage
@@ -92,7 +92,7 @@ class Statistics:
         self.seconds = self.seconds_in_backward = 0.0
         self.figures = BatchFigures()
         self._measures_misfit, self._partly = misfit, partly
-        self._largest = None if bounds else MAX_DIM  # factor; None: the first batch is going to tell
+        self._largest = None if bounds else Largest()  # factors; None: the first batch is going to tell
         self._fit, self._samples, self._seed, self._treats = fit, samples, seed, treats or (lambda block: True)
         self._needed = treats is None
         self.ranks, self._alone, self._spread = ranks, alone, spread
@@ -112,10 +112,10 @@ class Statistics:
     def extend(self, parameters: dict[str, nn.Parameter]) -> None:
         """Treat these parameters from now on; statistics of the others are kept."""
         self.parameters = parameters
-        chosen = choose(self._fit, parameters)  # one fit has one average, so that its blocks stay together
-        largest = self._largest or MAX_DIM
-        averages = {id(fit): MovingAverage(bounded(fit, largest)) for fit in chosen.values()}
-        self._fits = {name: averages[id(fit)] for name, fit in chosen.items()}
+        self._chosen = choose(self._fit, parameters)  # one fit has one average, so that its blocks stay together
+        largest = self._largest or Largest()
+        averages = {id(fit): MovingAverage(bounded(fit, largest)) for fit in self._chosen.values()}
+        self._fits = {name: averages[id(fit)] for name, fit in self._chosen.items()}
         self._spare = MovingAverage(Diagonal())
         self._trained = None
 
@@ -183,10 +183,9 @@ class Statistics:
         blocks = [block for layer in self.layers for block in layer.blocks]
         if self._run is None:
             return []
-        largest = self._largest or MAX_DIM
-        dear = [b for b in blocks if getattr(self._fits[b.parameters[0]].fit, "max_dim", None) == largest]
-        names = {type(self._fits[b.parameters[0]].fit).__name__ for b in dear}
-        return [*self._run.notes(blocks), *(note for name in names for note in kept_as_diagonals(dear, name, largest))]
+        largest = self._largest or Largest()
+        told = (kept_as_diagonals(block, self._chosen[block.parameters[0]], largest) for block in blocks)
+        return [*self._run.notes(blocks), *chain.from_iterable(told)]
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -304,7 +303,7 @@ class Statistics:
         """See from the first batch which factors would be too dear."""
         if self._largest is None:
             self._largest, trained = largest_factor(capture), self._trained
-            if self._largest < MAX_DIM:
+            if self._largest != Largest():
                 self.extend(self.parameters)
                 self._run, self._trained = self._accumulator(), trained
 
@@ -518,7 +517,7 @@ class Statistics:
             "trained": sorted(self._trained or ()),
             "dtypes": self._kinds.state_dict(),
             "fits": self._described(),
-            "largest": self._largest,
+            "largest": None if self._largest is None else self._largest.state_dict(),
             "layers": [layer.state_dict() for layer in self.layers],
         }
 
@@ -529,7 +528,7 @@ class Statistics:
             DataError: it belongs to another model or to other fits.
         """
         if state["trained"]:  # otherwise there was no batch that could tell
-            self._largest = state.get("largest") or MAX_DIM
+            self._largest = Largest.of(state.get("largest"))
             self.extend(self.parameters)
         own, saved = self._described(), state["fits"]
         if differ := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):

@@ -91,7 +91,7 @@ class Watch:
         self.tell(
             "beyond",
             f"Step {step + 1} comes after total_steps={total}, at whose end the rate fell to {share:.0%} of its size, "
-            "where it stays: the weights hardly move. Give total_steps= the calls of optimizer.step in all of the "
+            "where it stays. Give total_steps= the calls of optimizer.step in all of the "
             "training (epochs times batches, over the number of batches that are accumulated), or leave it out.",
         )
 

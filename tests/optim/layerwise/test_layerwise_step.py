@@ -119,7 +119,7 @@ def test_averages_are_exchanged_for_evaluation_and_training_asks_for_the_weights
     assert buffers and all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
 
 
-def test_at_the_end_of_a_horizon_the_average_is_the_last_iterate():
+def test_at_the_end_of_a_horizon_the_last_iterate_is_near_the_average():
     distances = []
     for total in (None, 60):
         torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_at_the_end_of_a_horizon_the_average_is_the_last_iterate():
         last = weights(model)
         optimizer.eval()
         distances.append(float((weights(model) - last).norm()))
-    assert distances[0] > 0 and distances[1] < 1e-6 * distances[0]
+    assert 0 < distances[1] < 0.5 * distances[0]
 
 
 def test_a_horizon_anneals_the_rate():
@@ -139,7 +139,7 @@ def test_a_horizon_anneals_the_rate():
     for batch in data:
         train(optimizer, model, [batch])
         rates.append(optimizer.report().step_size / optimizer.rule.rate / (16 / 128) ** 0.5)
-    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 100])
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 1, 1 - 0.8 / 3, 1 - 0.8 * 2 / 3, 0.2])
 
 
 def test_steps_beyond_the_horizon_are_told_once_and_counted():
@@ -147,7 +147,7 @@ def test_steps_beyond_the_horizon_are_told_once_and_counted():
     optimizer = kf.NaturalGradient(model, kf.Categorical(), total_steps=4)
     train(optimizer, model, data[:4])
     assert optimizer.report().beyond == 0 and "total_steps" not in str(optimizer.report())
-    message = r"Step 5 comes after total_steps=4.*fell to 1%.*hardly move.*leave it out"
+    message = r"Step 5 comes after total_steps=4.*fell to 20%.*leave it out"
     with pytest.warns(kf.NumericalWarning, match=message) as caught:
         train(optimizer, model, data[:2])
     report = optimizer.report()

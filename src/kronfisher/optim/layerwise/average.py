@@ -18,9 +18,9 @@ SPAN = 13.0  # the newest iterate's weight is 13 / (k + 12): the average looks b
 
 @dataclass
 class Average:
-    """``θ̄ ← θ̄ + min(1, 13/((k + 12) a √u)) (θ − θ̄)`` of all trained parameters.
+    """``θ̄ ← θ̄ + min(1, 13/((k + 12) √u)) (θ − θ̄)`` of all trained parameters.
 
-    u is the share that is left to fit (`Misfit`), a the factor that a horizon puts on the rate.
+    u is the share that is left to fit (`Misfit`).
 
     Attributes:
         steps: k.
@@ -37,23 +37,16 @@ class Average:
     running: RunningStatistics = field(default_factory=RunningStatistics)
 
     @torch.no_grad()
-    def update(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, Tensor],
-        left: Tensor,
-        annealing: float = 1.0,
-    ) -> None:
+    def update(self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor) -> None:
         """Add the present iterate.
 
         Args:
             model: whose batch normalisation counts.
             parameters: of the model, by name.
             left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
-            annealing: the factor on all rates near a horizon; likewise: smaller steps average noise by themselves.
         """
         self.steps += 1
-        share = (SPAN / ((self.steps + SPAN - 1) * annealing * left.sqrt())).clamp(max=1.0)
+        share = (SPAN / ((self.steps + SPAN - 1) * left.sqrt())).clamp(max=1.0)
         tensors = _tensors(parameters)
         for name in tensors.keys() - self.averages.keys():
             self.averages[name] = tensors[name].clone()

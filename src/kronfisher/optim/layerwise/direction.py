@@ -149,7 +149,8 @@ def _half(one: LayerInverse, step: int, pass_cost: float) -> bool | None:
         return None
     if one.begun:
         return False
-    return True if _keeps_inputs(one, step, pass_cost) or _cost(one) > DEAR * pass_cost else None
+    dear = not one.has_diagonal and _cost(one) > DEAR * pass_cost
+    return True if dear or _keeps_inputs(one, step, pass_cost) else None
 
 
 def _keeps_inputs(one: LayerInverse, step: int, pass_cost: float) -> bool:
@@ -161,5 +162,5 @@ def _keeps_inputs(one: LayerInverse, step: int, pass_cost: float) -> bool:
 def _cost(one: LayerInverse, outputs: bool | None = None) -> float:
     """Multiplications that are as dear as making the inverse, or that of one factor, from the sizes alone."""
     each = EIGENVECTORS if one.layer.passes > 1 or one.other is not None else CHOLESKY
-    sides = (1, 2) if outputs is None else (1,) if outputs else (2,)
+    sides = [side for side, own in ((1, True), (2, False)) if outputs in (None, own) and not (own and one.has_diagonal)]
     return each * sum(block.shape[0] * block.shape[side] ** 3 for block in one.blocks for side in sides)

@@ -19,7 +19,7 @@ class Product:
     Attributes:
         weight: where V lies: whole rows of a parameter, such as one of three that are packed.
         bias: where v lies, if there is one.
-        left: B⁻¹ ``[O, O]``.
+        left: B⁻¹ ``[O, O]``, or its diagonal ``[O, 1]``.
         right: A⁻¹ ``[I, I]`` without the row and column of the bias.
         edge: that column, without its last number.
         corner: its last number, 0-dim.
@@ -34,7 +34,7 @@ class Product:
 
     @classmethod
     def of(cls, one: LayerInverse) -> "Product | None":
-        """None where the layer is no one matrix of adjacent rows, or its inverse no product of dense factors."""
+        """None where the layer is no one matrix of adjacent rows, or its inverse no separable product."""
         if one.inverse is None or not one.separable:
             return None
         (block,) = one.blocks
@@ -48,7 +48,7 @@ class Product:
         right, left = (factor.tensor[0] for factor in one.inverse.product)
         edge, corner = right[-1, :-1], right[-1, -1]
         inner = right if block.bias is None else right[:-1, :-1]
-        return cls(block.weight, block.bias, left, inner, edge, corner)
+        return cls(block.weight, block.bias, left[:, None] if one.has_diagonal else left, inner, edge, corner)
 
     def apply(self, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
         """Write the natural gradient into `out`, ``{name: [*shape]}``; False, and nothing done, if that cannot be."""
@@ -57,14 +57,17 @@ class Product:
         shift = given if bias is None else gradients.get(bias.parameter)
         if given is None or shift is None or not given.dtype == shift.dtype == self.left.dtype:
             return False
-        middle = self.left @ _cut(given, weight).view(rows, -1)
+        middle = self._from_left(_cut(given, weight).view(rows, -1))
         if bias is None:
             _put(middle @ self.right, weight, given, out)
             return True
-        last = self.left @ _cut(shift, bias)
+        last = self._from_left(_cut(shift, bias)[:, None])[:, 0]
         _put(torch.addmm(torch.outer(last, self.edge), middle, self.right), weight, given, out)
         _put(torch.addmv(last * self.corner, middle, self.edge), bias, shift, out)
         return True
+
+    def _from_left(self, matrix: Tensor) -> Tensor:
+        return self.left * matrix if self.left.shape[1] == 1 else self.left @ matrix
 
 
 def _cut(tensor: Tensor, window: Window) -> Tensor:

@@ -23,9 +23,9 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 __all__ = ["LayerwiseParts", "LayerwiseStep"]
 
 APART = 10  # steps from statistics to statistics from which on inverses are made in steps of their own
-LAST = 0.01  # the share of the rate that is left at the end of a horizon
+LAST = 0.2  # the share of the rate that is left at the end of a horizon: the average takes out the rest of the noise
 ROWS = 128  # examples times positions in a batch below which the rate falls, with their square root
-TAIL = 0.15  # the share of a horizon over which the rate falls, linearly
+TAIL = 0.3  # the share of a horizon over which the rate falls, linearly
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LayerwiseParts(StepParts):
                 trained, gradients, natural, self.rate(step), self.misfit, averages, self.direction.changes.even
             )
             if self.options.average:
-                self.average.update(model, trained.named, self.misfit.left, self.annealing(step))
+                self.average.update(model, trained.named, self.misfit.left)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
@@ -161,7 +161,7 @@ class LayerwiseParts(StepParts):
         if not self.total_steps:
             return 1.0
         left = 1 - min(step / self.total_steps, 1.0)
-        return min(1.0, max(left / TAIL, LAST))
+        return LAST + (1 - LAST) * min(left / TAIL, 1.0)
 
     def _units(self, trained: TrainedParameters) -> list[Unit]:
         """The units, the same list as long as layers and parameters are the same."""
