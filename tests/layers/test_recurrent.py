@@ -85,10 +85,11 @@ def test_every_way(name):
         seen = model(x)
     assert torch.allclose(seen, model(x), rtol=0, atol=1e-12)
     assert walk(capture.recording, seen).unclaimed == {}
-    fisher = assert_exact(model, x, fit=kf.Full(across_layers=True), tolerance=1e-10)
+    truth = exact_fisher(model, x)
+    fisher = assert_exact(model, x, fit=kf.Full(across_layers=True), tolerance=1e-10, truth=truth)
     assert fisher.dim == sum(p.numel() for p in model.parameters())
-    assert_exact(model, x, fit="full", tolerance=1e-10)
-    assert_exact(model, x, fit="diagonal", tolerance=1e-10)
+    assert_exact(model, x, fit="full", tolerance=1e-10, truth=truth)
+    assert_exact(model, x, fit="diagonal", tolerance=1e-10, truth=truth)
     coverage = kf.coverage(model, x)
     assert coverage.complete and coverage.share == 1
     matrices = sum(p.dim() > 1 for p in model.parameters())
@@ -162,8 +163,9 @@ def test_cells_in_a_loop(name, bias):
 
     model = Written(forward, cell=layer(CELLS[name], bias=bias))
     x = inputs(N, T, I)
-    assert_exact(model, x, fit=kf.Full(across_layers=True), tolerance=1e-10)
-    assert_exact(model, x, fit="diagonal", tolerance=1e-10)
+    truth = exact_fisher(model, x)
+    assert_exact(model, x, fit=kf.Full(across_layers=True), tolerance=1e-10, truth=truth)
+    assert_exact(model, x, fit="diagonal", tolerance=1e-10, truth=truth)
     kfac = kf.estimate(model, x, kf.Gaussian(), strict=True)
     assert len(kfac.blocks) == 2
     module = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[name](I, H, batch_first=True, bias=bias).double()
