@@ -1,26 +1,21 @@
 """Columns of the same examples wait and are treated together: the same answers, from fewer and shorter pieces."""
 
-from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
-from kronfisher.fits.columns import MOST, Columns, joined, shares_columns, spread
+from kronfisher.fits.columns import MOST, shares_columns, spread, together
 from kronfisher.fits.rearrangement import Gram, Weights
-from kronfisher.layers.activations import Dense
-from kronfisher.layers.samples import Samples
 from tests.fits.pieces import SHARP, random_samples
 
 
 def columns(number, n=12, seed=0, **sizes):
-    """Samples of the same inputs, in as many columns, joined as they come."""
+    """Samples of the same inputs, in as many columns."""
     uses = [random_samples(n, seed=seed + column, **sizes) for column in range(number)]
-    together = uses[0]
-    for use in uses[1:]:
-        together = joined(together, replace(use, first=False))
-    return together
+    return together(uses[0], [use.gradients for use in uses[1:]])
 
 
 def empty_state(fit):
@@ -38,17 +33,17 @@ def test_columns_are_samples_with_the_same_inputs(source, outputs):
         columns(2, n=5, seed=9, O=outputs),
         random_samples(3, O=outputs),
     ]
-    together, apart = source(piece), source(spread(piece))
+    joint, apart = source(piece), source(spread(piece))
     assert sum(map(len, piece)) == 20 and sum(map(len, spread(piece))) == (48 if outputs == 2 else 24) + 10 + 3
     A, B = (torch.randn(1, size, size, dtype=torch.float64) for size in (7, outputs))
-    torch.testing.assert_close(together.outputs(A + A.mT), apart.outputs(A + A.mT))
-    torch.testing.assert_close(together.inputs(B + B.mT), apart.inputs(B + B.mT))
-    squared = together.squared_norm(piece, 2**40), apart.squared_norm(spread(piece), 2**40)
+    torch.testing.assert_close(joint.outputs(A + A.mT), apart.outputs(A + A.mT))
+    torch.testing.assert_close(joint.inputs(B + B.mT), apart.inputs(B + B.mT))
+    squared = joint.squared_norm(piece, 2**40), apart.squared_norm(spread(piece), 2**40)
     torch.testing.assert_close(*squared)
-    pairs = [each.leading(None, 1e-12, 500) for each in (together, apart)]
+    pairs = [each.leading(None, 1e-12, 500) for each in (joint, apart)]
     for name in ("A", "B", "sigma"):
         torch.testing.assert_close(getattr(pairs[0], name), getattr(pairs[1], name))
-    terms = [each.leading_terms(5, None, 1e-12, 500)[1:] for each in (together, apart)]
+    terms = [each.leading_terms(5, None, 1e-12, 500)[1:] for each in (joint, apart)]
     sums = [torch.einsum("rhij,rhkl->ijkl", *pair) for pair in terms]
     torch.testing.assert_close(*sums, rtol=1e-2, atol=1e-2 * float(sums[1].abs().max()))
 
@@ -99,26 +94,88 @@ def test_exact_labels_of_a_piece_of_examples_are_one_piece(fit):
         assert info.error == pytest.approx(float(error), abs=1e-8)
 
 
-def test_inputs_wait_once():
-    """Columns share the copy of their inputs; others, and those of other examples, have their own."""
-    fit, state = kf.KFOC(), empty_state(kf.KFOC())
-    inputs = Dense(torch.randn(1, 10, 1, 7, dtype=torch.float64))
-    for column in range(3):
-        gradients = torch.randn(1, 10, 1, 5, dtype=torch.float64)
-        state = fit.update(state, (Samples(inputs, gradients, first=column == 0),))
-    (waits,) = state.waiting
-    assert isinstance(waits, Columns) and waits.columns == 3 and len(waits) == 10 and waits.bytes == 8 * 10 * (7 + 15)
-    other = Dense(inputs.values.clone())
-    state = fit.update(state, (Samples(other, gradients, first=False),))
-    state = fit.update(state, (Samples(other, gradients, first=True),))
-    assert len(state.waiting) == 3
+@pytest.fixture
+def brought(monkeypatch):
+    """What reaches the states of a fit: (block, number of examples, columns, whether inputs are counted)."""
+    found = []
+
+    def watch(kind):
+        update = kind.update
+
+        def note(self, state, samples):
+            (use,) = samples
+            found.append((state.name, len(use), use.columns, use.first))
+            return update(self, state, samples)
+
+        monkeypatch.setattr(kind, "update", note)
+        return found
+
+    return watch
+
+
+def estimate(fit, *sizes, n=20, **options):
+    """Of a perceptron of these sizes in float64, with exact labels."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(*pair) for pair in pairwise(sizes)]
+    model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), *layers[1:]).double()
+    data = torch.randn(n, sizes[0], dtype=torch.float64)
+    return kf.estimate(model, data, kf.Categorical(), fit=fit, labels="exact", **options)
+
+
+@pytest.mark.parametrize("fit", [kf.KFAC(), kf.EKFAC(), kf.KFOC(), kf.KroneckerSum(), kf.Diagonal()], ids=repr)
+def test_columns_of_the_same_examples_come_together(fit, brought):
+    """Each with the inputs once; more of them in several parts, of which the first one counts the inputs."""
+    assert columns(3, n=10).bytes == 8 * 10 * (7 + 3 * 5)
+    found = brought(type(fit))
+    estimate(fit, 6, 5, 4)
+    passes = 2 if isinstance(fit, kf.EKFAC) else 1
+    assert found == passes * [("2.weight", 20, 3, True), ("0.weight", 20, 3, True)]
+    found.clear()
+    estimate(fit, 6, 5, MOST + 6)
+    hidden = [(n, columns, first) for name, n, columns, first in found if name == "0.weight"]
+    assert hidden == passes * [(20, MOST, True), (20, 5, False)]
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [kf.KFAC(), kf.EKFAC(), kf.Diagonal(), kf.Full(), kf.KFOC(**SHARP), kf.KFACCorrected(tolerance=1e-12)],
+    ids=repr,
+)
+@pytest.mark.parametrize("few", [0, 2**9], ids=["one by one", "two by two"])
+def test_answers_do_not_depend_on_how_many_columns_come_together(fit, few, monkeypatch):
+    together = estimate(fit, 6, 5, 4, n=12)
+    monkeypatch.setattr("kronfisher.estimation.routing._FEW", few)
+    apart = estimate(fit, 6, 5, 4, n=12)
+    for name in together.info.blocks:
+        torch.testing.assert_close(together[name].to_dense(), apart[name].to_dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_columns_come_one_by_one_where_rows_share_inputs_or_a_fit_wants_it(brought):
+    """A convolution has positions, groups their own inputs; K-FAC-reduce and wide outputs of K-FOC want samples."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    found, data = brought(kf.KFAC), torch.randn(10, 2, 4)
+    kf.estimate(model, data, kf.Categorical(), fit="kfac", labels="exact")
+    assert sorted((name, columns) for name, _, columns, _ in found) == 2 * [("0.weight", 1)] + [("2.weight", 2)]
+    found.clear()
+    kf.estimate(model, data, kf.Categorical(), fit="kfac-reduce", labels="exact")
+    assert {columns for _, _, columns, _ in found} == {1}
+    found.clear()
+    brought(kf.KFOC)
+    estimate(kf.KFOC(), 4, 60, 3)
+    assert found == [("0.weight", 20, 1, True), ("2.weight", 20, 2, True), ("0.weight", 20, 1, False)]
+
+
+def test_the_structure_chosen_for_a_layer_gets_the_columns_that_it_gets_by_name():
+    chosen = estimate(kf.Auto(error=1.0, candidates=[kf.KFOC()]), 6, 5, 4, n=250)
+    by_name = estimate(kf.KFOC(), 6, 5, 4, n=250)
+    for name in chosen.info.blocks:
+        assert torch.equal(chosen[name].A, by_name[name].A) and torch.equal(chosen[name].B, by_name[name].B)
 
 
 def test_columns_are_for_few_outputs_and_positions_of_their_own():
     assert shares_columns((1, 40, 10)) and shares_columns((1, 100, 700)) and not shares_columns((1, 100, 100))
     assert not shares_columns((2, 4, 4))
-    assert joined(random_samples(4, T=2), random_samples(4, T=2)) is None
-    assert joined(columns(MOST, n=2), random_samples(2)) is None
 
 
 def test_a_saved_state_goes_on_with_its_columns():

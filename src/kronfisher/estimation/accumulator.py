@@ -347,7 +347,7 @@ class Accumulator:
         size = likelihood.count(outputs) if mask is None else mask.any(dim=1).sum().to(torch.float64)
         if own is not None:
             own(stream.receive, size)
-            stream.flush()
+            stream.flush(end=True)
         left = steps
         for vector in () if own else self._vectors(values, targets):  # enumerate would hold on to the vectors
             vector, left = vector if kept is None else vector * kept, left - 1  # masked positions have no loss
@@ -360,7 +360,7 @@ class Accumulator:
             if vector is not None:
                 stream.receive_single(outputs, vector, self.parameters)
                 self.backward_passes += len(outputs)
-            stream.flush()
+            stream.flush(end=not left)
         if self._kept is not None:
             self._kept.end(size)
         self._count(size)

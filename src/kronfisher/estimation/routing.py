@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,12 +13,48 @@ from kronfisher.capture.per_sample import per_sample_gradients, samples_of_gradi
 from kronfisher.estimation.groups import Group
 from kronfisher.estimation.kept import Kept
 from kronfisher.fisher.blocks import Block
+from kronfisher.fits.columns import MOST, together
 from kronfisher.layers import RowOrder
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples, Shared, join
 from kronfisher.linalg import full_precision
 
 __all__ = ["Stream"]
+
+_FEW = 2**18  # bytes of output gradients that may wait for further columns, whatever the fit lets wait
+
+
+@dataclass
+class _Waiting:
+    """Columns of one call that wait for further ones of the same examples.
+
+    Attributes:
+        part: the only one of the call.
+        group: that it belongs to, of which it is all.
+        order: of its rows.
+        first: the samples of the first of them.
+        further: output gradients of the others, as they came.
+        bytes: that each of them takes.
+    """
+
+    part: Part
+    group: Group
+    order: RowOrder
+    first: Samples
+    further: list[Tensor]
+    bytes: int
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may wait."""
+        number = 1 + len(self.further)
+        return number == MOST or number * self.bytes > max(self.group.state.plan.waiting, _FEW)
+
+    def samples(self) -> Samples:
+        """All columns together."""
+        use = self.part.use
+        others = [use.gradients(self.order, gradient.to(use.dtype)) for gradient in self.further]
+        return together(self.first, others)
 
 
 class Stream:
@@ -60,12 +96,24 @@ class Stream:
         self._counted: set[tuple[int, int]] = set()  # uses whose activations were counted, in any column
         self._repeated = repeated
         self._inputs: dict[tuple[int, int], Activations] = {}  # so that fits can tell that they are the same
+        self._columns: dict[int, _Waiting] = {}  # index of a call → what waits of it
 
     def receive(self, call: Call, gradient: Tensor) -> None:
         """Convert the gradient of a call's output to samples."""
         entries = self._entries.get(call.index)
         if not entries:
             return
+        waiting = self._columns.get(call.index)
+        if waiting is not None:
+            waiting.further.append(gradient)
+            self._settle(call.index, waiting)
+        else:
+            self._convert(call, gradient, entries)
+        if self.last:
+            for part, _, _ in entries:
+                part.use.forget()
+
+    def _convert(self, call: Call, gradient: Tensor, entries: list[tuple[Part, Group, int]]) -> None:
         made: list[tuple[Part, RowOrder, Shared]] = []
         with full_precision(gradient.device.type):
             for number, (part, group, position) in enumerate(entries):
@@ -93,16 +141,14 @@ class Stream:
                 if self._mask is not None:
                     mask = self._mask.any(dim=1, keepdim=True) if order.padded else self._mask
                     samples = samples.apply_mask(mask)
-                if waits:
+                if len(entries) == 1 and self._awaits_columns((call.index, number), group, position, samples):
+                    self._columns[call.index] = _Waiting(part, group, order, samples, [], gradient.nbytes)
+                    self._settle(call.index, self._columns[call.index])
+                elif waits:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
-                    if self._kept is not None:
-                        self._kept.note(group, (samples,))
-                    group.state = group.fit.update(group.state, (samples,))
+                    self._pass_on(group, (samples,))
                 group.seconds += time.perf_counter() - began
-        if self.last:
-            for part, _, _ in entries:
-                part.use.forget()
 
     def _activations(self, place: tuple[int, int], part: Part, order: RowOrder, gradient: Tensor) -> Activations:
         """The inputs of a part, which are made once for all passes where they read no gradient."""
@@ -129,14 +175,18 @@ class Stream:
                     if whole:
                         self._arrive(group, position, samples)
                     else:
-                        if self._kept is not None:
-                            self._kept.note(group, (samples,))
-                        group.state = group.fit.update(group.state, (samples,))
+                        self._pass_on(group, (samples,))
         for group in {id(group): group for group in groups}.values():
             group.seconds += (time.perf_counter() - began) / len(groups)
 
-    def flush(self) -> None:
-        """Pass on samples that wait for uses whose gradient was zero and never arrived."""
+    def flush(self, end: bool) -> None:
+        """Pass on samples that wait for uses whose gradient was zero and never arrived.
+
+        Args:
+            end: no further backward pass follows, so that columns wait no longer.
+        """
+        for index, waiting in list(self._columns.items()) if end else ():
+            self._settle(index, waiting, end=True)
         for key, position in list(self._arrived):
             self._complete(self._groups[key], position)
         for key in list(self._ready):
@@ -162,9 +212,30 @@ class Stream:
     def _update(self, group: Group) -> None:
         ready = self._ready.pop(id(group))
         samples = tuple(ready[position] for position in range(len(group.blocks)))
+        self._pass_on(group, samples)
+
+    def _pass_on(self, group: Group, samples: tuple[Samples, ...]) -> None:
         if self._kept is not None:
             self._kept.note(group, samples)
         group.state = group.fit.update(group.state, samples)
+
+    def _awaits_columns(self, place: tuple[int, int], group: Group, position: int, samples: Samples) -> bool:
+        """Whether samples may wait for further columns: their inputs are those of all columns, with one position."""
+        groups, _, positions, _ = samples.gradients.shape
+        if place not in self._inputs or samples.activations.onehot or groups * positions > 1:
+            return False
+        alone = len(group.blocks) == 1 and self._expected[id(group), position] == 1
+        return alone and group.fit.takes_columns(group.blocks[0])
+
+    def _settle(self, index: int, waiting: _Waiting, end: bool = False) -> None:
+        """Pass on the columns of a call where no more may wait, or none will come."""
+        if not (end or self.last or waiting.full):
+            return
+        began = time.perf_counter()
+        with full_precision(waiting.first.gradients.device.type):
+            self._pass_on(waiting.group, (waiting.samples(),))
+        del self._columns[index]
+        waiting.group.seconds += time.perf_counter() - began
 
 
 def _found(part: Part, order: RowOrder, made: Iterable[tuple[Part, RowOrder, Shared]]) -> Shared | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kronfisher.errors import MemoryBudgetError
 from kronfisher.fisher.blocks import Block
 from kronfisher.fits.auto_state import Chosen
+from kronfisher.fits.columns import Columns
 from kronfisher.fits.diagonal import Diagonal
 from kronfisher.fits.ekfac import EKFAC
 from kronfisher.fits.fit import Fit
@@ -132,8 +133,16 @@ class Auto(Fit):
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Chosen:
         return Chosen(group, plan, nothing=like.new_empty(0))
 
+    def takes_columns(self, block: Block) -> bool:
+        return any(fit.takes_columns(block) for fit in self.candidates)
+
     def update(self, state: Chosen, samples: tuple[Samples, ...]) -> Chosen:
         (use,) = samples
+        whole = state.inner is not None and self._fit(state).takes_columns(state.blocks[0])
+        if isinstance(use, Columns) and not whole:
+            for column in use.apart():
+                state = self.update(state, (column,))
+            return state
         if state.inner is not None:
             state.inner = self._fit(state).update(state.inner, samples)
             state.rows = state.inner.rows

@@ -1,20 +1,22 @@
-"""Samples that wait together: further columns of the same examples share their inputs.
+"""Samples that come together: further columns of the same examples share their inputs.
 
 With exact labels an example comes once for every column of the output Hessian's root, each time with the same input.
 Where a layer has few outputs, what half steps need of an example is its input and the sum ``Σ_c g_c g_cᵀ`` over its
-columns, so that pieces of the samples are counted in examples.
+columns, so that pieces of the samples are counted in examples. Second moments of columns are one product in place of
+as many small ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kronfisher.layers.samples import Samples
 
-__all__ = ["Columns", "alike", "joined", "shares_columns", "spread"]
+__all__ = ["MOST", "Columns", "alike", "shares_columns", "spread", "together"]
 
-MOST = 32  # columns that are joined
+MOST = 32  # columns that come together
 _NARROW, _FLAT = 1024, 8  # numbers of a symmetric factor of the outputs that are few: as such, or for a wide layer
 
 
@@ -41,6 +43,16 @@ class Columns(Samples):
     def columns(self) -> int:
         return self.gradients.shape[2]
 
+    def squares(self) -> Tensor:
+        """``Σ_k G_k∘²`` over all columns; see `Samples`."""
+        return self.gradients.square().sum(2).mT @ self.activations.dense().squeeze(2).square()
+
+    def apart(self) -> Iterator[Samples]:
+        """The columns one by one, as backward passes brought them."""
+        for column, gradients in enumerate(self.gradients.split(1, dim=2)):
+            first = self.first and not column
+            yield Samples(self.activations, gradients, first, self.mask, self.workspace, batch=self.batch)
+
     def spread(self) -> Samples:
         """The same samples, one by one, each with an input of its own."""
         examples = torch.arange(len(self), device=self.gradients.device).repeat_interleave(self.columns)
@@ -49,14 +61,12 @@ class Columns(Samples):
         return Samples(activations, gradients, self.first, workspace=self.workspace, batch=self.batch)
 
 
-def joined(before: Samples, use: Samples) -> Samples | None:
-    """Columns that wait, with one more of the same examples, or None where they are too many already."""
-    if before.columns >= MOST or before.positions > 1 or use.positions > 1:
-        return None
-    gradients = torch.cat([before.gradients, use.gradients], dim=2)
-    if isinstance(before, Columns):
-        return replace(before, gradients=gradients)
-    return Columns(before.activations, gradients, before.first, workspace=before.workspace, batch=before.batch)
+def together(first: Samples, further: Sequence[Tensor]) -> Samples:
+    """Samples with one position each, and the output gradients of further columns of the same examples."""
+    if not further:
+        return first
+    gradients = torch.cat([first.gradients, *further], dim=2)
+    return Columns(first.activations, gradients, first.first, first.mask, first.workspace, batch=first.batch)
 
 
 def spread(samples: Sequence[Samples]) -> list[Samples]:

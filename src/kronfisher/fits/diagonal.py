@@ -43,6 +43,9 @@ class Diagonal(Fit):
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> Squares:
         return Squares(group, plan, squares=like.new_zeros(sizes(group)))
 
+    def takes_columns(self, block: Block) -> bool:
+        return True
+
     def update(self, state: Squares, samples: tuple[Samples, ...]) -> Squares:
         (use,) = samples
         state.squares += use.squares()

@@ -63,7 +63,7 @@ class Eigenvalues(State):
             squares = A.rotate(use.activations.dense())[:, :, 0].square()
             known = ref(use.activations), squares
             self._inputs = known  # pyright: ignore[reportAttributeAccessIssue]
-        self.eigenvalues += B.rotate(use.gradients)[:, :, 0].square().mT @ known[1]
+        self.eigenvalues += B.rotate(use.gradients).square().sum(2).mT @ known[1]
         return True
 
 
@@ -110,6 +110,9 @@ class EKFAC(Fit):
 
     def init(self, group: tuple[Block, ...], plan: Plan, like: Tensor) -> State:
         return self.basis.init(group, plan, like)
+
+    def takes_columns(self, block: Block) -> bool:
+        return self.basis.takes_columns(block)
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         if not isinstance(state, Eigenvalues):

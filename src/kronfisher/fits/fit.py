@@ -90,6 +90,10 @@ class Fit:
         """
         return [(block,) for block in blocks]
 
+    def takes_columns(self, block: Block) -> bool:
+        """Whether columns of the same examples may come together, as `kronfisher.fits.columns.Columns`."""
+        return False
+
     def alone(self, block: Block) -> str:
         """For a chained fit: why a block is treated apart from those before and after it, or nothing."""
         return ""

@@ -74,6 +74,9 @@ class KFAC(Fit):
         zeros = partial(unwritten_zeros, like)
         return FactorSums(group, plan, inputs=zeros(inputs), outputs=zeros(outputs))
 
+    def takes_columns(self, block: Block) -> bool:
+        return self.mode == "expand"
+
     def update(self, state: FactorSums, samples: tuple[Samples, ...]) -> FactorSums:
         (use,) = samples
         if self.mode == "reduce":

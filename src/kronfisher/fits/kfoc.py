@@ -163,16 +163,14 @@ class KFOC(Fit):
             return state
         if self.by_batch and use.first:  # draws and columns of one batch come one by one
             self._flush(state)
-        shares = use.positions == 1 and self._shares(state.blocks[0])
-        joins = shares and state.join(use)
-        if shares and not joins and not self.by_batch and self._enough(state):  # with all columns of the last examples
+        shares = use.positions == 1 and self.takes_columns(state.blocks[0])
+        if shares and not self.by_batch and self._enough(state):  # with all columns of the last examples
             self._flush(state)
         written = self._write_out(use, state.blocks[0])
-        if not joins:
-            state.waiting.append(written or use)
+        state.waiting.append(written or use)
         if not self.by_batch and (self._too_much(state) or (not shares and self._enough(state))):
             self._flush(state)
-        elif not joins and written is None:
+        elif written is None:
             state.keep()
         return state
 
@@ -183,8 +181,7 @@ class KFOC(Fit):
         explicit = cheapest(use.shape, len(use), use.positions, tolerance=self.tolerance) == "explicit"
         return write_out(use) if explicit and not has_diagonal(self.sides(block)) else None
 
-    def _shares(self, block: Block) -> bool:
-        """Whether columns of one example are treated together."""
+    def takes_columns(self, block: Block) -> bool:
         return self.route in (None, *SHARING) and not has_diagonal(self.sides(block)) and shares_columns(block.shape)
 
     def _enough(self, state: ProductSums) -> bool:

@@ -127,16 +127,16 @@ class KroneckerSum(Fit):
         stacks = {kind: like.new_zeros(0, *inputs) for kind in ("inputs", "odd_inputs")}
         return numbers | stacks | {kind: like.new_zeros(0, *outputs) for kind in ("outputs", "odd_outputs")}
 
+    def takes_columns(self, block: Block) -> bool:
+        return self.search.shares and shares_columns(block.shape) and not has_diagonal(self.sides((block,)))
+
     def update(self, state: Any, samples: tuple[Samples, ...]) -> TermSums:
         (use,) = samples
         if use.first:
             state.rows = state.rows + use.rows
-        shares = self.search.shares and use.positions == 1 and shares_columns(use.shape)
-        if shares := shares and not has_diagonal(self.sides(state.blocks)):
-            if state.join(use):
-                return state
-            if state.waiting and sum(map(len, state.waiting)) + len(use) > PIECE:  # with all of their columns
-                self._flush(state)
+        shares = use.positions == 1 and self.takes_columns(state.blocks[0])
+        if shares and state.waiting and sum(map(len, state.waiting)) + len(use) > PIECE:  # with all of their columns
+            self._flush(state)
         state.waiting.append(use)
         state.keep()
         if not shares and sum(map(len, state.waiting)) > PIECE:

@@ -12,17 +12,14 @@ from enum import Enum
 from functools import cache, partial
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
-from weakref import ref
 
 import torch
 from torch import Tensor
 
 from kronfisher.errors import NumericalError, require, together, waiting
 from kronfisher.fisher.blocks import Block
-from kronfisher.fits.columns import joined
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.saving import from_plain, to_plain
-from kronfisher.layers.activations import Activations
 from kronfisher.layers.samples import Samples
 
 __all__ = [
@@ -212,24 +209,9 @@ class WaitingState(State):
 
     waiting: list[Samples] = field(default_factory=list)
 
-    _source: ClassVar[ref[Activations] | None] = None  # the inputs of what waits last, as they came
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the memory of whose inputs waits last: in another process they are others."""
-        return {name: value for name, value in vars(self).items() if name != "_source"}
-
     def keep(self) -> None:
         """Copy what was appended last, which is going to wait."""
-        self._source = ref(self.waiting[-1].activations)  # pyright: ignore[reportAttributeAccessIssue]
         self.waiting[-1] = self.waiting[-1].copy()
-
-    def join(self, use: Samples) -> bool:
-        """Let another column wait beside the samples before it if its inputs are the very same; whether it does."""
-        same = self.waiting and not use.first and self._source is not None and self._source() is use.activations
-        both = joined(self.waiting[-1], use) if same else None
-        if both is not None:
-            self.waiting[-1] = both
-        return both is not None
 
     def order_batches(self) -> None:
         """Let samples wait in the order in which batches were dealt to ranks, which is that of one process."""

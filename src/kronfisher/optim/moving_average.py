@@ -110,6 +110,9 @@ class MovingAverage(Fit):
             one.release()
         return AverageState(state.blocks, state.plan, states=bare, turn=state.turn)
 
+    def takes_columns(self, block: Block) -> bool:
+        return self.fit.takes_columns(block)
+
     def update(self, state: Any, samples: tuple[Samples, ...]) -> AverageState:
         if len(samples) == 1 and state.plan.passes == 1:
             samples = (_enough(samples[0], state.examples, state.turn),)
@@ -139,7 +142,7 @@ def _enough(samples: Samples, examples: int, turn: int) -> Samples:
     round from batch to batch: batches may be sorted.
     """
     size, positions = len(samples), samples.positions
-    if samples.mask is not None or samples.columns > 1 or not examples or size * positions <= examples:
+    if samples.mask is not None or not examples or size * positions <= examples:
         return samples
     rows = ENOUGH * max(samples.shape[1:])
     times = size // (max(FEWEST, -(-rows // positions)) if positions > 1 else max(rows, examples))
