@@ -1,5 +1,7 @@
 """Vectors are back-propagated from outputs without another tensor of that size."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
-from kronfisher.capture.inner_product import inner_product
+from kronfisher.capture.inner_product import Seed, inner_product
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -23,6 +25,34 @@ def test_the_derivative_by_the_outputs_is_the_vector(dtype):
     for vector in vectors:  # through one graph
         (found,) = torch.autograd.grad(inner_product(outputs, vector), layer.bias, retain_graph=True)
         torch.testing.assert_close(found, vector.sum(0))
+
+
+@pytest.mark.parametrize("few", [0, 2**16], ids=["by a scalar", "by the engine"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_vectors_arrive_whichever_way_they_go(few, dtype, monkeypatch):
+    monkeypatch.setattr("kronfisher.capture.inner_product._SMALL", few)
+    layer = nn.Linear(4, 3, dtype=dtype)
+    inputs, unused = torch.randn(5, 4, dtype=dtype), torch.zeros(2, requires_grad=True)
+    outputs = layer(inputs)
+    for vector in (torch.randn(5, 3), torch.randn(3, 5).T, torch.randn(5, 1)):
+        whole = vector.to(dtype).expand(5, 3)
+        found = Seed.of(outputs, vector).back_propagate([outputs, layer.bias, unused], retain=True)
+        assert found[0].dtype == dtype and torch.equal(found[0], whole) and found[2] is None
+        torch.testing.assert_close(found[1], whole.sum(0))
+        assert layer.bias.grad is None
+    Seed.of(outputs, vector).back_propagate([layer.bias], retain=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        Seed.of(outputs, vector).back_propagate([layer.weight], retain=False)
+
+
+def test_the_first_estimate_imports_no_symbolic_algebra():
+    code = (
+        "import sys, torch, kronfisher as kf\n"
+        "known = 'sympy' in sys.modules\n"
+        "kf.estimate(torch.nn.Linear(2, 3), torch.randn(5, 2), kf.Categorical(), labels='exact')\n"
+        "assert known or 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Made(TorchDispatchMode):

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from kronfisher.capture.computed import Computed, ComputedWeights
 from kronfisher.capture.graph import Call, Recording
+from kronfisher.capture.inner_product import Seed
 from kronfisher.capture.same_elements import COPIES, VIEWS
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
@@ -433,12 +434,11 @@ class Capture(TorchFunctionMode):
         weights = [t for t in operands if t.requires_grad and (self._is_constant(t) or self._computed.picks(t))]
         return bool(weights) and not (func in PICKING and weights[0] is operands[0])
 
-    def backward(self, product: Tensor, receive: Receiver, sources: list[int], *, retain: bool) -> None:
-        """Back-propagate from a scalar and pass output gradients to `receive` as they arrive.
+    def backward(self, seed: Seed, receive: Receiver, sources: list[int], *, retain: bool) -> None:
+        """Back-propagate and pass output gradients to `receive` as they arrive.
 
         Args:
-            product: `inner_product` of the captured outputs with the vector that is to be their gradient. Passing the
-                vector to autograd instead would import symbolic algebra at the first call, which takes half a second.
+            seed: the captured outputs, and the vector that is to be their gradient.
             receive: called with a call and the gradient of its output, in reverse order of the forward pass.
             sources: indices of the earliest calls that are needed (`Graph.sources`); the pass ends there.
             retain: whether another backward pass follows.
@@ -448,7 +448,7 @@ class Capture(TorchFunctionMode):
             return
         self._receiver = receive
         try:
-            torch.autograd.grad(product, list(edges), retain_graph=retain, allow_unused=True)
+            seed.back_propagate(tuple(edges), retain=retain)
         finally:
             self._receiver = None
 

@@ -1,11 +1,53 @@
-"""The scalar through which vectors are back-propagated from outputs."""
+"""Where vectors are back-propagated from outputs: through a scalar, unless they are small."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-__all__ = ["inner_product"]
+__all__ = ["Seed", "inner_product"]
+
+_SMALL = 2**16  # numbers that may stay during a pass
+
+
+@dataclass(frozen=True, eq=False)
+class Seed:
+    """Where a backward pass begins.
+
+    Small vectors are handed to torch's engine, which keeps them for the whole pass: a function written in Python would
+    take as long as the pass through a small network. By way of ``torch.autograd.grad`` they would import symbolic
+    algebra at the first call, which takes half a second.
+
+    Attributes:
+        tensor: of the graph.
+        gradient: of the tensor; None: it is a scalar.
+
+    Example:
+        >>> outputs = torch.zeros(2, requires_grad=True)
+        >>> Seed.of(outputs, torch.tensor([1.0, 2.0])).back_propagate([outputs], retain=False)
+        (tensor([1., 2.]),)
+    """
+
+    tensor: Tensor
+    gradient: Tensor | None = None
+
+    @classmethod
+    def of(cls, outputs: Tensor, vector: Tensor) -> Self:
+        """The vector as the gradient of the outputs."""
+        if outputs.numel() > _SMALL:
+            return cls(inner_product(outputs, vector))
+        return cls(outputs, vector.detach().expand_as(outputs).to(outputs.dtype).contiguous())
+
+    def back_propagate(self, inputs: Sequence[Tensor | GradientEdge], *, retain: bool) -> tuple[Tensor | None, ...]:
+        """The gradients of some tensors or edges of the graph, None where nothing arrives."""
+        if self.gradient is None:
+            return torch.autograd.grad(self.tensor, inputs, retain_graph=retain, allow_unused=True)
+        start, ends = (self.tensor,), tuple(inputs)
+        return _engine_run_backward(start, (self.gradient,), retain, False, ends, True, accumulate_grad=False)
 
 
 def inner_product(outputs: Tensor, vector: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, dtypes_within, walk
-from kronfisher.capture.inner_product import inner_product
+from kronfisher.capture.inner_product import Seed
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
 from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
@@ -68,9 +68,9 @@ class Observation:
         """Calls of operators with trainable parameters, in the order of the forward pass."""
         return self.capture.calls
 
-    def backward(self, product: Tensor, receive: Receiver, *, retain: bool) -> None:
-        """Back-propagate from a scalar function of the outputs; see `Capture.backward`."""
-        self.capture.backward(product, receive, self.graph.sources, retain=retain)
+    def backward(self, seed: Seed, receive: Receiver, *, retain: bool) -> None:
+        """Back-propagate from the outputs; see `Capture.backward`."""
+        self.capture.backward(seed, receive, self.graph.sources, retain=retain)
 
     def examples_of_rows(self, uses: Mapping[tuple[int, Hashable], Use]) -> dict[Any, Tensor | None]:
         """The example that each row of some uses belongs to, by a probe: a few backward passes.
@@ -92,7 +92,7 @@ class Observation:
                 passes[key].append(probe.project(uses[key].rows(promote(gradient))))
 
         for vector in self._probe_vectors(probe):
-            self.backward(inner_product(self.outputs, vector), receive, retain=True)
+            self.backward(Seed.of(self.outputs, vector), receive, retain=True)
         unknown = {key: torch.full(use.lead(self.calls[key[0]].shape), -1, device="cpu") for key, use in uses.items()}
         return {key: probe.examples(each) if each else unknown[key] for key, each in passes.items()}
 
@@ -120,8 +120,7 @@ class Observation:
         """Indices of those edges of the graph where the gradient of a single element comes from several examples."""
         probe, passes = self._probe(), [[] for _ in edges]
         for vector in self._probe_vectors(probe):
-            product = inner_product(self.outputs, vector)
-            gradients = torch.autograd.grad(product, edges, retain_graph=True, allow_unused=True)
+            gradients = Seed.of(self.outputs, vector).back_propagate(edges, retain=True)
             for each, gradient in zip(passes, gradients, strict=True):
                 if gradient is not None:
                     dense = gradient.to_dense() if gradient.layout is not torch.strided else gradient

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kronfisher.capture.batches import Batches, positions_of
 from kronfisher.capture.capture import Receiver
 from kronfisher.capture.forward import not_finite_error
-from kronfisher.capture.inner_product import inner_product
+from kronfisher.capture.inner_product import Seed
 from kronfisher.capture.isolation import isolate
 from kronfisher.capture.observation import Observation, observe
 from kronfisher.capture.per_sample import FALLBACK
@@ -353,9 +353,9 @@ class Accumulator:
             vector, left = vector if kept is None else vector * kept, left - 1  # masked positions have no loss
             again = retain or left > 0 or bool(singles)
             stream.last = not again
-            product = inner_product(outputs, vector)
+            seed = Seed.of(outputs, vector)
             vector = vector if singles else None  # free it during the pass
-            observation.backward(product, stream.receive, retain=again)
+            observation.backward(seed, stream.receive, retain=again)
             self.backward_passes += 1
             if vector is not None:
                 stream.receive_single(outputs, vector, self.parameters)
