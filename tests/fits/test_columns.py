@@ -4,8 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
 
 import kronfisher as kf
+from kronfisher.capture import inner_product
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits.columns import MOST, shares_columns, spread, together
 from kronfisher.fits.rearrangement import Gram, Weights
@@ -148,6 +152,88 @@ def test_answers_do_not_depend_on_how_many_columns_come_together(fit, few, monke
     apart = estimate(fit, 6, 5, 4, n=12)
     for name in together.info.blocks:
         torch.testing.assert_close(together[name].to_dense(), apart[name].to_dense(), rtol=1e-9, atol=1e-12)
+
+
+PLAIN = [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 4)]
+
+
+@pytest.mark.parametrize("fit", [kf.KFAC(), kf.EKFAC(), kf.KFOC(), kf.Full()], ids=repr)
+@pytest.mark.parametrize("samples", [0, 3], ids=["exact", "three draws"])
+def test_all_columns_of_a_perceptron_take_one_pass(fit, samples, monkeypatch):
+    """The same bits as of one pass after the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*PLAIN)
+    batches = [(torch.randn(n, 6), torch.randint(4, (n,))) for n in (12, 7)]
+    options = {"labels": "sampled" if samples else "exact", "samples": samples or 1}
+    passes, engine = [], inner_product._engine_run_backward
+
+    def counted(*args, **kwargs):
+        passes.append(args)
+        return engine(*args, **kwargs)
+
+    kf.estimate(model, batches, kf.Categorical(), fit=fit, **options)  # which knows the order of rows then
+    monkeypatch.setattr(inner_product, "_engine_run_backward", counted)
+    at_once = kf.estimate(model, batches, kf.Categorical(), fit=fit, **options)
+    assert len(passes) == 2
+    monkeypatch.setattr("kronfisher.estimation.accumulator._FEW", 0)
+    one_by_one = kf.estimate(model, batches, kf.Categorical(), fit=fit, **options)
+    assert len(passes) == 2 + 2 * 3
+    for name in at_once.info.blocks:
+        torch.testing.assert_close(at_once[name].to_dense(), one_by_one[name].to_dense())
+
+
+class Double(torch.autograd.Function):
+    """Twice a tensor, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Other(nn.Module):
+    """What happens to the hidden units is said by a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(6, 5), nn.Linear(5, 3), function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+def read(x):
+    """Its gradient is read by a hook, which a pass with several cannot give it."""
+    y = x.tanh()
+    y.register_hook(lambda gradient: 2 * gradient if float(gradient.sum()) == 1e9 else None)
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Double.apply,
+        read,
+        lambda x: x.relu_(),
+        lambda x: x[:, :4].tanh() @ torch.ones(4, 5).double(),
+        lambda x: checkpoint(lambda y: dropout(y.tanh(), 0.5) + y, x, use_reentrant=False),
+        lambda x: x * (x.detach() > 0),
+        lambda x: x.softmax(-1).cumsum(-1),
+    ],
+    ids=["own function", "hook that reads", "in place", "narrowed", "checkpoint", "mask", "no rule"],
+)
+def test_other_networks_give_the_same_matrix_as_with_one_pass_after_the_other(function, monkeypatch):
+    torch.manual_seed(0)
+    model, data = Other(function).double(), torch.randn(20, 6, dtype=torch.float64)
+    first = kf.estimate(model, data, kf.Categorical(), fit="full", labels="exact")
+    monkeypatch.setattr("kronfisher.estimation.accumulator._FEW", 0)
+    again = kf.estimate(model, data, kf.Categorical(), fit="full", labels="exact")
+    for name in first.info.blocks:
+        assert bool(first[name].to_dense().any())
+        torch.testing.assert_close(first[name].to_dense(), again[name].to_dense(), rtol=1e-12, atol=1e-14)
 
 
 def test_columns_come_one_by_one_where_rows_share_inputs_or_a_fit_wants_it(brought):

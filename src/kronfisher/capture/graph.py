@@ -30,6 +30,11 @@ _GATHERING = (
     "Put",
     "CopySlices",
 )  # their places are not saved
+# Nodes through which torch takes several vectors at once as it takes each, in a pass that costs little more.
+_TOGETHER = {
+    f"{name}Backward0"
+    for name in ("Addmm", "Add", "Elu", "Gelu", "LeakyRelu", "LogSoftmax", "Mm", "Mul", "Relu", "Sigmoid", "Silu", "T")
+} | {"TanhBackward0", "ViewBackward0", "UnsafeViewBackward0", "torch::autograd::AccumulateGrad"}
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {}  # type of a node → its saved sizes, axes and flags
 
 
@@ -81,6 +86,7 @@ class Graph:
         last: indices of the calls that the outputs depend on directly, with no other call in between.
         gathers: whether rows are selected by index anywhere, in an order that may change from batch to batch.
         combines: whether a matrix that is no parameter may combine rows, in a way that may change from batch to batch.
+        takes_several: whether several vectors may be back-propagated at once, by what torch has for each node.
         signature: a hash of the graph's nodes, their edges, shapes and saved sizes; a different value means a different
             computation.
     """
@@ -96,6 +102,7 @@ class Graph:
     signature: int = 0
     gathers: bool = False
     combines: bool = False
+    takes_several: bool = False
 
 
 @dataclass
@@ -150,6 +157,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
     nodes: list[str] = []
+    names: set[str] = set()
     alone = {node: frozenset((index,)) for node, index in calls.items()}
     numbers: dict[Node, int] = {}
     end = get_gradient_edge(outputs).node
@@ -170,6 +178,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
         edges = [(numbers.setdefault(child, len(numbers)), place) for child, place in following if child]
         name = node.name()
         nodes.append(f"{name} {edges} {_describe(node)}")
+        names.add(name)
         if "CheckpointFunction" in name:
             raise UnsupportedError(
                 "The model uses reentrant checkpointing, which hides its layers from the graph. "
@@ -214,6 +223,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.hidden = {name: functions for name, functions in graph.hidden.items() if functions}
     graph.meetings += recording.meetings
     graph.signature = hash(tuple(nodes))
+    graph.takes_several = names <= _TOGETHER
     selecting = (node for node in below if node.name().startswith(_GATHERING))
     graph.gathers = any(makers.get(node) not in graph.alive for node in selecting)  # lookups in weights select no data
     graph.combines = recording.combines

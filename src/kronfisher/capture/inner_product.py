@@ -6,10 +6,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-__all__ = ["Seed", "inner_product"]
+__all__ = ["Seed", "back_propagate_together", "inner_product"]
 
 _SMALL = 2**16  # numbers that may stay during a pass
 
@@ -63,6 +64,24 @@ def inner_product(outputs: Tensor, vector: Tensor) -> Tensor:
         tensor([1., 2.])
     """
     return _InnerProduct.apply(outputs, vector)
+
+
+def back_propagate_together(
+    outputs: Tensor, vectors: Tensor, edges: Sequence[GradientEdge]
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients ``[V, ...]`` at some edges of several vectors ``[V, *outputs]`` in one pass; None if it failed.
+
+    A hook of the model's own may read values, or torch lack a rule: then vectors have to go one by one, through the
+    graph, which is kept.
+    """
+
+    def gradients(vector: Tensor) -> tuple[Tensor | None, ...]:
+        return _engine_run_backward((outputs,), (vector,), True, False, tuple(edges), True, accumulate_grad=False)
+
+    try:
+        return _vmap(gradients, 0, 0, allow_none_pass_through=True)(vectors.detach().to(outputs.dtype))
+    except RuntimeError:
+        return None
 
 
 class _InnerProduct(Function):

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch.autograd.graph import GradientEdge
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, dtypes_within, walk
-from kronfisher.capture.inner_product import Seed
+from kronfisher.capture.inner_product import Seed, back_propagate_together
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
 from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
 from kronfisher.linalg import promote
 
 __all__ = ["Observation", "observe"]
+
+_FEW = 2**20  # output gradients of all calls that are made at once, in place of one pass after the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,21 @@ class Observation:
     def backward(self, seed: Seed, receive: Receiver, *, retain: bool) -> None:
         """Back-propagate from the outputs; see `Capture.backward`."""
         self.capture.backward(seed, receive, self.graph.sources, retain=retain)
+
+    def gradients_of_calls(self, vectors: Tensor) -> list[tuple[Call, Tensor]] | None:
+        """Calls, the last first, with the gradients ``[V, ...]`` of vectors ``[V, *outputs]`` at their edges, at once.
+
+        None where that is not worth it, or torch cannot: each vector takes a pass of its own then.
+        """
+        calls = [self.calls[index] for index in sorted(self.graph.alive, reverse=True)]
+        numbers = len(vectors) * sum(prod(call.shape) for call in calls)
+        if not self.graph.takes_several or numbers > _FEW:
+            return None
+        edges = [call.edge for call in calls]
+        found = back_propagate_together(self.outputs, vectors, edges)
+        if found is None:
+            return None
+        return [(call, gradient) for call, gradient in zip(calls, found, strict=True) if gradient is not None]
 
     def examples_of_rows(self, uses: Mapping[tuple[int, Hashable], Use]) -> dict[Any, Tensor | None]:
         """The example that each row of some uses belongs to, by a probe: a few backward passes.

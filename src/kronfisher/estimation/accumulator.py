@@ -38,6 +38,8 @@ __all__ = ["Accumulator"]
 
 log = logging.getLogger("kronfisher")
 
+_FEW = 2**16  # numbers in the vectors of a batch that are back-propagated at once, where that can be
+
 
 class LateError(UnsupportedError):
     """A batch shows that earlier ones should have been treated in another way."""
@@ -348,8 +350,13 @@ class Accumulator:
         if own is not None:
             own(stream.receive, size)
             stream.flush(end=True)
-        left = steps
-        for vector in () if own else self._vectors(values, targets):  # enumerate would hold on to the vectors
+        vectors, left = () if own else self._vectors(values, targets), steps
+        if repeated and not singles and kept is None and steps * outputs.numel() <= _FEW:
+            vectors = list(vectors)
+            if (found := observation.gradients_of_calls(torch.stack(vectors))) is not None:
+                stream.receive_columns(found, steps, retain=retain)
+                self.backward_passes, vectors = self.backward_passes + steps, ()
+        for vector in vectors:  # enumerate would hold on to the vectors
             vector, left = vector if kept is None else vector * kept, left - 1  # masked positions have no loss
             again = retain or left > 0 or bool(singles)
             stream.last = not again

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -112,6 +112,21 @@ class Stream:
         if self.last:
             for part, _, _ in entries:
                 part.use.forget()
+
+    def receive_columns(self, gradients: Sequence[tuple[Call, Tensor]], number: int, *, retain: bool) -> None:
+        """Receive the gradients ``[V, ...]`` of so many columns, made at once, as if one came after the other.
+
+        Args:
+            gradients: of calls' edges, the last call first.
+            number: V.
+            retain: whether the inputs are needed afterwards.
+        """
+        for column in range(number):
+            end = column == number - 1
+            self.last = end and not retain
+            for call, arriving in gradients:
+                self.receive(call, call.gradient(arriving[column]))
+            self.flush(end)
 
     def _convert(self, call: Call, gradient: Tensor, entries: list[tuple[Part, Group, int]]) -> None:
         made: list[tuple[Part, RowOrder, Shared]] = []
