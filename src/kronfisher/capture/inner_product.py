@@ -43,7 +43,9 @@ class Seed:
             return cls(inner_product(outputs, vector))
         return cls(outputs, vector.detach().expand_as(outputs).to(outputs.dtype).contiguous())
 
-    def back_propagate(self, inputs: Sequence[Tensor | GradientEdge], *, retain: bool) -> tuple[Tensor | None, ...]:
+    def back_propagate(
+        self, inputs: Sequence[Tensor] | Sequence[GradientEdge], *, retain: bool
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of some tensors or edges of the graph, None where nothing arrives."""
         if self.gradient is None:
             return torch.autograd.grad(self.tensor, inputs, retain_graph=retain, allow_unused=True)

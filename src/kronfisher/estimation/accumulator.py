@@ -351,7 +351,8 @@ class Accumulator:
             own(stream.receive, size)
             stream.flush(end=True)
         vectors, left = () if own else self._vectors(values, targets), steps
-        if repeated and not singles and kept is None and steps * outputs.numel() <= _FEW:
+        unordered = all(group.fit.takes_columns(block) for group in self.groups for block in group.blocks)
+        if repeated and unordered and not singles and kept is None and steps * outputs.numel() <= _FEW:
             vectors = list(vectors)
             if (found := observation.gradients_of_calls(torch.stack(vectors))) is not None:
                 stream.receive_columns(found, steps, retain=retain)

@@ -156,13 +156,15 @@ class Stream:
                 if self._mask is not None:
                     mask = self._mask.any(dim=1, keepdim=True) if order.padded else self._mask
                     samples = samples.apply_mask(mask)
-                if len(entries) == 1 and self._awaits_columns((call.index, number), group, position, samples):
+                if self._repeated and self._awaits_columns((call.index, number), group, position, samples):
                     self._columns[call.index] = _Waiting(part, group, order, samples, [], gradient.nbytes)
                     self._settle(call.index, self._columns[call.index])
                 elif waits:
                     self._arrive(group, position, samples)
                 else:  # sums over rows: each use of a weight can be added by itself
-                    self._pass_on(group, (samples,))
+                    if self._kept is not None:
+                        self._kept.note(group, (samples,))
+                    group.state = group.fit.update(group.state, (samples,))
                 group.seconds += time.perf_counter() - began
 
     def _activations(self, place: tuple[int, int], part: Part, order: RowOrder, gradient: Tensor) -> Activations:
@@ -239,7 +241,7 @@ class Stream:
         groups, _, positions, _ = samples.gradients.shape
         if place not in self._inputs or samples.activations.onehot or groups * positions > 1:
             return False
-        alone = len(group.blocks) == 1 and self._expected[id(group), position] == 1
+        alone = len(group.blocks) == len(self._entries[place[0]]) == self._expected[id(group), position] == 1
         return alone and group.fit.takes_columns(group.blocks[0])
 
     def _settle(self, index: int, waiting: _Waiting, end: bool = False) -> None:
