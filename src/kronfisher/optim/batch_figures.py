@@ -37,7 +37,7 @@ class BatchFigures:
     """Sums over the parts of one batch, and over ranks.
 
     Attributes:
-        rows: the most rows that a layer had, of all positions of the examples that count.
+        rows: the most rows that a layer had, of all positions of the examples that count; these, where that is more.
         pass_cost: multiplications of a forward and backward pass.
         misfits: the sum of `sum_of_misfits`, ``[3]``; None if any part had no labels. The last number is how far the
             loss that was differentiated can fall, as a sum over parts.
@@ -75,7 +75,7 @@ class BatchFigures:
             size: all of its examples.
             misfits: their sum ``[3]``, if they have labels.
         """
-        most = 0
+        most = size  # where no weight is treated by layers, as where biases alone are trained
         for rows, outputs, inputs, _ in sizes_of_weights(capture):
             self.pass_cost += multiplications(rows, outputs, inputs)
             most = max(most, rows)

@@ -233,3 +233,24 @@ def test_steps_across_a_valley_are_shortened_only_where_no_average_takes_them_ou
             brakes.append(float(optimizer.parts.motion.rates.brake.min()))
         least[average] = min(brakes)
     assert least[True] >= 1 > 0.95 > least[False]
+
+
+@pytest.mark.filterwarnings("ignore:100%")
+@pytest.mark.parametrize("trained", ["biases", "weights that no layer uses"])
+def test_networks_without_a_layer_that_is_treated_train(trained):
+    """Seen: a rate of zero in silence, because the rate grows with the rows of layers, and there were none."""
+    model, ((x, y), *_) = network(), batches(1)
+    if trained == "biases":
+        for name, p in model.named_parameters():
+            p.requires_grad_("bias" in name)
+        forward = model
+    else:
+        torch.manual_seed(0)
+        model = torch.nn.ParameterList([torch.randn(x.shape[1]) for _ in range(int(y.max()) + 1)])
+        forward = lambda x: x @ torch.stack(list(model), 1).cumsum(0)  # noqa: E731
+        model.forward = forward
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    losses = [float(optimizer.step(lambda: forward(x), y)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert not any(map(torch.equal, before, optimizer.param_groups[0]["params"]))
