@@ -11,6 +11,7 @@ from torch import nn
 import kronfisher as kf
 from kronfisher.capture.capture import Capture
 from kronfisher.capture.graph import walk
+from kronfisher.capture.inner_product import Seed
 from tests.helpers.checks import assert_exact, assert_fallback
 from tests.helpers.networks import Written, linears
 
@@ -53,7 +54,7 @@ def test_no_parameter_gradient_is_computed():
         outputs = model(torch.randn(3, 11))
     graph, seen = walk(capture.recording, outputs), []
     with Watch():
-        capture.backward(outputs.sum(), lambda call, g: seen.append(call.index), graph.sources, retain=False)
+        capture.backward(Seed(outputs.sum()), lambda call, g: seen.append(call.index), graph.sources, retain=False)
     assert seen == [1, 0] and graph.sources == [0]
     assert not [func for func in computed if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)]
 
