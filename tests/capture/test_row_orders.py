@@ -380,10 +380,7 @@ def test_which_passes_are_run(read_again):
     def passes(fit, data, model=model):
         count = []
         with pytest.MonkeyPatch.context() as patch:
-            for place, name in (
-                (torch.autograd, "grad"),
-                (inner_product, "_engine_run_backward"),
-            ):
+            for place, name in ((torch.autograd, "grad"), (inner_product, "_engine_run_backward")):
                 known = getattr(place, name)
                 patch.setattr(place, name, lambda *a, known=known, **k: (count.append(1), known(*a, **k))[1])
             kf.estimate(model, data, kf.Gaussian(), fit=fit)
