@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kronfisher as kf
-from kronfisher.capture.inner_product import Seed, inner_product
+from kronfisher.capture import inner_product as room
+from kronfisher.capture.inner_product import Seed, back_propagate_together, inner_product
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -43,6 +45,88 @@ def test_vectors_arrive_whichever_way_they_go(few, dtype, monkeypatch):
     Seed.of(outputs, vector).back_propagate([layer.bias], retain=False)
     with pytest.raises(RuntimeError, match="second time"):
         Seed.of(outputs, vector).back_propagate([layer.weight], retain=False)
+
+
+def _refused(*args, **kwargs):
+    raise TypeError("run_backward() takes other arguments")
+
+
+def _wrong(function, *args, **kwargs):
+    """`_vmap` with something else to be its second argument: nothing is mapped."""
+    return function
+
+
+WITHOUT = {
+    "no engine": ("_engine_run_backward", None),
+    "an engine of another form": ("_engine_run_backward", _refused),
+    "an engine that adds to .grad": ("_engine_run_backward", lambda *args, **kwargs: (None,)),
+    "no map": ("_vmap", None),
+    "a map of another form": ("_vmap", _refused),
+    "a map that maps nothing": ("_vmap", _wrong),
+}
+
+
+@pytest.fixture(params=WITHOUT.values(), ids=list(WITHOUT))
+def another_torch(request, monkeypatch):
+    """A version of torch without the functions that are not public, or with others of their names."""
+    monkeypatch.setattr(room, *request.param)
+    room._as_known.cache_clear()
+    yield
+    room._as_known.cache_clear()
+
+
+def test_functions_that_are_not_public_are_used_as_this_torch_has_them():
+    assert room._as_known()
+    assert room._private("torch.autograd.graph", "no_such_name") is None
+    assert room._private("torch.no_such_module", "no_such_name") is None
+
+
+def test_other_versions_of_torch_take_the_public_way(another_torch, monkeypatch):
+    """The same vectors arrive, one by one and together, and the same estimates are made."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    unused, outputs = torch.zeros(2, requires_grad=True), layer(torch.randn(5, 4, dtype=torch.float64))
+    public, calls = torch.autograd.grad, []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs.get("is_grads_batched", False))
+        return public(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    vectors, edges = torch.randn(2, 5, 3, dtype=torch.float64), [get_gradient_edge(x) for x in (layer.bias, unused)]
+    for vector in vectors:
+        found = Seed.of(outputs, vector).back_propagate(edges, retain=True)
+        torch.testing.assert_close(found[0], vector.sum(0))
+        assert found[1] is None and layer.bias.grad is None
+    found = back_propagate_together(outputs, vectors, edges)
+    assert found is not None and found[1] is None and calls == [False, False, True]
+    torch.testing.assert_close(found[0], vectors.sum(1))
+    model, x = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 4).double()), torch.randn(6, 4, dtype=torch.float64)
+    estimate = partial(kf.estimate, model, x, kf.Categorical(), labels="exact")
+    there = estimate(fit="kfoc")
+    assert True in calls[3:]
+    monkeypatch.undo()
+    room._as_known.cache_clear()
+    here = estimate(fit="kfoc")
+    for name in here.info.blocks:
+        torch.testing.assert_close(there[name].to_dense(), here[name].to_dense())
+
+
+def test_what_the_model_raises_is_raised_again():
+    """An error of a backward function of the user's is no reason to go through the graph a second time."""
+
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise TypeError("of the model's own")
+
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="of the model's own"):
+        Seed.of(Raises.apply(weight), torch.ones(2)).back_propagate([weight], retain=False)
 
 
 def test_the_first_estimate_imports_no_symbolic_algebra():

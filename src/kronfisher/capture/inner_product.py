@@ -1,18 +1,31 @@
 """Where vectors are back-propagated from outputs: through a scalar, unless they are small."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._vmap_internals import _vmap
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 
 __all__ = ["Seed", "back_propagate_together", "inner_product"]
 
 _SMALL = 2**16  # numbers that may stay during a pass
+
+
+def _private(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of torch that is not public, where this version of torch has it."""
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+_engine_run_backward = _private("torch.autograd.graph", "_engine_run_backward")
+_vmap = _private("torch._vmap_internals", "_vmap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +34,7 @@ class Seed:
 
     Small vectors are handed to torch's engine, which keeps them for the whole pass: a function written in Python would
     take as long as the pass through a small network. By way of ``torch.autograd.grad`` they would import symbolic
-    algebra at the first call, which takes half a second.
+    algebra at the first call, which takes half a second; that way they go where torch has no other.
 
     Attributes:
         tensor: of the graph.
@@ -49,8 +62,10 @@ class Seed:
         """The gradients of some tensors or edges of the graph, None where nothing arrives."""
         if self.gradient is None:
             return torch.autograd.grad(self.tensor, inputs, retain_graph=retain, allow_unused=True)
-        start, ends = (self.tensor,), tuple(inputs)
-        return _engine_run_backward(start, (self.gradient,), retain, False, ends, True, accumulate_grad=False)
+        if not _as_known():
+            options: dict[str, Any] = {"retain_graph": retain, "allow_unused": True}
+            return torch.autograd.grad(self.tensor, inputs, self.gradient, **options)
+        return _run(self.tensor, self.gradient, inputs, retain=retain)
 
 
 def inner_product(outputs: Tensor, vector: Tensor) -> Tensor:
@@ -76,14 +91,56 @@ def back_propagate_together(
     A hook of the model's own may read values, or torch lack a rule: then vectors have to go one by one, through the
     graph, which is kept.
     """
-
-    def gradients(vector: Tensor) -> tuple[Tensor | None, ...]:
-        return _engine_run_backward((outputs,), (vector,), True, False, tuple(edges), True, accumulate_grad=False)
-
+    vectors = vectors.detach().to(outputs.dtype)
     try:
-        return _vmap(gradients, 0, 0, allow_none_pass_through=True)(vectors.detach().to(outputs.dtype))
+        if not _as_known():
+            options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+            return torch.autograd.grad(outputs, edges, vectors, is_grads_batched=True, **options)
+        return _run_together(outputs, vectors, edges)
     except RuntimeError:
         return None
+
+
+def _run(
+    outputs: Tensor, vector: Tensor, ends: Sequence[Tensor] | Sequence[GradientEdge], *, retain: bool
+) -> tuple[Tensor | None, ...]:
+    """A pass by torch's engine, without the checks of the public function."""
+    assert _engine_run_backward is not None
+    return _engine_run_backward((outputs,), (vector,), retain, False, tuple(ends), True, accumulate_grad=False)
+
+
+def _run_together(
+    outputs: Tensor, vectors: Tensor, ends: Sequence[Tensor] | Sequence[GradientEdge]
+) -> tuple[Tensor | None, ...]:
+    """One pass for all vectors ``[V, *outputs]``, likewise."""
+    assert _vmap is not None
+
+    def gradients(vector: Tensor) -> tuple[Tensor | None, ...]:
+        return _run(outputs, vector, ends, retain=True)
+
+    return _vmap(gradients, 0, 0, allow_none_pass_through=True)(vectors)
+
+
+@cache
+def _as_known() -> bool:
+    """Whether this version of torch has the two functions that are not public, and they take what they are given here.
+
+    A pass through one sum tells, once: in the pass through a model a refusal looks like an error of the model's own.
+    """
+    if _engine_run_backward is None or _vmap is None:
+        return False
+    with torch.inference_mode(False), torch.enable_grad():
+        start = torch.ones(2, dtype=torch.float32, device="cpu", requires_grad=True)
+        vectors = torch.eye(2, dtype=torch.float32, device="cpu")
+        try:
+            twice = start + start
+            (single,), (both,) = _run(twice, vectors[0], [start], retain=True), _run_together(twice, vectors, [start])
+        except Exception:  # whatever another form of them is refused by
+            return False
+        return all(
+            isinstance(found, Tensor) and torch.equal(found, 2 * expected)
+            for found, expected in ((single, vectors[0]), (both, vectors))
+        )
 
 
 class _InnerProduct(Function):
