@@ -291,6 +291,35 @@ def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_counted_twice(tmp_p
     close(kept, influence.scores(train, queries).values, 1e-14)
 
 
+@pytest.mark.parametrize("place", ["os.replace", "os.fsync"])
+def test_a_run_that_stops_anywhere_while_it_writes_can_go_on(tmp_path, monkeypatch, place):
+    influence, train, queries = problem()
+    expected, times = influence.scores(train, queries).values, 0
+    while True:
+        path, left, own = tmp_path / f"scores{times}", times, getattr(os, place.removeprefix("os."))
+
+        def stopping(*what, own=own):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return own(*what)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stopping)
+            try:
+                influence.scores(train, queries, path=path)
+            except KeyboardInterrupt:
+                stopped = True
+            else:
+                stopped = False
+        close(influence.scores(train, queries, path=path).values, expected, 1e-14)
+        if not stopped:
+            break
+        times += 1
+    assert times > len(train)
+
+
 def test_loaders_that_shuffle_or_never_end_are_refused(tmp_path):
     influence, train, queries = problem()
     shuffled = DataLoader(TensorDataset(*queries), batch_size=2, shuffle=True)

@@ -110,7 +110,7 @@ def by_position(samples: Samples, queries: Tensor) -> Tensor:
             else:  # the queries as they lie in memory
                 matrix = queries[first:last].transpose(0, 1).reshape(groups, -1, inputs).mT
                 products = inputs_here.times(matrix).unflatten(-1, (last - first, outputs))
-                found[low:high, :, first:last] = (products @ rows.unsqueeze(-1)).squeeze(-1).sum(0)
+                found[low:high, :, first:last] = _times(products, rows.unsqueeze(-2)).sum(dim=-1).sum(0)
     return found
 
 
@@ -126,6 +126,14 @@ def _by_factors(samples: Samples, queries: LowRank) -> Tensor:
             products = products.mul_(outputs) if products.is_contiguous() else products * outputs
             found[low:high, first:last] = products.unflatten(-1, (last - first, rank)).sum(dim=(0, 2, 4))
     return found
+
+
+def _times(products: Tensor, factor: Tensor) -> Tensor:
+    """``x ∘ y``, in the place of x where it is not a view that repeats itself.
+
+    The sum that follows takes a third of the time of as many products of a small matrix and a vector.
+    """
+    return products.mul_(factor) if products.is_contiguous() else products * factor
 
 
 def _times_faster(activations: Activations, low: int, high: int) -> Activations:

@@ -145,6 +145,9 @@ class RowFile:
         if record.width != width:
             raise DataError(f"{self.path} has rows of {dict(record.width)}, and this batch gives {width}.")
         rows = torch.cat([part.flatten(1) for part in parts.values()], dim=1).to("cpu", _DTYPES[record.dtype])
+        if not self.path.exists():  # a run that is killed between the two would leave a file of nobody knows what
+            self._count(record)
+            record = self.record
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             file.truncate(record.rows * record.row_bytes)  # rows that were written and not counted
             file.seek(0, os.SEEK_END)
