@@ -184,3 +184,122 @@ def test_out_argument_is_torch_s_own_refusal():
     model = Written(lambda m, x: torch.add(x, m.p, out=torch.empty(5, 3)), p=torch.randn(3))
     with pytest.raises(RuntimeError, match="out="):
         kf.estimate(model, torch.randn(5, 3), kf.Gaussian())
+
+
+def _twice(m, x):
+    h = m.l0(x)
+    part = h[:, :2]
+    part.atan2_(m.p)
+    part.tanh_()
+    return h
+
+
+def _by_another(m, x):
+    h, met = m.l0(x), torch.maximum(x[:, :2], m.p)
+    part = h[:, :2]
+    part.atan2_(m.p)
+    part *= met
+    return h
+
+
+def _transposed_twice(m, x):
+    h = m.l0(x).t().sin()  # in memory as it was before
+    part = h[:2].t()
+    part.atan2_(m.p)
+    part.tanh_()
+    return h.t()
+
+
+def _then_base(m, x):
+    h = m.l0(x)
+    h[:, :2].atan2_(m.p)
+    return h.tanh_()
+
+
+def _assigned(m, x):
+    h = m.l0(x) * 1
+    h[:, :2] = m.p
+    h[:, :2] *= x[:, :2]
+    return h
+
+
+def _assigned_by_index(m, x):
+    h = m.l0(x) * 1
+    h[:, [0, 2]] = m.p
+    return h * x[:, :1]
+
+
+MEETINGS = [_twice, _by_another, _transposed_twice, _then_base, _assigned, _assigned_by_index]
+
+
+@pytest.mark.parametrize("forward", MEETINGS)
+def test_a_part_that_meets_a_parameter_and_is_changed_again(forward):
+    """Seen: an assertion of torch's own, because the gradient of a view with another history was asked for."""
+    model = Written(forward, l0=nn.Linear(3, 4), p=torch.randn(2))
+    assert_fallback(model, torch.randn(5, 3), "p: used by (atan2|setitem)(, maximum)?")
+
+
+@pytest.mark.parametrize("forward", MEETINGS)
+def test_examples_that_are_coupled_after_a_part_met_a_parameter_are_refused(forward):
+    """Seen: not refused, because no gradient arrived at the view."""
+
+    def coupled(m, x):
+        h = forward(m, x)
+        return h - h.mean(0)
+
+    model = Written(coupled, l0=nn.Linear(3, 4).requires_grad_(False), p=torch.randn(2))
+    with pytest.raises(kf.UnsupportedError, match=r"atan2|setitem"):
+        kf.estimate(model, torch.randn(5, 3), kf.Gaussian(), fit="diagonal")
+
+
+def test_parts_that_meet_no_parameter_may_be_coupled():
+    """Only the part of a tensor that a parameter went into is looked at."""
+
+    def forward(m, x):
+        h = torch.cat([x, x.sin()], 1) * m.q.detach()
+        h[:, :2].atan2_(m.p)
+        h[:, 2] = m.p[0]
+        return torch.cat([h[:, :3], h[:, 3:] - h[:, 3:].mean(0)], 1) * x[:, :1]
+
+    model = Written(forward, p=torch.randn(2), q=torch.randn(1))
+    model.q.requires_grad_(False)
+    assert_fallback(model, torch.randn(5, 3), "p: used by atan2, setitem")
+
+
+def _doubled(b, q):
+    b.mul_(2)
+
+
+def _assigned_to(b, q):
+    b[0] = q[0]
+
+
+def _part_tripled(b, q):
+    b[:2].mul_(3)
+
+
+@pytest.mark.parametrize("change", [_doubled, _assigned_to, _part_tripled])
+def test_vectors_that_were_computed_and_change_between_uses(change):
+    """Seen: twice the right number, as gradients went back through what the vector had become."""
+
+    def forward(m, x):
+        b = m.p.exp() * 1
+        y = (x + b).sin()
+        change(b, m.q)
+        return (y + b).tanh()
+
+    model, x = Written(forward, p=torch.randn(3), q=torch.randn(3)), torch.randn(5, 3)
+    for fit in ("diagonal", kf.Full(across_layers=True)):
+        assert_exact(model, x, fit=fit)
+
+
+def test_a_vector_that_is_assembled_is_a_layer():
+    def forward(m, x):
+        b = torch.zeros(3)
+        b[0] = m.p[1]
+        b[1:] = m.q[1:].exp()
+        return (x + b).tanh()
+
+    model, x = Written(forward, p=torch.randn(3), q=torch.randn(3)), torch.randn(5, 3)
+    assert_exact(model, x, fit=kf.Full(across_layers=True))
+    assert kf.coverage(model, x).complete

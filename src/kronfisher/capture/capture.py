@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kronfisher.capture.anchor import Anchor, home
 from kronfisher.capture.computed import Computed, ComputedWeights
 from kronfisher.capture.graph import Call, Recording
 from kronfisher.capture.inner_product import Seed
@@ -153,7 +154,7 @@ class Capture(TorchFunctionMode):
                 if found and found.left_out and result.requires_grad:
                     call = self.calls[-1]
                     self.recording.left_out[call.index] = found.left_out
-                    self.recording.meetings.append((call.operator, call.edge))
+                    self.recording.meetings.append((call.operator, call.anchor))
                 return result
         if grad and (spread := self._spread_out(func, args, kwargs, tensors)):
             return self.__torch_function__(func, types, *spread)
@@ -161,8 +162,8 @@ class Capture(TorchFunctionMode):
         if isinstance(result, (Tensor, tuple, list)):
             self._computed.note_picked(func, args, result)
             self._note(func, args, kwargs, tensors, result)
-        elif func is Tensor.__setitem__ and not self._are_constant(tensors):
-            self.recording.constant.pop(id(args[0]), None)
+        elif func is Tensor.__setitem__:
+            self._note(func, args, kwargs, tensors, args[0])
         return result
 
     def _uses(
@@ -268,37 +269,22 @@ class Capture(TorchFunctionMode):
         if not result.requires_grad:
             self._remember((result,), constant)
             return result
-        anchor, window = result, None
-        if result._is_view():
-            # A view that is modified in place later gets a new history; its base keeps the history from this operator.
-            base = result._base
-            if base is not None and base.is_contiguous():
-                offset = int(result.storage_offset() - base.storage_offset())
-                anchor, window = base, (tuple(result.shape), result.stride(), offset)
-            else:
-                anchor = result = result.clone()
+        if result._is_view() and home(result) is result:
+            result = result.clone()
         self._remember((result,), constant)
-        call = self._add_call(operator, uses, anchor, tuple(result.shape), constant, window)
+        call = self._add_call(operator, uses, result, home(result), constant)
         if constant and len(uses) == 1:
             self._lookups[id(result)] = (result, uses[0])
         self._claim(call, [call.edge.node], views, operands)
         return result
 
-    def _add_call(
-        self,
-        operator: str,
-        uses: tuple[Use, ...],
-        anchor: Tensor,
-        shape: tuple[int, ...],
-        constant: bool,
-        window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None,
-    ) -> Call:
-        """A new call, whose output gradient arrives at the anchor."""
-        call = Call(len(self.calls), operator, uses, shape, get_gradient_edge(anchor), constant, window)
+    def _add_call(self, operator: str, uses: tuple[Use, ...], result: Tensor, base: Tensor, constant: bool) -> Call:
+        """A new call, whose output gradient arrives at the base."""
+        call = Call(len(self.calls), operator, uses, tuple(result.shape), Anchor.of(result, base), constant)
         self.calls.append(call)
         capture = ref(self)  # a strong reference would form a cycle with the graph that is never freed
-        anchor.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
-        call.hooks = anchor._backward_hooks or {}
+        base.register_hook(lambda gradient, index=call.index: _deliver(capture(), index, gradient))
+        call.hooks = base._backward_hooks or {}
         for use in uses:
             use.dtype = self._dtypes[use.name]
         return call
@@ -319,9 +305,7 @@ class Capture(TorchFunctionMode):
         _refuse_transforms(operator, [use for _, uses in noted for use in uses], results)
         constant = self._are_constant(operands)
         self._remember(results, constant)
-        calls = [
-            self._add_call(operator, uses, anchor, tuple(anchor.shape), constant) for anchor, uses in noted if uses
-        ]
+        calls = [self._add_call(operator, uses, tensor, tensor, constant) for tensor, uses in noted if uses]
         if calls:
             nodes = [result.grad_fn for result in results if result.grad_fn is not None]
             made = {tensor.grad_fn: views[id(tensor)] for tensor in operands if tensor.grad_fn is not None}
@@ -413,7 +397,8 @@ class Capture(TorchFunctionMode):
         if grad and _name(func) in _PRODUCTS and not all(t.requires_grad or self._is_parameter(t) for t in operands):
             self.recording.combines = True
         if grad and not constant and self._meets_data(func, operands):
-            self.recording.meetings += [(_name(func), get_gradient_edge(tensor)) for tensor in alive]
+            met = [_assigned(*args[:2])] if func is Tensor.__setitem__ else alive
+            self.recording.meetings += [(_name(func), Anchor.of(tensor)) for tensor in met]
         for tensor in operands:
             entry = self._root(tensor)
             if entry is None or id(result) in self._roots:
@@ -489,6 +474,13 @@ def _refuse_transforms(operator: str, uses: Sequence[Use], results: Iterable[Ten
 def _is_detached_view(tensor: Tensor) -> bool:
     """Whether the tensor is a view made under ``torch.no_grad()``: it claims to require a gradient but gets none."""
     return tensor.grad_fn is None and tensor._base is not None
+
+
+def _assigned(target: Tensor, index: Any) -> Tensor:
+    """The part of a tensor that an assignment changed; all of it where torch gives no view of that."""
+    with torch._C.DisableTorchFunction():
+        part = target[index]
+    return part if part._is_view() else target
 
 
 def _accepts(handler: Callable, *args: Any, **kwargs: Any) -> bool:

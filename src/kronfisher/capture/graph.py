@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from kronfisher.capture.anchor import Anchor
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Use
 
@@ -47,8 +48,7 @@ class Call:
         operator: the operator's name.
         uses: its uses of them.
         shape: the output's shape.
-        edge: where the output's gradient arrives.
-        window: size, strides and offset of the output within the edge's tensor, if the output is only a part of it.
+        anchor: where the output's gradient arrives.
         constant: whether the inputs are only parameters, buffers and constants, no data.
         hooks: of the output tensor, including our own.
     """
@@ -57,18 +57,18 @@ class Call:
     operator: str
     uses: tuple[Use, ...]
     shape: tuple[int, ...]
-    edge: GradientEdge
+    anchor: Anchor
     constant: bool
-    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
     hooks: Mapping[int, Any] = field(default_factory=dict)
+
+    @property
+    def edge(self) -> GradientEdge:
+        """The edge of the anchor."""
+        return self.anchor.edge
 
     def gradient(self, arriving: Tensor) -> Tensor:
         """Extract the gradient of the call's output from the gradient that arrives at its edge."""
-        if self.window is not None:
-            size, stride, offset = self.window
-            arriving = arriving.contiguous()  # it may be a view of a larger gradient
-            arriving = arriving.as_strided(size, stride, arriving.storage_offset() + offset)
-        return arriving.reshape(self.shape)
+        return self.anchor.part(arriving).reshape(self.shape)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Graph:
         reached: names of trainable parameters that the outputs depend on.
         unclaimed: name → operators that use it without a use that accounts for them.
         hidden: name → autograd functions that use it internally, where no graph shows its gradient.
-        meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
+        meetings: (operator, anchor of its output) of operators, not understood, that combine data and parameters.
         alive: indices of the calls that the outputs depend on.
         sources: indices of the calls that depend on no other call.
         before: index of a call → calls that its inputs depend on directly, with no other call in between.
@@ -94,7 +94,7 @@ class Graph:
     reached: set[str] = field(default_factory=set)
     unclaimed: dict[str, set[str]] = field(default_factory=dict)
     hidden: dict[str, set[str]] = field(default_factory=dict)
-    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
+    meetings: list[tuple[str, Anchor]] = field(default_factory=list)
     alive: set[int] = field(default_factory=set)
     sources: list[int] = field(default_factory=list)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Recording:
         inside: index of a call of such operators → the parameters that they use.
         chains: node between parameters and their uses (a view, a cast, what computes a weight) → the parameters' names.
         left_out: index of a call that used computed weights → parameters that no use accounts for, with operators.
-        meetings: (operator, edge of its output) of operators, not understood, that combine data and parameters.
+        meetings: (operator, anchor of its output) of operators, not understood, that combine data and parameters.
         touched: name → operators, not understood, that received the parameter.
         hidden: name → autograd functions that use it internally, where no graph is recorded.
         combines: whether a product with a tensor that is no parameter may combine rows, as its entries say.
@@ -135,7 +135,7 @@ class Recording:
     inside: dict[int, set[str]] = field(default_factory=dict)
     chains: dict[Node, frozenset[str]] = field(default_factory=dict)
     left_out: dict[int, Mapping[str, set[str]]] = field(default_factory=dict)
-    meetings: list[tuple[str, GradientEdge]] = field(default_factory=list)
+    meetings: list[tuple[str, Anchor]] = field(default_factory=list)
     touched: dict[str, set[str]] = field(default_factory=dict)
     hidden: dict[str, set[str]] = field(default_factory=dict)
     combines: bool = False
@@ -274,6 +274,6 @@ def _note_arguments(
             stack += [deeper for deeper, _ in child.next_functions]
     if names and node not in constant:
         outputs = len(getattr(node, "_input_metadata", (None,)))
-        graph.meetings += [(node.name(), GradientEdge(node, place)) for place in range(outputs)]
+        graph.meetings += [(node.name(), Anchor(GradientEdge(node, place))) for place in range(outputs)]
     for name in names:
         graph.hidden.get(name, set()).discard(node.name().removesuffix("Backward"))

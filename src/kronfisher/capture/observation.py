@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
+from kronfisher.capture.anchor import Anchor
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, dtypes_within, walk
@@ -125,8 +125,7 @@ class Observation:
         if place is None:
             return None
         axis, inner = place
-        end: Any = call.edge.node._input_metadata[call.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
-        shape = tuple(end.shape)
+        shape = call.anchor.shape
         numbers = torch.arange(shape[axis], dtype=torch.float64, device="cpu") // inner % len(self)
         numbers = numbers.reshape(-1, *[1] * (len(shape) - axis - 1)).expand(shape)
         rows = use.rows(call.gradient(numbers))
@@ -134,14 +133,14 @@ class Observation:
             return None
         return rows[..., 0].long()
 
-    def mixing_places(self, edges: Sequence[GradientEdge]) -> list[int]:
-        """Indices of those edges of the graph where the gradient of a single element comes from several examples."""
-        probe, passes = self._probe(), [[] for _ in edges]
+    def mixing_places(self, anchors: Sequence[Anchor]) -> list[int]:
+        """Indices of those places of the graph where the gradient of a single element comes from several examples."""
+        probe, passes, edges = self._probe(), [[] for _ in anchors], [anchor.edge for anchor in anchors]
         for vector in self._probe_vectors(probe):
             gradients = Seed.of(self.outputs, vector).back_propagate(edges, retain=True)
-            for each, gradient in zip(passes, gradients, strict=True):
+            for each, anchor, gradient in zip(passes, anchors, gradients, strict=True):
                 if gradient is not None:
-                    dense = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+                    dense = anchor.part(gradient.to_dense() if gradient.layout is not torch.strided else gradient)
                     rows = promote(torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
                     chosen = torch.Generator("cpu").manual_seed(len(rows))
                     some = torch.randint(max(len(rows), 1), (min(len(rows), 2**14),), generator=chosen, device="cpu")
@@ -154,11 +153,7 @@ class Observation:
         None if no path connects the two.
         """
         end = later.edge.node._input_metadata[later.edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
-        start = vector.to(end.device, end.dtype)
-        if later.window is not None:
-            size, stride, offset = later.window
-            start = start.new_zeros(tuple(end.shape))
-            start.as_strided(size, stride, offset).copy_(vector)
+        start = later.anchor.whole(vector.to(end.device, end.dtype))
         (gradient,) = torch.autograd.grad([later.edge], [earlier.edge], [start], retain_graph=True, allow_unused=True)
         return None if gradient is None else earlier.gradient(gradient)
 

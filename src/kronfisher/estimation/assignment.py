@@ -305,15 +305,15 @@ def _mixing_reason(observation: Observation, fits: Fits, fallback: Mapping[str, 
     fine = _APART.setdefault(observation.model, {})
     if fine.get(graph.signature):
         return ""
-    edges = list(graph.meetings)
+    met = list(graph.meetings)
     for index in graph.alive:
         call = observation.calls[index]
         if not call.constant and any(use.name in fallback for use in call.uses):
-            edges.append((call.operator, call.edge))
-    if places := observation.mixing_places([edge for _, edge in edges]) if edges else []:
-        names = ", ".join(sorted({edges[place][0] for place in places}))
+            met.append((call.operator, call.anchor))
+    if places := observation.mixing_places([anchor for _, anchor in met]) if met else []:
+        names = ", ".join(sorted({met[place][0] for place in places}))
         return mixed_rows_message(f"{names} (with {', '.join(fallback)})")
     proved = observation.separated
-    if all((edge.node, edge.output_nr) in proved for _, edge in edges):  # else values may decide
+    if all((anchor.edge.node, anchor.edge.output_nr) in proved for _, anchor in met):  # else values may decide
         recall(fine, graph.signature, lambda: True)
     return ""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
@@ -206,7 +207,7 @@ class VectorUse(Through):
     """A use of the vector θ from which a vector was computed in any way.
 
     Attributes:
-        result: the vector that was computed, with its graph.
+        result: the vector that was computed.
         origin: θ.
     """
 
@@ -216,26 +217,26 @@ class VectorUse(Through):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.summing = self.inner.summing
+        self._edge = get_gradient_edge(self.result)  # as used here: it may be changed in place later
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         self.inner.dtype = self.dtype
         rows = self.inner.gradients(order, gradient)
-        pulled = pull_back(self.result, self.origin, rows.reshape(-1, *self.result.shape))
+        pulled = pull_back(self._edge, self.origin, rows.reshape(-1, *self.result.shape).to(self.result.dtype))
         return pulled.to(rows.dtype).reshape(*rows.shape[:3], -1)
 
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         return self.inner.activations(order, gradient, False, True)
 
 
-def pull_back(result: Tensor, origin: Tensor, rows: Tensor) -> Tensor:
-    """``Jᵀ v [R, origin.numel]`` of every row v, with J the derivative of `result` by `origin`.
+def pull_back(result: GradientEdge, origin: Tensor, rows: Tensor) -> Tensor:
+    """``Jᵀ v [R, origin.numel]`` of every row v, with J the derivative of a result by `origin`.
 
     Args:
-        result: with its graph, which is retained.
+        result: the edge of its graph, which is retained.
         origin: a leaf of that graph.
-        rows: gradients of the result ``[R, *result.shape]``.
+        rows: gradients of the result ``[R, *shape]``, in its dtype.
     """
-    rows = rows.to(result.dtype)
     if not len(rows):
         return rows.new_zeros(0, origin.numel())
     options = {"retain_graph": True, "materialize_grads": True}
