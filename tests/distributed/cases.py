@@ -300,6 +300,18 @@ def posterior(rank, empty, share="all"):
     return evidence, [float(value) for value in laplace.prior_precision.values()]
 
 
+def exchanged(rank, predictor, number=3):
+    """Calls of torch.distributed while a posterior of owned blocks is calibrated with so many batches on each rank."""
+    model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
+    group = {"group": dist.group.WORLD}
+    shard = kf.shard(list(zip(x.split(3), y.split(3), strict=True)))
+    laplace = kf.Laplace(model, kf.estimate(model, shard, kf.Categorical(), fit="kfac", share="owned", **group))
+    validation = [(numbers(6, 4, seed=5 + rank), torch.arange(6) % 3)] * number
+    with watched() as calls:
+        laplace.calibrate(validation, predictor=predictor, **group)
+    return calls, [float(value) for value in laplace.prior_precision.values()]
+
+
 def uncalibrated(rank, share, reads):
     """The error where one rank's validation data do not fit, or cannot be read."""
     model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3

@@ -214,6 +214,16 @@ def test_evidence_and_calibration_over_all_data(ranks, empty, share):
         assert all(own == pytest.approx(true, rel=1e-10) for own, true in zip(answer, truth, strict=True))
 
 
+def test_owned_blocks_are_calibrated_by_one_exchange_a_batch(ranks):
+    """What ranks agree on, the batch, errors, a sum. Seen: a broadcast for each block and each candidate of a prior."""
+    answers = ranks.call(cases.exchanged, "probit")
+    assert all(values == answers[0][1] for _, values in answers)
+    for calls, _ in answers:
+        batches = 2 * 3 * ranks.size  # of all ranks, in two passes
+        assert sum(name == "all_reduce" for name, _ in calls) == batches
+        assert len(calls) <= 4 * batches + 10
+
+
 @pytest.mark.parametrize(("share", "reads"), [("all", False), ("owned", True)])
 def test_validation_data_that_do_not_fit_on_one_rank(ranks, share, reads):
     for rank, (kind, text) in enumerate(ranks.call(cases.uncalibrated, share, reads)):

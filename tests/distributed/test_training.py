@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import kronfisher as kf
 from kronfisher.optim.normalisation import KINDS
-from tests.distributed import trainings
+from tests.distributed import epochs, trainings
 from tests.distributed.cases import numbers, same_bits
 from tests.helpers.close import close
 from tests.helpers.ranks import LIMIT, World, run, world
@@ -140,6 +140,15 @@ def test_batch_normalisation_is_evaluated_alike_on_all_ranks(ranks, how, rule):
     assert int(buffers["1.num_batches_tracked"]) == 8
     averaged = not torch.equal(buffers["1.running_mean"], averages["1.running_mean"])
     assert averaged == (rule == "default")
+
+
+@pytest.mark.parametrize(("how", "rule"), [("ddp", "default"), ("rows", "default"), ("ddp", "preconditioner")])
+def test_buffers_that_forward_passes_change_are_alike_on_all_ranks(ranks, how, rule):
+    """Instance normalisation, a codebook, a counter: means over ranks are those of one process with all batches."""
+    answers, (truth, _) = ranks.call(epochs.moving, ranks.size, how, rule), epochs.moving(None, ranks.size, how, rule)
+    follow([found for found, _ in answers], truth)
+    assert truth["passes"] == 6 and not torch.equal(answers[0][1], answers[1][1])
+    assert same_bits([{"still": truth["still"]}, {"still": answers[1][0]["still"]}])
 
 
 def test_running_statistics_of_all_ranks_are_means_of_their_batches(ranks):

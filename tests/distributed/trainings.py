@@ -18,7 +18,7 @@ from kronfisher.distributed import ranks as ranks_module
 from kronfisher.distributed import ranks_of
 from kronfisher.optim.layerwise import output_changes
 from kronfisher.optim.layerwise.running import RunningStatistics
-from kronfisher.optim.normalisation import SharedNormalisation
+from kronfisher.optim.shared_buffers import SharedBuffers
 from tests.distributed import cases
 from tests.distributed.cases import Branches, fresh, numbers, perceptron, watched
 
@@ -212,7 +212,7 @@ def normalised(rank, ranks, how, rule, number=8):
 def running_statistics(rank, ranks, number=6):
     """Those of a layer that rank 0 does not use in the second step, and that is not finite on rank 1 in the third."""
     layer = torch.nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float64)
-    running, shared = RunningStatistics(), SharedNormalisation()
+    running, shared = RunningStatistics(), SharedBuffers()
     wrapped, _ = around(rank, model := torch.nn.Sequential(layer))
     for step in range(number):
         shared.begin(model)

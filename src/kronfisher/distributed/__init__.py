@@ -4,6 +4,7 @@ from kronfisher.distributed.joined import Joined
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel, axes_by_stride
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
+from kronfisher.distributed.shard_pass import batches_trained_on, train_on_what_is_read
 from kronfisher.distributed.sharding import OTHER_ORDERS, Shard, shard, warn_of_padding
 from kronfisher.distributed.spread import Spread
 from kronfisher.distributed.sums import Sum, buckets
@@ -19,11 +20,13 @@ __all__ = [
     "Spread",
     "Sum",
     "axes_by_stride",
+    "batches_trained_on",
     "buckets",
     "describe",
     "owners",
     "ranks_of",
     "shard",
+    "train_on_what_is_read",
     "warn_of_padding",
     "warn_of_ranks",
     "whole",

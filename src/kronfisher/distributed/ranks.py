@@ -94,6 +94,24 @@ class Ranks:
                 raise error or RankError(f"rank {rank}: {failure}")
         return [sum(parts) for parts in zip(*(own for _, own in everywhere), strict=True)]
 
+    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Tensors of one shape that each rank computes, added up at all of them to the same bits.
+
+        Raises:
+            RankError: it failed on another rank. Where it failed, its own error.
+        """
+        value, error = None, None
+        try:
+            value = compute()
+        except Exception as problem:
+            error = problem
+        for rank, failure in enumerate(self.gather(describe(error))):
+            if failure:
+                raise error or RankError(f"rank {rank}: {failure}")
+        assert value is not None
+        self.sum_([Sum(value)])
+        return value
+
     def sum_(self, sums: Iterable[Sum]) -> None:
         """Sum tensors over all ranks, each at its owner; at all of them, to the same bits, where it has none.
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from kronfisher.distributed.ranks import ProcessGroup, Ranks, ranks_of
+from kronfisher.distributed.shard_pass import ShardPass
 from kronfisher.errors import DataError, RankError
 
 __all__ = ["OTHER_ORDERS", "Shard", "shard", "warn_of_padding"]
@@ -27,21 +28,25 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
     torch's global generator, which `estimate` seeds, or with a generator of the same seed; `estimate` compares the
     orders, and so do ranks at the end of a pass in which they get equally many batches. Others are refused.
 
+    Ranks that train meet at every step: where batches of a shard are trained on as they are read, by `NaturalGradient`
+    or `Preconditioner` with a group, every rank gets equally many, and the last few of the loader are left out.
+
     A ``DataLoader`` of a map-style data set loads this rank's examples only; of whatever else is iterated
-    all batches are read, and its own passed on.
+    all batches are read, and its own passed on when those of the other ranks were read, too.
 
     Args:
         loader: a ``DataLoader``, a list of batches, or another iterable of batches.
         group: a process group or a one-dimensional device mesh; None: the default group, or one process where none is
             initialised.
-        equal: leave out the last batches, of which not every rank would get one: for training, where ranks meet at
-            every step, and here at the end of a pass.
+        equal: leave out the last batches, of which not every rank would get one, whoever reads them: for training by
+            other optimisers, and of batches that are read before.
 
     Returns:
         An iterable of batches that can be read as often as the loader; with one process the loader itself.
 
     Raises:
-        DataError: the loader is dealt out to ranks already, or is a single batch.
+        DataError: the loader is dealt out to ranks already, or is a single batch; in training, or at the end of a pass
+            with `equal`, there are fewer batches than ranks.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -54,7 +59,9 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     ranks = ranks_of(group)
-    return loader if ranks is None else Shard(loader, ranks.rank, ranks.size, equal, ranks if equal else None)
+    if ranks is None:
+        return loader
+    return Shard(loader, ranks.rank, ranks.size, equal, ranks if equal else None, ranks.members)
 
 
 def warn_of_padding(data: Any) -> None:
@@ -78,13 +85,22 @@ class Shard:
         rank: whose part it is.
         ranks: how many there are.
         equal: leave out the last batches, of which not every rank would get one.
-        meets: the ranks, where they compare orders at the end of a pass; None: they do not meet.
+        meets: the ranks, where they compare orders at the end of every pass; None: only of one that is trained on.
+        members: their numbers among all that are initialised.
 
     Attributes:
         order: a digest of the order in which all batches were dealt in the last pass, as far as it is known.
     """
 
-    def __init__(self, loader: Any, rank: int, ranks: int, equal: bool = False, meets: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        rank: int,
+        ranks: int,
+        equal: bool = False,
+        meets: Ranks | None = None,
+        members: Sequence[int] = (),
+    ) -> None:
         if isinstance(getattr(loader, "sampler", None), DistributedSampler):
             raise DataError(
                 "the loader has a DistributedSampler, which deals out examples itself and repeats some where they do "
@@ -95,7 +111,7 @@ class Shard:
         self.loader: Any = loader
         self.rank, self.ranks = rank, ranks
         self.order = ""
-        self.equal, self._meets = equal, meets
+        self.equal, self._meets, self._members = equal, meets, members
         self._dealt = _dealt(loader, rank, ranks, equal)
         self._part = None if self._dealt is None else _loading(self.loader, self._dealt)
 
@@ -104,15 +120,25 @@ class Shard:
 
         Raises:
             RankError: at the end, where ranks compare, they had other orders; on all of them.
+            DataError: at the end, all were to get equally many, and there were fewer batches than ranks.
         """
-        yield from self._batches()
-        if self._meets is not None and len(set(orders := self._meets.gather(self.order))) > 1:
+        own = ShardPass(self._members, self._total(), self.equal)
+        yield from own.given(self._batches())
+        meets = self._meets or own.trained
+        if meets is not None and len(set(orders := meets.gather(self.order))) > 1:
             other = next(rank for rank, order in enumerate(orders) if order != orders[0])
             raise RankError(f"rank 0 read {orders[0]}, rank {other} {orders[other]}; {OTHER_ORDERS}")
+        if self.equal and not own.rounds:
+            raise DataError(
+                f"the loader has fewer batches than there are ranks ({self.ranks}), so that kf.shard(loader, "
+                "equal=True) leaves out all of them: make batches smaller."
+            )
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Iterator[tuple[Any, bool]]:
+        """This rank's, and whether all ranks get one of the same round."""
         if self._part is not None and self._dealt is not None:
-            yield from self._part
+            for place, batch in enumerate(self._part):
+                yield batch, place != self._dealt.partial
             self.order = self._dealt.order
             return
         number = 0
@@ -123,8 +149,14 @@ class Shard:
                 number += 1
                 yield batch
 
-        yield from deal(count(), self.rank, self.ranks, self.equal)
+        yield from deal(count(), self.rank, self.ranks)
         self.order = f"{number} batches"
+
+    def _total(self) -> int | None:
+        try:
+            return len(self.loader)
+        except TypeError:
+            return None
 
     def __len__(self) -> int:
         """How many batches this rank gets.
@@ -136,36 +168,42 @@ class Shard:
         return total // self.ranks if self.equal else len(range(self.rank, total, self.ranks))
 
 
-def deal(entries: Iterable[Any], rank: int, ranks: int, equal: bool) -> Iterator[Any]:
-    """Every W-th entry; those of rounds that all ranks take part in, if ranks are to get equally many.
+def deal(entries: Iterable[Any], rank: int, ranks: int) -> Iterator[tuple[Any, bool]]:
+    """Every W-th entry, and whether all ranks get one of its round.
 
     Example:
-        >>> list(deal(range(5), 0, 2, False)), list(deal(range(5), 0, 2, True))
-        ([0, 2, 4], [0, 2])
+        >>> list(deal("abcde", 0, 2)), list(deal("abcde", 1, 2))
+        ([('a', True), ('c', True), ('e', False)], [('b', True), ('d', True)])
     """
     own: list[Any] = []
     for place, entry in enumerate(entries):
         if place % ranks == rank:
             own = [entry]
-        if own and (not equal or place % ranks == ranks - 1):
-            yield own.pop()
+        if own and place % ranks == ranks - 1:
+            yield own.pop(), True
+    if own:
+        yield own.pop(), False
 
 
 class _Dealt:
-    """Every W-th entry of a sampler, and a digest of all entries."""
+    """Every W-th entry of a sampler, a digest of all entries, and which own one others have no counterpart of."""
 
     def __init__(self, sampler: Iterable[Any], rank: int, ranks: int, equal: bool) -> None:
         self.sampler, self.rank, self.ranks, self.equal, self.order = sampler, rank, ranks, equal, ""
+        self.partial: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        digest = hashlib.sha256()
+        digest, self.partial = hashlib.sha256(), None
 
         def seen() -> Iterator[Any]:
             for entry in self.sampler:
                 digest.update(repr(entry).encode())
                 yield entry
 
-        yield from deal(seen(), self.rank, self.ranks, self.equal)
+        for place, (entry, whole) in enumerate(deal(seen(), self.rank, self.ranks)):
+            if whole or not self.equal:
+                self.partial = None if whole else place
+                yield entry
         self.order = digest.hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """The precision of a block that one rank holds: what it gives, all ranks get."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from kronfisher.distributed import Ranks
 from kronfisher.errors import RankError
 from kronfisher.fisher.parameters import fingerprint
-from kronfisher.fisher.precision import Precision, logdet
+from kronfisher.fisher.precision import Group, Precision, logdet
 from kronfisher.operators import Operator
 from kronfisher.operators.owned import Owned
 
-__all__ = ["OwnedPrecision", "agree", "determinant", "precision_of"]
+__all__ = ["OwnedPrecision", "agree", "determinant", "own_parts", "precision_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,28 @@ def determinant(operator: Operator, scale: Tensor, prior: Tensor, name: str) -> 
     if isinstance(operator, Owned):
         return _AtOwner.apply(scale, prior, operator, lambda c, p: logdet(operator.held, c, p, name))
     return logdet(operator, scale, prior, name)
+
+
+def own_parts(
+    entries: Mapping[Group, Sequence[Precision]],
+) -> tuple[Ranks | None, Mapping[Group, Sequence[Precision] | None]]:
+    """Of a sum over blocks what this rank computes, None for blocks that others do, and the ranks that add it up.
+
+    So a sum over blocks takes one exchange, however many blocks and candidates there are. Where ranks hold nothing
+    apart, this one computes all by itself.
+
+    Args:
+        entries: blocks → candidates of their precision.
+    """
+    every = (one for several in entries.values() for one in several)
+    first = next((one for one in every if isinstance(one, OwnedPrecision)), None)
+    if first is None:
+        return None, entries
+    ranks, own = first.at.ranks, {}
+    for group, several in entries.items():
+        held = [one.own if isinstance(one, OwnedPrecision) else one if ranks.rank == 0 else None for one in several]
+        own[group] = None if None in held else held
+    return ranks, own
 
 
 def agree(precisions: Iterable[Precision], what: str, value: Any) -> None:

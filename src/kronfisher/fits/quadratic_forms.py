@@ -46,10 +46,6 @@ def _quadratics(samples: tuple[Samples, ...], precision: Precision, blocks: Grou
 
 def pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     """``vec(G_kc)ᵀ Λ⁻¹ vec(G_kd)`` for all outputs c, d of every sample k, ``[n, C, C]``."""
-    return precision.where_held(lambda own: _pairs(kept, own, blocks))
-
-
-def _pairs(kept: list[tuple[Samples, ...]], precision: Precision, blocks: Group) -> Tensor:
     first = kept[0][0]
     found = factored(precision, blocks, first)
     if found is not None and (first.positions == 1 or _is_lookup(first)):

@@ -5,7 +5,7 @@ straight into quadratic forms ``J Λ⁻¹ Jᵀ`` by the structure of Λ, through
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from kronfisher.errors import DataError, UnsupportedError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
 from kronfisher.estimation.recipe import Recipe
-from kronfisher.fisher.owned_precision import agree
+from kronfisher.fisher.owned_precision import agree, own_parts
 from kronfisher.fisher.precision import Group, Precision
 from kronfisher.fits.quadratic_forms import pairs
 from kronfisher.laplace.per_output import Columns, Directions, Kept, PerOutput, Variances
@@ -70,9 +70,12 @@ class Linearised:
 
 def variances(network: Linearised, batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> tuple[Tensor, Tensor]:
     """Outputs ``[n, ...]`` and their variances ``[K, n, ...]`` under K posteriors."""
-    _agree(batch, entries)
-    outputs, results = network.run(Variances, batch, entries)
-    return outputs, _join(outputs, results, len(next(iter(entries.values()))))
+
+    def read(own: Mapping[Group, Sequence[Precision] | None]) -> tuple[Tensor, Tensor]:
+        outputs, results = network.run(Variances, batch, own)
+        return outputs, _join(outputs, results, len(next(iter(entries.values()))))
+
+    return _put_together(batch, entries, read)
 
 
 def directions(network: Linearised, batch: Any, entries: Mapping[Group, Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,24 +86,44 @@ def directions(network: Linearised, batch: Any, entries: Mapping[Group, Tensor])
 
 def covariances(network: Linearised, batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> tuple[Tensor, Tensor]:
     """Outputs ``[n, ...]`` and the covariances ``[K, n, C, C]`` of the C outputs of each example under K posteriors."""
-    _agree(batch, entries)
-    outputs, results = network.run(Kept, batch, entries)
-    width, count = outputs[0].numel(), len(next(iter(entries.values())))
-    total = _wide(outputs).new_zeros(count, len(outputs), width, width)
-    with plain_arithmetic(outputs.device):
-        for group, precisions in entries.items():
-            columns = [c for c in sorted(results) if group in results[c]]
-            if not columns:
-                continue
-            kept = [results[c].pop(group) for c in columns]
-            index = torch.tensor(columns, device=outputs.device)
-            for k, precision in enumerate(precisions):
-                total[k][:, index[:, None], index] += pairs(kept, precision, group).to(total.dtype)
-    return outputs, total
+
+    def read(own: Mapping[Group, Sequence[Precision] | None]) -> tuple[Tensor, Tensor]:
+        outputs, results = network.run(Kept, batch, own)
+        width, count = outputs[0].numel(), len(next(iter(entries.values())))
+        total = _wide(outputs).new_zeros(count, len(outputs), width, width)
+        with plain_arithmetic(outputs.device):
+            for group, precisions in own.items():
+                columns = [c for c in sorted(results) if group in results[c]]
+                if precisions is None or not columns:
+                    continue
+                kept = [results[c].pop(group) for c in columns]
+                index = torch.tensor(columns, device=outputs.device)
+                for k, precision in enumerate(precisions):
+                    total[k][:, index[:, None], index] += pairs(kept, precision, group).to(total.dtype)
+        return outputs, total
+
+    return _put_together(batch, entries, read)
 
 
-def _agree(batch: Any, entries: Mapping[Group, Sequence[Precision]]) -> None:
+def _put_together(
+    batch: Any,
+    entries: Mapping[Group, Sequence[Precision]],
+    read: Callable[[Mapping[Group, Sequence[Precision] | None]], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Outputs and a sum over blocks, to which each rank adds the blocks that it holds, if ranks hold them apart."""
     agree((precision for several in entries.values() for precision in several), "the batch to predict", batch)
+    ranks, own = own_parts(entries)
+    if ranks is None:
+        return read(own)
+    found: list[Tensor] = []
+
+    def part() -> Tensor:
+        outputs, total = read(own)
+        found.append(outputs)
+        return total
+
+    total = ranks.summed(part)
+    return found[0], total
 
 
 def _wide(outputs: Tensor) -> Tensor:

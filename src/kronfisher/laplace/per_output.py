@@ -58,7 +58,8 @@ class PerOutput(Visitor):
     Attributes:
         columns: tells which output it is.
         results: output → the result so far, shared by the fits of all blocks.
-        entries: blocks → a question about them; blocks that share a parameter are under one fit.
+        entries: blocks → a question about them, None where another rank answers it; blocks that share a parameter are
+            under one fit.
         arrived: blocks and output → examples that came so far: per-example gradients come a few at a time.
     """
 
@@ -96,6 +97,8 @@ class Variances(PerOutput):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Add the contribution of one group to the variance of the current output."""
+        if self.entries[state.blocks] is None:
+            return state
         parts = [quadratics(samples, precision, state.blocks) for precision in self.entries[state.blocks]]
         self.add(state.blocks, torch.stack(parts))
         return state
@@ -120,6 +123,8 @@ class Kept(PerOutput):
 
     def update(self, state: State, samples: tuple[Samples, ...]) -> State:
         """Keep them; the inputs are those of the model, only the output gradients are new."""
+        if self.entries[state.blocks] is None:
+            return state
         mine = self.results.setdefault(self.columns.current, {})
         before = mine.get(state.blocks)
         mine[state.blocks] = samples if before is None else tuple(map(_concatenate, before, samples))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kronfisher.distributed import Ranks, describe
+from kronfisher.distributed import Ranks, describe, train_on_what_is_read
 from kronfisher.errors import NumericalError, RankError
 from kronfisher.optim.sample_steps import Rows
 
@@ -36,6 +36,15 @@ class RowsOfRanks:
     def size(self) -> int:
         """W."""
         return 1 if self.ranks is None else self.ranks.size
+
+    def begin(self) -> None:
+        """Before a step: a shard that is read has to give all ranks a batch.
+
+        Raises:
+            DataError: it does not.
+        """
+        if self.ranks is not None:
+            train_on_what_is_read(self.ranks)
 
     @contextmanager
     def passes(self) -> Iterator[None]:

@@ -139,6 +139,7 @@ class SampleSpaceGradient(torch.optim.Optimizer):
             NumericalError: outputs, residuals or their gradients are NaN or infinite, by the name of the term; likewise
                 as they were, so that a loop may catch it and go on with other points.
         """
+        self._ranks.begin()
         before, given = Snapshot(self.model), targets
         targets = None if targets is _MISSING else targets
         shapes: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.distributed import Ranks
+from kronfisher.distributed import Ranks, batches_trained_on
 from kronfisher.errors import RankError
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.meeting import LateKnowledge, Meeting, Said, facts_of
@@ -60,7 +60,14 @@ class Sharing:
         if self._meetings.bit_count() <= 1:  # the first, the second, the third, the fifth, the ninth …
             facts |= facts_of(run.recipe, run.parameters, buffers=False)  # forward passes may have changed them
         ends = {layer.name: (layer.reads_data, layer.makes_outputs) for layer in layers()} if brought else {}
-        said = Said(facts=facts, known=run.known, count=float(run.count), brought=brought, remarks=ends)
+        said = Said(
+            facts=facts,
+            known=run.known,
+            count=float(run.count),
+            order=batches_trained_on(),
+            brought=brought,
+            remarks=ends,
+        )
         try:
             everywhere, _ = self._meeting.agree(said, run.groups, pack=False)
         except LateKnowledge as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kronfisher.capture.capture import Capture, Receiver
 from kronfisher.capture.observation import Observation
-from kronfisher.distributed import Ranks, Spread
+from kronfisher.distributed import Ranks, Spread, train_on_what_is_read
 from kronfisher.errors import DataError, NumericalError, UnsupportedError, together
 from kronfisher.estimation.accumulator import Accumulator
 from kronfisher.estimation.assignment import Known
@@ -30,7 +30,7 @@ from kronfisher.optim.largest_factor import Largest, bounded, kept_as_diagonals,
 from kronfisher.optim.layer_statistics import LayerStatistics, periods
 from kronfisher.optim.misfit import sum_of_misfits
 from kronfisher.optim.moving_average import MovingAverage
-from kronfisher.optim.normalisation import SharedNormalisation
+from kronfisher.optim.shared_buffers import SharedBuffers
 from kronfisher.optim.sharing import Sharing
 from kronfisher.optim.watch import require_one_process
 
@@ -97,7 +97,7 @@ class Statistics:
         self._needed = treats is None
         self.ranks, self._alone, self._spread = ranks, alone, spread
         self._sharing = None if ranks is None else Sharing(ranks, next(iter(parameters.values())).device)
-        self._normalisation = SharedNormalisation()
+        self._buffers = SharedBuffers()
         self._run: Accumulator | None = None
         self._tables: tuple[Any, set[str]] = (None, set())
         self._groups: int | None = None  # of the run, when the layers were chosen
@@ -198,6 +198,7 @@ class Statistics:
 
         Raises:
             UnsupportedError: parameters were converted or moved since the first step; or there are other processes.
+            DataError: other ranks have no batch of a shard when this one has.
         """
         self._kinds.require(self.parameters)
         if self.ranks is None and not self._alone:
@@ -205,7 +206,8 @@ class Statistics:
         if self._spread is not None:
             self._spread.follow()
         if self.ranks is not None:
-            self._normalisation.begin(self.model)
+            train_on_what_is_read(self.ranks)
+            self._buffers.begin(self.model)
         trained = frozenset(name for name, p in self.parameters.items() if p.requires_grad)
         if trained != self._trained:
             self._run, self._trained, self.next_due = self._accumulator(), trained, step
@@ -444,10 +446,10 @@ class Statistics:
     def merge(self, step: int) -> None:
         """Take this step's statistics, of all ranks, into the averages; if any is not finite, all are left out.
 
-        Batch normalisation gets the running statistics of all ranks, at every step.
+        Running statistics, and other buffers that forward passes change, become those of all ranks, at every step.
         """
         if self.ranks is not None:
-            self._normalisation.share(self.model, self.ranks)
+            self._buffers.share(self.model, self.ranks)
         if self._sharing is not None and self._run is not None and self.is_due(step):
             self._share(self._sharing, self._run, step)
         if not self._open:
