@@ -12,7 +12,7 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.layers import Use
 from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, RowsUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
-from kronfisher.layers.expressions import RULES, Term, leaves
+from kronfisher.layers.expressions import RULES, Term, few_products, leaves
 from kronfisher.layers.picked import PICKING, Picked, picked
 
 __all__ = ["Computed", "ComputedWeights"]
@@ -167,7 +167,7 @@ class ComputedWeights:
         for name in self._names(tensor):
             origin = self.parameters[name]
             (slope,) = torch.autograd.grad(tensor.sum(), origin, retain_graph=True)
-            derivative = few_products(slope.reshape(len(slope), -1)) if slope.dim() > 1 else None
+            derivative = few_products(slope.reshape(len(slope), -1), _FEW) if slope.dim() > 1 else None
             if derivative is None:
                 found.append(Term(name, None, operator="a norm"))
             else:
@@ -292,22 +292,6 @@ class ComputedWeights:
         for name in self._names(vector):
             origin = self.parameters[name]
             yield VectorUse(None, Window.of(name, origin).reshaped(1, *origin.shape), None, use, vector, origin)
-
-
-def few_products(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """P ``[O, r]`` and Q ``[r, I]``, whose product is the matrix, r up to `_FEW`, by crosses; None: it takes more."""
-    rest, columns, rows = matrix.clone(), [], []
-    size = rest.abs().amax() * torch.finfo(rest.dtype).eps * 32
-    for _ in range(_FEW):
-        place = rest.abs().argmax()
-        row, column = place // rest.shape[1], place % rest.shape[1]
-        pivot = rest[row, column]
-        columns.append(rest[:, column] / torch.where(pivot == 0, 1, pivot))
-        rows.append(rest[row].clone())
-        rest = rest - torch.outer(columns[-1], rows[-1])
-        if bool(rest.abs().amax() <= size):
-            return torch.stack(columns, 1), torch.stack(rows)
-    return None
 
 
 def _normal(view: Window) -> bool:

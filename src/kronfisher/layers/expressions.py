@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 
-__all__ = ["RULES", "Expressions", "Term", "computes", "leaves"]
+__all__ = ["RULES", "Expressions", "Term", "computes", "depends", "few_products", "leaves", "masked"]
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,29 @@ def leaves(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def _depends(value: Any) -> bool:
+def depends(value: Any) -> bool:
+    """Whether a value is a tensor that depends on trainable parameters."""
     return isinstance(value, Tensor) and value.requires_grad
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(len(tensor), -1)
+
+
+def few_products(matrix: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """P ``[O, r]`` and Q ``[r, I]``, whose product is the matrix, r up to so many, by crosses; None: it takes more."""
+    rest, columns, rows = matrix.clone(), [], []
+    size = rest.abs().amax() * torch.finfo(rest.dtype).eps * 32
+    for _ in range(most):
+        place = rest.abs().argmax()
+        row, column = place // rest.shape[1], place % rest.shape[1]
+        pivot = rest[row, column]
+        columns.append(rest[:, column] / torch.where(pivot == 0, 1, pivot))
+        rows.append(rest[row].clone())
+        rest = rest - torch.outer(columns[-1], rows[-1])
+        if bool(rest.abs().amax() <= size):
+            return torch.stack(columns, 1), torch.stack(rows)
+    return None
 
 
 @computes(
@@ -152,7 +169,7 @@ def added(record: Expressions, result: Tensor, input: Any, other: Any, *, alpha:
     """``V + α W``; constants may be broadcast."""
     terms: list[Term] = []
     for value, factor in ((input, 1.0), (other, alpha)):
-        if not _depends(value):
+        if not depends(value):
             continue
         if value.shape != result.shape:
             return None
@@ -202,15 +219,37 @@ def multiplied(record: Expressions, result: Tensor, input: Any, other: Any) -> l
     """A matrix times a number, or times a number for each row or column, all of which may be trained."""
     terms: list[Term] = []
     for value, factor in ((input, other), (other, input)):
-        if not _depends(value):
+        if not depends(value):
             continue
         if value.shape == result.shape and (factors := _scaling(factor, result)) is not None:
             terms += [term.within(*factors) for term in record.terms(value)]
         elif (own := _diagonal(record, value, factor, result)) is not None:
             terms.append(own)
+        elif value.shape == result.shape and not depends(factor):
+            terms += masked(record, value, factor)
         else:
             return None
     return terms
+
+
+def masked(record: Expressions, value: Tensor, mask: Tensor) -> list[Term]:
+    """A matrix times constant numbers, one for each element, as the zeros and ones of a pruned weight.
+
+    Whole rows and columns are diagonals beside it. Any other mask leaves no product of two factors: by those of the
+    weight that the layer sees, elements would count that are zero in the Fisher matrix. An estimate has the exact
+    diagonal by the fallback, which is closer where half of the elements are masked. In training gradients are zero
+    there, and the other elements have the layer's curvature: factors are those of the layer, with one number in place
+    of all that are not zero.
+    """
+    numbers = _matrix(mask.to(value).expand_as(value))
+    product = few_products(numbers, 1)
+    if product is not None:
+        column, row = product
+        return [term.within((column[:, 0],), (row[0],)) for term in record.terms(value)]
+    if not record.lenient:
+        return record.rest(value, "a mask")
+    size = numbers.square().sum() / numbers.count_nonzero()
+    return [term.within((size.sqrt(),)) for term in record.terms(value)]
 
 
 def _diagonal(record: Expressions, value: Tensor, factor: Any, result: Tensor) -> Term | None:
@@ -228,10 +267,10 @@ def divided(record: Expressions, result: Tensor, input: Tensor, other: Any) -> l
     In training norms of its own are held constant; elsewhere ``V/s`` depends on the parameters of s by
     ``−V/s² · ∂s/∂θ``.
     """
-    if not _depends(input):
+    if not depends(input):
         return None
     terms: list[Term] = []
-    if _depends(other) and not (record.lenient and {*map(id, leaves(other))} <= {*map(id, leaves(input))}):
+    if depends(other) and not (record.lenient and {*map(id, leaves(other))} <= {*map(id, leaves(input))}):
         if other.numel() != 1:
             return None
         factors = (-other.detach().reshape(()).square().reciprocal(),), (_matrix(input.detach()),)
