@@ -13,6 +13,7 @@ from kronfisher.layers import Use
 from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, RowsUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.expressions import RULES, Term, few_products, leaves
+from kronfisher.layers.joined import Joined
 from kronfisher.layers.picked import PICKING, Picked, picked
 
 __all__ = ["Computed", "ComputedWeights"]
@@ -214,6 +215,9 @@ class ComputedWeights:
         if weight is None and bias is None:
             yield use
             return
+        if bias is None and weight is not None and (found := self._of_joined(use, weight)):
+            yield from found
+            return
         if bias is None and (same := self._same(use, "weight")):
             yield same
             return
@@ -232,6 +236,15 @@ class ComputedWeights:
                 yield alone
             else:
                 yield from self._of_vector(alone, bias)
+
+    def _of_joined(self, use: Use, weight: Tensor) -> list[Use | Term] | None:
+        """The uses of weights that were stacked, or put one after the other; None if this was not so."""
+        whole = weight if weight._base is None else weight._base
+        own = self._expressions.get(id(whole))
+        if own is None or own.version != weight._version or weight.numel() != whole.numel():
+            return None
+        joined = Joined.of(own.function, own.args, own.kwargs, whole)
+        return joined and joined.uses(use, lambda part: self.view(part) or self.window(part), self._translate)
 
     def _picked_by_name(self, name: str) -> Picked | None:
         return self._picked.get(int(name.removeprefix("picked "))) if name.startswith("picked ") else None

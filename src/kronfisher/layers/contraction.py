@@ -20,7 +20,7 @@ from kronfisher.layers.elementwise import ElementwiseUse, broadcast
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 
-__all__ = ["ContractionUse", "Labels", "contraction", "products"]
+__all__ = ["ContractionUse", "Labels", "axes_of", "contraction", "products"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,19 @@ def contraction(
         if matrix := _matrix(window, own, sizes):
             yield ContractionUse(matrix, None, seen, own, sizes, picked, window)
             return
+
+
+def axes_of(result: Tensor, seen: Window, letters: str) -> dict[str, int] | None:
+    """Letter → axis of a tensor that a window shows; None unless the window shows each of its elements once."""
+    axes: dict[str, int] = {}
+    free = dict(enumerate(zip(result.shape, result.stride(), strict=True)))
+    for c, n, step in zip(letters, seen.size, seen.stride, strict=True):
+        found = [axis for axis, (m, own) in free.items() if m == n and (own == step or n == 1)]
+        if not found:
+            return None
+        axes[c] = found[0]
+        del free[found[0]]
+    return axes if all(n == 1 for n, _ in free.values()) else None
 
 
 def _groupings(labels: Labels, sizes: dict[str, int]) -> Iterator[Labels]:

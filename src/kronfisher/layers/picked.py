@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
-from kronfisher.layers.contraction import ContractionUse, Labels, contraction
+from kronfisher.layers.contraction import ContractionUse, Labels, axes_of, contraction
 from kronfisher.layers.embedding import LookupUse
 from kronfisher.layers.use import Use, Windows, handles
 
@@ -37,8 +37,8 @@ class Picked:
         """The use of what was picked as a use of each of the stack, by the rows that picked it; none if unknown."""
         if not isinstance(use, ContractionUse) or use.seen is None or use.seen.offset:
             return
-        axes = self._axes(use.seen, use.labels.weight)
-        if axes is None:
+        axes = axes_of(self.result, use.seen, use.labels.weight)
+        if axes is None or any(axis >= self.index.dim() for axis in set(range(self.result.dim())) - {*axes.values()}):
             return
         kept = [c for c in use.labels.weight if axes[c] >= self.index.dim()]
         labels = Labels(use.labels.data, "".join(kept), use.labels.output)
@@ -58,18 +58,6 @@ class Picked:
                 self.stack, size=size, stride=stride, offset=self.stack.offset + number * self.stack.stride[0]
             ).permuted(*(axes[c] - self.index.dim() for c in kept))
             yield from contraction(own, use.inputs, labels, use.sizes, index == number)
-
-    def _axes(self, seen: Window, letters: str) -> dict[str, int] | None:
-        """Letter → axis of the result; None unless the window shows each of its elements once."""
-        axes: dict[str, int] = {}
-        free = dict(enumerate(zip(self.result.shape, self.result.stride(), strict=True)))
-        for c, n, step in zip(letters, seen.size, seen.stride, strict=True):
-            found = [axis for axis, (m, own) in free.items() if m == n and (own == step or n == 1)]
-            if not found:
-                return None
-            axes[c] = found[0]
-            del free[found[0]]
-        return axes if all(n == 1 and axis < self.index.dim() for axis, (n, _) in free.items()) else None
 
 
 def picked(window: Window | None, args: tuple, result: Any) -> Picked | None:
