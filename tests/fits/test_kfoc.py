@@ -100,6 +100,29 @@ def test_every_half_step_tells_its_error():
             before = float(squared)
 
 
+@pytest.mark.parametrize(("route", "T"), [("gram", 1), ("weights", 1), ("rows", 4), ("explicit", 4)])
+def test_half_steps_end_where_another_would_change_nothing(route, T):
+    """The step that shows it is not taken where those before it tell; what it would show is true."""
+    saved = []
+    for seed in range(8):
+        samples = random_samples(n=120, T=T, I=12, O=9, seed=seed)
+        sizes = (torch.randn(120, 1, 1, generator=torch.Generator().manual_seed(seed)) / 2).exp().double()
+        samples = samples_of(samples.activations.dense() + 0.1, samples.gradients * sizes)
+        source = rearrange([samples], route)
+        pair = source.leading(tolerance=1e-3)
+        steps = int(pair.steps)
+        again = source.leading(tolerance=0, iterations=steps)
+        torch.testing.assert_close(again.A, pair.A)
+        whole = rearrange([samples], "rows")
+        A = whole.inputs(whole.outputs(pair.A))
+        assert (A / A.norm() - pair.A).norm() <= float(pair.change) <= 1e-3
+        before = source.leading(tolerance=0, iterations=steps - 1)
+        saved.append(float((before.A - pair.A).norm()) > 1e-3)
+        best = source.leading(tolerance=1e-12, iterations=1000)
+        assert float(best.sigma[0]) * (1 - 1e-6) <= float(pair.sigma[0]) <= float(best.sigma[0]) * (1 + 1e-12)
+    assert sum(saved) >= 4
+
+
 @pytest.mark.parametrize("T", [1, 5])
 def test_never_worse_than_other_products_and_their_rescalings(T):
     samples = random_samples(T=T)

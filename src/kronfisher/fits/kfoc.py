@@ -61,7 +61,8 @@ class KFOC(Fit):
         rank_memory: products carried by ``"memory"``, at most: as many as take a million numbers; where not even four
             of them do, one is carried, as a mean of the pieces' factors weighted by their singular values. Only then
             does the order of the data matter: sorted ones (by class, say) had better be shuffled.
-        tolerance: iterations stop when A, scaled to norm one, changes by no more. The error is off by half of its
+        tolerance: iterations stop when another double step is expected to change A, scaled to norm one, by no more,
+            by how fast the changes shrink (`kronfisher.fits.rearrangement.stopping`). The error is off by half of its
             square. From 1e-4 up, wide weights, and those that many positions share, are iterated through their leading
             16 directions and A settles to about 0.03 only: that leaves about a thousandth of ‖F‖. Groups of one weight
             (of a convolution, attention heads) take as many steps as the slowest of them: others come closer than by
@@ -330,7 +331,8 @@ class KFOC(Fit):
         if not pieces:
             return "no samples"
         done = "" if change <= (_ROUGH if state.route == "projected" else self.tolerance) else " (not converged)"
-        text = f"{state.steps / pieces:.1f} double steps by {state.route}, the last changed A by {change:.0e}{done}"
+        which = "the last changed" if state.route == "projected" else "another would change"
+        text = f"{state.steps / pieces:.1f} double steps by {state.route}, {which} A by {change:.0e}{done}"
         if pieces > 1:
             text += f"; {pieces:.0f} pieces" + ("" if state.uncertain else ", error from their terms")
         return f"{text}; error not measured, fisher.error(data) does that" if state.uncertain else text

@@ -25,7 +25,7 @@ class ProductSums(WaitingState):
         norm: ``‖F‖²`` of what was summed, as far as it is known.
         pieces: how many pieces were merged.
         steps: how many double steps they took.
-        change: the largest last change of A in one of them.
+        change: the largest change of A that another double step was expected to make in one of them.
         route: how half steps were taken in the last piece; None before the first one.
         directions: the last piece's directions of A and of B, where they were projected, to start from.
         uncertain: whether `norm` misses something.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
-from kronfisher.fits.rearrangement.stopping import ended, kept
+from kronfisher.fits.rearrangement.stopping import ended, expected, kept
 from kronfisher.linalg import eigh
 from kronfisher.operators.factors import Factor
 
@@ -60,7 +60,7 @@ class Rearranged(Source):
 
         Args:
             start: A ``[H, I, I]``, positive semidefinite; None: the identity.
-            tolerance: stop when A, of norm one, changes by no more.
+            tolerance: stop when A, of norm one, is expected to change by no more in another double step.
             iterations: double steps at most.
         """
         like, A = self.like(), self.first()
@@ -69,7 +69,8 @@ class Rearranged(Source):
         if start is not None:  # a little of the identity: a component that the start lacks would never appear
             A = A.mul_(0.01).add_(over(start, norm(start)))
             A = over(A, norm(A))
-        steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        steps, last = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        change = last
         done, B, sigma = change <= tolerance, like.new_zeros(()), like.new_zeros(groups)
         for step in range(max(iterations, 1)):
             half = self.outputs(A) if step or start is not None else self.outputs_of_identity()
@@ -80,7 +81,8 @@ class Rearranged(Source):
             half *= torch.where(size > torch.finfo(size.dtype).tiny, 1 / size, 0)[(..., *[None] * (half.dim() - 1))]
             half = kept(done, A, half)
             steps, sigma = steps + ~done, kept(done, sigma, size)
-            change = kept(done, change, norm(A.sub_(half)).max())
+            before, last = last, norm(A.sub_(half)).max()
+            change = kept(done, change, expected(before, last))
             A, done = half, change <= tolerance
             if ended(done):
                 break

@@ -22,7 +22,7 @@ class Pair:
         B: ``[H, O, O]``.
         sigma: σ ``[H]``, in the scale of ``Σ_k vec(G_k) vec(G_k)ᵀ``.
         steps: double steps taken, a 0-dim tensor.
-        change: of A in the last one, ``‖A − A'‖``, the largest over the groups.
+        change: of A in another one, ``‖A − A'‖``, as far as the last ones tell, the largest over the groups.
     """
 
     A: Tensor
@@ -57,7 +57,7 @@ class Source(ABC):
 
         Args:
             start: A ``[H, I, I]``, positive semidefinite; None: the identity.
-            tolerance: stop when A, of norm one, changes by no more.
+            tolerance: stop when A, of norm one, is expected to change by no more in another double step.
             iterations: double steps at most.
         """
 
@@ -94,7 +94,7 @@ class Source(ABC):
             iterations: see `leading`.
 
         Returns:
-            σ, the double steps taken, and the last change of A.
+            σ, the double steps taken, and the change of A expected of another.
         """
         pair = self.leading(start, tolerance, iterations)
         inputs += times(pair.A, pair.sigma) if weight is None else pair.A * weight

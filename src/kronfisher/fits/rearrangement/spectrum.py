@@ -27,7 +27,8 @@ class Triplets:
         B: ``[R, H, O, O]``, likewise.
         sigma: ``[R, H]``, descending.
         steps: double steps taken.
-        change: how far they are from converged: a residual ``‖ℛᵀB_r − σ_r A_r‖ / σ₁``, or the last change of an A.
+        change: how far they are from converged: a residual ``‖ℛᵀB_r − σ_r A_r‖ / σ₁``, or what another step is
+            expected to change of an A.
     """
 
     A: Tensor
@@ -166,7 +167,7 @@ def deflate(
         source: ℛ(F).
         rank: R.
         antisymmetric: which of the two kinds.
-        tolerance: a triplet is done when its A, of norm one, changes by no more.
+        tolerance: a triplet is done when its A, of norm one, is expected to change by no more in another step.
         iterations: double steps at most, for each.
     """
     source = OfKind(source, antisymmetric)

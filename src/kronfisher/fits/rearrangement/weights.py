@@ -18,7 +18,7 @@ from kronfisher.fits.rearrangement.pairs import (
 from kronfisher.fits.rearrangement.rearranged import Rearranged, mixture
 from kronfisher.fits.rearrangement.scales import over, power_of_two, reciprocal, times
 from kronfisher.fits.rearrangement.source import Pair
-from kronfisher.fits.rearrangement.stopping import ended, kept
+from kronfisher.fits.rearrangement.stopping import ended, expected, kept
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
@@ -140,7 +140,7 @@ class Gram(Weights):
         v = Ka.diagonal(dim1=-2, dim2=-1).sqrt()  # ‖a_k‖²: A is the identity
         u, sigma = w, w.new_zeros(len(w))
         steps, change = w.new_zeros((), dtype=torch.int64), w.new_full((), torch.inf)
-        done = change <= tolerance
+        last, done = change, change <= tolerance
         for _ in range(max(iterations, 1)):
             new = _multiply(Kg, v)
             inverse = reciprocal(torch.linalg.vecdot(v, new).sqrt())[:, None]
@@ -150,7 +150,8 @@ class Gram(Weights):
             inverse = reciprocal(size)[:, None]
             w, v = kept(done, old, w * inverse), kept(done, mapped, v * inverse)
             steps, sigma = steps + ~done, kept(done, sigma, size)
-            change = kept(done, change, torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max())
+            before, last = last, torch.linalg.vecdot(w - old, v - mapped).clamp_min(0).sqrt().max()
+            change = kept(done, change, expected(before, last))
             old, mapped, done = w, v, change <= tolerance
             if ended(done):
                 break
