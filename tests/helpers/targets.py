@@ -81,10 +81,10 @@ CASES = {
     "a list": (Named(3), CATEGORICAL, [X, LABELS], None),
     "a mapping": (Named(3), CATEGORICAL, {"x": X, "labels": LABELS}, None),
     "a named tuple": (Named(3), CATEGORICAL, Pair(X, LABELS), None),
-    "a mapping without labels": (Named(3), CATEGORICAL, {"x": X}, "needs targets|no targets"),
+    "a mapping without labels": (Named(3), CATEGORICAL, {"x": X}, "needs? targets|no targets"),
     "an output object": (Wrapped(3), CATEGORICAL, (X, LABELS), None),
-    "no targets": (Named(3), CATEGORICAL, (X, None), "needs targets|no targets"),
-    "inputs alone": (Named(3), CATEGORICAL, X, "needs targets|no targets"),
+    "no targets": (Named(3), CATEGORICAL, (X, None), "needs? targets|no targets"),
+    "inputs alone": (Named(3), CATEGORICAL, X, "needs? targets|no targets"),
     "tokens": (TinyForCausalLM(), TOKENS, {"input_ids": IDS, "labels": IDS}, None),
     "tokens of another length": (
         TinyForCausalLM(),

@@ -55,7 +55,7 @@ def test_an_index_goes_on_where_it_was_and_refuses_what_is_too_large_for_an_eige
     close(
         index.scores(queries).values, influence.index(train, tmp_path / "other", size=30).scores(queries).values, 1e-12
     )
-    with pytest.raises(kf.DataError, match="options"):
+    with pytest.raises(kf.DataError, match=r"other settings \(size\)"):
         influence.index(train, path, size=31)
     monkeypatch.setattr("kronfisher.operators.operator.DENSE_LIMIT", 10)
     with pytest.raises(kf.UnsupportedError, match="choose a fit with such a basis, such as 'kfac'"):

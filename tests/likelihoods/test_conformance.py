@@ -240,7 +240,7 @@ def test_check_accepts_the_example_and_names_the_batch(name):
     broken.view(-1)[1] = math.nan
     with pytest.raises(NumericalError, match=r"^batch 3: 1 of \d+ outputs are NaN or infinite; look for"):
         likelihood.check(broken, targets, "batch 3")
-    with pytest.raises(DataError, match=r'^batch 3: labels="observed" needs targets, found none; give \(inputs'):
+    with pytest.raises(DataError, match=r"^batch 3: observed labels.* need targets, found none; give \(inputs"):
         likelihood.check(outputs, None, "batch 3", "observed")
     with pytest.raises(DataError, match=r"^batch 3: \w+ needs the outputs to be one tensor, found tuple; choose"):
         likelihood.check((outputs,), targets, "batch 3")  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """Influence functions: which training data are behind a prediction."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,8 @@ class Influence:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> fisher = kf.estimate(model, (x, y), kf.Categorical(), fit="ekfac")
         >>> influence = kf.Influence(model, fisher, kf.Categorical())
+        >>> influence
+        <Influence by <Fisher of 67 parameters in 2 blocks, torch.float32, mean over 60 examples>>
         >>> scores = influence.scores([(x, y)], (x[:2], y[:2]))
         >>> scores
         <Scores of 2 queries and 60 examples>
@@ -203,8 +205,8 @@ class Influence:
                 raise ValueError(f"at_once={at_once}: only without path=, which takes all queries together.")
         require_order(train, "train")
         require_order(queries, "queries")
-        options = per, rank, self.normalize, self.refine, self.fisher.count
-        file = None if path is None else RowFile(path, self._facts() | asked(queries, measurement, options))
+        options = {"per": per, "rank": rank, "normalize": self.normalize, "refine": self.refine}
+        file = None if path is None else RowFile(path, self._facts(options) | asked(queries, measurement))
         batches, number, found = Batches(train), 0, []
         later = self.refine or self.normalize == "cosine"  # queries themselves are needed beside solved ones
         for vectors in self._slices(queries, measurement, at_once, progress, None if later else self.damped):
@@ -255,7 +257,7 @@ class Influence:
         require_whole(self.fisher.blocks.values(), "an index")
         self._require_model(self.fisher)
         require_order(train, "train")
-        file = RowFile(path, self._facts() | {"options": repr((size, self.fisher.count))})
+        file = RowFile(path, self._facts({"size": size}))
         with plain_arithmetic(self.fisher.device):
             leading = Leading.of(self.damped, size)
         write_index(leading, self.network, self.likelihood, train, file)
@@ -273,8 +275,13 @@ class Influence:
         """DataError unless the model has the parameters of the estimate: it may have been trained since."""
         covered(self.model, fisher.shapes, fisher.device, fisher.info.parameters)
 
-    def _facts(self) -> dict[str, str]:
-        return provenance(self.network, self.fisher, self.likelihood, self.damped.damping)
+    def _facts(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """What the numbers in a file depend on, but for the batches."""
+        own = provenance(self.network, self.fisher, self.likelihood, self.damped.damping)
+        return own | {name: repr(value) for name, value in options.items()}
+
+    def __repr__(self) -> str:
+        return f"<Influence by {self.fisher!r}>"
 
     def self_scores(self, train: Any, *, progress: Progress = False) -> Tensor:
         """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``: how much the loss of an example rises if it is left out.

@@ -28,6 +28,7 @@ def provenance(network: Network, fisher: Fisher, likelihood: Likelihood, damping
         "Fisher": _fingerprint(fisher),
         "likelihood": f"{type(likelihood).__name__} {identity(likelihood)}",
         "damping": repr(tuple(damping)),
+        "examples of the Fisher": repr(fisher.count),
     }
 
 
@@ -39,12 +40,11 @@ def _fingerprint(fisher: Fisher) -> str:
     return digest(*(op.value(lambda own: fingerprint(own.tensors())) for op in held))
 
 
-def asked(queries: Any, measurement: Measurement, options: tuple[Any, ...]) -> dict[str, str]:
+def asked(queries: Any, measurement: Measurement) -> dict[str, str]:
     """Of the queries and what is asked of them."""
     batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
     known = isinstance(measurement, str | tuple)
     return {
         "queries": digest(*batches),
         "measurement": repr(measurement) if known else identity(measurement),
-        "options": repr(options),
     }

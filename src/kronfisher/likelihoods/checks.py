@@ -156,8 +156,9 @@ def check_targets(targets: Any, outputs: Tensor, name: str, where: str, labels: 
         if labels == "observed":
             fail(
                 where,
-                'labels="observed" needs targets, found none',
-                'give (inputs, targets) batches (an estimate can do without: labels="sampled")',
+                "observed labels, and so the loss of an example, need targets, found none",
+                'give (inputs, targets) batches (an estimate can do without: labels="sampled"; so can queries of '
+                "influence: measurement=('logit', 0), or a function of outputs)",
             )
         return
     if not isinstance(targets, Tensor):
