@@ -1,10 +1,11 @@
 """Rates grow with agreement, shrink with contradiction within bounds, and brake where steps overshoot."""
 
+import pytest
 import torch
 
 from kronfisher.optim.layerwise.rates import LARGEST, Rates
 
-FINITE, DECAY = torch.tensor(True), torch.full((1,), 0.9)
+FINITE, DECAY, NATURAL = torch.tensor(True), torch.full((1,), 0.9), torch.tensor([True])
 
 
 def rates(count=1):
@@ -17,7 +18,7 @@ def feed(made, gradients, decay=0.9):
     """Evidence of one unit whose inverse curvature is the identity, from a list of gradients."""
     path = torch.zeros_like(gradients[0])
     for gradient in gradients:
-        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), FINITE)
+        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), NATURAL, FINITE)
         path = decay * path + (1 - decay) * gradient
     return path
 
@@ -36,6 +37,21 @@ def test_noise_moves_rates_within_their_bounds_and_never_brakes():
     assert float(made.brake) == 1
 
 
+def test_noise_shortens_steps_of_natural_units_as_far_as_scatter_costs():
+    found, generator = {}, torch.Generator().manual_seed(2)
+    for natural, room in ((True, 0.0), (True, 0.5), (True, 1.0), (False, 1.0)):
+        made, path = rates(), torch.randn(1000, generator=generator)
+        for _ in range(300):
+            gradient = torch.randn(1000, generator=generator) - 0.1 * path  # against the path, more than is tolerated
+            made.path = (path @ path).reshape(1)
+            against, square = (gradient @ path)[None], (gradient @ gradient)[None]
+            made.update(against, square, DECAY, torch.tensor([natural]), FINITE, 1.0, room)
+        found[natural, room] = float(made.factors)
+    lowest = (1 + 299 / 100) ** -0.5
+    expected = {(True, 0.0): lowest, (True, 0.5): lowest**0.5, (True, 1.0): 1.0, (False, 1.0): lowest}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_little_contradiction_is_tolerated_where_it_is_said_to_be():
     generator = torch.Generator().manual_seed(3)
     path = torch.randn(1000, generator=generator)
@@ -45,8 +61,8 @@ def test_little_contradiction_is_tolerated_where_it_is_said_to_be():
         for made, against, room in ((strict, 0.03, 0.0), (tolerant, 0.03, 1.0), (exceeded, 0.07, 1.0)):
             gradient = noise - (noise @ path / (path @ path) + against * noise.norm() / path.norm()) * path
             made.path = (path @ path).reshape(1)
-            made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, room)
-    assert float(strict.factors) < 0.7 and float(exceeded.factors) < 0.7 and float(tolerant.factors) > 1.4
+            made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, room)
+    assert float(strict.factors) < 0.7 and float(exceeded.factors) == 1 and float(tolerant.factors) > 1.4
 
 
 def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
@@ -55,7 +71,7 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.factors) == LARGEST
     for _ in range(30):  # every step goes too far, so that the next gradient points back
         gradient = -path.sign()
-        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), DECAY, FINITE)
+        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), DECAY, NATURAL, FINITE)
         path = 0.9 * path + 0.1 * gradient
     assert float(made.factors) < 0.3 and float(made.brake) < 0.3
     braked = float(made.brake)
@@ -69,7 +85,7 @@ def overshooting(allowed):
     for _ in range(60):
         gradient = -path.sign()
         made.path = (path @ path).reshape(1)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, 0.0, allowed)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, 0.0, allowed)
         path = 0.9 * path + 0.1 * gradient
     return made
 
@@ -88,7 +104,7 @@ def test_rates_without_room_do_not_grow_beyond_one():
         gradient += (0.3 - gradient @ path / (gradient.norm() * path.norm())) * gradient.norm() / path.norm() * path
         made.path = (path @ path).reshape(1)
         room = float(step < 200)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, FINITE, 1.0, room)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, room)
         if step == 199:
             assert float(made.factors) > 1.5
     assert float(made.factors) == 1
@@ -106,14 +122,14 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
     made = rates()
     feed(made, [torch.ones(3)] * 5)
     before = {name: value.clone() for name, value in vars(made).items() if name != "steps"}
-    made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), DECAY, torch.tensor(False))
+    made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), DECAY, NATURAL, torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in vars(made).items() if name != "steps")
 
 
 def test_units_keep_what_is_known_of_them_when_others_join():
     made = rates(2)
     for _ in range(20):
-        made.update(torch.tensor([1.0, -1.0]), torch.ones(2), torch.full((2,), 0.9), FINITE)
+        made.update(torch.tensor([1.0, -1.0]), torch.ones(2), torch.full((2,), 0.9), torch.tensor([True, True]), FINITE)
     old = made.factors.clone()
     made.resize([1, None, 0], torch.device("cpu"))
     assert made.factors.tolist() == [float(old[1]), 1.0, float(old[0])]

@@ -117,7 +117,7 @@ class Motion:
             ends = where.lasting("parameters", parameters), where.lasting("averages", means)
             cost = where.product_with_differences(given, *ends)
             self.scatter.update(cost, finite)
-        factors = self.rates.update(evidence, squares, where.decay, finite, left, room, overshoot)
+        factors = self.rates.update(evidence, squares, where.decay, where.natural, finite, left, room, overshoot)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         if even is not None:
             even(natural)  # which the updates are pieces of

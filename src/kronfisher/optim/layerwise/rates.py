@@ -25,7 +25,8 @@ TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there
 class Rates:
     """Factors on the rates of all units, in ``[u/s, 1 + h (s − 1)]`` with ``s = (1 + k/100)^1/2`` at step k.
 
-    That is times a brake, or a boost, and h is the room that the scatter of iterates leaves (`Scatter`).
+    That is times a brake, or a boost, and h is the room that the scatter of iterates leaves (`Scatter`). The lower
+    bound of natural units is ``u/s^(1 − h)``: where scatter costs nothing, noise is no reason to go slower.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
@@ -68,6 +69,7 @@ class Rates:
         products: Tensor,
         squares: Tensor,
         decay: Tensor,
+        natural: Tensor,
         finite: Tensor,
         left: float | Tensor = 1.0,
         room: float | Tensor = 0.0,
@@ -79,6 +81,7 @@ class Rates:
             products: ``⟨g, p⟩ [U]``.
             squares: ``⟨g, d⟩ [U]`` with the natural gradient d.
             decay: β ``[U]`` of the averages p.
+            natural: whether they are of natural gradients ``[U]``.
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
@@ -99,7 +102,8 @@ class Rates:
         reach = (1 + self.steps / SPAN) ** POWER
         highest = torch.ones_like(brake) + room * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
-        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), left / reach * brake), most)
+        lowest = left / reach ** (1 - natural * room) * brake
+        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), lowest), most)
         new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
         for name, values in {**new, "factors": factors}.items():
             setattr(self, name, torch.where(finite, values, getattr(self, name)))
