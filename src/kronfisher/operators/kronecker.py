@@ -196,9 +196,12 @@ class Kronecker(Operator, kind="kronecker"):
         B = self.output_factor.scale(nonzero).shift(root / ratio)
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
-    def damped_by_shares(self, inputs: float, outputs: float) -> "Kronecker":
-        """``(B_h + outputs·b̄·1) ⊗ (A_h + inputs·ā·1)`` with the mean eigenvalues over all groups; reads no value."""
-        means = [factor.diagonal().mean() for factor in self.product]
+    def damped_by_shares(self, inputs: float, outputs: float, *, apart: bool = False) -> "Kronecker":
+        """``(B_h + outputs·b̄·1) ⊗ (A_h + inputs·ā·1)``; reads no value.
+
+        ā and b̄ are the mean eigenvalues over all groups, or of each `apart`.
+        """
+        means = self._means(apart)
         nonzero = (means[0] > 0) & (means[1] > 0)  # a factor of zero trace is zero, and so is the product
         A, B = (
             factor.shift(torch.where(nonzero, share * mean, 1).expand(factor.groups))
@@ -206,12 +209,15 @@ class Kronecker(Operator, kind="kronecker"):
         )
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
-    def normalized(self, inputs: float, outputs: float) -> "Kronecker":
-        """``(B_h / b̄ + outputs·1) ⊗ (A_h / ā + inputs·1)`` with the mean eigenvalues over all groups."""
-        damped = self.damped_by_shares(inputs, outputs)
-        scales = [_reciprocal(factor.diagonal().mean()).expand(factor.groups) for factor in self.product]
+    def normalized(self, inputs: float, outputs: float, *, apart: bool = False) -> "Kronecker":
+        """``(B_h / b̄ + outputs·1) ⊗ (A_h / ā + inputs·1)`` with means as `damped_by_shares` takes them."""
+        damped = self.damped_by_shares(inputs, outputs, apart=apart)
+        scales = [_reciprocal(mean).expand(len(self.A)) for mean in self._means(apart)]
         A, B = (factor.scale(scale) for factor, scale in zip(damped.product, scales, strict=True))
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
+
+    def _means(self, apart: bool) -> list[Tensor]:
+        return [factor.diagonal().mean(1 if apart else (0, 1)) for factor in self.product]
 
     def _root_of(self, damping: float, mean_root: Tensor) -> Tensor:
         # √λ per group. The shift relative to the mean eigenvalue of its factor is √(λ / mean of X) for both alike.

@@ -135,6 +135,11 @@ class LayerInverse:
         if not isinstance(self.operator, Spectral):
             self.operator = None
 
+    def take(self, inverse: Operator, step: int) -> None:
+        """Take over an inverse that was made of the operator elsewhere, with λ = 1, in place of `make`."""
+        self.inverse, self.solves, self.operator = inverse, False, None
+        self.value, self.made, self.trouble = 1.0, step, ""
+
     def _inverse_of(self, damped: Operator, outputs: bool | None) -> Operator:
         if outputs is None:
             return damped.inverse()

@@ -18,7 +18,9 @@ def feed(made, gradients, decay=0.9):
     """Evidence of one unit whose inverse curvature is the identity, from a list of gradients."""
     path = torch.zeros_like(gradients[0])
     for gradient in gradients:
-        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), NATURAL, FINITE)
+        made.update(
+            (gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), NATURAL, FINITE
+        )
         path = decay * path + (1 - decay) * gradient
     return path
 

@@ -15,6 +15,7 @@ from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.largest_factor import CHOLESKY
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layer_statistics import LayerStatistics
+from kronfisher.optim.layerwise.alike_inverses import Turn, gather_alike, make_alike
 from kronfisher.optim.layerwise.output_changes import OutputChanges
 from kronfisher.optim.layerwise.product import Product
 
@@ -96,23 +97,34 @@ class RelativeDirection(Inverses):
         early = min(step // 2, math.ceil(dear * AFFORDABLE / AFFORDABLE_EARLY))
         period = max(self.refresh.after(step, late) - step, min(early, late))
         left = max(pass_cost, whole / late)
+        chosen: list[Turn] = []
+        for one in [*missing, *due]:
+            if one.inverse is not None and left <= 0:
+                break
+            chosen.append(Turn(one, _half(one, step, pass_cost)))
+            left -= _cost(one, chosen[-1].outputs)
         with self._arithmetic():
-            for one in [*missing, *due]:
-                if one.inverse is not None and left <= 0:
-                    break
-                outputs = _half(one, step, pass_cost)
-                left -= _cost(one, outputs)
-                one.read()
-                if one.operator is not None:
-                    self.changes.note(one, one.operator)
-                one.make(self._damping(one), 1.0, step, outputs=outputs)
-                one.operator = None
-                kept = _keeps_inputs(one, step, pass_cost)
-                one.begun = outputs is True and not kept
-                if not one.begun:
-                    one.due = step + period
-                    one.inputs_due = one.inputs_due if kept else step + RARE * period
+            for group in gather_alike(chosen):
+                self._make(group, step)
+                for one, outputs in group:
+                    kept = _keeps_inputs(one, step, pass_cost)
+                    one.begun = outputs is True and not kept
+                    if not one.begun:
+                        one.due = step + period
+                        one.inputs_due = one.inputs_due if kept else step + RARE * period
         self.seconds += time.perf_counter() - began
+
+    def _make(self, group: Sequence[Turn], step: int) -> None:
+        for one, _ in group:
+            one.read()
+            if one.operator is not None:
+                self.changes.note(one, one.operator)
+        damping = self._damping(group[0].one)
+        if len(group) > 1 and make_alike([one for one, _ in group], (damping.inputs, damping.outputs), step):
+            return
+        for one, outputs in group:
+            one.make(damping, 1.0, step, outputs=outputs)
+            one.operator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as tensors, numbers and strings."""
