@@ -119,7 +119,10 @@ ODD = {
     "matrix vector": (lambda m, x: x @ m.w[:, :1], lambda m, x: (x @ m.w[:, 0])[:, None]),
     "bmm": (lambda m, x: x @ m.w, lambda m, x: torch.bmm(x[:, None], m.w.expand(len(x), -1, -1))[:, 0]),
     "lookup": (lambda m, x: m.w[:1] * x, lambda m, x: m.w[torch.zeros(len(x), dtype=torch.long)] * x),
-    "concatenated": (lambda m, x: x @ m.w, lambda m, x: x @ torch.cat([m.w[:2], m.w[2:]])),
+    "concatenated": (  # each piece is a layer
+        lambda m, x: x[:, :2] @ m.w[:2] + x[:, 2:] @ m.w[2:],
+        lambda m, x: x @ torch.cat([m.w[:2], m.w[2:]]),
+    ),
     "masked": (lambda m, x: x @ m.w, lambda m, x: x @ torch.where(m.w > 0, m.w, m.w)),
     "linear of linear": (lambda m, x: (x @ m.w) @ m.w.t(), lambda m, x: F.linear(x, F.linear(m.w, m.w))),
     "weight in both roles": (lambda m, x: F.linear(x, m.w), lambda m, x: F.linear(m.w, x).t()),

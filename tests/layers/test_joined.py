@@ -61,6 +61,7 @@ CASES = {
     "rows": written(
         lambda m, x: F.linear(x, torch.cat([m.u, m.v]), torch.cat([m.a, m.b])), u=(3, 3), v=(2, 3), a=(3,), b=(2,)
     ),
+    "one weight twice": written(lambda m, x: F.linear(x, torch.cat([m.u, m.u])), u=(3, 3)),
     "columns": written(lambda m, x: F.linear(x, torch.cat([m.u, m.v], 1)), u=(4, 2), v=(4, 1)),
     "columns on the right": written(lambda m, x: x @ torch.cat([m.u, m.v], dim=-1), u=(3, 2), v=(3, 1)),
     "channels": written(lambda m, x: F.conv1d(x, torch.cat([m.u, m.v])), u=(3, 4, 2), v=(2, 4, 2)),
