@@ -300,7 +300,7 @@ def posterior(rank, empty, share="all"):
     return evidence, [float(value) for value in laplace.prior_precision.values()]
 
 
-def exchanged(rank, predictor, number=3):
+def exchanged(rank, predictor, number=2):
     """Calls of torch.distributed while a posterior of owned blocks is calibrated with so many batches on each rank."""
     model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
     group = {"group": dist.group.WORLD}

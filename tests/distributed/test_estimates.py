@@ -131,7 +131,8 @@ def test_what_needs_blocks_everywhere_is_refused_with_the_owner(ranks):
 
 @pytest.mark.usual_ranks(2)
 @pytest.mark.parametrize(
-    ("fit", "likelihood"), [("kfac", "categorical"), ("ekfac", "gaussian"), ("full", "categorical")]
+    ("fit", "likelihood"),
+    [("kfac", "categorical"), ("ekfac", "gaussian"), pytest.param("full", "categorical", marks=pytest.mark.slow)],
 )
 def test_posteriors_whose_blocks_stay_with_their_owners(ranks, fit, likelihood):
     answers = ranks.call(cases.owned_posterior, fit, likelihood)
@@ -179,7 +180,7 @@ def test_fits_are_compared_over_all_data(ranks):
 
 
 @pytest.mark.usual_ranks(2)
-@pytest.mark.parametrize("fit", ["ekfac", "full"])
+@pytest.mark.parametrize("fit", ["ekfac", pytest.param("full", marks=pytest.mark.slow)])
 def test_influences_by_blocks_that_stay_with_their_owners(ranks, fit, tmp_path):
     """Queries are solved together; each rank scores its own part, and what needs more all read the same."""
     answers = ranks.call(cases.owned_influences, fit, str(tmp_path))
@@ -206,7 +207,10 @@ def test_influences_of_owned_blocks_refuse_what_ranks_do_not_share(ranks):
 
 
 @pytest.mark.usual_ranks(2)
-@pytest.mark.parametrize(("empty", "share"), [(False, "all"), (True, "all"), (False, "owned"), (True, "owned")])
+@pytest.mark.parametrize(
+    ("empty", "share"),
+    [pytest.param(False, "all", marks=pytest.mark.slow), (True, "all"), (False, "owned"), (True, "owned")],
+)
 def test_evidence_and_calibration_over_all_data(ranks, empty, share):
     answers, truth = ranks.call(cases.posterior, empty, share), cases.posterior(None, empty)
     for answer in answers:
@@ -214,12 +218,13 @@ def test_evidence_and_calibration_over_all_data(ranks, empty, share):
         assert all(own == pytest.approx(true, rel=1e-10) for own, true in zip(answer, truth, strict=True))
 
 
+@pytest.mark.usual_ranks(2)
 def test_owned_blocks_are_calibrated_by_one_exchange_a_batch(ranks):
     """What ranks agree on, the batch, errors, a sum. Seen: a broadcast for each block and each candidate of a prior."""
     answers = ranks.call(cases.exchanged, "probit")
     assert all(values == answers[0][1] for _, values in answers)
     for calls, _ in answers:
-        batches = 2 * 3 * ranks.size  # of all ranks, in two passes
+        batches = 2 * 2 * ranks.size  # of all ranks, in two passes
         assert sum(name == "all_reduce" for name, _ in calls) == batches
         assert len(calls) <= 4 * batches + 10
 

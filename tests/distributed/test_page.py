@@ -15,7 +15,13 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").
 SAYS = [r"300 examples, relative error 0\.\d", r"loss 0\.\d"]
 
 
-@pytest.mark.parametrize(("script", "says"), list(zip(SCRIPTS, SAYS, strict=True)), ids=["estimate", "training"])
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        pytest.param(*case, id=name, marks=marks)
+        for *case, name, marks in zip(SCRIPTS, SAYS, ["estimate", "training"], [pytest.mark.slow, ()], strict=True)
+    ],
+)
 def test_a_script_runs(script, says, tmp_path):
     # Threads of gloo that wait for an interpreter that ends abort the process: it ends without ending the interpreter.
     (tmp_path / "script.py").write_text(f"{script}\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n")

@@ -253,10 +253,10 @@ def test_training_goes_on_from_what_rank_0_saved(ranks):
     ("ranks", "how", "model"),
     [
         (3, "rank 0", "ddp"),
-        (3, "checkpoint", "ddp"),
+        pytest.param(3, "checkpoint", "ddp", marks=pytest.mark.slow),
         (3, "names", "ddp"),
         (2, "names", "ddp to rows"),
-        (2, "names", "both to ddp"),
+        pytest.param(2, "names", "both to ddp", marks=pytest.mark.slow),
     ],
     indirect=["ranks"],
 )
@@ -326,7 +326,10 @@ def test_a_preconditioner_goes_on_from_its_named_state(tmp_path):
     assert same_bits([go(8), go(8, tmp_path)])
 
 
-@pytest.mark.parametrize(("how", "at"), [("ddp", 0), ("ddp", 7), ("rows", 5)])
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [("ddp", 7), pytest.param("ddp", 0, marks=pytest.mark.slow), pytest.param("rows", 5, marks=pytest.mark.slow)],
+)
 def test_a_rank_that_ends_in_training_ends_the_others(how, at, tmp_path):
     """Between two steps, so that the others miss it in their backward pass; their errors name it.
 

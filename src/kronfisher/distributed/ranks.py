@@ -1,5 +1,6 @@
 """A process group of torch.distributed: the few collectives that are used, counted."""
 
+import os
 import time
 import warnings
 import weakref
@@ -263,9 +264,9 @@ class Ranks:
             return "one of them has ended"
         waiting, deadline = set(range(self.size)) - {self.rank}, time.monotonic() + _PATIENCE
         try:
-            own = self._store.add(f"kronfisher failures of {self.rank}", 1)
+            own = self._store.add(self._mark("failures", self.rank), 1)
             while waiting and time.monotonic() < deadline:
-                waiting = {rank for rank in waiting if self._store.add(f"kronfisher failures of {rank}", 0) < own}
+                waiting = {rank for rank in waiting if self._store.add(self._mark("failures", rank), 0) < own}
                 time.sleep(0.05)
         except RuntimeError:
             return _NO_STORE
@@ -281,7 +282,7 @@ class Ranks:
         """
         try:
             if comes and self._store is not None:
-                self._store.add(f"kronfisher meetings of {self.rank}", 1)
+                self._store.add(self._mark("meetings", self.rank), 1)
             yield
         except RuntimeError as error:
             raise RankError(
@@ -294,11 +295,16 @@ class Ranks:
         missing = []
         if self._store is not None:
             try:
-                met = [self._store.add(f"kronfisher meetings of {rank}", 0) for rank in range(self.size)]
+                met = [self._store.add(self._mark("meetings", rank), 0) for rank in range(self.size)]
             except RuntimeError:
                 return _NO_STORE
             missing = [f"rank {rank}" for rank, times in enumerate(met) if times < met[self.rank]]
         return f"{', '.join(missing) or 'one of them'} has ended, or did not come within the group's timeout"
+
+    @staticmethod
+    def _mark(what: str, rank: int) -> str:
+        """A key of the group's store, which torchrun may keep when it starts ranks again: of this start alone."""
+        return f"kronfisher {what} of {rank} at start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def _count(self, sent: int) -> None:
         self.collectives += 1

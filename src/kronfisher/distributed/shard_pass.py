@@ -57,8 +57,8 @@ class ShardPass:
             raise DataError(
                 f"kf.shard(loader){some} has given this rank a batch, and others none of the same round, while all "
                 f"{ranks.size} ranks meet at every step and would wait for them. Make batches smaller, so that there "
-                "are no fewer than ranks; where a shard is read before its batches are trained on, give "
-                "kf.shard(loader, equal=True)."
+                "are no fewer than ranks; where batches are read before they are trained on, or skipped as by a "
+                "training that goes on, give kf.shard(loader, equal=True)."
             )
         self.trained = ranks
 
