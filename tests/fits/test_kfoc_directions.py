@@ -87,6 +87,26 @@ def test_a_half_step_through_directions_forms_no_wide_matrix_unless_its_rows_tak
     assert bool(calls) == formed
 
 
+def test_few_samples_tell_the_first_directions_where_positions_share_the_weight(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    a = torch.relu(torch.randn(1, 320, 6, 30, generator=generator, dtype=torch.float64) + 0.3)
+    scale = torch.randn(1, 320, 1, 1, generator=generator, dtype=torch.float64).exp()
+    samples = samples_of(a, torch.randn(1, 320, 6, 24, generator=generator, dtype=torch.float64) * scale)
+    half_step, numbers = projected._half_step, []
+
+    def counted(width, directions, some, transposed):
+        numbers.append(sum(map(len, some)))
+        return half_step(width, directions, some, transposed)
+
+    monkeypatch.setattr(projected, "_half_step", counted)
+    near = fitted(kf.KFOC(route="projected"), samples)[0]
+    assert numbers and max(numbers) <= 64 * 1.25
+    assert excess(near, samples) <= 0.001
+    numbers.clear()
+    fitted(kf.KFOC(route="projected"), samples_of(a[:, :, :2], samples.gradients[:, :, :2]))
+    assert max(numbers) == 40 + 140  # of two positions each: the largest eighth, and every second of the others
+
+
 class Language(nn.Module):
     def __init__(self, words=65, width=32, hidden=128):
         super().__init__()

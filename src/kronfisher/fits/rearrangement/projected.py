@@ -24,6 +24,7 @@ from kronfisher.linalg import add_symmetric_product_, chunks, mirror, mirror_, m
 __all__ = ["PART", "Projected"]
 
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
+_SHARED = 64  # samples at least that tell them where positions share the weight, each of which brings many directions
 _STEPS = 8  # double steps at most over the part where positions share the weight
 _SETTLED = 0.3  # change of A after which half steps over everything come closer than more of them in few directions
 _FORMED = 192  # columns up to which a matrix that is met twice by a few directions is formed
@@ -158,10 +159,10 @@ class Projected(Source):
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 
     def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Double steps over all samples, or over a part of many."""
+        """Double steps over all samples, or over a part of many: one over everything follows."""
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = subset(self.samples, PART)
+        part = subset(self.samples, max(_SHARED, PART // max(use.positions for use in self.samples)))
         right, left = noise(like, width), noise(like, outputs)
         steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
         done = change <= _SETTLED
