@@ -92,9 +92,9 @@ def overshooting(allowed):
     return made
 
 
-def test_steps_that_overshoot_keep_their_length_as_far_as_they_may():
-    kept, half, none = (overshooting(allowed) for allowed in (1.0, torch.tensor(0.5), 0.0))
-    assert float(kept.factors) == float(kept.brake) == 1
+def test_steps_that_overshoot_grow_as_far_as_they_may():
+    grown, half, none = (overshooting(allowed) for allowed in (1.0, torch.tensor(0.5), 0.0))
+    assert float(grown.factors) == pytest.approx((1 + 59 / 100) ** 0.5) and float(grown.brake) == 1
     assert float(half.brake) == 0.5 >= float(half.factors) > 0.3
     assert float(none.brake) < 0.01 and float(none.factors) < 0.01
 

@@ -36,8 +36,9 @@ class Rates:
 
     While the average of the iterates takes the noise out, a small share of a gradient may oppose the path: r is made
     of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``. It takes out steps to and fro across a valley, too, while others go on along it.
-    As far as that is allowed, which is where much is left to fit, steps that overshoot (c < −.15) therefore keep their
-    length: r is 1, and there is no brake below one.
+    As far as that is allowed, which is where much is left to fit, steps that overshoot (c < −.15) therefore grow up to
+    s, whatever the scatter costs: r is 1, and there is no brake below one. They go on along the flat directions, and
+    where there is little noise, as with functions of coordinates, that decides how fast the loss falls.
 
     Attributes:
         factors: f ``[U]``.
@@ -85,7 +86,7 @@ class Rates:
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
-            overshoot: how far that is allowed, 0-dim: 0 where such steps are shortened, 1 where they are not.
+            overshoot: how far that is allowed, 0-dim: 0 where such steps are shortened, 1 where they grow.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt()
@@ -98,9 +99,11 @@ class Rates:
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        agreement = torch.where(cosine < -OVERSHOT, agreement + overshoot * (1 - agreement), agreement)
+        overshoots, freedom = cosine < -OVERSHOT, torch.ones_like(brake) * room
+        agreement = torch.where(overshoots, agreement + overshoot * (1 - agreement), agreement)
+        freedom = torch.where(overshoots, freedom.clamp(min=overshoot), freedom)
         reach = (1 + self.steps / SPAN) ** POWER
-        highest = torch.ones_like(brake) + room * (min(reach, LARGEST) - 1)
+        highest = 1 + freedom * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
         lowest = left / reach ** (1 - natural * room) * brake
         factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), lowest), most)
