@@ -74,8 +74,15 @@ def test_a_constant_that_mixes_rows_later_is_refused(fit):
         estimate(model, [x], fit)
 
 
-@pytest.mark.parametrize("way", MEETING)
-@pytest.mark.parametrize("opened", ["ones", "rolled", "starts rolled"])
+def in_turn(first, second):
+    """Every pair of a value of each; one for each of the first is tried by default, the others are slow."""
+    for place, one in enumerate(first):
+        for number, other in enumerate(second):
+            usual = number == place % len(second)
+            yield pytest.param(one, other, marks=() if usual else pytest.mark.slow, id=f"{other}-{one}")
+
+
+@pytest.mark.parametrize(("way", "opened"), [*in_turn(MEETING, ["ones", "rolled", "starts rolled"])])
 def test_paths_that_are_closed_in_one_batch(way, opened):
     """Whatever came before, a batch is estimated as by a new model: refused, or right."""
     path, closed = MEETING[way], Settings.closed(4)

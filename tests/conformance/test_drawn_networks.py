@@ -1,7 +1,7 @@
 """Random networks of torch's own functions on pairs of batches that differ: every estimate is right, or refused.
 
-A quick share runs by default; ``pytest -m exhaustive -s tests/conformance/test_drawn_networks.py`` draws 10,000, and
-proves the networks themselves: every planted error is found, by the network whose number is printed.
+A quick share runs by default, more of it is slow. ``pytest -m exhaustive -s tests/conformance/test_drawn_networks.py``
+draws 10,000, and proves the networks themselves: every planted error is found, by the network whose number is printed.
 """
 
 import warnings
@@ -20,15 +20,21 @@ def quiet(double):
         yield
 
 
-@pytest.mark.parametrize("start", range(0, 80, 20))
+def some_slow(values, usual):
+    """Values of which so many, the first, are tried by default."""
+    return [pytest.param(value, marks=() if k < usual else pytest.mark.slow) for k, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("start", some_slow(range(0, 80, 20), 1))
 def test_a_share_of_the_networks(start):
     outcomes, bad = count(range(start, start + 20))
     assert not bad, "\n".join(bad)
     assert outcomes["right"] >= 25, outcomes
 
 
-def test_rows_are_read_off_a_share_of_the_networks():
-    bad = [f"{seed}: {words}" for seed in range(60) for words in rows_read_off(draw(seed))]
+@pytest.mark.parametrize("start", some_slow(range(0, 60, 15), 1))
+def test_rows_are_read_off_a_share_of_the_networks(start):
+    bad = [f"{seed}: {words}" for seed in range(start, start + 15) for words in rows_read_off(draw(seed))]
     assert not bad, "\n".join(bad)
 
 
@@ -54,7 +60,9 @@ def first_found(words, monkeypatch, networks):
     return next((seed + 1 for seed in range(networks) if any(faults(seed))), None)
 
 
-@pytest.mark.parametrize("place", ["offset of a window", "stands for the bias", "several uses of a weight"])
+@pytest.mark.parametrize(
+    "place", some_slow(["stands for the bias", "several uses of a weight", "offset of a window"], 2)
+)
 def test_some_planted_errors_are_found(place, monkeypatch):
     (words,) = (words for words in PLANTED if place in words)
     assert first_found(words, monkeypatch, 60) is not None

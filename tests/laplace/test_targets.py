@@ -182,7 +182,7 @@ MONTE_CARLO = {
 }
 
 
-@pytest.mark.parametrize("name", MONTE_CARLO)
+@pytest.mark.parametrize("name", ["counts", pytest.param("variances", marks=pytest.mark.slow)])
 def test_means_over_draws_converge_to_the_integral_within_their_standard_error(name):
     torch.manual_seed(1)
     likelihood, y = MONTE_CARLO[name]
@@ -237,8 +237,18 @@ def test_the_standard_error_is_that_of_the_delta_method():
     ],
     ids=["counts", "variances", "weighted classes", "weighted positions of counts", "weighted variances"],
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("predictor", [None, "mc", "sampled"])
+@pytest.mark.parametrize(
+    ("dtype", "predictor"),
+    [
+        (torch.float64, None),
+        (torch.float32, "mc"),
+        (torch.float64, "sampled"),
+        pytest.param(torch.float32, None, marks=pytest.mark.slow),
+        pytest.param(torch.float64, "mc", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "sampled", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_no_likelihood_is_a_dead_end(likelihood, y, dtype, predictor):
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).to(dtype), X.to(dtype)

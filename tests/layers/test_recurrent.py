@@ -97,7 +97,14 @@ def test_every_way(name):
     assert len(kfac.blocks) == matrices and all(kfac[b].structure.startswith("kronecker") for b in kfac.blocks)
 
 
-@pytest.mark.parametrize("name", ["packed lstm", "packed gru", "packed rnn, sorted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed gru",
+        pytest.param("packed lstm", marks=pytest.mark.slow),
+        pytest.param("packed rnn, sorted", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_batches_of_other_lengths_and_orders_add_up(name):
     lengths = torch.tensor([4, 2, 1]) if "sorted" in name else LENGTHS.clone()
     module = MODELS[name]().l
@@ -137,8 +144,14 @@ def written(kind, module, x, lengths=None):
     return torch.stack(outputs, dim=1)
 
 
-@pytest.mark.parametrize("fit", [fit for fit in FITS if fit not in ("auto", "tridiagonal")])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def kinds_in_turn():
+    """Every fit with every kind of layer; one kind for each fit is tried by default, the others are slow."""
+    for place, fit in enumerate(fit for fit in FITS if fit not in ("auto", "tridiagonal")):
+        for number, kind in enumerate((nn.LSTM, nn.GRU, nn.RNN)):
+            yield pytest.param(kind, fit, marks=() if number == place % 3 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "fit"), [*kinds_in_turn()])
 def test_the_same_as_written_with_linear(kind, fit):
     fused = Written(lambda m, x: m.l(x)[0].tanh(), l=layer(kind, batch_first=True))
     loop = Written(lambda m, x: written(kind, m.l, x).tanh(), l=fused.l)
