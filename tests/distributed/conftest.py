@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.ranks import world
 
 SIZES = 2, 3, 4
+collect_ignore = ["restarted.py", "whole_day.py"]  # scripts, which torchrun gives arguments
 
 
 def pytest_generate_tests(metafunc):

@@ -153,7 +153,7 @@ def test_messages(targets, message):
 
 
 def test_labels_are_needed_where_they_are():
-    with pytest.raises(kf.DataError, match='labels="observed" needs targets'):
+    with pytest.raises(kf.DataError, match="observed labels, and so the loss of an example, need targets, found none"):
         Weighted(kf.Gaussian()).check(torch.zeros(4, 2), (None, torch.ones(4)), "batch 7", "observed")
     with pytest.raises(TypeError, match="pass an instance such as Categorical"):
         Weighted(kf.Gaussian)  # pyright: ignore[reportArgumentType]
