@@ -36,9 +36,9 @@ class LayerwiseStep:
     each row of a weight divided by the root of its length over the mean one, at least by a half, and moves by
     ``lr · rate · f · 0.2 √numel · m / ℓ`` with ℓ the mean length of D. While gradients agree, that is the size at which
     the rates of Muon and AdamW agree; where noise prevails, m is shorter than ℓ, and so is the step. The factor f of a
-    layer grows while gradients of new batches point along its path, and shrinks when they contradict it. Steps that only
-    overshoot while much is left to fit grow, too: the average of the iterates takes that out. Updates of weights between
-    the first and the last layer are multiplied by ``(C + .3 c)^(−1/2)``, at the same length, where C is the covariance
+    layer grows while gradients of new batches point along its path, and shrinks when they contradict it. Steps that
+    only overshoot while much is left to fit grow, too: the average of the iterates takes that out. Updates of weights
+    between the first and the last layer are multiplied by ``(C + .3 c)^(−1/2)``, at the same length, C the covariance
     of what they change in their layer's outputs (of mean variance c): Muon's orthogonal step (2024, Jordan et al.)
     where inputs are white. Small networks, and wide ones in small batches, do without: it would cost them more than a
     tenth of the passes.
