@@ -37,6 +37,14 @@ def assert_fallback(model, batches, message):
     return fisher
 
 
+def assert_by_layers(model, batches):
+    """No parameter is left to the fallback, and the whole matrix and its diagonal are the dense truth."""
+    truth = exact_fisher(model, torch.cat(batches))
+    for fit in (kf.Full(across_layers=True), "diagonal"):
+        assert_exact(model, batches, fit=fit, tolerance=1e-10, truth=truth)
+    assert kf.coverage(model, torch.cat(batches)).complete
+
+
 def assert_exact(model, batches, fit="full", tolerance=1e-5, likelihood=None, targets=None, truth=None):
     """An estimate with exact labels agrees with the dense truth wherever its structure keeps an element."""
     likelihood = likelihood or kf.Gaussian()

@@ -3,7 +3,7 @@
 from kronfisher.distributed.joined import Joined
 from kronfisher.distributed.owners import owners
 from kronfisher.distributed.parcel import Parcel, axes_by_stride
-from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, ranks_of, warn_of_ranks
+from kronfisher.distributed.ranks import ProcessGroup, Ranks, describe, raise_described, ranks_of, warn_of_ranks
 from kronfisher.distributed.shard_pass import batches_trained_on, train_on_what_is_read
 from kronfisher.distributed.sharding import OTHER_ORDERS, Shard, shard, warn_of_padding
 from kronfisher.distributed.spread import Spread
@@ -24,6 +24,7 @@ __all__ = [
     "buckets",
     "describe",
     "owners",
+    "raise_described",
     "ranks_of",
     "shard",
     "train_on_what_is_read",

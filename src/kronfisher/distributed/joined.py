@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from kronfisher.distributed.ranks import Ranks, describe
-from kronfisher.errors import RankError
+from kronfisher.distributed.ranks import Ranks, describe, raise_described
 
 __all__ = ["Joined"]
 
@@ -40,9 +39,7 @@ class Joined:
             except Exception as problem:
                 error, part = problem, ()
             everywhere = self.ranks.share((describe(error), part), torch.device("cpu"))
-            for rank, (failure, _) in enumerate(everywhere):
-                if failure:
-                    raise error or RankError(f"rank {rank}: {failure}")
+            raise_described([failure for failure, _ in everywhere], error)
             if not any(part for _, part in everywhere):
                 return
             yield from (batch for _, part in everywhere for batch in part)

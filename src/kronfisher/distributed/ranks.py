@@ -17,7 +17,7 @@ from kronfisher.distributed.parcel import Parcel
 from kronfisher.distributed.sums import Sum, buckets
 from kronfisher.errors import RankError
 
-__all__ = ["ProcessGroup", "Ranks", "describe", "ranks_of", "warn_of_ranks"]
+__all__ = ["ProcessGroup", "Ranks", "describe", "raise_described", "ranks_of", "warn_of_ranks"]
 
 ProcessGroup = Any
 """A process group, a one-dimensional device mesh, or None for one process."""
@@ -90,9 +90,7 @@ class Ranks:
         except Exception as problem:
             error = problem
         everywhere = self.gather((describe(error), numbers))
-        for rank, (failure, _) in enumerate(everywhere):
-            if failure:
-                raise error or RankError(f"rank {rank}: {failure}")
+        raise_described([failure for failure, _ in everywhere], error)
         return [sum(parts) for parts in zip(*(own for _, own in everywhere), strict=True)]
 
     def summed(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -106,9 +104,7 @@ class Ranks:
             value = compute()
         except Exception as problem:
             error = problem
-        for rank, failure in enumerate(self.gather(describe(error))):
-            if failure:
-                raise error or RankError(f"rank {rank}: {failure}")
+        raise_described(self.gather(describe(error)), error)
         assert value is not None
         self.sum_([Sum(value)])
         return value
@@ -319,6 +315,13 @@ _PATIENCE = 5.0  # seconds in which a rank that is there sees that a collective 
 def describe(error: BaseException | None) -> str:
     """An error, for other ranks."""
     return "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def raise_described(failures: Iterable[str], error: Exception | None) -> None:
+    """Raise the first failure that ranks have described, here this rank's own error, if any."""
+    for rank, failure in enumerate(failures):
+        if failure:
+            raise error or RankError(f"rank {rank}: {failure}")
 
 
 def ranks_of(group: ProcessGroup) -> Ranks | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kronfisher.distributed import Ranks, describe, train_on_what_is_read
+from kronfisher.distributed import Ranks, describe, raise_described, train_on_what_is_read
 from kronfisher.errors import NumericalError, RankError
 from kronfisher.optim.sample_steps import Rows
 
@@ -123,9 +123,7 @@ class RowsOfRanks:
         except Exception as problem:
             error = problem
         answers = self.ranks.share((describe(error), value), self._device, anew=True)
-        for rank, (failure, _) in enumerate(answers):
-            if failure:
-                raise error or RankError(f"rank {rank}: {failure}")
+        raise_described([failure for failure, _ in answers], error)
         return [value for _, value in answers]
 
     def checked(self, read: Callable[[], Any], number: Callable[[], int]) -> tuple[Any, list[int]]:
@@ -142,9 +140,7 @@ class RowsOfRanks:
         except Exception as problem:
             error = problem
         everywhere = self.ranks.gather((describe(error), number()))
-        for rank, (failure, _) in enumerate(everywhere):
-            if failure:
-                raise error or RankError(f"rank {rank}: {failure}")
+        raise_described([failure for failure, _ in everywhere], error)
         return value, [other for _, other in everywhere]
 
     def _mean(self, losses: Any) -> float:

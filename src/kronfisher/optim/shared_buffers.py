@@ -52,7 +52,8 @@ class SharedBuffers:
         ranks.sum_([Sum(flat := torch.cat(sent))])
         totals = list(flat.split([len(part) for part in sent]))
         others = [place for place, (_, _, running) in enumerate(found) if not running]
-        if changed := [place for place in others if float(totals[place][0]) > 0]:
+        counted = torch.cat([totals[place][:1] for place in others]).tolist() if others else []  # the host waits once
+        if changed := [place for place, ranks_of_it in zip(others, counted, strict=True) if ranks_of_it > 0]:
             parts = [torch.where(counts[place] > 0, found[place][1].double().flatten(), 0.0) for place in changed]
             ranks.sum_([Sum(flat := torch.cat(parts))])
             for place, part in zip(changed, flat.split([len(part) for part in parts]), strict=True):

@@ -82,3 +82,13 @@ def test_wide_layers_are_made_one_by_one(width, together):
     wide = [one for one in optimizer.parts.direction.inverses if one.blocks[0].shape[1] == width]
     assert sorted(len(group) for group in gather_alike(Turn(one, None) for one in wide)) == together
     assert [len(group) for group in gather_alike(Turn(one, True) for one in wide)] == [1, 1, 1]  # halves have none
+
+
+def test_layers_of_several_dtypes_keep_their_own():
+    x, wide = torch.randn(32, 6), nn.Linear(6, 6).double()
+    model = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6), wide])
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    for _ in range(3):
+        optimizer.step(lambda: model[1](model[0](x).tanh()) + wide(x.double()).float(), x.sin())
+    kinds = {one.name: one.inverse.dtype for one in optimizer.parts.direction.inverses}
+    assert kinds["2.weight"] == torch.float64 and kinds["0.weight"] == kinds["1.weight"] == torch.float32

@@ -50,7 +50,10 @@ def make_alike(group: Sequence[LayerInverse], shares: tuple[float, float], step:
         Whether they were made; otherwise nothing was changed, and one by one they say what is wrong.
     """
     products = [one.operator for one in group if isinstance(one.operator, Kronecker) and not one.operator.has_diagonal]
-    if len(products) < len(group):
+    kinds = {
+        (each.A.shape, each.B.shape, each.dtype, each.A.device) for each in products
+    }  # parts of a model may differ
+    if len(products) < len(group) or len(kinds) > 1:
         return False
     A, B = (torch.cat([getattr(each, side) for each in products]) for side in ("A", "B"))
     try:
