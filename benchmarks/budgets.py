@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from resident import peak
+from resident import peak, return_freed_memory
 from torch import Tensor, nn
 
 import kronfisher as kf
@@ -68,6 +68,7 @@ def required_bytes(model: nn.Module, data: Data) -> int:
 
 
 def measure(case: str, times: float, fit: str) -> dict[str, object]:
+    return_freed_memory()
     torch.manual_seed(0)
     model, data = CASES[case]()
     kf.estimate(nn.Linear(3, 2), torch.randn(4, 3), kf.Categorical(), fit=fit)  # code and tables of BLAS

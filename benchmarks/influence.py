@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from resident import peak
+from resident import peak, return_freed_memory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import GPT, TOKENS, Batch, dense_layers, lenet
 
 BATCH, QUERIES = 250, 100
+SIZES = {"time": 10_000, "memory": 1_000, "agreement": 1_000, "index": 50_000, "growth": 0}  # training examples
 
 
 def _images(size: int, *shape: int) -> tuple[Tensor, Tensor]:
@@ -177,6 +178,7 @@ def times(peer: str, name: str, rank: int | None, size: int, repeats: int) -> di
 
 def memory(peer: str, name: str, rank: int | None, size: int) -> dict[str, float]:
     """Peak resident memory of factors and scores above what was there before, in MiB."""
+    return_freed_memory()
     warm = PEERS[peer](Task(name, 2), rank)
     warm.factors(), warm.scores()
     del warm
@@ -261,18 +263,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("what", choices=("time", "memory", "agreement", "index", "growth"))
+    parser.add_argument("what", choices=SIZES)
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--size", type=int, default=10_000)
+    parser.add_argument("--size", type=int, help="training examples; as many as the tables have where not given")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    case = options.workload, options.rank, options.size
+    size = SIZES[options.what] if options.size is None else options.size
+    case = options.workload, options.rank, size
     works = {
         "time": lambda: times(options.peer, *case, options.repeats),
         "memory": lambda: memory(options.peer, *case),
         "agreement": lambda: agreement(*case),
-        "index": lambda: index(options.workload, options.size, options.repeats),
+        "index": lambda: index(options.workload, size, options.repeats),
         "growth": growth,
     }
     print(json.dumps(works[options.what]()))

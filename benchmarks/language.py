@@ -11,23 +11,20 @@ process in which glibc returns what is freed, as in the memory table of run.py: 
 import argparse
 import cProfile
 import json
-import os
 import pstats
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from resident import peak
+from resident import peak, return_freed_memory
 from torch import Tensor, nn
 
 import kronfisher as kf
 
 WIDE = 10240
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def gpt2(layers: int) -> nn.Module:
@@ -110,8 +107,8 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
-    if options.memory and not RETURNED.items() <= os.environ.items():  # glibc reads these once
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RETURNED)
+    if options.memory:
+        return_freed_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(json.dumps(measure(options.fit, options.layers, options.repeats, options.profile, options.memory)))

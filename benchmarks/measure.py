@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from floors import Floor
 from peers import Skip
-from resident import peak
+from resident import peak, return_freed_memory
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import WORKLOADS, Batch, Workload
@@ -106,6 +106,7 @@ def solve(adaptor: Any, workload: Workload, floor: Floor, repeats: int, exact: b
 
 def memory(prepare: Callable[[], tuple[Any, Workload]]) -> dict[str, object]:
     """Peak resident memory of one call above what was resident before it, in MiB, the factors included."""
+    return_freed_memory()
     adaptor, workload = (
         prepare()
     )  # to load code and the tables of BLAS; libraries leave results on the model, so drop it

@@ -39,7 +39,7 @@ NAMES = (
 )
 WHATS = {name: [name] for name in NAMES} | {"solve": ["solve", "solve-exact"]}
 TABLES = ("public", "long", "memory", "budgets")
-SCORED = {"mlp": 10_000, "lenet": 10_000, "gpt": 10_000}  # workload of influence.py → training examples
+SCORED = ("mlp", "lenet", "gpt")  # workloads of influence.py
 BUDGETS = {"wide": (0.9, 1, 2, 4), "embedding": (0.9, 1, 2, 4), "convolution": (0.9, 1, 2)}
 
 
@@ -85,11 +85,11 @@ def environment() -> dict[str, str]:
 def child(script: str, *arguments: str, timeout: float, python: str | Path = PYTHON) -> dict:
     """Run one of the scripts beside this one in a fresh process and read its last line."""
     # Whether glibc keeps a freed block or returns it and pays for fresh pages next time depends on history, and decides
-    # a quarter of some libraries' time. For times it keeps all; for memory it returns all: what is resident is in use.
-    threshold = "65536" if "memory" in arguments or script == "budgets.py" else "4000000000"
+    # a quarter of some libraries' time. For times it keeps all; what measures memory tells it to return all by itself.
     paths = f"{ROOT / 'src'}{os.pathsep}{HERE}"  # this tree's kronfisher, wherever the environment was made
     settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
-    settings |= {"MALLOC_MMAP_THRESHOLD_": threshold, "MALLOC_TRIM_THRESHOLD_": threshold}
+    if "memory" not in arguments and script != "budgets.py":
+        settings |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000")
     command = [str(python), str(HERE / script), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=timeout)
@@ -140,15 +140,15 @@ def influence(options: argparse.Namespace) -> list[dict]:
         results.append({"what": "influence", "table": what, "peer": peer, "workload": workload, **known, **outcome})
         print(what, workload, peer, outcome, file=sys.stderr)
 
-    for workload, size in SCORED.items():
+    for workload in SCORED:
         for peer in peers:
             for rank in ("", "64"):
                 more = ("--rank", rank) if rank else ()
-                add(peer, workload, "time", "--size", str(size), *more, rank=rank or "full")
-            add(peer, workload, "memory", "--size", "1000")
+                add(peer, workload, "time", *more, rank=rank or "full")
+            add(peer, workload, "memory")
         if len(peers) > 1:
-            add("kronfisher", workload, "agreement", "--size", "1000")
-    add("kronfisher", "mlp", "index", "--size", "50000")
+            add("kronfisher", workload, "agreement")
+    add("kronfisher", "mlp", "index")
     add("kronfisher", "mlp", "growth")
     return results
 
