@@ -84,6 +84,36 @@ def branches(rank, fit):
     return described(kf.estimate(fresh(Branches()), data, kf.Categorical(), fit=fit, labels="exact", **group))
 
 
+def raised(call):
+    """The kind of the error of a call, and its text."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def empty(rank):
+    """Errors where no rank has a batch; where one's loader, of which parts are dealt out, has none; and of scores."""
+    model, group, categorical = perceptron(), {"group": dist.group.WORLD}, kf.Categorical()
+    x, y = numbers(6, 4), torch.arange(6) % 3
+    fisher, own = (kf.estimate(model, (x, y), categorical, share=share, **group) for share in ("all", "owned"))
+    laplace = kf.Laplace(model, fisher)
+    nowhere = {
+        "estimate": lambda: kf.estimate(model, [], categorical, **group),
+        "error": lambda: fisher.error([]),
+        "spectrum": lambda: fisher.spectrum([]),
+        "owned error": lambda: own.error([]),
+        "compare": lambda: kf.compare(model, [], categorical, **group),
+        "calibrate": lambda: laplace.calibrate([], **group),
+        "score": lambda: laplace.score([], **group),
+    }
+    data = kf.shard([] if rank == 1 else [(x, y)])
+    dealt = raised(lambda: kf.estimate(model, data, categorical, **group))
+    scores = raised(lambda: kf.Influence(model, fisher, categorical).scores(kf.shard([(x, y)]), (x, y)))
+    return {name: raised(call) for name, call in nowhere.items()}, dealt, scores
+
+
 class Late(torch.nn.Module):
     """A layer whose weight is also used in a way that is not understood, in one batch only."""
 

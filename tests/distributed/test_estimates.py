@@ -63,6 +63,19 @@ def test_a_rank_without_data_adds_nothing(ranks):
     agree(ranks.call(cases.estimate, *case), cases.estimate(None, *case))
 
 
+def test_data_without_a_batch_are_told_on_all_ranks(ranks):
+    """Seen: that all positions are masked. On one rank alone there may be none, but for a loader that is dealt out."""
+    for rank, (nowhere, dealt, some) in enumerate(ranks.call(cases.empty)):
+        assert nowhere.keys() == {"estimate", "error", "spectrum", "owned error", "compare", "calibrate", "score"}
+        for name, (kind, text) in nowhere.items():
+            says = {"calibrate": "validation data hold no batch", "score": "training data hold no batch"}
+            assert kind == "DataError" and says.get(name, f"no batch on any of the {ranks.size} ranks") in text, name
+        kind, text = dealt
+        assert "rank 1 of " in text and "was given a loader without a batch" in text
+        assert kind == ("DataError" if rank == 1 else "RankError")
+        assert some == ("", "") if not rank else "batches than there are ranks" in some[1]
+
+
 def test_layers_that_some_ranks_do_not_use(ranks):
     agree(ranks.call(cases.branches, "kfac"), cases.branches(None, "kfac"))
     agree(

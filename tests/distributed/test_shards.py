@@ -94,6 +94,22 @@ def test_a_shard_that_was_read_before_its_training_is_refused():
     assert list(ahead) == []
 
 
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("kind", ["list", "loader", "stream", "generator"])
+def test_a_loader_without_a_batch_is_told_where_it_is_read(kind, equal):
+    """Seen: its rank made no step, said nothing, and the others waited for it until the group's timeout."""
+    empty = torch.utils.data.TensorDataset(torch.zeros(0, 4))
+    data = {
+        "list": [],
+        "loader": torch.utils.data.DataLoader(empty),
+        "stream": torch.utils.data.DataLoader(epochs.Stream([]), batch_size=None),
+        "generator": iter(()),
+    }[kind]
+    with pytest.raises(kf.DataError, match=r"rank 1 of 2 was given a loader without a batch"):
+        list(Shard(data, 1, 2, equal, members=[0, 1]))
+    assert list(Shard([0], 1, 2, members=[0, 1])) == []
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_with_workers_leave_out_the_same(workers):
     whole = torch.utils.data.TensorDataset(torch.arange(7))

@@ -142,6 +142,11 @@ class Batches:
         """
         if self._number and self.index != self._first:
             raise DataError(f"Pass {self._number + 1} read {self.index} batches, the first one {self._first}. {_SAME}")
+        if some and not self.index and isinstance(self._batches, Shard):
+            raise DataError(
+                f"kf.shard(loader) deals out fewer batches than there are ranks ({self._batches.ranks}), and rank "
+                f"{self._batches.rank} gets none: make batches smaller."
+            )
         if some and not self.index:
             raise DataError(
                 "The data contain no batch. Pass a loader with at least one batch; a generator can be read only once."

@@ -46,7 +46,7 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
 
     Raises:
         DataError: the loader is dealt out to ranks already, or is a single batch; in training, or at the end of a pass
-            with `equal`, there are fewer batches than ranks.
+            with `equal`, there are fewer batches than ranks; at the end of a pass there was no batch for any rank.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -110,7 +110,7 @@ class Shard:
             raise DataError(f"data is {type(loader).__name__}, one batch; kf.shard deals out the batches of a loader.")
         self.loader: Any = loader
         self.rank, self.ranks = rank, ranks
-        self.order = ""
+        self.order, self._read = "", 0  # how many batches of all ranks the last pass saw
         self.equal, self._meets, self._members = equal, meets, members
         self._dealt = _dealt(loader, rank, ranks, equal)
         self._part = None if self._dealt is None else _loading(self.loader, self._dealt)
@@ -120,10 +120,17 @@ class Shard:
 
         Raises:
             RankError: at the end, where ranks compare, they had other orders; on all of them.
-            DataError: at the end, all were to get equally many, and there were fewer batches than ranks.
+            DataError: at the end, there was no batch at all; or all were to get equally many, and there were fewer
+                batches than ranks.
         """
         own = ShardPass(self._members, self._total(), self.equal)
         yield from own.given(self._batches())
+        if not self._read:  # before ranks meet: others may wait for this one in a step
+            raise DataError(
+                f"rank {self.rank} of {self.ranks} was given a loader without a batch, so that kf.shard(loader) has "
+                "none to deal out. In training the others wait for this rank in their first step. Look at the data of "
+                "this rank; a generator can be read only once."
+            )
         meets = self._meets or own.trained
         if meets is not None and len(set(orders := meets.gather(self.order))) > 1:
             other = next(rank for rank, order in enumerate(orders) if order != orders[0])
@@ -139,18 +146,17 @@ class Shard:
         if self._part is not None and self._dealt is not None:
             for place, batch in enumerate(self._part):
                 yield batch, place != self._dealt.partial
-            self.order = self._dealt.order
+            self.order, self._read = self._dealt.order, self._dealt.read
             return
-        number = 0
+        self._read = 0
 
         def count() -> Iterator[Any]:
-            nonlocal number
             for batch in self.loader:
-                number += 1
+                self._read += 1
                 yield batch
 
         yield from deal(count(), self.rank, self.ranks)
-        self.order = f"{number} batches"
+        self.order = f"{self._read} batches"
 
     def _total(self) -> int | None:
         try:
@@ -191,13 +197,15 @@ class _Dealt:
     def __init__(self, sampler: Iterable[Any], rank: int, ranks: int, equal: bool) -> None:
         self.sampler, self.rank, self.ranks, self.equal, self.order = sampler, rank, ranks, equal, ""
         self.partial: int | None = None
+        self.read = 0
 
     def __iter__(self) -> Iterator[Any]:
-        digest, self.partial = hashlib.sha256(), None
+        digest, self.partial, self.read = hashlib.sha256(), None, 0
 
         def seen() -> Iterator[Any]:
             for entry in self.sampler:
                 digest.update(repr(entry).encode())
+                self.read += 1
                 yield entry
 
         for place, (entry, whole) in enumerate(deal(seen(), self.rank, self.ranks)):

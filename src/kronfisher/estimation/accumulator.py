@@ -258,6 +258,7 @@ class Accumulator:
 
         Raises:
             RankError: a rank failed, or ranks disagree.
+            DataError: no rank has read a batch; on all of them.
         """
         late = problem if isinstance(problem, LateError) else None
         said = Said(
@@ -269,6 +270,7 @@ class Accumulator:
             count=float(self.count),
             score=None if self.log_likelihood is None else float(self.log_likelihood),
             outputs=self.outputs,
+            batches=batches.index,
             targets=self.targets,
             order=batches.order,
         )
@@ -280,6 +282,11 @@ class Accumulator:
             if problem is None or late:
                 raise
             raise problem from None
+        if not any(other.batches for other in everywhere):
+            raise DataError(
+                f"The data contain no batch on any of the {len(everywhere)} ranks. Pass loaders of which at least one "
+                "has a batch; a generator can be read only once."
+            )
         self.known = meeting.complete(everywhere, self.fits, self.groups, self.count)
         meeting.merge(everywhere, parcels, self.groups)
         self.count, self.outputs = sum(other.count for other in everywhere), sum(other.outputs for other in everywhere)

@@ -62,6 +62,7 @@ class Said:
         count: N of its data.
         score: the sum of their log likelihood, if they have targets.
         outputs: how many numbers of the outputs that covers.
+        batches: how many it read.
         targets: what was taken for targets, in words.
         order: of all batches, if its data were dealt out.
         brought: whether it has anything to put together.
@@ -77,6 +78,7 @@ class Said:
     count: float = 0.0
     score: float | None = None
     outputs: int = 0
+    batches: int = 0
     targets: str = ""
     order: str = ""
     brought: bool = True
