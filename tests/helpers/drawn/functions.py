@@ -78,6 +78,7 @@ def _broadcast(r: random.Random, h: Tensor) -> Weight:
 
 
 _OF_STACKS = ["...ti,tio->...to", "...ti,tio->...o", "b...ti,tio->...tob", "...ti,tjo,...tj->...io"]
+_OF_TWO = ["...i,ir,ro->...o", "...i,ir,ro->...ro", "...i,ir,ro->...r", "...i,ir,ro->o...r"]
 _OF_SCALES = ["...ti,ti->...ti", "...ti,ti->...t", "...ti,ti->..."]
 
 # Ways to call a function; "h" are activations, "h'" others, "ids" indices of the batch, and what is drawn is constant.
@@ -119,6 +120,17 @@ FORMS: dict[str, Form] = {
     "einsum of a picked": lambda r, h: ("b...i,bio->b...o", "h", Weight((5, h.shape[-1], 3), True)),
     "einsum of several picked": lambda r, h: (
         "b...i,oi,boi->b...o", "h", _p(2, h.shape[-1]), Weight((5, 2, h.shape[-1]), True)
+    ),
+    "einsum of several": lambda r, h: (r.choice(_OF_TWO), "h", _p(h.shape[-1], 3), _p(3, 2)),
+    "einsum of several, weights first": lambda r, h: ("ro,ir,...i->...o", _p(3, 2), _p(h.shape[-1], 3), "h"),
+    "einsum of a scale and a matrix": lambda r, h: (
+        r.choice(["...i,i,io->...o", "...i,i,io->...io"]), "h", _p(h.shape[-1]), _p(h.shape[-1], 2)
+    ),
+    "einsum of three": lambda r, h: (
+        "...i,ij,jk,k->...k", "h", _p(h.shape[-1], 2), _p(2, 3), _p(3)
+    ),
+    "einsum of two paths": lambda r, h: (
+        r.choice(["...i,ir,...j,jr->...r", "...i,ir,...j,jr->..."]), "h", _p(h.shape[-1], 2), "h'", _p(h.shape[-1], 2)
     ),
     "h picked": lambda r, h: ("h", Weight((5, h.shape[-1], 3), True)),
     "h picked rows": lambda r, h: ("h", Weight((5, h.shape[-1]), True)),

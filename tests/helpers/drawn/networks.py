@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import kronfisher as kf
 from tests.helpers.drawn.batches import DECIDED, Batch, Settings
 from tests.helpers.drawn.functions import BUILT, FORMS, OPTIONS, Weight, functions, modules
-from tests.helpers.drawn.steps import SEEN, WAYS, Branch, Built, Decided, Parameter, Step
+from tests.helpers.drawn.seen import SEEN
+from tests.helpers.drawn.steps import WAYS, Branch, Built, Decided, Parameter, Step
 
 __all__ = ["Case", "Drawn", "draw"]
 
@@ -223,6 +224,7 @@ class Maker:
 _LINEAR = [
     (F.linear, "h rows p"), (F.linear, "h rows"), (F.linear, "h square"), (torch.matmul, "h matrix"),
     (torch.einsum, "einsum of a stack"), (torch.einsum, "einsum of scales"), (torch.einsum, "einsum of a picked"),
+    (torch.einsum, "einsum of several"), (torch.einsum, "einsum of two paths"), (F.conv1d, "h depthwise"),
     (torch.matmul, "h picked"), (torch.matmul, "h stack"), (torch.bmm, "h picked"), (torch.bmm, "h stack"),
     (torch.mul, "h picked rows"), (torch.matmul, "h square"), (torch.matmul, "matrix h"), (torch.mul, "h p"),
     (torch.sub, "h broadcast"),

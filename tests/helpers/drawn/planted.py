@@ -16,11 +16,12 @@ from kronfisher.capture.graph import Call, Graph, Recording
 from kronfisher.capture.observation import Observation
 from kronfisher.capture.parts import Part
 from kronfisher.capture.row_orders import RowOrders
-from kronfisher.estimation import assignment, groups, routing
-from kronfisher.layers import OPERATORS, RowOrder
+from kronfisher.estimation import assignment, groups, repeated, routing
+from kronfisher.layers import OPERATORS, RowOrder, expressions, masks
 from kronfisher.layers import convolution as convolutions
 from kronfisher.layers.activations import Dense
 from kronfisher.layers.elementwise import ElementwiseUse
+from kronfisher.layers.joined import PartUse
 from kronfisher.layers.linear import RowUse
 from kronfisher.layers.use import Use, Windows
 
@@ -150,6 +151,18 @@ def _filled(patch: MonkeyPatch) -> None:
     patch.setattr(RowOrder, "padded", False)
 
 
+@plant("layers: every part of a weight that was joined has the first one's output")
+def _parts_of_output(patch: MonkeyPatch) -> None:
+    init = PartUse.__post_init__
+    patch.setattr(PartUse, "__post_init__", lambda self: (init(self), setattr(self, "start", 0))[0])
+
+
+@plant("layers: elements of a weight that are masked count")
+def _masked(patch: MonkeyPatch) -> None:
+    for module in (expressions, masks):
+        patch.setattr(module, "masked", lambda record, value, mask: record.terms(value))
+
+
 @plant("assignment: only the first of several uses of a weight counts")
 def _first_use(patch: MonkeyPatch) -> None:
     patch.setattr(routing, "join", lambda uses: uses[0])
@@ -157,12 +170,13 @@ def _first_use(patch: MonkeyPatch) -> None:
 
 @plant("assignment: shifts that stand alone have no part")
 def _shifts(patch: MonkeyPatch) -> None:
-    parts = assignment._parts
+    parts = assignment.find_parts
 
     def without(*args: Any) -> dict[int, list[Part]]:
         return {index: [part for part in own if part.weight] for index, own in parts(*args).items()}
 
-    patch.setattr(assignment, "_parts", without)
+    for module in (assignment, repeated):
+        patch.setattr(module, "find_parts", without)
 
 
 @plant("assignment: rows are sorted by example only where they are summed")
@@ -170,9 +184,9 @@ def _sorted(patch: MonkeyPatch) -> None:
     orders = assignment.row_orders
 
     def unsorted(
-        observation: Observation, parts: Any, sorts: Any, pads: Any, examined: Any, *, training: bool
+        observation: Observation, parts: Any, sorts: Any, pads: Any, examined: Any, **options: bool
     ) -> RowOrders:
-        return orders(observation, parts, lambda part: part.use.summing, pads, examined, training=training)
+        return orders(observation, parts, lambda part: part.use.summing, pads, examined, **options)
 
     patch.setattr(assignment, "row_orders", unsorted)
 

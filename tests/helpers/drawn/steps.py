@@ -9,79 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.drawn.batches import Batch
+from tests.helpers.drawn.seen import SEEN, Shape
 
-__all__ = ["SEEN", "WAYS", "Branch", "Built", "Decided", "Parameter", "Step"]
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A way in which a weight comes out of a parameter: the parameter's shape from the weight's, and the way back."""
-
-    stored: Callable[[Shape], Shape]
-    shown: Callable[[Tensor, Shape], Tensor]
-
-
-def _longer(shape: Shape, axis: int, by: int = 1) -> Shape:
-    return tuple(n + by * (k == axis % len(shape)) for k, n in enumerate(shape))
-
-
-def _flat(shape: Shape, columns: int, rows: int = 0) -> Shape:
-    return shape[0] + rows, torch.Size(shape[1:]).numel() + columns
-
-
-def _beside(shape: Shape, rank: int) -> Shape:
-    return shape[0] + torch.Size(shape[1:]).numel(), rank
-
-
-def _outer(p: Tensor, shape: Shape) -> Tensor:
-    return p[: shape[0], :1] * p[shape[0] :, 1:].T
-
-
-def _normed(v: Tensor, g: Tensor) -> Tensor:
-    return torch._weight_norm(v, g, 0)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _halved(p: Tensor) -> Tensor:
-    p[:1].mul_(0.5)
-    return p
-
-
-SEEN: dict[str, Seen] = {
-    "as it is": Seen(lambda s: s, lambda p, s: p),
-    "transposed": Seen(lambda s: (*s[:-2], s[-1], s[-2]), lambda p, s: p.mT),
-    "reversed axes": Seen(lambda s: s[::-1], lambda p, s: p.permute(*range(len(s))[::-1])),
-    "sliced": Seen(lambda s: _longer(s, 0, 2), lambda p, s: p[1:-1]),
-    "columns": Seen(lambda s: _longer(s, -1), lambda p, s: p[..., 1:]),
-    "every other": Seen(lambda s: (2 * s[0], *s[1:]), lambda p, s: p[::2]),
-    "flat": Seen(lambda s: (torch.Size(s).numel(),), lambda p, s: p.view(s)),
-    "chunk": Seen(lambda s: (2 * s[0], *s[1:]), lambda p, s: p.chunk(2)[1]),
-    "split": Seen(lambda s: _longer(s, -1, 2), lambda p, s: p.split([2, s[-1]], -1)[1]),
-    "unbound": Seen(lambda s: (2, *s), lambda p, s: p.unbind()[1]),
-    "narrowed": Seen(lambda s: _longer(s, -1), lambda p, s: p.narrow(-1, 1, s[-1])),
-    "expanded": Seen(lambda s: (1, *s[1:]), lambda p, s: p.expand(s)),
-    "one more": Seen(lambda s: s, lambda p, s: 1 + p),
-    "doubled": Seen(lambda s: s, lambda p, s: p * 2),
-    "exponential": Seen(lambda s: s, lambda p, s: p.exp()),
-    "normalised": Seen(lambda s: s, lambda p, s: p / p.norm()),
-    "twice": Seen(lambda s: (2, *s), lambda p, s: p[0] + p[1]),
-    "detached": Seen(lambda s: s, lambda p, s: p.detach()),
-    "partly detached": Seen(lambda s: s, lambda p, s: p + p.detach()),
-    "picked": Seen(lambda s: s, lambda p, s: p[torch.arange(s[0]).flip(0)]),
-    "flipped": Seen(lambda s: s, lambda p, s: p.flip(-1)),
-    "joined": Seen(lambda s: s, lambda p, s: torch.cat([p[:1], p[1:]])),
-    "cloned": Seen(lambda s: s, lambda p, s: p.clone()),
-    "one less": Seen(lambda s: s, lambda p, s: 1 - p / 2),
-    "low rank": Seen(lambda s: _beside(s, 2), lambda p, s: (p[: s[0]] @ p[s[0] :].T).view(s) * 0.5),
-    "twice low rank": Seen(lambda s: _beside(s, 2), lambda p, s: (p[: s[0]] @ p[s[0] :].T + _outer(p, s)).view(s)),
-    "rows scaled": Seen(lambda s: _flat(s, 1), lambda p, s: (p[:, 1:] * p[:, :1]).reshape(s)),
-    "columns scaled": Seen(lambda s: _flat(s, 0, 1), lambda p, s: (p[:1].tanh() - p[1:] * p[:1]).reshape(s)),
-    "weight norm": Seen(lambda s: _flat(s, 1), lambda p, s: _normed(p[:, 1:].clone(), p[:, :1]).view(s)),
-    "doubled in place": Seen(lambda s: s, lambda p, s: p.clone().mul_(2)),
-    "partly in place": Seen(lambda s: s, lambda p, s: _halved(1 + p)),
-    "without gradient": Seen(lambda s: s, lambda p, s: torch.no_grad()(torch.Tensor.mul)(p, 2)),
-}
+__all__ = ["WAYS", "Branch", "Built", "Decided", "Parameter", "Step"]
 
 
 @dataclass(frozen=True)
