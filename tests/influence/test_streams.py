@@ -13,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -110,6 +111,14 @@ def test_refined_scores_converge_to_the_exact_matrix():
     influence.refine = 0
     unrefined = float((influence.scores(train, queries).values - truth).norm() / truth.norm())
     assert errors[2] < errors[1] < errors[0] < unrefined, (unrefined, errors)
+
+
+def test_a_generator_of_queries_is_refused_where_a_file_needs_them_twice(tmp_path):
+    influence, train, queries = problem()
+    close(influence.scores(train, iter([queries])).values, influence.scores(train, queries).values)
+    with pytest.raises(kf.DataError, match="queries are read twice for a file"):
+        influence.scores(train, iter([queries]), path=tmp_path / "scores")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_refinement_keeps_ignored_positions_out():
@@ -333,6 +342,48 @@ def test_loaders_that_shuffle_or_never_end_are_refused(tmp_path):
         influence.scores(train, cycle([queries]), path=tmp_path / "scores")
     with pytest.raises(kf.DataError, match="no batch"):
         influence.scores([], queries)
+
+
+class Stream(IterableDataset):
+    """Examples one after the other, several times over; inf: it never ends."""
+
+    def __init__(self, data, times):
+        self.data, self.times = data, times
+
+    def __iter__(self):
+        while self.times:
+            self.times -= 1
+            yield from zip(*self.data, strict=True)
+
+
+@pytest.mark.parametrize("ask", ["scores", "file", "self-scores", "index", "refined"])
+def test_a_loader_without_a_length_that_goes_on_after_the_data_of_the_fisher_is_refused(ask, tmp_path):
+    influence, train, queries = problem()
+    data = tuple(map(torch.cat, zip(*train, strict=True)))
+    data[1][3] = -100  # of which no position counts
+    influence = kf.Influence(
+        influence.model, kf.estimate(influence.model, data, kf.Categorical(), labels="exact"), kf.Categorical()
+    )
+    refined = kf.Influence(influence.model, influence.fisher, kf.Categorical(), refine=1)
+
+    def asked(data):
+        path = tmp_path / str(len([*tmp_path.iterdir()]))
+        return {
+            "scores": lambda: influence.scores(data, queries).values,
+            "file": lambda: influence.scores(data, queries, path=path).values,
+            "self-scores": lambda: influence.self_scores(data),
+            "index": lambda: influence.index(data, path).scores(queries).values,
+            "refined": lambda: refined.scores(data, queries).values,
+        }[ask]()
+
+    with pytest.raises(kf.DataError, match="more than the 23 examples of the Fisher, and may never end"):
+        asked(DataLoader(Stream(data, torch.inf), 7))
+    if ask != "refined":  # which reads them twice, and this stream ends with the first reading
+        close(asked(DataLoader(Stream(data, 1), 7)), asked([data]), 1e-9)
+        return
+    asked([tuple(part[:12] for part in data), tuple(part[12:] for part in data)])
+    with pytest.raises(kf.DataError, match="have 46 examples, and the Fisher counts 23"):
+        asked([data, data])
 
 
 @pytest.mark.parametrize("name", SHUFFLED)

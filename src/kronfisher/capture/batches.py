@@ -83,10 +83,18 @@ class Batches:
     @property
     def number(self) -> int:
         """How many batches there are; one if only reading them would tell."""
+        return max(self._length() or 1, 1)
+
+    @property
+    def ends(self) -> bool:
+        """Whether they are known to end: they have a length."""
+        return self._length() is not None
+
+    def _length(self) -> int | None:
         try:
-            return max(len(self._batches), 1) if isinstance(self._batches, Sized) else 1
+            return len(self._batches) if isinstance(self._batches, Sized) else None
         except TypeError:  # a loader of an iterable data set has a length that raises
-            return 1
+            return None
 
     def read(self, number: int) -> Iterator[tuple[str, Any]]:
         """Yield the name and the batch, for every batch of the pass with this number (from zero)."""
@@ -112,7 +120,7 @@ class Batches:
         """
         if not self.again:
             raise DataError(
-                "This fit reads the data more than once, and a generator can be read only once. "
+                "The data are read more than once here, and a generator can be read only once. "
                 "Pass a list or a DataLoader."
             )
         bits, place = checksum(batch), self.index - 1
@@ -160,7 +168,7 @@ def _versions(batch: Any) -> list[int]:
 
 
 _SAME = (
-    "A fit that reads the data several times needs the same batches in the same order (a loader that shuffles with "
+    "What reads the data several times needs the same batches in the same order (a loader that shuffles with "
     "the global generators provides that, a loader with a generator of its own does not): fix the loader's order, or "
     "pass a list."
 )

@@ -8,6 +8,7 @@ and Schwarz a score is off by at most ``‖c_q⊥‖ ‖c_k⊥‖ / N``, the nor
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -114,10 +115,12 @@ class Leading:
         data: Any,
         what: str = "batch",
         skip: Callable[[int, Any], bool] | None = None,
+        at_most: float = inf,
     ) -> Any:
         """The readings of data, with what `gather` needs."""
         questions = {"coordinates": self.coordinates, "self": self.damped.self_products}
-        return read(network, likelihood, data, questions, self.damped.together, what=what, skip=skip)
+        options = {"what": what, "skip": skip, "at_most": at_most}
+        return read(network, likelihood, data, questions, self.damped.together, **options)
 
 
 def _eigenvalues(damped: Damped, number: int) -> Tensor:
@@ -163,7 +166,7 @@ def _coordinates(damped: Damped, number: int, rows: Tensor, chosen: Tensor) -> T
 
 def write_index(leading: Leading, network: Network, likelihood: Likelihood, train: Any, file: RowFile) -> None:
     """Write the coordinates of every training example; an interrupted run goes on where it was."""
-    for reading in leading.read(network, likelihood, train, skip=file.skip):
+    for reading in leading.read(network, likelihood, train, skip=file.skip, at_most=leading.damped.fisher.count):
         with plain_arithmetic(leading.damped.fisher.device):
             kept, left = leading.gather(reading)
             file.add({"coordinates": kept, "left": left[:, None]}, {"fallback": dict(reading.fallback)})

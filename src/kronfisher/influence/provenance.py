@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kronfisher.capture.batches import Batches, checksum
+from kronfisher.errors import DataError
 from kronfisher.fisher import Fisher
 from kronfisher.fisher.parameters import fingerprint
 from kronfisher.influence.files import digest
@@ -41,8 +42,14 @@ def _fingerprint(fisher: Fisher) -> str:
 
 
 def asked(queries: Any, measurement: Measurement) -> dict[str, str]:
-    """Of the queries and what is asked of them."""
-    batches = [checksum(batch) for _, batch in Batches(queries).read(0)]
+    """Of the queries and what is asked of them.
+
+    Raises:
+        DataError: the queries can be read only once.
+    """
+    if not (data := Batches(queries)).again:
+        raise DataError("queries are read twice for a file (path=), and a generator only once: pass a list.")
+    batches = [checksum(batch) for _, batch in data.read(0)]
     known = isinstance(measurement, str | tuple)
     return {
         "queries": digest(*batches),

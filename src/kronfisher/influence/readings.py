@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from kronfisher.fits.visitor import Visitor
 from kronfisher.layers.samples import Samples
 from kronfisher.likelihoods import Likelihood
 
-__all__ = ["Answers", "Network", "Question", "Reading", "read", "require_finite"]
+__all__ = ["Answers", "Network", "Question", "Reading", "endless", "read", "require_finite"]
 
 Question = Callable[[Blocks, tuple[Samples, ...]], Tensor]
 """Blocks treated together and their samples → ``[n, ...]``, one answer an example."""
@@ -120,6 +121,7 @@ def read(
     skip: Callable[[int, Any], bool] | None = None,
     positions_apart: bool = False,
     meet: Callable[[Any], None] | None = None,
+    at_most: float = inf,
 ) -> Iterator[Reading]:
     """Read data once, batch by batch, with questions about the gradient of ``-log p(targets)`` of every example.
 
@@ -136,9 +138,10 @@ def read(
         skip: number and batch → whether it is passed over.
         positions_apart: whether scales, shifts and tables keep the positions that they sum out else.
         meet: is told every batch, and None at the end, for ranks that have to read the same.
+        at_most: examples that are read of a loader without a length: one that never ends gives more.
 
     Raises:
-        DataError: there are no data, or they do not fit.
+        DataError: there are no data, or they do not fit, or may never end.
         UnsupportedError: examples are coupled.
         NumericalError: outputs are not finite.
     """
@@ -172,6 +175,8 @@ def read(
                 run.absorb(observation)
                 size = len(observation)
                 del observation
+            if not batches.ends and float(run.count) > at_most:
+                raise endless(where, at_most)
             answers = {name: visitor.take(name) for name in questions}
             tell(f"{batches.index} batches")
             yield Reading(where, size, batch, answers, run.known.fallback)
@@ -180,6 +185,14 @@ def read(
     finally:
         tell("")
     batches.require_same_number()
+
+
+def endless(where: str, count: float) -> DataError:
+    """Of training data that go on where the Fisher's end, and do not say how long."""
+    return DataError(
+        f"{where}: the training data have given more than the {count:,.0f} examples of the Fisher, and may never end, "
+        "because their loader has no length. Pass a list, or a loader whose data set has one (__len__)."
+    )
 
 
 def require_finite(values: Tensor, where: str) -> Tensor:

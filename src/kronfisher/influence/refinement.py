@@ -13,9 +13,9 @@ from kronfisher.errors import DataError, NumericalError, SingularError
 from kronfisher.estimation.progress import Progress, writer
 from kronfisher.fisher.layout import scatter
 from kronfisher.influence.preconditioned import Damped
-from kronfisher.influence.readings import Network
+from kronfisher.influence.readings import Network, endless
 from kronfisher.influence.vectors import Rows, Vectors
-from kronfisher.likelihoods import Likelihood, along_outputs
+from kronfisher.likelihoods import Likelihood, along_outputs, masked_positions
 from kronfisher.linalg import plain_arithmetic, promote
 
 __all__ = ["refine"]
@@ -113,19 +113,21 @@ def _gauss_newton(
     parameters = {name: p for name, p in network.model.named_parameters() if name in directions}
     device = next(iter(parameters.values())).device
     total, tell = {name: torch.zeros_like(d) for name, d in directions.items()}, writer(progress)
-    leaves, size, seen = list(parameters.values()), len(next(iter(directions.values()))), 0
+    leaves, size, seen = list(parameters.values()), len(next(iter(directions.values()))), 0.0
     for where, batch in batches.read(number):
         batches.recognise(batch)
         damped.agree_on_data(batch)
         with isolate(network.model, network.seed + batches.index), sdpa_kernel(SDPBackend.MATH):
             outputs, targets = run(network.model, batch, network.forward, device, where)
             likelihood.check(outputs.detach(), targets, where, "observed")  # as the scores will, readings later
-            kept = None
+            counts, kept = likelihood.positions(outputs.detach(), targets), None
             if network.mask is not None:
                 joint = likelihood.joint_dim(outputs, targets)
                 given = positions_of(batch, network.mask, outputs, where)
-                kept = along_outputs(given, outputs, joint, where)
-            seen += len(outputs)
+                counts, kept = masked_positions(given, counts, where), along_outputs(given, outputs, joint, where)
+            seen += likelihood.count(outputs.detach()) if counts is None else float(counts.any(dim=1).sum())
+            if seen > count and not batches.ends:
+                raise endless(where, count)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             slopes = torch.autograd.grad(outputs, leaves, dummy, create_graph=True, materialize_grads=True)
             for k in range(size):
@@ -141,9 +143,10 @@ def _gauss_newton(
     tell("")
     damped.agree_on_data(None)
     batches.require_same_number()
-    if not count or seen < count:
+    if not count or abs(seen - count) >= 0.5:
         raise DataError(
-            f"refine: the training data have {seen:,} examples, and the Fisher counts {count:,.0f}: the exact matrix "
-            "needs all of them. Give all, or leave out refine= where they are scored in parts."
+            f"refine: the training data have {seen:,.0f} examples, and the Fisher counts {count:,.0f}: the exact "
+            "matrix needs all of them, and no others. Give those of the estimate, or leave out refine= where they are "
+            "scored in parts."
         )
     return {name: value / count for name, value in total.items()}

@@ -99,6 +99,7 @@ class Scorer:
             skip=skip,
             positions_apart=self.per == "position",
             meet=self.damped.agree_on_data if self.normalize else None,
+            at_most=self.damped.fisher.count,
         )
         for reading in readings:
             with plain_arithmetic(self.own.device):
@@ -180,7 +181,7 @@ def self_scores(
     """``∇ℓ_kᵀ (F + λ)⁻¹ ∇ℓ_k / N`` ``[N]``."""
     questions: dict[str, Question] = {"self": damped.self_products}
     parts = []
-    how = {"progress": progress, "meet": damped.agree_on_data}
+    how: dict[str, Any] = {"progress": progress, "meet": damped.agree_on_data, "at_most": damped.fisher.count}
     for reading in read(network, likelihood, data, questions, damped.together, **how):
         parts.append(require_finite(_self_scores(reading, damped), reading.where))
     return torch.cat(parts)
