@@ -114,6 +114,48 @@ def empty(rank):
     return {name: raised(call) for name, call in nowhere.items()}, dealt, scores
 
 
+def covered(rank):
+    """What coverage lists of several models, on ranks whose first batches differ, and errors."""
+    group, size = {"group": dist.group.WORLD}, dist.get_world_size()
+    x, found = numbers(4, 3).abs(), {}
+    odd = x * (-1 if rank == 1 else 1)
+    found["branches"] = kf.coverage(fresh(Branches()), odd, **group)
+    found["late"] = kf.coverage(fresh(Late()), odd, **group)
+    found["some"] = kf.coverage(fresh(Late()), [odd] if rank == 1 else [], **group)
+    for how in ("rows", "ddp", "plain"):
+        model = perceptron()
+        if how == "ddp":
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        elif how == "rows":
+            spread(model, how)
+        found[how] = kf.coverage(model, kf.shard(list(numbers(2 * size, 4).split(2))), **group)
+    errors = {
+        "none": lambda: kf.coverage(perceptron(), [], **group),
+        "fit": lambda: kf.coverage(perceptron(), numbers(2, 4), fit="ekfac" if rank else "kfac", **group),
+        "batch": lambda: kf.coverage(perceptron(), numbers(2, 4 - (rank == 1)), **group),
+        "model": lambda: kf.coverage(perceptron(4 + (rank == 1)), numbers(2, 4), **group),
+    }
+    return found, {name: raised(call) for name, call in errors.items()}
+
+
+def other_calls(rank):
+    """Errors where ranks make other calls, or where one fails while others are at the end of an equal part."""
+    model, group, categorical = perceptron(), {"group": dist.group.WORLD}, kf.Categorical()
+    x, y = numbers(12, 4), torch.arange(12) % 3
+    data = list(zip(x.split(1), y.split(1), strict=True))
+    fisher = kf.estimate(model, (x, y), categorical, **group)
+    laplace = kf.Laplace(model, fisher)
+    bad = kf.shard(
+        [(each[:, :2] if place == 1 else each, label) for place, (each, label) in enumerate(data)], equal=True
+    )
+    return {
+        "estimate": raised(lambda: kf.estimate(model, bad, categorical, **group)),
+        "score": raised(lambda: laplace.score(bad, **group)),
+        "calibrate": raised(lambda: laplace.calibrate(bad, **group)),
+        "other": raised(lambda: laplace.score(data, **group) if rank else fisher.error(data)),
+    }
+
+
 class Late(torch.nn.Module):
     """A layer whose weight is also used in a way that is not understood, in one batch only."""
 

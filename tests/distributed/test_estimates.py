@@ -76,6 +76,39 @@ def test_data_without_a_batch_are_told_on_all_ranks(ranks):
         assert some == ("", "") if not rank else "batches than there are ranks" in some[1]
 
 
+def test_coverage_lists_what_the_batches_of_all_ranks_show(ranks):
+    answers = ranks.call(cases.covered)
+    kfac = "KFAC(mode='expand')"
+    for found, errors in answers:
+        assert found == answers[0][0]
+        treated = {name: {row.parameter: row.treatment for row in own.rows} for name, own in found.items()}
+        assert set(treated["branches"].values()) == {kfac, "unused"}
+        for name, treatment in treated["branches"].items():
+            assert (treatment == "unused") == name.startswith("unused"), name
+        assert treated["late"] == treated["some"] == {
+            "first.weight": "fallback: Diagonal()", "first.bias": kfac, "last.weight": kfac, "last.bias": kfac,
+        }  # fmt: skip
+        row = found["late"].rows[0]
+        assert row.operators == ("linear", "mul") and "used in 2 different ways" in row.reason
+        assert found["rows"] == found["ddp"] == found["plain"] == kf.coverage(cases.perceptron(), cases.numbers(2, 4))
+        says = {"none": "no batch on any rank", "fit": "fit is KFAC.* on rank 0 and EKFAC.* on rank 1"}
+        says |= {"batch": "mat1 and mat2", "model": r"parameter 0\.weight: rank 0 has \[4, 4\].*, rank 1 \[5, 4\]"}
+        for name, text in says.items():
+            assert re.search(text, errors[name][1]), (name, errors[name])
+
+
+def test_ranks_that_make_other_calls_are_told_which(ranks):
+    """Seen: a TypeError, an AttributeError, or the group's timeout; a batch that fails while others end a part, too."""
+    for rank, errors in enumerate(ranks.call(cases.other_calls)):
+        assert re.search("rank 0 puts together what it has read, and rank 1 scores training data", errors["other"][1])
+        for name in ("estimate", "score", "calibrate"):
+            kind, text = errors[name]
+            if rank == 1:
+                assert kind != "RankError" and "mat1 and mat2" in text, (name, kind, text)
+            else:
+                assert kind == "RankError" and "every rank has to make the same calls" in text, (name, kind, text)
+
+
 def test_layers_that_some_ranks_do_not_use(ranks):
     agree(ranks.call(cases.branches, "kfac"), cases.branches(None, "kfac"))
     agree(

@@ -58,7 +58,7 @@ def test_join_ends_an_epoch_of_loaders_of_their_own(ranks):
     assert same_bits([found for found, _ in answers]) and {steps for _, steps in answers} == {9}
 
 
-GROUP = SimpleNamespace(members=[0, 1], size=2, gather=lambda order: [order, order])
+GROUP = SimpleNamespace(members=[0, 1], size=2, gather=lambda order, call: [order, order])
 
 
 def shard(rank, number, **options):

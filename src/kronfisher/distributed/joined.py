@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kronfisher.distributed.ranks import Ranks, describe, raise_described
+from kronfisher.errors import RankError
 
 __all__ = ["Joined"]
 
@@ -36,9 +37,11 @@ class Joined:
             error, batch = None, None
             try:
                 part = (batch,) if (batch := next(own, _END)) is not _END else ()
+            except RankError:  # ranks have met while they read, and all know
+                raise
             except Exception as problem:
                 error, part = problem, ()
-            everywhere = self.ranks.share((describe(error), part), torch.device("cpu"))
+            everywhere = self.ranks.share((describe(error), part), "reads batches for all", torch.device("cpu"))
             raise_described([failure for failure, _ in everywhere], error)
             if not any(part for _, part in everywhere):
                 return

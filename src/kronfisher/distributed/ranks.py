@@ -66,48 +66,61 @@ class Ranks:
     def __deepcopy__(self, memo: Any) -> "Ranks":
         return self  # a process group cannot be copied
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, call: str) -> list[Any]:
         """The values of all ranks, in their order; for small ones without tensors.
 
+        Args:
+            value: of this rank.
+            call: what this rank does, in words: the others have to do the same.
+
         Raises:
-            RankError: another rank has ended, or does not come.
+            RankError: another rank has ended, or does not come, or does something else.
         """
         self.collectives += 1
         values: list[Any] = [None] * self.size
         with self._together(comes=True):
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+            dist.all_gather_object(values, (call, value), group=self.group)
+        for rank, (other, _) in enumerate(values):
+            if other != values[0][0]:
+                raise RankError(
+                    f"rank 0 {values[0][0]}, and rank {rank} {other}: every rank has to make the same calls."
+                )
+        return [value for _, value in values]
 
-    def added(self, read: Callable[[], Sequence[float]]) -> list[float]:
-        """Numbers that each rank reads from its own data, added up in the order of ranks.
+    def gathered(self, read: Callable[[], Any], call: str) -> list[Any]:
+        """What each rank reads from its own data, in their order; small values without tensors.
 
         Raises:
             RankError: reading failed on another rank. Where it failed, its own error.
         """
-        numbers, error = [], None
+        value, error = None, None
         try:
-            numbers = list(read())
+            value = read()
+        except RankError:  # ranks have met while they read, and all know
+            raise
         except Exception as problem:
             error = problem
-        everywhere = self.gather((describe(error), numbers))
+        try:
+            everywhere = self.gather((describe(error), value), call)
+        except RankError as other:
+            raise error or other from None
         raise_described([failure for failure, _ in everywhere], error)
-        return [sum(parts) for parts in zip(*(own for _, own in everywhere), strict=True)]
+        return [value for _, value in everywhere]
 
-    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
+    def added(self, read: Callable[[], Sequence[float]], call: str) -> list[float]:
+        """Numbers that each rank reads from its own data, added up in the order of ranks; raises as `gathered`."""
+        return [sum(parts) for parts in zip(*self.gathered(lambda: list(read()), call), strict=True)]
+
+    def summed(self, compute: Callable[[], Tensor], call: str) -> Tensor:
         """Tensors of one shape that each rank computes, added up at all of them to the same bits.
 
         Raises:
             RankError: it failed on another rank. Where it failed, its own error.
         """
-        value, error = None, None
-        try:
-            value = compute()
-        except Exception as problem:
-            error = problem
-        raise_described(self.gather(describe(error)), error)
-        assert value is not None
-        self.sum_([Sum(value)])
-        return value
+        found: list[Tensor] = []
+        self.gathered(lambda: found.append(compute()), call)
+        self.sum_([Sum(found[0])])
+        return found[0]
 
     def sum_(self, sums: Iterable[Sum]) -> None:
         """Sum tensors over all ranks, each at its owner; at all of them, to the same bits, where it has none.
@@ -154,17 +167,18 @@ class Ranks:
             values.append(Parcel.open(frame, numbers, device))
         return values
 
-    def share(self, value: Any, device: torch.device, *, anew: bool = False) -> list[Any]:
+    def share(self, value: Any, call: str, device: torch.device, *, anew: bool = False) -> list[Any]:
         """The values of all ranks, tensors included, at all of them.
 
         Args:
             value: of this rank.
+            call: as in `gather`.
             device: where tensors are wanted.
             anew: unpack this rank's own, too, so that nothing of it is changed with the answer.
         """
         parcel = Parcel.of(value, self.device)
         values = []
-        for rank, frame in enumerate(self.gather(parcel.frame)):
+        for rank, frame in enumerate(self.gather(parcel.frame, call)):
             numbers = parcel.numbers
             if rank != self.rank:
                 numbers = torch.empty(Parcel.size(frame), dtype=torch.uint8, device=self.device)
@@ -233,7 +247,8 @@ class Ranks:
 
     def hand(self, value: Any, giver: int, taker: int, device: torch.device) -> Any:
         """A value of one rank, tensors included, at another; None elsewhere."""
-        frame = self.gather(Parcel.of(value, self.device).frame if self.rank == giver else b"")[giver]
+        own = Parcel.of(value, self.device).frame if self.rank == giver else b""
+        frame = self.gather(own, f"brings a block from rank {giver} to rank {taker}")[giver]
         parcel = Parcel.of(value, self.device) if self.rank == giver else _NOTHING
         frames = [frame if rank == giver else _NOTHING.frame for rank in range(self.size)]
         found = self.collect(parcel, frames, taker, device)

@@ -132,7 +132,7 @@ class Shard:
                 "this rank; a generator can be read only once."
             )
         meets = self._meets or own.trained
-        if meets is not None and len(set(orders := meets.gather(self.order))) > 1:
+        if meets is not None and len(set(orders := meets.gather(self.order, _PASSES))) > 1:
             other = next(rank for rank, order in enumerate(orders) if order != orders[0])
             raise RankError(f"rank 0 read {orders[0]}, rank {other} {orders[other]}; {OTHER_ORDERS}")
         if self.equal and not own.rounds:
@@ -189,6 +189,9 @@ def deal(entries: Iterable[Any], rank: int, ranks: int) -> Iterator[tuple[Any, b
             yield own.pop(), True
     if own:
         yield own.pop(), False
+
+
+_PASSES = "is at the end of a pass over kf.shard(loader)"
 
 
 class _Dealt:

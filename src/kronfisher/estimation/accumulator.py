@@ -197,6 +197,8 @@ class Accumulator:
                     problem = None
                     try:
                         self._read_pass(batches, number, tell)
+                    except RankError:  # ranks have met while they read, and all know
+                        raise
                     except Exception as error:
                         problem = error
                     self._meet(self.meeting, batches, number, problem)

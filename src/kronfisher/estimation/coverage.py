@@ -8,10 +8,10 @@ from torch import nn
 from kronfisher.capture.batches import Batches
 from kronfisher.capture.forward import Forward
 from kronfisher.capture.isolation import isolate
-from kronfisher.capture.observation import observe
 from kronfisher.capture.per_sample import per_sample_block
-from kronfisher.errors import DataError
+from kronfisher.distributed import ProcessGroup, ranks_of, whole
 from kronfisher.estimation.accumulator import Accumulator
+from kronfisher.estimation.first_batches import examine
 from kronfisher.estimation.recipe import Recipe
 from kronfisher.fisher.parameters import unwrapped
 from kronfisher.fisher.report import BY_LAYERS, treatment
@@ -93,7 +93,14 @@ class Coverage:
         return "\n".join([facts, str(table), *together({row.parameter: row.reason for row in self.rows}), *self.cuts])
 
 
-def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: Forward | None = None) -> Coverage:
+def coverage(
+    model: nn.Module,
+    batch: Any,
+    *,
+    fit: Choice = "kfac",
+    forward: Forward | None = None,
+    group: ProcessGroup = None,
+) -> Coverage:
     """List how `estimate` would treat each parameter, with the reason for those that only the fallback can treat.
 
     It takes one forward pass, and a few backward passes if it is not known which example each row belongs to.
@@ -103,11 +110,14 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         batch: one batch (or a loader, whose first batch is used); targets are not needed.
         fit: as for `estimate`.
         forward: as for `estimate`.
+        group: the processes that read a part of the data each, as for `estimate`; all of them call this, and each gets
+            what the batches of all show.
 
     Raises:
         UnsupportedError: the model cannot be treated at all (coupled examples, as by BatchNorm in train mode; scripted
             parts or reentrant checkpoints, which hide operators; outputs that depend on no trainable parameter).
         DataError: there is no batch, or it does not fit the model.
+        RankError: it failed on another rank of the group, or ranks have different models.
 
     Example:
         >>> import torch, kronfisher as kf
@@ -118,35 +128,24 @@ def coverage(model: nn.Module, batch: Any, *, fit: Choice = "kfac", forward: For
         weight     2x3    75.0 %  linear   KFAC(mode='expand')
         bias       2      25.0 %  linear   KFAC(mode='expand')
     """
-    run = Accumulator(
-        Recipe(unwrapped(model), Categorical(), forward=forward), fit
-    )  # any likelihood: no label is drawn
-    batches = Batches(batch)
-    run.batches = batches.number
-    with isolate(run.model, 0):
-        _, first = next(batches.read(0), ("", None))
-        if first is None:
-            raise DataError("The data contain no batch, so there is nothing to run the model on.")
-        observation = observe(run.model, run.parameters, first, forward, "the batch")
-        assignment = run.assign(observation)
-    graph, known = observation.graph, assignment.known
-    blocks = {part.block.key: part.block for parts in assignment.parts.values() for part in parts}
-    operators: dict[str, set[str]] = {name: set() for name in run.parameters}
-    for block in blocks.values():
-        for name in block.parameters:
-            operators[name].add(block.operator)
+    model, ranks = unwrapped(model), ranks_of(group)
+    with whole(model):
+        recipe = Recipe(model, Categorical(), forward=forward, ranks=ranks)  # any likelihood: no label is drawn
+        run, batches = Accumulator(recipe, fit), Batches(batch)
+        run.batches = batches.number
+        with isolate(model, 0):
+            seen, known = examine(run, batches)
     rows = []
     for name, parameter in run.parameters.items():
-        treatment = repr(run.fits.given[name]) if name in graph.reached else "unused"
-        used = operators[name] | graph.unclaimed.get(name, set())
-        if name in known.dear and not any(name in block.parameters and block.onehot for block in blocks.values()):
+        treatment = repr(run.fits.given[name]) if any(name in one.reached for one in seen) else "unused"
+        used = {operator for one in seen for operator in one.operators.get(name, ())}
+        if name in known.dear and not any(name in one.looked_up for one in seen):
             treatment = repr(run.fits.fallback)
         if name in known.fallback:
-            block = per_sample_block(name, parameter)
-            treatment = f"fallback: {run.fits.of(block)!r}"
-            used |= {call.operator for call in observation.calls if any(use.name == name for use in call.uses)}
+            treatment = f"fallback: {run.fits.of(per_sample_block(name, parameter))!r}"
+            used |= {operator for one in seen for operator in one.beside.get(name, ())}
         shape, reason = tuple(parameter.shape), known.fallback.get(name, "")
         rows.append(CoverageRow(name, shape, parameter.numel(), tuple(sorted(used)), treatment, reason))
-    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    notes = (*known.neighbours.notes(blocks.values(), run.fits), *known.dear.values())
-    return Coverage(tuple(rows), frozen, notes)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    notes = dict.fromkeys((*(note for one in seen for note in one.notes), *known.dear.values()))
+    return Coverage(tuple(rows), frozen, tuple(notes))

@@ -21,7 +21,7 @@ from kronfisher.fits.state import WaitingState
 from kronfisher.linalg import promote
 from kronfisher.operators import Operator, Outline, Owned
 
-__all__ = ["LateKnowledge", "Meeting", "Said", "facts_of"]
+__all__ = ["Entry", "LateKnowledge", "Meeting", "Said", "facts_of", "union"]
 
 
 class LateKnowledge(Exception):
@@ -45,8 +45,8 @@ class Entry:
 
     blocks: tuple[Block, ...]
     facts: Mapping[str, Any]
-    frame: bytes | None
-    rows: float
+    frame: bytes | None = None
+    rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,21 @@ class Meeting:
             parcel = None if group.done or group.state.adds or not pack else Parcel.of(group.state, self.ranks.device)
             parcels.append(parcel)
             entries.append(_entry(group, parcel))
+        return self.compare(replace(said, entries=tuple(entries)), "puts together what it has read"), parcels
+
+    def compare(self, said: Said, call: str) -> list[Said]:
+        """Gather what all ranks say, its groups among it, and require that it is of one kind.
+
+        Args:
+            said: by this rank.
+            call: as in `Ranks.gather`.
+
+        Raises:
+            RankError: a rank failed, or they differ; on all ranks.
+            LateKnowledge: they treated parameters in different ways; on all ranks.
+        """
         plain = replace(said.known, groups=())
-        all_said: list[Said] = self.ranks.gather(replace(said, known=plain, entries=tuple(entries)))
+        all_said: list[Said] = self.ranks.gather(replace(said, known=plain), call)
         for rank, other in enumerate(all_said):
             if other.error:
                 raise RankError(f"rank {rank}: {other.error}")
@@ -133,11 +146,11 @@ class Meeting:
         if len(orders) > 1:
             _require_same("", [other.order for other in all_said], OTHER_ORDERS)
         _require_one_treatment(all_said)
-        return all_said, parcels
+        return all_said
 
     def complete(self, said: list[Said], fits: Fits, groups: Groups, count: float | Tensor) -> Known:
         """Make empty states for groups that other ranks have, in one order everywhere; what all of them know."""
-        known = _union([other.known for other in said])
+        known = union([other.known for other in said])
         fits = replace(fits, dear=known.dear.keys())
         own = {tuple(block.key for block in group.blocks) for group in groups}
         order: dict[tuple[Key, ...], Entry] = {}
@@ -197,7 +210,7 @@ class Meeting:
         adding = [group.state for group in groups if group.state.adds]
         self.ranks.sum_([Sum(numbers), *(one for state in adding for one in _sums(state))])
         if others := [group for group in groups if not group.state.adds]:
-            everywhere = self.ranks.share([group.state for group in others], self.device, anew=True)
+            everywhere = self.ranks.share([group.state for group in others], "sums statistics", self.device, anew=True)
             for group, *parts in zip(others, *everywhere, strict=True):
                 merged = parts[0]
                 for part in parts[1:]:
@@ -228,7 +241,9 @@ class Meeting:
         except Exception as problem:
             error = problem
         values: dict[int, Any] = {}
-        for rank, (failure, found) in enumerate(self.ranks.share((describe(error), own), self.device)):
+        for rank, (failure, found) in enumerate(
+            self.ranks.share((describe(error), own), "finishes blocks", self.device)
+        ):
             if failure:
                 raise error if rank == self.ranks.rank and error else RankError(f"rank {rank}: {failure}")
             values.update(found)
@@ -320,11 +335,11 @@ def _require_one_treatment(said: list[Said]) -> None:
         RankError: they differ in a way that beginning again does not mend.
         LateKnowledge: they need not, if all begin with what each of them found.
     """
-    union, again = _union([other.known for other in said]), all(other.again for other in said)
+    joint, again = union([other.known for other in said]), all(other.again for other in said)
     blocks = {b.key: b for other in said for entry in other.entries for b in entry.blocks}
-    anew = replace(union, neighbours=Known().neighbours, foreseen=tuple(blocks.values()))
+    anew = replace(joint, neighbours=Known().neighbours, foreseen=tuple(blocks.values()))
     if any(other.late for other in said):
-        late = _union([other.late or other.known for other in said])
+        late = union([other.late or other.known for other in said])
         foreseen = {b.key: b for other in said if other.late for b in other.late.foreseen} | blocks
         raise LateKnowledge(replace(late, foreseen=tuple(foreseen.values())), _TREATMENT, again)
     placed: dict[Key, tuple[tuple[Block, ...], int]] = {}
@@ -333,10 +348,10 @@ def _require_one_treatment(said: list[Said]) -> None:
             for block in entry.blocks:
                 names = set(block.parameters)
                 if block.operator != FALLBACK and (
-                    names & union.fallback.keys() or (len(names) > 1 and names & union.apart)
+                    names & joint.fallback.keys() or (len(names) > 1 and names & joint.apart)
                 ):
                     raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
-                if not block.onehot and names & (union.dear.keys() - other.known.dear.keys()):
+                if not block.onehot and names & (joint.dear.keys() - other.known.dear.keys()):
                     raise LateKnowledge(anew, f"{block.name}: {_TREATMENT}", again)
                 before, first = placed.setdefault(block.key, (entry.blocks, rank))
                 if [b.key for b in before] != [b.key for b in entry.blocks]:
@@ -355,7 +370,7 @@ def _require_one_treatment(said: list[Said]) -> None:
                     )
 
 
-def _union(known: list[Known]) -> Known:
+def union(known: list[Known]) -> Known:
     """What any rank knows."""
     fallback, dear, after, cuts = {}, {}, {}, {}
     for each in reversed(known):

@@ -131,7 +131,7 @@ def agree(precisions: Iterable[Precision], what: str, value: Any) -> None:
     owned = next((one for one in precisions if isinstance(one, OwnedPrecision)), None)
     if owned is None:
         return
-    digests = owned.at.ranks.gather(_digest(value))
+    digests = owned.at.ranks.gather(_digest(value), "compares what ranks ask together")
     for rank, digest in enumerate(digests):
         if digest != digests[0]:
             raise RankError(

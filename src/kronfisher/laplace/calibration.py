@@ -40,7 +40,7 @@ def best_scale(
         def read() -> list[float]:
             return _log_densities(posterior, batches, factors.tolist(), predictor, samples, seed)
 
-        *sums, number = read() if ranks is None else ranks.added(read)
+        *sums, number = read() if ranks is None else ranks.added(read, "calibrates a posterior")
         if not number:
             raise DataError("the validation data hold no batch.")
         total = torch.tensor(sums, dtype=torch.float64)

@@ -113,7 +113,7 @@ def score_training_data(posterior: Posterior, data: Any, ranks: Ranks | None = N
                 outputs += values.numel()
         return total, outputs
 
-    total, outputs = read() if ranks is None else ranks.added(read)
+    total, outputs = read() if ranks is None else ranks.added(read, "scores training data")
     if not outputs:
         raise DataError("the training data hold no batch.")
     return total, int(outputs)

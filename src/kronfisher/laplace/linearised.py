@@ -122,7 +122,7 @@ def _put_together(
         found.append(outputs)
         return total
 
-    total = ranks.summed(part)
+    total = ranks.summed(part, "predicts a batch")
     return found[0], total
 
 

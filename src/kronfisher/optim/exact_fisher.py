@@ -94,7 +94,7 @@ class FisherProducts:
             tolerance = found.tolerance
             return [0.0, 0.0, *(value for part in found.numbers for value in part.flatten().tolist())]
 
-        others, refused, *sums = self.ranks.added(numbers)
+        others, refused, *sums = self.ranks.added(numbers, "solves a quadratic model")
         if refused:
             raise refusal or UnsupportedError(
                 "Another rank has no exact quadratic model, of its batch or of an operator there: its warning says why."

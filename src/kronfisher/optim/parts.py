@@ -302,7 +302,11 @@ class Parts(StepParts):
 
     def _mean(self, read: Callable[[], Sequence[float]]) -> Sequence[float]:
         """Numbers of this rank's batch, averaged over ranks, as their gradients are: the same steers all of them."""
-        return read() if self.ranks is None else [value / self.ranks.size for value in self.ranks.added(read)]
+        return (
+            read()
+            if self.ranks is None
+            else [value / self.ranks.size for value in self.ranks.added(read, "averages losses")]
+        )
 
     def _choose_length(self, inputs: StepInputs, step: int, solve: bool) -> StepLength:
         """The length of the step, with λ adapted to it."""

@@ -122,7 +122,7 @@ class RowsOfRanks:
             value = read()
         except Exception as problem:
             error = problem
-        answers = self.ranks.share((describe(error), value), self._device, anew=True)
+        answers = self.ranks.share((describe(error), value), "shares its rows", self._device, anew=True)
         raise_described([failure for failure, _ in answers], error)
         return [value for _, value in answers]
 
@@ -134,14 +134,14 @@ class RowsOfRanks:
         """
         if self.ranks is None:
             return read(), [number()]
-        value, error = None, None
-        try:
-            value = read()
-        except Exception as problem:
-            error = problem
-        everywhere = self.ranks.gather((describe(error), number()))
-        raise_described([failure for failure, _ in everywhere], error)
-        return value, [other for _, other in everywhere]
+        found: list[Any] = []
+
+        def counted() -> int:
+            found.append(read())
+            return number()
+
+        numbers = self.ranks.gathered(counted, "evaluates the loss")
+        return found[0], numbers
 
     def _mean(self, losses: Any) -> float:
         return sum(share * loss for share, loss in zip(self._shares, losses, strict=True) if share)
