@@ -346,6 +346,7 @@ def test_exact_labels_announce_themselves_and_have_a_limit(caplog):
             r"patterns \['nothing\*'\] match no trainable parameter",
         ),
         ({"likelihood": kf.Gaussian}, TypeError, "likelihood=.*pass an instance such as kf.Categorical"),
+        ({"likelihood": torch.nn.MSELoss()}, TypeError, r"kf\.Gaussian\(\), which belongs to this loss"),
         ({"likelihood": nn.MSELoss()}, TypeError, "pass an instance"),
     ],
 )

@@ -1,5 +1,6 @@
 """Whatever a loop leaves out is refused at the first step or told once: nothing stands still in silence."""
 
+import copy
 import warnings
 
 import pytest
@@ -163,3 +164,64 @@ def test_a_rate_as_of_another_optimiser_is_told():
     with pytest.warns(kf.NumericalWarning, match="leave lr out"):
         kf.NaturalGradient(network(), kf.Categorical(), lr=1e-3)
     kf.NaturalGradient(network(), kf.Categorical(), lr=0.0)  # before a scheduler's warm-up
+
+
+def test_a_rate_as_of_another_optimiser_is_told_in_groups_and_where_it_is_set_later():
+    model, ((x, y), *_) = network(), batches(1)
+    groups = [{"params": [p], "lr": 3e-4} for p in model.parameters()]
+    with pytest.warns(kf.NumericalWarning, match="leave lr out"):
+        kf.NaturalGradient(model, kf.Categorical(), params=groups)
+    kf.NaturalGradient(model, kf.Categorical(), params=[{**groups[0], "lr": 1.0}, *groups[1:]])  # some may go slowly
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-4
+    for _ in range(99):
+        optimizer.step(lambda: model(x), y)
+    with pytest.warns(kf.NumericalWarning, match=r"lr was never above 0\.0003"):
+        optimizer.step(lambda: model(x), y)
+    optimizer.step(lambda: model(x), y)
+    assert any("never above" in text for text in optimizer.report().warnings)
+
+
+def test_a_warm_up_is_not_told():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, 1.0, 1000)
+    for _ in range(110):
+        optimizer.step(lambda: model(x), y)
+        schedule.step()
+
+
+def test_parameters_that_no_group_trains_are_told_and_trained_once_they_are_added():
+    model, ((x, y), *_) = nn.ModuleDict({"first": network()}), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), refresh=kf.Refresh(statistics=1))
+    optimizer.step(lambda: model["first"](x), y)
+    model["extra"] = extra = nn.Linear(4, 3, bias=False)
+    old = extra.weight.detach().clone()
+    with pytest.warns(kf.NumericalWarning, match=r"extra\.weight: in the model, but in no group"):
+        optimizer.step(lambda: model["first"](x) + extra(x), y)
+    assert torch.equal(extra.weight, old)
+    optimizer.add_param_group({"params": extra.parameters()})
+    optimizer.step(lambda: model["first"](x) + extra(x), y)
+    assert not torch.equal(extra.weight, old) and "extra.weight" in optimizer.trained()
+    assert not optimizer.report().uncovered  # it has curvature, too
+
+
+def test_a_layer_that_took_the_place_of_another_is_told_and_not_mixed_up_with_it():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), refresh=kf.Refresh(statistics=1))
+    optimizer.step(lambda: model(x), y)
+    name, last = [(name, module) for name, module in model.named_children() if isinstance(module, nn.Linear)][-1]
+    setattr(model, name, copy.deepcopy(last))
+    with pytest.warns(kf.NumericalWarning, match="took the place"):
+        optimizer.step(lambda: model(x), y)
+    with pytest.raises(kf.UnsupportedError, match="took the place"):
+        optimizer.add_param_group({"params": getattr(model, name).parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_model_that_ran_before_the_step_is_told():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer, outputs = kf.NaturalGradient(model, kf.Categorical()), model(x)
+    with pytest.warns(kf.NumericalWarning, match="run it within the function"):
+        optimizer.step(lambda: outputs, y)

@@ -114,3 +114,38 @@ def test_options_of_another_kind_say_what_to_give(options, words):
     if options.keys() <= {"damping", "trust", "refresh", "seed"}:
         with pytest.raises(TypeError, match=words):
             kf.Preconditioner(network(), kf.Categorical(), **options)
+
+
+def test_what_no_step_can_be_made_of_says_what_to_write():
+    model, ((x, y), *_) = network(), batches(1)
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    for given in (model(x), nn.functional.cross_entropy(model(x), y)):
+        with pytest.raises(TypeError, match=r"step\(lambda: model\(x\), y\)"):
+            optimizer.step(given, y)
+    with pytest.raises(kf.DataError, match="depends on no parameter"):
+        optimizer.step(lambda: model(x).detach(), y)
+    with torch.inference_mode(), pytest.raises(kf.UnsupportedError, match="train outside of it"):
+        optimizer.step(lambda: model(x), y)
+
+
+def test_a_step_enables_gradients_by_itself():
+    (x, y), *_ = batches(1)
+    losses = []
+    for surroundings in (torch.enable_grad, torch.no_grad):
+        model = network()
+        optimizer = kf.NaturalGradient(model, kf.Categorical())
+        with surroundings():
+            losses.append([float(optimizer.step(lambda m=model: m(x), y)) for _ in range(3)])
+    assert losses[0] == losses[1] and losses[0][2] < losses[0][0]
+
+
+def test_a_state_of_other_shapes_is_refused():
+    (x, y), *_ = batches(1)
+    small, large = nn.Linear(x.shape[1], 3).to(x), nn.Linear(x.shape[1], 4).to(x)
+    optimizer = kf.NaturalGradient(small, kf.Categorical())
+    optimizer.step(lambda: small(x), y)
+    with pytest.raises(kf.DataError, match=r"weight of shape \[3, 4\], which has \[4, 4\] now"):
+        kf.NaturalGradient(large, kf.Categorical()).load_state_dict(optimizer.state_dict())
+    small.weight.data = large.weight.detach().clone()
+    with pytest.raises(kf.UnsupportedError, match="Make a new optimiser"):
+        optimizer.step(lambda: small(x), y)

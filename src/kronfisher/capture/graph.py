@@ -16,7 +16,10 @@ from kronfisher.capture.anchor import Anchor
 from kronfisher.errors import UnsupportedError
 from kronfisher.layers import Use
 
-__all__ = ["Call", "Graph", "Recording", "dtypes_within", "walk"]
+__all__ = ["UNSEEN", "Call", "Graph", "Recording", "dtypes_within", "walk"]
+
+UNSEEN = "out of sight"
+"""Where a node of the graph used a parameter that no operator was seen to receive."""
 
 _NONE: frozenset[int] = frozenset()
 _NAMELESS: frozenset[str] = frozenset()
@@ -211,7 +214,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
                     graph.unclaimed.setdefault(each, set()).update(operators)
                 continue
             for each in below_child:
-                graph.unclaimed.setdefault(each, set()).update(recording.touched.get(each) or {name})
+                graph.unclaimed.setdefault(each, set()).update(recording.touched.get(each) or {f"{name} {UNSEEN}"})
     graph.alive = {index for node, index in calls.items() if node in below}
     for index in claimed - graph.alive:  # its output was replaced later, so that its gradient would never arrive
         for use in recording.calls[index].uses:

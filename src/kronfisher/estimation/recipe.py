@@ -18,6 +18,13 @@ from kronfisher.likelihoods import Likelihood
 __all__ = ["Labels", "Recipe"]
 
 Labels = Literal["exact", "sampled", "observed"]
+_OF_LOSSES = {  # what is given by habit in place of a likelihood
+    "BCEWithLogitsLoss": "Bernoulli",
+    "CrossEntropyLoss": "Categorical",
+    "GaussianNLLLoss": "HeteroscedasticGaussian",
+    "MSELoss": "Gaussian",
+    "PoissonNLLLoss": "Poisson",
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,9 @@ class Recipe:
             raise ValueError(f"labels={self.labels!r}: use 'exact', 'sampled' or 'observed'.")
         keep_integer(self, "samples", 1, "the number of label draws per example is an integer of at least 1")
         if not isinstance(self.likelihood, Likelihood):
-            raise TypeError(
-                f"likelihood={self.likelihood!r}: pass an instance such as kf.Categorical() or kf.Gaussian()."
-            )
+            kind = _OF_LOSSES.get(type(self.likelihood).__name__)
+            such = f"kf.{kind}(), which belongs to this loss" if kind else "kf.Categorical() or kf.Gaussian()"
+            raise TypeError(f"likelihood={self.likelihood!r}: pass an instance such as {such}.")
 
     @property
     def run(self) -> Forward | None:

@@ -144,6 +144,7 @@ class ForwardBackward:
         self._passes.append(ForwardPass(lambda: require_outputs(function()), snapshot, capture, answer, values))
         return answer
 
+    @torch.enable_grad()  # as the forward pass, whatever is set around the step
     def backward(
         self,
         outputs: Any,
@@ -188,6 +189,11 @@ class ForwardBackward:
         record.targets, record.loss = targets, own.detach()
         self._opaque |= loss is not None
         total = own if loss is None else loss
+        if not total.requires_grad:
+            raise DataError(
+                "the loss depends on no parameter that requires a gradient: look for .detach(), torch.no_grad() and "
+                "requires_grad_(False) in the model."
+            )
         scaled = total if scale is None else scale(total)
         self.loss = record.loss if loss is None else loss.detach()
         capture, record.capture, record.answer = record.capture, None, None

@@ -157,10 +157,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self._spread = Spread.of(self._model, ranks)
         own = dict(self._model.named_parameters())
         self._names = {id(p): name for name, p in own.items()}
+        self._all = params is None
         if params is None:
             with whole(self._model):
                 params = [own[name] for name in trainable(self._model)]
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if (top := max(group["lr"] for group in self.param_groups)) != lr:
+            require_rate(top, stacklevel=3)
         self.steps, self._attachment = 0, Attachment()
         parameters = self.trained()
         passes = ForwardBackward(self._model, likelihood)
@@ -225,11 +228,19 @@ class NaturalGradient(torch.optim.Optimizer):
             RankError: ranks differ, or one of them has ended.
         """
         self._require_training()
+        if not (closure is None or callable(closure)):
+            raise TypeError(
+                f"step was given {type(closure).__name__}, and takes a function that runs the model: "
+                "step(lambda: model(x), y). A loop that runs it before calls step() without arguments, after "
+                "outputs = optimizer.forward(x) and optimizer.backward(outputs, y)."
+            )
         with self.parts.statistics.watched():
             return self._step(closure, targets)
 
     def _step(self, closure: Callable[[], Any] | None, targets: Any) -> Any:
         loss, whole = None, closure is not None and targets is not _MISSING
+        if self._all and self._spread is None and self.parts.statistics.is_due(self.steps):
+            self.parts.watch.untrained(self._untrained())
         if closure is not None and whole:
             self.zero_grad()
             outputs = self.parts.forward(closure, self.steps, whole=True)
@@ -240,12 +251,20 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         trained = TrainedParameters(self.trained(), self._options("lr"), self._options("weight_decay"), self._states())
+        self.parts.watch.rated(self.steps, trained.rates.values())
         with torch.no_grad(), self._changed():
             self.parts.make_step(self._model, trained, self.steps, whole=whole)
         self.steps += 1
         return loss
 
+    def _untrained(self) -> list[str]:
+        """Names of the model's parameters that require a gradient and are in no group."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        return [name for name, p in self._model.named_parameters() if p.requires_grad and id(p) not in own]
+
     def _require_training(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedError("torch.inference_mode() keeps no graph to go backward through: train outside of it.")
         if self.parts.evaluating:
             raise UnsupportedError(
                 "The model holds the average of its iterates since optimizer.eval(): call optimizer.train() before "
@@ -413,6 +432,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimiser; the new parameters get curvature from the next statistics on.
 
+        They may have come into the model since the optimiser was made.
+
+        Raises:
+            UnsupportedError: they took the place of others that are trained.
+
         Example:
             >>> import torch, kronfisher as kf
             >>> model = torch.nn.Linear(3, 2)
@@ -423,7 +447,20 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
+            self._find_names()
             self.parts.extend(self.trained())
+
+    def _find_names(self) -> None:
+        """Learn the names of parameters that have come into the model."""
+        known = {self._names[id(p)]: p for group in self.param_groups for p in group["params"] if id(p) in self._names}
+        for name, parameter in self._model.named_parameters():
+            if known.get(name, parameter) is not parameter:
+                self.param_groups.pop()
+                raise UnsupportedError(
+                    f"{name} took the place of a parameter that was trained before, whose curvature, momentum and "
+                    "average are not its own: make a new optimiser for the model as it is now."
+                )
+            self._names[id(parameter)] = name
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")

@@ -518,6 +518,7 @@ class Statistics:
             "dear": dict(self._run.known.dear) if self._run else {},
             "trained": sorted(self._trained or ()),
             "dtypes": self._kinds.state_dict(),
+            "shapes": self._kinds.shapes(),
             "fits": self._described(),
             "largest": None if self._largest is None else self._largest.state_dict(),
             "layers": [layer.state_dict() for layer in self.layers],
@@ -537,7 +538,8 @@ class Statistics:
             raise DataError(
                 f"the state was saved with other parameters or other fits; they differ at {', '.join(differ)}"
             )
-        self._kinds.load_state_dict(state.get("dtypes", {}), self.parameters)  # earlier versions did not say
+        dtypes, shapes = (state.get(key, {}) for key in ("dtypes", "shapes"))  # earlier versions did not say
+        self._kinds.load_state_dict(dtypes, self.parameters, shapes)
         self.next_due, self.dropped = state["next_due"], state["dropped"]
         self.figures.load_state_dict(state)
         self._open, self._groups = False, None

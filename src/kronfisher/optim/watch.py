@@ -1,7 +1,7 @@
 """Tells the user what goes wrong while a model is trained: each kind of trouble once, with what to do."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -9,17 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfisher.capture.graph import UNSEEN
 from kronfisher.errors import NumericalWarning, UnsupportedError
 from kronfisher.tables import together
 
 OUTSIDE = 0.5  # the share of parameters outside every fit that is told
 MEMORY = 0.05  # the weight of the newest loss in its average
 FIRST = 10  # losses whose mean is the loss at the start
-PATIENCE = 100  # steps before a loss above its start is told, and the least for which one has grown
+PATIENCE = 100  # steps before a loss above its start or a low rate is told, and the least for which a loss has grown
 UNDONE = 5  # steps undone in a row
 UNREAD = 1000  # losses that are kept apart
 SMALL = 0.01  # a factor on an optimiser's own step below which lr looks like the rate of another optimiser
 CERTAIN = 3.0  # standard errors of an average by which it must have risen: losses of single examples are mostly noise
+
+LEAVE_OUT = (
+    "multiplies the optimiser's own step, which needs no learning rate, and the weights will hardly move: leave lr "
+    "out, or let a scheduler start from 1.0"
+)
 
 __all__ = ["Watch", "no_curvature_error", "require_one_process", "require_rate"]
 
@@ -35,6 +41,7 @@ class Watch:
         told: kinds of trouble that were told, with the message.
         losses: how many were followed.
         undone: compared steps in a row that were undone.
+        rate: the highest lr so far.
         course: average of the loss now, at the start, at its lowest, the number of losses until then, how many were
             not finite, and their variance about the average.
     """
@@ -43,6 +50,7 @@ class Watch:
     told: dict[str, str] = field(default_factory=dict)
     losses: int = 0
     undone: int = 0
+    rate: float = 0.0
     course: list[float] | None = None
     _unread: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -94,6 +102,25 @@ class Watch:
             "where it stays. Give total_steps= the calls of optimizer.step in all of the "
             "training (epochs times batches, over the number of batches that are accumulated), or leave it out.",
         )
+
+    def rated(self, step: int, rates: Iterable[float]) -> None:
+        """Tell of rates that were never high, as groups and schedulers for other optimisers give them."""
+        self.rate = max(self.rate, *rates)
+        if step + 1 >= PATIENCE and 0 < self.rate < SMALL:
+            self.tell(
+                "rate",
+                f"After {step + 1} steps lr was never above {self.rate:.3g}. It {LEAVE_OUT} (in all groups, too).",
+            )
+
+    def untrained(self, names: Iterable[str]) -> None:
+        """Tell of parameters that require a gradient and are in no group."""
+        if names := list(names):
+            self.tell(
+                f"untrained, {names}",
+                f"{', '.join(names)}: in the model, but in no group of the optimiser, so that nothing moves them. They "
+                "were unfrozen, added or replaced after it was made: optimizer.add_param_group({'params': ...}) trains "
+                "them, and a new optimiser what took the place of others.",
+            )
 
     def follow(self, loss: Tensor) -> None:
         """Take the loss of a step into its course, without waiting for a device: it is read by `judge`."""
@@ -152,6 +179,11 @@ class Watch:
         outside = sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
         if outside > OUTSIDE:
             reasons = "; ".join(together(names))
+            if any(UNSEEN in reason for reason in names.values()):
+                reasons += (
+                    ". The model ran before it could be watched, in another thread or in compiled code: run it within "
+                    "the function, optimizer.step(lambda: model(x), y), not before"
+                )
             self.tell("uncovered", f"{outside:.0%} of the parameters are outside every fit and take {step}: {reasons}.")
 
     def compared(self, *, undone: bool) -> None:
@@ -209,8 +241,7 @@ def require_rate(lr: float, *, stacklevel: int) -> None:
         raise ValueError(f"lr={lr!r} must not be negative.")
     if 0 < lr < SMALL:
         warnings.warn(
-            f"lr={lr!r} multiplies the optimiser's own step, which needs no learning rate, and the weights will "
-            "hardly move: leave lr out, or let a scheduler start from 1.0.",
+            f"lr={lr!r} {LEAVE_OUT}.",
             NumericalWarning,
             stacklevel=stacklevel,
         )
