@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kronfisher as kf
-from tests.helpers.networks import perceptron
+from tests.helpers.networks import Written, perceptron
 
 
 def dropping():
@@ -190,3 +190,38 @@ def test_the_outputs_may_be_a_part_of_what_the_model_returns():
         one.step()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_the_report_says_what_the_warnings_said_and_what_no_layer_covers():
+    (x, y), last = batch(), nn.Linear(2, 3).double()
+    model = Written(lambda m, x: m.last(x[:, :2]) + x @ m.w.square(), w=torch.randn(4, 3).double(), last=last)
+    preconditioner = kf.Preconditioner(model, kf.Categorical())
+    nn.functional.cross_entropy(preconditioner(x), y).backward()
+    with pytest.warns(kf.NumericalWarning, match="57% of the parameters are outside every fit"):
+        preconditioner.step()
+    preconditioner.statistics.next_due = 0
+    with pytest.warns(kf.NumericalWarning, match="no forward pass was captured"):
+        preconditioner.step()
+    report = preconditioner.report()
+    assert (report.step, report.overdue, list(report.uncovered)) == (2, 1, ["w"])
+    assert "1 steps on statistics older than promised" in str(report) and "along their own gradients: w" in str(report)
+
+
+def test_layers_that_are_added_or_unfrozen_later_are_preconditioned_from_the_next_statistics_on():
+    (x, y), body = batch(), nn.Linear(4, 4).double().requires_grad_(False)
+    model = nn.Sequential(body, nn.Tanh(), nn.Linear(4, 3).double())
+    preconditioner = kf.Preconditioner(model, kf.Categorical(), refresh=kf.Refresh(statistics=1))
+
+    def gradient():
+        model.zero_grad()
+        nn.functional.cross_entropy(preconditioner(x), y).backward()
+        given = [p for p in model.parameters() if p.grad is not None]
+        plain = [p.grad.clone() for p in given]
+        preconditioner.step()
+        return [torch.equal(p.grad, own) for p, own in zip(given, plain, strict=True)]
+
+    assert gradient() == [False] * 2
+    body.requires_grad_(True)
+    assert gradient() == [False] * 4
+    model.append(nn.Linear(3, 3).double())
+    assert gradient() == [False] * 6

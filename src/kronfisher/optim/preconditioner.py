@@ -23,10 +23,13 @@ from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.natural_gradient import DEFAULT_FIT
 from kronfisher.optim.quadratic_step import DAMPING, TRUST
+from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.statistics import Statistics
 from kronfisher.optim.watch import Watch, no_curvature_error
 
 __all__ = ["Preconditioner"]
+
+UNCOVERED = "steps along their own gradients"
 
 CHOOSE = "say which are the outputs: Preconditioner(..., outputs=lambda answer: answer[0])"
 CALL = "call outputs = preconditioner(x) in place of the model before preconditioner.step()"
@@ -113,6 +116,7 @@ class Preconditioner:
             )
         ranks = ranks_of(group)
         self._spread = Spread.of(self._model, ranks)
+        self._all = params is None
         own = {name: id(p) for name, p in self._model.named_parameters()}
         with whole(self._model):
             named = trainable(self._model)
@@ -153,6 +157,8 @@ class Preconditioner:
             options: for the model.
         """
         statistics, step = self.statistics, self.steps
+        if self._all and self._spread is None and statistics.is_due(step):
+            self._extend()
         statistics.prepare(step)
         if not (statistics.is_due(step) and torch.is_grad_enabled()):
             return self._wrapped(*inputs, **options)
@@ -162,6 +168,13 @@ class Preconditioner:
         outputs = require_outputs(answer if self._outputs is None else self._outputs(answer), CHOOSE)
         statistics.read(capture, outputs, targets, step)
         return answer
+
+    def _extend(self) -> None:
+        """Treat what has come into the model, or was unfrozen, since the last statistics, too."""
+        known, own = self.statistics.parameters, trainable(self._model)
+        if any(known.get(name) is not parameter for name, parameter in own.items()):
+            self.statistics.extend({**known, **own})
+            self.direction.extend({**known, **own})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -185,7 +198,11 @@ class Preconditioner:
         seen, ready, self._seen = self._seen, self.statistics.ready, False
         if gradients and not (seen or ready):
             raise no_curvature_error(CALL)
+        due = self.statistics.is_due(self.steps)
         self.statistics.merge(self.steps)
+        if due and seen:  # values are read here anyway
+            sizes = {name: parameter.numel() for name, parameter in named.items()}
+            self.watch.uncovered(self.statistics.uncovered, sizes, UNCOVERED)
         self.direction.follow(self.statistics.layers, self.steps)
         if gradients and ready and self.statistics.is_due(self.steps):
             self.watch.late(self.steps, seen=seen, call=CALL)
@@ -219,6 +236,42 @@ class Preconditioner:
             members = list(dict.fromkeys(n for name in block.parameters if name in joined for n in joined[name]))
             joined |= {name: members for name in members}
         return [members for name, members in joined.items() if members[0] == name]
+
+    def report(self) -> TrainingReport:
+        """The state of training, without the loss and the step, which are the caller's and the optimiser's.
+
+        Example:
+            >>> import torch, kronfisher as kf
+            >>> model = torch.nn.Linear(3, 2)
+            >>> preconditioner = kf.Preconditioner(model, kf.Categorical())
+            >>> preconditioner(torch.randn(50, 3)).logsumexp(1).mean().backward()
+            >>> preconditioner.step()
+            >>> preconditioner.report().step, preconditioner.report().uncovered
+            (1, {})
+        """
+        statistics = self.statistics
+        return TrainingReport(
+            step=self.steps,
+            loss=None,
+            damping=self.damping.value,
+            step_size=1.0,
+            momentum=0.0,
+            ratio=None,
+            rejected=0,
+            skipped=0,
+            dropped=statistics.dropped,
+            seconds={"statistics": statistics.seconds, "inverses": self.direction.seconds},
+            stale=self.direction.overdue(self.steps),
+            troubles=self.direction.troubles,
+            uncovered=statistics.uncovered,
+            uncovered_step=UNCOVERED,
+            coupled=tuple(statistics.coupled),
+            cuts=tuple(statistics.cuts),
+            warnings=tuple(self.watch.told.values()),
+            overdue=self.watch.overdue,
+            sent=statistics.sent,
+            collectives=statistics.collectives,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and inverses; resumed with the same number of threads, training gives the same bits."""
