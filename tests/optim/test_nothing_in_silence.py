@@ -223,5 +223,5 @@ def test_a_layer_that_took_the_place_of_another_is_told_and_not_mixed_up_with_it
 def test_a_model_that_ran_before_the_step_is_told():
     model, ((x, y), *_) = network(), batches(1)
     optimizer, outputs = kf.NaturalGradient(model, kf.Categorical()), model(x)
-    with pytest.warns(kf.NumericalWarning, match="run it within the function"):
+    with pytest.warns(kf.NumericalWarning, match="run them within the function"):
         optimizer.step(lambda: outputs, y)

@@ -124,6 +124,21 @@ def test_what_no_step_can_be_made_of_says_what_to_write():
             optimizer.step(given, y)
     with pytest.raises(kf.DataError, match="depends on no parameter"):
         optimizer.step(lambda: model(x).detach(), y)
+    outputs = optimizer.forward(x)
+    for losses, words in (
+        (nn.functional.cross_entropy(outputs, y, reduction="none"), r"has shape \[16\]"),
+        (0.5, "is a float"),
+    ):
+        with pytest.raises(kf.DataError, match=f"the loss {words}"):
+            optimizer.backward(outputs, y, losses)
+    keyed = Written(lambda m, x: {"scores": m.inner(x)}, inner=model)
+    optimizer = kf.NaturalGradient(keyed, kf.Categorical())
+    answer = optimizer.forward(x)
+    with pytest.raises(kf.DataError, match=r"answer\['scores'\], or torch.cat"):
+        optimizer.backward(answer, y)
+    optimizer.attach(keyed)
+    with pytest.raises(kf.DataError, match=r"lambda answer: answer\['scores'\]"):
+        keyed(x)
     with torch.inference_mode(), pytest.raises(kf.UnsupportedError, match="train outside of it"):
         optimizer.step(lambda: model(x), y)
 

@@ -21,6 +21,7 @@ from kronfisher.optim.statistics import Statistics
 __all__ = ["ForwardBackward", "StepPasses", "require_outputs"]
 
 CHOOSE = "pass a function that returns the outputs, such as step(lambda: model(x)[0], y)"
+MADE = "give the tensor that the likelihood is of: answer[0], or torch.cat of several beside a loss of your own (loss=)"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ForwardBackward:
 
     def loss_of(self, outputs: Any, targets: Any) -> Tensor:
         """The loss, in the precision of the outputs but at least float32."""
-        outputs = require_outputs(outputs)
+        outputs = require_outputs(outputs, MADE)
         return _rounded(self.mean_loss(outputs, targets)[0], outputs)
 
     def change(self, passes: Sequence[ForwardPass]) -> float:
@@ -175,7 +176,7 @@ class ForwardBackward:
             The loss, detached.
         """
         record = self._record(outputs, again)
-        outputs, due = require_outputs(outputs), statistics.is_due(step)
+        outputs, due = require_outputs(outputs, MADE), statistics.is_due(step)
         usable = due and statistics.accepts(outputs, targets, step)
         if self.likelihood.labelled(targets):
             own, record.count = self.mean_loss(outputs, targets)
@@ -188,6 +189,9 @@ class ForwardBackward:
             )
         record.targets, record.loss = targets, own.detach()
         self._opaque |= loss is not None
+        if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
+            kind = f"has shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            raise DataError(f"the loss {kind}, and has to be a tensor of one number, as torch makes it: losses.mean().")
         total = own if loss is None else loss
         if not total.requires_grad:
             raise DataError(
@@ -342,9 +346,10 @@ def require_outputs(answer: Any, choose: str = CHOOSE) -> Tensor:
     """
     outputs = find_outputs(answer)
     if outputs is None:
-        raise DataError(
-            f"the model returned {type(answer).__name__}, neither a tensor nor an object with `logits`; {choose}"
-        )
+        if isinstance(answer, Mapping) and answer:
+            choose = choose.replace("[0]", f"[{next(iter(answer))!r}]")
+        kind = type(answer).__name__
+        raise DataError(f"the model returned {kind}, neither a tensor nor an object with `logits`; {choose}")
     if outputs.dim() == 0:
         raise DataError("the outputs are a single number; step(lambda: model(x), y) takes the outputs, not the loss")
     if len(outputs) == 0:

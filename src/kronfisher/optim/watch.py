@@ -181,8 +181,8 @@ class Watch:
             reasons = "; ".join(together(names))
             if any(UNSEEN in reason for reason in names.values()):
                 reasons += (
-                    ". The model ran before it could be watched, in another thread or in compiled code: run it within "
-                    "the function, optimizer.step(lambda: model(x), y), not before"
+                    ". Out of sight are models that ran before they were captured (run them within the function that "
+                    "is given to step: step(lambda: model(x), y)), in another thread, in torch.func or in compiled code"
                 )
             self.tell("uncovered", f"{outside:.0%} of the parameters are outside every fit and take {step}: {reasons}.")
 
