@@ -167,7 +167,7 @@ def test_models_with_several_outputs_and_a_loss_of_ones_own(way):
             losses[-1].backward()
         optimizer.step()
         torch.testing.assert_close(weights(one), weights(other), rtol=1e-12, atol=1e-12)
-    with pytest.raises(kf.DataError, match=r"step\(lambda: model\(x\)\[0\], y\)"):
+    with pytest.raises(kf.DataError, match=r"step\(lambda: model\(x\)\['classes'\], y\)"):
         optimizer.step(lambda: other(x), y)
 
 
