@@ -27,6 +27,7 @@ from kronfisher.capture.anchor import Anchor, home
 from kronfisher.capture.computed import Computed, ComputedWeights
 from kronfisher.capture.graph import Call, Recording
 from kronfisher.capture.inner_product import Seed
+from kronfisher.capture.remade import RemadeInputs
 from kronfisher.capture.same_elements import COPIES, VIEWS
 from kronfisher.errors import UnsupportedError
 from kronfisher.fisher.blocks import Window
@@ -63,6 +64,8 @@ class Capture(TorchFunctionMode):
 
     Attributes:
         recording: the record of the forward pass.
+        remade: what inputs of layers are made again of, rather than kept; None: they are kept, as for a training step,
+            whose graph serves gradients of weights, too.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
@@ -86,6 +89,7 @@ class Capture(TorchFunctionMode):
         self._computed = ComputedWeights(lambda tensor: _view(capture(), tensor), trainable, lenient)
         self._lookups: dict[int, tuple[Tensor, Use]] = {}  # results of uses without data
         self._receiver: Receiver | None = None
+        self.remade: RemadeInputs | None = None
 
     @property
     def calls(self) -> list[Call]:
@@ -148,7 +152,17 @@ class Capture(TorchFunctionMode):
                         operands[base.grad_fn] = None
                 for tensor in made:
                     operands[tensor.grad_fn] = views[id(tensor)]
-                result = self._record(_name(func), uses, constant, views, operands, func(*args, **kwargs))
+                remade = None if constant or found or self.remade is None else self.remade.of(uses, tensors)
+                if remade is None or self.remade is None:
+                    result = func(*args, **kwargs)
+                else:
+                    with self.remade.unsaved(*remade):
+                        result = func(*args, **kwargs)
+                    for use in uses:
+                        use.make_inputs(remade[1], remade[0].shape)
+                result = self._record(_name(func), uses, constant, views, operands, result)
+                if self.remade is not None:
+                    self.remade.note(func, args, kwargs, result)
                 if constant:
                     self._computed.note(func, args, kwargs, result, uses)
                 if found and found.left_out and result.requires_grad:
@@ -159,6 +173,8 @@ class Capture(TorchFunctionMode):
         if grad and (spread := self._spread_out(func, args, kwargs, tensors)):
             return self.__torch_function__(func, types, *spread)
         result = func(*args, **kwargs)
+        if grad and self.remade is not None:
+            self.remade.note(func, args, kwargs, result)
         if isinstance(result, (Tensor, tuple, list)):
             self._computed.note_picked(func, args, result)
             self._note(func, args, kwargs, tensors, result)
@@ -433,9 +449,21 @@ class Capture(TorchFunctionMode):
             return
         self._receiver = receive
         try:
-            seed.back_propagate(tuple(edges), retain=retain)
+            with self.without_gradients_of_weights():
+                seed.back_propagate(tuple(edges), retain=retain)
         finally:
             self._receiver = None
+
+    @contextmanager
+    def without_gradients_of_weights(self) -> Iterator[None]:
+        """A backward pass that ends at outputs of calls, so that the graph needs none of their inputs."""
+        if self.remade is not None:
+            self.remade.needed = False
+        try:
+            yield
+        finally:
+            if self.remade is not None:
+                self.remade.needed = True
 
     @contextmanager
     def listen(self, receive: Receiver) -> Iterator[None]:

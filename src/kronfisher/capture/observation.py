@@ -15,6 +15,7 @@ from kronfisher.capture.forward import Forward, run
 from kronfisher.capture.graph import Call, Graph, dtypes_within, walk
 from kronfisher.capture.inner_product import Seed, back_propagate_together
 from kronfisher.capture.refusals import detached_outputs_error, hidden_use_message, refuse
+from kronfisher.capture.remade import RemadeInputs
 from kronfisher.capture.separation import Separated, separate
 from kronfisher.layers import Probe, Use
 from kronfisher.linalg import promote
@@ -85,7 +86,8 @@ class Observation:
         if not self.graph.takes_several or numbers > _FEW:
             return None
         edges = [call.edge for call in calls]
-        found = back_propagate_together(self.outputs, vectors, edges)
+        with self.capture.without_gradients_of_weights():
+            found = back_propagate_together(self.outputs, vectors, edges)
         if found is None:
             return None
         return [(call, gradient) for call, gradient in zip(calls, found, strict=True) if gradient is not None]
@@ -193,6 +195,7 @@ def observe(
     """
     device = next(iter(parameters.values())).device
     capture = Capture(parameters, _constants(model))
+    capture.remade = RemadeInputs()
     outputs, targets = run(model, batch, forward, device, where, capture)
     return Observation.of(model, capture, outputs, targets, where, batch)
 

@@ -19,7 +19,7 @@ class RowUse(Use):
     """``y[..., :] = W x[..., :] + b``; `transposed` where the rows of y are its last axis (``W @ x``)."""
 
     transposed = False
-    pads = True
+    pads = remakes = True
 
     def _rows(self, tensor: Tensor) -> Tensor:
         tensor = tensor.mT if self.transposed else tensor

@@ -135,12 +135,14 @@ class Use:
     looked_up = False  # inputs are a few entries of a table, so that no product with all of it is made
     summing = False  # positions are summed out, so rows must be sorted by sample whatever the fit
     pads = False  # rows may be sorted by samples that have unequal numbers of them
+    remakes = False  # inputs are asked for by way of `original_inputs` alone, so that they may be made again
 
     def __post_init__(self) -> None:
         self.reads_data = self.inputs is not None and self.inputs.grad_fn is None  # they depend on no parameter
         if self.inputs is not None:
             self.inputs = self.inputs.detach()  # shares storage and version counter, keeps no graph
         self._version = self.inputs._version if self.inputs is not None else 0
+        self._make: Callable[[], Tensor] | None = None
 
     @property
     def lookup(self) -> "Use | None":
@@ -199,7 +201,11 @@ class Use:
 
     def forget(self) -> None:
         """Release the inputs when they are no longer needed, as the backward pass releases its own tensors."""
-        self.inputs = None
+        self.inputs = self._make = None
+
+    def make_inputs(self, make: Callable[[], Tensor], shape: torch.Size) -> None:
+        """Have the numbers of the inputs, of this shape, made when they are asked for, rather than keep them."""
+        self.inputs, self._make = None, lambda: make().view(shape)
 
     def cast_inputs(self) -> Tensor:
         """The original inputs in the dtype of the samples; see `original_inputs`."""
@@ -211,6 +217,8 @@ class Use:
         Raises:
             UnsupportedError: they have been modified in place since.
         """
+        if self._make is not None:
+            return self._make()
         assert self.inputs is not None
         if self.inputs._version != self._version:
             raise UnsupportedError(
