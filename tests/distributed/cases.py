@@ -327,10 +327,15 @@ def spread(model, how):
     from torch.distributed.fsdp import fully_shard
 
     size = dist.get_world_size()
-    shape = {"rows": (size,), "replicas": (size, 1), "both": (1, size), "grid": (2, size // 2)}[how]
+    shapes = {"replicas": (size, 1), "both": (1, size), "grid": (2, size // 2)}
+    shape = shapes.get(how, (size,))  # by rows, all of it, or its last layer alone, or with all parts unsharded
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     fully_shard(model[2], mesh=mesh, reshard_after_forward=how != "both")
-    fully_shard(model, mesh=mesh)
+    if how != "last layer":
+        fully_shard(model, mesh=mesh)
+    if how == "unsharded":
+        model.unshard()
+        model[2].unshard()
 
 
 def sharded(rank, fit, how):
@@ -344,9 +349,50 @@ def sharded(rank, fit, how):
     distance = fisher.error(data).distances
     after = model(x)
     after.sum().backward()  # the hooks are in their places again
-    placed = {type(p).__name__ for p in model.parameters()}
+    placed = {type(p).__name__ for p in model[2 if how == "last layer" else 0 :].parameters()}
     same = torch.equal(before, after) and placed == {"Parameter" if rank is None else "DTensor"}
     return *described(fisher), distance, same
+
+
+def masked(rank, how, fit, labels):
+    """A matrix of sequences of which ranks count other numbers of positions, by a mask, weights or ignored targets."""
+    model, x, y = fresh(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))), None, None
+    x, y, counts = numbers(7, 5, 3), torch.arange(35).view(7, 5) % 3, torch.arange(35).view(7, 5) % 4 != 1
+    counts[4], counts[1, 2:] = False, False
+    weights, ignored = numbers(7, 5, seed=9).abs() * counts, y.where(counts, -100)
+    options, likelihood, targets = {}, kf.Categorical(class_dim=-1), list(y.split(2))
+    inputs = list(x.split(2))
+    if how == "mask":
+        inputs = [{"x": each, "counts": mask} for each, mask in zip(inputs, counts.split(2), strict=True)]
+        options = {"mask": "counts", "forward": lambda model, batch: (model(batch[0]["x"]), batch[1])}
+    elif how == "weights":
+        likelihood, targets = kf.Weighted(likelihood), list(zip(targets, weights.split(2), strict=True))
+    else:
+        targets = list(ignored.split(2))
+    data, group = of_all(rank, list(zip(inputs, targets, strict=True)))
+    fisher = kf.estimate(model, data, likelihood, fit=fit, labels=labels, **options, **group)
+    blocks, facts = described(fisher)
+    return blocks, (*facts, tuple(info.rows for info in fisher.info.blocks.values()))
+
+
+def refused(rank):
+    """Errors of what a model is wrapped in, or is a part of, that is not treated."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    group, size, cpu = {"group": dist.group.WORLD}, dist.get_world_size(), torch.device("cpu")
+    with warnings.catch_warnings(action="ignore"):  # that there is no GPU
+        flat = FullyShardedDataParallel(perceptron(), device_id=cpu)
+    stage = PipelineStage(torch.nn.Linear(4, 4), rank, size, cpu)
+    pipeline, errors = ScheduleGPipe(stage, size, loss_fn=torch.nn.functional.cross_entropy), {}
+    for name, model in {"flat": flat, "PipelineStage": stage, "ScheduleGPipe": pipeline}.items():
+        calls = [lambda model=model: kf.estimate(model, numbers(4, 4), kf.Categorical(), **group)]
+        calls += [lambda m=model, make=make: make(m, kf.Categorical(), **group) for make in OPTIMISERS]
+        errors[name] = [raised(call) for call in calls]
+    return errors
+
+
+OPTIMISERS = kf.NaturalGradient, kf.Preconditioner
 
 
 def compared(rank):
@@ -500,12 +546,12 @@ def owned_posterior_misused(rank):
     return errors, repr(laplace)
 
 
-def influences(rank):
+def influences(rank, fit):
     """Scores of a rank's part of the data, by a matrix of all of them; None: of all."""
     model, x, y = perceptron(), numbers(12, 4), torch.arange(12) % 3
     data, group = of_all(rank, list(zip(x.split(2), y.split(2), strict=True)))
-    fisher = kf.estimate(model, data, kf.Categorical(), fit="ekfac", labels="exact", **group)
-    influence = kf.Influence(model, fisher, kf.Categorical())
+    fisher = kf.estimate(model, data, kf.Categorical(), fit=fit, labels="exact", **group)
+    influence = kf.Influence(model, fisher, kf.Categorical(), damping=0.1)
     return influence.scores(data, (x[:3], y[:3])).values, influence.self_scores(data)
 
 
@@ -627,6 +673,8 @@ def different(rank, what):
     """Ranks that disagree, or of which one fails: the kind of error and its text."""
     torch.manual_seed(rank if what == "weights" else 0)
     layer, x, y = torch.nn.Linear(3, 2), numbers(12, 3).float(), torch.arange(12) % 2
+    if rank == 1 and what in ("model", "names"):
+        layer = torch.nn.Linear(3, 4) if what == "model" else torch.nn.Sequential(layer)
     if what == "buffers":
         layer = torch.nn.Sequential(layer, torch.nn.BatchNorm1d(2)).eval()
         layer[1].running_mean.fill_(rank)

@@ -125,11 +125,47 @@ def test_wrapped_in_ddp(ranks):
     agree(ranks.call(cases.wrapped), cases.wrapped(None))
 
 
-@pytest.mark.parametrize(("fit", "how"), [("kfac", "rows"), ("ekfac", "both"), ("full", "replicas")])
+@pytest.mark.parametrize(
+    ("fit", "how"),
+    [("kfac", "rows"), ("ekfac", "both"), ("full", "replicas"), ("kfac", "last layer"), ("kfac", "unsharded")],
+)
 def test_a_model_that_fully_shard_spread_over_ranks(ranks, fit, how):
     answers, truth = ranks.call(cases.sharded, fit, how), cases.sharded(None, fit, how)
     agree([answer[:2] for answer in answers], truth[:2])
     assert all(answer[2] == pytest.approx(truth[2], rel=1e-9) and answer[3] for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_model_in_two_replicas_of_two_parts(ranks):
+    answers, truth = ranks.call(cases.sharded, "ekfac", "grid"), cases.sharded(None, "ekfac", "grid")
+    agree([answer[:2] for answer in answers], truth[:2])
+
+
+@pytest.mark.parametrize(
+    ("how", "fit", "labels"),
+    [
+        ("mask", "kfac", "exact"),
+        ("mask", "ekfac", "observed"),
+        ("weights", "tkfac", "exact"),
+        ("weights", "kfac", "observed"),
+        ("ignored", "ekfac", "observed"),
+        ("ignored", "kfoc", "observed"),
+    ],
+)
+def test_ranks_that_count_other_numbers_of_positions(ranks, how, fit, labels):
+    """An example without any, on one rank, among them."""
+    answers, truth = ranks.call(cases.masked, how, fit, labels), cases.masked(None, how, fit, labels)
+    agree(answers, truth)
+    assert truth[1][0] == 6 and min(truth[1][-1]) < 35
+
+
+def test_what_a_model_is_wrapped_in_is_refused_by_name(ranks):
+    for errors in ranks.call(cases.refused):
+        says = {"flat": "wrapped in FullyShardedDataParallel, whose parameters are flat.*or fully_shard"}
+        for name, found in errors.items():
+            for kind, text in found:
+                assert kind == "UnsupportedError" and re.search(says.get(name, f"a {name}, of which each"), text), text
 
 
 def test_errors_and_spectra_are_those_over_all_data(ranks):
@@ -207,9 +243,10 @@ def test_what_posteriors_of_owned_blocks_refuse(ranks):
             assert re.fullmatch(kind, errors[name][0]) and re.search(message, errors[name][1]), (name, errors[name])
 
 
-def test_influences_of_parts_of_the_data(ranks):
+@pytest.mark.parametrize("fit", ["ekfac", "gram"])
+def test_influences_of_parts_of_the_data(ranks, fit):
     """Each rank scores its own part with the matrix of all data; batches of two were dealt out in turn."""
-    (scores, own), answers = cases.influences(None), ranks.call(cases.influences)
+    (scores, own), answers = cases.influences(None, fit), ranks.call(cases.influences, fit)
     for rank, (part, own_part) in enumerate(answers):
         mine = torch.arange(12).view(6, 2)[rank :: ranks.size].flatten()
         close(part, scores[:, mine], 1e-10)
@@ -359,6 +396,8 @@ def test_ranks_that_train_on_batches_in_other_orders_are_told_at_the_end_of_a_pa
     [
         ("order", "dealt out in different orders"),
         ("weights", r"parameter weight: rank 0 has .* rank 1"),
+        ("model", r"parameter weight: rank 0 has \[2, 3\] .*, rank 1 \[4, 3\] "),
+        ("names", r"parameter weight: rank 0 has \[2, 3\] .*, rank 1 none"),
         (
             "buffers",
             r"buffer 1\.running_mean: rank 0 has .*Give all of them those of rank 0 before: for buffer in model",

@@ -33,6 +33,10 @@ def test_steps(ranks, fit):
     follow(ranks.call(trainings.steps, *case), trainings.steps(None, *case))
 
 
+def test_a_model_that_is_wrapped_after_its_optimiser_was_made(ranks):
+    follow(ranks.call(trainings.wrapped_later, ranks.size), trainings.wrapped_later(None, ranks.size))
+
+
 @pytest.mark.parametrize("affordable", [1.0, 1e9])
 def test_evened_steps(ranks, affordable):
     truth = trainings.evened(None, ranks.size, affordable)
@@ -276,6 +280,16 @@ def test_other_numbers_of_ranks_go_on_from_what_two_saved(ranks, how, model, tmp
         names = trainings.perceptron().state_dict()
         assert kept.keys() >= {f"optimizer.state.{name}.momentum" for name in names}
         assert all(any(name in key for name in names) for key in kept if "layers" in key or "average.averages" in key)
+
+
+@pytest.mark.parametrize("models", ["rows to rows", pytest.param("both to rows", marks=pytest.mark.slow)])
+def test_three_ranks_go_on_from_a_spread_model_that_two_saved(worlds, models, tmp_path):
+    """Both times fully_shard spreads it over all ranks there are."""
+    path, whole = str(tmp_path / "saved"), str(tmp_path / "whole")
+    first, then = models.split(" to ")
+    worlds(2).call(trainings.handed_on, 2, path, 2, None, "names", first)
+    answers = worlds(3).call(trainings.handed_on, 3, path, None, 3, "names", then)
+    follow(answers, trainings.handed_on(None, 1, whole, 2, 3, "rank 0"))
 
 
 @pytest.mark.slow

@@ -65,6 +65,17 @@ def steps(rank, ranks, number=20, fit="kfac", labels="observed", how="ddp", **op
     return weights(model)
 
 
+def wrapped_later(rank, ranks, number=8):
+    """Weights where the model was given to the optimiser before DDP wrapped it."""
+    model = perceptron()
+    group = {} if rank is None else {"group": dist.group.WORLD}
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), labels="observed", **group)
+    wrapped, _ = around(rank, model)
+    for x, y in batches(rank, ranks, number):
+        optimizer.step(lambda x=x: wrapped(x), y)
+    return weights(model)
+
+
 def evened(rank, ranks, affordable, number=12):
     """Steps of a network whose output changes are evened, as those of large ones are; and how many weights are."""
     torch.manual_seed(0)
@@ -496,7 +507,7 @@ def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
         ranks: of the group.
         path: of the file or folder.
         saved: how many ranks train and save at first; None: what others saved is loaded.
-        loaded: how many go on; others of the group do not come.
+        loaded: how many go on; others of the group do not come. None: nobody.
         how: rank 0 saves alone, or all of them through torch.distributed.checkpoint, as bytes or by names.
         model: what the ranks that save train, and what those that load do: DDP, or how fully_shard spreads it.
     """
@@ -537,7 +548,7 @@ def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
                 dcp.save(state | named, checkpoint_id=path, process_group=groups[0])
         if rank is not None:
             dist.barrier()
-    if rank is not None and rank >= loaded:
+    if rank is not None and (loaded is None or rank >= loaded):
         return {}
     model, wrapped, optimizer = made(groups[1], models[-1])
     if how == "rank 0":

@@ -324,7 +324,7 @@ def _require_same(what: str, values: list[Any], advice: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) < 200 else text[:200] + "…"
 
 

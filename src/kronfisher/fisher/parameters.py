@@ -18,7 +18,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
 
     Raises:
-        UnsupportedError: a part of it is scripted, so that its operators cannot be seen, or its parameters are flat.
+        UnsupportedError: a part of it is scripted, so that its operators cannot be seen, or its parameters are flat, or
+            it is a stage of a pipeline.
         TypeError: it is no module.
     """
     while True:
@@ -31,7 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in _modules(model)):
         raise UnsupportedError(
             "the model is wrapped in FullyShardedDataParallel, whose parameters are flat and hold no matrix of a "
-            "layer. Use DistributedDataParallel, or pass the module as it was before it was wrapped."
+            "layer. Use DistributedDataParallel or fully_shard, or pass the module as it was before it was wrapped."
+        )
+    if type(model).__module__.startswith("torch.distributed.pipelining"):
+        raise UnsupportedError(
+            f"model is a {type(model).__name__}, of which each process holds some layers of a pipeline: no process "
+            "sees the whole network. Use DistributedDataParallel or fully_shard for the whole module."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; pass the torch.nn.Module that owns the parameters.")
