@@ -192,7 +192,7 @@ class Capture(TorchFunctionMode):
         lookups: Mapping[int, Use],
     ) -> tuple[Use, ...]:
         """The uses that an operator makes of trainable parameters; none unless they account for all it receives."""
-        view = Windows(views, lookups, coupled=self._lenient)
+        view = Windows(views, lookups, self.recording.constant, coupled=self._lenient)
         if any(tensor.is_complex() for tensor in tensors):
             return ()  # factors are real: the gradient of the real parameter is a sum of two products
         try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers import Use
-from kronfisher.layers.computed import DiagonalUse, FactorUse, NumberUse, RowsUse, VectorUse
+from kronfisher.layers.computed import DiagonalUse, FactorUse, MappedUse, NumberUse, RowsUse, VectorUse
 from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.expressions import RULES, Term, few_products, leaves
 from kronfisher.layers.joined import Joined
@@ -186,7 +186,8 @@ class ComputedWeights:
         uses: list[Use] = []
         left_out: dict[str, set[str]] = {}
         for use in of_computed:
-            own = self._known.get(use.bias.parameter) if isinstance(use, ElementwiseUse) and use.bias else None
+            itself = use.inner if isinstance(use, MappedUse) else use
+            own = self._known.get(use.bias.parameter) if isinstance(itself, ElementwiseUse) and use.bias else None
             if own is not None and (self._expressions[id(own)].spread or not use.lead((1,) * dimensions)):
                 return None  # it met the examples before, or has elements of its own for each
             if use.bias is not None and self._picked_by_name(use.bias.parameter):

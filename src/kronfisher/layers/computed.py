@@ -17,7 +17,7 @@ from kronfisher.layers.activations import Activations, Dense, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use
 
-__all__ = ["DiagonalUse", "FactorUse", "NumberUse", "RowsUse", "VectorUse"]
+__all__ = ["DiagonalUse", "FactorUse", "MappedUse", "NumberUse", "RowsUse", "VectorUse"]
 
 _SMALL = 2.0**-20  # a power of two changes no digit
 
@@ -48,6 +48,31 @@ class Through(Use):
     def forget(self) -> None:
         super().forget()
         self.inner.forget()
+
+
+@dataclass
+class MappedUse(Through):
+    """A use whose output is not that of the call: its gradients come from the call's by a linear map."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.summing, self.pads = self.inner.summing, self.inner.pads
+
+    def _mapped(self, gradient: Tensor) -> Tensor:
+        """The gradient of the use's own output."""
+        raise NotImplementedError
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        self.inner.dtype = self.dtype
+        return self.inner.rows(self._mapped(gradient))
+
+    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
+        self.inner.dtype = self.dtype
+        return self.inner.gradients(order, self._mapped(gradient))
+
+    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
+        self.inner.dtype = self.dtype
+        return self.inner.activations(order, self._mapped(gradient), weight, bias)
 
 
 @dataclass

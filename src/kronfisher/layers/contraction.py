@@ -1,4 +1,4 @@
-"""Contractions of data with a weight: ``einsum``, products of batches of matrices, ``tensordot``.
+"""Contractions of data with a weight.
 
 An axis of the weight is an input where the data have it and the output does not, an output where only the output has
 it, and counts groups where both have it. The output's other axes count rows. Outputs that lie in memory around other
@@ -11,16 +11,15 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from math import prod
 
-import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Dense
-from kronfisher.layers.elementwise import ElementwiseUse, broadcast
+from kronfisher.layers.elementwise import ElementwiseUse
 from kronfisher.layers.row_order import RowOrder
-from kronfisher.layers.use import Use, Windows, handles
+from kronfisher.layers.use import Use
 
-__all__ = ["ContractionUse", "Labels", "axes_of", "contraction", "products"]
+__all__ = ["ContractionUse", "Labels", "axes_of", "contraction"]
 
 
 @dataclass(frozen=True)
@@ -191,115 +190,3 @@ def _scale(window: Window, data: Tensor, labels: Labels, sizes: dict[str, int]) 
     kept = "".join(c for c in labels.data if c in labels.output)
     summed = kept != labels.data
     yield ElementwiseUse(None, own, data, aligned, factor=factor)
-
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_MORE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def _parsed(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str] | None:
-    """A letter for every axis of every operand and of the output; None where one occurs twice in a place."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    free = [c for c in _MORE + _LETTERS if c not in equation]
-    if len(names) != len(operands):
-        return None
-    hidden = [
-        t.dim() - len(name.replace("...", "")) if "..." in name else 0 for name, t in zip(names, operands, strict=True)
-    ]
-    dots = "".join(free[: max(hidden)])
-    names = [name.replace("...", dots[len(dots) - n :]) for name, n in zip(names, hidden, strict=True)]
-    if not arrow:
-        joined = "".join(inputs.replace("...", "").replace(",", ""))
-        output = dots + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
-    output = output.replace("...", dots)
-    places = [*names, output]
-    if any(len(name) != t.dim() for name, t in zip(names, operands, strict=True)):
-        return None
-    return (names, output) if all(len(set(place)) == len(place) for place in places) else None
-
-
-def _contract(view: Windows, equation: str, operands: Sequence[Tensor]) -> Iterator[Use]:
-    """The use of the one operand that is a weight; the others are multiplied with each other first."""
-    windows = [view(operand) for operand in operands]
-    if sum(window is not None for window in windows) != 1 or (parsed := _parsed(equation, operands)) is None:
-        return
-    names, output = parsed
-    (place,) = (k for k, window in enumerate(windows) if window is not None)
-    window, weight = windows[place], names[place]
-    assert window is not None
-    sizes: dict[str, int] = {}
-    for name, operand in zip(names, operands, strict=True):
-        for c, n in zip(name, operand.shape, strict=True):
-            sizes[c] = max(sizes.get(c, 1), n)
-    repeated = [k for k, c in enumerate(weight) if sizes[c] > 1 and (window.size[k] == 1 or window.stride[k] == 0)]
-    if repeated:
-        kept = [k for k in range(len(weight)) if k not in repeated]
-        window = window.permuted(*kept)  # where it is repeated an axis says nothing
-        weight = "".join(weight[k] for k in kept)
-    others = [k for k in range(len(operands)) if k != place]
-    if not others:
-        return
-    data, own = operands[others[0]], names[others[0]]
-    if len(others) > 1:
-        own = "".join(dict.fromkeys(c for k in others for c in names[k] if c in weight + output))
-        data = torch.einsum(",".join(names[k] for k in others) + "->" + own, *(operands[k].detach() for k in others))
-    yield from contraction(window, data, Labels(own, weight, output), sizes)
-
-
-@handles(torch.einsum)
-def einsum(view: Windows, *args: object) -> Iterator[Use]:
-    """``einsum("...", x, W)`` with one weight and any number of other operands."""
-    equation, *operands = args
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = list(operands[0])
-    if isinstance(equation, str) and all(isinstance(each, Tensor) for each in operands):
-        yield from _contract(view, equation, operands)  # type: ignore[arg-type]
-
-
-@handles(torch.bmm, Tensor.bmm)
-def bmm(view: Windows, input: Tensor, mat2: Tensor) -> Iterator[Use]:
-    """``x [B, n, I] @ W [B, I, O]``, or the other way round."""
-    yield from _contract(view, "bij,bjk->bik", (input, mat2))
-
-
-@handles(torch.baddbmm, Tensor.baddbmm)
-def baddbmm(
-    view: Windows, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Iterator[Use]:
-    """``b + x [B, n, I] @ W [B, I, O]``."""
-    if beta != 1 or alpha != 1:
-        return
-    if view(batch1) or view(batch2):
-        uses = list(_contract(view, "bij,bjk->bik", (batch1, batch2)))
-        if not uses:
-            return
-        yield from uses
-    if shift := view(input):
-        shared = broadcast(shift)
-        yield ElementwiseUse(None, shared, None, shared.size[1:])
-
-
-def products(view: Windows, input: Tensor, other: Tensor) -> Iterator[Use]:
-    """``x @ W`` and ``W @ x`` with batches of matrices on either side."""
-    if min(input.dim(), other.dim()) < 2:
-        return
-    count = max(input.dim(), other.dim()) - 2
-    left, right = (_MORE[count - tensor.dim() + 2 : count] for tensor in (input, other))
-    yield from _contract(view, f"{left}ij,{right}jk->{_MORE[:count]}ik", (input, other))
-
-
-@handles(torch.tensordot)
-def tensordot(view: Windows, a: Tensor, b: Tensor, dims: object = 2, out: None = None) -> Iterator[Use]:
-    """Contracted over pairs of axes."""
-    if isinstance(dims, int):
-        pairs = [(a.dim() - dims + k, k) for k in range(dims)]
-    elif isinstance(dims, list | tuple) and all(isinstance(each, list | tuple) for each in dims):
-        pairs = [(i % a.dim(), j % b.dim()) for i, j in zip(*dims, strict=True)]
-    else:
-        return
-    left, right = list(_LETTERS[: a.dim()]), list(_MORE[: b.dim()])
-    for i, j in pairs:
-        right[j] = left[i]
-    output = [c for c in left if c not in right] + [c for c in right if c not in left]
-    yield from _contract(view, f"{''.join(left)},{''.join(right)}->{''.join(output)}", (a, b))

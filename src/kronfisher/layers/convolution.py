@@ -1,19 +1,20 @@
 """Convolutions in one, two and three dimensions: patches are the inputs, one block per group."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from kronfisher.fisher.blocks import Window
 from kronfisher.layers import shifts
 from kronfisher.layers.activations import Activations, Ones
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 from kronfisher.linalg import WORKSPACE, promote
 
-__all__ = ["ConvolutionUse", "Geometry", "Patches", "per_axis"]
+__all__ = ["ConvolutionUse", "Geometry", "Patches", "once", "per_axis"]
 
 
 @dataclass(frozen=True)
@@ -174,32 +175,52 @@ class Patches(Activations):
 
 @dataclass
 class ConvolutionUse(Use):
-    """``y = conv(x, W) + b`` with H groups."""
+    """``y = conv(x, W) + b`` with H groups.
+
+    Attributes:
+        window: how the kernel moves.
+        groups: H.
+        shared: groups have the same kernel, so that they count as images.
+    """
 
     window: Geometry
     groups: int
+    shared: bool = field(default=False, kw_only=True)
     pads = True
 
     def _batched(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == len(self.window.kernel) + 2 else tensor.unsqueeze(0)
 
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
-        return output[:1] if len(output) == len(self.window.kernel) + 2 else (1,)
+        images = output[:1] if len(output) == len(self.window.kernel) + 2 else (1,)
+        return (*images, self.groups) if self.shared else images
 
     def rows(self, gradient: Tensor) -> Tensor:
-        return self._batched(gradient).flatten(1)
+        images = self._batched(gradient)
+        return images.unflatten(1, (self.groups, -1)).flatten(2) if self.shared else images.flatten(1)
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         images = self._batched(promote(gradient)).flatten(2).unflatten(1, (self.groups, -1))  # [R, H, O, T]
-        grouped = order.group(images, 1).permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
+        images = order.group(images, 2).unsqueeze(2) if self.shared else order.group(images, 1)  # [n, F, H, O, T]
+        grouped = images.permute(2, 3, 0, 1, 4).contiguous()  # [H, O, n, F, T]: whole lines are copied
         return grouped.flatten(3).permute(0, 2, 3, 1)
 
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
             groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(promote(gradient), (groups, samples, positions))
-        images = order.group(self._batched(promote(self.cast_inputs())), 1)
-        return Patches(images.flatten(0, 1), self.window, self.groups, order.samples, bias)
+        return Patches(self._images(order), self.window, self._kernels, order.samples, bias)
+
+    @property
+    def _kernels(self) -> int:
+        return 1 if self.shared else self.groups
+
+    def _images(self, order: RowOrder) -> Tensor:
+        """``[n·F, C, *size]``, the images of a sample next to each other."""
+        images = self._batched(promote(self.cast_inputs()))
+        if self.shared:
+            return order.group(images.unflatten(1, (self.groups, -1)), 2).flatten(0, 1)
+        return order.group(images, 1).flatten(0, 1)
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)
@@ -221,13 +242,25 @@ def convolution(
     stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     size = tuple(weight.shape[2:])
     window = Geometry(size, stride, _padding(padding, size, dilation), dilation)
-    yield ConvolutionUse(
-        kernel.reshaped(groups, weight.shape[0] // groups, *weight.shape[1:]) if kernel else None,
-        shift.reshaped(groups, -1) if shift else None,
-        input if kernel else None,
-        window,
-        groups,
-    )
+    outputs = weight.shape[0] // groups
+    if outputs == 1 and (one := once(kernel)):
+        yield ConvolutionUse(one, None, input, window, groups, shared=True)
+        kernel = None
+    if kernel or shift:
+        yield ConvolutionUse(
+            kernel.reshaped(groups, outputs, *weight.shape[1:]) if kernel else None,
+            shift.reshaped(groups, -1) if shift else None,
+            input if kernel else None,
+            window,
+            groups,
+        )
+
+
+def once(kernel: Window | None) -> Window | None:
+    """A kernel ``[1, 1, *]`` that was expanded along the first axis; None if it was not."""
+    if kernel is None or kernel.size[0] == 1 or kernel.stride[0] != 0:
+        return None
+    return replace(kernel, size=(1, *kernel.size[1:])).grouped
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
-from kronfisher.layers.activations import Activations
-from kronfisher.layers.computed import Through
+from kronfisher.layers.computed import MappedUse
 from kronfisher.layers.contraction import ContractionUse, Labels, axes_of, contraction
 from kronfisher.layers.expressions import Expressions, Term, computes, depends
-from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use
 
 __all__ = ["Joined", "PartUse"]
@@ -21,7 +19,7 @@ _CAT = torch.cat, torch.concat, torch.concatenate
 
 
 @dataclass
-class PartUse(Through):
+class PartUse(MappedUse):
     """A use whose output is a range of another's along an axis, or all of it.
 
     Attributes:
@@ -34,32 +32,18 @@ class PartUse(Through):
     start: int
     length: int | None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.summing, self.pads = self.inner.summing, self.inner.pads
-
-    def _cut(self, whole: Tensor) -> Tensor:
-        self.inner.dtype = self.dtype
+    def _mapped(self, gradient: Tensor) -> Tensor:
         if self.axis is None:
-            return whole
+            return gradient
         if self.length is None:
-            return whole.select(self.axis, self.start)
-        return whole.narrow(self.axis, self.start, self.length)
+            return gradient.select(self.axis, self.start)
+        return gradient.narrow(self.axis, self.start, self.length)
 
     def lead(self, output: tuple[int, ...]) -> tuple[int, ...]:
         if self.axis is None:
             return self.inner.lead(output)
         own = () if self.length is None else (self.length,)
         return self.inner.lead((*output[: self.axis], *own, *output[self.axis + 1 :]))
-
-    def rows(self, gradient: Tensor) -> Tensor:
-        return self.inner.rows(self._cut(gradient))
-
-    def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
-        return self.inner.gradients(order, self._cut(gradient))
-
-    def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
-        return self.inner.activations(order, self._cut(gradient), weight, bias)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.layers.activations import Activations, Dense, Ones
-from kronfisher.layers.contraction import products
+from kronfisher.layers.einsum import products
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
 

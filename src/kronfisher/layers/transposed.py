@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kronfisher.layers.activations import Activations
-from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, per_axis
+from kronfisher.layers.convolution import ConvolutionUse, Geometry, Patches, once, per_axis
 from kronfisher.layers.row_order import RowOrder
 from kronfisher.layers.use import Use, Windows, handles
-from kronfisher.linalg import WORKSPACE, mirror_, promote
+from kronfisher.linalg import WORKSPACE, mirror_
 
 __all__ = ["TransposedUse"]
 
@@ -124,11 +124,11 @@ class TransposedUse(ConvolutionUse):
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
             return super().activations(order, gradient, weight, bias)
-        images = order.group(self._batched(promote(self.cast_inputs())), 1).flatten(0, 1)
+        images = self._images(order)
         size = [(n - 1) * step + 1 for n, step in zip(images.shape[2:], self.steps, strict=True)]
         spread = images.new_zeros(*images.shape[:2], *size)
         spread[(..., *(slice(None, None, step) for step in self.steps))] = images
-        return FlippedPatches(spread, self.window, self.groups, order.samples, bias, self.steps)
+        return FlippedPatches(spread, self.window, self._kernels, order.samples, bias, self.steps)
 
 
 @handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -153,14 +153,18 @@ def transposed_convolution(
     steps, cut, extra, spread = options
     margins = [d * (k - 1) - p for d, k, p in zip(spread, size, cut, strict=True)]
     pads = tuple((margin, margin + more) for margin, more in zip(margins, extra, strict=True))
-    if kernel:
-        outputs, inputs = weight.shape[1], weight.shape[0] // groups
-        kernel = kernel.reshaped(groups, inputs, outputs, *size).permuted(0, 2, 1, *range(3, 3 + axes))
-    yield TransposedUse(
-        kernel,
-        shift.reshaped(groups, -1) if shift else None,
-        input if kernel else None,
-        Geometry(size, (1,) * axes, pads, spread),
-        groups,
-        steps,
-    )
+    window = Geometry(size, (1,) * axes, pads, spread)
+    outputs, inputs = weight.shape[1], weight.shape[0] // groups
+    turned = (0, 2, 1, *range(3, 3 + axes))
+    if inputs == 1 and (one := once(kernel)):
+        yield TransposedUse(one.permuted(*turned), None, input, window, groups, steps, shared=True)
+        kernel = None
+    if kernel or shift:
+        yield TransposedUse(
+            kernel.reshaped(groups, inputs, outputs, *size).permuted(*turned) if kernel else None,
+            shift.reshaped(groups, -1) if shift else None,
+            input if kernel else None,
+            window,
+            groups,
+            steps,
+        )

@@ -14,7 +14,7 @@ Example:
                 yield RowUse(window.reshaped(1, *window.size), None, input)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -36,13 +36,19 @@ class Windows:
     Args:
         views: id of a tensor → the window on a trainable parameter that it represents.
         lookups: id of a tensor → the use that made it, if it is a lookup that does not depend on the data.
+        constants: ids of tensors that do not depend on the data.
         coupled: whether operators that couple the examples of a batch are taken as if they did not, as in training.
     """
 
     def __init__(
-        self, views: Mapping[int, Window | None], lookups: "Mapping[int, Use]", *, coupled: bool = False
+        self,
+        views: Mapping[int, Window | None],
+        lookups: "Mapping[int, Use]",
+        constants: Container[int] = (),
+        *,
+        coupled: bool = False,
     ) -> None:
-        self._views, self._lookups, self.coupled = views, lookups, coupled
+        self._views, self._lookups, self._constants, self.coupled = views, lookups, constants, coupled
 
     def __call__(self, value: Any) -> Window | None:
         return self._views.get(id(value))
@@ -50,6 +56,10 @@ class Windows:
     def lookup(self, value: Any) -> "Use | None":
         """The lookup that made a tensor."""
         return self._lookups.get(id(value))
+
+    def constant(self, value: Any) -> bool:
+        """Whether a tensor does not depend on the data."""
+        return id(value) in self._constants
 
 
 Handler = Callable[..., "Iterable[Use]"]
