@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import kronfisher as kf
 from kronfisher.experiments import commands, data
+from kronfisher.experiments.influence.concrete import ConcreteStudy
 from kronfisher.experiments.influence.examples import shown
 from kronfisher.experiments.influence.fits import make
 from kronfisher.experiments.influence.language import LanguageStudy
@@ -261,12 +262,15 @@ def test_networks_that_are_trained_side_by_side_are_those_trained_alone():
     torch.testing.assert_close(alone, errors.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_study_of_removals_beats_chance(tmp_path):
+def test_the_study_of_removals_beats_chance_and_scores_a_network_that_is_not_trained_again(tmp_path, monkeypatch):
+    scored, first = [], Regressors.first
+    monkeypatch.setattr(Regressors, "first", lambda self, w: (scored.append(self.first_seed), first(self, w))[1])
     found = commands.influence_study("concrete", quick=True, folder=tmp_path)
     values = {(row["fit"], row["measure"]): row["value"] for row in found.rows}
     for measure in ("one query", "3 together", "each of 3"):
         assert values["K-FAC", f"{measure}, 20 removed"] > values["random", f"{measure}, 20 removed"] + 0.005
     assert len(values) == 2 * 3 * 2 and "inf" not in str(found)
+    assert len(scored) == 1 and scored[0] >= ConcreteStudy.quick().seeds
 
 
 def test_the_identity_of_the_studies_is_one():
@@ -286,6 +290,8 @@ def test_networks_of_all_seeds_are_trained_once_for_each_removal(monkeypatch):
     curve = kf.attribution.removal(scores, lambda kept, seed: several(kept, seed)[:1], counts=(5, 9), seeds=3)
     assert trained == [70, 65, 61] and curve.intervals[0].low < curve.intervals[0].value < curve.intervals[0].high
     assert not torch.equal(several(torch.arange(61), 0), several(torch.arange(61), 1))
+    later = replace(several, seeds=1, first_seed=2)
+    torch.testing.assert_close(later(torch.arange(61), 0), several(torch.arange(61), 2), rtol=1e-4, atol=1e-6)
 
 
 def test_scores_of_characters_add_up_to_those_of_their_text(tmp_path):

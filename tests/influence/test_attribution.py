@@ -1,6 +1,11 @@
 """Attribution against problems whose answer is known: a query's measurement is linear in what is kept."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ import kronfisher as kf
 from kronfisher import attribution
 from kronfisher.influence.statistics import mean_interval, share_interval, spearman
 from tests.helpers.close import close
+from tests.helpers.layout import ROOT
 from tests.helpers.optional import require
 
 N, Q = 30, 4
@@ -141,3 +147,40 @@ def test_trainings_that_give_no_numbers_are_refused():
         attribution.lds(effects(), lambda kept, seed: torch.zeros(3), subsets=2)
     with pytest.raises(kf.DataError, match="NaN or Inf"):
         attribution.lds(effects(), lambda kept, seed: torch.full((Q,), torch.nan), subsets=2)
+
+
+WAITING = """
+import os, sys, time
+import torch
+from kronfisher import attribution
+
+def retrain(kept, seed):
+    open(os.path.join(sys.argv[1], f"{os.getpid()}.started"), "w").close()
+    time.sleep(2)
+    return torch.zeros(4)
+
+if __name__ == "__main__":
+    attribution.lds(torch.zeros(4, 30), retrain, subsets=2, workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are listed in /proc")
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    (script := tmp_path / "study.py").write_text(WAITING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    while len(workers := [int(path.stem) for path in tmp_path.glob("*.started")]) < 2 and run.poll() is None:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+
+    def running(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, workers))

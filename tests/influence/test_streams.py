@@ -292,11 +292,13 @@ def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_counted_twice(tmp_p
     assert json.loads(record.read_text())["rows"] == 16
     with open(path, "ab") as file:  # rows that were written, but not counted
         file.write(b"\xff" * 100)
+    (tmp_path / ".scores.json.123.tmp").write_text("{")  # a record that was killed on its way
     names = {}
     exec(PROBLEM, names)
     influence, train, queries = names["influence"], names["train"], (names["x"][:5], names["y"][:5])
     kept = influence.scores(train, queries, path=path).values
     assert json.loads(record.read_text())["rows"] == 40
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scores", "scores.json"]
     close(kept, influence.scores(train, queries).values, 1e-14)
 
 

@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from glob import escape
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ class RowFile:
         if not self.record.finished:
             self._require_alone()
             self._count(replace(self.record, finished=True))
+        for left in self.path.parent.glob(f".{escape(self._record_path.name)}.*.tmp"):  # of runs that were killed
+            left.unlink(missing_ok=True)
 
     def open(self) -> dict[str, Tensor]:
         """Name → ``[rows, ...]``, memory-mapped; what is written into them does not reach the file."""

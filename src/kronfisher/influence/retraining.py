@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def _results(retrain: Retrain, jobs: Sequence[Job], workers: int) -> Iterator[tu
         yield from ((job, retrain(job.kept, job.seed)) for job in jobs)
         return
     context = get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin) as pool:
         futures = {pool.submit(retrain, job.kept, job.seed): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -129,6 +130,19 @@ def _results(retrain: Retrain, jobs: Sequence[Job], workers: int) -> Iterator[tu
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin() -> None:
+    """Take one thread, and end with the process that started this one: if it was killed, it says nothing any more."""
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _checked(values: Any, queries: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kronfisher.experiments import data
 from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import FITS, make
-from kronfisher.experiments.influence.retraining import Regressors
+from kronfisher.experiments.influence.retraining import OTHER_SEED, Regressors
 from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.findings import Record
@@ -30,7 +30,8 @@ class ConcreteStudy(InfluenceStudy):
     """The settings of the study.
 
     Kronfluence's example removes the examples of the highest scores of one query, or of the highest summed scores of
-    ten. Beside these two, every query has examples of its own removed, and the mean is taken.
+    ten. Beside these two, every query has examples of its own removed, and the mean is taken. As in that example, the
+    network that is scored is none of those that are trained again.
 
     Attributes:
         dataset: name of a data set of real values, standardised.
@@ -97,7 +98,8 @@ class ConcreteStudy(InfluenceStudy):
             f"{float(errors[: self.together].mean()):.3f} of {self.together}, mean over {self.seeds} networks"
         )
         self.note(networks, say, what, started, error=float(errors.mean()))
-        model, path = problem.first(problem.train(everything)), self.trainings()
+        scored, path = replace(problem, seeds=1, first_seed=OTHER_SEED), self.trainings()
+        model = scored.first(scored.train(everything))
         for name in (RANDOM, *self.fits):
             step(f"{name}: scores", len(rows), 3 * (1 + len(self.fits)) * len(self.counts))
             began = time.perf_counter()

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from kronfisher.experiments.influence.findings import record
 from kronfisher.experiments.influence.fits import make
-from kronfisher.experiments.influence.retraining import Trainer
+from kronfisher.experiments.influence.retraining import OTHER_SEED, Trainer
 from kronfisher.experiments.influence.study import InfluenceStudy, training_again
 from kronfisher.experiments.progress import Say, Step
 from kronfisher.experiments.studies.findings import Record
 from kronfisher.influence import attribution
 
 __all__ = ["HalvesStudy"]
-
-_OTHER = 1000  # the first seed of the networks that are scored
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class HalvesStudy(InfluenceStudy):
         for seed in range(self.models):
             step(f"network {seed}", seed, self.models)
             started = time.perf_counter()
-            model = problem.train(problem.everything, _OTHER + seed)
+            model = problem.train(problem.everything, OTHER_SEED + seed)
             with torch.no_grad():
                 loss = float(-problem.dataset.likelihood.log_prob(model(queries[0]), queries[1]).mean())
             what = f"network {seed} of {len(problem.everything):,} examples, loss of queries {loss:.3f}"

@@ -11,7 +11,9 @@ from kronfisher.experiments.data import Dataset
 from kronfisher.experiments.data.dataset import generator
 from kronfisher.experiments.networks.feedforward import mlp
 
-__all__ = ["Regressors", "Trainer"]
+__all__ = ["OTHER_SEED", "Regressors", "Trainer"]
+
+OTHER_SEED = 1000  # of the first network that is scored: those that are trained again have seeds from 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,7 @@ class Regressors:
         batch_size: examples of a step.
         lr: step size of stochastic gradients.
         decay: weight decay.
+        first_seed: that of the first network; the others follow it.
     """
 
     dataset: Dataset
@@ -92,6 +95,7 @@ class Regressors:
     batch_size: int = 32
     lr: float = 0.03
     decay: float = 1e-5
+    first_seed: int = 0
     _last: dict[str, Tensor] = field(default_factory=dict, init=False)  # errors of all seeds after the last training
 
     def network(self, seed: int) -> nn.Sequential:
@@ -102,9 +106,10 @@ class Regressors:
     def train(self, kept: Tensor) -> list[Tensor]:
         """Weights ``[S, O, I]`` and biases ``[S, O]`` of all layers after training on the examples `kept`."""
         x, y = self.dataset.train_inputs[kept], self.dataset.train_targets[kept]
-        networks = [[p.detach() for p in self.network(seed).parameters()] for seed in range(self.seeds)]
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        networks = [[p.detach() for p in self.network(seed).parameters()] for seed in seeds]
         weights = [torch.stack(each).requires_grad_() for each in zip(*networks, strict=True)]
-        orders = [generator(seed, 1) for seed in range(self.seeds)]
+        orders = [generator(seed, 1) for seed in seeds]
         for _ in range(self.epochs):
             places = torch.stack([torch.randperm(len(x), generator=order) for order in orders])
             whole = max(len(x) // self.batch_size * self.batch_size, min(len(x), self.batch_size))
@@ -126,14 +131,14 @@ class Regressors:
 
     def first(self, weights: list[Tensor]) -> nn.Sequential:
         """The network of the first seed with its trained weights."""
-        model = self.network(0)
+        model = self.network(self.first_seed)
         with torch.no_grad():
             for parameter, values in zip(model.parameters(), weights, strict=True):
                 parameter.copy_(values[0])
         return model.eval()
 
     def __call__(self, kept: Tensor, seed: int) -> Tensor:
-        """The squared error of every query ``[Q]`` in the network of one seed; the other seeds' are kept for later."""
+        """The squared error of every query ``[Q]`` in one of the networks, from 0; the others' are kept for later."""
         if not torch.equal(kept, self._last.get("kept", kept[:0])):
             weights = self.train(kept)
             outputs = self.predict(weights, self.dataset.test_inputs.expand(self.seeds, -1, -1))
