@@ -375,6 +375,38 @@ def masked(rank, how, fit, labels):
     return blocks, (*facts, tuple(info.rows for info in fisher.info.blocks.values()))
 
 
+def grouped(fit):
+    """The matrix of one process."""
+    fisher = kf.estimate(perceptron(), list(numbers(10, 4).split(2)), kf.Categorical(), labels="exact", fit=fit)
+    return described(fisher)[0]
+
+
+GROUPS = [("kfac", "all"), ("kfoc", "all"), ("ekfac", "owned")]
+
+
+def groups(rank):
+    """Matrices by a mesh of all ranks, by one dimension of another, and by the first and the last; and errors."""
+    size, init = dist.get_world_size(), dist.device_mesh.init_device_mesh
+    data = list(numbers(10, 4).split(2))
+    rest = 2 if size % 2 == 0 else 1
+    both = init("cpu", (size // rest, rest), mesh_dim_names=("dp", "tp"))
+    some = dist.new_group([0, size - 1])
+    found = {"mesh": init("cpu", (size,)), "dimension": both["dp"]}
+    errors = {"both": raised(lambda: kf.shard(data, both)), "no group": raised(lambda: kf.shard(data, "dp"))}
+    if rank in (0, size - 1):
+        found["some"] = some
+    else:
+        errors["outside"] = raised(lambda: kf.estimate(perceptron(), data, kf.Categorical(), group=some))
+    for name, group in found.items():
+        found[name] = []
+        for fit, share in GROUPS:
+            options = {"labels": "exact", "fit": fit, "group": group, "share": share}
+            fisher = kf.estimate(perceptron(), kf.shard(data, group), kf.Categorical(), **options)
+            whole = fisher.whole() if share == "owned" and fisher.info.ranks > 1 else fisher
+            found[name].append(({key: own.to_dense() for key, own in whole.blocks.items()}, fisher.info.ranks))
+    return found, errors
+
+
 def refused(rank):
     """Errors of what a model is wrapped in, or is a part of, that is not treated."""
     from torch.distributed.fsdp import FullyShardedDataParallel

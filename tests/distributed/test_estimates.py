@@ -160,6 +160,23 @@ def test_ranks_that_count_other_numbers_of_positions(ranks, how, fit, labels):
     assert truth[1][0] == 6 and min(truth[1][-1]) < 35
 
 
+def test_groups_of_some_of_the_ranks_and_meshes(ranks):
+    """Owners are numbered in their group, and messages go to other numbers."""
+    truths = [cases.grouped(fit) for fit, _ in cases.GROUPS]
+    for rank, (found, errors) in enumerate(ranks.call(cases.groups)):
+        inside = rank in (0, ranks.size - 1)
+        assert errors.keys() == {"both", "no group"} | (set() if inside else {"outside"})
+        assert "is a mesh of 2 dimensions; name the one" in errors["both"][1]
+        assert errors["no group"][0] == "TypeError" and errors.get("outside", ("ValueError",))[0] == "ValueError"
+        sizes = {"mesh": ranks.size, "dimension": ranks.size // (2 - ranks.size % 2)} | ({"some": 2} if inside else {})
+        assert found.keys() == sizes.keys()
+        for name, matrices in found.items():
+            for (blocks, number), truth in zip(matrices, truths, strict=True):
+                assert number == sizes[name] and blocks.keys() == truth.keys()
+                for block, matrix in blocks.items():
+                    close(matrix, truth[block], 1e-10, f"{name} {block}")
+
+
 def test_what_a_model_is_wrapped_in_is_refused_by_name(ranks):
     for errors in ranks.call(cases.refused):
         says = {"flat": "wrapped in FullyShardedDataParallel, whose parameters are flat.*or fully_shard"}
