@@ -130,7 +130,8 @@ def simulated(machine: simulator.Machine, networks: tuple[simulator.Network, ...
             for share in ("all", "owned"):
                 rows.append({"network": each.name, "ranks": ranks, **simulator.estimate(each, machine, ranks, share)})
                 rows[-1]["kind"] = f"estimate, {share}"
-            rows.append({"network": each.name, "ranks": ranks, "kind": "step", **simulator.step(each, machine, ranks)})
+                rows.append({"network": each.name, "ranks": ranks, **simulator.step(each, machine, ranks, share)})
+                rows[-1]["kind"] = f"step, {share}"
     return rows
 
 

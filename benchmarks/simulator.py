@@ -12,6 +12,9 @@ from kronfisher import KFAC
 from kronfisher.distributed import owners
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.fits.shapes import elements
+from kronfisher.optim.intervals import LAYERWISE
+from kronfisher.optim.largest_factor import CHOLESKY
+from kronfisher.optim.layerwise.direction import AFFORDABLE, LONGEST
 
 FP32 = 4
 
@@ -159,26 +162,42 @@ def estimate(network: Network, machine: Machine, ranks: int, share: str = "all")
     return {**seconds, "seconds": sum(seconds.values()), "memory": memory, "kept": kept}
 
 
-def step(
-    network: Network, machine: Machine, ranks: int, *, statistics: int = 10, inverse: int = 10
-) -> dict[str, float]:
-    """Seconds of a training step, amortised over renewals, and bytes of curvature on a rank.
+def step(network: Network, machine: Machine, ranks: int, share: str = "all") -> dict[str, float]:
+    """Seconds of a training step, amortised over the periods of `LayerwiseStep`, and bytes of curvature on a rank.
 
-    Every rank inverts every factor, as `NaturalGradient` does today.
+    Args:
+        network: that is trained.
+        machine: whose rates are meant.
+        ranks: how many there are.
+        share: "all": every rank inverts every factor and makes every update, as `NaturalGradient` does. "owned": the
+            owner of a layer does, of sums that it alone has, and all get its update in every step.
     """
     rows, work = network.batch, sum(layer.matrix_work for layer in network.layers) + network.forward
     plain = 3 * rows * work / machine.multiplications + machine.overhead
-    apply = sum(layer.outputs * layer.inputs * sum(layer.factors) for layer in network.layers)
+    apply = [layer.outputs * layer.inputs * sum(layer.factors) for layer in network.layers]
     products = rows * sum(size**2 for layer in network.layers for size in layer.factors) / 2
+    cubes = [layer.cubes for layer in network.layers]
+    dear = CHOLESKY * sum(cubes) / (AFFORDABLE * 3 * rows * work)
+    period = max(LAYERWISE.inverse, math.ceil(min(dear, LONGEST)))
+    parts = owners(cubes, ranks if share == "owned" else 1)
+
+    def most(values: list[float]) -> float:
+        """Of the rank that has most."""
+        return max(sum(v for v, part in zip(values, parts, strict=True) if part == rank) for rank in set(parts))
+
+    gradients, messages = FP32 * network.parameters, FP32 * network.parameters / BUCKET
+    sums = machine.reduce(network.sums, ranks, network.sums / BUCKET)
     seconds = {
         "passes": plain,
-        "gradients": 2 * machine.reduce(FP32 * network.parameters, ranks, FP32 * network.parameters / BUCKET),
-        "statistics": (products + rows * work) / machine.multiplications / statistics,
-        "sum": 2 * machine.reduce(network.sums, ranks, network.sums / BUCKET) / statistics,
-        "inverses": sum(layer.cubes for layer in network.layers) / machine.inverses / inverse,
-        "apply": apply / machine.multiplications,
+        "gradients": 2 * machine.reduce(gradients, ranks, messages),
+        "statistics": (products + rows * work) / machine.multiplications / LAYERWISE.statistics,
+        "sum": (2 if share == "all" else 1) * sums / LAYERWISE.statistics,
+        "inverses": most(cubes) / machine.inverses / period,
+        "apply": most([float(value) for value in apply]) / machine.multiplications,
+        "updates": machine.reduce(gradients, ranks, messages) if share == "owned" else 0.0,
     }
-    return {**seconds, "seconds": sum(seconds.values()), "memory": 2 * network.operators}
+    memory = 2 * most([float(FP32 * layer.elements) for layer in network.layers])
+    return {**seconds, "seconds": sum(seconds.values()), "memory": memory}
 
 
 def fitted(machine: Machine, network: Network, ranks: int, measured: dict[str, float]) -> Machine:
