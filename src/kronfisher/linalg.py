@@ -38,7 +38,7 @@ _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product i
 _LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
 _FEW = 192  # columns of a product for narrower panels
 _TILE = 128
-_LARGE, _LINE = 2**20, 64  # bytes of zeros worth a call of another library, and of a line of a cache
+_LARGE, _LINE = 2**17, 64  # bytes that the system gives by pages, not out of what was freed; and of a line of a cache
 
 
 def full_precision(device_type: str = "cpu") -> AbstractContextManager[None]:

@@ -146,6 +146,7 @@ def test_states_with_one_term_and_with_several_add_up():
     several = random_samples(n=40)
     wide, thin = (fit.init((block,), replace(fit.plan((block,), 8), waiting=0), several.gradients) for _ in range(2))
     thin.narrow()
+    assert all(factor.untyped_storage().nbytes() == factor.nbytes for factor in (thin.inputs, thin.outputs))
     wide, thin = fit.update(wide, (several.part(0, 20),)), fit.update(thin, (several.part(20, 40),))
     wide.count = thin.count = 0.5
     for pair in ((wide, thin), (thin, wide)):

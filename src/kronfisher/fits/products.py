@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronfisher.fits.rearrangement import over
 from kronfisher.fits.state import Total, WaitingState
+from kronfisher.linalg import unwritten_zeros
 from kronfisher.operators import Factor
 
 __all__ = ["ProductSums"]
@@ -63,7 +64,8 @@ class ProductSums(WaitingState):
 
     def narrow(self) -> None:
         """Leave room for one term, in a state that holds nothing yet."""
-        self.inputs, self.outputs = self.inputs[:1], self.outputs[:1]
+        one = (unwritten_zeros(terms, terms[:1].shape) for terms in (self.inputs, self.outputs))
+        self.inputs, self.outputs = one  # a part of the others would keep their memory
 
     def widen(self, terms: int) -> Self:
         """One term, as the first of several."""
