@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Algebra", "as_number", "nonnegative"]
+__all__ = ["Algebra", "as_number", "matching", "nonnegative"]
 
 Matrix = TypeVar("Matrix")
 
@@ -19,6 +19,11 @@ def as_number(value: object) -> float | None:
     if isinstance(value, Tensor) and value.dim() == 0:
         return float(value.item())
     return None
+
+
+def matching(number: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number that may be a tensor, of the dtype and on the device of another."""
+    return number.to(like) if isinstance(number, Tensor) else number
 
 
 def nonnegative(value: object, what: str) -> float:

@@ -193,7 +193,7 @@ class Tridiagonal(Operator, kind="tridiagonal"):
         """Each layer is damped so, the links stay as they are."""
         return self.with_layers(tuple(layer.factored_damping(damping) for layer in self.layers))
 
-    def normalized(self, inputs: float, outputs: float) -> "Tridiagonal":
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor) -> "Tridiagonal":
         """Each layer is damped by shares of its own factors' mean eigenvalues; the scale of the whole is kept."""
         return self.with_layers(tuple(layer.damped_by_shares(inputs, outputs) for layer in self.layers))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError
 from kronfisher.linalg import full_precision
+from kronfisher.operators.algebra import matching
 from kronfisher.operators.factors import Factor, check_factors, sandwich, size_text
 from kronfisher.operators.gradients import Gradients
 from kronfisher.operators.operator import Operator
@@ -228,7 +229,7 @@ class Eigen(Spectral, kind="eigen"):
         root = torch.where(mean > 0, damping / torch.where(mean > 0, mean, 1), 0).sqrt()  # balanced: a, b of one mean
         return replace(self.shifted(damping), values=(values + damping + root * (rows + columns)).flatten())
 
-    def normalized(self, inputs: float, outputs: float) -> Operator:
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor) -> Operator:
         """Corrected eigenvalues get what the product with their row and column means would get."""
         if self.product_basis is None or self.form:
             return super().normalized(inputs, outputs)
@@ -237,6 +238,7 @@ class Eigen(Spectral, kind="eigen"):
         mean = values.mean((1, 2), keepdim=True)
         values = values * torch.where(mean > 0, 1 / torch.where(mean > 0, mean, 1), 0)
         rows, columns = values.mean(2, keepdim=True).clamp_min(0), values.mean(1, keepdim=True).clamp_min(0)
+        inputs, outputs = matching(inputs, values), matching(outputs, values)
         damped = values + inputs * rows + outputs * columns + inputs * outputs
         return replace(self, values=damped.flatten(), definite=True)
 

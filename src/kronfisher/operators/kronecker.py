@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kronfisher.errors import NumericalWarning, require
 from kronfisher.linalg import negligible, stable_norm
-from kronfisher.operators.algebra import nonnegative
+from kronfisher.operators.algebra import matching, nonnegative
 from kronfisher.operators.eigen import Eigen, KroneckerBasis
 from kronfisher.operators.factors import (
     Factor,
@@ -196,7 +196,7 @@ class Kronecker(Operator, kind="kronecker"):
         B = self.output_factor.scale(nonzero).shift(root / ratio)
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
-    def damped_by_shares(self, inputs: float, outputs: float, *, apart: bool = False) -> "Kronecker":
+    def damped_by_shares(self, inputs: float | Tensor, outputs: float | Tensor, *, apart: bool = False) -> "Kronecker":
         """``(B_h + outputs·b̄·1) ⊗ (A_h + inputs·ā·1)``; reads no value.
 
         ā and b̄ are the mean eigenvalues over all groups, or of each `apart`.
@@ -204,12 +204,12 @@ class Kronecker(Operator, kind="kronecker"):
         means = self._means(apart)
         nonzero = (means[0] > 0) & (means[1] > 0)  # a factor of zero trace is zero, and so is the product
         A, B = (
-            factor.shift(torch.where(nonzero, share * mean, 1).expand(factor.groups))
+            factor.shift(torch.where(nonzero, matching(share, mean) * mean, 1).expand(factor.groups))
             for factor, mean, share in zip(self.product, means, (inputs, outputs), strict=True)
         )
         return Kronecker(A.tensor, B.tensor, self.name, definite=True)
 
-    def normalized(self, inputs: float, outputs: float, *, apart: bool = False) -> "Kronecker":
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor, *, apart: bool = False) -> "Kronecker":
         """``(B_h / b̄ + outputs·1) ⊗ (A_h / ā + inputs·1)`` with means as `damped_by_shares` takes them."""
         damped = self.damped_by_shares(inputs, outputs, apart=apart)
         scales = [_reciprocal(mean).expand(len(self.A)) for mean in self._means(apart)]

@@ -178,7 +178,7 @@ class KroneckerSum(Iterative, Operator, kind="kronecker-sum"):
         """With the first term damped so: two terms keep an exact inverse."""
         return self.with_first(self.terms[0].factored_damping(damping))
 
-    def normalized(self, inputs: float, outputs: float) -> "KroneckerSum":
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor) -> "KroneckerSum":
         """Over the first term's mean eigenvalue, with the first term damped: two terms keep an exact inverse."""
         first = self.terms[0]
         mean = first.trace() / first.dim

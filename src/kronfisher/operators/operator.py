@@ -206,14 +206,17 @@ class Operator(Algebra["Operator"]):
         """Damped by `FactoredTikhonov` with λ > 0; ``X + λ·1`` where the structure has no factors to damp."""
         return self.shifted(damping)
 
-    def normalized(self, inputs: float, outputs: float) -> "Operator":
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor) -> "Operator":
         """``X / mean eigenvalue``, each factor damped by a share of its own mean eigenvalue.
 
         ``(B / b̄ + outputs·1) ⊗ (A / ā + inputs·1)`` for a product; ``X / x̄ + inputs·outputs·1`` where the structure
         has no factors to damp. A matrix that is zero becomes ``inputs·outputs·1``.
         """
-        mean = float(self.trace()) / self.dim
-        return self.scaled(1 / mean if mean > 0 else 0.0).shifted(inputs * outputs)
+        trace, share = self.trace(), inputs * outputs
+        if isinstance(share, Tensor):  # both are waited for at once
+            trace, share = torch.stack([trace, share.to(trace)]).tolist()
+        mean = float(trace) / self.dim
+        return self.scaled(1 / mean if mean > 0 else 0.0).shifted(share)
 
     def relative_to(self, diagonal: Tensor) -> "Operator":
         """``P^{-1/2} X P^{-1/2}`` for ``P = diag(diagonal)``, positive ``[D]``; UnsupportedError as in `write_out`."""

@@ -168,7 +168,7 @@ class Owned(Operator):
     def factored_damping(self, damping: float) -> "Owned":
         return self._mapped(lambda operator: operator.factored_damping(damping))
 
-    def normalized(self, inputs: float, outputs: float) -> "Owned":
+    def normalized(self, inputs: float | Tensor, outputs: float | Tensor) -> "Owned":
         return self._mapped(lambda operator: operator.normalized(inputs, outputs))
 
     def relative_to(self, diagonal: Tensor) -> "Owned":

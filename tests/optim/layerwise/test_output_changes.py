@@ -10,6 +10,7 @@ import kronfisher as kf
 from kronfisher.fisher.blocks import Block, Window
 from kronfisher.operators import Kronecker
 from kronfisher.optim.layerwise import matrix_roots, output_changes
+from kronfisher.optim.layerwise.matrix_roots import cost_of_product, cost_of_root
 from kronfisher.optim.layerwise.output_changes import OutputChanges
 
 DAMPING = 0.05
@@ -163,7 +164,7 @@ def test_values_that_are_not_finite_change_nothing_later():
 def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     parameters = [torch.empty(6, 6) for _ in range(4)]
     layers = [layer(p, Window(f"w{k}", (6, 6), (6, 1), (1, 6, 6), (36, 6, 1))) for k, p in enumerate(parameters)]
-    root = 7 * 6**3
+    root = cost_of_root(layers[0].blocks[0].weight)
     changes = OutputChanges(DAMPING)
     changes.follow(layers, root / output_changes.AFFORDABLE)  # as much as one root, each step
     for one in layers:
@@ -174,7 +175,8 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
         made.append([group.made for group in changes._together])
     assert made[0] == [1, 1, 1, 1]  # all that are missing
     assert sorted(made[-1]) == [6, 7, 8, 9], made  # one at a time, each as often as the others
-    changes.follow(layers, 9.0 * 6**3)  # not even one product with an update
+    most = cost_of_product(layers[0].blocks[0].weight) / output_changes.AFFORDABLE
+    changes.follow(layers, 0.9 * most)  # not even one product with an update
     changes.even(updates := {"w0": torch.ones(6, 6, dtype=torch.float64)})
     assert (updates["w0"] == 1).all()
 

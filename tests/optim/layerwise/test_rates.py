@@ -67,6 +67,18 @@ def test_little_contradiction_is_tolerated_where_it_is_said_to_be():
     assert float(strict.factors) < 0.7 and float(exceeded.factors) == 1 and float(tolerant.factors) > 1.4
 
 
+@pytest.mark.parametrize(("left", "grows"), [(1.0, False), (0.5, True), (0.0, True)])
+def test_more_contradiction_is_tolerated_where_little_is_left_to_fit(left, grows):
+    generator = torch.Generator().manual_seed(6)
+    made, path = rates(), torch.randn(1000, generator=generator)
+    for _ in range(200):
+        noise = torch.randn(1000, generator=generator)
+        gradient = noise - (noise @ path / (path @ path) + 0.12 * noise.norm() / path.norm()) * path
+        made.path = (path @ path).reshape(1)
+        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, left, 1.0)
+    assert float(made.factors) > 1.4 if grows else float(made.factors) == 1
+
+
 def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     made, ones = rates(), torch.ones(3)
     path = feed(made, [ones] * 200)

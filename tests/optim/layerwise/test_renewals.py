@@ -42,6 +42,24 @@ def test_factors_of_a_layer_that_is_dearer_than_a_pass_are_inverted_in_different
     assert abs(seen[1:].count((False, True)) - seen[1:].count((True, False))) <= 1
 
 
+@pytest.mark.parametrize(("left", "fall"), [(1.0, 1.0), (0.25, 0.5), (1e-9, direction.LEAST)])
+@pytest.mark.parametrize("fit", [kf.KFAC(), kf.EKFAC()])
+def test_dampings_fall_with_the_root_of_what_is_left_to_fit(left, fall, fit):
+    model = network(dtype=torch.float64)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit=fit)
+    for x, y in batches(3, dtype=torch.float64):
+        optimizer.step(lambda x=x: model(x), y)
+    made = optimizer.parts.direction
+    one = made.inverses[-1]
+    made.renew(100, 1e9, torch.tensor(left))  # float32: of the losses, not of the layer
+    share, operator = 0.05 * fall, one.layer.operator()
+    torch.testing.assert_close(one.inverse.to_dense(), operator.normalized(share, share).inverse().to_dense())
+    if fit == kf.KFAC():
+        A, B = operator.A[0], operator.B[0]
+        damped = [x / x.diagonal().mean() + share * torch.eye(len(x), dtype=torch.float64) for x in (B, A)]
+        torch.testing.assert_close(one.inverse.to_dense(), torch.linalg.inv(torch.kron(*damped)))
+
+
 @pytest.mark.parametrize("outputs", [True, False])
 def test_each_half_is_the_damped_inverse_of_its_factor(outputs):
     model = network(dtype=torch.float64)

@@ -38,7 +38,7 @@ def gather_alike(chosen: Iterable[Turn]) -> Iterator[list[Turn]]:
             yield group[low : low + most]
 
 
-def make_alike(group: Sequence[LayerInverse], shares: tuple[float, float], step: int) -> bool:
+def make_alike(group: Sequence[LayerInverse], shares: tuple[float | Tensor, float | Tensor], step: int) -> bool:
     """Make the inverses of layers whose operators were read, all with the same damping.
 
     Args:

@@ -26,6 +26,7 @@ AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
 LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
 RARE = 5  # periods after which the inverse of an input factor of data is renewed where it is dear: data do not change
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
+LEAST = 0.05  # of the damping, which falls with the root of the share of the data that is left to fit
 EIGENVECTORS = 20.0  # products as dear as those of n × n, over n³, from their measured speed
 
 
@@ -39,8 +40,8 @@ class Shares(Damping):
         outputs: of the output factor.
     """
 
-    inputs: float = 0.05
-    outputs: float = 0.05
+    inputs: float | Tensor = 0.05
+    outputs: float | Tensor = 0.05
 
     def damp(self, operator: Operator, value: float) -> Operator:
         return operator.normalized(value * self.inputs, value * self.outputs)
@@ -52,7 +53,7 @@ class RelativeDirection(Inverses):
     Args:
         parameters: name → parameter, all that may be trained.
         refresh: periods.
-        share: the damping, as a share of each factor's mean eigenvalue.
+        share: the damping, as a share of each factor's mean eigenvalue, while all is left to fit.
         data_share: that of the input factor of layers whose inputs are data, by its width.
 
     Attributes:
@@ -67,7 +68,7 @@ class RelativeDirection(Inverses):
         self.changes = OutputChanges(share)
         self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
 
-    def renew(self, step: int, pass_cost: float, *, wait: bool = False) -> None:
+    def renew(self, step: int, pass_cost: float, unfitted: float | Tensor = 1.0, *, wait: bool = False) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
 
         A layer that is dearer than three of them has its two factors inverted in different steps.
@@ -75,6 +76,9 @@ class RelativeDirection(Inverses):
         Args:
             step: number of the step.
             pass_cost: multiplications of a forward and backward pass over a batch.
+            unfitted: u, the share of the data that is left to fit (`Misfit`), 0-dim. Dampings fall with its root, down
+                to a twentieth: where hardly anything is left, gradients have little noise, and what remains lies in the
+                directions that damping holds back.
             wait: put inverses that are due off to the next step, because this one collected statistics and that will
                 not, so that no step is much longer than others; those that are missing are made.
         """
@@ -103,9 +107,10 @@ class RelativeDirection(Inverses):
                 break
             chosen.append(Turn(one, _half(one, step, pass_cost)))
             left -= _cost(one, chosen[-1].outputs)
+        fall = unfitted.sqrt().clamp(min=LEAST) if isinstance(unfitted, Tensor) else max(unfitted**0.5, LEAST)
         with self._arithmetic():
             for group in gather_alike(chosen):
-                self._make(group, step)
+                self._make(group, step, fall)
                 for one, outputs in group:
                     kept = _keeps_inputs(one, step, pass_cost)
                     one.begun = outputs is True and not kept
@@ -114,12 +119,12 @@ class RelativeDirection(Inverses):
                         one.inputs_due = one.inputs_due if kept else step + RARE * period
         self.seconds += time.perf_counter() - began
 
-    def _make(self, group: Sequence[Turn], step: int) -> None:
+    def _make(self, group: Sequence[Turn], step: int, fall: float | Tensor) -> None:
         for one, _ in group:
             one.read()
             if one.operator is not None:
                 self.changes.note(one, one.operator)
-        damping = self._damping(group[0].one)
+        damping = self._damping(group[0].one, fall)
         if len(group) > 1 and make_alike([one for one, _ in group], (damping.inputs, damping.outputs), step):
             return
         for one, outputs in group:
@@ -136,11 +141,11 @@ class RelativeDirection(Inverses):
         device = next(iter(self._parameters.values())).device
         self.changes.load_state_dict(state.get("changes", {}), self.inverses, device)
 
-    def _damping(self, one: LayerInverse) -> Shares:
+    def _damping(self, one: LayerInverse, fall: float | Tensor) -> Shares:
         inputs = self.share
         if one.layer.reads_data:
             inputs = max(self.share, self.data_share * max(block.shape[2] for block in one.blocks))
-        return Shares(inputs=inputs, outputs=self.share)
+        return Shares(inputs=inputs * fall, outputs=self.share * fall)
 
     def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
         known = self._products.get(id(one))

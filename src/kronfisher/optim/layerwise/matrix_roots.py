@@ -18,6 +18,7 @@ __all__ = ["CALLS_OF_ROOT", "Alike", "Known", "cost_of_product", "cost_of_root",
 SHARE = 0.3  # of the mean variance, which all directions have before roots are taken: the smallest are noise
 QUINTIC = 3.4445, -4.7750, 2.0315  # Muon's: s (a + b s² + c s⁴) of singular values s
 ROUNDS = 2  # of it: enough for values from .1 on
+READING = 16  # multiplications that take as long as reading an element of a matrix
 CALLS_OF_ROOT = 6e6  # multiplications that take as long as the small operations of making roots of one shape
 
 
@@ -150,14 +151,15 @@ def least(window: Window) -> int:
 
 def cost_of_product(window: Window) -> float:
     """Multiplications of a root with an update."""
-    return float(window.numel * least(window))
+    return float(window.numel * (least(window) + READING))
 
 
 def cost_of_root(window: Window) -> float:
     """Multiplications of making a root."""
     groups, outputs, *rest = window.size
     inputs, small = prod(rest), least(window)
-    return float(groups * (outputs * inputs**2 + small**2 * max(outputs, inputs) + (4 * ROUNDS - 3) * small**3))
+    rest_of_product = small * max(outputs, inputs) + (4 * ROUNDS - 3) * small**2
+    return float(groups * ((outputs + READING) * inputs**2 + (small + READING) * rest_of_product))
 
 
 def _roots(product: Tensor, before: Tensor | None) -> Tensor:

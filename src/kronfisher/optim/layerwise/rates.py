@@ -19,6 +19,7 @@ RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
 LARGEST = 10.0  # factor
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
+TOLERANCE_FITTED = 0.25  # the same where nothing is left to fit: what opposes is then more the valley than the noise
 
 
 @dataclass
@@ -35,14 +36,15 @@ class Rates:
     and above .5, beyond one: there is hardly any noise, and a step of one size is only as long as it is by convention.
 
     While the average of the iterates takes the noise out, a small share of a gradient may oppose the path: r is made
-    of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``. It takes out steps to and fro across a valley, too, while others go on along it.
+    of ``⟨g, p⟩ + t h ‖g‖ ‖p‖`` with t from .05 to, where the data are fitted, .25. It takes out steps to and fro across
+    a valley, too, while others go on along it.
     As far as that is allowed, which is where much is left to fit, steps that overshoot (c < −.15) therefore grow up to
     s, whatever the scatter costs: r is 1, and there is no brake below one. They go on along the flat directions, and
     where there is little noise, as with functions of coordinates, that decides how fast the loss falls.
 
     Attributes:
         factors: f ``[U]``.
-        signed: the average of ``⟨g, p⟩ + .05 h ‖g‖ ‖p‖``, ``[U]``.
+        signed: the average of ``⟨g, p⟩ + t h ‖g‖ ‖p‖``, ``[U]``.
         absolute: the average of its absolute value, ``[U]``.
         cosine: c ``[U]``.
         path: ``‖p‖²``, ``[U]``.
@@ -95,7 +97,8 @@ class Rates:
         path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
         path.clamp_min_(0)
         brake = torch.maximum(self._bound(cosine), torch.ones_like(cosine) * overshoot)
-        excused = products + TOLERANCE * room * norms
+        tolerance = TOLERANCE_FITTED + (TOLERANCE - TOLERANCE_FITTED) * left
+        excused = products + tolerance * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|

@@ -47,7 +47,8 @@ class LayerwiseStep:
         rate: the step of rate one; ``lr`` of the optimiser multiplies it. Batches of fewer than 128 rows (examples
             times positions) make it smaller, with the square root of their number.
         momentum: β.
-        damping: λ_A and λ_B as shares of the mean eigenvalues of A and B.
+        damping: λ_A and λ_B as shares of the mean eigenvalues of A and B. Both fall with the root of the share of the
+            data that is left to fit, down to a twentieth.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
             inputs have directions that hardly vary, and whitening those memorises examples.
         adaptive: the rate of vectors and numbers outside the matrices (scales, shifts), relative to `rate`. They make
@@ -137,7 +138,7 @@ class LayerwiseParts(StepParts):
             return
         # In the first steps inverses follow statistics at once: a GPT that used older ones trained half as fast.
         wait = due and self.statistics.next_due >= step + min(APART, self.statistics.refresh.statistics)
-        self.direction.renew(step, figures.pass_cost, wait=wait)
+        self.direction.renew(step, figures.pass_cost, self.misfit.left, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
