@@ -63,6 +63,24 @@ TURNS = [
 # The tests of one turn run one after the other and share estimates: hence the scope, and the same places in both lists.
 TURNS.sort(key=lambda turn: resolve(turn.fit).by_batch)
 turns = pytest.mark.parametrize("turn", TURNS, ids="-".join, scope="module")
+# What sums, order and repetition do to a fit hardly depends on the use. By default each turn meets one of the three,
+# and all fits, and all uses, meet all three.
+ONE_OF_THREE = ("sum", "bits", "order")
+
+
+def by_turns(what: str) -> pytest.MarkDecorator:
+    """All turns, of which a third is tried by default, the others are slow."""
+    marks = [() if usual(turn) == what else pytest.mark.slow for turn in TURNS]
+    values = [pytest.param(turn, marks=mark) for turn, mark in zip(TURNS, marks, strict=True)]
+    return pytest.mark.parametrize("turn", values, ids="-".join, scope="module")
+
+
+def usual(turn: Turn) -> str:
+    """Which of the three a turn meets by default."""
+    place = list(EXAMPLES).index(turn.example) + list(EXAMPLES).index(turn.example) // 3 + list(FITS).index(turn.fit)
+    return ONE_OF_THREE[place % 3]
+
+
 BATCHED = [turn for turn in TURNS if not resolve(turn.fit).by_batch]
 free_of_batches = pytest.mark.parametrize("turn", BATCHED, ids="-".join, scope="module")
 
@@ -73,6 +91,13 @@ def test_every_two_choices_meet_in_some_turn(some):
     missing = {(e, f) for f, those in SOME.items() for e in EXAMPLES if e not in those} | UNDEFINED
     assert missing_pairs(some, EXAMPLES, present, FEW, LABELS) <= missing
     assert {turn[1:] for turn in some} == set(product(present, FEW, LABELS))
+
+
+def test_every_two_choices_meet_by_default():
+    some = [(usual(turn), *turn[1:]) for turn in TURNS]
+    assert not missing_pairs(some, ONE_OF_THREE, FITS, FEW, LABELS)
+    uses = [(usual(turn), turn.example) for turn in TURNS]
+    assert not missing_pairs(uses, ONE_OF_THREE, EXAMPLES)
 
 
 def estimate(p: Problem, fit, labels: str = "exact", data=None, **options) -> kf.Fisher:
@@ -289,7 +314,7 @@ def test_error_is_the_dense_distance(turn, monkeypatch):
         assert each.relative == pytest.approx(float((missed / total).sqrt()), **tolerance)
 
 
-@turns
+@by_turns("sum")
 def test_sum_is_count_times_mean(turn):
     p, fit = turn.problem, turn.fit
     mean, total = whole(turn), estimate(p, fit, reduction="sum")
@@ -298,7 +323,7 @@ def test_sum_is_count_times_mean(turn):
     assert total.error(p.batch).blocks == pytest.approx(error(turn).blocks, abs=1e-7)
 
 
-@turns
+@by_turns("bits")
 def test_same_call_gives_the_same_bits(turn):
     first = whole(turn, turn.labels).to_dense()
     torch.rand(())  # the global random state may differ
@@ -321,7 +346,7 @@ def test_batches_do_not_matter(turn):
     close(parts.to_dense(), one.to_dense(), tolerance)
 
 
-@turns
+@by_turns("order")
 def test_order_does_not_matter(turn):
     p, fit = turn.problem, turn.fit
     order = torch.arange(len(p.x)).flip(0).roll(1)
