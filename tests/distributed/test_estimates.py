@@ -404,6 +404,7 @@ def test_shards_hold_every_batch_once(ranks):
 def test_ranks_that_train_on_batches_in_other_orders_are_told_at_the_end_of_a_pass(ranks):
     """Seen: a seed of each rank's own before a loader that shuffles, and every epoch repeated some of the data."""
     for rank, (parts, kind, text) in enumerate(ranks.call(cases.shuffled)):
+        assert "generator=torch.Generator().manual_seed(0)" in text
         assert parts == [7 // ranks.size] * 3 and kind == "RankError", rank
         assert re.match(r"rank 0 read \w+, rank 1 \w+; the batches were dealt out in different orders", text)
 

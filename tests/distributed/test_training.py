@@ -182,8 +182,9 @@ def test_a_group_of_one_trains_alone_beside_others(ranks):
     assert not torch.equal(found[0]["0.weight"], found[3]["0.weight"])
 
 
-def test_a_loop_of_ones_own(ranks):
-    follow(ranks.call(trainings.loop, ranks.size), trainings.loop(None, ranks.size))
+@pytest.mark.parametrize("fit", ["kfac", "ekfac"])
+def test_a_loop_of_ones_own(ranks, fit):
+    follow(ranks.call(partial(trainings.loop, fit=fit), ranks.size), trainings.loop(None, ranks.size, fit=fit))
 
 
 @pytest.mark.parametrize("fit", ["kfac", "ekfac"])

@@ -58,6 +58,34 @@ def test_accumulating_parts_of_a_batch_is_one_step_of_the_whole(divided):
     torch.testing.assert_close(run(8, accumulate, labels="exact"), run(8, usual, labels="exact"), rtol=1e-6, atol=1e-8)
 
 
+def averages(count, parts):
+    """What averages of all layers hold after steps that move nothing: first passes, counts, sums of eigenvalues."""
+    model = network(dtype=torch.float64)
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), fit="ekfac", labels="exact", lr=0.0)
+    for x, y in batches(count, dtype=torch.float64):
+        optimizer.zero_grad()
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            optimizer.backward(optimizer.forward(a), b)
+        optimizer.step()
+    found = {}
+    for layer in optimizer.parts.statistics.layers:
+        first, second = layer.average.states
+        found |= {f"{layer.name} {name}": sums.triu() for name, sums in first.sums.items()}
+        found[f"{layer.name} counts"] = torch.tensor([float(first.count), float(second.count)])
+        found[f"{layer.name} trace"] = sum(sums.sum() for sums in second.sums.values())
+    return found
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 2), (1, 4), (5, 2), (5, 4)])
+def test_a_basis_that_is_renewed_takes_in_all_parts_of_a_batch(count, parts):
+    """Seen: a DataError about an empty factor. In any basis eigenvalues add up to the trace, until they are carried."""
+    whole, added = averages(count, 1), averages(count, parts)
+    assert len(whole) == 8
+    for name, value in whole.items():
+        if count == 1 or not name.endswith("trace"):
+            torch.testing.assert_close(added[name], value, rtol=1e-10, atol=1e-12)
+
+
 def test_a_step_does_not_depend_on_the_scale_of_the_gradient():
     def scaled(model, optimizer, x, y):
         optimizer.zero_grad()

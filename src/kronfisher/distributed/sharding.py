@@ -16,7 +16,9 @@ __all__ = ["OTHER_ORDERS", "Shard", "shard", "warn_of_padding"]
 
 OTHER_ORDERS = (
     "the batches were dealt out in different orders, so that some are read twice and others never. Let the loader "
-    "shuffle alike on all ranks: with torch's global generator, or with a generator of the same seed."
+    "shuffle alike on all ranks: with a generator of its own of the same seed, DataLoader(..., "
+    "generator=torch.Generator().manual_seed(0)). Torch's global generator, which shuffles else, goes apart where "
+    "ranks draw other numbers from it, as dropout does for a batch of another size."
 )
 
 
@@ -24,8 +26,9 @@ def shard(loader: Any, group: ProcessGroup = None, *, equal: bool = False) -> An
     """This rank's part of the batches of a loader: batch k goes to rank k modulo W, whole and once.
 
     Nothing is padded or repeated, so that ranks may get different numbers of batches, and with fewer batches than ranks
-    some get none. All ranks have to be given the same loader. One that shuffles has to do so alike everywhere: with
-    torch's global generator, which `estimate` seeds, or with a generator of the same seed; `estimate` compares the
+    some get none. All ranks have to be given the same loader. One that shuffles has to do so alike everywhere: with a
+    generator of its own of the same seed, or with torch's global one, which `estimate` seeds, and which goes apart in
+    training where ranks draw other numbers from it, as dropout does for a smaller last batch. `estimate` compares the
     orders, and so do ranks at the end of a pass in which they get equally many batches. Others are refused.
 
     Ranks that train meet at every step: where batches of a shard are trained on as they are read, by `NaturalGradient`

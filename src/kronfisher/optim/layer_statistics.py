@@ -42,6 +42,7 @@ class LayerStatistics:
     reads_data: bool = False
     makes_outputs: bool = False
     _completed: tuple[ref[Tensor] | None, int] = field(default=(None, 0), init=False, repr=False)
+    _has_room: bool = field(default=True, init=False, repr=False)  # for the statistics of a batch
 
     @property
     def fit(self) -> MovingAverage:
@@ -94,13 +95,17 @@ class LayerStatistics:
         """Whether any example of the batch counts."""
         return self.group.state.count > 0
 
-    def merge(self, keep: float) -> None:
+    def merge(self, keep: float, step: int | None = None) -> None:
         """Take the batch's statistics, of which some count, into the average, of which the share `keep` stays.
+
+        Args:
+            keep: the share; all stays of an average that took in a batch of this step when its basis was renewed.
+            step: its number.
 
         Raises:
             NumericalError: products of samples are not finite; `discard` goes back to the average of before.
         """
-        state = self.group.state
+        state, keep = self.group.state, 1.0 if self.basis_renewed == step else keep
         assert isinstance(state, AverageState)
         waits = self.waits
         if waits:
@@ -165,6 +170,12 @@ class LayerStatistics:
         if self.average is None:  # a basis that a batch gave which was discarded is forgotten, too
             state = replace(state, states=state.states[:1])
         self.group.state = self.fit.fresh(state)
+        self._has_room = True
+
+    def make_room(self) -> None:
+        """Begin again, where a pass of this step renewed the basis and its statistics were merged already."""
+        if not self._has_room:
+            self.begin()
 
     def announce(self, examples: int) -> None:
         """Say how many examples are going to be read, so that part of many rows is enough; 0: all rows are wanted."""
@@ -176,6 +187,7 @@ class LayerStatistics:
         state = self.average or self.group.state
         assert isinstance(state, AverageState)
         self.group.state = self.fit.without_sums(state)
+        self._has_room = False
 
     def discard(self) -> None:
         """Forget the batch's statistics, those that this step's average has taken in among them."""

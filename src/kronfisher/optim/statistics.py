@@ -291,6 +291,8 @@ class Statistics:
             run.start_pass((self._seed << 32) + step)
             for layer in self.layers:
                 layer.begin()
+        for layer in self.layers:
+            layer.make_room()
         try:
             with full_precision(run.device.type):
                 self._absorb(run, capture, outputs, targets, step, retain, own, weight)
@@ -466,10 +468,10 @@ class Statistics:
                 filled = [layer for layer, some in zip(self.layers, counts, strict=True) if some]
                 with together():
                     for layer in (waiting := [layer for layer in filled if layer.waits]):
-                        layer.merge(self.refresh.average)
+                        layer.merge(self.refresh.average, step)
                 for layer in filled:
                     if layer not in waiting:  # these cannot fail now
-                        layer.merge(self.refresh.average)
+                        layer.merge(self.refresh.average, step)
             except NumericalError:
                 self.discard()
             else:
