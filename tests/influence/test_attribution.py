@@ -142,6 +142,22 @@ def test_trainings_that_were_done_are_not_done_again(tmp_path):
         attribution.lds(effects(), first, subsets=6, path=path)
 
 
+def test_scores_without_an_order_are_refused_before_any_training():
+    scores, first = effects(), Linear()
+    scores[1, 2] = torch.nan
+    wrong = torch.arange(N) < 3
+    for ask in (
+        lambda: attribution.lds(scores, first),
+        lambda: attribution.leave_one_out(scores, first),
+        lambda: attribution.removal(scores, first),
+        lambda: attribution.brittleness(scores, first),
+        lambda: attribution.mislabelled(scores[1], wrong),
+    ):
+        with pytest.raises(kf.DataError, match="scores hold NaN"):
+            ask()
+    assert not first.calls
+
+
 def test_trainings_that_give_no_numbers_are_refused():
     with pytest.raises(kf.DataError, match=r"one finite number for each of the 4 queries, \[4\]; found \[3\]"):
         attribution.lds(effects(), lambda kept, seed: torch.zeros(3), subsets=2)

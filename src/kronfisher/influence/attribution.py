@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kronfisher.errors import DataError, require_integer
 from kronfisher.estimation.progress import Progress
-from kronfisher.influence.judgements import Correlation, Curve, total
+from kronfisher.influence.judgements import Correlation, Curve, require_comparable, total
 from kronfisher.influence.removals import brittleness, removal
 from kronfisher.influence.retraining import Retrain, Trainings
 from kronfisher.influence.scores import Scores
@@ -148,7 +148,7 @@ def mislabelled(scores: Tensor, wrong: Tensor, *, shares: Sequence[float] = (0.0
         shares: of the data that are inspected.
 
     Raises:
-        DataError: the shapes differ, or no label is wrong.
+        DataError: the shapes differ, no label is wrong, or a score is NaN.
 
     Example:
         >>> scores, wrong = torch.tensor([3.0, 9.0, 1.0, 2.0]), torch.tensor([False, True, False, False])
@@ -157,7 +157,7 @@ def mislabelled(scores: Tensor, wrong: Tensor, *, shares: Sequence[float] = (0.0
     """
     if scores.shape != wrong.shape or scores.dim() != 1 or not bool(wrong.any()):
         raise DataError(f"scores {list(scores.shape)} need one answer each, some of them true; {list(wrong.shape)}.")
-    order = wrong.bool()[scores.argsort(descending=True, stable=True)]
+    order = wrong.bool()[require_comparable(scores).argsort(descending=True, stable=True)]
     total = int(order.sum())
     found = [int(order[: round(share * len(order))].sum()) for share in shares]
     return Curve(tuple(shares), tuple(share_interval(number, total) for number in found))

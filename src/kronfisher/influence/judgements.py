@@ -8,7 +8,7 @@ from kronfisher.errors import DataError
 from kronfisher.influence.scores import Scores
 from kronfisher.influence.statistics import Interval
 
-__all__ = ["Correlation", "Curve", "total"]
+__all__ = ["Correlation", "Curve", "require_comparable", "total"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,16 @@ def total(scores: Scores | Tensor) -> Tensor:
     """``[Q, N]``, in main memory.
 
     Raises:
-        DataError: they have another shape.
+        DataError: they have another shape, or hold NaN.
     """
     values = scores.total if isinstance(scores, Scores) else scores
     if values.dim() != 2:
         raise DataError(f"scores must be [Q, N]; found {list(values.shape)}.")
-    return values.detach().cpu()
+    return require_comparable(values).detach().cpu()
+
+
+def require_comparable(scores: Tensor) -> Tensor:
+    """The same scores; DataError if one is NaN, which has no place in an order."""
+    if bool(scores.isnan().any()):
+        raise DataError("scores hold NaN, so that they have no order: look at what they were computed from.")
+    return scores
