@@ -303,3 +303,12 @@ def test_a_vector_that_is_assembled_is_a_layer():
     model, x = Written(forward, p=torch.randn(3), q=torch.randn(3)), torch.randn(5, 3)
     assert_exact(model, x, fit=kf.Full(across_layers=True))
     assert kf.coverage(model, x).complete
+
+
+def test_what_is_a_view_of_data_for_torch_alone_has_a_gradient_of_its_own():
+    """Seen: an error of torch's, as its base was asked for the gradient, and took no part in the graph."""
+    forward = lambda m, x: m.o(torch.slice_inverse(x, m.p.exp(), 1) + x).tanh()  # noqa: E731
+    model, x = Written(forward, p=torch.randn(4, 3), o=nn.Linear(3, 2)).double(), torch.randn(4, 3).double()
+    assert torch.slice_inverse(x, model.p.exp(), 1)._base is x
+    for fit in ("diagonal", "full"):
+        assert_exact(model, x, fit=fit)

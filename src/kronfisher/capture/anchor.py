@@ -69,8 +69,8 @@ def home(result: Tensor) -> Tensor:
     """The tensor whose history keeps the gradient of a result: the one that it is a view of.
 
     Of views that show an element several times the gradients are told apart at the view alone, which torch changes
-    nothing in.
+    nothing in. What some of torch's operators call a view (`slice_inverse`) has a gradient where its base has none.
     """
     base = result._base
     overlapping = any(step == 0 and n > 1 for n, step in zip(result.shape, result.stride(), strict=True))
-    return result if base is None or overlapping else base
+    return result if base is None or overlapping or not base.requires_grad else base
