@@ -232,8 +232,15 @@ def _distance(fisher, truth, weight, head):
     return torch.stack([(own - given).norm() / own.norm(), left])
 
 
-@pytest.mark.parametrize("equation", HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def in_turn(first):
+    """Every value with each of the equations; each with one of them by default, in turns, the others are slow."""
+    for k, value in enumerate(first):
+        for j, equation in enumerate(HEADS):
+            marks = () if (k + j) % len(HEADS) == 0 else pytest.mark.slow
+            yield pytest.param(value, equation, marks=marks, id=f"{value}-{equation}")
+
+
+@pytest.mark.parametrize(("dtype", "equation"), [*in_turn([torch.float32, torch.float64])])
 def test_heads_whose_outputs_lie_around_the_inputs_are_exact_in_batches_that_differ(equation, dtype):
     model, x = heads(equation, 2, 3, 4).to(dtype), torch.randn(7, 4, 3, dtype=dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
@@ -244,8 +251,7 @@ def test_heads_whose_outputs_lie_around_the_inputs_are_exact_in_batches_that_dif
         kf.estimate(model, data, kf.Gaussian(), strict=True)
 
 
-@pytest.mark.parametrize("equation", HEADS)
-@pytest.mark.parametrize("fit", ["kfac", "ekfac", "kfoc"])
+@pytest.mark.parametrize(("fit", "equation"), [*in_turn(["kfac", "ekfac", "kfoc"])])
 def test_training_treats_heads_whose_outputs_lie_around_the_inputs_by_layers(equation, fit):
     torch.manual_seed(0)
     part = heads(equation, 2, 3, 4)
