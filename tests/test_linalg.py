@@ -270,15 +270,17 @@ def test_unwritten_zeros_are_zeros(shape, dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
-@pytest.mark.parametrize(("number", "width", "share"), [(1, 5000, 0.1), (400, 250, 0.7)])  # a page may be of 128 KiB
-def test_unwritten_zeros_take_no_memory(number, width, share):
+@pytest.mark.parametrize(("number", "width", "most", "least"), [(1, 5000, 0.1, 0.9), (400, 250, 0.7, 0.5)])
+def test_unwritten_zeros_take_no_memory(number, width, most, least):
+    """Small tensors share pages, and some lie in memory that the process held before."""
+
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = resident()
     zeros = [unwritten_zeros(torch.empty(0), (1, width, width)) for _ in range(number)]
     size = sum(each.nbytes for each in zeros)
-    assert resident() - before < share * size
+    assert resident() - before < most * size
     for each in zeros:
         each += 1
-    assert resident() - before > size / 2
+    assert resident() - before > least * size
