@@ -62,7 +62,7 @@ class Window:
         """Whether the window shows every element of the parameter in its own row-major order."""
         return self.row_major and self.numel == prod(self.shape) and self.stride == _row_major(self.size)
 
-    @property
+    @cached_property
     def adjacent(self) -> bool:
         """Whether the window shows adjacent elements of the parameter in its own row-major order."""
         return self.row_major and all(
@@ -74,7 +74,7 @@ class Window:
         """Whether the window shows every element of the parameter once, in whatever order."""
         return self.numel == prod(self.shape) and not self.overlaps
 
-    @property
+    @cached_property
     def row_major(self) -> bool:
         return all(n == 1 or s == t for n, s, t in zip(self.shape, self.layout, _row_major(self.shape), strict=True))
 

@@ -80,12 +80,11 @@ class Inverses:
         with self._arithmetic():
             vectors: dict[str, Tensor] = {}
             out: dict[str, Tensor] = {}
-            for one in self.inverses:
-                if one.inverse is None:
-                    continue
+            ready = [one for one in self.inverses if one.inverse is not None]
+            given_rows = [one for one in ready if rows.holds(one)]
+            others = [one for one in ready if not rows.holds(one)] if given_rows else ready
+            for one in [*given_rows, *self._apply_directly(others, gradients, out)]:
                 by_rows = rows.holds(one)
-                if not by_rows and self._apply_directly(one, gradients, out):
-                    continue
                 vectors = vectors or {name: tensor[None] for name, tensor in gradients.items()}
                 for name in (name for block in one.blocks for name in block.parameters):
                     if name not in out and (by_rows or name in vectors):
@@ -99,9 +98,11 @@ class Inverses:
                     one.apply(vectors, own)
             return out
 
-    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
-        """Write the same of one layer into `out`, in fewer copies; False where that is not possible."""
-        return False
+    def _apply_directly(
+        self, ones: Sequence[LayerInverse], gradients: Mapping[str, Tensor], out: dict[str, Tensor]
+    ) -> list[LayerInverse]:
+        """Write the same of some layers into `out`, in fewer copies and calls; those where that is not possible."""
+        return list(ones)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return plain_arithmetic(next(iter(self._parameters.values())).device)

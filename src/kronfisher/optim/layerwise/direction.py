@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.alike_inverses import Turn, gather_alike, make_alike
 from kronfisher.optim.layerwise.output_changes import OutputChanges
-from kronfisher.optim.layerwise.product import Product
+from kronfisher.optim.layerwise.product import Product, Products
 
 __all__ = ["RelativeDirection", "Shares"]
 
@@ -28,6 +29,8 @@ RARE = 5  # periods after which the inverse of an input factor of data is renewe
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
 LEAST = 0.05  # of the damping, which falls with the root of the share of the data that is left to fit
 EIGENVECTORS = 20.0  # products as dear as those of n × n, over n³, from their measured speed
+
+_Group = tuple[Products | None, list[tuple[LayerInverse, Product | None]]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class RelativeDirection(Inverses):
         super().__init__(parameters, refresh)
         self.share, self.data_share = share, data_share
         self.changes = OutputChanges(share)
-        self._products: dict[int, tuple[Operator | None, Product | None]] = {}  # of each layer's present inverse
+        self._applied: list[Operator | None] = []  # inverses, and how they are applied
+        self._groups: list[_Group] = []
 
     def renew(self, step: int, pass_cost: float, unfitted: float | Tensor = 1.0, *, wait: bool = False) -> None:
         """Make the inverses that are due, the oldest first, until as much is spent as a forward and backward pass.
@@ -94,7 +98,7 @@ class RelativeDirection(Inverses):
                 one.due += one.due == step  # not overdue
         if not (missing or due):
             return
-        self._products.clear()  # they hold the inverses of before
+        self._applied, self._groups = [], []  # they hold the inverses of before
         whole = sum(map(_cost, ready))
         dear = whole / (AFFORDABLE * pass_cost) if pass_cost else 0.0
         late = max(self.refresh.inverse, math.ceil(min(dear, LONGEST)))
@@ -147,12 +151,31 @@ class RelativeDirection(Inverses):
             inputs = max(self.share, self.data_share * max(block.shape[2] for block in one.blocks))
         return Shares(inputs=inputs * fall, outputs=self.share * fall)
 
-    def _apply_directly(self, one: LayerInverse, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
-        known = self._products.get(id(one))
-        if known is None or known[0] is not one.inverse:
-            known = self._products[id(one)] = (one.inverse, Product.of(one))
-        product = known[1]
-        return product is not None and product.apply(gradients, out)
+    def _apply_directly(
+        self, ones: Sequence[LayerInverse], gradients: Mapping[str, Tensor], out: dict[str, Tensor]
+    ) -> list[LayerInverse]:
+        inverses = [one.inverse for one in ones]
+        if len(inverses) != len(self._applied) or any(map(is_not, inverses, self._applied)):
+            self._applied, self._groups = inverses, _grouped(ones)
+        left: list[LayerInverse] = []
+        for together, group in self._groups:
+            if together is None or not together.apply(gradients, out):
+                left += [one for one, alone in group if alone is None or not alone.apply(gradients, out)]
+        return left
+
+
+def _grouped(ones: Sequence[LayerInverse]) -> list[_Group]:
+    """Layers that are applied together, as what they are: narrow products of one kind, others alone."""
+    groups: dict[object, list[tuple[LayerInverse, Product | None]]] = {}
+    for one in ones:
+        product = Product.of(one)
+        kind = id(one) if product is None or not product.narrow else product.kind
+        groups.setdefault(kind, []).append((one, product))
+    made: list[_Group] = []
+    for group in groups.values():
+        products = [product for _, product in group if product is not None]
+        made.append((Products(products) if len(products) > 1 else None, group))
+    return made
 
 
 def _age(one: LayerInverse) -> tuple[bool, int]:

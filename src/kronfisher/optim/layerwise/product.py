@@ -1,6 +1,6 @@
 """A layer's inverse as two matrices, applied to the gradients of its parameters where they lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 from kronfisher.fisher.blocks import Window
 from kronfisher.optim.layer_inverse import LayerInverse
 
-__all__ = ["Product"]
+__all__ = ["Product", "Products"]
+
+NARROW = 64  # outputs and inputs up to which calls cost more than copies of gradients
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,62 @@ class Product:
         _put(torch.addmv(last * self.corner, middle, self.edge), bias, shift, out)
         return True
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What products have in common that are applied together; `Products` has no use for wide ones."""
+        sizes = self.left.shape, self.right.shape
+        return *sizes, self.bias is None, self.left.dtype, self.left.device
+
+    @property
+    def narrow(self) -> bool:
+        return max(*self.left.shape, *self.right.shape) <= NARROW
+
     def _from_left(self, matrix: Tensor) -> Tensor:
         return self.left * matrix if self.left.shape[1] == 1 else self.left @ matrix
+
+
+class Products:
+    """Narrow ones of one kind, whose matrices are multiplied together: a network has many of them, and calls add up."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self._products = list(products)
+        self._left = torch.stack([one.left for one in products])
+        self._right = torch.stack([one.right for one in products])
+        self._edge = torch.stack([one.edge for one in products])
+        self._corner = torch.stack([one.corner for one in products])
+
+    def apply(self, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
+        """As `Product.apply`, of all or of none; those without any gradient take part as zeros, and write nothing."""
+        windows = [window for one in self._products for window in (one.weight, one.bias) if window is not None]
+        found = [gradients.get(window.parameter) for window in windows]
+        given = [tensor for tensor in found if tensor is not None]
+        if not given or any(tensor.dtype != self._left.dtype for tensor in given):
+            return False
+        of_each = len(windows) // len(self._products)
+        seen = [tensor is not None for tensor in found[::of_each]]
+        if of_each == 2 and seen != [tensor is not None for tensor in found[1::2]]:
+            return False
+        parts = [
+            self._left.new_zeros(window.numel) if tensor is None else _cut(tensor, window)
+            for tensor, window in zip(found, windows, strict=True)
+        ]
+        middle = self._from_left(torch.stack(parts[::of_each]).view(len(self._products), self._left.shape[1], -1))
+        if of_each == 2:
+            last = self._from_left(torch.stack(parts[1::2])[..., None])
+            shifts = (last[..., 0] * self._corner[:, None] + (middle @ self._edge[..., None])[..., 0]).unbind()
+            values = torch.baddbmm(last * self._edge[:, None], middle, self._right).unbind()
+        else:
+            values, shifts = (middle @ self._right).unbind(), ()
+        for place, one in enumerate(self._products):
+            if not seen[place]:
+                continue
+            _put(values[place], one.weight, gradients[one.weight.parameter], out)
+            if one.bias is not None:
+                _put(shifts[place], one.bias, gradients[one.bias.parameter], out)
+        return True
+
+    def _from_left(self, matrices: Tensor) -> Tensor:
+        return self._left * matrices if self._left.shape[2] == 1 else self._left @ matrices
 
 
 def _cut(tensor: Tensor, window: Window) -> Tensor:

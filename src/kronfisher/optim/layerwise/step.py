@@ -142,7 +142,7 @@ class LayerwiseParts(StepParts):
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
-            self._rows.even((block for one in self.direction.inverses for block in one.blocks), natural)
+            self._rows.even([block for one in self.direction.inverses for block in one.blocks], natural)
             self.motion.follow(self._units(trained), next(iter(gradients.values())).device)
             averages = self.average.averages if self.options.average else None
             self.motion.move(

@@ -52,5 +52,5 @@ def find_units(blocks: Iterable[Block], tables: Set[str], parameters: Mapping[st
 def seen(window: Window, tensor: Tensor) -> Tensor:
     """The elements ``[H, O, *]`` of a contiguous tensor that the window shows: a view, where there is one."""
     if window.row_major:
-        return tensor.as_strided(window.size, window.stride, window.offset)
+        return tensor.as_strided(window.size, window.stride, tensor.storage_offset() + window.offset)
     return window.gather(tensor[None])[0]

@@ -1,11 +1,11 @@
 """Rows of natural gradients, brought nearer to one length."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kronfisher.fisher.blocks import Block
+from kronfisher.fisher.blocks import Block, Window
 from kronfisher.optim.layerwise.units import is_matrix, seen
 
 __all__ = ["WeightRows"]
@@ -22,18 +22,24 @@ class WeightRows:
     """
 
     def __init__(self) -> None:
+        self._followed: tuple[list[Block], list[str]] | None = None
+        self._windows: list[Window] = []
         self._sizes: list[int] = []
         self._index = self._counts = torch.zeros(0)
 
-    def even(self, blocks: Iterable[Block], natural: Mapping[str, Tensor]) -> None:
+    def even(self, blocks: list[Block], natural: Mapping[str, Tensor]) -> None:
         """Treat the weights that are matrices, in place.
 
         Args:
             blocks: of layers.
             natural: natural gradients ``{name: [*shape]}``; of parameters that are not there nothing is done.
         """
-        windows = [block.weight for block in blocks if block.weight is not None and is_matrix(block)]
-        windows = [window for window in windows if window.parameter in natural and not window.overlaps]
+        seen_before = blocks, list(natural)
+        if seen_before != self._followed:
+            windows = [block.weight for block in blocks if block.weight is not None and is_matrix(block)]
+            self._windows = [window for window in windows if window.parameter in natural and not window.overlaps]
+            self._followed = seen_before
+        windows = self._windows
         if not windows:
             return
         weights = [seen(window, natural[window.parameter]) for window in windows]
