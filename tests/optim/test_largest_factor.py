@@ -110,7 +110,8 @@ def test_diagonals_of_outputs_are_applied_to_gradients_where_they_lie(monkeypatc
     natural = optimizer.parts.direction.apply(gradients)
     expected = B[:, None] * torch.cat([gradients["weight"], gradients["bias"][:, None]], 1) @ A
     torch.testing.assert_close(torch.cat([natural["weight"], natural["bias"][:, None]], 1), expected)
-    assert optimizer.parts.direction._products[id(one)][1] is not None  # without copies
+    ((_, [(_, product)]),) = optimizer.parts.direction._groups
+    assert product is not None  # without copies
 
 
 def test_rows_of_a_table_are_no_factor(dear):

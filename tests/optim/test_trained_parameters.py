@@ -23,7 +23,8 @@ def test_frozen_parameters_stay_and_cost_nothing():
     train(optimizer, model, batches(3))
     assert torch.equal(model[2].weight, before)
     model.requires_grad_(True)
-    train(optimizer, model, batches(3))
+    with pytest.warns(kf.NumericalWarning, match="0.weight: in the model, but in no group"):
+        train(optimizer, model, batches(3))
     assert not torch.equal(model[2].weight, before)
     assert {layer.name for layer in optimizer.parts.statistics.layers} == {"0.bias", "2.weight"}
 
