@@ -324,3 +324,11 @@ def test_a_matrix_that_is_expanded_for_a_batched_product_is_that_of_a_linear_lay
     optimizer = kf.NaturalGradient(expanded, kf.Gaussian())
     losses = [float(optimizer.step(lambda: expanded(x), torch.zeros(6, 16).double())) for _ in range(6)]
     assert losses[-1] < losses[0] and not optimizer.report().uncovered
+
+
+def test_an_axis_of_one_beside_one_of_none_shows_nothing_of_the_weight():
+    model = Written(lambda m, x: x @ m.v + torch.einsum("bi,io->bo", x[:, :0], m.w), v=P(3, 2), w=P(1, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    fisher = kf.estimate(model, x, kf.Gaussian(), labels="exact", fit="full")
+    assert torch.equal(fisher["w"].to_dense(), torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(fisher["v"].to_dense(), torch.kron(torch.eye(2).double(), x.T @ x / 5))

@@ -50,7 +50,9 @@ def _contract(view: Windows, equation: str, operands: Sequence[Tensor]) -> Itera
     sizes: dict[str, int] = {}
     for name, operand in zip(names, operands, strict=True):
         for c, n in zip(name, operand.shape, strict=True):
-            sizes[c] = max(sizes.get(c, 1), n)
+            if 0 in (n, sizes.get(c, n)) and n != sizes.get(c, n):
+                return  # one beside none: nothing of the weight is seen
+            sizes[c] = max(sizes.get(c, 1), n) if n else 0
     weights: dict[int, tuple[Window, str]] = {}
     for place in places:
         others = "".join(name for k, name in enumerate(names) if k != place)
