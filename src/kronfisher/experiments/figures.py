@@ -123,7 +123,8 @@ def _overview(rows: list[Row], colours: dict[str, str], settings: Any) -> Any:
     left.set_title(f"How far each fit is from the Fisher matrix{_of(settings)}")
     right.set_xscale("log")
     low, high = min(row.seconds for row in rows) / 1.5, max(row.seconds for row in rows) * 1.5
-    ticks = [digit * 10.0**k for k in range(-7, 7) for digit in (1, 2, 5) if low <= digit * 10.0**k <= high]
+    digits = (1, 2, 5) if high < 30 * low else (1, 3)  # labels closer than these would touch
+    ticks = [digit * 10.0**k for k in range(-7, 7) for digit in digits if low <= digit * 10.0**k <= high]
     ticks = ticks if len(ticks) <= 8 else ticks[:: ceil(len(ticks) / 6)]
     right.set_xlim(low, high)
     right.set_xticks(ticks, map(duration, ticks))
