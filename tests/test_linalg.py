@@ -270,10 +270,8 @@ def test_unwritten_zeros_are_zeros(shape, dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux's")
-@pytest.mark.parametrize(("number", "width", "most", "least"), [(1, 5000, 0.1, 0.9), (400, 250, 0.7, 0.0)])
-def test_unwritten_zeros_take_no_memory(number, width, most, least):
-    """Small tensors share pages, and some lie in memory that the process held before."""
-
+@pytest.mark.parametrize(("number", "width", "most"), [(1, 5000, 0.1), (400, 250, 0.7)])  # small ones share pages
+def test_unwritten_zeros_take_no_memory(number, width, most):
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -281,6 +279,6 @@ def test_unwritten_zeros_take_no_memory(number, width, most, least):
     zeros = [unwritten_zeros(torch.empty(0), (1, width, width)) for _ in range(number)]
     size = sum(each.nbytes for each in zeros)
     assert resident() - before < most * size
-    for each in zeros:
-        each += 1
-    assert resident() - before >= least * size
+    if number == 1:  # many small ones may lie in memory that the process held before
+        zeros[0] += 1
+        assert resident() - before > size * 9 / 10

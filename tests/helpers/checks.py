@@ -45,6 +45,15 @@ def assert_by_layers(model, batches):
     assert kf.coverage(model, torch.cat(batches)).complete
 
 
+def assert_trained_by_layers(model, x):
+    """The loss of a few steps falls, and no parameter makes Adam's steps."""
+    y = torch.randn(*model(x).shape)
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    losses = [float(optimizer.step(lambda: model(x), y)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert "fallback" not in str(optimizer.report()) and "Adam" not in str(optimizer.report())
+
+
 def assert_exact(model, batches, fit="full", tolerance=1e-5, likelihood=None, targets=None, truth=None):
     """An estimate with exact labels agrees with the dense truth wherever its structure keeps an element."""
     likelihood = likelihood or kf.Gaussian()

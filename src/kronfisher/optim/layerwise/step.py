@@ -138,7 +138,8 @@ class LayerwiseParts(StepParts):
             return
         # In the first steps inverses follow statistics at once: a GPT that used older ones trained half as fast.
         wait = due and self.statistics.next_due >= step + min(APART, self.statistics.refresh.statistics)
-        self.direction.renew(step, figures.pass_cost, self.misfit.left, wait=wait)
+        left = self.misfit.left
+        self.direction.renew(step, figures.pass_cost, left, wait=wait)
         self.statistics.schedule_bases(self.direction.due)
         with self._timed("update"):
             natural = self.direction.apply(gradients, taken.rows)
@@ -149,7 +150,7 @@ class LayerwiseParts(StepParts):
                 trained, gradients, natural, self.rate(step), self.misfit, averages, self.direction.changes.even
             )
             if self.options.average:
-                self.average.update(model, trained.named, self.misfit.left)
+                self.average.update(model, trained.named, left)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""
