@@ -94,7 +94,7 @@ def test_training_data_are_read_once_and_once_more_for_each_refinement():
 
 
 def test_refined_scores_converge_to_the_exact_matrix():
-    influence, train, queries = problem(damping=0.02, refine=30)
+    influence, train, queries = problem(damping=0.02, refine=24)
     x, y = (torch.cat([batch[k] for batch in train]) for k in (0, 1))
     exact = dense_fisher(influence.model, x, y, kf.Categorical())
     vectors = [kf.Categorical().observed(influence.model(a).detach(), b)[None] for a, b in ((x, y), queries)]
@@ -386,6 +386,18 @@ def test_a_loader_without_a_length_that_goes_on_after_the_data_of_the_fisher_is_
     asked([tuple(part[:12] for part in data), tuple(part[12:] for part in data)])
     with pytest.raises(kf.DataError, match="have 46 examples, and the Fisher counts 23"):
         asked([data, data])
+
+
+def test_queries_without_a_length_that_go_on_are_refused_before_anything_is_written(tmp_path):
+    influence, train, queries = problem()
+    with pytest.raises(
+        kf.DataError, match=r"^query batch 12: the queries have given more than the 24 examples of the Fisher"
+    ):
+        influence.scores(train, DataLoader(Stream(queries, torch.inf), 2), path=tmp_path / "scores")
+    assert not [*tmp_path.iterdir()]
+    train, many = [tuple(part[:5] for part in queries)], tuple(torch.cat([part] * 6) for part in queries)
+    influence.scores(train, [many], path=tmp_path / "scores")  # more, but they end
+    influence.scores(train, [{"input": queries[0], "labels": queries[1]}], path=tmp_path / "keyed")
 
 
 @pytest.mark.parametrize("name", SHUFFLED)

@@ -206,7 +206,9 @@ class Influence:
         require_order(train, "train")
         require_order(queries, "queries")
         options = {"per": per, "rank": rank, "normalize": self.normalize, "refine": self.refine}
-        file = None if path is None else RowFile(path, self._facts(options) | asked(queries, measurement))
+        file = None
+        if path is not None:
+            file = RowFile(path, self._facts(options) | asked(queries, measurement, self.fisher.count))
         batches, number, found = Batches(train), 0, []
         later = self.refine or self.normalize == "cosine"  # queries themselves are needed beside solved ones
         for vectors in self._slices(queries, measurement, at_once, progress, None if later else self.damped):

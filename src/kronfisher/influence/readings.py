@@ -187,10 +187,10 @@ def read(
     batches.require_same_number()
 
 
-def endless(where: str, count: float) -> DataError:
-    """Of training data that go on where the Fisher's end, and do not say how long."""
+def endless(where: str, count: float, what: str = "training data") -> DataError:
+    """Of data that go on after as many examples as the Fisher has, and do not say how long."""
     return DataError(
-        f"{where}: the training data have given more than the {count:,.0f} examples of the Fisher, and may never end, "
+        f"{where}: the {what} have given more than the {count:,.0f} examples of the Fisher, and may never end, "
         "because their loader has no length. Pass a list, or a loader whose data set has one (__len__)."
     )
 
