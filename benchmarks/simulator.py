@@ -169,8 +169,8 @@ def step(network: Network, machine: Machine, ranks: int, share: str = "all") -> 
         network: that is trained.
         machine: whose rates are meant.
         ranks: how many there are.
-        share: "all": every rank inverts every factor and makes every update, as `NaturalGradient` does. "owned": the
-            owner of a layer does, of sums that it alone has, and all get its update in every step.
+        share: as of `NaturalGradient`. "all": every rank inverts every factor and makes every natural gradient;
+            "owned": the owner of a layer does, and all get its natural gradient in every step.
     """
     rows, work = network.batch, sum(layer.matrix_work for layer in network.layers) + network.forward
     plain = 3 * rows * work / machine.multiplications + machine.overhead
@@ -191,12 +191,12 @@ def step(network: Network, machine: Machine, ranks: int, share: str = "all") -> 
         "passes": plain,
         "gradients": 2 * machine.reduce(gradients, ranks, messages),
         "statistics": (products + rows * work) / machine.multiplications / LAYERWISE.statistics,
-        "sum": (2 if share == "all" else 1) * sums / LAYERWISE.statistics,
+        "sum": 2 * sums / LAYERWISE.statistics,
         "inverses": most(cubes) / machine.inverses / period,
         "apply": most([float(value) for value in apply]) / machine.multiplications,
         "updates": machine.reduce(gradients, ranks, messages) if share == "owned" else 0.0,
     }
-    memory = 2 * most([float(FP32 * layer.elements) for layer in network.layers])
+    memory = network.operators + most([float(FP32 * layer.elements) for layer in network.layers])  # averages, inverses
     return {**seconds, "seconds": sum(seconds.values()), "memory": memory}
 
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kronfisher as kf
 from kronfisher.distributed import ranks as ranks_module
 from kronfisher.distributed import ranks_of
+from kronfisher.optim import layer_inverse
 from kronfisher.optim.layerwise import output_changes
 from kronfisher.optim.layerwise.running import RunningStatistics
 from kronfisher.optim.shared_buffers import SharedBuffers
@@ -65,6 +66,121 @@ def steps(rank, ranks, number=20, fit="kfac", labels="observed", how="ddp", **op
     return weights(model)
 
 
+def owned(rank, ranks, share, number=20, fit="kfac", labels="observed", kind="default", how="ddp"):
+    """Weights after steps with inverses at owners, or everywhere; what each rank holds; and calls by step."""
+    model, unused = (fresh(Sharing()), {"find_unused_parameters": True}) if how == "ddp" else (perceptron(), {})
+    wrapped, group = around(rank, model, how, **unused)
+    options = {"fit": fit, "labels": labels, "share": share, **group}
+    if kind == "preconditioner":
+        made, sgd = kf.Preconditioner(wrapped, kf.Categorical(), **options), torch.optim.SGD(model.parameters(), 0.1)
+    else:
+        made, sgd = kf.NaturalGradient(wrapped, kf.Categorical(), **options), None
+    calls = []
+    for step, (x, y) in enumerate(batches(rank, ranks, number)):
+        due = (made if sgd else made.parts).statistics.is_due(step)
+        with watched() as seen:
+            if sgd is None:
+                made.step(lambda x=x: wrapped(x), y)
+            else:
+                sgd.zero_grad()
+                cross_entropy(made(x, targets=y), y).backward()
+                made.step()
+                sgd.step()
+        calls.append((due, seen))
+    direction = (made if sgd else made.parts).direction
+    held = [one.name for one in direction.inverses if one.inverse is not None]
+    schedule = [(one.due, one.made, one.begun, one.inputs_due) for one in direction.inverses]
+    return weights(model), held, schedule, calls, made.report()
+
+
+def brought(rank, ranks, fit, kind="default"):
+    """Weights of steps that go on, and of steps from a state that went through an optimiser with all inverses; states.
+
+    The inverses that ranks hold after they loaded, too.
+    """
+    found, states, held = [], [], []
+    for way in ("on", "through"):
+        model = fresh(Sharing())
+        group = {"find_unused_parameters": True}
+        wrapped, group = around(rank, model, **group)
+
+        def made(share, wrapped=wrapped, group=group):
+            if kind == "preconditioner":
+                return kf.Preconditioner(wrapped, kf.Categorical(), fit=fit, labels="observed", share=share, **group)
+            return kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels="observed", share=share, **group)
+
+        optimizer = made("owned")
+        for step, (x, y) in enumerate(batches(rank, ranks, 9)):
+            if step == 5 and way == "through":
+                states.append(optimizer.state_dict())
+                for share in ("all", "owned"):
+                    optimizer = made(share)
+                    optimizer.load_state_dict(states[-1])
+                    states.append(optimizer.state_dict())
+                parts = optimizer if kind == "preconditioner" else optimizer.parts
+                held = [one.name for one in parts.direction.inverses if one.inverse is not None]
+            if kind == "preconditioner":
+                wrapped.zero_grad()
+                cross_entropy(optimizer(x, targets=y), y).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.sub_(parameter.grad if parameter.grad is not None else 0.0, alpha=0.1)
+            else:
+                optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
+        found.append(weights(model))
+    return found, states, held
+
+
+def unmade(rank, ranks, kind):
+    """The error where a rank cannot make an inverse, whether weights moved, and those of steps after it."""
+    model = fresh(Sharing())
+    wrapped, group = around(rank, model, find_unused_parameters=True)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", share="owned", **group)
+    data, before, plain = list(batches(rank, ranks, 6)), weights(model), layer_inverse.LayerInverse.make
+
+    def make(one, *args, **options):
+        if one.name.startswith("second"):
+            raise kind("second cannot be inverted")
+        plain(one, *args, **options)
+
+    texts = []
+    for _ in range(2):
+        with mock.patch.object(layer_inverse.LayerInverse, "make", make):
+            texts.append(cases.raised(lambda: optimizer.step(lambda: wrapped(data[0][0]), data[0][1])))
+    moved = not cases.same_bits([before, weights(model)])
+    for x, y in data:
+        optimizer.step(lambda x=x: wrapped(x), y)
+    return texts, moved, weights(model)
+
+
+def alone_at_owners(rank, ranks):
+    """Weights of a group of one with inverses at owners, and without."""
+    own, found = [dist.new_group([each]) for each in range(ranks)][rank], []
+    for share in ("all", "owned"):
+        optimizer = kf.NaturalGradient(model := perceptron(), kf.Categorical(), group=own, share=share)
+        for x, y in batches(rank, ranks, 6):
+            optimizer.step(lambda x=x, model=model: model(x), y)
+        found.append(weights(model))
+        assert optimizer.report().collectives == 0
+    return found
+
+
+class Sharing(torch.nn.Module):
+    """Layers of several widths, a table, a scale, three weights in one parameter, and a layer that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 6)
+        self.norm, self.packed = torch.nn.LayerNorm(6), torch.nn.Parameter(torch.empty(18, 6))
+        self.last, self.unused = torch.nn.Linear(6, 3), torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        hidden = self.norm(self.second(self.first(x).tanh()).tanh())
+        q, k, v = (torch.nn.functional.linear(hidden, weight) for weight in self.packed.chunk(3))
+        return self.last((q * k).tanh() + v)
+
+
 def wrapped_later(rank, ranks, number=8):
     """Weights where the model was given to the optimiser before DDP wrapped it."""
     model = perceptron()
@@ -76,7 +192,7 @@ def wrapped_later(rank, ranks, number=8):
     return weights(model)
 
 
-def evened(rank, ranks, affordable, number=12):
+def evened(rank, ranks, affordable, number=12, **options):
     """Steps of a network whose output changes are evened, as those of large ones are; and how many weights are."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -84,7 +200,7 @@ def evened(rank, ranks, affordable, number=12):
     ).double()
     wrapped, group = around(rank, model)
     with mock.patch.object(output_changes, "AFFORDABLE", affordable), mock.patch.object(output_changes, "CALLS", 0.0):
-        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+        optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **options, **group)
         for x, y in batches(rank, ranks, number):
             optimizer.step(lambda x=x: wrapped(x), y)
     known = optimizer.parts.direction.changes._known
@@ -295,11 +411,11 @@ def gram_fails(rank, ranks, what):
     return text, moved, weights(model)
 
 
-def tied(rank, ranks, step):
+def tied(rank, ranks, step, **options):
     """Weights of a model that uses one as a matrix and as its transpose."""
     model = fresh(TiedOut())
     wrapped, group = around(rank, model)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=step, labels="observed", **group)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), step=step, labels="observed", **options, **group)
     for x, y in batches(rank, ranks, 12, outputs=4):
         optimizer.step(lambda x=x: wrapped(x), y)
     assert any(one.other is not None for one in optimizer.parts.direction.inverses)
@@ -383,11 +499,11 @@ def loop(rank, ranks, how="ddp", number=12, **options):
     return weights(model)
 
 
-def scaled(rank, ranks, how, number=10):
+def scaled(rank, ranks, how, number=10, **options):
     """A loop with a GradScaler, whose scale is too large for the third batch of one rank: the step is left out."""
     model = perceptron()
     wrapped, group = around(rank, model, how)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **group)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", **options, **group)
     scaler, found = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4), {}
     for step, (x, y) in enumerate(batches(rank, ranks, number)):
         optimizer.zero_grad()
@@ -453,29 +569,30 @@ def compiled(rank, ranks, how, number=8):
     return found | {name.replace("_orig_mod.", ""): value for name, value in weights(model).items()}
 
 
-def unused(rank, ranks, fit, number=8):
+def unused(rank, ranks, fit, number=8, **options):
     """Layers that some ranks do not use in some steps; in the first one of them is used by rank 0 alone."""
     model = fresh(Branches())
     wrapped, group = around(rank, model, find_unused_parameters=True)
-    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels="observed", **group)
+    optimizer = kf.NaturalGradient(wrapped, kf.Categorical(), fit=fit, labels="observed", **options, **group)
     for step, (x, y) in enumerate(batches(rank, ranks, number, 3, 2)):
         x[:, 0] = x[:, 0].abs() * (-1 if (step + rank) % ranks else 1)
         optimizer.step(lambda x=x: wrapped(x), y)
     return weights(model)
 
 
-def resumed(rank, ranks, saved):
+def resumed(rank, ranks, saved, **options):
     """Ten steps, of which the last five start from what rank 0 saved; or none do."""
     model, likelihood = perceptron(), kf.Categorical()
     wrapped, group = around(rank, model)
-    optimizer = kf.NaturalGradient(wrapped, likelihood, **group)
+    optimizer = kf.NaturalGradient(wrapped, likelihood, **options, **group)
     for step, (x, y) in enumerate(batches(rank, ranks, 10)):
         if step == 5 and saved:
-            box = [(model.state_dict(), optimizer.state_dict()) if rank == 0 else None]
+            state = optimizer.state_dict() if rank == 0 or options else None
+            box = [(model.state_dict(), state) if rank == 0 else None]
             dist.broadcast_object_list(box)
             model = perceptron()
             wrapped, group = around(rank, model)
-            optimizer = kf.NaturalGradient(wrapped, likelihood, **group)
+            optimizer = kf.NaturalGradient(wrapped, likelihood, **options, **group)
             model.load_state_dict(box[0][0])
             optimizer.load_state_dict(box[0][1])
         optimizer.step(lambda x=x, wrapped=wrapped: wrapped(x), y)
@@ -499,7 +616,7 @@ def saving(rank, ranks, path, number):
     return weights(model)
 
 
-def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
+def handed_on(rank, ranks, path, saved, loaded, how, model="ddp", share="all"):
     """Weights after five steps of some ranks, and five steps of other ranks that go on from what these saved.
 
     Args:
@@ -510,22 +627,24 @@ def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
         loaded: how many go on; others of the group do not come. None: nobody.
         how: rank 0 saves alone, or all of them through torch.distributed.checkpoint, as bytes or by names.
         model: what the ranks that save train, and what those that load do: DDP, or how fully_shard spreads it.
+        share: of inverses, likewise.
     """
-    models = model.split(" to ")
+    models, shares = model.split(" to "), share.split(" to ")
 
     def some(number):
         if rank is None:
             return None
         return dist.group.WORLD if number == ranks else dist.new_group(list(range(number)))
 
-    def made(group, how):
+    def made(group, how, share):
         model = perceptron()
         wrapped = model
         if rank is not None and how == "ddp":
             wrapped = DistributedDataParallel(model, process_group=group)
         elif rank is not None:
             cases.spread(model, how)
-        return model, wrapped, kf.NaturalGradient(wrapped, kf.Categorical(), labels="observed", group=group)
+        options = {"labels": "observed", "group": group, "share": share}
+        return model, wrapped, kf.NaturalGradient(wrapped, kf.Categorical(), **options)
 
     def go(wrapped, optimizer, number, first):
         for x, y in list(batches(rank if rank is not None and number > 1 else None, number, first + 5))[first:]:
@@ -534,11 +653,13 @@ def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
     groups = [None if number is None else some(number) for number in (saved, loaded)]
     if saved is not None:
         if rank is None or rank < saved:
-            model, wrapped, optimizer = made(groups[0], models[0])
+            model, wrapped, optimizer = made(groups[0], models[0], shares[0])
             go(wrapped, optimizer, saved, 0)
             state = {"model": model.state_dict()}
-            if how == "rank 0" and not rank:
-                torch.save(state | {"optimizer": optimizer.state_dict()}, path)
+            if how == "rank 0" and (shares[0] == "owned" or not rank):
+                state["optimizer"] = optimizer.state_dict()
+                if not rank:
+                    torch.save(state, path)
             elif how == "checkpoint":
                 file = io.BytesIO()
                 torch.save(optimizer.state_dict(), file)
@@ -550,7 +671,7 @@ def handed_on(rank, ranks, path, saved, loaded, how, model="ddp"):
             dist.barrier()
     if rank is not None and (loaded is None or rank >= loaded):
         return {}
-    model, wrapped, optimizer = made(groups[1], models[-1])
+    model, wrapped, optimizer = made(groups[1], models[-1], shares[-1])
     if how == "rank 0":
         state = torch.load(path)
     else:

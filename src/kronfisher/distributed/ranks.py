@@ -139,6 +139,15 @@ class Ranks:
             if owner in (-1, self.rank):
                 bucket.take_(flat)
 
+    def beside(self, own: Tensor) -> Tensor:
+        """Numbers of all ranks ``[W, N]``, of `own` ``[N]`` of as many and one dtype on each; one collective."""
+        numbers = own.to(self.device)
+        found = numbers.new_empty(self.size, len(numbers))
+        self._count(found.nbytes)
+        with self._together():
+            dist.all_gather(list(found), numbers, group=self.group)  # which every backend has
+        return found.to(own.device)
+
     def collect(self, parcel: Parcel, frames: Sequence[bytes], owner: int, device: torch.device) -> list[Any]:
         """What all ranks have, at one of them, in the order of ranks; elsewhere nothing.
 

@@ -12,6 +12,7 @@ from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layer_statistics import periods
+from kronfisher.optim.ownership import Ownership
 from kronfisher.optim.row_inverse import RowInverse
 
 __all__ = ["Descent", "Direction"]
@@ -43,14 +44,21 @@ class Direction(Inverses):
         parameters: name → parameter, all that may be trained.
         damping: how λ enters.
         refresh: periods.
+        ownership: as in `Inverses`.
 
     Attributes:
         inverses: one for each layer, in the order of the layers.
         seconds: spent on making inverses.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], damping: Damping, refresh: Refresh) -> None:
-        super().__init__(parameters, refresh)
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        damping: Damping,
+        refresh: Refresh,
+        ownership: Ownership | None = None,
+    ) -> None:
+        super().__init__(parameters, refresh, ownership)
         self.damping = damping
 
     # Inverses ---------------------------------------------------------------------------------------------------------
@@ -66,21 +74,27 @@ class Direction(Inverses):
     def renew(self, value: float, step: int) -> None:
         """Make the inverses that are due with λ = `value`, and those whose λ is far from it."""
         began, rhythm = time.perf_counter(), periods(self.refresh, (one.layer for one in self.inverses))
+        self._assign()
         with self._arithmetic():
             for place, one in enumerate(self.inverses):
                 if not one.ready:
                     continue
                 drifted = one.value > 0 and not 1 / DRIFT <= value / one.value <= DRIFT
-                if one.due <= step or one.inverse is None:
+                if one.due <= step or one.made < 0:
                     one.measure()
-                    one.make(self.damping, value, step)
+                    self._make(one, value, step)
                     one.due = rhythm.turn(step, place, len(self.inverses))
-                elif one.operator is not None and value != one.value:  # its spectrum is at hand
-                    one.make(self.damping, value, one.made)
+                elif one.spectral and value != one.value:
+                    self._make(one, value, one.made)
                 elif drifted:
                     one.measure()
-                    one.make(self.damping, value, step)
+                    self._make(one, value, step)
         self.seconds += time.perf_counter() - began
+
+    def _make(self, one: LayerInverse, value: float, step: int) -> None:
+        with self._making([one], value, step) as own:
+            for each in own:
+                each.make(self.damping, value, step)
 
     # Directions -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Damped inverses of all layers: kept in their order, applied to gradients, saved."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from kronfisher.linalg import plain_arithmetic
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layer_statistics import LayerStatistics
+from kronfisher.optim.ownership import Ownership
 from kronfisher.optim.row_inverse import RowInverse
 
 __all__ = ["Inverses"]
@@ -27,14 +28,17 @@ class Inverses:
     Args:
         parameters: name → parameter, all that may be trained.
         refresh: periods.
+        ownership: says which rank makes and keeps which inverse; None: this one all of them.
 
     Attributes:
         inverses: in the order of the layers.
         seconds: spent on making inverses.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh) -> None:
-        self.refresh = refresh
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], refresh: Refresh, ownership: Ownership | None = None
+    ) -> None:
+        self.refresh, self._ownership = refresh, ownership
         self.inverses: list[LayerInverse] = []
         self._layers: list[LayerStatistics] = []
         self.seconds = 0.0
@@ -59,6 +63,17 @@ class Inverses:
     def due(self) -> dict[LayerStatistics, int]:
         """Layer → the step at which its inverse is to be made again."""
         return {layer: one.due for one in self.inverses for layer in (one.layer, one.other) if layer is not None}
+
+    def _assign(self) -> None:
+        """Before inverses are made: find an owner for each."""
+        if self._ownership is not None:
+            self._ownership.assign(self.inverses)
+
+    def _making(
+        self, inverses: Sequence[LayerInverse], value: float, step: int
+    ) -> AbstractContextManager[Sequence[LayerInverse]]:
+        """While inverses of operators that were read are made with λ = `value`: gives those that are made here."""
+        return nullcontext(inverses) if self._ownership is None else self._ownership.making(inverses, value, step)
 
     # Application ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +111,9 @@ class Inverses:
                     rows.apply(one, own)
                 else:
                     one.apply(vectors, own)
-            return out
+            if self._ownership is None:
+                return out
+            return self._ownership.exchange(self.inverses, out, gradients, self._parameters)
 
     def _apply_directly(
         self, ones: Sequence[LayerInverse], gradients: Mapping[str, Tensor], out: dict[str, Tensor]
@@ -105,7 +122,11 @@ class Inverses:
         return list(ones)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
-        return plain_arithmetic(next(iter(self._parameters.values())).device)
+        return plain_arithmetic(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
 
     # Reports and state ------------------------------------------------------------------------------------------------
 
@@ -119,18 +140,25 @@ class Inverses:
         return {one.name: one.trouble for one in self.inverses if one.trouble}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed training needs, as tensors, numbers and strings."""
-        own = {one.layer: one for one in self.inverses}  # of both roles of a weight the second has None
-        return {"layers": [own[layer].state_dict() if layer in own else None for layer in self._layers]}
+        """Everything that a resumed training needs, as tensors, numbers and strings; of all ranks' inverses."""
+        ownership = self._ownership
+        if ownership is None:
+            states = [one.state_dict() for one in self.inverses]
+        else:
+            states = ownership.gathered(self.inverses, self._device)
+        own = {one.layer: state for one, state in zip(self.inverses, states, strict=True)}
+        found = {"layers": [own.get(layer) for layer in self._layers]}  # of both roles of a weight the second has None
+        return found if ownership is None else {**found, "owners": ownership.state_dict(self.inverses)}
 
     def load_state_dict(self, state: Mapping[str, Any], layers: Sequence[LayerStatistics]) -> None:
         """Take over what `state_dict` gave, for these layers."""
-        device = next(iter(self._parameters.values())).device
         self._layers = list(layers)
         self.inverses = [LayerInverse(layer, other=other) for layer, other in _paired(layers)]
         saved = dict(zip(layers, state["layers"], strict=True))
         for one in self.inverses:
-            one.load_state_dict(saved[one.layer], device)
+            one.load_state_dict(saved[one.layer], self._device)
+        if self._ownership is not None:
+            self._ownership.load_state_dict(state.get("owners", ()), self.inverses)
 
 
 def _paired(layers: Sequence[LayerStatistics]) -> list[tuple[LayerStatistics, LayerStatistics | None]]:

@@ -10,12 +10,13 @@ from kronfisher.fits import Fit
 from kronfisher.fits.shapes import MAX_DIM
 from kronfisher.optim.batch_figures import multiplications, sizes_of_weights
 
-__all__ = ["CHOLESKY", "Largest", "bounded", "kept_as_diagonals", "largest_factor"]
+__all__ = ["CHOLESKY", "EIGENVECTORS", "Largest", "bounded", "kept_as_diagonals", "largest_factor"]
 
 PASSES = 32  # forward and backward passes over a batch that one inverse may cost
 ALWAYS = 1024  # a factor of this size is inverted within milliseconds
 PASSES_OF_OUTPUTS, ALWAYS_OF_OUTPUTS = 0.25, 512  # the same of outputs: where rows are few, their diagonal is better
 CHOLESKY = 1.5  # products as dear as inverting n × n, over n³, from measured speeds
+EIGENVECTORS = 20.0  # the same of the eigenvectors of n × n
 
 
 @dataclass(frozen=True)

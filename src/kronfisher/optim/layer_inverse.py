@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,21 @@ __all__ = ["LayerInverse"]
 
 WIDE = 4  # times as wide as the other factor of a weight
 RAISES = 6  # times that λ is raised tenfold for a layer that cannot be factorised, before its last inverse is kept
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the schedule of all ranks needs to know of an inverse that another rank keeps.
+
+    Attributes:
+        halves: as of `LayerInverse`.
+        has_diagonal: likewise.
+        spectral: whether its owner keeps the operator, too.
+    """
+
+    halves: bool
+    has_diagonal: bool
+    spectral: bool
 
 
 @dataclass
@@ -38,6 +53,7 @@ class LayerInverse:
         trouble: what went wrong with the last inverse, empty if nothing.
         begun: whether the output factor's inverse was made without the input factor's, which is to follow.
         inputs_due: the step before which the inverse of an input factor of data is kept.
+        elsewhere: of an inverse that another rank made and keeps.
     """
 
     layer: LayerStatistics
@@ -52,6 +68,7 @@ class LayerInverse:
     trouble: str = ""
     begun: bool = False
     inputs_due: int = 0
+    elsewhere: Elsewhere | None = None
 
     @property
     def name(self) -> str:
@@ -74,7 +91,21 @@ class LayerInverse:
     @property
     def has_diagonal(self) -> bool:
         """Whether the output factor of a separable inverse is a diagonal."""
+        if self.elsewhere is not None:
+            return self.elsewhere.has_diagonal
         return self.inverse is not None and self.inverse.product is not None and self.inverse.product[1].is_diagonal
+
+    @property
+    def halves(self) -> bool:
+        """Whether the inverses of its two factors can be made one by one."""
+        if self.elsewhere is not None:
+            return self.elsewhere.halves
+        return self.separable and isinstance(self.inverse, Kronecker)
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the operator is kept, of which an inverse with another λ costs next to nothing."""
+        return self.operator is not None or (self.elsewhere is not None and self.elsewhere.spectral)
 
     @property
     def ready(self) -> bool:
@@ -139,6 +170,20 @@ class LayerInverse:
         """Take over an inverse that was made of the operator elsewhere, with λ = 1, in place of `make`."""
         self.inverse, self.solves, self.operator = inverse, False, None
         self.value, self.made, self.trouble = 1.0, step, ""
+
+    def leave(self, value: float, step: int) -> None:
+        """Leave the inverse to another rank, in place of `make`, which makes it of the operator that was read."""
+        if self.operator is not None or self.inverse is not None:
+            kept = self.operator if self.inverse is None else self.inverse  # the structure of both is the same
+            like = replace(self, inverse=kept, elsewhere=None)
+            self.elsewhere = Elsewhere(like.halves, like.has_diagonal, isinstance(self.operator, Spectral))
+        self.operator = self.inverse = None
+        self.value, self.made, self.trouble = value, step, ""
+
+    def forget(self) -> None:
+        """Be as if no inverse had been made."""
+        self.operator = self.inverse = self.elsewhere = None
+        self.value, self.made, self.begun = 0.0, -1, False
 
     def _inverse_of(self, damped: Operator, outputs: bool | None) -> Operator:
         if outputs is None:

@@ -28,6 +28,7 @@ from kronfisher.optim.layerwise.direction import RelativeDirection
 from kronfisher.optim.layerwise.motion import Motion
 from kronfisher.optim.layerwise.step import LayerwiseParts
 from kronfisher.optim.layerwise.units import is_matrix
+from kronfisher.optim.ownership import Ownership, Share, require_share
 from kronfisher.optim.parts import Parts, StepParts
 from kronfisher.optim.quadratic_step import QuadraticModel
 from kronfisher.optim.report import TrainingReport
@@ -79,6 +80,9 @@ class NaturalGradient(torch.optim.Optimizer):
         kl_limit: likewise.
         group: the processes that train together under DDP or ``fully_shard``, each on batches of its own, as a process
             group of torch.distributed or a one-dimensional device mesh. None: this process alone.
+        share: ``"all"``: every process makes and keeps the inverses of all layers; ``"owned"``: one process those of a
+            layer, and all get its natural gradients by one collective a step. Then all of them call `state_dict`. Not
+            for `QuadraticModel` and ``fit="gram"``.
 
     Attributes:
         steps: the number of steps made, undone and skipped ones included.
@@ -109,7 +113,14 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"fit={options['fit']}: steps choose the rows of large batches themselves and refuse none; give "
                     "fit='gram'. Settings are for estimates."
                 )
-            return SampleSpaceGradient(*args, **{name: value for name, value in options.items() if name != "fit"})
+            if options.get("share", "all") != "all":
+                require_share(options["share"])
+                raise UnsupportedError(
+                    "share='owned' with fit='gram': steps in the space of samples have one system for all layers, and "
+                    "no inverse of any that a rank could own. Leave share out."
+                )
+            others = {name: value for name, value in options.items() if name not in ("fit", "share")}
+            return SampleSpaceGradient(*args, **others)
         return super().__new__(cls)
 
     def __init__(
@@ -132,7 +143,9 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: float | Literal["exact"] | None = None,
         kl_limit: float | None = None,
         group: ProcessGroup = None,
+        share: Share = "all",
     ) -> None:
+        require_share(share)
         if isinstance(likelihood, Residuals):
             raise UnsupportedError(
                 "residuals are trained in the space of samples: kf.NaturalGradient(model, likelihood, fit='gram')."
@@ -170,6 +183,12 @@ class NaturalGradient(torch.optim.Optimizer):
         settings: dict[str, Any] = {"fit": fit, "labels": labels, "samples": samples, "seed": seed}
         settings |= {"ranks": ranks, "alone": group is not None, "spread": self._spread}
         if isinstance(self.rule, QuadraticModel):
+            if share == "owned":
+                raise UnsupportedError(
+                    "share='owned' with step=kf.QuadraticModel(...): its λ changes with every comparison of losses, "
+                    "and all ranks make inverses anew for it. Use the default, step=kf.LayerwiseStep(), or "
+                    "kf.Preconditioner; or leave share out."
+                )
             if self._spread is not None:
                 raise UnsupportedError(
                     "step=kf.QuadraticModel(...) runs the forward pass again with other tensors in place of "
@@ -202,7 +221,9 @@ class NaturalGradient(torch.optim.Optimizer):
                     **settings,
                 ),
                 options=rule,
-                direction=RelativeDirection(parameters, refresh, rule.damping, rule.data_damping),
+                direction=RelativeDirection(
+                    parameters, refresh, rule.damping, rule.data_damping, Ownership.of(ranks, share)
+                ),
                 motion=Motion(rule.momentum, rule.adaptive),
                 average=Average(),
                 total_steps=total_steps,
@@ -466,7 +487,11 @@ class NaturalGradient(torch.optim.Optimizer):
         raise TypeError("a NaturalGradient belongs to its model; copy or save optimizer.state_dict() and the model's")
 
     def state_dict(self) -> dict[str, Any]:
-        """All state of training but the model's; resumed with the same number of threads, it gives the same bits."""
+        """All state of training but the model's; resumed with the same number of threads, it gives the same bits.
+
+        With ``share="owned"`` all ranks make the call, and each gets the inverses of all: the state of one process,
+        which any number of ranks can load, with either way to share.
+        """
         own = {"steps": self.steps, **self.parts.state_dict()}
         return {**super().state_dict(), "natural_gradient": own}
 

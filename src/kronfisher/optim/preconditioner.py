@@ -22,6 +22,7 @@ from kronfisher.optim.forward_backward import require_outputs
 from kronfisher.optim.inner_product import inner
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.natural_gradient import DEFAULT_FIT
+from kronfisher.optim.ownership import Ownership, Share, require_share
 from kronfisher.optim.quadratic_step import DAMPING, TRUST
 from kronfisher.optim.report import TrainingReport
 from kronfisher.optim.statistics import Statistics
@@ -63,6 +64,7 @@ class Preconditioner:
         seed: of the label draws.
         group: the processes that train together under DDP or ``fully_shard``, each on batches of its own, as a process
             group of torch.distributed or a one-dimensional device mesh. None: this process alone.
+        share: as in `NaturalGradient`.
 
     Raises:
         UnsupportedError: `trust` compares losses, which only `NaturalGradient` can do.
@@ -102,7 +104,9 @@ class Preconditioner:
         kl_limit: float | None = None,
         seed: int = 0,
         group: ProcessGroup = None,
+        share: Share = "all",
     ) -> None:
+        require_share(share)
         self._wrapped, self._model = model, unwrapped(model)
         require_kind("damping", damping, Damping, DAMPING)
         require_kind("trust", trust, (DampingSchedule, float, int, type(None)), TRUST)
@@ -143,7 +147,7 @@ class Preconditioner:
             spread=self._spread,
             bounds=True,
         )
-        self.direction = Direction(named, damping, refresh)
+        self.direction = Direction(named, damping, refresh, Ownership.of(ranks, share))
         self.damping = ScheduledDamping(self.trust)
         self.watch = Watch()
         self._seen = False  # whether a forward pass was captured for this step
@@ -274,7 +278,10 @@ class Preconditioner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and inverses; resumed with the same number of threads, training gives the same bits."""
+        """Averages and inverses; resumed with the same number of threads, training gives the same bits.
+
+        With ``share="owned"`` all ranks make the call, as of `NaturalGradient`.
+        """
         return {
             "steps": self.steps,
             "damping": self.damping.state_dict(),

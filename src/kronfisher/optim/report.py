@@ -35,7 +35,8 @@ class TrainingReport:
         warnings: messages to the user.
         overdue: steps that ran on statistics older than promised.
         beyond: steps made after `total_steps`, at the rate that is left there.
-        sent: bytes of statistics that all processes gave to each other; gradients are DDP's.
+        sent: bytes that all processes gave to each other: statistics, and natural gradients where layers have owners.
+            Gradients are DDP's.
         collectives: how many calls that took.
     """
 
@@ -130,7 +131,9 @@ class TrainingReport:
         if self.beyond:
             lines.append(f"{self.beyond} steps after total_steps, at the rate that is left there")
         if self.collectives:
-            lines.append(f"statistics of all processes: {size(self.sent)} sent in {self.collectives} collectives")
+            lines.append(
+                f"of all processes, besides gradients: {size(self.sent)} sent in {self.collectives} collectives"
+            )
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items()))
         lines += [f"{name}: inverse overdue by {steps} steps" for name, steps in self.stale.items()]

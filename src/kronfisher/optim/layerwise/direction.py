@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from kronfisher.fisher.damping import Damping
-from kronfisher.operators import Kronecker, Operator
+from kronfisher.operators import Operator
 from kronfisher.optim.intervals import Refresh
 from kronfisher.optim.inverses import Inverses
-from kronfisher.optim.largest_factor import CHOLESKY
+from kronfisher.optim.largest_factor import CHOLESKY, EIGENVECTORS
 from kronfisher.optim.layer_inverse import LayerInverse
 from kronfisher.optim.layer_statistics import LayerStatistics
 from kronfisher.optim.layerwise.alike_inverses import Turn, gather_alike, make_alike
 from kronfisher.optim.layerwise.output_changes import OutputChanges
 from kronfisher.optim.layerwise.product import Product, Products
+from kronfisher.optim.ownership import Ownership
 
 __all__ = ["RelativeDirection", "Shares"]
 
@@ -28,7 +29,6 @@ LONGEST = 50  # period, in steps, that inverses are put off for that; early, hal
 RARE = 5  # periods after which the inverse of an input factor of data is renewed where it is dear: data do not change
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
 LEAST = 0.05  # of the damping, which falls with the root of the share of the data that is left to fit
-EIGENVECTORS = 20.0  # products as dear as those of n × n, over n³, from their measured speed
 
 _Group = tuple[Products | None, list[tuple[LayerInverse, Product | None]]]
 
@@ -58,6 +58,7 @@ class RelativeDirection(Inverses):
         refresh: periods.
         share: the damping, as a share of each factor's mean eigenvalue, while all is left to fit.
         data_share: that of the input factor of layers whose inputs are data, by its width.
+        ownership: as in `Inverses`.
 
     Attributes:
         inverses: one for each layer, in the order of the layers.
@@ -65,8 +66,15 @@ class RelativeDirection(Inverses):
         seconds: spent on making inverses.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], refresh: Refresh, share: float, data_share: float) -> None:
-        super().__init__(parameters, refresh)
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        refresh: Refresh,
+        share: float,
+        data_share: float,
+        ownership: Ownership | None = None,
+    ) -> None:
+        super().__init__(parameters, refresh, ownership)
         self.share, self.data_share = share, data_share
         self.changes = OutputChanges(share)
         self._applied: list[Operator | None] = []  # inverses, and how they are applied
@@ -87,10 +95,11 @@ class RelativeDirection(Inverses):
                 not, so that no step is much longer than others; those that are missing are made.
         """
         began = time.perf_counter()
+        self._assign()
         self.changes.follow(self.inverses, pass_cost)
         ready = [one for one in self.inverses if one.ready]
-        missing = [one for one in ready if one.inverse is None]
-        due = sorted((one for one in ready if one.inverse is not None and one.due <= step), key=_age)
+        missing = [one for one in ready if one.made < 0]
+        due = sorted((one for one in ready if one.made >= 0 and one.due <= step), key=_age)
         if wait:
             alone = [one for one in due if one.layer.passes == 1]  # others go with their bases
             due = [one for one in due if one.layer.passes > 1]
@@ -107,7 +116,7 @@ class RelativeDirection(Inverses):
         left = max(pass_cost, whole / late)
         chosen: list[Turn] = []
         for one in [*missing, *due]:
-            if one.inverse is not None and left <= 0:
+            if one.made >= 0 and left <= 0:
                 break
             chosen.append(Turn(one, _half(one, step, pass_cost)))
             left -= _cost(one, chosen[-1].outputs)
@@ -128,12 +137,13 @@ class RelativeDirection(Inverses):
             one.read()
             if one.operator is not None:
                 self.changes.note(one, one.operator)
-        damping = self._damping(group[0].one, fall)
-        if len(group) > 1 and make_alike([one for one, _ in group], (damping.inputs, damping.outputs), step):
-            return
-        for one, outputs in group:
-            one.make(damping, 1.0, step, outputs=outputs)
-            one.operator = None
+        damping, halves = self._damping(group[0].one, fall), {id(one): outputs for one, outputs in group}
+        with self._making([one for one, _ in group], 1.0, step) as own:
+            if len(own) > 1 and make_alike(own, (damping.inputs, damping.outputs), step):
+                return
+            for one in own:
+                one.make(damping, 1.0, step, outputs=halves[id(one)])
+                one.operator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as tensors, numbers and strings."""
@@ -185,7 +195,7 @@ def _age(one: LayerInverse) -> tuple[bool, int]:
 
 def _half(one: LayerInverse, step: int, pass_cost: float) -> bool | None:
     """Which factor is inverted now: that of the outputs (True), of the inputs (False), or both (None)."""
-    if one.layer.passes > 1 or not (one.separable and isinstance(one.inverse, Kronecker)):
+    if one.layer.passes > 1 or not one.halves:
         return None
     if one.begun:
         return False
