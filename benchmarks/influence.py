@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import GPT, TOKENS, Batch, dense_layers, lenet
 
-BATCH, QUERIES = 250, 100
+BATCH, QUERIES = 250, 100  # training examples of a batch, and queries, of the tables
 SIZES = {"time": 10_000, "memory": 1_000, "agreement": 1_000, "index": 50_000, "growth": 0}  # training examples
 
 
@@ -48,14 +48,15 @@ WORKLOADS = {"mlp": mlp, "lenet": convolutional, "gpt": language}
 class Task:
     """A model with its training data and queries, made the same in every process."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, batch: int = BATCH) -> None:
         torch.manual_seed(0)
+        self.batch = batch
         self.model, x, y = WORKLOADS[name](size + QUERIES)
         self.train, self.queries = (x[QUERIES:], y[QUERIES:]), (x[:QUERIES], y[:QUERIES])
 
     @property
     def batches(self) -> list[Batch]:
-        return list(zip(*(part.split(BATCH) for part in self.train), strict=True))
+        return list(zip(*(part.split(self.batch) for part in self.train), strict=True))
 
 
 class Bare:
@@ -117,7 +118,7 @@ class Theirs:
         self.model = prepare_model(task.model, self.loss)
         self.arguments = FactorArguments(strategy="ekfac")
         self.options = ScoreArguments(damping_factor=None, query_gradient_low_rank=rank)
-        self.train = DataLoader(TensorDataset(*task.train), batch_size=BATCH)
+        self.train = DataLoader(TensorDataset(*task.train), batch_size=task.batch)
         self.queries = DataLoader(TensorDataset(*task.queries), batch_size=QUERIES)
 
     def factors(self) -> None:
@@ -176,13 +177,13 @@ def times(peer: str, name: str, rank: int | None, size: int, repeats: int) -> di
     return {what: statistics.median(each) for what, each in found.items()} | {"ratio": ratio, "whole": whole}
 
 
-def memory(peer: str, name: str, rank: int | None, size: int) -> dict[str, float]:
+def memory(peer: str, name: str, rank: int | None, size: int, batch: int) -> dict[str, float]:
     """Peak resident memory of factors and scores above what was there before, in MiB."""
     return_freed_memory()
     warm = PEERS[peer](Task(name, 2), rank)
     warm.factors(), warm.scores()
     del warm
-    own = PEERS[peer](Task(name, size), rank)
+    own = PEERS[peer](Task(name, size, batch), rank)
     extra, _ = peak(lambda: (own.factors(), own.scores()))
     return {"extra": extra / 2**20}
 
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("what", choices=SIZES)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--size", type=int, help="training examples; as many as the tables have where not given")
+    parser.add_argument("--batch", type=int, default=BATCH, help="training examples of a batch, for memory")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,7 +275,7 @@ def main() -> None:
     case = options.workload, options.rank, size
     works = {
         "time": lambda: times(options.peer, *case, options.repeats),
-        "memory": lambda: memory(options.peer, *case),
+        "memory": lambda: memory(options.peer, *case, options.batch),
         "agreement": lambda: agreement(*case),
         "index": lambda: index(options.workload, size, options.repeats),
         "growth": growth,

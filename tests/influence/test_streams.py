@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from itertools import cycle
 
 import pytest
@@ -22,6 +23,9 @@ from torch.utils.data import (
 )
 
 import kronfisher as kf
+from kronfisher.influence.contractions import inner_products
+from kronfisher.influence.vectors import Vectors
+from kronfisher.layers.activations import Dense
 from kronfisher.layers.samples import Samples
 from tests.helpers.close import close
 from tests.helpers.layout import ROOT
@@ -69,6 +73,32 @@ def test_queries_of_low_rank_never_form_the_gradient_of_an_example(monkeypatch):
     close(influence.scores(train, queries, rank=1).values, expected.values)
     with pytest.raises(pytest.fail.Exception, match="a gradient was formed"):
         influence.scores(train, queries)
+
+
+def test_of_gradients_that_are_written_out_one_piece_is_in_memory_at_a_time(monkeypatch):
+    a, g, queries = (torch.randn(*shape).double() for shape in ((1, 6, 3, 4), (1, 6, 3, 5), (7, 1, 5, 4)))
+    pieces, own = [], Samples.per_sample
+
+    def few(self, room):
+        for piece in own(self, 1):
+            assert not any(earlier() is not None for earlier in pieces)
+            pieces.append(weakref.ref(piece))
+            held = [piece]
+            del piece
+            yield held.pop()
+
+    monkeypatch.setattr(Samples, "per_sample", few)
+    found = inner_products(Samples(Dense(a), g), queries)
+    close(found, torch.einsum("qhoi,hkto,hkti->kq", queries, g, a))
+    assert len(pieces) == 6
+
+
+def test_blocks_without_a_gradient_take_no_memory():
+    influence, *_ = problem()
+    nothing = Vectors.of_answers(influence.fisher, {}, 100, torch.float64)
+    assert [part.shape for part in nothing.parts] == [(100, own.dim) for _, own in influence.fisher.entries]
+    assert sum(part.untyped_storage().nbytes() for part in nothing.parts) < 100
+    assert not influence.damped.solve_(nothing).any() and not nothing.rows()["0.weight"].any()
 
 
 class Counted:

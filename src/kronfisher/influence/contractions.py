@@ -91,7 +91,11 @@ def inner_products(samples: Samples, queries: Tensor | LowRank) -> Tensor:
     flat = matrices.flatten(1).mT
     groups, rows = matrices.shape[1], samples.gradients.element_size() * inputs * (outputs + positions)
     room = max(_BATCH * groups * rows, 2**22)  # many rows, because all queries are read for each product
-    return torch.cat([G.transpose(0, 1).flatten(1) @ flat for G in samples.per_sample(room)])
+    products = []
+    for G in samples.per_sample(room):
+        products.append(G.transpose(0, 1).flatten(1) @ flat)
+        del G  # or it would stay while the next ones are written
+    return torch.cat(products)
 
 
 def by_position(samples: Samples, queries: Tensor) -> Tensor:

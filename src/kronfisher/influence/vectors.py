@@ -64,7 +64,9 @@ class Vectors:
         for number, (blocks, _) in enumerate(fisher.entries):
             if any(name in left for block in blocks for name in block.parameters):
                 part(number).add_(gather(blocks, left))
-        return cls(fisher, tuple(part(number) for number in range(len(fisher.entries))))
+        none = torch.zeros(1, 1, dtype=dtype, device=fisher.device)  # zeros of a batch's other blocks take no memory
+        entries = enumerate(fisher.entries)
+        return cls(fisher, tuple(parts.get(number, none.expand(size, own.dim)) for number, (_, own) in entries))
 
     @classmethod
     def join(cls, several: Sequence["Vectors"]) -> "Vectors":
