@@ -50,7 +50,8 @@ class Influence:
     normalised and for `self_scores`, all of them the same.
 
     Args:
-        model: that the Fisher belongs to, at the parameters of the estimate.
+        model: that the Fisher belongs to, at the parameters of the estimate; frozen parameters and buffers are to be
+            as they were, too, and are not compared.
         fisher: as estimated, mean or sum.
         likelihood: of the training data; its loss is ℓ.
         damping: λ in the units of the eigenvalues of the mean F: a number, `Share` of each block's mean eigenvalue, or
