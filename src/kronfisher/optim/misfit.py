@@ -1,7 +1,8 @@
 """How far predictions are from the data: where nothing is left to predict, there is no noise that steps average."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def _squares(errors: Tensor) -> Tensor:
 class Misfit:
     """Averages of the mean misfit, of a constant's, and of the excess; a rule of this library's own, from no paper.
 
+    What follows from them is computed once for every batch that brings statistics: steps ask for it all the time.
+
     Attributes:
         now: the average of the model's, 0-dim; negative before the first batch.
         constant: that of a constant prediction, 0-dim.
@@ -78,18 +81,23 @@ class Misfit:
         fresh = torch.stack([old[0] < 0, old[0] < 0, torch.maximum(old[2], new[2]) >= KNOWN])
         self.now, self.constant, self.excess = torch.where(fresh, new, old.lerp(new, 1 - MEMORY)).unbind()
         self.lowest = torch.minimum(self.excess, self.lowest.to(device) * FORGIVING)
+        self._forget()
 
-    @property
+    def _forget(self) -> None:
+        for name in ("left", "present", "calm", "leaps"):
+            vars(self).pop(name, None)
+
+    @cached_property
     def left(self) -> Tensor:
         """The share that is left to fit, 0-dim: 1 down to a twentieth of a constant's misfit, then the rest of that."""
         return torch.where(self.constant > 0, self.now / (FITTED * self.constant), 1.0).clamp(max=1.0)
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """The excess, or that of the last batch where it is less, 0-dim: averages lag where losses fall fast."""
         return torch.minimum(self.excess, self.latest)
 
-    @property
+    @cached_property
     def calm(self) -> Tensor:
         """The factor on all rates, 0-dim: below one while the excess is more than twice its lowest, as after a leap.
 
@@ -98,12 +106,18 @@ class Misfit:
         known = (self.excess > 0) & (self.excess < KNOWN)
         return torch.where(known, RELAPSE * self.lowest / self.excess, 1.0).clamp(max=1.0).sqrt()
 
+    @cached_property
+    def leaps(self) -> Tensor:
+        """Whether that is below one, 0-dim."""
+        return self.calm < 1
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
-        return dict(vars(self))
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave."""
         self.now, self.constant, self.excess = (state[name].to(device) for name in ("now", "constant", "excess"))
         self.lowest = state["lowest"].to(device)
         self.latest = state.get("latest", state["excess"]).to(device)
+        self._forget()

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from kronfisher.optim.layerwise.rates import LARGEST, Rates
+from kronfisher.optim.layerwise.rates import LARGEST, Paths, Rates
 
-FINITE, DECAY, NATURAL = torch.tensor(True), torch.full((1,), 0.9), torch.tensor([True])
+
+def update(made, gradient, path, natural=True, left=1.0, room=0.0, overshoot=0.0):
+    """Evidence of one unit whose inverse curvature is the identity."""
+    paths, numbers = Paths(torch.full((1,), 0.9), torch.tensor([natural])), map(torch.tensor, (left, room, overshoot))
+    made.update((gradient @ path)[None], (gradient @ gradient)[None], paths, torch.tensor(True), *numbers)
 
 
 def rates(count=1):
@@ -14,14 +18,11 @@ def rates(count=1):
     return made
 
 
-def feed(made, gradients, decay=0.9):
-    """Evidence of one unit whose inverse curvature is the identity, from a list of gradients."""
+def feed(made, gradients):
     path = torch.zeros_like(gradients[0])
     for gradient in gradients:
-        made.update(
-            (gradient @ path).reshape(1), (gradient @ gradient).reshape(1), torch.full((1,), decay), NATURAL, FINITE
-        )
-        path = decay * path + (1 - decay) * gradient
+        update(made, gradient, path)
+        path = 0.9 * path + 0.1 * gradient
     return path
 
 
@@ -46,8 +47,7 @@ def test_noise_shortens_steps_of_natural_units_as_far_as_scatter_costs():
         for _ in range(300):
             gradient = torch.randn(1000, generator=generator) - 0.1 * path  # against the path, more than is tolerated
             made.path = (path @ path).reshape(1)
-            against, square = (gradient @ path)[None], (gradient @ gradient)[None]
-            made.update(against, square, DECAY, torch.tensor([natural]), FINITE, 1.0, room)
+            update(made, gradient, path, natural, room=room)
         found[natural, room] = float(made.factors)
     lowest = (1 + 299 / 100) ** -0.5
     expected = {(True, 0.0): lowest, (True, 0.5): lowest**0.5, (True, 1.0): 1.0, (False, 1.0): lowest}
@@ -63,7 +63,7 @@ def test_little_contradiction_is_tolerated_where_it_is_said_to_be():
         for made, against, room in ((strict, 0.03, 0.0), (tolerant, 0.03, 1.0), (exceeded, 0.07, 1.0)):
             gradient = noise - (noise @ path / (path @ path) + against * noise.norm() / path.norm()) * path
             made.path = (path @ path).reshape(1)
-            made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, room)
+            update(made, gradient, path, room=room)
     assert float(strict.factors) < 0.7 and float(exceeded.factors) == 1 and float(tolerant.factors) > 1.4
 
 
@@ -75,7 +75,7 @@ def test_more_contradiction_is_tolerated_where_little_is_left_to_fit(left, grows
         noise = torch.randn(1000, generator=generator)
         gradient = noise - (noise @ path / (path @ path) + 0.12 * noise.norm() / path.norm()) * path
         made.path = (path @ path).reshape(1)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, left, 1.0)
+        update(made, gradient, path, left=left, room=1.0)
     assert float(made.factors) > 1.4 if grows else float(made.factors) == 1
 
 
@@ -85,7 +85,7 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.factors) == LARGEST
     for _ in range(30):  # every step goes too far, so that the next gradient points back
         gradient = -path.sign()
-        made.update((gradient @ path).reshape(1), (gradient @ gradient).reshape(1), DECAY, NATURAL, FINITE)
+        update(made, gradient, path)
         path = 0.9 * path + 0.1 * gradient
     assert float(made.factors) < 0.3 and float(made.brake) < 0.3
     braked = float(made.brake)
@@ -99,13 +99,13 @@ def overshooting(allowed):
     for _ in range(60):
         gradient = -path.sign()
         made.path = (path @ path).reshape(1)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, 0.0, allowed)
+        update(made, gradient, path, overshoot=allowed)
         path = 0.9 * path + 0.1 * gradient
     return made
 
 
 def test_steps_that_overshoot_grow_as_far_as_they_may():
-    grown, half, none = (overshooting(allowed) for allowed in (1.0, torch.tensor(0.5), 0.0))
+    grown, half, none = (overshooting(allowed) for allowed in (1.0, 0.5, 0.0))
     assert float(grown.factors) == pytest.approx((1 + 59 / 100) ** 0.5) and float(grown.brake) == 1
     assert float(half.brake) == 0.5 >= float(half.factors) > 0.3
     assert float(none.brake) < 0.01 and float(none.factors) < 0.01
@@ -118,7 +118,7 @@ def test_rates_without_room_do_not_grow_beyond_one():
         gradient += (0.3 - gradient @ path / (gradient.norm() * path.norm())) * gradient.norm() / path.norm() * path
         made.path = (path @ path).reshape(1)
         room = float(step < 200)
-        made.update((gradient @ path)[None], (gradient @ gradient)[None], DECAY, NATURAL, FINITE, 1.0, room)
+        update(made, gradient, path, room=room)
         if step == 199:
             assert float(made.factors) > 1.5
     assert float(made.factors) == 1
@@ -136,14 +136,19 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
     made = rates()
     feed(made, [torch.ones(3)] * 5)
     before = {name: value.clone() for name, value in vars(made).items() if name != "steps"}
-    made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), DECAY, NATURAL, torch.tensor(False))
+    paths, numbers = (
+        Paths(torch.full((1,), 0.9), torch.tensor([True])),
+        (torch.ones(()), torch.ones(()), torch.ones(())),
+    )
+    made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), paths, torch.tensor(False), *numbers)
     assert all(torch.equal(value, before[name]) for name, value in vars(made).items() if name != "steps")
 
 
 def test_units_keep_what_is_known_of_them_when_others_join():
     made = rates(2)
+    paths, numbers = Paths(torch.full((2,), 0.9), torch.tensor([True, True])), (torch.ones(()), *torch.zeros(2))
     for _ in range(20):
-        made.update(torch.tensor([1.0, -1.0]), torch.ones(2), torch.full((2,), 0.9), torch.tensor([True, True]), FINITE)
+        made.update(torch.tensor([1.0, -1.0]), torch.ones(2), paths, torch.tensor(True), *numbers)
     old = made.factors.clone()
     made.resize([1, None, 0], torch.device("cpu"))
     assert made.factors.tolist() == [float(old[1]), 1.0, float(old[0])]

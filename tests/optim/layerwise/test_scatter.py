@@ -22,15 +22,15 @@ def test_there_is_no_room_where_it_is_not_known_how_far_the_loss_can_fall(excess
 
 def test_a_leap_takes_the_room_away_until_training_has_settled():
     scatter, excess = Scatter(torch.tensor(-1.0)), torch.tensor(2.0)
-    scatter.settle(torch.tensor(1.0))
+    scatter.settle(torch.tensor(False))
     assert float(scatter.room(excess)) == pytest.approx(1)
-    scatter.settle(torch.tensor(0.9))
+    scatter.settle(torch.tensor(True))
     assert float(scatter.room(excess)) == 0
     for _ in range(SETTLING // 2):
-        scatter.settle(torch.tensor(1.0))
+        scatter.settle(torch.tensor(False))
     assert float(scatter.room(excess)) == pytest.approx(0.5, rel=1e-3)
     for _ in range(SETTLING):
-        scatter.settle(torch.tensor(1.0))
+        scatter.settle(torch.tensor(False))
     assert float(scatter.room(excess)) == pytest.approx(1)
 
 

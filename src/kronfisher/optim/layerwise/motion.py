@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kronfisher.optim.foreach import average_squares_, divided, lerp_, mul_, norms, over_roots
 from kronfisher.optim.layerwise.pieces import Pieces
-from kronfisher.optim.layerwise.rates import Rates
+from kronfisher.optim.layerwise.rates import Paths, Rates
 from kronfisher.optim.layerwise.scatter import Scatter
 from kronfisher.optim.layerwise.units import Unit
 from kronfisher.optim.misfit import Misfit
@@ -109,20 +110,22 @@ class Motion:
         clip, finite = self._clip(lengths.sqrt(), where.moving)
         promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
-        left, excess, calm, room, overshoot = misfit.left, misfit.excess, misfit.calm, 0.0, 0.0
-        self.scatter.settle(calm)
+        left, excess, calm = misfit.left, misfit.excess, misfit.calm
+        self.scatter.settle(misfit.leaps)
+        room = overshoot = where.nothing
         if averages is not None:  # which takes out what only goes to and fro, unless that throws training back
             room, overshoot = self.scatter.room(misfit.present), left * self.scatter.settled
             means = [averages.get(name, trained.named[name]) for name in where.names]
             ends = where.lasting("parameters", parameters), where.lasting("averages", means)
             cost = where.product_with_differences(given, *ends)
             self.scatter.update(cost, finite)
-        factors = self.rates.update(evidence, squares, where.decay, where.natural, finite, left, room, overshoot)
+        factors = self.rates.update(evidence, squares, where.paths, finite, left, room, overshoot)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         if even is not None:
             even(natural)  # which the updates are pieces of
         longest = torch.maximum(self.lengths, sizes)  # an average is no longer than what it is made of, but for changes
-        scale = torch.where(where.natural, RMS * where.root / torch.where(longest > 0, longest, 1), where.relative)
+        scale = torch.where(longest > 0, where.size / longest, where.size)
+        scale = torch.where(where.natural, scale, where.relative)
         rate = rate * calm
         top = max((trained.rates[name] for name in where.names), default=0.0) or 1.0
         promised = torch.where(where.natural, promise * factors * scale, 0.0).sum() * (rate * top)
@@ -147,13 +150,14 @@ class Motion:
             sizes = [trained.named[name].numel() for _, name in members]
             self._pieces = Pieces(members, self.units, sizes, self.lengths.device)
             own = self._pieces.natural
-            self._pieces.decay = torch.where(own, self.momentum, FIRST_MOMENT)
+            self._pieces.paths = Paths(torch.where(own, self.momentum, FIRST_MOMENT), own)
+            self._pieces.size = RMS * self._pieces.root
             self._pieces.relative = torch.where(self._pieces.table, 1.0, self.adaptive)
         return self._pieces
 
     def _clip(self, lengths: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
         """Factors ``[U]`` that clip outliers, and whether all lengths are finite; the mean lengths are updated."""
-        finite = torch.isfinite(lengths).all()
+        finite = (lengths < inf).all()
         known = self.lengths > 0
         most = torch.where(known, CLIP * self.lengths, lengths)
         mean = torch.where(known, self.lengths.lerp(torch.minimum(lengths, most), 1 - CLIP_MEMORY), lengths)

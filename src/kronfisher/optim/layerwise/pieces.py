@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.optim.foreach import add_products_, differences, norms
+from kronfisher.optim.layerwise.rates import Paths
 from kronfisher.optim.layerwise.units import Unit
 
 __all__ = ["Pieces"]
@@ -29,11 +30,14 @@ class Pieces:
         natural: units that follow the natural gradient, ``[U]``.
         root: the root of the number of elements of these parameters by unit, ``[U]``.
         table: units that move at the full rate though they are no matrices of layers, ``[U]``.
-        decay: of the momentum of units, ``[U]``; for whoever moves them.
+        nothing: zero, 0-dim.
+        paths: the averages that units move along; for whoever moves them.
+        size: steps of natural units of rate one ``[U]``; likewise.
         relative: the rates of adaptive units ``[U]``, relative to the rate; likewise.
     """
 
-    decay: Tensor
+    paths: Paths
+    size: Tensor
     relative: Tensor
 
     def __init__(
@@ -61,7 +65,7 @@ class Pieces:
                 self.border += own
         self._count, self.index = len(index), torch.tensor(index, device=device)
         count = torch.zeros(len(units), device=device).index_add_(0, self.index, torch.tensor(sizes, device=device))
-        self.moving, self.root = count > 0, count.sqrt()
+        self.moving, self.root, self.nothing = count > 0, count.sqrt(), count.new_zeros(())
         self.natural, self.table = (
             torch.tensor([getattr(unit, key) for unit in units], device=device) for key in ("natural", "table")
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST", "Rates"]
+__all__ = ["LARGEST", "Paths", "Rates"]
 
 MEMORY = 0.9  # of the averages of the evidence
 SPEED = 0.02  # by how much full agreement lengthens a step, and full contradiction shortens it
@@ -20,6 +20,25 @@ CERTAIN = 0.5  # the share of a gradient along the path from which on signal so 
 LARGEST = 10.0  # factor
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
 TOLERANCE_FITTED = 0.25  # the same where nothing is left to fit: what opposes is then more the valley than the noise
+
+
+class Paths:
+    """How the averages p of gradients are made that units move along.
+
+    Args:
+        decay: β ``[U]``.
+        natural: whether they are of natural gradients ``[U]``.
+    """
+
+    def __init__(self, decay: Tensor, natural: Tensor) -> None:
+        self.decay, self.natural = decay, natural
+        self._share = 1 - decay
+        self._square = self._share.square()
+
+    def square(self, before: Tensor, products: Tensor, squares: Tensor) -> Tensor:
+        """``‖p‖² [U]`` after gradients g, from that of before, ``⟨g, p⟩`` and ``⟨g, d⟩``."""
+        inner = torch.addcmul(self.decay * before, self._share, products, value=2)
+        return torch.addcmul(self.decay * inner, self._square, squares).clamp_min_(0)
 
 
 @dataclass
@@ -71,57 +90,54 @@ class Rates:
         self,
         products: Tensor,
         squares: Tensor,
-        decay: Tensor,
-        natural: Tensor,
+        paths: Paths,
         finite: Tensor,
-        left: float | Tensor = 1.0,
-        room: float | Tensor = 0.0,
-        overshoot: float | Tensor = 0.0,
+        left: Tensor,
+        room: Tensor,
+        overshoot: Tensor,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
         Args:
             products: ``⟨g, p⟩ [U]``.
             squares: ``⟨g, d⟩ [U]`` with the natural gradient d.
-            decay: β ``[U]`` of the averages p.
-            natural: whether they are of natural gradients ``[U]``.
+            paths: how the averages p are made.
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
             overshoot: how far that is allowed, 0-dim: 0 where such steps are shortened, 1 where they grow.
         """
         squares = squares.clamp_min(0)
-        norms = (squares * self.path).sqrt()
-        cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp(-1, 1), 1 - MEMORY)
-        rest = 1 - decay
-        path = torch.addcmul(decay * torch.addcmul(decay * self.path, rest, products, value=2), rest.square(), squares)
-        path.clamp_min_(0)
-        brake = torch.maximum(self._bound(cosine), torch.ones_like(cosine) * overshoot)
+        norms = (squares * self.path).sqrt_()
+        cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp_(-1, 1), 1 - MEMORY)
+        path = paths.square(self.path, products, squares)
+        brake = self._bound(cosine).clamp_(min=overshoot)
         tolerance = TOLERANCE_FITTED + (TOLERANCE - TOLERANCE_FITTED) * left
         excused = products + tolerance * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        overshoots, freedom = cosine < -OVERSHOT, torch.ones_like(brake) * room
-        agreement = torch.where(overshoots, agreement + overshoot * (1 - agreement), agreement)
-        freedom = torch.where(overshoots, freedom.clamp(min=overshoot), freedom)
+        allowed = (cosine < -OVERSHOT) * overshoot
+        agreement = agreement + allowed * (1 - agreement)
+        freedom = torch.maximum(room, allowed)
         reach = (1 + self.steps / SPAN) ** POWER
         highest = 1 + freedom * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
-        lowest = left / reach ** (1 - natural * room) * brake
-        factors = torch.minimum(torch.maximum(self.factors * (SPEED * agreement).exp(), lowest), most)
-        new = {"signed": signed, "absolute": absolute, "cosine": cosine, "path": path, "brake": brake}
-        for name, values in {**new, "factors": factors}.items():
-            setattr(self, name, torch.where(finite, values, getattr(self, name)))
+        lowest = left / reach ** (1 - paths.natural * room) * brake
+        factors = (self.factors * (SPEED * agreement).exp_()).clamp_(lowest, most)
+        old = self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors
+        new = torch.stack([signed, absolute, cosine, path, brake, factors])
+        kept = torch.where(finite, new, torch.stack(old))
+        self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors = kept.unbind()
         self.steps += 1
         return self.factors
 
     def _bound(self, cosine: Tensor) -> Tensor:
         """The factor on the bounds after a step of this cosine: up to one, or beyond."""
-        boosted = (self.brake * (BRAKE * (cosine - CERTAIN)).exp()).clamp(max=LARGEST)
-        change = RECOVERY + BRAKE * torch.nn.functional.softshrink(cosine, OVERSHOT)
-        braked = (self.brake * change.exp()).clamp(max=1.0)
-        return torch.where((self.brake > 1) | ((self.brake == 1) & (cosine > CERTAIN)), boosted, braked)
+        boosted = (self.brake * (cosine - CERTAIN).mul_(BRAKE).exp_()).clamp_(max=LARGEST)
+        change = torch.nn.functional.softshrink(cosine, OVERSHOT).mul_(BRAKE).add_(RECOVERY)
+        braked = (self.brake * change.exp_()).clamp_(max=1.0)
+        return torch.where(torch.where(cosine > CERTAIN, self.brake >= 1, self.brake > 1), boosted, braked)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""

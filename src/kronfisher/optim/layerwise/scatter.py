@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -32,15 +33,16 @@ class Scatter:
 
     cost: Tensor = field(default_factory=lambda: torch.zeros(()))
     settled: Tensor = field(default_factory=lambda: torch.ones(()))
+    _bounds: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
-    def settle(self, calm: Tensor) -> None:
-        """Count one step; `calm` is below one after a leap (`Misfit`)."""
-        self.settled = torch.where(calm < 1, 0.0, (self.settled.to(calm) + 1 / SETTLING).clamp(max=1.0))
+    def settle(self, leaps: Tensor) -> None:
+        """Count one step; whether it comes just after a leap, 0-dim (`Misfit`)."""
+        self.settled = (self.settled.to(leaps.device) + 1 / SETTLING).clamp_(max=1.0).masked_fill_(leaps, 0.0)
 
     def update(self, product: Tensor, finite: Tensor) -> None:
         """Take over ``⟨g, θ − θ̄⟩`` of one step, 0-dim, unless its gradient is not finite."""
         cost = self.cost.to(product)
-        self.cost = torch.where(finite & torch.isfinite(product), cost.lerp(product, 1 - MEMORY), cost)
+        self.cost = torch.where(finite & (product.abs() < inf), cost.lerp(product, 1 - MEMORY), cost)
 
     def room(self, excess: Tensor) -> Tensor:
         """The share of their freedom that rates have, 0-dim: one where the scatter costs nothing.
@@ -50,12 +52,15 @@ class Scatter:
         Args:
             excess: by how much the mean loss exceeds the least that there could be, 0-dim.
         """
-        share = self.settled * (1 - self.cost / (DEAR * excess)).clamp(0, 1)
-        return torch.where((excess > 0) & (excess < KNOWN), share, 0.0)
+        if self._bounds is None or self._bounds[0] is not excess:  # the same for many steps
+            known = (excess > 0) & (excess < KNOWN)
+            self._bounds = excess, known, torch.where(known, DEAR * excess, 1.0)
+        _, known, dear = self._bounds
+        return self.settled * (1 - self.cost / dear).clamp_(0, 1) * known
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
-        return dict(vars(self))
+        return {"cost": self.cost, "settled": self.settled}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` gave; earlier versions gave nothing."""
