@@ -378,7 +378,12 @@ class NaturalGradient(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimiser; it may stand before, between or after `forward` and `backward`."""
         self.parts.forward_backward.forget_done()
-        super().zero_grad(set_to_none)
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:  # torch's own asks its compiler first, which takes longer than a layer
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def eval(self) -> None:
         """Put the average of the iterates in place of the weights, to evaluate or save the model; `train` undoes it."""

@@ -37,23 +37,25 @@ class Average:
     running: RunningStatistics = field(default_factory=RunningStatistics)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor) -> None:
+    def update(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor, *, look: bool = True
+    ) -> None:
         """Add the present iterate.
 
         Args:
             model: whose batch normalisation counts.
             parameters: of the model, by name.
             left: the share of the data that is left to fit, 0-dim: as it falls, older iterates are forgotten sooner.
+            look: whether to look for batch normalisation, which those of the last time may have been joined by.
         """
         self.steps += 1
         share = (SPAN / ((self.steps + SPAN - 1) * left.sqrt())).clamp(max=1.0)
-        tensors = _tensors(parameters)
-        for name in tensors.keys() - self.averages.keys():
-            self.averages[name] = tensors[name].clone()
-        shares = {kind: share.to(kind) for kind in {one.dtype for one in tensors.values()}}
-        weights = [shares[one.dtype] for one in tensors.values()]
-        lerp_to_each_([self.averages[name] for name in tensors], list(tensors.values()), weights)
-        self.running.update(model, share)
+        for name in parameters.keys() - self.averages.keys():
+            self.averages[name] = parameters[name].detach().clone()
+        shares = {kind: share.to(kind) for kind in {one.dtype for one in parameters.values()}}
+        weights = [shares[one.dtype] for one in parameters.values()]
+        lerp_to_each_([self.averages[name] for name in parameters], list(parameters.values()), weights)
+        self.running.update(model, share, look=look)
 
     @torch.no_grad()
     def swap(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> bool:

@@ -59,13 +59,13 @@ class Product:
         shift = given if bias is None else gradients.get(bias.parameter)
         if given is None or shift is None or not given.dtype == shift.dtype == self.left.dtype:
             return False
-        middle = self._from_left(_cut(given, weight).view(rows, -1))
+        middle = self._from_left(_matrix(given, weight, rows))
         if bias is None:
             _put(middle @ self.right, weight, given, out)
             return True
-        last = self._from_left(_cut(shift, bias)[:, None])[:, 0]
-        _put(torch.addmm(torch.outer(last, self.edge), middle, self.right), weight, given, out)
-        _put(torch.addmv(last * self.corner, middle, self.edge), bias, shift, out)
+        last = self._from_left(_cut(shift, bias)[:, None])
+        _put(torch.addmm(last * self.edge, middle, self.right), weight, given, out)
+        _put(torch.addmv(last[:, 0] * self.corner, middle, self.edge), bias, shift, out)
         return True
 
     @property
@@ -126,9 +126,16 @@ class Products:
         return self._left * matrices if self._left.shape[2] == 1 else self._left @ matrices
 
 
+def _matrix(tensor: Tensor, window: Window, rows: int) -> Tensor:
+    """The window's elements ``[rows, *]``."""
+    if tensor.dim() == 2 and len(tensor) == rows and tensor.numel() == window.numel and tensor.is_contiguous():
+        return tensor
+    return _cut(tensor, window).view(rows, -1)
+
+
 def _cut(tensor: Tensor, window: Window) -> Tensor:
     """The window's elements ``[E]``."""
-    flat, size = tensor.reshape(-1), window.numel
+    flat, size = tensor if tensor.dim() == 1 else tensor.reshape(-1), window.numel
     return flat if size == flat.numel() else flat[window.offset : window.offset + size]
 
 
@@ -136,7 +143,7 @@ def _put(values: Tensor, window: Window, like: Tensor, out: dict[str, Tensor]) -
     """Write elements into the window."""
     name = window.parameter
     if values.numel() == like.numel():
-        out[name] = values.view(like.shape)
+        out[name] = values if values.shape == like.shape else values.view(like.shape)
         return
     if name not in out:  # windows of other layers, or of none, show the rest
         out[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)

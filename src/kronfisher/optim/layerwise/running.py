@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from kronfisher.optim.normalisation import KINDS, normalisations
 
@@ -28,16 +29,20 @@ class RunningStatistics:
 
     averages: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, Tensor] = field(default_factory=dict)
+    _found: list[tuple[str, _BatchNorm]] | None = field(default=None, init=False, repr=False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, share: Tensor) -> None:
+    def update(self, model: nn.Module, share: Tensor, *, look: bool = True) -> None:
         """Add the batches since the last call.
 
         Args:
             model: whose layers of batch normalisation count; those that have seen no batch since are as before.
             share: of the present iterate in the average of the iterates, 0-dim.
+            look: whether the model may have others than the last time: to go over all modules takes long.
         """
-        for prefix, module in normalisations(model):
+        if look or self._found is None:
+            self._found = list(normalisations(model))
+        for prefix, module in self._found:
             tracked = module.num_batches_tracked
             assert tracked is not None
             counted = tracked - self.before.get(f"{prefix}num_batches_tracked", torch.zeros_like(tracked))

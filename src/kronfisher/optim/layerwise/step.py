@@ -150,7 +150,7 @@ class LayerwiseParts(StepParts):
                 trained, gradients, natural, self.rate(step), self.misfit, averages, self.direction.changes.even
             )
             if self.options.average:
-                self.average.update(model, trained.named, left)
+                self.average.update(model, trained.named, left, look=due)
 
     def rate(self, step: int) -> float | Tensor:
         """The rate at this step, before factors of units: smaller for batches of few rows, which are mostly noise."""

@@ -42,8 +42,8 @@ class WeightRows:
         windows = self._windows
         if not windows:
             return
-        weights = [seen(window, natural[window.parameter]) for window in windows]
-        each = [torch.linalg.vector_norm(weight, dim=tuple(range(2, weight.dim()))).view(-1) for weight in weights]
+        weights = [_rows(window, natural[window.parameter]) for window in windows]
+        each = [_lengths(weight) for weight in weights]
         sizes, lengths = [len(one) for one in each], torch.cat(each)
         if sizes != self._sizes or lengths.device != self._index.device:  # a copy to a device would be waited for
             index = [place for place, size in enumerate(sizes) for _ in range(size)]
@@ -52,7 +52,19 @@ class WeightRows:
         squares = lengths.new_zeros(len(sizes)).index_add_(0, self._index, lengths.square()) / self._counts
         means = squares.sqrt_().clamp_min_(torch.finfo(lengths.dtype).tiny)
         factors = lengths.div_(means[self._index]).clamp_min_(LEAST).rsqrt_()
-        for window, weight, own in zip(windows, weights, factors.split(sizes), strict=True):
-            weight.mul_(own.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+        for window, weight, own in zip(windows, weights, factors[:, None].split(sizes), strict=True):
+            weight.mul_(own if weight.dim() == 2 else own.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
             if not window.row_major:
                 window.scatter(weight[None], natural[window.parameter][None])
+
+
+def _rows(window: Window, tensor: Tensor) -> Tensor:
+    """The rows that the window shows: of a whole matrix itself ``[O, I]``, otherwise ``[H, O, *]``."""
+    return tensor if tensor.dim() == 2 and window.size[0] == 1 and window.whole else seen(window, tensor)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Of all rows, one after the other ``[H O]``."""
+    if rows.dim() == 2:
+        return torch.linalg.vector_norm(rows, dim=1)
+    return torch.linalg.vector_norm(rows, dim=tuple(range(2, rows.dim()))).view(-1)
