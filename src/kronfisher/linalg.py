@@ -331,8 +331,14 @@ def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
 
 
-@contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def plain_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """Ordinary tensors without graphs, in full precision, whatever the caller's modes are."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _plain_arithmetic(device)
+    return full_precision(device.type)  # as within a step
+
+
+@contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), full_precision(device.type):
         yield

@@ -102,7 +102,7 @@ class Categorical(Likelihood):
             terms = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             if self.label_smoothing:
                 terms = terms + even * (log_p @ self._weights(outputs, axis))
-        return terms.reshape(without(outputs, axis))
+        return terms if outputs.dim() == 2 else terms.reshape(without(outputs, axis))
 
     def excess(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, `[N]`: those of classes are at least zero; see the base class."""

@@ -31,7 +31,7 @@ def require_exponentials(exponents: Tensor, name: str, what: str, where: str) ->
 
 def sum_per_example(tensor: Tensor) -> Tensor:
     """Sum of `[N, ...]` over everything but the examples: `[N]`."""
-    return tensor.unsqueeze(-1).flatten(1).sum(1)
+    return tensor if tensor.dim() == 1 else tensor.flatten(1).sum(1)
 
 
 def require_shape(targets: Tensor | None, shape: Sequence[int], name: str, where: str = "targets") -> Tensor:

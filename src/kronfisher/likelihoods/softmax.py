@@ -19,6 +19,8 @@ def without(outputs: Tensor, axis: int) -> tuple[int, ...]:
 
 def to_rows(tensor: Tensor, axis: int) -> Tensor:
     """`[R, C]`: positions of all examples, one after the other."""
+    if tensor.dim() == 2 and axis in (1, -1):
+        return tensor  # without operations that a backward pass would go through, too
     last = tensor.movedim(axis, -1)
     return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 

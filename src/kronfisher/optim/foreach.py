@@ -50,7 +50,7 @@ def lerp_to_each_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weights: Se
 
 
 def mul_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """``tensor *= factor``, each; factors are 0-dim."""
+    """``tensor *= factor``, each; factors are 0-dim, or broadcast."""
     torch._foreach_mul_(list(tensors), list(factors))  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -97,7 +97,10 @@ class ForwardBackward:
 
     def _count(self, outputs: Tensor, targets: Any) -> float | Tensor:
         mask = self.likelihood.positions(outputs.detach(), targets)
-        return float(len(outputs)) if mask is None else mask.any(dim=1).sum().clamp_min(1)
+        if mask is None:
+            return float(len(outputs))
+        counts = mask.any(dim=1) if mask.shape[1] > 1 else mask
+        return counts.sum().clamp_min(1)
 
     def loss_of(self, outputs: Any, targets: Any) -> Tensor:
         """The loss, in the precision of the outputs but at least float32."""

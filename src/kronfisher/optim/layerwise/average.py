@@ -37,9 +37,7 @@ class Average:
     running: RunningStatistics = field(default_factory=RunningStatistics)
 
     @torch.no_grad()
-    def update(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor, *, look: bool = True
-    ) -> None:
+    def update(self, model: nn.Module, parameters: Mapping[str, Tensor], left: Tensor, *, look: bool = True) -> None:
         """Add the present iterate.
 
         Args:

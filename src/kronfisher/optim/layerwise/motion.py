@@ -128,10 +128,11 @@ class Motion:
         scale = torch.where(where.natural, scale, where.relative)
         rate = rate * calm
         top = max((trained.rates[name] for name in where.names), default=0.0) or 1.0
-        promised = torch.where(where.natural, promise * factors * scale, 0.0).sum() * (rate * top)
+        promised = (promise * factors * scale).masked_fill_(where.adaptive, 0.0).sum() * (rate * top)
         short = (PROMISE * excess / promised).clamp(max=1.0)
-        base = torch.where(finite, rate * factors * torch.where(promised > 0, short, 1.0), 0.0)
-        self.skipped = self.skipped + ~finite
+        lost = ~finite
+        base = (rate * factors * torch.where(promised > 0, short, 1.0)).masked_fill_(lost, 0.0)
+        self.skipped = self.skipped + lost
         if any(trained.decays[name] for name in where.names):
             shrinking = where.spread(base, parameters, where.firsts)
             for parameter, factor, name in zip(parameters, shrinking, where.names, strict=True):

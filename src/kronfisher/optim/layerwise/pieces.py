@@ -27,7 +27,7 @@ class Pieces:
         firsts: parameter → its first piece.
         turns: pieces that are treated at once, all natural or none.
         moving: units with any of these parameters, ``[U]``.
-        natural: units that follow the natural gradient, ``[U]``.
+        natural: units that follow the natural gradient, ``[U]``; `adaptive` the others.
         root: the root of the number of elements of these parameters by unit, ``[U]``.
         table: units that move at the full rate though they are no matrices of layers, ``[U]``.
         nothing: zero, 0-dim.
@@ -69,6 +69,7 @@ class Pieces:
         self.natural, self.table = (
             torch.tensor([getattr(unit, key) for unit in units], device=device) for key in ("natural", "table")
         )
+        self.adaptive = ~self.natural
 
     def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The pieces of tensors of these parameters; copies where they do not lie in row-major order."""

@@ -128,7 +128,7 @@ class Products:
 
 def _matrix(tensor: Tensor, window: Window, rows: int) -> Tensor:
     """The window's elements ``[rows, *]``."""
-    if tensor.dim() == 2 and len(tensor) == rows and tensor.numel() == window.numel and tensor.is_contiguous():
+    if tensor.dim() == 2 and tensor.shape[0] == rows and tensor.numel() == window.numel and tensor.is_contiguous():
         return tensor
     return _cut(tensor, window).view(rows, -1)
 

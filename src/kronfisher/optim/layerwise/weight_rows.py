@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kronfisher.fisher.blocks import Block, Window
+from kronfisher.optim.foreach import mul_
 from kronfisher.optim.layerwise.units import is_matrix, seen
 
 __all__ = ["WeightRows"]
@@ -44,7 +45,7 @@ class WeightRows:
             return
         weights = [_rows(window, natural[window.parameter]) for window in windows]
         each = [_lengths(weight) for weight in weights]
-        sizes, lengths = [len(one) for one in each], torch.cat(each)
+        sizes, lengths = [one.shape[0] for one in each], torch.cat(each)
         if sizes != self._sizes or lengths.device != self._index.device:  # a copy to a device would be waited for
             index = [place for place, size in enumerate(sizes) for _ in range(size)]
             self._index = torch.tensor(index, device=lengths.device)
@@ -52,8 +53,12 @@ class WeightRows:
         squares = lengths.new_zeros(len(sizes)).index_add_(0, self._index, lengths.square()) / self._counts
         means = squares.sqrt_().clamp_min_(torch.finfo(lengths.dtype).tiny)
         factors = lengths.div_(means[self._index]).clamp_min_(LEAST).rsqrt_()
-        for window, weight, own in zip(windows, weights, factors[:, None].split(sizes), strict=True):
-            weight.mul_(own if weight.dim() == 2 else own.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+        shaped = [
+            own if weight.dim() == 2 else own.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+            for weight, own in zip(weights, factors[:, None].split(sizes), strict=True)
+        ]
+        mul_(weights, shaped)
+        for window, weight in zip(windows, weights, strict=True):
             if not window.row_major:
                 window.scatter(weight[None], natural[window.parameter][None])
 
