@@ -6,9 +6,9 @@ import torch
 from kronfisher.optim.layerwise.rates import LARGEST, Paths, Rates
 
 
-def update(made, gradient, path, natural=True, left=1.0, room=0.0, overshoot=0.0):
+def update(made, gradient, path, natural=True, left=1.0, room=0.0, settled=0.0):
     """Evidence of one unit whose inverse curvature is the identity."""
-    paths, numbers = Paths(torch.full((1,), 0.9), torch.tensor([natural])), map(torch.tensor, (left, room, overshoot))
+    paths, numbers = Paths(torch.full((1,), 0.9), torch.tensor([natural])), map(torch.tensor, (left, room, settled))
     made.update((gradient @ path)[None], (gradient @ gradient)[None], paths, torch.tensor(True), *numbers)
 
 
@@ -93,22 +93,41 @@ def test_gradients_without_noise_lengthen_steps_and_contradiction_brakes():
     assert float(made.brake) > 2 * braked  # agreement releases it
 
 
-def overshooting(allowed):
+def overshooting(settled, left=1.0):
     """After 60 steps each of which goes too far."""
     made, path = rates(), torch.ones(3)
     for _ in range(60):
         gradient = -path.sign()
         made.path = (path @ path).reshape(1)
-        update(made, gradient, path, overshoot=allowed)
+        update(made, gradient, path, left=left, settled=settled)
         path = 0.9 * path + 0.1 * gradient
     return made
 
 
 def test_steps_that_overshoot_grow_as_far_as_they_may():
-    grown, half, none = (overshooting(allowed) for allowed in (1.0, 0.5, 0.0))
+    grown, half, none = (overshooting(settled) for settled in (1.0, 0.5, 0.0))
     assert float(grown.factors) == pytest.approx((1 + 59 / 100) ** 0.5) and float(grown.brake) == 1
     assert float(half.brake) == 0.5 >= float(half.factors) > 0.3
     assert float(none.brake) < 0.01 and float(none.factors) < 0.01
+
+
+def test_steps_that_overshoot_shrink_with_the_fourth_root_of_what_is_left_to_fit():
+    made = overshooting(1.0, left=1e-4)
+    assert float(made.brake) == pytest.approx(0.1)
+    assert 0.05 < float(made.factors) <= 0.1 + 1e-6
+
+
+def test_gradients_that_oppose_the_path_whatever_the_rate_do_not_lower_it_where_scatter_costs_nothing():
+    made, path = rates(), torch.ones(4)
+    for step in range(500):
+        made.path = (path @ path).reshape(1)
+        before = float(made.factors)
+        update(made, -path, path, left=1e-3, room=float(step >= 300), settled=1.0)
+        if step == 300:
+            lowest = before
+        elif step > 300:
+            assert before < float(made.factors) < 1.021 * before
+    assert float(made.factors) > 20 * lowest
 
 
 def test_rates_without_room_do_not_grow_beyond_one():

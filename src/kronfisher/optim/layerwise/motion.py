@@ -112,14 +112,14 @@ class Motion:
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
         left, excess, calm = misfit.left, misfit.excess, misfit.calm
         self.scatter.settle(misfit.leaps)
-        room = overshoot = where.nothing
+        room = settled = where.nothing
         if averages is not None:  # which takes out what only goes to and fro, unless that throws training back
-            room, overshoot = self.scatter.room(misfit.present), left * self.scatter.settled
+            room, settled = self.scatter.room(misfit.present), self.scatter.settled
             means = [averages.get(name, trained.named[name]) for name in where.names]
             ends = where.lasting("parameters", parameters), where.lasting("averages", means)
             cost = where.product_with_differences(given, *ends)
             self.scatter.update(cost, finite)
-        factors = self.rates.update(evidence, squares, where.paths, finite, left, room, overshoot)
+        factors = self.rates.update(evidence, squares, where.paths, finite, left, room, settled)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         if even is not None:
             even(natural)  # which the updates are pieces of

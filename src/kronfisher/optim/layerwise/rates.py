@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import exp
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on s
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
+ALLOWED = 0.25  # the power of the share that is left to fit with which steps that overshoot may grow
 LARGEST = 10.0  # factor
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
 TOLERANCE_FITTED = 0.25  # the same where nothing is left to fit: what opposes is then more the valley than the noise
@@ -45,8 +47,10 @@ class Paths:
 class Rates:
     """Factors on the rates of all units, in ``[u/s, 1 + h (s − 1)]`` with ``s = (1 + k/100)^1/2`` at step k.
 
-    That is times a brake, or a boost, and h is the room that the scatter of iterates leaves (`Scatter`). The lower
-    bound of natural units is ``u/s^(1 − h)``: where scatter costs nothing, noise is no reason to go slower.
+    That is times a brake b, or a boost, and h is the room that the scatter of iterates leaves (`Scatter`). The lower
+    bound of natural units is ``u/s^(1 − h)`` and rises, no faster than evidence could, to ``(u b/s)^(1 − h)``: where
+    scatter costs nothing, noise is no reason to go slower. Nor are gradients that oppose the path whatever the rate, as
+    those of few batches in turn, each of which fits what the others do not.
 
     ``r = EMA(⟨g, p⟩) / EMA(|⟨g, p⟩|)`` of a new gradient g and the path p, an average of earlier natural gradients:
     near 1, the path still leads down; near −1, it has gone too far. ``f ← f exp(.02 r)``. Noise alone makes r negative,
@@ -57,9 +61,10 @@ class Rates:
     While the average of the iterates takes the noise out, a small share of a gradient may oppose the path: r is made
     of ``⟨g, p⟩ + t h ‖g‖ ‖p‖`` with t from .05 to, where the data are fitted, .25. It takes out steps to and fro across
     a valley, too, while others go on along it.
-    As far as that is allowed, which is where much is left to fit, steps that overshoot (c < −.15) therefore grow up to
-    s, whatever the scatter costs: r is 1, and there is no brake below one. They go on along the flat directions, and
-    where there is little noise, as with functions of coordinates, that decides how fast the loss falls.
+    While all is left to fit, steps that overshoot (c < −.15) therefore grow up to s, whatever the scatter costs: r is
+    1, and there is no brake below one. They go on along the flat directions, and where there is little noise, as with
+    functions of coordinates, that decides how fast the loss falls. Later r lies as far between its own value and 1 as
+    the fourth root of u says, which is also the least that a brake can be.
 
     Attributes:
         factors: f ``[U]``.
@@ -94,7 +99,7 @@ class Rates:
         finite: Tensor,
         left: Tensor,
         room: Tensor,
-        overshoot: Tensor,
+        settled: Tensor,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -105,13 +110,14 @@ class Rates:
             finite: whether the gradients are, 0-dim.
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
-            overshoot: how far that is allowed, 0-dim: 0 where such steps are shortened, 1 where they grow.
+            settled: how far training has settled since its last leap (`Scatter`), 0-dim; 0 where there is no average.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt_()
         cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp_(-1, 1), 1 - MEMORY)
         path = paths.square(self.path, products, squares)
-        brake = self._bound(cosine).clamp_(min=overshoot)
+        overshoot, gradual = settled * left**ALLOWED, 1 - paths.natural * room
+        brake = torch.maximum(self._bound(cosine), settled * left ** gradual.clamp(max=ALLOWED))
         tolerance = TOLERANCE_FITTED + (TOLERANCE - TOLERANCE_FITTED) * left
         excused = products + tolerance * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
@@ -123,7 +129,8 @@ class Rates:
         reach = (1 + self.steps / SPAN) ** POWER
         highest = 1 + freedom * (min(reach, LARGEST) - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
-        lowest = left / reach ** (1 - paths.natural * room) * brake
+        rising = torch.minimum((left / reach * brake) ** gradual, self.factors * exp(SPEED))
+        lowest = torch.maximum(left / reach**gradual * brake, rising)
         factors = (self.factors * (SPEED * agreement).exp_()).clamp_(lowest, most)
         old = self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors
         new = torch.stack([signed, absolute, cosine, path, brake, factors])
