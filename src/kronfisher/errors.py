@@ -176,6 +176,7 @@ def keep_integer(options: object, name: str, least: float, remedy: str = "") -> 
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 Check = tuple[Tensor, Callable[[], Exception | None]]
+_CPU = torch.device("cpu")
 _pending: ContextVar[list[Check] | None] = ContextVar("pending checks", default=None)
 
 
@@ -252,6 +253,8 @@ def read(flags: Sequence[Tensor | bool]) -> list[bool]:
         >>> read([torch.tensor(True), False])
         [True, False]
     """
+    if all(not isinstance(flag, Tensor) or flag.device == _CPU for flag in flags):
+        return [bool(flag) for flag in flags]  # nothing to wait for
     by_device: dict[torch.device, dict[int, Tensor]] = {}
     for place, flag in enumerate(flags):
         if isinstance(flag, Tensor):

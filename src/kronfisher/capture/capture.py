@@ -34,6 +34,7 @@ from kronfisher.fisher.blocks import Window
 from kronfisher.layers import OPERATORS, REWRITES, Use, Windows
 from kronfisher.layers.elementwise import expansion
 from kronfisher.layers.picked import PICKING
+from kronfisher.linalg import promoted
 
 __all__ = ["Capture", "Receiver"]
 
@@ -83,7 +84,7 @@ class Capture(TorchFunctionMode):
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         self.recording = Recording(trainable, {id(tensor): tensor for tensor in (*parameters.values(), *constants)})
         self._roots = {id(p): (name, p) for name, p in trainable.items()}
-        self._dtypes = {name: torch.promote_types(p.dtype, torch.float32) for name, p in trainable.items()}
+        self._dtypes = {name: promoted(p.dtype) for name, p in trainable.items()}
         self._copies: dict[int, int] = {}  # copy of a parameter → its version
         capture = ref(self)  # a bound method would form a cycle that keeps all activations
         self._computed = ComputedWeights(lambda tensor: _view(capture(), tensor), trainable, lenient)
@@ -106,9 +107,7 @@ class Capture(TorchFunctionMode):
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
         root = self._root(tensor)
-        if root is not None and _is_detached_view(tensor):
-            return None
-        return Window.of(*root, tensor) if root else None
+        return None if root is None or _is_detached_view(tensor) else Window.of(*root, tensor)
 
     def _root(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """Name and tensor of the trainable parameter, or of the copy of it, that the tensor is or is a view of."""
@@ -193,8 +192,12 @@ class Capture(TorchFunctionMode):
     ) -> tuple[Use, ...]:
         """The uses that an operator makes of trainable parameters; none unless they account for all it receives."""
         view = Windows(views, lookups, self.recording.constant, coupled=self._lenient)
-        if any(tensor.is_complex() for tensor in tensors):
-            return ()  # factors are real: the gradient of the real parameter is a sum of two products
+        given, strided = 0, True
+        for tensor in tensors:
+            if tensor.is_complex():
+                return ()  # factors are real: the gradient of the real parameter is a sum of two products
+            given += views.get(id(tensor)) is not None and tensor.numel() > 0
+            strided = strided and tensor.layout is torch.strided
         try:
             uses = tuple(handler(view, *args, **kwargs))
         except TypeError:
@@ -208,8 +211,6 @@ class Capture(TorchFunctionMode):
         if not uses:
             return ()
         windows = [window for use in uses if use.lookup is None for window in (use.weight, use.bias) if window]
-        given = sum(views.get(id(tensor)) is not None and tensor.numel() > 0 for tensor in tensors)
-        strided = all(tensor.layout is torch.strided for tensor in tensors)
         return uses if strided and given == len(windows) and not any(window.overlaps for window in windows) else ()
 
     def _by_computed(
@@ -381,7 +382,8 @@ class Capture(TorchFunctionMode):
         return id(tensor) in self.recording.constant or id(tensor) in self._roots
 
     def _are_constant(self, tensors: Iterable[Tensor]) -> bool:
-        return all(map(self._is_constant, tensors))
+        constant, roots = self.recording.constant, self._roots
+        return all(id(tensor) in constant or id(tensor) in roots for tensor in tensors)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         """Whether it is a parameter of the model, trainable or frozen, or a view of one."""

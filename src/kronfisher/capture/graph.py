@@ -71,7 +71,8 @@ class Call:
 
     def gradient(self, arriving: Tensor) -> Tensor:
         """Extract the gradient of the call's output from the gradient that arrives at its edge."""
-        return self.anchor.part(arriving).reshape(self.shape)
+        part = self.anchor.part(arriving)
+        return part if part.shape == self.shape else part.reshape(self.shape)
 
 
 @dataclass
@@ -154,12 +155,11 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     if not outputs.requires_grad:
         return graph
     leaves = {id(p): name for name, p in recording.parameters.items()}
-    constant = {tensor.grad_fn for tensor in recording.constant.values() if tensor.grad_fn is not None}
     # A lookup that does not depend on the data lies between a parameter and the use that combines it with data.
     calls = {call.edge.node: call.index for call in recording.calls if call.edge.node not in recording.chains}
     below: dict[Node, frozenset[int]] = {}  # the nearest calls below a node
     claimed: set[int] = set()
-    nodes: list[str] = []
+    nodes: list[tuple[object, ...]] = []
     names: set[str] = set()
     alone = {node: frozenset((index,)) for node, index in calls.items()}
     numbers: dict[Node, int] = {}
@@ -178,9 +178,9 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
             continue
         below[node] = _NONE
         stack.append((node, True))
-        edges = [(numbers.setdefault(child, len(numbers)), place) for child, place in following if child]
         name = node.name()
-        nodes.append(f"{name} {edges} {_describe(node)}")
+        nodes.append((name, *[(numbers.setdefault(child, len(numbers)), k) for child, k in following if child]))
+        nodes.append(_describe(node))
         names.add(name)
         if "CheckpointFunction" in name:
             raise UnsupportedError(
@@ -188,7 +188,7 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
                 "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         if isinstance(node, BackwardCFunction):
-            _note_arguments(recording, node, graph, leaves, constant)
+            _note_arguments(recording, node, graph, leaves)
         maker_of_node, in_chain = makers.get(node), node in chains
         for child in children:
             maker = makers.get(child)
@@ -227,8 +227,9 @@ def walk(recording: Recording, outputs: Tensor) -> Graph:
     graph.meetings += recording.meetings
     graph.signature = hash(tuple(nodes))
     graph.takes_several = names <= _TOGETHER
-    selecting = (node for node in below if node.name().startswith(_GATHERING))
-    graph.gathers = any(makers.get(node) not in graph.alive for node in selecting)  # lookups in weights select no data
+    if any(name.startswith(_GATHERING) for name in names):
+        selecting = (node for node in below if node.name().startswith(_GATHERING))
+        graph.gathers = any(makers.get(node) not in graph.alive for node in selecting)  # from weights is from no data
     graph.combines = recording.combines
     return graph
 
@@ -247,8 +248,11 @@ def dtypes_within(outputs: Tensor) -> set[torch.dtype]:
     return {dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex}
 
 
-def _describe(node: Any) -> str:
-    """In words the shapes and dtypes of a node's outputs and what it saved but tensors: sizes, axes, places, flags."""
+def _describe(node: Any) -> tuple[object, ...]:
+    """The shapes and dtypes of a node's outputs and what it saved but tensors: sizes, axes, places, flags.
+
+    What it saved is written out: it may have no hash, and -1 has that of -2.
+    """
     names = _ATTRIBUTES.get(type(node))
     if names is None:
         saved = [name for name in dir(node) if name.startswith("_saved_")]
@@ -257,13 +261,12 @@ def _describe(node: Any) -> str:
             names = ()
         _ATTRIBUTES[type(node)] = names
     outputs = [(tuple(output.shape), output.dtype) for output in getattr(node, "_input_metadata", ())]
-    return f"{outputs} {[getattr(node, name, None) for name in names]}"
+    return (*outputs, repr([getattr(node, name, None) for name in names])) if names else tuple(outputs)
 
 
-def _note_arguments(
-    recording: Recording, node: Any, graph: Graph, leaves: Mapping[int, str], constant: set[Node]
-) -> None:
+def _note_arguments(recording: Recording, node: Any, graph: Graph, leaves: Mapping[int, str]) -> None:
     """Note the parameters that a function written in Python received: it computes their gradients itself."""
+    constant = {tensor.grad_fn for tensor in recording.constant.values() if tensor.grad_fn is not None}
     below, stack, names = set(), [child for child, _ in node.next_functions], set()
     while stack:
         child = stack.pop()

@@ -54,7 +54,8 @@ class Seed:
         """The vector as the gradient of the outputs."""
         if outputs.numel() > _SMALL:
             return cls(inner_product(outputs, vector))
-        return cls(outputs, vector.detach().expand_as(outputs).to(outputs.dtype).contiguous())
+        vector = vector.detach() if vector.shape == outputs.shape else vector.detach().expand_as(outputs)
+        return cls(outputs, vector.to(outputs.dtype).contiguous())
 
     def back_propagate(
         self, inputs: Sequence[Tensor] | Sequence[GradientEdge], *, retain: bool

@@ -31,7 +31,7 @@ from kronfisher.estimation.targets import name_targets
 from kronfisher.fisher.blocks import Block
 from kronfisher.fisher.parameters import trainable
 from kronfisher.fits import Choice, Diagonal, Fit, asked_for, choose
-from kronfisher.likelihoods import Draws, Residuals, along_outputs, masked_positions
+from kronfisher.likelihoods import Draws, Likelihood, Residuals, along_outputs, masked_positions
 from kronfisher.linalg import plain_arithmetic
 
 __all__ = ["Accumulator"]
@@ -336,6 +336,7 @@ class Accumulator:
         outputs, targets, where = observation.outputs, observation.targets, observation.where
         values, likelihood = outputs.detach(), self.recipe.likelihood
         masked = self.is_masked(values, targets, where) if masked is None else masked
+        likelihood = likelihood if masked else likelihood.where_all_count()
         mask, kept = likelihood.positions(values, targets) if masked else None, None
         if self.recipe.mask is not None:
             mask, kept = self._masks(observation, values, mask)
@@ -359,7 +360,7 @@ class Accumulator:
         if own is not None:
             own(stream.receive, size)
             stream.flush(end=True)
-        vectors, left = () if own else self._vectors(values, targets), steps
+        vectors, left = () if own else self._vectors(likelihood, values, targets), steps
         unordered = all(group.fit.takes_columns(block) for group in self.groups for block in group.blocks)
         if repeated and unordered and not singles and kept is None and steps * outputs.numel() <= _FEW:
             vectors = list(vectors)
@@ -461,8 +462,7 @@ class Accumulator:
             )
         return columns
 
-    def _vectors(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-        likelihood = self.recipe.likelihood
+    def _vectors(self, likelihood: Likelihood, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
         if self.recipe.labels == "exact":
             yield from likelihood.exact(outputs, targets)
         elif self.recipe.labels == "sampled":

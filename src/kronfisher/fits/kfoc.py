@@ -332,7 +332,7 @@ class KFOC(Fit):
             return "no samples"
         done = "" if change <= (_ROUGH if state.route == "projected" else self.tolerance) else " (not converged)"
         which = "the last changed" if state.route == "projected" else "another would change"
-        text = f"{state.steps / pieces:.1f} double steps by {state.route}, {which} A by {change:.0e}{done}"
+        text = f"{float(state.steps) / pieces:.1f} double steps by {state.route}, {which} A by {change:.0e}{done}"
         if pieces > 1:
             text += f"; {pieces:.0f} pieces" + ("" if state.uncertain else ", error from their terms")
         return f"{text}; error not measured, fisher.error(data) does that" if state.uncertain else text

@@ -21,6 +21,7 @@ from kronfisher.fisher.blocks import Block
 from kronfisher.fits.plan import Plan
 from kronfisher.fits.saving import from_plain, to_plain
 from kronfisher.layers.samples import Samples
+from kronfisher.linalg import all_finite
 
 __all__ = [
     "FactorSums",
@@ -116,11 +117,11 @@ class State:
             )
 
         entries = list(self._checkable())
-        if not waiting() and isfinite(sum(value.sum() for _, value in entries)):
+        if not waiting() and isfinite(sum(value.sum() if value.dim() else value for _, value in entries)):
             return self  # at once; a sum of sums may overflow where they do not
         with together():
             for name, value in entries:
-                require(torch.isfinite(value.sum()), partial(error, name))  # one NaN or Inf makes the sum one
+                require(all_finite(value), partial(error, name))
         return self
 
     def _checkable(self) -> Iterator[tuple[str, Tensor]]:

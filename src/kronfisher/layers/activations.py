@@ -216,8 +216,8 @@ class Dense(Activations):
         rows = self.values[:, :, 0] * root
         add_symmetric_product_(total[:, :width, :width], rows)
         if self.bias:
-            total[:, :width, width:] += rows.mT @ root
-            total[:, width, width] += weights.sum(1)
+            total[:, :width, width:].add_(torch.bmm(rows.mT, root))
+            total[:, width, width].add_(weights.sum(1))
 
     def sum_with(self, rows: Tensor) -> Tensor:
         # Few rows on the left: the other way round takes half as long again.
@@ -309,5 +309,5 @@ class Masked(Activations):
 def _products(rows: Tensor) -> Tensor:
     """``⟨x_k, x_l⟩ [H, n, n]`` of rows ``[H, n, D]``."""
     if len(rows) > 1 or rows.shape[-1] < _SHALLOW:
-        return rows @ rows.mT
+        return torch.bmm(rows, rows.mT)
     return mirror_(add_symmetric_product_(rows.new_zeros(len(rows), *2 * rows.shape[1:2]), rows.mT))

@@ -34,19 +34,19 @@ class RowUse(Use):
 
     def gradients(self, order: RowOrder, gradient: Tensor) -> Tensor:
         rows = self._rows(gradient)
-        return order.group(rows, rows.dim() - 1).unsqueeze(0)
+        return order.stack(rows, rows.dim() - 1)
 
     def activations(self, order: RowOrder, gradient: Tensor, weight: bool, bias: bool) -> Activations:
         if not weight:
             groups, samples, positions, _ = self.gradients(order, gradient).shape
             return Ones(gradient, (groups, samples, positions))
         rows = self._rows(self.cast_inputs())
-        return Dense(order.group(rows, rows.dim() - 1).unsqueeze(0), bias)
+        return Dense(order.stack(rows, rows.dim() - 1), bias)
 
 
 def grouped(window: Window | None) -> Window | None:
     """A window with a leading axis for H."""
-    return window.reshaped(1, *window.size) if window else None
+    return window.grouped if window else None
 
 
 @handles(F.linear)

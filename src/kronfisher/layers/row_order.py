@@ -65,6 +65,12 @@ class RowOrder:
             return rows.reshape(self.samples, -1, *rest)
         return self.split(rows).reshape(self.samples, -1, *rest)
 
+    def stack(self, rows: Tensor, lead: int) -> Tensor:
+        """As `group`, with a leading axis of one: ``[1, n, T, *rest]``."""
+        if self.axis == 0 and self.major and self.places is None and not self.flat:
+            return rows.reshape(1, self.samples, -1, *rows.shape[lead:])
+        return self.group(rows, lead).unsqueeze(0)
+
     @cached_property
     def padded(self) -> bool:
         """Whether samples have unequal numbers of rows."""

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -28,7 +30,7 @@ from kronfisher.likelihoods.softmax import (
     to_rows,
     without,
 )
-from kronfisher.linalg import promote
+from kronfisher.linalg import promote, promoted
 
 _COLUMNS = 2**15  # numbers of exact columns that are made at a time
 
@@ -71,6 +73,8 @@ class Categorical(Likelihood):
         "sampled": "networks",
     }
 
+    _ignores = True  # whether positions may have the target `ignore_index`
+
     ignore_index: int = -100
     weight: Tensor | None = None
     class_dim: int | None = None
@@ -99,7 +103,8 @@ class Categorical(Likelihood):
             terms = (self._soft(targets, outputs, axis) * log_p).sum(-1)
         else:
             own, even, index = self._hard(targets, outputs, axis)
-            terms = own * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            terms = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            terms = terms if own is None else own * terms
             if self.label_smoothing:
                 terms = terms + even * (log_p @ self._weights(outputs, axis))
         return terms if outputs.dim() == 2 else terms.reshape(without(outputs, axis))
@@ -165,9 +170,19 @@ class Categorical(Likelihood):
             logits = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         return self.log_probs(logits, targets)
 
+    def where_all_count(self) -> "Categorical":
+        """Without factors of one and a search for `ignore_index`; see the base class."""
+        return self._plain if self.weight is None and not self.label_smoothing else self
+
+    @cached_property
+    def _plain(self) -> "Categorical":
+        other = copy(self)
+        object.__setattr__(other, "_ignores", False)
+        return other
+
     def positions(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
         """Bool `[N, P]`, False where the target is `ignore_index`; None without class indices; see the base class."""
-        if targets is None or is_soft(targets):
+        if targets is None or is_soft(targets) or not self._ignores:
             return None
         return (targets.long() != self.ignore_index).unsqueeze(-1).flatten(1)
 
@@ -213,14 +228,16 @@ class Categorical(Likelihood):
     def sampled(self, outputs: Tensor, targets: Tensor | None, draws: Draws) -> Tensor:
         """`√w_y (p - onehot(ỹ))` with y observed and ỹ drawn, one number per position; see the base class."""
         axis = self._axis(outputs, targets)
-        scale = self._scale(outputs, targets, axis).unsqueeze(-1)
-        root = scale if self.weight is None and not is_soft(targets) else scale.sqrt()  # of zeros and ones
-        uniform = self._uniform(outputs, axis, draws)
+        hard, roots = self.weight is None and not is_soft(targets), list[Tensor]()
+        if not hard or self._ignores:
+            scale = self._scale(outputs, targets, axis).unsqueeze(-1)
+            roots = [scale if hard else scale.sqrt()]  # of zeros and ones
 
-        def vector(p: Tensor, part: slice) -> Tensor:
-            return subtract_onehot_(p, invert_distribution(p, uniform[part])).mul_(root[part])
+        def vector(p: Tensor, uniform: Tensor, *roots: Tensor) -> Tensor:
+            residual = subtract_onehot_(p, invert_distribution(p, uniform))
+            return residual.mul_(roots[0]) if roots else residual
 
-        return from_probabilities(outputs, axis, vector)
+        return from_probabilities(outputs, axis, vector, self._uniform(outputs, axis, draws), *roots)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`w_y (p - onehot(y))`, or `(Σ w y) p - w y` for class probabilities y; see the base class."""
@@ -228,20 +245,23 @@ class Categorical(Likelihood):
         if is_soft(targets):
             y = self._soft(targets.detach(), outputs, axis)
 
-            def vector(p: Tensor, part: slice) -> Tensor:
-                return p.mul_(y[part].sum(-1, keepdim=True)).sub_(y[part])
+            def soft(p: Tensor, y: Tensor) -> Tensor:
+                return p.mul_(y.sum(-1, keepdim=True)).sub_(y)
 
-            return from_probabilities(outputs, axis, vector)
-        own, even, index = (number.unsqueeze(-1) for number in self._hard(targets, outputs, axis))
+            return from_probabilities(outputs, axis, soft, y)
+        own, even, index = self._hard(targets, outputs, axis)
+        if own is None:
+            return from_probabilities(outputs, axis, subtract_onehot_, index)
         weights = self._weights(outputs, axis)
 
-        def vector(p: Tensor, part: slice) -> Tensor:
+        def vector(p: Tensor, own: Tensor, index: Tensor, *even: Tensor) -> Tensor:
             # The smoothed loss adds the mean over all classes of their weighted losses.
-            smooth = (p * weights.sum()).sub_(weights).mul_(even[part]) if self.label_smoothing else None
-            residual = subtract_onehot_(p, index[part].squeeze(-1)).mul_(own[part])
+            smooth = (p * weights.sum()).sub_(weights).mul_(even[0]) if even else None
+            residual = subtract_onehot_(p, index).mul_(own)
             return residual if smooth is None else residual.add_(smooth)
 
-        return from_probabilities(outputs, axis, vector)
+        smoothed = [even.unsqueeze(-1)] if self.label_smoothing else []
+        return from_probabilities(outputs, axis, vector, own.unsqueeze(-1), index, *smoothed)
 
     def check(self, outputs: Tensor, targets: Tensor | None, where: str = "batch 0", labels: str = "sampled") -> None:
         """As the base class; in addition layout, number of classes, weights, and labels in range."""
@@ -256,23 +276,25 @@ class Categorical(Likelihood):
 
     def _weights(self, outputs: Tensor, axis: int) -> Tensor:
         """The weight of every class, `[C]`."""
-        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        dtype = promoted(outputs.dtype)
         if self.weight is None:
             return torch.ones(outputs.shape[axis], device=outputs.device, dtype=dtype)
         return self.weight.detach().to(outputs.device, dtype)
 
-    def _hard(self, targets: Tensor | None, outputs: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _hard(self, targets: Tensor | None, outputs: Tensor, axis: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """Of every position `[R]`: the weight of its own class, that of each class alike, and the class.
 
-        The first two are zero where the position is ignored, and so is the class.
+        The first two are zero where the position is ignored, and so is the class. No weight: it is one everywhere.
         """
         # Widened first: compared as uint8, ignore_index=-100 would be label 156.
         index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
+        if not self._ignores:
+            return None, index, index
         counts = index != self.ignore_index
         index = index.where(counts, 0)
         smoothing = self.label_smoothing
         if self.weight is None and not smoothing:
-            own = counts.to(torch.promote_types(outputs.dtype, torch.float32))
+            own = counts.to(promoted(outputs.dtype))
             return own, own.new_zeros(1), index
         weights = self._weights(outputs, axis)
         counts = counts.to(weights.dtype)
@@ -288,20 +310,21 @@ class Categorical(Likelihood):
 
     def _scale(self, outputs: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         """The factor on the Hessian of every position `[R]`; without targets all positions count alike."""
-        if targets is None and self.weight is None:
-            dtype = torch.promote_types(outputs.dtype, torch.float32)
+        if self.weight is None and (targets is None or not (self._ignores or is_soft(targets))):
+            dtype = promoted(outputs.dtype)
             return torch.ones(math.prod(without(outputs, axis)), device=outputs.device, dtype=dtype)
         if is_soft(targets):
             return self._soft(targets.detach(), outputs, axis).sum(-1)
         if self.weight is None:  # one where a position counts, smoothed or not
             index = require_shape(targets, without(outputs, axis), "Categorical").long().flatten()
-            return (index != self.ignore_index).to(torch.promote_types(outputs.dtype, torch.float32))
+            return (index != self.ignore_index).to(promoted(outputs.dtype))
         own, even, _ = self._hard(targets, outputs, axis)
+        assert own is not None  # with weights
         return own + even * self._weights(outputs, axis).sum() if self.label_smoothing else own
 
     def _uniform(self, outputs: Tensor, axis: int, draws: Draws) -> Tensor:
         """One uniform number for every position, `[R]`."""
-        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        dtype = promoted(outputs.dtype)
         return draws.uniform(without(outputs, axis), device=outputs.device, dtype=dtype).flatten()
 
 

@@ -111,12 +111,12 @@ def check_classes(
             "convert them with targets.long()",
         )
     labels = require_shape(targets, without(outputs, axis), "Categorical", where).long()
-    outside = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    fine = (labels >= 0) & (labels < classes) | (labels == ignore_index)
     require(
-        ~outside.any(),
+        fine.all(),
         lambda: refusal(
             where,
-            f"label {int(labels[outside][0])} is out of range for {classes} classes (0 to {classes - 1})",
+            f"label {int(labels[~fine][0])} is out of range for {classes} classes (0 to {classes - 1})",
             f"labels start at 0; positions to skip are marked by ignore_index={ignore_index}",
         ),
     )

@@ -81,6 +81,10 @@ class Likelihood(ABC):
             `[N]`, summed over positions and entries, differentiable with respect to the outputs.
         """
 
+    def where_all_count(self) -> "Likelihood":
+        """The same for targets of which `positions` leaves none out, so that it need not look for those again."""
+        return self
+
     def labelled(self, targets: Tensor | None) -> bool:
         """Whether these targets hold labels, of which there is a log likelihood."""
         return targets is not None

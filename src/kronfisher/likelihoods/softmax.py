@@ -27,7 +27,9 @@ def to_rows(tensor: Tensor, axis: int) -> Tensor:
 
 def like(rows: Tensor, outputs: Tensor, axis: int) -> Tensor:
     """Rows in the layout and dtype of the outputs."""
-    return rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis).to(outputs.dtype)
+    if rows.shape != outputs.shape or axis != outputs.dim() - 1:
+        rows = rows.reshape(outputs.movedim(axis, -1).shape).movedim(-1, axis)
+    return rows.to(outputs.dtype)
 
 
 def parts(rows: Tensor) -> list[slice]:
@@ -54,25 +56,29 @@ def _across(rows: Tensor) -> bool:
     return rows.shape[-1] < _NARROW <= len(rows)
 
 
-def from_probabilities(outputs: Tensor, axis: int, vector: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def from_probabilities(outputs: Tensor, axis: int, vector: Callable[..., Tensor], *of_rows: Tensor) -> Tensor:
     """Vectors made of the softmax of some rows at a time: with a vocabulary, copies of all would add up.
 
-    The probabilities are in float32 or better, and may be overwritten.
+    Args:
+        outputs: of the model.
+        axis: of the classes.
+        vector: makes them of probabilities, in float32 or better, which it may overwrite, and of their `of_rows`.
+        of_rows: tensors `[R, ...]`, of which it is given those rows.
     """
     rows = to_rows(outputs.detach(), axis)
     slices = parts(rows)
     if len(slices) == 1:
-        return like(vector(softmax(rows), slices[0]), outputs, axis)
+        return like(vector(softmax(rows), *of_rows), outputs, axis)
     vectors = torch.empty_like(rows)
     for part in slices:
-        vectors[part] = vector(softmax(rows[part]), part)
+        vectors[part] = vector(softmax(rows[part]), *(each[part] for each in of_rows))
     return like(vectors, outputs, axis)
 
 
 def invert_distribution(p: Tensor, uniform: Tensor) -> Tensor:
     """Class indices `[R]` by inverting the distribution function at one uniform number each."""
     cumulative = p.cumsum(-1)
-    return torch.searchsorted(cumulative, (uniform * cumulative[..., -1]).unsqueeze(-1)).squeeze(-1)
+    return torch.searchsorted(cumulative, (uniform * cumulative.select(-1, -1)).unsqueeze(-1)).squeeze(-1)
 
 
 def subtract_onehot_(p: Tensor, y: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ def sum_over_pairs(a: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor
     """
     same, every = [], []
     for low in range(0, a.shape[1], _PANEL):
-        left, part = a[:, low : low + _PANEL] @ a[:, low:].mT, g[:, low : low + _PANEL]
-        right = (part if weights is None else part * weights) @ g[:, low:].mT
+        left, part = torch.bmm(a[:, low : low + _PANEL], a[:, low:].mT), g[:, low : low + _PANEL]
+        right = torch.bmm(part if weights is None else part * weights, g[:, low:].mT)
         if weights is None:
             left = right = left.mul_(right)[0] if len(left) == 1 else left.mul_(right).sum(0)
         else:  # of one group

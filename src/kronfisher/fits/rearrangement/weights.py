@@ -56,13 +56,13 @@ class Weights(Rearranged):
         return self.g
 
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
-        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(self.a @ A, self.a)))
+        return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(torch.bmm(self.a, A), self.a)))
 
     def outputs_of_identity(self) -> Tensor:
         return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(self.a, self.a)))
 
     def inputs(self, B: Tensor, odd: bool = False) -> Tensor:
-        weights = torch.linalg.vecdot(self.g @ B, self.g)
+        weights = torch.linalg.vecdot(torch.bmm(self.g, B), self.g)
         return _weighted_sum(self.a, weights if self.columns == 1 else weights.unflatten(1, (-1, self.columns)).sum(2))
 
     def _spread(self, weights: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def _noise(groups: int, n: int, number: int, dtype: torch.dtype, device: torch.d
 
 
 def _multiply(gram: Tensor, weights: Tensor) -> Tensor:
-    return (gram @ weights.unsqueeze(-1)).squeeze(-1)
+    return torch.bmm(gram, weights.unsqueeze(-1)).squeeze(-1)  # `matmul` calls four operators more
 
 
 def _rows(gradients: Tensor, columns: int) -> Tensor:
