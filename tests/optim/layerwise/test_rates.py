@@ -111,8 +111,8 @@ def test_steps_that_overshoot_grow_as_far_as_they_may():
     assert float(none.brake) < 0.01 and float(none.factors) < 0.01
 
 
-def test_steps_that_overshoot_shrink_with_the_fourth_root_of_what_is_left_to_fit():
-    made = overshooting(1.0, left=1e-4)
+def test_steps_that_overshoot_shrink_with_the_sixth_root_of_what_is_left_to_fit():
+    made = overshooting(1.0, left=1e-6)
     assert float(made.brake) == pytest.approx(0.1)
     assert 0.05 < float(made.factors) <= 0.1 + 1e-6
 
@@ -126,8 +126,8 @@ def test_gradients_that_oppose_the_path_whatever_the_rate_do_not_lower_it_where_
         if step == 300:
             lowest = before
         elif step > 300:
-            assert before < float(made.factors) < 1.021 * before
-    assert float(made.factors) > 20 * lowest
+            assert before <= float(made.factors) < 1.021 * before
+    assert lowest < 0.1 and float(made.factors) == 1
 
 
 def test_rates_without_room_do_not_grow_beyond_one():

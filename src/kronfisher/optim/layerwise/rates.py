@@ -18,7 +18,7 @@ OVERSHOT = 0.15  # the share of a gradient that opposes the path from which on s
 BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the rate
 RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
-ALLOWED = 0.25  # the power of the share that is left to fit with which steps that overshoot may grow
+ALLOWED = 1 / 6  # the power of the share that is left to fit with which steps that overshoot may grow
 LARGEST = 10.0  # factor
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
 TOLERANCE_FITTED = 0.25  # the same where nothing is left to fit: what opposes is then more the valley than the noise
@@ -64,7 +64,7 @@ class Rates:
     While all is left to fit, steps that overshoot (c < −.15) therefore grow up to s, whatever the scatter costs: r is
     1, and there is no brake below one. They go on along the flat directions, and where there is little noise, as with
     functions of coordinates, that decides how fast the loss falls. Later r lies as far between its own value and 1 as
-    the fourth root of u says, which is also the least that a brake can be.
+    the sixth root of u says, which is also the least that a brake can be.
 
     Attributes:
         factors: f ``[U]``.
