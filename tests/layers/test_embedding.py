@@ -124,7 +124,7 @@ def test_a_vocabulary_is_never_squared(fit, tied):
     assert torch.isfinite((fisher @ v)["e.weight"]).all()
     if fit not in INDEFINITE and (not tied or fit[:5] not in ("ekfac", "auto")):  # two bases have no inverse
         solved = (fisher + 0.1).solve(v)
-        assert torch.allclose(((fisher + 0.1) @ solved)["e.weight"], v["e.weight"], atol=1e-3)
+        assert torch.allclose(((fisher + 0.1) @ solved)["e.weight"], v["e.weight"], atol=5e-3)  # sums of two in float32
 
 
 @pytest.mark.parametrize("fit", [kf.Full(), kf.Full(across_layers=True)])

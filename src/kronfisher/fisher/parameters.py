@@ -144,7 +144,8 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
         bits = flat.view(_BITS[flat.element_size()])
         found.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         if len(bits) <= _SHORT and bits.device.type == "cpu":
-            sums.append(int(np.dot(bits.numpy().astype(np.int64), _ODD[: len(bits)])))  # with less ado
+            # With less ado than torch's. Of a copy: FSDP frees storages, which it cannot once numpy has seen them.
+            sums.append(int(np.dot(bits.to(torch.int64, copy=True).numpy(), _ODD[: len(bits)])))
             continue
         if len(odd) < min(len(bits), _PIECE) or odd.device != bits.device:
             odd = torch.arange(1, 2 * min(len(bits), _PIECE), 2, device=bits.device)
