@@ -1,6 +1,6 @@
 """Inverses that one rank makes and keeps for all, which get its natural gradients."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class Ownership:
     # Making -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def making(self, inverses: Iterable[LayerInverse], value: float, step: int) -> Any:
+    def making(self, inverses: Iterable[LayerInverse], value: float, step: int) -> Iterator[list[LayerInverse]]:
         """While the owner makes inverses with λ = `value`; an error waits for `exchange`, where all ranks learn of it.
 
         Yields:
