@@ -8,6 +8,11 @@ import kronfisher as kf
 from kronfisher.fisher.layout import gather
 from kronfisher.fisher.vectors import read
 from kronfisher.fits import FITS
+from kronfisher.influence.contractions import Apart
+from kronfisher.influence.preconditioned import Queries
+from kronfisher.influence.vectors import Vectors
+from kronfisher.layers.activations import Dense
+from kronfisher.layers.samples import Samples
 from tests.conformance.examples import EXAMPLES
 from tests.conformance.problems import problem
 from tests.helpers.close import close
@@ -414,3 +419,42 @@ def test_parameters_that_the_training_data_do_not_use_are_tied_to_others(fit):
         rows = losses(model, batch)
         expected = (rows * torch.linalg.solve(damped(fisher, influence.damping), rows.T).T).sum(1) / fisher.count
         close(influence.self_scores([batch]), expected, 1e-10)
+
+
+@pytest.mark.parametrize("fit", ["ekfac", "full", kf.Full(across_layers=True)])
+def test_queries_are_found_whatever_the_batches_and_blocks_before_needed(fit):
+    """Products with written out gradients rearrange queries in place; one position does not, nor do other blocks."""
+    torch.manual_seed(6)
+
+    def forward(m, x):
+        other = x.sin() @ m.l.weight if x[0, 0, 0] < 0 else 0
+        inner = m.l(x).tanh() + other
+        if x[0, 0, 1] < 0:
+            inner = torch.cat([nn.functional.linear(x, m.l.weight[k : k + 2], m.l.bias[k : k + 2]) for k in (0, 2)], -1)
+        return m.o(inner.tanh())
+
+    model = Written(forward, l=nn.Linear(4, 4), o=nn.Linear(4, 3)).double()
+    forms = {"whole": (1, 1), "two roles": (-1, 1), "slices": (1, -1)}
+    batches = {
+        (form, length): (torch.randn(4, length, 4).double(), torch.randint(3, (4, length)))
+        for form in forms
+        for length in (5, 1)
+    }
+    for (form, _), (x, _) in batches.items():
+        x[:, 0, :2] = x[:, 0, :2].abs() * torch.tensor(forms[form])
+    queries = batches["whole", 5]
+    fisher = kf.estimate(model, [queries], kf.Categorical(), fit=fit, labels="exact")
+    influence = kf.Influence(model, fisher, kf.Categorical(), damping=0.1)
+    for form in forms:
+        data = [batches[form, length] for length in (5, 1, 5)]
+        expected = torch.cat([truth(model, fisher, influence, batch, queries) for batch in data], dim=1)
+        for options in ({}, {"per": "block"}, {"rank": 5}):
+            close(influence.scores(data, queries, **options).total, expected, 1e-10)
+    other = kf.estimate(model, [batches["two roles", 5]], kf.Categorical(), fit="diagonal")
+    vectors = Vectors.of_rows(fisher, influence.gradients(queries))
+    solved, plain = Queries(vectors), Queries(Vectors.of_rows(fisher, influence.gradients(queries)))
+    uses = Samples(Dense(torch.randn(1, 3, 5, 4).double(), bias=True), torch.randn(1, 3, 5, 4).double())
+    mine = next(block for blocks, _ in fisher.entries for block in blocks if block.name == "l.weight")
+    assert isinstance(solved.for_products(mine, uses), Apart)
+    for (block,), _ in other.entries:
+        close(solved.of(block), plain.of(block))

@@ -13,7 +13,7 @@ from kronfisher.fisher.blocks import Block, Key
 from kronfisher.fisher.layout import Blocks, block_name, gather
 from kronfisher.fisher.owned_precision import agree, precision_of
 from kronfisher.fits.quadratic_forms import factored, quadratics
-from kronfisher.influence.contractions import LowRank, gradient_norms
+from kronfisher.influence.contractions import Apart, LowRank, gradient_norms
 from kronfisher.influence.vectors import Rows, Vectors, add_gradients_
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import chunks
@@ -194,18 +194,37 @@ class Queries:
     """Preconditioned queries, in the canonical form of whichever block asks.
 
     Args:
-        vectors: Q of them.
+        vectors: Q of them; their memory may be rearranged.
         rank: truncates the matrix of every query and block to it; None: whole.
     """
 
     def __init__(self, vectors: Vectors, rank: int | None = None) -> None:
         self.vectors, self.rank = vectors, rank
         self._made: dict[Key, Tensor | LowRank] = {}
+        self._apart: dict[Key, Apart | None] = {}
 
     def of(self, block: Block) -> Tensor | LowRank:
         """``[Q, H, O, I]``, or of low rank where that is less than full."""
         if block.key not in self._made:
+            if not self.vectors.holds(block):  # then its numbers are read from those of others
+                for key in list(self._apart):
+                    self._put_back(key)
             matrices = self.vectors.of(block)
             low = self.rank is not None and self.rank < min(block.shape[1:])
             self._made[block.key] = LowRank.of(matrices, self.rank) if low and self.rank else matrices
+        self._put_back(block.key)
         return self._made[block.key]
+
+    def for_products(self, block: Block, samples: Samples) -> Tensor | LowRank | Apart:
+        """As `of`, or with the column of the bias apart, where products with these samples then take less time."""
+        if self.rank is not None or not Apart.suits(samples):
+            return self.of(block)
+        if block.key not in self._apart:
+            place = self.vectors.place(block)
+            self._apart[block.key] = None if place is None else Apart.of_(place, block.shape)
+        return self._apart[block.key] or self.of(block)
+
+    def _put_back(self, key: Key) -> None:
+        if (apart := self._apart.get(key)) is not None:
+            del self._apart[key]
+            apart.back_()

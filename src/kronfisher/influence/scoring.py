@@ -133,12 +133,12 @@ class Scorer:
     def _products(self, blocks: Blocks, samples: tuple[Samples, ...]) -> Tensor:
         answers = []
         for block, use in zip(blocks, samples, strict=True):
-            queries = self.queries.of(block)
             if self.per == "position":
+                queries = self.queries.of(block)
                 assert isinstance(queries, Tensor)
                 answers.append(by_position(use, queries).transpose(1, 2))
             else:
-                answers.append(inner_products(use, queries))
+                answers.append(inner_products(use, self.queries.for_products(block, use)))
         if self.per == "position":  # blocks that F treats together are summed here
             _require_same({block.name: part.shape[-1] for block, part in zip(blocks, answers, strict=True)})
         return torch.stack(answers, dim=-1) if self.per == "block" else sum(answers[1:], answers[0])

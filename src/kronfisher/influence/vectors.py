@@ -97,6 +97,20 @@ class Vectors:
             values = self.parts[number][:, low:high]
         return values.unflatten(1, block.shape)
 
+    def holds(self, block: Block) -> bool:
+        """Whether a block is one of F's."""
+        return block.key in _places(self.fisher)
+
+    def place(self, block: Block) -> Tensor | None:
+        """Canonical rows ``[K, D]`` of a block in the memory where they are; None if that holds other numbers, too."""
+        if (found := _places(self.fisher).get(block.key)) is None:
+            return None
+        number, low, high = found
+        part, memory = self.parts[number], [part.untyped_storage().data_ptr() for part in self.parts]
+        if memory.count(memory[number]) > 1 or part.stride() != (part.shape[1], 1):
+            return None
+        return part[:, low:high]
+
     def inner(self, other: "Vectors") -> Tensor:
         """``⟨x_k, y_k⟩`` ``[K]``."""
         return torch.stack([(x * y).sum(1) for x, y in zip(self.parts, other.parts, strict=True)]).sum(0)
