@@ -200,3 +200,29 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(running, workers))
+
+
+@pytest.mark.parametrize("examples", [[-1], [N], [0.5], [True], torch.ones(N, dtype=torch.bool), torch.ones(2), []])
+def test_examples_that_are_no_indices_are_refused_before_anything_is_trained(examples):
+    """A negative index would be left in, and compared with the score of another example."""
+    retrain = Linear()
+    with pytest.raises(ValueError, match="give indices from 0 to 29"):
+        attribution.leave_one_out(effects(), retrain, examples=examples)
+    assert not retrain.calls
+    for given in ([3, 1], torch.tensor([3, 1]), range(3)):
+        assert attribution.leave_one_out(effects(), retrain, examples=given).value == pytest.approx(1)
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (5, 5), (N,), (0,), (2.5,), ()])
+def test_counts_that_cannot_be_removed_or_do_not_rise_are_refused(counts):
+    retrain = Linear()
+    for judge in (attribution.removal, attribution.brittleness):
+        with pytest.raises(ValueError, match="between 1 and 29 of the 30 examples can be removed"):
+            judge(effects(), retrain, counts=counts)
+    assert not retrain.calls
+
+
+@pytest.mark.parametrize("share", [20, -0.1, float("nan")])
+def test_shares_to_inspect_are_between_nothing_and_everything(share):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        attribution.mislabelled(torch.rand(5), torch.ones(5, dtype=torch.bool), shares=(share,))

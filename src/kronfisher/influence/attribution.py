@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,19 +125,28 @@ def leave_one_out(
 
     Raises:
         DataError: as `lds`.
+        ValueError: `examples` are no indices, nor a number of them.
     """
     values = total(scores)
     everything = torch.arange(values.shape[1])
-    several = isinstance(examples, Sequence) or getattr(examples, "ndim", 0)
-    if isinstance(examples, str) or not several:
-        examples = require_integer("examples", examples, 1, "give indices, or how many, an integer of at least 1")
-        generator = torch.Generator("cpu").manual_seed(seed)
-        examples = torch.randperm(len(everything), generator=generator)[:examples]
-    chosen = torch.as_tensor(examples)
+    chosen = _left_out(examples, len(everything), seed)
     kept = [everything, *(everything[everything != k] for k in chosen)]
     found = Trainings(retrain, seeds, path, workers, progress).measure(kept, len(values))
     actual, predicted = found[1:] - found[0], values[:, chosen].mT
     return Correlation(two_way_interval(pearson, predicted, actual), pearson(predicted, actual), predicted, actual)
+
+
+def _left_out(examples: Sequence[int] | Tensor | int, size: int, seed: int) -> Tensor:
+    """Indices of the examples to leave out; ValueError, before anything is trained, if they are none."""
+    several = isinstance(examples, Sequence) or getattr(examples, "ndim", 0)
+    if isinstance(examples, str) or not several:
+        count = require_integer("examples", examples, 1, "give indices, or how many, an integer of at least 1")
+        return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed))[:count]
+    remedy = f"give indices from 0 to {size - 1}"
+    indices = [require_integer("examples", k, 0, remedy) for k in np.asarray(examples).tolist()]
+    if not indices or max(indices) >= size:
+        raise ValueError(f"examples={indices}: {remedy}.")
+    return torch.tensor(indices)
 
 
 def mislabelled(scores: Tensor, wrong: Tensor, *, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5)) -> Curve:
@@ -149,6 +159,7 @@ def mislabelled(scores: Tensor, wrong: Tensor, *, shares: Sequence[float] = (0.0
 
     Raises:
         DataError: the shapes differ, no label is wrong, or a score is NaN.
+        ValueError: a share is not between 0 and 1.
 
     Example:
         >>> scores, wrong = torch.tensor([3.0, 9.0, 1.0, 2.0]), torch.tensor([False, True, False, False])
@@ -157,6 +168,8 @@ def mislabelled(scores: Tensor, wrong: Tensor, *, shares: Sequence[float] = (0.0
     """
     if scores.shape != wrong.shape or scores.dim() != 1 or not bool(wrong.any()):
         raise DataError(f"scores {list(scores.shape)} need one answer each, some of them true; {list(wrong.shape)}.")
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"shares={tuple(shares)}: each is a share of the data, between 0 and 1.")
     order = wrong.bool()[require_comparable(scores).argsort(descending=True, stable=True)]
     total = int(order.sum())
     found = [int(order[: round(share * len(order))].sum()) for share in shares]

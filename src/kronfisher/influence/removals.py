@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kronfisher.errors import DataError
+from kronfisher.errors import DataError, require_integer
 from kronfisher.estimation.progress import Progress
 from kronfisher.influence.judgements import Curve, total
 from kronfisher.influence.retraining import Retrain, Trainings
@@ -35,7 +35,7 @@ def removal(
     Args:
         scores: ``[Q, N]``.
         retrain: ``retrain(kept, seed) -> [Q]``; of each training one query's number is used.
-        counts: how many are removed.
+        counts: how many are removed, rising.
         seeds: trainings for each, whose measurements are averaged.
         lowest: remove those of the lowest scores.
         path: as for `lds`.
@@ -48,6 +48,7 @@ def removal(
 
     Raises:
         DataError: as `lds`.
+        ValueError: the counts are none.
     """
     trainings = Trainings(retrain, seeds, path, workers, progress)
     before, after = _removed(scores, trainings, counts, lowest)
@@ -84,6 +85,7 @@ def brittleness(
 
     Raises:
         DataError: as `lds`, or no query is right before.
+        ValueError: as `removal`.
     """
     found = _removed(scores, Trainings(retrain, seeds, path, workers, progress), counts, True)
     before, after = (measured.mean(-2) for measured in found)
@@ -101,8 +103,10 @@ def _removed(
     """Measurements ``[S, Q]`` before, and ``[counts, S, Q]`` after each query's own first examples were removed."""
     values = total(scores)
     size = values.shape[1]
-    if not all(0 < count < size for count in counts):
-        raise ValueError(f"counts={list(counts)}: between 1 and {size - 1} of the {size} examples can be removed.")
+    remedy = f"between 1 and {size - 1} of the {size} examples can be removed"
+    counts = [require_integer("counts", count, 1, remedy) for count in counts]
+    if not counts or max(counts) >= size or sorted(set(counts)) != counts:
+        raise ValueError(f"counts={counts}: {remedy}, in rising numbers.")
     order = values.argsort(dim=1, descending=not lowest, stable=True)
     kept = [torch.arange(size), *(order[q, count:].sort().values for count in counts for q in range(len(values)))]
     found = trainings.by_seed(kept, len(values))
