@@ -121,6 +121,7 @@ MEASURES = {
     "logit": ("logit", lambda outputs, targets: outputs.gather(-1, targets[:, None])[:, 0]),
     "logit of a class": (("logit", 2), lambda outputs, targets: outputs[:, 2]),
     "function": (lambda outputs, targets: outputs.sin().sum(-1), lambda outputs, targets: outputs.sin().sum(-1)),
+    "in place": (lambda outputs, targets: outputs.sin_().sum(-1), lambda outputs, targets: outputs.sin().sum(-1)),
 }
 
 
@@ -167,6 +168,10 @@ def test_a_measurement_that_is_none_is_refused():
         influence.scores(train, queries, measurement=("logit", 3))
     with pytest.raises(kf.DataError, match="does not depend on the outputs"):
         influence.scores(train, queries, measurement=lambda outputs, targets: torch.ones(len(outputs)).requires_grad_())
+    with pytest.raises(kf.DataError, match="not by operators that have a derivative"):
+        influence.scores(train, queries, measurement=lambda outputs, targets: (outputs.argmax(-1) == targets).double())
+    with pytest.raises(kf.DataError, match="mixes the queries of a batch"):
+        influence.scores(train, queries, measurement=lambda outputs, targets: outputs[:, 0] / outputs.norm())
     numbers = perceptron(4, 5, 3, seed=1)
     _, other = exact(numbers, (train[0], torch.randn(9, 3).double()), kf.Gaussian())
     with pytest.raises(kf.UnsupportedError, match="Gaussian has no classes"):

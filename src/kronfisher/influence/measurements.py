@@ -59,17 +59,40 @@ class Measured(Likelihood):
         """
         with torch.enable_grad():
             leaf = promote(outputs.detach()).requires_grad_()
-            values = self.function(leaf, targets)
+            values = self.function(leaf.clone(), targets)  # what it does in place is its own affair
             if not isinstance(values, Tensor) or values.shape != leaf.shape[:1]:
                 found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise DataError(
                     f"measurement={self.name}: it must give one number for each of the {len(leaf)} queries, "
                     f"[{len(leaf)}]; found {found}."
                 )
-            (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
-        if gradient is None:
-            raise DataError(f"measurement={self.name}: it does not depend on the outputs of the model.")
+            gradient = self._gradient(values, leaf, torch.ones_like(values))
+            if len(leaf) > 1:
+                self._require_apart(values, leaf, gradient)
         return gradient.to(outputs.dtype)
+
+    def _gradient(self, values: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
+        """That of a weighted sum of the values; DataError if there is none."""
+        found = None
+        if values.requires_grad:
+            (found,) = torch.autograd.grad(values, leaf, weights, retain_graph=True, allow_unused=True)
+        if found is None:
+            raise DataError(
+                f"measurement={self.name}: it does not depend on the outputs of the model, or not by operators that "
+                "have a derivative."
+            )
+        return found
+
+    def _require_apart(self, values: Tensor, leaf: Tensor, gradient: Tensor) -> None:
+        """DataError if the value of a query depends on other queries, whose weights then reach its gradient."""
+        weights = 2.0 ** (torch.arange(len(values), device=values.device) % 7)
+        weighted = self._gradient(values, leaf, weights.to(values.dtype))
+        expected = gradient * weights.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+        if bool(((weighted - expected).abs() > 1e-3 * expected.abs().max()).any()):
+            raise DataError(
+                f"measurement={self.name}: it mixes the queries of a batch, so that scores would depend on which are "
+                "together. Give each query a value of its own outputs alone."
+            )
 
     def check(self, outputs: Tensor, targets: Any, where: str = "batch 0", labels: str = "sampled") -> None:
         """Outputs as always; targets as the base checks them, where the measurement needs them."""
