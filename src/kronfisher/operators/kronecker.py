@@ -213,8 +213,9 @@ class Kronecker(Operator, kind="kronecker"):
         """``(B_h / b̄ + outputs·1) ⊗ (A_h / ā + inputs·1)`` with means as `damped_by_shares` takes them."""
         damped = self.damped_by_shares(inputs, outputs, apart=apart)
         scales = [_reciprocal(mean).expand(len(self.A)) for mean in self._means(apart)]
-        A, B = (factor.scale(scale) for factor, scale in zip(damped.product, scales, strict=True))
-        return Kronecker(A.tensor, B.tensor, self.name, definite=True)
+        for tensor, scale in zip((damped.A, damped.B), scales, strict=True):
+            tensor.mul_(scale.view(-1, *[1] * (tensor.dim() - 1)))  # in memory of its own
+        return damped
 
     def _means(self, apart: bool) -> list[Tensor]:
         return [factor.diagonal().mean(1 if apart else (0, 1)) for factor in self.product]

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "add_",
     "add_products_",
     "average_squares_",
+    "clamp_min_",
+    "copy_",
     "differences",
     "divided",
     "lerp_",
@@ -16,6 +19,11 @@ __all__ = [
     "norms",
     "over_roots",
 ]
+
+
+def add_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """``tensor += other``, each."""
+    torch._foreach_add_(list(tensors), list(others))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def add_products_(tensors: Sequence[Tensor], others: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
@@ -27,6 +35,16 @@ def average_squares_(tensors: Sequence[Tensor], others: Sequence[Tensor], decay:
     """``tensor = decay tensor + (1 − decay) other²``, each."""
     torch._foreach_mul_(list(tensors), decay)  # pyright: ignore[reportPrivateImportUsage]
     torch._foreach_addcmul_(list(tensors), list(others), list(others), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def clamp_min_(tensors: Sequence[Tensor], least: float) -> None:
+    """``tensor = max(tensor, least)``, each."""
+    torch._foreach_clamp_min_(list(tensors), least)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def copy_(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """``tensor = other``, each, in place."""
+    torch._foreach_copy_(list(tensors), list(others))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def differences(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:

@@ -42,6 +42,16 @@ def test_factors_of_a_layer_that_is_dearer_than_a_pass_are_inverted_in_different
     assert abs(seen[1:].count((False, True)) - seen[1:].count((True, False))) <= 1
 
 
+def test_factors_of_which_one_is_nearly_all_of_a_dear_layer_are_inverted_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 80), nn.Tanh(), nn.Linear(80, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = kf.NaturalGradient(model, kf.Categorical(), lr=1e-2)
+    seen = [made["2.weight"] for made in renewed(optimizer, model, batches(40, n=4))]
+    dear = optimizer.parts.direction.inverses[1]
+    assert direction._cost(dear) > direction.DEAR * optimizer.parts.statistics.figures.pass_cost
+    assert set(seen) == {(True, True), (False, False)} and seen.count((True, True)) > 2
+
+
 @pytest.mark.parametrize(("left", "fall"), [(1.0, 1.0), (0.25, 0.5), (1e-9, direction.LEAST)])
 @pytest.mark.parametrize("fit", [kf.KFAC(), kf.EKFAC()])
 def test_dampings_fall_with_the_root_of_what_is_left_to_fit(left, fall, fit):

@@ -71,7 +71,9 @@ class DenseFactor(Factor, axes=3):
             return DenseFactor(other.mT.right(matrix))
 
     def shift(self, shift: Tensor) -> Self:
-        return type(self)(self.tensor + torch.diag_embed(shift[:, None].expand(-1, self.width)))
+        shifted = self.tensor.clone()
+        shifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+        return type(self)(shifted)
 
     def scale_rows(self, scale: Tensor) -> Self:
         return type(self)(self.tensor * scale[:, :, None])

@@ -28,6 +28,7 @@ AFFORDABLE_EARLY = 0.5  # the same while the period grows with the steps so far
 LONGEST = 50  # period, in steps, that inverses are put off for that; early, half of the steps so far
 RARE = 5  # periods after which the inverse of an input factor of data is renewed where it is dear: data do not change
 DEAR = 3.0  # passes: inverses of layers beyond are made half by half
+EVEN = 0.1  # the share of each half, at the least: others are no cheaper apart, and both read both factors
 LEAST = 0.05  # of the damping, which falls with the root of the share of the data that is left to fit
 
 _Group = tuple[Products | None, list[tuple[LayerInverse, Product | None]]]
@@ -199,7 +200,9 @@ def _half(one: LayerInverse, step: int, pass_cost: float) -> bool | None:
         return None
     if one.begun:
         return False
-    dear = not one.has_diagonal and _cost(one) > DEAR * pass_cost
+    cost = _cost(one)
+    dear = not one.has_diagonal and cost > DEAR * pass_cost
+    dear &= EVEN * cost < _cost(one, outputs=True) < (1 - EVEN) * cost
     return True if dear or _keeps_inputs(one, step, pass_cost) else None
 
 

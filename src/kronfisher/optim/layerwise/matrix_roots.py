@@ -103,8 +103,9 @@ class Alike:
         if all(one is None for one in shown):
             return
         groups, outputs, *rest = self._size
-        none = next(iter(self._known.values())).moments.new_zeros(()).expand(groups, outputs, prod(rest))
-        update = torch.cat([none if one is None else one.reshape(none.shape).to(none.dtype) for one in shown])
+        like, shape = next(iter(self._known.values())).moments, (groups, outputs, prod(rest))
+        given = [like.new_zeros(shape) if one is None else one.reshape(shape).to(like.dtype) for one in shown]
+        update = _joined(given)
         roots = self._roots
         if renew or roots is None:
             roots, self.made = _roots(self._products(update), roots), step
@@ -113,10 +114,15 @@ class Alike:
                 self._share_out()
         changed = roots @ update if outputs <= update.shape[2] else update @ roots
         before, after = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (update, changed))
-        changed.mul_(before.div_(after.clamp_min_(torch.finfo(after.dtype).tiny)))
+        scale = before.div_(after.clamp_min_(torch.finfo(after.dtype).tiny))
+        if alone := len(shown) == 1 and update.data_ptr() == shown[0].data_ptr():  # pyright: ignore[reportOptionalMemberAccess]
+            torch.mul(changed, scale, out=update)
+        else:
+            changed.mul_(scale)
         for window, one, new in zip(self._known, shown, changed.split(groups), strict=True):
             if one is not None:
-                one.copy_(new.view(one.shape))
+                if not alone:
+                    one.copy_(new.view(one.shape))
                 if not window.row_major:
                     window.scatter(one[None], updates[window.parameter][None])
 
@@ -133,7 +139,7 @@ class Alike:
             moments, damping, edge = one.read(self._share)
             part = torch.baddbmm(own * damping, own, moments)
             parts.append(part if edge is None else torch.baddbmm(part, own @ edge, edge.mT, alpha=-1))
-        product = torch.cat(parts)  # U A, or UᵀU A
+        product = _joined(parts)  # U A, or UᵀU A
         return product @ update.mT if wide else product.mT
 
     def _share_out(self) -> None:
@@ -160,6 +166,11 @@ def cost_of_root(window: Window) -> float:
     inputs, small = prod(rest), least(window)
     rest_of_product = small * max(outputs, inputs) + (4 * ROUNDS - 3) * small**2
     return float(groups * ((outputs + READING) * inputs**2 + (small + READING) * rest_of_product))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """One after the other along the first axis; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _roots(product: Tensor, before: Tensor | None) -> Tensor:

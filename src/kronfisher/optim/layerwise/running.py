@@ -1,6 +1,6 @@
 """Running statistics of batch normalisation that belong to the average of the iterates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from kronfisher.optim.foreach import add_, clamp_min_, copy_, differences, mul_
 from kronfisher.optim.normalisation import KINDS, normalisations
 
 __all__ = ["RunningStatistics"]
@@ -42,27 +43,42 @@ class RunningStatistics:
         """
         if look or self._found is None:
             self._found = list(normalisations(model))
+        places: dict[object, list[tuple[str, _BatchNorm]]] = {}
         for prefix, module in self._found:
-            tracked = module.num_batches_tracked
-            assert tracked is not None
-            counted = tracked - self.before.get(f"{prefix}num_batches_tracked", torch.zeros_like(tracked))
-            kept = 1 - counted / tracked if module.momentum is None else (1 - module.momentum) ** counted
-            weight = 1 - kept
-            moved = (counted > 0) & (weight > 0)
-            gain = torch.where(moved, share.to(weight) / weight, 0.0)
-            part = torch.where(moved, share.to(weight), 0.0)
-            for kind in KINDS:
-                name, values = prefix + kind, getattr(module, kind)
-                before = self.before.get(name)
-                if before is None:
-                    self.averages[name] = values.clone()
-                else:
-                    own = self.averages[name]
-                    own.add_(part.to(own) * (before - own)).add_(gain.to(own) * (values - before))
-                    if kind == "running_var":
-                        own.clamp_min_(0)
-                self.before[name] = values.clone()
-            self.before[f"{prefix}num_batches_tracked"] = tracked.clone()
+            assert module.running_mean is not None
+            alike = module.running_mean.device, module.running_mean.dtype, module.momentum
+            places.setdefault(alike, []).append((prefix, module))
+        for together in places.values():
+            self._add(together, share)
+
+    def _add(self, found: Sequence[tuple[str, _BatchNorm]], share: Tensor) -> None:
+        """Add the batches of layers of one dtype, device and momentum, all at once: they are many and small."""
+        counts = [f"{prefix}num_batches_tracked" for prefix, _ in found]
+        tracked = torch.stack([module.num_batches_tracked for _, module in found])  # pyright: ignore[reportArgumentType]
+        none = torch.zeros_like(tracked[0])
+        counted = tracked - torch.stack([self.before.get(name, none) for name in counts])
+        for kind in KINDS:
+            for prefix, module in found:
+                if (name := prefix + kind) not in self.before:
+                    values = getattr(module, kind)
+                    self.averages[name], self.before[name] = values.clone(), values.clone()
+        momentum = found[0][1].momentum
+        weight = 1 - (1 - counted / tracked if momentum is None else (1 - momentum) ** counted)
+        moved = (counted > 0) & (weight > 0)
+        share, like = share.to(weight), getattr(found[0][1], KINDS[0])
+        gains = torch.where(moved, share / weight, 0.0).to(like).unbind()
+        parts = torch.where(moved, share, 0.0).to(like).unbind()
+        for kind in KINDS:
+            names, values = [prefix + kind for prefix, _ in found], [getattr(module, kind) for _, module in found]
+            own, before = [self.averages[name] for name in names], [self.before[name] for name in names]
+            steps = differences(before, own), differences(values, before)
+            for step, factors in zip(steps, (parts, gains), strict=True):
+                mul_(step, factors)
+                add_(own, step)
+            if kind == "running_var":
+                clamp_min_(own, 0.0)
+            copy_(before, values)
+        self.before |= zip(counts, tracked.unbind(), strict=True)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
