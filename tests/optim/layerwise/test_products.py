@@ -86,3 +86,35 @@ def test_a_layer_of_which_one_gradient_is_missing_has_what_it_has_alone(monkeypa
     assert found.keys() == alone.keys()
     for name, each in found.items():
         torch.testing.assert_close(each, alone[name])
+
+
+class Turned(nn.Module):
+    """Weights whose outputs are not their first axis, with a bias and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 8) / 3)
+        self.wider = nn.ConvTranspose2d(2, 3, 2)
+        self.plain = nn.ConvTranspose2d(3, 2, 2, bias=False)
+
+    def forward(self, x):
+        images = torch.tanh(x @ self.matrix).view(-1, 2, 2, 2)
+        return self.plain(torch.tanh(self.wider(images))).flatten(1)
+
+
+def test_weights_in_another_order_have_the_inverses_of_their_layers():
+    torch.manual_seed(0)
+    model = Turned().double()
+    optimizer = kf.NaturalGradient(model, kf.Gaussian())
+    x = torch.randn(16, 6, dtype=torch.float64)
+    for _ in range(3):
+        optimizer.step(lambda: model(x), x.repeat(1, 6)[:, :32].sin())
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    direction = optimizer.parts.direction
+    assert not direction._apply_directly(direction.inverses, gradients, {})  # none is left
+    natural = direction.apply(gradients)
+    for one in direction.inverses:
+        expected = {name: torch.zeros_like(gradients[name])[None] for name in one.blocks[0].parameters}
+        one.apply({name: gradients[name][None] for name in expected}, expected)
+        for name, own in expected.items():
+            torch.testing.assert_close(natural[name], own[0])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronfisher.fisher.blocks import Window
 from kronfisher.optim.layer_inverse import LayerInverse
+from kronfisher.optim.layerwise.units import seen
 
 __all__ = ["Product", "Products"]
 
@@ -19,7 +20,8 @@ class Product:
     """``B⁻¹ [V v] A⁻¹`` without joining the gradients of weight and bias, and without taking the answer apart.
 
     Attributes:
-        weight: where V lies: whole rows of a parameter, such as one of three that are packed.
+        weight: where V lies: whole rows of a parameter, such as one of three that are packed, or all of it in another
+            order, as of a transposed convolution.
         bias: where v lies, if there is one.
         left: B⁻¹ ``[O, O]``, or its diagonal ``[O, 1]``.
         right: A⁻¹ ``[I, I]`` without the row and column of the bias.
@@ -36,21 +38,20 @@ class Product:
 
     @classmethod
     def of(cls, one: LayerInverse) -> "Product | None":
-        """None where the layer is no one matrix of adjacent rows, or its inverse no separable product."""
+        """None where the layer is no one matrix of adjacent rows or of a whole weight, or its inverse not separable."""
         if one.inverse is None or not one.separable:
             return None
         (block,) = one.blocks
-        if (
-            block.weight is None
-            or not all(view.adjacent for view in block.views)
-            or len(block.parameters) < len(block.views)
-        ):
+        weight, bias = block.weight, block.bias
+        if weight is None or (bias is not None and not bias.adjacent) or len(block.parameters) < len(block.views):
+            return None
+        if not (weight.adjacent or (weight.row_major and weight.complete)):
             return None
         assert one.inverse.product is not None
         right, left = (factor.tensor[0] for factor in one.inverse.product)
         edge, corner = right[-1, :-1], right[-1, -1]
-        inner = right if block.bias is None else right[:-1, :-1]
-        return cls(block.weight, block.bias, left[:, None] if one.has_diagonal else left, inner, edge, corner)
+        inner = right if bias is None else right[:-1, :-1]
+        return cls(weight, bias, left[:, None] if one.has_diagonal else left, inner, edge, corner)
 
     def apply(self, gradients: Mapping[str, Tensor], out: dict[str, Tensor]) -> bool:
         """Write the natural gradient into `out`, ``{name: [*shape]}``; False, and nothing done, if that cannot be."""
@@ -76,7 +77,7 @@ class Product:
 
     @property
     def narrow(self) -> bool:
-        return max(*self.left.shape, *self.right.shape) <= NARROW
+        return self.weight.adjacent and max(*self.left.shape, *self.right.shape) <= NARROW
 
     def _from_left(self, matrix: Tensor) -> Tensor:
         return self.left * matrix if self.left.shape[1] == 1 else self.left @ matrix
@@ -128,6 +129,8 @@ class Products:
 
 def _matrix(tensor: Tensor, window: Window, rows: int) -> Tensor:
     """The window's elements ``[rows, *]``."""
+    if not window.adjacent:
+        return seen(window, tensor.contiguous()).reshape(rows, -1)
     if tensor.dim() == 2 and tensor.shape[0] == rows and tensor.numel() == window.numel and tensor.is_contiguous():
         return tensor
     return _cut(tensor, window).view(rows, -1)
@@ -142,6 +145,10 @@ def _cut(tensor: Tensor, window: Window) -> Tensor:
 def _put(values: Tensor, window: Window, like: Tensor, out: dict[str, Tensor]) -> None:
     """Write elements into the window."""
     name = window.parameter
+    if not window.adjacent:
+        out[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        seen(window, out[name]).copy_(values.view(window.size))
+        return
     if values.numel() == like.numel():
         out[name] = values if values.shape == like.shape else values.view(like.shape)
         return
