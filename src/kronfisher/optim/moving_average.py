@@ -16,7 +16,7 @@ from kronfisher.operators import Operator
 __all__ = ["AverageState", "MovingAverage"]
 
 ENOUGH = 8  # rows of a batch over the width of a layer, of which averages over several batches are good
-FEWEST = 32  # examples at the least, where only some are read: rows of one example are alike
+FEWEST = 8  # examples at the least, where only some are read: rows of one example are alike
 
 
 @dataclass

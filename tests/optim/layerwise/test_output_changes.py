@@ -156,7 +156,8 @@ def test_values_that_are_not_finite_change_nothing_later():
     changes.follow([one], 1e9)
     changes.note(one, operator)
     for bad in (torch.full_like(update, float("inf")), torch.zeros_like(update), update * 1e200):
-        changes.even({"w": bad.clone()})
+        for _ in range(output_changes.EVERY):
+            changes.even({"w": bad.clone()})
     changes.even(updates := {"w": update.clone()})
     torch.testing.assert_close(updates["w"], even(torch.empty(5, 4), operator, update))
 
@@ -170,11 +171,11 @@ def test_arithmetic_is_limited_and_the_oldest_roots_go_first():
     for one in layers:
         changes.note(one, curvature(1, 6, 6))
     made = []
-    for _ in range(9):
+    for _ in range(4 + output_changes.EVERY):
         changes.even({f"w{k}": torch.randn(6, 6, dtype=torch.float64) for k in range(4)})
         made.append([group.made for group in changes._together])
     assert made[0] == [1, 1, 1, 1]  # all that are missing
-    assert sorted(made[-1]) == [6, 7, 8, 9], made  # one at a time, each as often as the others
+    assert sorted(made[-1]) == [5, 6, 7, 8], made  # one at a time, each as often as the others
     most = cost_of_product(layers[0].blocks[0].weight) / output_changes.AFFORDABLE
     changes.follow(layers, 0.9 * most)  # not even one product with an update
     changes.even(updates := {"w0": torch.ones(6, 6, dtype=torch.float64)})
@@ -187,12 +188,17 @@ def test_small_networks_do_without(monkeypatch):
     assert not optimizer.parts.direction.changes._known
 
 
-def test_roots_that_are_made_at_every_step_take_no_memory():
-    for rows, kept in ((1024, False), (64, True)):
-        _, optimizer = _trained(3, rows=rows)
-        known = optimizer.parts.direction.changes._known
-        assert {window.parameter for window in known} == {"2.weight"}
-        assert all(one.inputs is None and (one.root is not None) == kept for one in known.values())
+def test_a_root_serves_a_few_steps():
+    update, operator, one = torch.randn(5, 4, dtype=torch.float64), curvature(1, 5, 4), layer(torch.empty(5, 4))
+    changes, scales = OutputChanges(DAMPING), torch.logspace(0, -1, 5, dtype=torch.float64)[:, None]
+    changes.follow([one], 1e9)
+    changes.note(one, operator)
+    changes.even({"w": update.clone()})
+    fresh = even(torch.empty(5, 4), operator, scales * update)
+    for step in range(2, output_changes.EVERY + 2):
+        changes.even(updates := {"w": scales * update})
+        assert torch.equal(updates["w"], fresh) == (step == output_changes.EVERY + 1)
+        torch.testing.assert_close(updates["w"].norm(), (scales * update).norm())
 
 
 def _trained(steps, *, resume=None, rows=64):

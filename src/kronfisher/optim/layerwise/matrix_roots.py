@@ -79,20 +79,19 @@ class Alike:
     Args:
         known: of each weight.
         share: of its mean eigenvalue, by which the covariance of inputs is damped.
-        keeps: whether roots serve for several steps.
 
     Attributes:
         made: the step at which the roots were made.
         cost: of making them, in multiplications.
     """
 
-    def __init__(self, known: Mapping[Window, Known], share: float, *, keeps: bool) -> None:
-        self._known, self._share, self._keeps = dict(known), share, keeps
+    def __init__(self, known: Mapping[Window, Known], share: float) -> None:
+        self._known, self._share = dict(known), share
         first, entry = next(iter(known.items()))
         self._size = first.size
         self.cost = len(known) * cost_of_root(first) + CALLS_OF_ROOT
         roots = [one.root for one in known.values() if one.root is not None]
-        whole = keeps and len(roots) == len(known)
+        whole = len(roots) == len(known)
         self.made = entry.made if whole else -1
         self._roots = torch.cat(roots) if whole else None
         self._share_out()
@@ -108,10 +107,9 @@ class Alike:
         update = _joined(given)
         roots = self._roots
         if renew or roots is None:
-            roots, self.made = _roots(self._products(update), roots), step
-            if self._keeps:
-                self._roots = roots
-                self._share_out()
+            self._roots = roots = _roots(self._products(update), roots)
+            self.made = step
+            self._share_out()
         changed = roots @ update if outputs <= update.shape[2] else update @ roots
         before, after = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (update, changed))
         scale = before.div_(after.clamp_min_(torch.finfo(after.dtype).tiny))

@@ -22,6 +22,7 @@ from kronfisher.optim.layerwise.units import is_matrix
 __all__ = ["OutputChanges"]
 
 AFFORDABLE = 0.1  # of forward and backward passes, for roots, and again for their products
+EVERY = 4  # steps that a root serves, at the least: updates are averages of ten, whose covariance changes slowly
 CALLS = 2e6  # multiplications that take as long as the small operations of such products with weights of one shape
 
 
@@ -30,7 +31,7 @@ class OutputChanges:
 
     An update ``U [O, I]`` changes outputs by U a, with the covariance ``C = U A Uᵀ`` over the data, A being the damped
     covariance of inputs. It becomes ``(C + .3 c)^(−1/2) U`` with c the mean variance, and keeps its length. Roots are
-    made anew at every step as far as a tenth of what the passes cost allows, the oldest first.
+    made anew every four steps as far as a tenth of what the passes cost allows, the oldest first.
 
     With A = 1 and no .3 c that is Muon's orthogonal step (2024, Jordan et al.), of natural gradients. A rule of this
     library's own. Layers that make the outputs are left as they are: what these may change by is known exactly. So are
@@ -93,7 +94,8 @@ class OutputChanges:
         self._left = min(self._left + self._budget, max(self._pass_cost, self._budget))
         with plain_arithmetic(next(iter(updates.values())).device):
             for group in sorted(self._together, key=lambda group: group.made):
-                if renew := group.made < 0 or self._left > 0:
+                old = self._step - group.made >= EVERY
+                if renew := group.made < 0 or (old and self._left > 0):
                     self._left -= group.cost
                 group.even(updates, self._step, renew=renew)
 
@@ -103,12 +105,11 @@ class OutputChanges:
         known = [window for window in self._wanted if window in self._known]
         for window in known:
             shapes.setdefault((window.size, *self._known[window].alike), []).append(window)
-        keeps = sum(map(cost_of_root, known)) + CALLS_OF_ROOT * len(shapes) > self._budget
         for windows in shapes.values():
             most = max(int((self._budget - CALLS_OF_ROOT) / cost_of_root(windows[0])), 1)
             for low in range(0, len(windows), most):
                 some = {window: self._known[window] for window in windows[low : low + most]}
-                yield Alike(some, self._damping, keeps=keeps)
+                yield Alike(some, self._damping)
 
     def state_dict(self, inverses: Sequence[LayerInverse]) -> dict[str, Any]:
         """Everything that a resumed training needs; one place for each layer."""
