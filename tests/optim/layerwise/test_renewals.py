@@ -143,7 +143,7 @@ def group_of(samples):
 @pytest.mark.parametrize("flat", [False, True])
 def test_parts_of_large_batches_stand_for_all_and_go_round(flat):
     torch.manual_seed(0)
-    size, positions, width = 3 * FEWEST, 3, 4  # or as rows in any order, as K-FAC of a linear layer has them
+    size, positions, width = 3 * FEWEST, 4, 4  # or as rows in any order, as K-FAC of a linear layer has them
     shape = (1, size * positions, 1) if flat else (1, size, positions)
     a, g = (torch.randn(*shape, n, dtype=torch.float64) for n in (width, 3))
     whole, fit = Samples(Dense(a), g), MovingAverage(KFAC())

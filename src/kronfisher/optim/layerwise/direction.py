@@ -129,7 +129,7 @@ class RelativeDirection(Inverses):
                     kept = _keeps_inputs(one, step, pass_cost)
                     one.begun = outputs is True and not kept
                     if not one.begun:
-                        one.due = step + period
+                        one.due = step + period + (outputs is None and _is_lopsided(one, pass_cost))
                         one.inputs_due = one.inputs_due if kept else step + RARE * period
         self.seconds += time.perf_counter() - began
 
@@ -200,10 +200,19 @@ def _half(one: LayerInverse, step: int, pass_cost: float) -> bool | None:
         return None
     if one.begun:
         return False
-    cost = _cost(one)
-    dear = not one.has_diagonal and cost > DEAR * pass_cost
-    dear &= EVEN * cost < _cost(one, outputs=True) < (1 - EVEN) * cost
-    return True if dear or _keeps_inputs(one, step, pass_cost) else None
+    apart = _is_dear(one, pass_cost) and not _is_lopsided(one, pass_cost)
+    return True if apart or _keeps_inputs(one, step, pass_cost) else None
+
+
+def _is_dear(one: LayerInverse, pass_cost: float) -> bool:
+    """Whether the inverses of both factors are too much for one step."""
+    return not one.has_diagonal and _cost(one) > DEAR * pass_cost
+
+
+def _is_lopsided(one: LayerInverse, pass_cost: float) -> bool:
+    """Whether one factor is nearly all of a dear layer; its inverse is due as if the other's took a step of its own."""
+    share = _cost(one, outputs=True) / _cost(one)
+    return one.halves and _is_dear(one, pass_cost) and not EVEN < share < 1 - EVEN
 
 
 def _keeps_inputs(one: LayerInverse, step: int, pass_cost: float) -> bool:
