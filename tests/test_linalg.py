@@ -12,6 +12,7 @@ from kronfisher.linalg import (
     eigh,
     full_precision,
     mirror,
+    multiply_symmetric,
     promote,
     unwritten_zeros,
 )
@@ -284,3 +285,9 @@ def test_unwritten_zeros_take_no_memory(number, width, most):
         zeros.append(unwritten_zeros(zeros[0], zeros[0].shape).add_(1))
         written += 1
         assert written < 20  # the first ones may lie in memory that the process holds and has freed
+
+
+@pytest.mark.parametrize("width", [5, 512, 650])
+def test_a_symmetric_matrix_is_multiplied_by_its_upper_triangle(width):
+    matrix, v = torch.randn(2, width, width, dtype=torch.float64), torch.randn(2, width, 3, dtype=torch.float64)
+    close(multiply_symmetric(matrix, v), mirror(matrix) @ v)

@@ -28,6 +28,7 @@ __all__ = [
     "mirror",
     "mirror_",
     "multiply_rows",
+    "multiply_symmetric",
     "negligible",
     "plain_arithmetic",
     "promote",
@@ -40,7 +41,7 @@ WORKSPACE = 2**27  # bytes of temporaries that a contraction may take unless a m
 _NARROW, _SMALL = 96, 2**16  # with fewer columns, or fewer numbers, a product is too small for splitting it to pay
 _LEAF = 1008  # columns up to which panels go over all of them; wider ones no longer fit the cache
 _FEW = 192  # columns of a product for narrower panels
-_TILE = 128
+_TILE, _CACHED = 128, 512  # of a wide matrix at once, and columns of one that fits the cache
 _LARGE, _LINE = 2**17, 64  # bytes that the system gives by pages, not out of what was freed; and of a line of a cache
 
 
@@ -351,6 +352,30 @@ def chunks(total: int, bytes_each: int, workspace: int = WORKSPACE) -> Iterator[
 def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     """``[H, m, n, D]`` times ``[H, D, R]`` as one product a group; broadcasting would copy the matrix for every m."""
     return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
+
+
+def multiply_symmetric(upper: Tensor, v: Tensor) -> Tensor:
+    """The symmetric matrix ``[H, D, D]`` with this upper triangle times ``[H, D, R]`` of few columns.
+
+    A wide one panel by panel, each read from memory once for both triangles, without a copy.
+
+    Example:
+        >>> multiply_symmetric(torch.tensor([[[1.0, 2.0], [9.0, 3.0]]]), torch.eye(2)[None])
+        tensor([[[1., 2.],
+                 [2., 3.]]])
+    """
+    width = upper.shape[-1]
+    if width <= _CACHED:
+        return mirror(upper) @ v
+    total = torch.zeros_like(v)
+    for low in range(0, width, _TILE):
+        high = min(low + _TILE, width)
+        total[:, low:high] += mirror(upper[:, low:high, low:high]) @ v[:, low:high]
+        if high < width:
+            panel = upper[:, low:high, high:]
+            total[:, low:high] += panel @ v[:, high:]
+            total[:, high:] += (v[:, low:high].mT @ panel).mT
+    return total
 
 
 def plain_arithmetic(device: torch.device) -> AbstractContextManager[None]:

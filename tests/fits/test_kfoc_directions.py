@@ -107,6 +107,37 @@ def test_few_samples_tell_the_first_directions_where_positions_share_the_weight(
     assert max(numbers) == 40 + 140  # of two positions each: the largest eighth, and every second of the others
 
 
+@pytest.mark.parametrize("clear", [True, False])
+def test_very_few_samples_and_half_of_the_directions_do_where_the_pair_stands_out(clear, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(1, 256, 20, 40, generator=generator, dtype=torch.float64)
+    g = torch.randn(1, 256, 20, 30, generator=generator, dtype=torch.float64)
+    samples = samples_of(torch.relu(a + 2) if clear else a, g)
+    half_step, numbers = projected._half_step, []
+
+    def counted(width, directions, some, transposed):
+        numbers.append(sum(map(len, some)))
+        return half_step(width, directions, some, transposed)
+
+    monkeypatch.setattr(projected, "_half_step", counted)
+    operator, state, _ = fitted(kf.KFOC(route="projected"), samples)
+    assert [directions.shape[-1] for directions in state.directions] == 2 * [8 if clear else 16]
+    assert set(numbers) == ({20} if clear else {20, 76})  # of each, the largest and some of the others
+    assert excess(operator, samples) <= (0.001 if clear else 0.02)
+
+
+def fewer_there(device, L):
+    return projected._fewer(L.to(device), torch.ones((), dtype=torch.bool, device=device)).cpu()
+
+
+def test_a_host_that_would_wait_takes_zeros_in_place_of_directions(on_device):
+    L = torch.randn(1, 20, 16, dtype=torch.float64)
+    here, there = projected._fewer(L, torch.tensor(True)), on_device(fewer_there, L)
+    assert here.shape[-1] == 8 and not there[..., 8:].any()
+    torch.testing.assert_close(there @ there.mT, here @ here.mT)
+    assert projected._fewer(L, torch.tensor(False)) is L
+
+
 class Language(nn.Module):
     def __init__(self, words=65, width=32, hidden=128):
         super().__init__()

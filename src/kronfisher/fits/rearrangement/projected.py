@@ -19,12 +19,22 @@ from kronfisher.fits.rearrangement.stopping import ended, kept
 from kronfisher.fits.rearrangement.weights import Gram
 from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
-from kronfisher.linalg import add_symmetric_product_, chunks, mirror, mirror_, multiply_rows
+from kronfisher.linalg import (
+    add_symmetric_product_,
+    chunks,
+    eigh,
+    mirror,
+    mirror_,
+    multiply_rows,
+    multiply_symmetric,
+)
 
 __all__ = ["PART", "Projected"]
 
 PART, WIDER = 256, 2**18  # samples that tell the directions where T = 1, half as many for more weights than so
 _SHARED = 64  # samples at least that tell them where positions share the weight, each of which brings many directions
+_PROBED, _FEWER = 16, 4  # and of those that are asked first, where there are so many times more
+_CLEAR, _FEW = 0.05, 8  # change of A in their second step up to which they are enough, and as many directions
 _STEPS = 8  # double steps at most over the part where positions share the weight
 _SETTLED = 0.3  # change of A after which half steps over everything come closer than more of them in few directions
 _FORMED = 192  # columns up to which a matrix that is met twice by a few directions is formed
@@ -159,24 +169,65 @@ class Projected(Source):
         return right, left, left.new_ones((), dtype=torch.int64), _change(start[0], right)
 
     def _from_part(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Double steps over all samples, or over a part of many: one over everything follows."""
+        """Double steps over all samples, or over a part of many: one over everything follows.
+
+        Where a second step over very few changes next to nothing, the pair stands out (as it does where inputs have a
+        mean, behind activations): then they are enough, and half of the directions, too.
+        """
         _, outputs, width = self.shape
         like = self.samples[0].gradients
-        part = subset(self.samples, max(_SHARED, PART // max(use.positions for use in self.samples)))
+        longest = max(use.positions for use in self.samples)
+        few, many = (max(number, PART // longest) for number in (_PROBED, _SHARED))
         right, left = noise(like, width), noise(like, outputs)
-        steps, change = like.new_zeros((), dtype=torch.int64), like.new_full((), torch.inf)
+        if _FEWER * few > min(many, sum(map(len, self.samples))):  # to ask fewer would save nothing
+            return _double_steps(subset(self.samples, many), right, left, _STEPS, False)
+        first = _double_steps(subset(self.samples, few), right, left, 2, False)
+        clear = first[3] <= _CLEAR
+        if not ended(clear):
+            more = _double_steps(subset(self.samples, many), *first[:2], _STEPS, True)
+            first = tuple(kept(clear, old, new) for old, new in zip(first, more, strict=True))
+        right, left, steps, change = first
+        return _fewer(right, clear), _fewer(left, clear), steps, change
+
+
+def _double_steps(
+    samples: Sequence[Samples], right: Tensor, left: Tensor, most: int, near: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Directions after double steps over some samples, with their number and the change of A in the last.
+
+    Args:
+        samples: they are over.
+        right: directions of A to start from.
+        left: directions of B.
+        most: double steps.
+        near: the directions given are not random, so that one step may be enough.
+    """
+    (_, outputs, width), steps = samples[0].shape, right.new_zeros((), dtype=torch.int64)
+    change = right.new_full((), torch.inf)
+    done = change <= _SETTLED
+    for step in range(most):
+        old, find = right, _follow if near or step else _directions
+        left = kept(done, left, find(_half_step(outputs, right, samples, False), left))
+        right = kept(done, old, find(_half_step(width, left, samples, True), right))
+        steps = steps + ~done
+        change = kept(done, change, _change(old, right)) if near or step else change
         done = change <= _SETTLED
-        for step in range(_STEPS):
-            old = right
-            find = _directions if step == 0 else _follow
-            left = kept(done, left, find(_half_step(outputs, right, part, False), left))
-            right = kept(done, old, find(_half_step(width, left, part, True), right))
-            steps = steps + ~done
-            change = kept(done, change, _change(old, right)) if step else change
-            done = change <= _SETTLED
-            if ended(done):
-                break
-        return right, left, steps, change
+        if ended(done):
+            break
+    return right, left, steps, change
+
+
+def _fewer(directions: Tensor, clear: Tensor) -> Tensor:
+    """The `_FEW` largest where a pair was clear: each is a row of every sample in the products that follow.
+
+    A host that would wait to know takes zeros in place of the others, with the same answer.
+    """
+    turn = eigh(directions.mT @ directions, "directions")[1].flip(-1)
+    largest = directions @ turn
+    if clear.device.type == "cpu":
+        return largest[..., :_FEW].contiguous() if bool(clear) else directions
+    others = torch.arange(largest.shape[-1], device=largest.device) >= _FEW
+    return torch.where(clear, largest.masked_fill(others, 0), directions)
 
 
 def _perturb(directions: Tensor) -> Tensor:
@@ -187,9 +238,7 @@ def _perturb(directions: Tensor) -> Tensor:
 
 def _directions_of_sum(upper: Tensor, start: Tensor) -> Tensor:
     """Directions of a sum ``[H, D, D]`` of which the upper triangle is known."""
-    above = upper.triu(1)
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)[..., None]
-    return _follow(lambda v: above @ v + above.mT @ v + diagonal * v, start)
+    return _follow(lambda v: multiply_symmetric(upper, v), start)
 
 
 def _change(old: Tensor, new: Tensor) -> Tensor:
