@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from kronfisher.optim.layerwise.rates import LARGEST, Paths, Rates
+from kronfisher.optim.layerwise.rates import LARGEST, LEAST_GAIN, Paths, Rates
 
 
-def update(made, gradient, path, natural=True, left=1.0, room=0.0, settled=0.0):
+def update(made, gradient, path, natural=True, left=1.0, room=0.0, settled=0.0, cheap=0.0):
     """Evidence of one unit whose inverse curvature is the identity."""
-    paths, numbers = Paths(torch.full((1,), 0.9), torch.tensor([natural])), map(torch.tensor, (left, room, settled))
+    paths = Paths(torch.full((1,), 0.9), torch.tensor([natural]))
+    numbers = map(torch.tensor, (left, room, settled, cheap))
     made.update((gradient @ path)[None], (gradient @ gradient)[None], paths, torch.tensor(True), *numbers)
 
 
@@ -157,7 +158,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
     before = {name: value.clone() for name, value in vars(made).items() if name != "steps"}
     paths, numbers = (
         Paths(torch.full((1,), 0.9), torch.tensor([True])),
-        (torch.ones(()), torch.ones(()), torch.ones(())),
+        torch.ones(4),
     )
     made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), paths, torch.tensor(False), *numbers)
     assert all(torch.equal(value, before[name]) for name, value in vars(made).items() if name != "steps")
@@ -165,9 +166,49 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
 
 def test_units_keep_what_is_known_of_them_when_others_join():
     made = rates(2)
-    paths, numbers = Paths(torch.full((2,), 0.9), torch.tensor([True, True])), (torch.ones(()), *torch.zeros(2))
+    paths, numbers = Paths(torch.full((2,), 0.9), torch.tensor([True, True])), (torch.ones(()), *torch.zeros(3))
     for _ in range(20):
         made.update(torch.tensor([1.0, -1.0]), torch.ones(2), paths, torch.tensor(True), *numbers)
     old = made.factors.clone()
     made.resize([1, None, 0], torch.device("cpu"))
     assert made.factors.tolist() == [float(old[1]), 1.0, float(old[0])]
+
+
+def valley(made, steps, natural=True, cheap=1.0, left=1.0):
+    """A gradient that goes to and fro, and a small one along the valley; the average as `Motion` makes it."""
+    path = torch.zeros(2)
+    for step in range(steps):
+        gradient = torch.tensor([(-1.0) ** step, 0.001])
+        update(made, gradient, path, natural, left=left, settled=cheap, cheap=cheap)
+        path = torch.lerp(path, gradient, 0.1 * float(made.gain))
+        torch.testing.assert_close(made.path, (path @ path).reshape(1))
+
+
+@pytest.mark.parametrize(("natural", "cheap", "heavier"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)])
+def test_averages_of_natural_units_that_only_overshoot_grow_heavier_where_that_is_cheap(natural, cheap, heavier):
+    made = rates()
+    valley(made, 300, natural, cheap)
+    assert float(made.gain) == pytest.approx(LEAST_GAIN if heavier else 1.0)
+
+
+def test_heavier_averages_bear_longer_steps_and_nothing_left_to_fit_does_not_shorten_them():
+    lasting, fitted = rates(), rates()
+    for made, left in ((lasting, 1.0), (fitted, 0.01)):
+        valley(made, 500, left=left)
+        assert float(made.factors) > 2 * (1 + 500 / 100) ** 0.5
+    assert float(fitted.factors) == pytest.approx(float(lasting.factors))
+
+
+def test_gradients_along_the_path_make_averages_light_again():
+    made = rates()
+    valley(made, 300)
+    for _ in range(300):
+        update(made, torch.ones(2), torch.ones(2), settled=1.0, cheap=1.0)
+    assert float(made.gain) == 1
+
+
+def test_a_state_without_gains_loads():
+    made, other = rates(2), Rates()
+    state = {key: value for key, value in made.state_dict().items() if key != "gain"}
+    other.load_state_dict(state, torch.device("cpu"))
+    assert other.gain.tolist() == [1.0, 1.0]

@@ -72,3 +72,18 @@ def test_without_an_average_nothing_is_measured_and_states_of_earlier_versions_l
     del state["scatter"]
     optimizer.parts.motion.load_state_dict(state, torch.device("cpu"))
     optimizer.step(lambda: model(x), y)
+
+
+def test_overshooting_is_cheap_up_to_a_fifth_of_the_excess_and_not_just_after_a_leap():
+    excess, left = torch.tensor(10.0), torch.tensor(1.0)
+    for cost, cheap in ((-1.0, 1.0), (2.0, 1.0), (3.0, 0.5), (4.0, 0.0), (9.0, 0.0)):
+        assert float(Scatter(torch.tensor(cost)).cheap(excess, left)) == pytest.approx(cheap)
+        assert float(Scatter(torch.tensor(cost / 2)).cheap(excess, left / 4)) == pytest.approx(cheap)
+    scatter = Scatter(torch.tensor(0.0))
+    scatter.settle(torch.tensor(True))
+    assert float(scatter.cheap(excess, left)) == 0
+
+
+@pytest.mark.parametrize("excess", [0.0, -1.0, 1e30])
+def test_where_it_is_not_known_how_far_the_loss_can_fall_nothing_is_cheap(excess):
+    assert float(Scatter(torch.tensor(0.0)).cheap(torch.tensor(excess), torch.ones(()))) == 0

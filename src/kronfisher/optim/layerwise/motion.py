@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfisher.optim.foreach import average_squares_, divided, lerp_, mul_, norms, over_roots
+from kronfisher.optim.foreach import average_squares_, divided, lerp_, lerp_to_each_, mul_, norms, over_roots
 from kronfisher.optim.layerwise.pieces import Pieces
 from kronfisher.optim.layerwise.rates import Paths, Rates
 from kronfisher.optim.layerwise.scatter import Scatter
@@ -108,18 +108,20 @@ class Motion:
         )
         evidence, across, lengths = where.measure(given, momenta, directions)
         clip, finite = self._clip(lengths.sqrt(), where.moving)
-        promise = (1 - self.momentum**2) * across * clip + self.momentum**2 * evidence.abs()  # of gradient and update
+        decay = 1 - where.paths.share(self.rates.gain)
+        promise = across * clip + decay.square() * (evidence.abs() - across * clip)  # of gradient and update
         evidence, squares = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (evidence * clip, across * clip.square()))
         left, excess, calm = misfit.left, misfit.excess, misfit.calm
         self.scatter.settle(misfit.leaps)
-        room = settled = where.nothing
+        room = settled = cheap = where.nothing
         if averages is not None:  # which takes out what only goes to and fro, unless that throws training back
             room, settled = self.scatter.room(misfit.present), self.scatter.settled
             means = [averages.get(name, trained.named[name]) for name in where.names]
             ends = where.lasting("parameters", parameters), where.lasting("averages", means)
             cost = where.product_with_differences(given, *ends)
             self.scatter.update(cost, finite)
-        factors = self.rates.update(evidence, squares, where.paths, finite, left, room, settled)
+            cheap = self.scatter.cheap(misfit.present, left)
+        factors = self.rates.update(evidence, squares, where.paths, finite, left, room, settled, cheap)
         updates, sizes = self._advance(where, directions, momenta, states, clip)
         if even is not None:
             even(natural)  # which the updates are pieces of
@@ -184,14 +186,16 @@ class Motion:
         moments = [state for state, own in zip(states, where.own, strict=True) if not own]
         squares, first, second = _second_moments(moments, where)
         clips, lengths = where.spread(clip, directions), []
+        share = where.paths.share(self.rates.gain)
+        shares, decays = where.spread(share, directions), where.spread(1 - share, directions)
         for some in where.turns:
             own = directions[some]
             for direction in own:
                 direction.nan_to_num_(0.0, 0.0, 0.0)
             mul_(own, clips[some])
             if some.start < where.border:
-                lerp_(momenta[some], own, 1 - self.momentum)
-                lerp_(own, momenta[some], self.momentum)
+                lerp_to_each_(momenta[some], own, shares[some])
+                lerp_to_each_(own, momenta[some], decays[some])
             else:
                 place = slice(some.start - where.border, some.stop - where.border)
                 moved = _adaptive(own, momenta[some], squares[place], first[place], second[place])

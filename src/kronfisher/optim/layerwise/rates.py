@@ -19,7 +19,9 @@ BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the r
 RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
 ALLOWED = 1 / 6  # the power of the share that is left to fit with which steps that overshoot may grow
-LARGEST = 10.0  # factor
+HEAVIER = 0.01  # by how much a step that only overshoots lowers the gain of an average, and one along the path raises it
+LEAST_GAIN = 0.1  # of an average: at momentum .9 it then looks back over a hundred steps
+LARGEST = 10.0  # factor, of units whose gain is one
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room
 TOLERANCE_FITTED = 0.25  # the same where nothing is left to fit: what opposes is then more the valley than the noise
 
@@ -34,13 +36,16 @@ class Paths:
 
     def __init__(self, decay: Tensor, natural: Tensor) -> None:
         self.decay, self.natural = decay, natural
-        self._share = 1 - decay
-        self._square = self._share.square()
 
-    def square(self, before: Tensor, products: Tensor, squares: Tensor) -> Tensor:
-        """``‖p‖² [U]`` after gradients g, from that of before, ``⟨g, p⟩`` and ``⟨g, d⟩``."""
-        inner = torch.addcmul(self.decay * before, self._share, products, value=2)
-        return torch.addcmul(self.decay * inner, self._square, squares).clamp_min_(0)
+    def share(self, gain: Tensor) -> Tensor:
+        """The weight of a new gradient in the averages of these gains, ``[U]``."""
+        return (1 - self.decay) * gain
+
+    def square(self, before: Tensor, products: Tensor, squares: Tensor, gain: Tensor) -> Tensor:
+        """``‖p‖² [U]`` after gradients g, from that of before, ``⟨g, p⟩``, ``⟨g, d⟩`` and the gains."""
+        share = self.share(gain)
+        inner = torch.addcmul((1 - share) * before, share, products, value=2)
+        return torch.addcmul((1 - share) * inner, share.square(), squares).clamp_min_(0)
 
 
 @dataclass
@@ -64,7 +69,10 @@ class Rates:
     While all is left to fit, steps that overshoot (c < −.15) therefore grow up to s, whatever the scatter costs: r is
     1, and there is no brake below one. They go on along the flat directions, and where there is little noise, as with
     functions of coordinates, that decides how fast the loss falls. Later r lies as far between its own value and 1 as
-    the sixth root of u says, which is also the least that a brake can be.
+    the sixth root of u says, which is also the least that a brake can be; or, while the scatter is cheap, all is as it
+    was. Then natural units that overshoot also get a heavier average: the weight ``1 − β`` of a new gradient is
+    multiplied by a gain q, which falls by a hundredth a step, down to a tenth, and rises again where gradients are
+    along the path. Such an average holds less of what goes to and fro, and bears steps longer by 1/q.
 
     Attributes:
         factors: f ``[U]``.
@@ -73,6 +81,7 @@ class Rates:
         cosine: c ``[U]``.
         path: ``‖p‖²``, ``[U]``.
         brake: the factor on the bounds of f, ``[U]``.
+        gain: q, ``[U]``.
         steps: k.
     """
 
@@ -82,12 +91,14 @@ class Rates:
     cosine: Tensor = field(default_factory=lambda: torch.zeros(0))
     path: Tensor = field(default_factory=lambda: torch.zeros(0))
     brake: Tensor = field(default_factory=lambda: torch.ones(0))
+    gain: Tensor = field(default_factory=lambda: torch.ones(0))
     steps: int = 0
 
     def resize(self, places: list[int | None], device: torch.device) -> None:
         """Reorder the units: for each its place before, or None for a new one."""
         index = [0 if place is None else 1 + place for place in places]
-        for name, new in (("factors", 1), ("signed", 0), ("absolute", 0), ("cosine", 0), ("path", 0), ("brake", 1)):
+        for name in ("factors", "signed", "absolute", "cosine", "path", "brake", "gain"):
+            new = name in ("factors", "brake", "gain")
             values = getattr(self, name).to(device)
             setattr(self, name, torch.cat([values.new_full((1,), float(new)), values])[index])
 
@@ -100,6 +111,7 @@ class Rates:
         left: Tensor,
         room: Tensor,
         settled: Tensor,
+        cheap: Tensor,
     ) -> Tensor:
         """Take over the evidence of one step, unless that is not finite; the new factors ``[U]``.
 
@@ -111,31 +123,38 @@ class Rates:
             left: u, the share of the data that is left to fit (`Misfit`), 0-dim.
             room: h, 0-dim.
             settled: how far training has settled since its last leap (`Scatter`), 0-dim; 0 where there is no average.
+            cheap: how far the scatter is so cheap that steps may overshoot (`Scatter`), 0-dim; likewise.
         """
         squares = squares.clamp_min(0)
         norms = (squares * self.path).sqrt_()
         cosine = self.cosine.lerp((products / torch.where(norms > 0, norms, 1)).clamp_(-1, 1), 1 - MEMORY)
-        path = paths.square(self.path, products, squares)
-        overshoot, gradual = settled * left**ALLOWED, 1 - paths.natural * room
-        brake = torch.maximum(self._bound(cosine), settled * left ** gradual.clamp(max=ALLOWED))
+        gradual = 1 - paths.natural * room
+        overshoot = torch.maximum(settled * left**ALLOWED, cheap)
+        least = torch.maximum(settled * left ** gradual.clamp(max=ALLOWED), cheap)
+        brake = torch.maximum(self._bound(cosine), least)
+        overshooting = cosine < -OVERSHOT
+        heavier = paths.natural * cheap * overshooting
+        change = HEAVIER * ((cosine > 0).to(cosine) - heavier)
+        gain = (self.gain * change.exp_()).clamp_(LEAST_GAIN, 1.0)
+        path = paths.square(self.path, products, squares, gain)
         tolerance = TOLERANCE_FITTED + (TOLERANCE - TOLERANCE_FITTED) * left
         excused = products + tolerance * room * norms
         signed = self.signed.lerp(excused, 1 - MEMORY)
         absolute = self.absolute.lerp(excused.abs(), 1 - MEMORY)
         agreement = signed / absolute.clamp_min(torch.finfo(absolute.dtype).tiny)  # which is no less than |signed|
-        allowed = (cosine < -OVERSHOT) * overshoot
+        allowed = overshooting * overshoot
         agreement = agreement + allowed * (1 - agreement)
         freedom = torch.maximum(room, allowed)
         reach = (1 + self.steps / SPAN) ** POWER
-        highest = 1 + freedom * (min(reach, LARGEST) - 1)
+        highest = 1 + freedom * (min(reach, LARGEST) / self.gain - 1)
         most = torch.where(brake < 1, brake, torch.maximum(brake, highest))
         rising = torch.minimum((left / reach * brake) ** gradual, self.factors * exp(SPEED))
         lowest = torch.maximum(left / reach**gradual * brake, rising)
         factors = (self.factors * (SPEED * agreement).exp_()).clamp_(lowest, most)
-        old = self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors
-        new = torch.stack([signed, absolute, cosine, path, brake, factors])
+        old = self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors, self.gain
+        new = torch.stack([signed, absolute, cosine, path, brake, factors, gain])
         kept = torch.where(finite, new, torch.stack(old))
-        self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors = kept.unbind()
+        self.signed, self.absolute, self.cosine, self.path, self.brake, self.factors, self.gain = kept.unbind()
         self.steps += 1
         return self.factors
 
@@ -151,6 +170,7 @@ class Rates:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; earlier versions gave no gains."""
+        self.gain = torch.ones_like(state["factors"], device=device)
         for key, value in state.items():
             setattr(self, key, value.to(device) if isinstance(value, Tensor) else value)

@@ -14,6 +14,7 @@ __all__ = ["Scatter"]
 
 MEMORY = 0.9  # of the average of the cost
 DEAR = 0.08  # the cost, over how far the loss can fall, from which on rates have no freedom
+CHEAP = 0.2  # the cost, over how far the loss can fall, up to which steps that only overshoot are welcome
 SETTLING = 100  # steps without a leap after which all is as before one
 
 
@@ -57,6 +58,20 @@ class Scatter:
             self._bounds = excess, known, torch.where(known, DEAR * excess, 1.0)
         _, known, dear = self._bounds
         return self.settled * (1 - self.cost / dear).clamp_(0, 1) * known
+
+    def cheap(self, excess: Tensor, left: Tensor) -> Tensor:
+        """How far the scatter is so cheap that steps may overshoot, 0-dim: the average takes that out.
+
+        One up to a fifth of the excess, zero from two fifths, and where `room` is zero without any cost. Costs count
+        for more where less is left to fit: the average forgets sooner there (`Average`), and shows less of the scatter.
+
+        Args:
+            excess: as in `room`.
+            left: u, the share of the data that is left to fit, 0-dim.
+        """
+        known = (excess > 0) & (excess < KNOWN) & (left > 0)
+        bound = torch.where(known, CHEAP * excess * left.sqrt(), 1.0)
+        return self.settled * (2 - self.cost / bound).clamp_(0, 1) * known
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
