@@ -19,7 +19,9 @@ BRAKE = 0.3  # by how much such a share, beyond that, lowers the bounds of the r
 RECOVERY = 0.02  # by how much the bounds rise again at every step
 CERTAIN = 0.5  # the share of a gradient along the path from which on signal so outweighs noise that steps may grow
 ALLOWED = 1 / 6  # the power of the share that is left to fit with which steps that overshoot may grow
-HEAVIER = 0.01  # by how much a step that only overshoots lowers the gain of an average, and one along the path raises it
+HEAVIER = (
+    0.01  # by how much a step that only overshoots lowers the gain of an average, and one along the path raises it
+)
 LEAST_GAIN = 0.1  # of an average: at momentum .9 it then looks back over a hundred steps
 LARGEST = 10.0  # factor, of units whose gain is one
 TOLERANCE = 0.05  # the share of a gradient that may oppose the path where there is room

@@ -46,8 +46,8 @@ class LayerwiseStep:
     Args:
         rate: the step of rate one; ``lr`` of the optimiser multiplies it. Batches of fewer than 128 rows (examples
             times positions) make it smaller, with the square root of their number.
-        momentum: β, of layers whose steps do not overshoot, or dearly; otherwise 1 − β falls to a tenth in the course of
-            some hundred steps, while the bound of f rises.
+        momentum: β, unless a layer's steps overshoot, and cheaply: 1 − β then falls, to a tenth in some hundred steps,
+            and the bound of f rises by as much.
         damping: λ_A and λ_B as shares of the mean eigenvalues of A and B. Both fall with the root of the share of the
             data that is left to fit, down to a twentieth.
         data_damping: λ_A of layers that read data directly is at least this share times their number of inputs: raw
