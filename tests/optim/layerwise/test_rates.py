@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+import kronfisher as kf
+from kronfisher.optim.layerwise.motion import Motion
 from kronfisher.optim.layerwise.rates import LARGEST, LEAST_GAIN, Paths, Rates
 
 
@@ -156,10 +159,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count():
     made = rates()
     feed(made, [torch.ones(3)] * 5)
     before = {name: value.clone() for name, value in vars(made).items() if name != "steps"}
-    paths, numbers = (
-        Paths(torch.full((1,), 0.9), torch.tensor([True])),
-        torch.ones(4),
-    )
+    paths, numbers = Paths(torch.full((1,), 0.9), torch.tensor([True])), torch.ones(4)
     made.update(torch.tensor([torch.nan]), torch.tensor([torch.inf]), paths, torch.tensor(False), *numbers)
     assert all(torch.equal(value, before[name]) for name, value in vars(made).items() if name != "steps")
 
@@ -212,3 +212,29 @@ def test_a_state_without_gains_loads():
     state = {key: value for key, value in made.state_dict().items() if key != "gain"}
     other.load_state_dict(state, torch.device("cpu"))
     assert other.gain.tolist() == [1.0, 1.0]
+
+
+def test_the_momentum_of_a_training_takes_new_directions_with_the_gain(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = kf.NaturalGradient(model, kf.Categorical())
+    x, y = torch.randn(32, 4), torch.randint(3, (32,))
+    for _ in range(3):
+        optimizer.step(lambda: model(x), y)
+    motion, advance, seen = optimizer.parts.motion, Motion._advance, []
+
+    def watched(self, where, directions, momenta, states, clip):
+        given, before = ([one.clone() for one in tensors] for tensors in (directions, momenta))
+        updates, sizes = advance(self, where, directions, momenta, states, clip)
+        shares = [0.1 * float(self.rates.gain[place]) for place in where.index]
+        seen.append((where.border, given, before, shares, [one.clone() for one in updates], momenta))
+        return updates, sizes
+
+    monkeypatch.setattr(Motion, "_advance", watched)
+    motion.rates.gain = torch.linspace(0.3, 0.9, len(motion.rates.gain))
+    optimizer.step(lambda: model(x), y)
+    ((border, *pieces),) = seen
+    assert border == 4
+    for given, before, share, update, after in list(zip(*pieces, strict=True))[:border]:
+        torch.testing.assert_close(after, before.lerp(given, share))
+        torch.testing.assert_close(update, given.lerp(after, 1 - share))

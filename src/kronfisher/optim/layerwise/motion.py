@@ -32,7 +32,8 @@ class Motion:
     """Moves every unit along its momentum.
 
     Attributes:
-        momentum: decay β of the average of natural gradients; the step looks one average ahead (Nesterov).
+        momentum: decay β of the average of natural gradients, while gains are one (`Rates`); the step looks one average
+            ahead (Nesterov).
         adaptive: the step of one element of the other units, relative to the rate.
         rates: of the units.
         scatter: of the iterates about their average.

@@ -37,11 +37,11 @@ class Paths:
     """
 
     def __init__(self, decay: Tensor, natural: Tensor) -> None:
-        self.decay, self.natural = decay, natural
+        self.natural, self._share = natural, 1 - decay
 
     def share(self, gain: Tensor) -> Tensor:
         """The weight of a new gradient in the averages of these gains, ``[U]``."""
-        return (1 - self.decay) * gain
+        return self._share * gain
 
     def square(self, before: Tensor, products: Tensor, squares: Tensor, gain: Tensor) -> Tensor:
         """``‖p‖² [U]`` after gradients g, from that of before, ``⟨g, p⟩``, ``⟨g, d⟩`` and the gains."""

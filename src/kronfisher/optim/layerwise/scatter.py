@@ -53,10 +53,7 @@ class Scatter:
         Args:
             excess: by how much the mean loss exceeds the least that there could be, 0-dim.
         """
-        if self._bounds is None or self._bounds[0] is not excess:  # the same for many steps
-            known = (excess > 0) & (excess < KNOWN)
-            self._bounds = excess, known, torch.where(known, DEAR * excess, 1.0)
-        _, known, dear = self._bounds
+        known, dear = self._of(excess)
         return self.settled * (1 - self.cost / dear).clamp_(0, 1) * known
 
     def cheap(self, excess: Tensor, left: Tensor) -> Tensor:
@@ -69,9 +66,16 @@ class Scatter:
             excess: as in `room`.
             left: u, the share of the data that is left to fit, 0-dim.
         """
-        known = (excess > 0) & (excess < KNOWN) & (left > 0)
-        bound = torch.where(known, CHEAP * excess * left.sqrt(), 1.0)
+        known, dear = self._of(excess)
+        bound = (dear * left.sqrt()).mul_(CHEAP / DEAR).clamp_min_(torch.finfo(dear.dtype).tiny)
         return self.settled * (2 - self.cost / bound).clamp_(0, 1) * known
+
+    def _of(self, excess: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether an excess is known, and the cost that is dear; it is the same for many steps."""
+        if self._bounds is None or self._bounds[0] is not excess:
+            known = (excess > 0) & (excess < KNOWN)
+            self._bounds = excess, known, torch.where(known, DEAR * excess, 1.0)
+        return self._bounds[1:]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs."""
