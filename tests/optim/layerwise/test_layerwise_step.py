@@ -81,6 +81,13 @@ def test_layers_that_read_data_are_damped_by_their_width():
     assert [layer.reads_data for layer in optimizer.parts.statistics.layers] == [True, False]
 
 
+def momentum_lengths(optimizer):
+    """Of every unit."""
+    named, units = dict(optimizer.trained()), optimizer.parts.motion.units
+    momenta = [[optimizer.state[named[name]]["momentum"].flatten() for name in unit.parameters] for unit in units]
+    return torch.stack([torch.cat(parts).norm() for parts in momenta])
+
+
 def test_an_outlier_is_clipped_and_a_batch_that_is_not_finite_moves_nothing():
     model, data = network(), batches(12)
     optimizer = kf.NaturalGradient(model, kf.Categorical())
@@ -90,9 +97,12 @@ def test_an_outlier_is_clipped_and_a_batch_that_is_not_finite_moves_nothing():
     with pytest.warns(kf.NumericalWarning, match="not finite"):
         optimizer.step(lambda: model(x * torch.nan), y)
         assert torch.equal(weights(model), before) and optimizer.report().skipped == 1
-        lengths = optimizer.parts.motion.lengths.clone()
+        lengths, momenta = optimizer.parts.motion.lengths.clone(), momentum_lengths(optimizer)
         optimizer.step(lambda: model(x) * 1e4, y)
     assert bool((optimizer.parts.motion.lengths <= 1.5 * lengths).all())
+    natural = torch.tensor([unit.natural for unit in optimizer.parts.motion.units])
+    most = 0.9 * momenta + 0.1 * 5 * lengths  # as if it were five times as long as directions are
+    assert bool((momentum_lengths(optimizer) <= 1.001 * most)[natural].all())
     assert bool(torch.isfinite(weights(model)).all())
 
 

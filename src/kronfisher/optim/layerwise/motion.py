@@ -19,7 +19,8 @@ from kronfisher.optim.trained_parameters import TrainedParameters
 __all__ = ["Motion"]
 
 RMS = 0.2  # of the elements of a natural unit's step of rate one: where the rates of Muon and of AdamW agree
-CLIP = 10.0  # a direction longer than its mean length by this factor is clipped to it
+CLIP = 5.0  # a direction longer than its mean length by this factor is clipped to it
+OUTLIER = 10.0  # and by this factor counts as so long in the mean, which follows lengths that rise in earnest
 CLIP_MEMORY = 0.95  # of the mean length
 SECOND_MOMENT = 0.999  # the decay of Adam's second moments
 FIRST_MOMENT = 0.9  # the decay of Adam's first moments
@@ -164,7 +165,8 @@ class Motion:
         finite = (lengths < inf).all()
         known = self.lengths > 0
         most = torch.where(known, CLIP * self.lengths, lengths)
-        mean = torch.where(known, self.lengths.lerp(torch.minimum(lengths, most), 1 - CLIP_MEMORY), lengths)
+        counted = torch.minimum(lengths, OUTLIER * self.lengths)
+        mean = torch.where(known, self.lengths.lerp(counted, 1 - CLIP_MEMORY), lengths)
         self.lengths = torch.where(finite & moving, mean, self.lengths)
         return torch.where(finite & (lengths > most), most / lengths, 1.0), finite
 
