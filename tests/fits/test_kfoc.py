@@ -189,11 +189,24 @@ def test_approx_is_the_papers_mean_of_factors(T, route, size):
     torch.testing.assert_close(with_zeros.to_dense(), operator.to_dense())
 
 
+def test_narrow_weights_take_their_optimum_over_two_thousand_samples_with_its_error():
+    samples = random_samples(n=2000, I=30, O=20)
+    batches = [samples.part(low, low + 400) for low in range(0, 2000, 400)]
+    fit = kf.KFOC()
+    operator, state, passes = fitted(fit, *batches)
+    assert passes == 1 and "by weights" in fit.notes(state) and "pieces" not in fit.notes(state)
+    assert excess(operator, samples) <= 1e-6
+    rows = gradients_of(samples)[0].flatten(1)
+    block = rows.mT @ rows
+    measured = float((block - operator.to_dense()).norm() / block.norm())
+    assert fit.error(state, operator * (1 / state.count)) == pytest.approx(measured, rel=1e-3)
+
+
 @pytest.mark.parametrize("T", [1, 4])
 def test_memory_is_close_to_the_optimum_in_one_pass_and_exact_reaches_it(T, monkeypatch):
     monkeypatch.setattr(kfoc, "_PIECE", 64)
-    samples = random_samples(n=640, T=T)
-    batches = [samples.part(low, low + 40) for low in range(0, 640, 40)]
+    samples = random_samples(n=960, T=T)
+    batches = [samples.part(low, low + 40) for low in range(0, 960, 40)]
     matrix, _ = best(gradients_of(samples)[0])
     found = {rank: fitted(kf.KFOC(rank_memory=rank), *batches) for rank in (1, 4)}
     assert excess(found[4][0], samples) <= 0.002 and excess(found[1][0], samples) <= 0.01 and found[4][2] == 1

@@ -31,6 +31,8 @@ def test_projections_are_close(T, n):
     assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-3) == "projected"
     assert cheapest((1, 1000, 784), 512, 1, tolerance=1e-6) == "gram"
     assert cheapest((1, 512, 4609), 64, 49, tolerance=1e-3) == "projected"
+    assert cheapest((1, 32, 65), 512, 1, steps=5) == "weights"  # a Gram matrix of so many samples takes longer to read
+    assert cheapest((1, 32, 65), 64, 1, steps=5) == "gram"
 
 
 @pytest.mark.parametrize(("T", "n", "pieces"), [(1, 4096, 8), (9, 256, 4)])

@@ -29,7 +29,8 @@ from kronfisher.operators import Factor, Kronecker, Operator
 __all__ = ["KFOC", "KPSVD"]
 
 _PIECE = 512  # samples that are treated at once
-_PIECES = 2  # that may wait: where no more samples come they are one piece, which has no need of other terms
+_PIECES = 4  # that may wait: where no more samples come they are one piece, which has no need of other terms
+_PIECES_SHARED = 2  # and where positions share the weight
 _PROJECTED = 1024  # and of a wide weight with a single term: its sums are made the faster the more rows there are
 _ROOM = 2**22  # bytes that may always wait for more
 _SHARED, _SHARED_ROOM = 128, 2**21  # the same of a single term where positions share the weight, and are not summed
@@ -46,8 +47,9 @@ class KFOC(Fit):
     B ⊗ A is the leading singular pair of ``ℛ(F): M ↦ Σ_k G_k M G_kᵀ``, the exact block with all cross terms of shared
     weights; see `kronfisher.fits.rearrangement`. Up to 512 samples (examples times draws or columns; where one
     position and few outputs let columns share their example's input: examples) are treated at once, to `tolerance`;
-    over more of them the aggregation decides. Of wide weights with a single term it is 1,024, and of others where there
-    are no more of them and what waits takes no more than some megabytes (per-example gradients of small convolutions).
+    over more of them the aggregation decides. Of wide weights with a single term it is 1,024. Of others it is 2,048, or
+    1,024 where positions share the weight, if there are no more of them and what waits takes no more than some
+    megabytes (per-example gradients of small convolutions).
 
     Args:
         aggregation: ``"memory"`` carries a sum of `rank_memory` products from piece to piece and recompresses it:
@@ -135,7 +137,7 @@ class KFOC(Fit):
         passes = 1 if self.aggregation != "exact" else 1 + 2 * self.iterations
         room = max(_ROOM, element * max(numbers))
         if group[0].dim <= _SMALL:
-            room = max(room, element * group[0].dim * _PIECES * _PIECE)
+            room = max(room, element * group[0].dim * _PIECES_SHARED * _PIECE)
         bytes = (terms + 1) * element * sum(numbers)
         return Plan(bytes, passes, temporary=temporary * element, waits=_PIECES * _PIECE, waiting=room)
 
@@ -188,7 +190,8 @@ class KFOC(Fit):
     def _enough(self, state: ProductSums) -> bool:
         """Whether what is waiting is worth a piece, or more than one."""
         if len(state.inputs) > 1:
-            return sum(map(len, state.waiting)) > _PIECES * _PIECE
+            shared = any(use.positions > 1 for use in state.waiting)
+            return sum(map(len, state.waiting)) > (_PIECES_SHARED if shared else _PIECES) * _PIECE
         return sum(map(len, state.waiting)) >= (_SHARED if _share_the_weight(state.waiting) else _PIECE)
 
     def _too_much(self, state: ProductSums) -> bool:

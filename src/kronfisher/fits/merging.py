@@ -13,6 +13,7 @@ from kronfisher.fits.columns import spread
 from kronfisher.fits.products import ProductSums
 from kronfisher.fits.rearrangement import (
     SHARING,
+    STEPS,
     Diagonals,
     Joint,
     Pair,
@@ -36,6 +37,8 @@ __all__ = ["BY_BATCH", "Aggregation", "Merging", "check_gradients"]
 
 Aggregation = Literal["memory", "running", "approx", "exact"]
 BY_BATCH = ("running", "approx")  # of these, batches are pieces, whatever their size
+
+_PAIR = 5  # half steps that the leading pair takes where positions do not share the weight, and a half of what terms do
 
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
@@ -86,7 +89,13 @@ class Merging:
         columns = max(samples.columns for samples in piece)
         later = state.begun and len(state.inputs) == 1 and self.aggregation not in BY_BATCH  # one of several pairs
         return self.route or cheapest(
-            piece[0].shape, n, positions, columns=columns, tolerance=self.tolerance, narrow=later
+            piece[0].shape,
+            n,
+            positions,
+            columns=columns,
+            steps=_PAIR if positions == 1 and len(state.inputs) == 1 else STEPS,
+            tolerance=self.tolerance,
+            narrow=later,
         )
 
     def _source(self, state: ProductSums, piece: list[Samples], route: str) -> Source:

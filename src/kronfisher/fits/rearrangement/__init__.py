@@ -6,7 +6,7 @@ from kronfisher.fits.rearrangement.joint import Joint, Terms
 from kronfisher.fits.rearrangement.nonnegative import nonnegative_weights, positive_terms
 from kronfisher.fits.rearrangement.projected import Projected
 from kronfisher.fits.rearrangement.rearranged import Rearranged
-from kronfisher.fits.rearrangement.routes import ROUTES, SHARING, cheapest, costs, make_source, rearrange
+from kronfisher.fits.rearrangement.routes import ROUTES, SHARING, STEPS, cheapest, costs, make_source, rearrange
 from kronfisher.fits.rearrangement.rows import Explicit, Rows, squared_products
 from kronfisher.fits.rearrangement.scales import norm, over, times
 from kronfisher.fits.rearrangement.source import Pair, Source
@@ -18,6 +18,7 @@ from kronfisher.fits.rearrangement.weights import Gram, Weights
 __all__ = [
     "ROUTES",
     "SHARING",
+    "STEPS",
     "Diagonals",
     "Explicit",
     "Gram",

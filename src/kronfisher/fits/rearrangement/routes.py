@@ -12,20 +12,21 @@ from kronfisher.fits.rearrangement.source import Source
 from kronfisher.fits.rearrangement.weights import Gram, Weights
 from kronfisher.layers.samples import Samples
 
-__all__ = ["ROUTES", "SHARING", "cheapest", "costs", "make_source", "rearrange"]
+__all__ = ["ROUTES", "SHARING", "STEPS", "cheapest", "costs", "make_source", "rearrange"]
 
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
 SHARING = ("gram", "weights")  # those that take columns of one example together
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
-_STEPS = 10  # half steps that a cold start takes
+STEPS = 10  # half steps that a cold start takes, and about what those for several terms cost
+_PASSES = 150  # multiplications in whose time a Gram matrix is written, squared and read again, for each of its numbers
 _FASTER = 4  # how many times cheaper the projected route has to be to be taken
 _LOOSE = 1e-4  # tolerances below this are not for the projected route
 
 
 def costs(
-    shape: tuple[int, int, int], n: int, positions: int, steps: int = _STEPS, columns: int = 1
+    shape: tuple[int, int, int], n: int, positions: int, steps: int = STEPS, columns: int = 1
 ) -> dict[str, float]:
-    """Multiplications that `steps` half steps take by each route that there is for so many positions.
+    """Multiplications in whose time each route that there is for so many positions takes `steps` half steps.
 
     Args:
         shape: H, O, I.
@@ -49,10 +50,12 @@ def costs(
     if T == 1:
         part = min(n, groups * PART)
         pairs = O if C == 1 else min(O * (O + 1) // 2, 2 * C**2 * O)  # of the output gradients of two inputs
-        ways["gram"] = n * n / groups * ((I + pairs) / 2 + steps) + n * (I**2 + C * O**2) / 2
+        ways["gram"] = n * n / groups * ((I + pairs) / 2 + steps + _PASSES) + n * (I**2 + C * O**2) / 2
         ways["weights"] = steps * n * (I**2 + C * O**2)
         ways["projected"] = (
-            part * part / groups * ((I + O) / 2 + steps) + n * C * (left + right) * (I + O) + n * C * squares / 2
+            part * part / groups * ((I + O) / 2 + steps + _PASSES)
+            + n * C * (left + right) * (I + O)
+            + n * C * squares / 2
         )
     else:
         ways["projected"] = n * (T * (left + right) * (I + O) + (left * I**2 + right * O**2) / 2) * 1.5
@@ -65,7 +68,7 @@ def cheapest(
     positions: int,
     *,
     columns: int = 1,
-    steps: int = _STEPS,
+    steps: int = STEPS,
     tolerance: float | None = None,
     narrow: bool = False,
 ) -> str:

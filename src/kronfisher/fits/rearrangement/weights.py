@@ -1,6 +1,8 @@
 """Half steps for one position per sample: by weights of the samples, or in their span by Gram matrices."""
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -26,6 +28,7 @@ from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
 __all__ = ["Gram", "Weights"]
 
 _STEPS = 2  # double steps from noise to other terms
+_HALF_STEPS = 5  # that the leading pair takes, about: its certificate may take as long
 _NARROW = 96  # numbers a row up to which the sums of several terms are one product
 
 
@@ -55,6 +58,27 @@ class Weights(Rearranged):
     def like(self) -> Tensor:
         return self.g
 
+    def leading(self, start: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50) -> Pair:
+        ordinary, scale = self._ordinary()
+        pair = super(Weights, ordinary).leading(start, tolerance, iterations)
+        return replace(pair, sigma=pair.sigma * scale.square())
+
+    def leading_terms(
+        self, rank: int, before: Tensor | None = None, tolerance: float = 1e-3, iterations: int = 50
+    ) -> tuple[Pair, Tensor, Tensor]:
+        ordinary, scale = self._ordinary()
+        pair, A, B = super(Weights, ordinary).leading_terms(rank, before, tolerance, iterations)
+        return replace(pair, sigma=pair.sigma * scale.square()), *(each * scale[:, None, None] for each in (A, B))
+
+    def _ordinary(self) -> "tuple[Weights, Tensor]":
+        """The same with small inputs and gradients brought to about one, and what the ``G_k [H]`` are divided by.
+
+        Squares of small ones would vanish before factors do.
+        """
+        one, sizes = copy(self), [power_of_two(rows.abs().amax((1, 2))).clamp(max=1) for rows in (self.a, self.g)]
+        one.a, one.g = (over(rows, size) for rows, size in zip((self.a, self.g), sizes, strict=True))
+        return one, sizes[0] * sizes[1]
+
     def outputs(self, A: Tensor, odd: bool = False) -> Tensor:
         return _weighted_sum(self.g, self._spread(torch.linalg.vecdot(torch.bmm(self.a, A), self.a)))
 
@@ -72,7 +96,9 @@ class Weights(Rearranged):
     def squared_norm(self, samples: Sequence[Samples], limit: int) -> Tensor | None:
         groups, outputs, width = self.shape
         pairs = outputs if self.columns == 1 else min(outputs * (outputs + 1) // 2, self.columns**2 * outputs)
-        if (self.g.shape[1] // self.columns) ** 2 * groups * (pairs + width) > limit:
+        n = self.g.shape[1] // self.columns
+        half_steps = _HALF_STEPS * n * groups * (width**2 + self.columns * outputs**2)
+        if n**2 * groups * (pairs + width) > max(limit, 2 * half_steps):  # from the diagonal on: half of them are made
             return None
         same, pairs = self.squared_products()
         return same + pairs
