@@ -68,7 +68,8 @@ class Weights(Rearranged):
     ) -> tuple[Pair, Tensor, Tensor]:
         ordinary, scale = self._ordinary()
         pair, A, B = super(Weights, ordinary).leading_terms(rank, before, tolerance, iterations)
-        return replace(pair, sigma=pair.sigma * scale.square()), *(each * scale[:, None, None] for each in (A, B))
+        pair, each = replace(pair, sigma=pair.sigma * scale.square()), scale[:, None, None]
+        return pair, A * each, B * each
 
     def _ordinary(self) -> "tuple[Weights, Tensor]":
         """The same with small inputs and gradients brought to about one, and what the ``G_k [H]`` are divided by.
