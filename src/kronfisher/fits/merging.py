@@ -12,6 +12,7 @@ from kronfisher.errors import NumericalWarning
 from kronfisher.fits.columns import spread
 from kronfisher.fits.products import ProductSums
 from kronfisher.fits.rearrangement import (
+    PAIR,
     SHARING,
     STEPS,
     Diagonals,
@@ -38,8 +39,9 @@ __all__ = ["BY_BATCH", "Aggregation", "Merging", "check_gradients"]
 Aggregation = Literal["memory", "running", "approx", "exact"]
 BY_BATCH = ("running", "approx")  # of these, batches are pieces, whatever their size
 
-_PAIR = 5  # half steps that the leading pair takes where positions do not share the weight
-_TERMS = 200  # and in place of terms: by a Gram matrix they take little more than a pair, and come closer
+_TERMS = (
+    200  # in place of the half steps for terms: by a Gram matrix they take little more than a pair, and come closer
+)
 
 _PAIRS = 2**28  # multiplications of gradients written out that ‖F‖ of a piece may take
 
@@ -89,7 +91,7 @@ class Merging:
         n, positions = sum(map(len, piece)), max(samples.positions for samples in piece)
         columns = max(samples.columns for samples in piece)
         later = state.begun and len(state.inputs) == 1 and self.aggregation not in BY_BATCH  # one of several pairs
-        single = _PAIR if len(state.inputs) == 1 else _TERMS
+        single = PAIR if len(state.inputs) == 1 else _TERMS
         return self.route or cheapest(
             piece[0].shape,
             n,

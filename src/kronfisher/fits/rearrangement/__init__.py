@@ -13,9 +13,10 @@ from kronfisher.fits.rearrangement.source import Pair, Source
 from kronfisher.fits.rearrangement.span import Span, spans
 from kronfisher.fits.rearrangement.spectrum import Triplets, deflate, lanczos
 from kronfisher.fits.rearrangement.terms import nearest_kronecker, products, truncate
-from kronfisher.fits.rearrangement.weights import Gram, Weights
+from kronfisher.fits.rearrangement.weights import PAIR, Gram, Weights
 
 __all__ = [
+    "PAIR",
     "ROUTES",
     "SHARING",
     "STEPS",

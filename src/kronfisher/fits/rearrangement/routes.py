@@ -17,7 +17,7 @@ __all__ = ["ROUTES", "SHARING", "STEPS", "cheapest", "costs", "make_source", "re
 ROUTES = ("gram", "weights", "rows", "explicit", "projected")
 SHARING = ("gram", "weights")  # those that take columns of one example together
 WIDE = 2**16  # weights beyond which a layer with T = 1 is for projections as well
-STEPS = 10  # half steps that a cold start takes, and about what those for several terms cost
+STEPS = 10  # half steps that a cold start takes where positions share the weight, or several terms are wanted
 _PASSES = 150  # multiplications in whose time a Gram matrix is written, squared and read again, for each of its numbers
 _FASTER = 4  # how many times cheaper the projected route has to be to be taken
 _LOOSE = 1e-4  # tolerances below this are not for the projected route

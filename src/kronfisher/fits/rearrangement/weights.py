@@ -25,10 +25,10 @@ from kronfisher.layers.activations import Activations, Dense
 from kronfisher.layers.samples import Samples
 from kronfisher.linalg import add_symmetric_product_, complete_, eigh, mirror
 
-__all__ = ["Gram", "Weights"]
+__all__ = ["PAIR", "Gram", "Weights"]
 
 _STEPS = 2  # double steps from noise to other terms
-_HALF_STEPS = 5  # that the leading pair takes, about: its certificate may take as long
+PAIR = 5  # half steps that the leading pair takes, about: its certificate may take as long
 _NARROW = 96  # numbers a row up to which the sums of several terms are one product
 
 
@@ -98,7 +98,7 @@ class Weights(Rearranged):
         groups, outputs, width = self.shape
         pairs = outputs if self.columns == 1 else min(outputs * (outputs + 1) // 2, self.columns**2 * outputs)
         n = self.g.shape[1] // self.columns
-        half_steps = _HALF_STEPS * n * groups * (width**2 + self.columns * outputs**2)
+        half_steps = PAIR * n * groups * (width**2 + self.columns * outputs**2)
         if n**2 * groups * (pairs + width) > max(limit, 2 * half_steps):  # from the diagonal on: half of them are made
             return None
         same, pairs = self.squared_products()
