@@ -1,7 +1,7 @@
 """Numbers and tables that people read."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -120,7 +120,7 @@ def size(number_of_bytes: int) -> str:
 
 
 def together(notes: Mapping[str, str], most: int = 3) -> list[str]:
-    """One line for everything that has the same note; a note may begin with the name that it is about.
+    """One line for everything that has the same note; a note may begin with a name that it is about.
 
     Example:
         >>> together({"a": "a: used by exp", "b": "b: used by exp", "c": "used by cos", "d": ""})
@@ -131,11 +131,26 @@ def together(notes: Mapping[str, str], most: int = 3) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, note in notes.items():
         if note:
-            names.setdefault(note.removeprefix(f"{name}:").strip(), []).append(name)
-    return [f"{_some(several, most)}: {note}" for note, several in names.items()]
+            names.setdefault(_without_name(note, notes), []).append(name)
+    return [f"{some(several, most)}{note}" for note, several in names.items()]
 
 
-def _some(names: list[str], most: int) -> str:
+def _without_name(note: str, names: Container[str]) -> str:
+    """What a note says after the name that it begins with, if any: ``" (why): what"`` or ``": what"``."""
+    for mark in (" (", ":"):
+        name, found, rest = note.partition(mark)
+        if found and name in names:
+            return mark + rest
+    return f": {note}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> some("abcde"), some("ab")
+        ('a, b, c and 2 more', 'a, b')
+    """
     left = len(names) - most
     return ", ".join(names) if left <= 0 else f"{', '.join(names[:most])} and {left} more"
 

@@ -166,6 +166,37 @@ def test_scale_and_shift_of_batch_normalisation_have_each_examples_own_part_of_t
             torch.testing.assert_close(found, truth.diagonal().diag() if fit == "diagonal" else truth)
 
 
+@pytest.mark.parametrize("fit", ["full", "diagonal", "kfoc", "ekfac", kf.KroneckerSum(2)], ids=str)
+def test_below_batch_normalisation_every_row_counts_as_its_own_examples(fit):
+    """Fits by example, too, take a row's gradient as its own example's, whatever it passes on to the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double()
+    x, y = torch.randn(6, 2, 4, 4).double(), torch.arange(6) % 3
+    curvature = Curvature(model, fit, labels="observed")
+    for _ in range(2):  # the second batch is not examined again
+        curvature.observe(x, y)
+        curvature.merge()
+        curvature.step += 1
+    assert curvature.statistics.coupled == ["0.weight"] and not curvature.statistics.uncovered
+    after = model[0](x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(model[1:](after), y, reduction="sum"), after)
+    patches = nn.functional.unfold(x, 2)
+    patches = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
+    own = torch.einsum("not,nit->noi", g.flatten(2), patches).flatten(1)
+    truth, layer = own.T @ own / 6, next(each for each in curvature.statistics.layers if each.name == "0.weight")
+    found = layer.fit.finish(layer.average).to_dense()
+    if fit == "full":
+        torch.testing.assert_close(found, truth)
+    elif fit == "diagonal":
+        torch.testing.assert_close(found.diagonal(), truth.diagonal())
+    else:
+        rearranged = truth.reshape(3, 9, 3, 9).transpose(1, 2).reshape(9, 81)
+        values = torch.linalg.svdvals(rearranged)
+        least = values[2 if isinstance(fit, kf.KroneckerSum) else 1 :].norm()
+        error = (found - truth).norm()
+        assert error < truth.norm() if fit == "ekfac" else error == pytest.approx(float(least), rel=1e-4)
+
+
 def test_inverses_are_renewed_round_robin():
     refresh = kf.Refresh(inverse=8)
     due = [[0] * 4 for _ in range(200)]

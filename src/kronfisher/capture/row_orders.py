@@ -68,7 +68,7 @@ def row_orders(
         sorts: whether a part's rows have to be sorted by example.
         pads: whether examples may have unequal numbers of a part's rows then.
         examined: in training, blocks of earlier batches; see `RowOrders`.
-        training: rows that mix examples are used regardless if a fit treats rows independently.
+        training: rows that mix examples are used regardless, sorted by the axis that is likely the examples'.
         by_rows: every number of the outputs has a gradient of its own, whatever it shares with others (residuals).
     """
     graph, examples, answer = observation.graph, len(observation), RowOrders()
@@ -130,15 +130,15 @@ def _note_mixed(
             answer.problems[name] = f"{name}: used by {call.operator} before any data enter"
     elif not training:
         answer.refused[block.name] = reason
-    elif part.use.summing and (rules := RowOrder.candidates(part.use.lead(call.shape), examples)):
-        answer.mixed.add(block.name)
-        answer.examined.add((block.key, sort))
-        answer.orders[place] = rules[0]  # rows are summed as if they were their example's own
-    elif sort:
-        answer.problems |= dict.fromkeys(block.parameters, reason)
-    else:
+    elif not sort:
         answer.mixed.add(block.name)
         answer.orders[place] = _one_by_one(part, call.shape)
+    elif rules := RowOrder.candidates(part.use.lead(call.shape), examples):
+        answer.mixed.add(block.name)
+        answer.examined.add((block.key, sort))
+        answer.orders[place] = rules[0]  # as if rows were their example's own
+    else:
+        answer.problems |= dict.fromkeys(block.parameters, reason)
 
 
 def _one_by_one(part: Part, shape: tuple[int, ...]) -> RowOrder:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kronfisher.optim.page import page
-from kronfisher.tables import size, together
+from kronfisher.tables import size, some, together
 
 __all__ = ["TrainingReport"]
 
@@ -141,5 +141,5 @@ class TrainingReport:
         reasons = [line for line in together(self.uncovered) if not any(line in told for told in self.warnings)]
         lines += [f"{self.uncovered_step}: {line}" for line in reasons]
         if self.coupled:
-            lines.append(f"examples are coupled by the batch in {', '.join(self.coupled)}; treated as independent")
+            lines.append(f"examples are coupled by the batch in {some(self.coupled)}; treated as independent")
         return "\n".join([*lines, *self.cuts, *self.warnings])
